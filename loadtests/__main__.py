@@ -1,4 +1,6 @@
-"""`python -m loadtests SCENARIO [--json FILE] [--plot DIR]`. Exit code 0: complete; 1: partial; 2: bad usage."""
+"""Run a load test: `python -m loadtests SCENARIO [--json FILE] [--plot DIR]`. Exit code 0: the report is complete; 1:
+it is partial; 2: the command line is wrong.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Arrival times of calls, in seconds from the beginning of a run. Seeded; nothing here waits."""
+"""Arrival times of calls, in seconds from the beginning of a run. The times are computed in advance; equal seeds give
+equal times.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Child processes of a scenario: each runs on loopback, in a process group of its own and with a log, and ends with the
-scenario.
+"""Child processes of a scenario. Each child runs on loopback, in its own process group and with its own log, and ends
+with the scenario.
 
 A child ends its whole group when its standard input closes, so no process remains even if the harness is killed.
 """
@@ -142,9 +142,8 @@ class Children:
     """All children of a scenario. Leaving the context ends the children."""
 
     def __init__(self, folder: Path, term_s: float = TERM_S) -> None:
-        """Create an empty set of children. `folder` gets the logs; at the end each child has `term_s` seconds to exit
-        by itself.
-        """
+        """Create an empty set of children. `folder`: folder for the logs. `term_s`: seconds that each child has to exit
+        by itself after SIGTERM at the end."""
         self.folder = folder
         self.term_s = term_s
         self.started: list[Child] = []

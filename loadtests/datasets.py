@@ -1,7 +1,7 @@
 """Prompts: seeded, with given lengths, with shared prefixes, from MT-bench, or from the blocks of a trace.
 
-The driver has no tokenizer: lengths are in words of `WORDS`, each of which is one token or a few tokens in any English
-tokenizer. The report states the true counts, which the server reports.
+The driver has no tokenizer, so lengths are numbers of words from `WORDS`. Such a word is one token or a few tokens in
+any English tokenizer. The report contains the token counts that the server reports.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ NAMES = ("fixed", "prefixes", "mt-bench", *traces.TRACES)
 
 
 def words(seed: str, count: int) -> str:
-    """Return `count` words. Equal seeds give equal words, and a longer text begins with the shorter text of the same
-    seed.
-    """
+    """Return `count` words. Equal seeds give equal words. For one seed, a longer text begins with the shorter text."""
     rng = random.Random(seed)
     return " ".join(rng.choices(WORDS, k=max(count, 1)))
 
@@ -84,9 +82,8 @@ def mt_bench(count: int, max_tokens: int, seed: int, folder: Path = DEFAULT_FOLD
 
 
 def from_trace(requests: Sequence[Traced], scale: float, seed: int, max_tokens: int = 0) -> list[Request]:
-    """Return the requests of a trace, with each length multiplied by `scale`. Equal blocks give equal text, so that
-    prefixes are shared.
-    """
+    """Return the requests of a trace, with each length multiplied by `scale`. Equal blocks of the trace give equal
+    text, so prompts share prefixes as in the trace."""
     out = []
     for i, traced in enumerate(requests):
         if traced.blocks:

@@ -1,8 +1,8 @@
-"""The driver makes the calls of a plan through a client, at planned times or with fixed concurrency, and never hangs.
+"""The driver makes the calls of a plan through a client, at planned times or with fixed concurrency. A run always ends.
 
-Open loop: a call is sent when it is due, however many calls are running. Closed loop: `concurrency` callers each make
-the next call when the caller's last call has ended. A server that dies ends the run early; the results until then are
-kept.
+Open loop: a call is sent when it is due, however many calls are running. Closed loop: there are `concurrency` callers,
+each of which makes its next call when its last call has ended. A server that dies ends the run early; the results until
+then are kept.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Limits:
 
 @dataclass(slots=True)
 class Progress:
-    """Counts of a run that can be shown while the run goes on."""
+    """Counts of a run, to be shown during the run."""
 
     total: int
     sent: int = 0
@@ -136,9 +136,8 @@ class _Run:
                 group.create_task(caller())
 
     async def bounded(self, work: asyncio.Task[None]) -> str:
-        """Wait for the end of the plan, or for a reason why the plan cannot end. Return the reason, or "" if the plan
-        has ended.
-        """
+        """Wait until all calls of the plan have ended, or until the run must end early. Return the reason for an early
+        end, else ""."""
         try:
             await asyncio.wait((work, self.over), timeout=self.limits.run_s, return_when=asyncio.FIRST_COMPLETED)
             if self.over.done():
@@ -164,9 +163,8 @@ async def drive(
     limits: Limits | None = None,
     on_start: OnStart | None = None,
 ) -> Run:
-    """Make all calls: `concurrency` calls at once, or each call at its `due_s` (seconds from now). A failing server
-    raises no exception.
-    """
+    """Make all calls: `concurrency` calls at once, or each call at its `due_s` (seconds from now). If the server fails,
+    the failures are recorded in the result; no exception is raised."""
     if (concurrency is None) == (due_s is None):
         raise ValueError("give either concurrency (closed loop) or due_s (open loop)")
     progress = Progress(len(requests))

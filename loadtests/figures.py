@@ -48,7 +48,7 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A row of a scenario's table. If `value` is None, `reason` says why. `met` is None if the row has no bound."""
+    """A row of a scenario's table. If `value` is None, `reason` is the cause. `met` is None if the row has no bound."""
 
     name: str
     value: float | None = None
@@ -80,9 +80,8 @@ def _bootstrap(estimate: Callable[[Any], Any], count: int, seed: int) -> Interva
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Interval:
-    """Return the geometric mean of the ratios ours/theirs of the rounds. Raises ValueError for unequal, empty or zero
-    rounds.
-    """
+    """Return the geometric mean of the rounds' ratios ours/theirs, with its interval. Raises ValueError if a round is
+    unpaired, a value is zero, or there are no rounds."""
     _check_pairs(ours, theirs)
     if min(*ours, *theirs) <= 0:
         raise ValueError("a ratio needs values above 0")
@@ -93,13 +92,13 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) 
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Interval:
-    """Return the mean of the differences ours - theirs of the rounds."""
+    """Return the mean of the rounds' differences ours - theirs, with its interval."""
     _check_pairs(ours, theirs)
     return mean([a - b for a, b in zip(ours, theirs, strict=True)], seed)
 
 
 def mean(values: Sequence[float], seed: int = 0) -> Interval:
-    """Return the mean of independent rounds."""
+    """Return the mean of the values of independent rounds, with its interval."""
     if not values:
         raise ValueError("no rounds")
     array = np.asarray(values)

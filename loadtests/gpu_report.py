@@ -4,8 +4,8 @@ python -m loadtests.gpu_report MODEL --out docs/gpu-report-DATE.md
 
 MODEL is a checkpoint's folder or a Hugging Face id. One GPU serves all engines in turn; with two GPUs, further rows
 measure tensor parallelism over both GPUs. `--minutes` (15) bounds the total time: when the time is short, fewer rounds
-run, and the page says so. `--cpu` tries everything with a tiny model and claims nothing. Exit code 0: complete, 1:
-partial, 2: something is missing.
+run, and the page says so. `--cpu` is a trial of the program with a tiny model; no row counts as met. Exit code 0:
+complete, 1: partial, 2: something is missing.
 """
 
 from __future__ import annotations
@@ -109,9 +109,8 @@ def _installed(name: str) -> bool:
 
 
 def checkpoint(model: str) -> Path:
-    """Return the local folder of the model. The model is downloaded from the hub if `model` is an
-    id. Raises Missing.
-    """
+    """Return the local folder of the model. If `model` is an id, the model is downloaded from the hub. Raises
+    Missing."""
     folder = Path(model)
     if not folder.is_dir():
         if folder.is_absolute() or model.count("/") != 1:
@@ -134,7 +133,8 @@ def weights_bytes(folder: Path) -> int:
 
 
 def share_memory(device: Device, weights: int, arms: Sequence[str]) -> tuple[list[str], float, list[str]]:
-    """Return the arms that run, the share of the GPU for the engine of each arm, and notes. Raises Missing.
+    """Return the arms (measured servers) that run, the share of the GPU's memory for the engine of each arm, and notes.
+    Raises Missing.
 
     Every engine stays loaded, since the arms alternate: vLLM's own engine, ours, and Ray Serve's engine if it fits.
     """

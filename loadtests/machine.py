@@ -1,4 +1,4 @@
-"""Versions and hardware of a run. A figure means nothing without them."""
+"""Versions and hardware of a run, which every figure needs for comparison."""
 
 from __future__ import annotations
 

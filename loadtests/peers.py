@@ -1,5 +1,5 @@
-"""The peers: how each peer is started, and in front of which server. The peers have an environment of their own (`make
-bench-peers`).
+"""Functions that start the peers, and for each peer the servers in front of which it runs. The peers have their own
+Python environment (`make bench-peers`).
 """
 
 from __future__ import annotations

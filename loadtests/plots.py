@@ -19,7 +19,7 @@ class NoPlots(ValueError):
 
 
 def check() -> None:
-    """Check that matplotlib is present. Raises NoPlots before anything is measured."""
+    """Check that matplotlib is present. Raises NoPlots, so that the program ends before it measures anything."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
@@ -79,7 +79,8 @@ def _draw_scaling(pyplot: Any, path: Path, title: str, line: Mapping[str, Sequen
 
 
 def _draw_gaps(pyplot: Any, path: Path, scenario: str, around: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Draw each gap between two chunks of any stream as a dot: its end in seconds after the fault, and its length."""
+    """Draw each gap between two chunks of a stream as a dot. x: end of the gap in seconds after the fault; y: its
+    length."""
     figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")
     for kind, gaps in around.items():
         axes.plot([at for at, _ in gaps], [gap * 1000 for _, gap in gaps], ".", markersize=2, label=kind)
@@ -91,7 +92,8 @@ def _draw_gaps(pyplot: Any, path: Path, scenario: str, around: Mapping[str, Sequ
 
 
 def _parts(report: Report) -> dict[str, list[tuple[str, Arm]]]:
-    """Return the arms, grouped by the part of their names before the colon. Each group gets one picture."""
+    """Return the arms (measured servers), grouped by the part of their names before the colon. Each group gets one
+    picture."""
     parts: dict[str, list[tuple[str, Arm]]] = {}
     for arm in report.arms:
         part, colon, label = arm.name.partition(": ")
@@ -119,7 +121,8 @@ def _draw(pyplot: Any, path: Path, title: str, series: Sequence[tuple[str, list[
 
 
 def _by_concurrency(report: Report) -> dict[str, dict[int, float]]:
-    """Return tokens per second by arm and concurrency. The single-stream arm of the same name gives the first point."""
+    """Return tokens per second by arm (measured server) and concurrency. The single-stream arm of the same name gives
+    the first point."""
     rates: dict[str, dict[int, list[float | None]]] = {}
     for arm in report.arms:
         points = rates.setdefault(arm.name.removeprefix("one stream: "), {})

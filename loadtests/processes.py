@@ -1,9 +1,9 @@
-"""CPU time and memory of the serving side, by process, each process in a class.
+"""CPU time and memory of the serving side, by process. Each process belongs to a class.
 
 A root is a process that the harness has started, with a given class. The class of a descendant follows from the
 descendant's command line; if no class matches, the descendant has the class of its parent. An engine core that is a
 thread of the worker's process counts as one process, by the CPU time that the kernel keeps for the thread. The kernel
-keeps CPU time in steps of 10 ms for each process: rounds are so long that these steps do not matter.
+keeps CPU time in steps of 10 ms for each process; rounds are so long that these steps do not matter.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def pin(pid: int, cpus: Iterable[int]) -> None:
 
 
 def pin_driver(cpus: Iterable[int]) -> None:
-    """Bind this process and its threads. The descendants are the servers, which keep their binding."""
+    """Bind this process and its threads. The descendants are the servers; they keep their own binding."""
     _pin_threads([psutil.Process()], list(cpus))
 
 

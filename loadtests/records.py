@@ -2,7 +2,7 @@
 
 TPOT is (last piece - first piece) / (tokens - 1) with the server's own token count, so coalescing several tokens into a
 piece cannot improve TPOT. ITL is the gap between two pieces of text. Coalescing makes ITL longer, never shorter. Two
-more figures are reported together with ITL: the share of pieces with one token, and the longest silent gap.
+more figures are reported together with ITL: the share of pieces with one token, and the longest gap.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ QUANTILES = (50, 90, 99)
 
 @dataclass(slots=True)
 class Record:
-    """Record of one call. Times are seconds from the beginning of the run; a time is None if the call did not get that
-    far.
-    """
+    """Record of one call. Times are seconds from the beginning of the run; the time of an event is None if the call
+    ended before this event."""
 
     key: str
     group: str

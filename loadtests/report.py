@@ -25,7 +25,7 @@ ARMS_A_TABLE = 8
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A run of one arm, with the resource usage of the arm's serving side."""
+    """A run of one arm (a server, measured over one protocol), with the CPU time and memory of its serving side."""
 
     number: int
     run: Run
@@ -82,7 +82,7 @@ class Report:
 
     @property
     def complete(self) -> bool:
-        """Whether every arm and every round ran to the end."""
+        """Whether every arm (measured server) and every round ran to the end, and no problem was recorded."""
         return not self.problems and not any(a.problem or any(r.run.problem for r in a.rounds) for a in self.arms)
 
     def as_json(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """CPU time of a routing decision over fleets of 1 to 1,000 workers: `python -m loadtests.routing_times`.
 
-The CPU time of the thread is measured, since wall-clock time on a shared machine includes pauses for other work.
-Before each decision `changed` workers change, as they do between two calls. `cached`: number of workers that hold a
-part of the prompt.
+The CPU time of the thread is measured, since wall-clock time on a shared machine includes pauses for other work. Before
+each decision, `changed` workers change, as happens between two calls. `cached`: number of workers that hold a part of
+the prompt.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def _worker(number: int, chance: Random) -> Candidate:
 
 
 def measure(case: Case, rounds: int = ROUNDS) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the quantiles of CPU seconds: for a decision alone, and for a decision with the preceding changes."""
+    """Return the quantiles of two CPU times in seconds: of a decision alone, and of a decision with the changes before
+    it."""
     chance, fleet = Random(SEED), Fleet()
     workers = [_worker(number, chance) for number in range(case.workers)]
     for worker in workers:

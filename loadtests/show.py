@@ -1,5 +1,5 @@
-"""Progress of a run: one line on a terminal, redrawn a few times a second; plain lines where the
-output is no terminal.
+"""Progress of a run. On a terminal it is one line, redrawn a few times a second; otherwise it is printed as plain
+lines.
 """
 
 from __future__ import annotations

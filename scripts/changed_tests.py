@@ -1,7 +1,7 @@
 """Print the test files to run for the changed files. `make test-changed` runs the printed files.
 
-A file is changed if the file is untracked or differs from BASE (default: HEAD). For a changed test file, the script
-prints the file itself. For a changed module, the script prints the test files that import the module, and the test
+A file counts as changed if it is untracked or differs from BASE (default: HEAD). For a changed test file, the script
+prints that file. For a changed module, the script prints the test files that import the module. It also prints the test
 file of the same name in the folder that mirrors the module's package.
 """
 
@@ -36,7 +36,7 @@ def imported_by(source: str) -> set[str]:
 def select_tests(changed: Iterable[str], tests: Mapping[str, set[str]]) -> list[str]:
     """Return the test files to run for the changed files, sorted.
 
-    `tests` has every test file, with the dotted names that the test file imports.
+    `tests` has every test file as a key; the value is the set of dotted names that the test file imports.
     """
     picked: set[str] = set()
     for path in changed:

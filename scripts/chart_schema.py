@@ -1,9 +1,10 @@
 """Write the generated files of the chart. With `--check`, only compare the files.
 
-helm/values.schema.json gets the schema that `headrace config schema` prints, as `config`. cluster/cli/chart_values.json
-gets a part of helm/values.yaml; `headrace config check` merges an operator's values into this part. The descriptions in
-helm/values.schema.json become the comments of helm/values.yaml and the table in helm/README.md. deploy/alerts gets the
-chart's rules for Prometheus with the default values.
+- helm/values.schema.json gets the schema that `headrace config schema` prints, as `config`.
+- cluster/cli/chart_values.json gets a part of helm/values.yaml. `headrace config check` merges an operator's values
+  into this part.
+- helm/values.yaml gets the descriptions in helm/values.schema.json as comments; helm/README.md gets them as a table.
+- deploy/alerts gets the chart's rules for Prometheus with the default values.
 """
 
 from __future__ import annotations
@@ -63,22 +64,22 @@ def checked_part(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolved(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a schema node with its `$ref` replaced by the definition. The node's own description stays."""
+    """Return a schema node with its `$ref` replaced by the definition. The node's own description is kept."""
     if "$ref" not in node:
         return node
     return {**resolved(schema["$defs"][node["$ref"].rsplit("/", 1)[1]], schema), **node}
 
 
 def is_leaf(name: str, node: Mapping[str, Any]) -> bool:
-    """Return whether the documentation of the chart lists a value without the keys below it. This is so for values
-    without keys, and for `config` and pod templates, which are described elsewhere."""
+    """Return whether the chart's documentation lists a value as a whole, without the keys below it. This is true for
+    values without keys, and for `config` and pod templates, which are described elsewhere."""
     return name in ("config", "podTemplate") or not (node.get("properties") or node.get("items", {}).get("properties"))
 
 
 def commented_values(schema: Mapping[str, Any], values: Mapping[str, Any], text: str) -> str:
-    """Return helm/values.yaml with the same values as `text`, and with comments from the schema.
+    """Return the text of helm/values.yaml with the values of `text`, and with comments from the schema.
 
-    The lines of `config` are kept: docs/reference/configuration.md describes them.
+    The lines of `config` are kept without comments from the schema: docs/reference/configuration.md describes them.
     """
     config = re.search(r"^config:\n(?:[ ].*\n)*", text, re.MULTILINE)
     assert config is not None, "values.yaml has no config"
@@ -90,12 +91,12 @@ def commented_values(schema: Mapping[str, Any], values: Mapping[str, Any], text:
 
 
 def comment(text: str, indent: int) -> list[str]:
-    """Return the lines of a comment."""
+    """Return a text as the lines of a YAML comment."""
     return [" " * indent + "# " + line for line in textwrap.wrap(text, WIDTH - indent - 2, break_on_hyphens=False)]
 
 
 def described(name: str, node: Mapping[str, Any], value: Any, schema: Mapping[str, Any], indent: int) -> list[str]:
-    """Return the lines of one value. Each key below the value has a comment above it."""
+    """Return the lines of one value in helm/values.yaml. Each key below the value has a comment above it."""
     node, space = resolved(node, schema), " " * indent
     if not value or is_leaf(name, {**node, "items": resolved(node.get("items", {}), schema)}):
         return [f"{space}{name}: {flow(value)}"]
@@ -113,7 +114,7 @@ def described(name: str, node: Mapping[str, Any], value: Any, schema: Mapping[st
 def described_keys(
     node: Mapping[str, Any], value: Mapping[str, Any], schema: Mapping[str, Any], indent: int
 ) -> list[str]:
-    """Return the lines of a section's keys. A key without a default is written as a comment."""
+    """Return the lines of a section's keys in helm/values.yaml. A key without a default is written as a comment."""
     lines: list[str] = []
     for key, inner in node["properties"].items():
         lines += comment(inner["description"], indent)
@@ -122,7 +123,7 @@ def described_keys(
 
 
 def flow(value: Any) -> str:
-    """Return a value on one line of YAML."""
+    """Return a value as YAML on one line (flow style)."""
     if value == "":
         return '""'
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).removesuffix("...\n").strip()
@@ -131,7 +132,7 @@ def flow(value: Any) -> str:
 def rows(
     node: Mapping[str, Any], value: Any, schema: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (key, type, default, description) of every value below a section."""
+    """Yield (key, type, default, description) for every value below a section of the schema."""
     for name, raw in node["properties"].items():
         inner, path = resolved(raw, schema), prefix + name
         default = value.get(name) if isinstance(value, dict) else None
@@ -146,7 +147,7 @@ def rows(
 
 
 def kind(node: Mapping[str, Any]) -> str:
-    """Return the type of a value in words."""
+    """Return the type of a value in words, from the value's schema node."""
     if "enum" in node:
         return " or ".join(f"`{item}`" for item in node["enum"])
     words = {"object": "map", "array": "list"}
@@ -155,7 +156,7 @@ def kind(node: Mapping[str, Any]) -> str:
 
 
 def with_table(readme: str, schema: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    """Return the chart's README with the table of values below its heading."""
+    """Return the text of the chart's README, with a new table of values below its heading."""
     table = [f"| `{key}` | {kind} | {default} | {text} |" for key, kind, default, text in rows(schema, values, schema)]
     head = readme.split(TABLE_HEADING)[0]
     note = f"Generated from values.schema.json and values.yaml by `{COMMAND}`."
@@ -164,7 +165,7 @@ def with_table(readme: str, schema: Mapping[str, Any], values: Mapping[str, Any]
 
 
 def plain_rules(rules: str, values: Mapping[str, Any]) -> str:
-    """Replace `${...}` in the rules by values, as helm/templates/rules.yaml does when the chart is installed."""
+    """Replace `${...}` in the rules by values, as helm/templates/rules.yaml does at the installation of the chart."""
     name = values["fullnameOverride"]
     known = {**values["monitoring"]["alerts"], "cluster": values["config"]["name"], "namespace": name, "name": name}
     for key, value in known.items():
@@ -173,7 +174,7 @@ def plain_rules(rules: str, values: Mapping[str, Any]) -> str:
 
 
 def generated() -> dict[Path, str]:
-    """Return the wanted text of every generated file."""
+    """Return the text that every generated file should have."""
     schema = with_config(json.loads(SCHEMA.read_text()), config_schema())
     text = VALUES.read_text()
     text = commented_values(schema, yaml.safe_load(text), text)

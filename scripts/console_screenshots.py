@@ -1,7 +1,7 @@
 """Make the pictures of docs/console: `python -m scripts.console_screenshots`.
 
-The console of a cluster in this process is opened in Chromium. Workers are simulated, and the charts' past hour is made
-up. Files are written with at most 64 colours, which keeps them small.
+The script starts a cluster in this process and opens its console in Chromium. Workers are simulated, and the past hour
+in the charts is made up. Pictures are written with at most 64 colours, which keeps the files small.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ SETTLE_MS = 1000
 
 
 async def fleet(page: Page, scene: Scene) -> None:
-    """Show the fleet with a worker that was lost a moment ago."""
+    """Show the page of the workers, with a worker that was lost a moment ago."""
     await go(page, "fleet")
     lost = await scene.lose_a_worker()
     await page.locator("tr.lost", has_text=lost.identity.worker_id).wait_for()
 
 
 async def call(page: Page, scene: Scene) -> None:
-    """Show a call that has moved to another worker."""
+    """Show the page of a call that has moved to another worker."""
     await go(page, "calls")
     resumed = page.locator("tbody tr", has_text="resume").first
     await resumed.wait_for()
@@ -49,18 +49,18 @@ async def call(page: Page, scene: Scene) -> None:
 
 
 async def tenant(page: Page, scene: Scene) -> None:
-    """Show a tenant with its limits, charts and keys."""
+    """Show the page of a tenant with its limits, charts and keys."""
     await go(page, "tenants/acme")
     await page.locator("main", has_text="Tokens a day").wait_for()
 
 
 async def scaling(page: Page, scene: Scene) -> None:
-    """Show the wanted and the actual replicas, with the reasons of the decisions."""
+    """Show the page of the wanted and the actual replicas, with the reasons for the decisions."""
     await go(page, "scaling")
 
 
 async def playground(page: Page, scene: Scene) -> None:
-    """Show an answer with a table and code."""
+    """Show the playground with an answer that contains a table and code."""
     await go(page, "playground")
     await page.get_by_label("Model", exact=True).select_option("writer")
     await page.locator("summary", has_text="Parameters").click()
@@ -91,7 +91,7 @@ def compressed(png: bytes) -> bytes:
 async def take(
     browser: Browser, checkpoint: Path, bundle: Bundle, folder: Path, names: Iterable[str] = tuple(PICTURES)
 ) -> None:
-    """Write pictures into a folder."""
+    """Write the named pictures into a folder."""
     with tempfile.TemporaryDirectory() as scratch:
         async with console_scene(Path(scratch), browser, checkpoint, bundle) as scene:
             for name in names:

@@ -56,7 +56,7 @@ def wait_for_both(run: RunFolder) -> None:
 def busy_worker(run: RunFolder) -> psutil.Process:
     """Return the replica process whose engine uses the most CPU time now.
 
-    Raises CannotShow if there is no engine process, or the engine belongs to no replica.
+    Raises CannotShow if there is no engine process, or if that engine belongs to no replica.
     """
     processes = [psutil.Process(pid) for pid in reaper.find(run.instance()) if psutil.pid_exists(pid)]
     engines = [process for process in processes if ENGINE in " ".join(process.cmdline())]

@@ -44,7 +44,7 @@ def build(root: Path, out: Path, *, offline: bool) -> str:
 def chart_version(version: str) -> str:
     """Convert the version of a Python package to SemVer: `0.2.dev3+gabc` becomes `0.2.0-dev.3+gabc`.
 
-    Raises ValueError for versions that releases do not have, such as post-releases.
+    Raises ValueError for a kind of version that releases never have, such as a post-release.
     """
     parts = re.fullmatch(r"(\d+)\.(\d+)(?:\.(\d+))?(?:(a|b|rc|\.dev)(\d+))?(?:\+(.+))?", version)
     if parts is None:
@@ -55,10 +55,10 @@ def chart_version(version: str) -> str:
 
 
 def package_chart(root: Path, out: Path, version: str) -> bool:
-    """Package the chart with the version. Returns False if Helm is not installed. Raises CalledProcessError.
+    """Package the chart with this version. Returns False if Helm is not installed. Raises CalledProcessError.
 
-    appVersion selects the tag of the images. Images with this version's tag exist only if the version is a release;
-    otherwise, the chart keeps the appVersion in Chart.yaml.
+    appVersion selects the tag of the images. If the version is a release, images with its tag exist, and appVersion is
+    set to it. Otherwise the chart keeps the appVersion in Chart.yaml.
     """
     helm = shutil.which("helm")
     if helm is None:

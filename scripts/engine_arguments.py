@@ -1,6 +1,6 @@
 """Write cluster/config/vllm_arguments.json: the engine arguments of the installed vLLM, with types and ranges.
 
-`headrace config check` reads this table, because the command may run where vLLM is not installed. With `--check`, the
+`headrace config check` reads this table, because the command may run on a machine without vLLM. With `--check`, the
 script only compares the committed table with the installed vLLM. The script needs vLLM.
 """
 
@@ -28,7 +28,7 @@ Alternatives = list[dict[str, Any]]
 
 
 def alternatives(hint: Any, depth: int = DEPTH) -> Alternatives | None:
-    """Return the forms that a YAML value may have for a type hint, one entry per form. None means any form.
+    """Return the forms that a YAML value may have to match a type hint, one entry per form. None means any form.
 
     Types that YAML cannot express are left out.
     """
@@ -87,7 +87,7 @@ def fields_of(config: type, depth: int = DEPTH) -> dict[str, Any]:
 
 
 def hints_of(config: type) -> dict[str, Any]:
-    """Return the types of a class's fields. A type that vLLM imports only for the type checker becomes Any."""
+    """Return the type hints of a class's fields. A type that vLLM imports only for the type checker becomes Any."""
     try:
         return typing.get_type_hints(config, include_extras=True)
     except NameError:

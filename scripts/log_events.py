@@ -1,4 +1,4 @@
-"""The log events in the code: every call of a structlog logger below `cluster/`, found by parsing the sources."""
+"""The log events in the code: every call of a structlog logger below `cluster/`, found by parsing the source files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LoggedEvent:
 
 
 def logged_events(root: Path = ROOT) -> list[LoggedEvent]:
-    """Return every place below `root/cluster` that logs, in the order of the files."""
+    """Return every place below `root/cluster` that logs an event, in the order of the files."""
     return [
         event
         for path in sorted((root / "cluster").rglob("*.py"))
@@ -47,7 +47,7 @@ def logged_events(root: Path = ROOT) -> list[LoggedEvent]:
 
 
 def events_in(text: str, file: str) -> Iterator[LoggedEvent]:
-    """Yield every place in a source text that logs."""
+    """Yield every place in a source text that logs an event. `file`: the name of the source file."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Dict):
             yield from _written_by_hand(node, f"{file}:{node.lineno}")
@@ -63,8 +63,8 @@ def events_in(text: str, file: str) -> Iterator[LoggedEvent]:
 
 
 def _written_by_hand(node: ast.Dict, place: str) -> Iterator[LoggedEvent]:
-    """Yield the event in a dict literal with the keys `event` and `level`: cluster/observe logs such dicts without
-    structlog."""
+    """Yield the event in a dict literal that has the keys `event` and `level`. cluster/observe writes such events
+    without structlog."""
     items = {
         key.value: value for key, value in zip(node.keys, node.values, strict=True) if isinstance(key, ast.Constant)
     }
@@ -74,7 +74,8 @@ def _written_by_hand(node: ast.Dict, place: str) -> Iterator[LoggedEvent]:
 
 
 def _names(call: ast.Call) -> list[str | None]:
-    """Return the literal names of an event: one, or two for `a if condition else b`; None for any other expression."""
+    """Return the names of an event that are literals in a log call: one name, or two names for `a if condition else b`.
+    For any other expression, the list contains None."""
     first = call.args[0] if call.args else None
     parts = [first.body, first.orelse] if isinstance(first, ast.IfExp) else [first]
     return [part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else None for part in parts]

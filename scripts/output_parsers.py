@@ -1,6 +1,6 @@
 """Write cluster/config/vllm_parsers.json: the names of the installed vLLM's parsers of tool calls and of reasoning.
 
-`headrace config check` reads this table, because the command may run where vLLM is not installed. With `--check`, the
+`headrace config check` reads this table, because the command may run on a machine without vLLM. With `--check`, the
 script only compares the committed table with the installed vLLM. The script needs vLLM.
 """
 

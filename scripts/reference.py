@@ -52,14 +52,14 @@ def page(title: str, introduction: str, source: str, *parts: str) -> str:
 
 
 def section_in(hint: Any) -> type[BaseModel] | None:
-    """Return the class of the configuration section in a type hint, or None if the hint has no section."""
+    """Return the class of the configuration section in a type hint; None if the hint contains no section."""
     if isinstance(hint, type) and issubclass(hint, BaseModel):
         return hint
     return next(filter(None, map(section_in, typing.get_args(hint))), None)
 
 
 def type_name(hint: Any) -> str:
-    """Describe a type hint in terms of YAML. `None` in the hint of an optional value is left out."""
+    """Describe a type hint in terms of YAML. The `None` of an optional value is left out."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         return type_name(arguments[0])
@@ -132,7 +132,7 @@ def configuration() -> str:
 
 
 def metric_rows(definitions: Mapping[str, Definition], prefix: str = "") -> Iterator[Sequence[str]]:
-    """Yield a row for each metric, by name."""
+    """Yield a row for each metric, sorted by name."""
     for name, metric in sorted(definitions.items()):
         yield f"`{prefix}{name}`", metric.kind, ", ".join(f"`{label}`" for label in metric.labels), metric.help
 

@@ -1,9 +1,10 @@
-"""Create the environment `.venv`. `make setup` runs this with the Python of find-python.sh (3.11 to 3.14).
+"""Create the environment `.venv`. `make setup` runs this script with the Python that find-python.sh finds (3.11 to
+3.14).
 
-Uses only the standard library and contains no registry's address. For torch's CPU build, pip with its own
-configuration is tried first, then `uv --torch-backend=cpu`, which knows the address of that build.
-Every installed file must match a hash in the pinned files. The one exception is a wheel of torch's CPU build on a
-local disk where pip is configured to look: its hash is accepted as found.
+The script uses only the standard library and contains no registry's address. For torch's CPU build, pip with its own
+configuration is tried first, then `uv --torch-backend=cpu`, which knows the address of that build. Every installed file
+must match a hash in the pinned files. There is one exception: if pip is configured to look for torch's CPU build on a
+local disk, the hash of the wheel found there is accepted.
 """
 
 from __future__ import annotations
@@ -34,17 +35,18 @@ LABEL = "environment"
 
 
 class SetupError(Exception):
-    """A step failed; the message has the remedy."""
+    """Error: a step failed. The message has the remedy."""
 
 
 def pins(path: Path) -> list[str]:
-    """The requirements of a pinned file, one per line, without hashes."""
+    """Return the requirements in a file of pinned requirements, one per line, without hashes."""
     lines = path.read_text().splitlines()
     return [line.rstrip(" \\") for line in lines if line.strip() and not line.startswith(("#", " "))]
 
 
 def fingerprint() -> str:
-    """Digest of the inputs of the environment; if it changes, the environment must be installed again."""
+    """Return a digest of the files that define the environment. If it changes, the environment must be installed
+    again."""
     digest = hashlib.sha256()
     for path in (PINS, TORCH, TOOLS, ROOT / "pyproject.toml", Path(__file__)):
         digest.update(path.read_bytes())
@@ -52,7 +54,7 @@ def fingerprint() -> str:
 
 
 class Line:
-    """A progress line: redrawn in place on a terminal, otherwise written once at the end of the step."""
+    """A progress line. On a terminal it is redrawn in place; otherwise it is written once at the end of the step."""
 
     def __init__(self, step: str) -> None:
         self._head = f"{step} {LABEL:<13}".lstrip()
@@ -60,7 +62,7 @@ class Line:
         self._started = time.monotonic()
 
     def show(self, text: str, part: float) -> None:
-        """Redraw the line with a bar; `part` is the progress in [0, 1]."""
+        """Redraw the line with a progress bar. `part`: the progress from 0 to 1."""
         if self._live:
             bar = ("█" * int(part * 20)).ljust(20, "·")
             print(f"\r\033[K{self._head} {text:<34} {bar} {self._elapsed()}", end="", flush=True)
@@ -79,7 +81,7 @@ class Line:
 
 
 def run(command: Sequence[str], remedy: str, watch: Callable[[], None] | None = None) -> None:
-    """Run a command with its output in LOG. Raises SetupError with the log's last lines and the remedy."""
+    """Run a command, and write its output to LOG. Raises SetupError with the last lines of LOG and the remedy."""
     with LOG.open("a") as log:
         log.write(f"\n$ {' '.join(command)}\n")
         log.flush()
@@ -101,7 +103,8 @@ def _python_name(version: str) -> str:
 
 
 def make_venv(python: Path, line: Line) -> None:
-    """Create .venv if it is missing, then install the pinned pip and uv. Raises SetupError if it has another Python."""
+    """Create .venv if it is missing, then install the pinned pip and uv. Raises SetupError if .venv has another Python
+    version."""
     wanted = f"{sys.version_info[0]}.{sys.version_info[1]}"
     if python.exists():
         answer = subprocess.run(
@@ -137,11 +140,10 @@ class Wheel:
 
 
 def torch_for_pip(found: Sequence[Wheel], known: str) -> str | None:
-    """Return the pins with which pip may install torch's CPU build, or None if pip must not install it.
+    """Return the pinned requirements with which pip may install torch's CPU build; None if pip must not install it.
 
-    `found`: the wheels that pip found. `known`: the text of torch.txt, which is returned if it has the hashes of all
-    these wheels. Otherwise, if all of them are on a local disk, the returned pins have the hashes of the wheels as
-    found.
+    `found`: the wheels that pip found. `known`: the text of torch.txt. If `known` has the hashes of all found wheels,
+    it is returned. Otherwise, if all found wheels are on a local disk, requirements with their hashes are returned.
     """
     if not found or not all(wheel.version.endswith("+cpu") for wheel in found):
         return None
@@ -154,7 +156,8 @@ def torch_for_pip(found: Sequence[Wheel], known: str) -> str | None:
 
 
 def found_by_pip(python: Path) -> list[Wheel]:
-    """The wheels that pip, as configured here, would install for the pins of torch.txt; empty if pip fails."""
+    """Return the wheels that pip, as configured here, would install for the requirements in torch.txt; empty if pip
+    fails."""
     wanted = sorted({line.split(";")[0].strip() for line in pins(TORCH)})
     command = [str(python), "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "--quiet"]
     probe = subprocess.run(
@@ -171,7 +174,8 @@ def found_by_pip(python: Path) -> list[Wheel]:
 
 
 def install_packages(python: Path, line: Line) -> str:
-    """Install exactly the pinned set, without resolving dependencies; returns the installer used, pip or uv."""
+    """Install exactly the pinned packages, without resolving dependencies. Returns the installer that was used: pip or
+    uv."""
     line.show("looking for torch's CPU build", 0.04)
     expected = len(pins(PINS))
     site = Path(
@@ -211,7 +215,8 @@ def install_packages(python: Path, line: Line) -> str:
 
 
 def setup(step: str) -> None:
-    """Bring .venv to the state of the pinned files; returns at once if it is up to date."""
+    """Install in .venv what the pinned files require. Returns at once if .venv is up to date. `step`: the text before
+    the progress line."""
     line = Line(step)
     python = VENV / "bin" / "python"
     stamp = json.loads(STAMP.read_text()) if STAMP.exists() else {}
@@ -244,7 +249,7 @@ def setup(step: str) -> None:
 
 
 def main() -> int:
-    """Run the setup; returns the exit code: 0 done, 1 failed, 2 unsuitable Python, 130 interrupted."""
+    """Run the setup. Returns the exit code: 0 done, 1 failed, 2 unsuitable Python, 130 interrupted."""
     parser = argparse.ArgumentParser(description="Make the environment .venv.")
     parser.add_argument("--step", default="", help="prefix of the progress line, for example [1/4]")
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
 """Install the client libraries' own test suites in .suites: `make suites`. Returns at once if they are up to date.
 
-`.suites/venv` has the pinned packages of requirements/suites.txt, apart from the engine's environment, since pytest
-would load the suites' plugins into every test run. `.suites/src` has the source packages that contain tests, each in a
-folder with the library's name.
+`.suites/venv` has the pinned packages of requirements/suites.txt. It is separate from the engine's environment, where
+pytest would load the suites' plugins into every test run. `.suites/src` has the source packages that contain tests,
+each in a folder with the library's name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SOURCES = ("anthropic", "openai")
 
 
 def pin(name: str, pins: str) -> str:
-    """Return the pin of a package, with its hashes. Raises LookupError if `pins` has none."""
+    """Return the pinned requirement of a package, with its hashes. Raises LookupError if `pins` does not contain it."""
     for entry in pins.replace("\\\n", "").splitlines():
         if entry.startswith(f"{name}=="):
             return " ".join(entry.split())
@@ -31,7 +31,7 @@ def pin(name: str, pins: str) -> str:
 
 
 def unpack(archive: Path, to: Path) -> None:
-    """Unpack a source package, which has one top-level folder. This folder becomes `to`."""
+    """Unpack a source package. Its one top-level folder becomes the folder `to`."""
     scratch = to.with_name(f"{to.name}.new")
     with tarfile.open(archive) as file:
         file.extractall(scratch, filter="data")
@@ -64,7 +64,7 @@ def _run(*command: str | Path) -> None:
 
 
 def main() -> int:
-    """Install what is missing; returns the exit code."""
+    """Install the suites that are missing or out of date. Returns the exit code."""
     if STAMP.exists() and STAMP.read_bytes() == PINS.read_bytes():
         return 0
     try:

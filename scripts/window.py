@@ -1,9 +1,10 @@
 """Run the engine contract tests on releases of vLLM other than the pinned release: `make window`.
 
-The tests take a few minutes per release. Each release has a folder, which comes before the environment on PYTHONPATH.
-The folder has the release's wheel of vLLM and the dependencies for which the release pins other versions. If a release
-has no CPU wheel, the release's Python code runs on the CPU kernels of the pinned release. Such a run is an early
-warning and does not test the kernels of the release.
+The tests take a few minutes per release. For each release there is a folder that precedes the environment on
+PYTHONPATH. It contains the release's wheel of vLLM, and the dependencies for which the release pins other versions.
+
+If a release has no CPU wheel, the release's Python code runs on the CPU kernels of the pinned release. Such a run is an
+early warning and does not test the kernels of the release.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ V2 = ("tests/worker/engine/v2_contract.py",)
 class Release:
     """A release of vLLM to test. The tests skip features that docs/support.md lists as missing in the release.
 
-    If `borrows_kernels`, the release has no CPU wheel and runs on the CPU kernels of the pinned release.
+    `borrows_kernels`: whether the release has no CPU wheel, so that it runs on the CPU kernels of the pinned release.
     """
 
     version: str
@@ -48,7 +49,7 @@ RELEASES: Mapping[str, Release] = {
 
 
 def install_release(release: Release, name: str) -> Path:
-    """Return the folder with a release. Installs the release if the folder is missing."""
+    """Return the folder that contains a release. The release is installed if the folder is missing."""
     folder = FOLDER / name
     if not folder.is_dir():
         scratch = folder.with_name(f"{name}.new")
@@ -76,7 +77,7 @@ def borrow_kernels(package: Path) -> None:
 
 
 def name_cpu_build(folder: Path, version: str) -> None:
-    """Rename the distribution to `vllm X+cpu`, because vLLM detects its platform by this name.
+    """Rename the installed distribution to `vllm X+cpu`, because vLLM detects its platform by this name.
 
     Before release 0.32, vLLM recognizes no other name.
     """

@@ -35,8 +35,8 @@ class AdapterState(enum.StrEnum):
 class AdapterSpec:
     """An adapter of a model, as configured or loaded at run time. Can be stored as JSON.
 
-    `source`: place of the files, in the same form as the source of a model's weights. `digest`: SHA-256 of the
-    adapter's files as lower-case hex; empty until a worker or the controller has seen the files. `tenants`: the tenants
+    `source`: location of the files, in the same form as the source of a model's weights. `digest`: SHA-256 of the
+    adapter's files as lower-case hex; empty until a worker or the controller has read the files. `tenants`: the tenants
     that may use the adapter; empty for every tenant that may use the model. `pinned`: the engine never drops this
     adapter to load another one. `version`: the only version of the model that has the adapter; empty for all versions.
     """

@@ -10,11 +10,13 @@ from typing import NamedTuple
 class ClassCounts:
     """Demand for one priority class of one model at one gateway.
 
-    Counters since the gateway's start: sequences that arrived, their prompt tokens less the expected prefix-cache hits,
-    their expected output tokens, and ended calls within and outside the model's SLO.
+    Counted since the gateway's start: `arrived_requests`: sequences that arrived. `arrived_prompt_tokens`: their prompt
+    tokens, less the expected prefix-cache hits. `expected_output_tokens`: their expected output tokens. `within_slo`,
+    `outside_slo`: ended calls that met or missed the model's SLO.
 
-    Current values: queued requests and their tokens, the longest wait so far, the seconds until the nearest deadline
-    (None: no queued request has a deadline), and the requests held because no worker serves the model.
+    Current values: `queued_requests`, `queued_tokens`: waiting requests and their tokens. `oldest_wait_s`: the longest
+    wait so far. `nearest_deadline_s`: seconds until the nearest deadline; None if no waiting request has a deadline.
+    `held_requests`: requests that are held because no worker serves the model.
     """
 
     priority_class: str
@@ -49,10 +51,11 @@ class ModelDemand:
 
 @dataclass(frozen=True, slots=True)
 class ComputedWork:
-    """Work of one engine since the engine's start: number of steps, seconds spent in steps, computed prompt tokens, and
-    generated tokens.
+    """Work of one engine since the engine's start. `busy_s`: seconds spent in steps. `prefill_tokens`: computed prompt
+    tokens. `decode_tokens`: generated tokens.
 
-    The last three fields are the fields of EngineCounts; they are 0 if the engine does not report EngineCounts.
+    `preemptions`, `prefix_query_tokens` and `prefix_hit_tokens` are the fields of EngineCounts. They are 0 if the
+    engine does not report EngineCounts.
     """
 
     steps: int = 0

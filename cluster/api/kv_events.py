@@ -11,9 +11,11 @@ BlockId = Hashable
 
 @dataclass(frozen=True, slots=True)
 class BlocksStored:
-    """Consecutive blocks of one sequence have been stored. `parent`: the block before the first one; None if the first
-    block begins a prompt. `token_ids`: tokens of all of these blocks. `cache_salt` is used only without a parent;
-    `adapter` is the digest of the adapter, "" for none."""
+    """Event: the engine has stored consecutive blocks of one sequence.
+
+    `parent`: the block before the first one; None if the first block begins a prompt. `token_ids`: tokens of all of
+    these blocks. `cache_salt`: used only if `parent` is None. `adapter`: digest of the adapter, "" for none.
+    """
 
     blocks: Sequence[BlockId]
     parent: BlockId | None
@@ -25,14 +27,14 @@ class BlocksStored:
 
 @dataclass(frozen=True, slots=True)
 class BlocksRemoved:
-    """One copy of each of these blocks has been removed. The engine may still hold further copies."""
+    """Event: the engine has removed one copy of each of these blocks. The engine may still hold further copies."""
 
     blocks: Sequence[BlockId]
 
 
 @dataclass(frozen=True, slots=True)
 class BlocksCleared:
-    """All blocks have been removed."""
+    """Event: the engine has removed all blocks."""
 
 
 KvEvent = BlocksStored | BlocksRemoved | BlocksCleared

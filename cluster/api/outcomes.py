@@ -177,8 +177,8 @@ class CallError(Exception):
         quota: Sequence[Violation] = (),
         headers: Sequence[tuple[str, str]] = (),
     ) -> None:
-        """Create an error. `retry_after_s` None: the default of `outcome`. `quota`: the exhausted limits. `headers`:
-        headers (in gRPC, metadata) of the answer."""
+        """Create an error. `retry_after_s`: None for the default delay of `outcome`. `quota`: the exhausted limits.
+        `headers`: headers of the answer (in gRPC, metadata)."""
         message = shortened(message, MAX_MESSAGE_CHARS)
         super().__init__(message)
         self.outcome = outcome

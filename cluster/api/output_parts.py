@@ -1,4 +1,4 @@
-"""The parts into which a worker parses an output (content, reasoning, tool calls), and the request for parsing."""
+"""The parts of a parsed output (content, reasoning, tool calls), and the request to a worker to parse an output."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ class ParsedOutput:
     """The parts that the worker's parser found in one TokenOutput's text, and the stop string that ended the text, if
     any. Not frozen, since an instance is created for each token.
 
-    The joined parts of all outputs of a request depend only on the request's tokens, not on the steps in which the
-    tokens came. The first parsed output of a resumed request also repeats the parts of the emitted tokens.
+    The joined parts of a request's outputs depend only on the request's tokens, not on how the engine's steps divided
+    the tokens. The first parsed output of a resumed request also repeats the parts of the tokens that were emitted
+    before the resume.
     """
 
     parts: Sequence[OutputPart] = ()

@@ -53,12 +53,12 @@ class PoolingInfo:
 
 
 def pooling_capabilities(tasks: Iterable[PoolingTask]) -> tuple[str, ...]:
-    """Return the capabilities that name the pooling tasks."""
+    """Return the capabilities of a worker that serves `tasks`: one capability for each task, such as `pools:embed`."""
     return tuple(f"{POOLS}{task.value}" for task in tasks)
 
 
 def pooling_tasks(capabilities: Iterable[str]) -> tuple[PoolingTask, ...]:
-    """Return the pooling tasks that `capabilities` name; unknown tasks are ignored."""
+    """Return the pooling tasks that a worker's capabilities name. Other capabilities and unknown tasks are ignored."""
     return known_tasks(word.removeprefix(POOLS) for word in capabilities if word.startswith(POOLS))
 
 

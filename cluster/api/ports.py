@@ -1,4 +1,4 @@
-"""Ports: small protocols, each with a fake or a simulation for tests."""
+"""Ports: small interfaces (`typing.Protocol`), each with a fake or a simulation for tests."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Engine(Protocol):
 
 
 class KvEventSource(Protocol):
-    """The events of an engine's prefix cache. One reader calls `kv_events`, from before the first request on."""
+    """The events of an engine's prefix cache. A single reader calls `kv_events`, starting before the first request."""
 
     async def kv_events(self) -> Sequence[KvEvent]:
         """Wait for further events and return them in the engine's order. A cancelled wait loses nothing."""
@@ -89,8 +89,8 @@ class AdapterEngine(Protocol):
     async def load_adapter(self, digest: str, folder: str, *, pinned: bool) -> None:
         """Load the adapter's files into the engine's memory. Returns when requests for `digest` can be submitted.
 
-        Raises EngineRefused ADAPTER_INVALID if the engine rejects the files and keeps running, EngineCorrupt if the
-        engine must be replaced, and EngineDead if the engine is dead.
+        Raises EngineRefused with the reason ADAPTER_INVALID if the engine rejects the files and keeps running,
+        EngineCorrupt if the engine must be replaced, and EngineDead if the engine is dead.
         """
 
     async def unload_adapter(self, digest: str) -> None:

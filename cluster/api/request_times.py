@@ -1,4 +1,6 @@
-"""Times of one request on its worker, which are measured only for requests of sampled calls."""
+"""Times of one request on its worker. They are measured only for a sampled call, which is a call whose trace is
+recorded.
+"""
 
 from __future__ import annotations
 

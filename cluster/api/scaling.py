@@ -65,8 +65,8 @@ class ScalingService(Protocol):
         """Set a fixed number of replicas, or with None return to scaling by demand."""
 
     def freeze(self, name: str, frozen: bool) -> Sequence[ModelScaling]:
-        """Freeze or unfreeze a model's number of replicas. `name` "" sets or clears a separate flag, which freezes all
-        models."""
+        """Freeze or unfreeze a model's number of replicas. With `name` "", set or clear a separate flag that freezes
+        all models."""
 
     def explain(self, name: str, limit: int) -> ScalingExplanation:
         """Return why the model has its number of replicas. `limit`: maximum number of decisions; 0: all that are

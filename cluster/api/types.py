@@ -30,7 +30,7 @@ class Grammar:
     """A constraint on the output of a request. `kind` is json_schema, json_object, regex, choice or grammar.
 
     `value` is the text of the schema, expression or grammar. For choice, `value` holds the allowed strings; for
-    json_object, `value` is "". A sixth kind, structural_tag, comes only from a worker's output parser.
+    json_object, `value` is "". A sixth kind, structural_tag, is set only by a worker's output parser.
     """
 
     kind: str
@@ -48,9 +48,9 @@ class Grammar:
 class Sampling:
     """Sampling parameters for the engine, with the model's defaults applied. The gateway handles stop strings.
 
-    `logprobs`: None for none, 0 for the sampled token only, k to add the k most likely tokens. `top_k`: 0 is off.
-    `stop_token_ids`: the caller's stop tokens. If `ignore_eos` is False, the engine also stops at the generation
-    config's EOS ids.
+    `logprobs`: None for no log probabilities, 0 for the sampled token only, k to add the k most likely tokens. `top_k`:
+    0 for no limit. `stop_token_ids`: the caller's stop tokens. If `ignore_eos` is False, the engine also stops at the
+    EOS ids of the generation config.
     """
 
     max_tokens: int
@@ -262,19 +262,20 @@ _NOISE = re.compile(r"(-pp\d+)-[a-z0-9]+$")
 
 
 def without_seed_noise(engine_class: str) -> str:
-    """Return an engine class without its sampling-noise suffix, if any.
+    """Return an engine class without the suffix that names the engine's sampling noise, if it has this suffix.
 
-    worker/engine/vllm/resume.py appends this suffix after the ranks, as in `-pp1-<noise>`.
+    The sampling noise is the random numbers that a seed gives. worker/engine/vllm/resume.py appends the suffix after
+    the parallelism, as in `-pp1-<noise>`.
     """
     return _NOISE.sub(r"\1", engine_class)
 
 
 @dataclass(frozen=True, slots=True)
 class CompatibilityKey:
-    """Properties that two workers must share so that one can resume a sequence of the other.
+    """Properties that two workers must share so that one worker can resume a sequence that the other began.
 
-    The properties are the weights, the tokenizer and the engine's arithmetic (dtype, quantization, parallelism). A call
-    with a seed also needs equal sampling noise for equal seeds.
+    The properties are the weights, the tokenizer and the engine's arithmetic (dtype, quantization, parallelism). For a
+    call with a seed, the seed must also give the same random numbers on both workers (sampling noise).
     """
 
     weight_digest: str
@@ -283,8 +284,8 @@ class CompatibilityKey:
 
     @property
     def unseeded(self) -> CompatibilityKey:
-        """The key to compare for a call without a seed: this key without the sampling noise, which matters only with a
-        seed."""
+        """The key to compare for a call without a seed: this key without the sampling noise, which matters only for
+        calls with a seed."""
         return CompatibilityKey(self.weight_digest, self.bundle_digest, without_seed_noise(self.engine_class))
 
     def can_resume(self, begun: CompatibilityKey) -> bool:
@@ -401,9 +402,9 @@ class VersionShare:
 class VersionTally:
     """A gateway's counts for one version of a model, since the gateway's start.
 
-    `errors`: calls that failed because of the worker. `pairs`: calls whose time to first token was compared with the
-    time to first token of the stable version's latest call. `slower`: calls of `pairs` that took more than `ttft_ratio`
-    times as long.
+    `errors`: calls that failed because of the worker. `pairs`: calls whose time to first token was compared with that
+    of the stable version's latest call. `slower`: the calls among `pairs` that took more than `ttft_ratio` times as
+    long as the stable version's call.
     """
 
     model: str

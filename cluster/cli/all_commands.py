@@ -50,7 +50,7 @@ def headrace(
         typer.Option("--version", callback=version.print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """Declare the options that stand before the command's name. `target_of` reads the value of `--context`."""
+    """Declare the options that come before the command's name. `target_of` reads the value of `--context`."""
 
 
 app.command()(up.up)

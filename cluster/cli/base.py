@@ -43,7 +43,7 @@ def read_config(file: Path) -> Config:
 
 
 def read_leniently(file: Path, lenient: Callable[[Path], PartialConfig]) -> PartialConfig:
-    """Load a configuration file by `lenient`, which leaves out invalid models. Any other error in the file ends the
+    """Load a configuration file with `lenient`, which leaves out invalid models. Any other error in the file ends the
     process with exit code 2."""
     try:
         return lenient(file)

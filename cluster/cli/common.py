@@ -161,7 +161,7 @@ def make_client(target: ClusterTarget, timeout_s: float | None = None) -> Client
 
 
 def _how_to_reach(context: str) -> str:
-    """Return a hint for the error message when no gateway answers."""
+    """Return a hint for the error message that is shown when no gateway answers."""
     if context:
         return f"the address is of the context {context} (`headrace context show {context}`)"
     running = [run.path.name for run in RunFolder.running()]

@@ -70,7 +70,7 @@ class Report:
     warnings: tuple[ConfigFinding, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Return the report as --json prints the report. The keys are the same with and without errors."""
+        """Return the report in the form that --json prints. The keys are the same with and without errors."""
 
         def plain(findings: tuple[ConfigFinding, ...]) -> list[dict[str, Any]]:
             return [{"path": finding.path, "message": finding.message, "line": finding.line} for finding in findings]
@@ -128,7 +128,8 @@ def _findings(problems: list[Problem], given: Input) -> tuple[ConfigFinding, ...
 
 
 def _model_problems(config: Config) -> Iterator[Problem]:
-    """Yield a problem for each model whose source or degrees of parallelism would keep a replica from starting."""
+    """Yield a problem for each model with a source, or with degrees of parallelism, that would keep its replicas from
+    starting."""
     for at, model in enumerate(config.models):
         for number, version in enumerate(model.versions()):
             path: tuple[str | int, ...] = ("models", at, "canary") if number else ("models", at)

@@ -21,8 +21,8 @@ def is_asked(yes: bool) -> bool:
 def confirm(question: str, yes: bool, *, required: bool = False) -> None:
     """Ask the user on the terminal. Any answer but yes ends the command with exit code 1.
 
-    If `yes` is set, the user is not asked. If standard input is no terminal, the user is not asked either; the command
-    then ends with exit code 2 if `required` is set. `required`: the command cannot be undone.
+    `yes`: do not ask. `required`: the command cannot be undone. If standard input is no terminal, the user cannot be
+    asked: the command ends with exit code 2 if `required` is set, and continues otherwise.
     """
     if yes:
         return

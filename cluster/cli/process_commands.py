@@ -29,7 +29,8 @@ def add_pods(app: typer.Typer) -> None:
 
 
 def app_of(name: str) -> typer.Typer:
-    """Return a typer app that has the command `name`. The app has the group `pod` or the processes that `up` starts."""
+    """Return the typer app that has the command `name`: the app with the group `pod`, or the app with the processes
+    that `up` starts."""
     app = typer.Typer(name="headrace", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     if name == POD:
         add_pods(app)

@@ -29,8 +29,8 @@ _KINDS: Mapping[str, type[LedgerError]] = {
 class AdminConnection:
     """A connection to a gateway's admin API.
 
-    The methods raise the LedgerErrors that the database would raise, and HeadraceError for any other error, such as
-    wrong credentials or a role without the permission.
+    The methods raise the same LedgerErrors as the services that use the database. For any other error, such as wrong
+    credentials or a role without the permission, they raise HeadraceError.
     """
 
     def __init__(self, access: Access) -> None:

@@ -26,7 +26,7 @@ _SHOWN = {
 
 
 def trees(spans: Sequence[SpanRecord]) -> Iterator[str]:
-    """Yield one tree as text for each span whose parent is not in `spans`, such as the first span of a call."""
+    """Yield one tree as text for each root span, which is a span whose parent is not in `spans`."""
     ids = {span.span_id for span in spans}
     below: dict[str, list[SpanRecord]] = {}
     for span in spans:

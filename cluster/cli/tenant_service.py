@@ -1,4 +1,4 @@
-"""Selection of the tenant service and the usage reports for a command: on the database, or over a gateway's admin API.
+"""Choose where a command's tenant service and usage reports come from: the database, or a gateway's admin API.
 
 --database-url, -f and --pepper-file select the database. --admin, --endpoint, --context, --api-key-file and --tls-ca
 select a gateway's admin API. Options on the command line take precedence over environment variables, and environment
@@ -66,7 +66,7 @@ class TenantBackend:
 
 @dataclass(frozen=True, slots=True)
 class LedgerServices:
-    """The services of one ledger: on its database, or over the admin API of a gateway."""
+    """The tenant service and the usage reports of one ledger, through its database or through a gateway's admin API."""
 
     tenants: TenantService
     reports: UsageReports

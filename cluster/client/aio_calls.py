@@ -125,7 +125,8 @@ class AsyncStream(StreamState, Generic[Chunk]):
 
 @dataclass(eq=False)
 class _SessionAttempts(StreamAttempts):
-    """The calls of one stream. Each call runs in a session, or is a plain gRPC stream if `sessions` is None."""
+    """The calls that serve one stream: the first call, then one call for each resume. Each call runs in a session, or
+    is a plain gRPC stream if `sessions` is None."""
 
     sessions: Sessions | None
 

@@ -78,7 +78,7 @@ def complete_answer(raw: pb.CompleteResponse, request_id: str) -> CompleteAnswer
 
 
 def text_chunk(request: pb.ChatRequest | pb.CompleteRequest, text: str) -> pb.ChatChunk | pb.CompleteChunk:
-    """Return a chunk of the answer to a request, with the next text of the first choice."""
+    """Return a chunk that adds `text` to the first choice of the answer to `request`."""
     if isinstance(request, pb.ChatRequest):
         return pb.ChatChunk(choices=[pb.ChoiceDelta(delta=pb.Message(content=text))])
     return pb.CompleteChunk(choices=[pb.CompleteChoice(text=text)])

@@ -16,7 +16,8 @@ Method = Callable[[Any], Callable[..., Any]]
 
 @dataclass(eq=False)
 class StreamAttempts:
-    """The calls of one stream, one after the other. `method` is the method of the first call."""
+    """The calls that serve one stream: the first call, then one call for each resume. `method`: gRPC method of the
+    first call."""
 
     gateways: GatewayList[Any, Any]
     method: Method
@@ -46,7 +47,8 @@ class StreamAttempts:
         return self.resumption.pause_s(failed)
 
     def resume(self) -> None:
-        """Switch gateways and start the call that resumes the stream."""
+        """Switch to the next gateway and resume the stream. If no resume token was received, start the first call
+        again."""
         self.gateways.switch_from(self.endpoint)
         request = self.resumption.resume_request
         if request is None:

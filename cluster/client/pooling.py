@@ -73,7 +73,7 @@ class RerankAnswer:
 
 
 def embed_request(model: str, texts: Texts, dimensions: int | None, params: Mapping[str, Any]) -> pb.EmbedRequest:
-    """Return the request for the vectors of one text, of several, or of lists of token ids."""
+    """Build an EmbedRequest. `texts`: one text, several texts, or several lists of token ids."""
     fields = _given(params)
     request = pb.EmbedRequest(model=model, dimensions=dimensions, **fields)
     if isinstance(texts, str):
@@ -97,7 +97,7 @@ def rerank_request(
     return_documents: bool,
     params: Mapping[str, Any],
 ) -> pb.RerankRequest:
-    """Return the request for a ranking."""
+    """Build a RerankRequest. `top_n`: maximum number of documents in the ranking; None for all documents."""
     if isinstance(documents, str):
         raise TypeError("documents: must be a list of texts, not one text")
     return pb.RerankRequest(

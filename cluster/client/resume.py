@@ -36,7 +36,7 @@ class Resumption:
         clock: Callable[[], float] = time.monotonic,
         enabled: bool = True,
     ) -> None:
-        """Begin the state of a stream. `endpoints` is the number of gateways to try.
+        """Create the state of a new stream. `endpoints`: number of gateways to try.
 
         If `enabled` is False, any error ends the stream.
         """
@@ -56,7 +56,8 @@ class Resumption:
         return None if self._deadline is None else max(self._deadline - self._clock(), 0.001)
 
     def record(self, chunk: StreamChunk | pb.ResumeChunk | str) -> StreamChunk | str | None:
-        """Store the resume token of a chunk. Returns the chunk, or None if it has nothing else for the reader."""
+        """Store the resume token of a chunk. Returns the chunk, or None if the chunk has only the token and nothing for
+        the reader."""
         if isinstance(chunk, str):
             self._received = True
             return chunk

@@ -117,7 +117,8 @@ class SessionCall:
     def restart_in_session(self) -> bool:
         """Start the call again, in another session.
 
-        Does nothing and returns False if a part of the answer was received or the call was moved MAX_MOVES times.
+        Does nothing and returns False if a part of the answer was already received, or if the call was already
+        restarted MAX_MOVES times.
         """
         if self.answered or self.moves >= MAX_MOVES:
             return False
@@ -195,7 +196,7 @@ class _Session:
             self._end_calls(error)
 
     async def _write(self) -> None:
-        """Send queued requests in batches, because every single write has to pass through gRPC's threads."""
+        """Send queued requests in batches, because each write to the stream must pass through gRPC's threads."""
         while True:
             message = self._next or await self._outbox.get()
             self._next, bytes_left = None, MAX_BATCH_BYTES - message.ByteSize()

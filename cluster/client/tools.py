@@ -33,7 +33,8 @@ class ToolCall:
 
 
 class Tool(Mapping[str, Any]):
-    """A Python function that a model may call, and a mapping with the keys of a tool definition in OpenAI's format.
+    """A Python function that a model may call. The object is also a mapping with the keys of a tool definition in
+    OpenAI's format.
 
     The schema of the arguments comes from the annotations of the function's parameters, and the description from the
     docstring. Arguments are validated before the function is called.
@@ -111,7 +112,7 @@ def tool_calls_of(message: pb.Message) -> tuple[ToolCall, ...]:
 
 
 class ToolCallDeltas:
-    """The tool calls of a streamed answer, as far as they were received."""
+    """The tool calls of a streamed answer, built from the parts (deltas) that were received so far."""
 
     def __init__(self) -> None:
         self._calls: dict[int, tuple[str, str, list[str]]] = {}

@@ -78,8 +78,8 @@ def checked_name(value: str) -> str:
 
 
 def as_list(value: Any) -> Any:
-    """Convert a mapping of adapters to a list. The mapping's keys are adapter names; a value has the other keys of the
-    adapter, or is only its source. Values of other types are returned unchanged."""
+    """Convert a mapping of adapters to a list. A key of the mapping is an adapter's name. A value is a mapping with the
+    adapter's other keys, or only the adapter's source. Values of other types are returned unchanged."""
     if not isinstance(value, Mapping):
         return value
     return [

@@ -1,5 +1,5 @@
-"""Rules that compare the models of cluster.yaml with each other and with other sections. Pure; each rule yields
-problems.
+"""Rules that compare the models of cluster.yaml with each other and with other sections. A rule does no I/O and yields
+the problems that it finds.
 
 A process that reads a configuration refuses the configuration if a rule yields a problem. `headrace config check` adds
 warnings about probable mistakes.
@@ -43,7 +43,7 @@ class Entry(Protocol):
 
 
 def source_problem(source: str) -> str:
-    """Return why the text of a source cannot be valid; "" if it may be valid. The source itself is not read."""
+    """Return why a model's source is invalid, judged by its text alone; "" if the source may be valid."""
     scheme, separator, rest = source.partition("://")
     if not separator:
         return ""
@@ -63,8 +63,8 @@ def source_problem(source: str) -> str:
 
 
 def _hub_problem(source: str, name: str) -> str:
-    """Return why `name` is no valid name of a repository of the Hugging Face hub, by the rules of the hub's client; ""
-    for a valid name."""
+    """Return why `name` is not a valid repository name on the Hugging Face hub; "" if it is valid. The rules are those
+    of the hub's client."""
     if name.count("/") != 1 or not all(name.split("/")):
         return f"expected hf://organisation/name, got {source!r}"
     plain, at, revision = name.partition("@")
@@ -172,8 +172,8 @@ A model has one Need for each GPU type on which the model may run.
 def budgets(needs: Sequence[Need], budget: Mapping[str, int]) -> Iterator[Problem]:
     """Yield the problems of the GPU budgets in `scaling.gpu_budget`.
 
-    A model has a problem if one replica does not fit into the budget of any of the model's GPU types. A budget has a
-    problem if the minimum replicas of all models that can use only its GPU type need more GPUs.
+    A model has a problem if each budget of its GPU types is too small for one replica. A budget has a problem if it is
+    too small for the minimum replicas of all models that can use only this GPU type.
     """
     by_model: dict[int, list[Need]] = {}
     for need in needs:

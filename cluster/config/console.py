@@ -15,8 +15,8 @@ TRACE_ID = "{trace_id}"
 
 
 def _secure_url(value: str, why: str) -> str:
-    """Return a URL unchanged. Raises ValueError unless the URL is https, or http on this host. `why`: reason for the
-    error message."""
+    """Return a URL unchanged. Raises ValueError if the URL is neither https nor http on this host. `why`: reason for
+    the error message."""
     parts = url_parts(value)
     if parts.scheme not in ("https", "http") or not parts.hostname:
         raise ValueError(f"{value!r} is no URL of a web server: write https://host")
@@ -53,7 +53,8 @@ class ConsoleOidc(Section):
 
 
 class Console(Section):
-    """The console in the browser, at `/` of the HTTP port. Operators and viewers may sign in, others if `tenants`."""
+    """The console in the browser, at `/` of the HTTP port. Operators and viewers may sign in; with `tenants`, callers
+    and tenant admins may too."""
 
     enabled: bool = True
     """Serve the console."""

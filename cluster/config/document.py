@@ -60,9 +60,9 @@ def examine(document: Document, absent: Collection[str] = ()) -> tuple[Config | 
 def without_invalid_keys(document: Document, absent: Collection[str] = ()) -> tuple[Config | None, list[Problem]]:
     """Return the configuration in a document without the wrong keys, and all problems of the document.
 
-    A wrong key can hide problems elsewhere. Wrong keys are therefore removed, and the rest is checked again until the
-    rest is valid. The configuration is None if that is impossible. A model entry that stays invalid is replaced by a
-    placeholder. Its name is LEFT_OUT followed by the entry's position.
+    A wrong key can hide problems elsewhere. Wrong keys are therefore removed and the rest is checked again, until the
+    rest is valid. The configuration is None if the rest never becomes valid. A model entry that stays invalid is
+    replaced by a placeholder, whose name is LEFT_OUT followed by the entry's position.
     """
     zero_bytes = [*_zero_bytes((), document.data, set())]
     wrong = [_duplicate_problem(duplicate) for duplicate in document.duplicates]
@@ -105,7 +105,7 @@ def _duplicate_problem(key: Duplicate) -> Problem:
 
 
 def _follows(problem: Problem, removed: Sequence[KeyPath]) -> bool:
-    """Return whether the removal of the keys in `removed` may be the cause of a problem."""
+    """Return whether a problem may exist only because the keys in `removed` were removed."""
     if problem.missing and problem.path in removed:
         return True
     section = problem.path[0] if problem.path else ""
@@ -150,7 +150,7 @@ def with_models(config: Config, entries: Sequence[Mapping[str, Any]], absent: Co
 
 
 def _by_name(where: str, names: Sequence[str]) -> str:
-    """Return the path `where` with the name of the model instead of its position. `names`: model names by position."""
+    """Return the path `where` with the model's name in place of its position. `names`: model names by position."""
     return re.sub(r"^models\[(\d+)\]", lambda match: f"models[{names[int(match[1])]}]", where)
 
 

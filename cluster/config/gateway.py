@@ -137,9 +137,11 @@ class Queue(Section):
 class Resume(Section):
     """Resume of calls whose worker is lost or leaves: they continue on another compatible worker.
 
-    A call fails after `max_attempts` workers have failed it (1: with its first worker), after waiting `max_wait_s` for
-    another worker, or when `max_silent_losses` workers in a row were lost without a token from it, since the call may
-    be the cause. With a resume token a client continues at another gateway; a token is valid for `token_expires_s`."""
+    A call fails when `max_attempts` workers have failed (1: when its first worker fails), or when it has waited
+    `max_wait_s` for another worker. It also fails when `max_silent_losses` workers in a row were lost before they sent
+    a token, since the call may be the cause. With a resume token, a client continues at another gateway; the token is
+    valid for `token_expires_s`.
+    """
 
     max_attempts: Annotated[int, Field(ge=1, le=16)] = 5
     """Lost workers after which a call fails; 1: with its first worker."""
@@ -181,8 +183,8 @@ class GatewaySettings(Section):
     def open_port(self) -> str:
         """Return the first of the listeners `grpc`, `http` and `link` that has port 0; "" if none has port 0.
 
-        The caller refuses such a listener, since each process would listen on a different port. With one process, the
-        result is "".
+        The caller refuses a listener with port 0, since each process would choose a different port. The result is "" if
+        there is only one process.
         """
         if self.processes == 1:
             return ""

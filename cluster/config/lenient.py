@@ -28,7 +28,7 @@ GATEWAY_OPTIONAL_SECTIONS = ("models", "weights", "ray")
 class HeldModel:
     """A model with an invalid entry. The model's running replicas stay unchanged.
 
-    `aliases` and `fallback` have the values of the entry that can be read.
+    `aliases` and `fallback`: the values in the invalid entry, as far as they can be read.
     """
 
     name: str
@@ -38,7 +38,8 @@ class HeldModel:
 
 @dataclass(frozen=True, slots=True)
 class PartialConfig:
-    """The valid parts of a configuration, with the problems of the invalid parts and the held models.
+    """The valid parts of a configuration, the problems of the invalid parts, and the models with an invalid entry
+    (`held`).
 
     `all_held`: all running models must stay unchanged, since the `models` section cannot be read as a list of entries.
     """
@@ -50,12 +51,15 @@ class PartialConfig:
 
 
 def load_for_gateway(path: Path) -> PartialConfig:
-    """Read a file for a gateway's start. Raises ConfigError for problems outside GATEWAY_OPTIONAL_SECTIONS."""
+    """Read the configuration file with which a gateway starts.
+
+    Raises ConfigError for a problem outside the sections in GATEWAY_OPTIONAL_SECTIONS.
+    """
     return for_gateway(read_text(path), str(path))
 
 
 def load_for_controller(path: Path) -> PartialConfig:
-    """Read a file for a controller's start. Raises ConfigError for problems outside `models`."""
+    """Read the configuration file with which a controller starts. Raises ConfigError for a problem outside `models`."""
     return for_controller(read_text(path), str(path))
 
 
@@ -94,7 +98,8 @@ def _without_wrong_entries(
     document: Document, entries: Sequence[Any], without_models: Config, problems: tuple[str, ...]
 ) -> PartialConfig:
     """Return the configuration without invalid model entries. Entries with problems are removed and the rest is checked
-    again, until the rest is valid. `without_models`: the configuration to return if a problem is not in an entry."""
+    again, until the rest is valid. `without_models`: the configuration to return if a remaining problem belongs to no
+    entry."""
     left_out = {*_with_duplicate_keys(document), *_conflicting(entries)}
     while True:
         staying = [at for at in range(len(entries)) if at not in left_out]
@@ -148,8 +153,8 @@ def _conflicting(entries: Sequence[Any]) -> set[int]:
 
 
 def _held(entries: Sequence[Any], beside: Config | None = None) -> tuple[HeldModel, ...]:
-    """Return the models that the invalid entries `entries` name, each model once. Names that the valid configuration
-    `beside` has too are left out."""
+    """Return the models that the invalid entries `entries` name, each model once. Names that are also in the valid
+    configuration `beside` are left out."""
     taken = {name for model in beside.models for name in (model.name, *model.aliases)} if beside is not None else set()
     held: dict[str, HeldModel] = {}
     for entry in entries:

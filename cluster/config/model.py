@@ -76,7 +76,8 @@ class Rollback(Section):
 
 
 class Canary(Section):
-    """A second version of a model, which gets the share `weight` of its calls. Keys left out are the model's."""
+    """A second version of a model, which gets the share `weight` of its calls. A key that is left out has the model's
+    value."""
 
     version: str
     """Name of the second version; another than the model's."""

@@ -1,8 +1,8 @@
 """Problems of a configuration, each with the key's path, the expected form and the remedy.
 
-Pydantic stops a model's validators at the first wrong field, and pydantic's message for `300s` is "unable to parse
-string". With this module a validator may report several problems at once (`ProblemsError`), messages about unknown keys
-suggest a known key, and messages about numbers with a unit show the value in the key's unit.
+Pydantic alone stops a model's validators at the first wrong field, and its message for `300s` is "unable to parse
+string". With this module, a validator may report several problems at once (`ProblemsError`). Messages about unknown
+keys suggest a known key. Messages about numbers with a unit show the value in the key's unit.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ def problems_of(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
 
 
 def _without_other_forms(problems: list[Problem]) -> list[Problem]:
-    """Remove the problem `must be a string` of each key whose list has problems.
+    """Remove the problem `must be a string` of a key that has a list, if the items of the list have problems.
 
-    For a key that may be a string or a list, pydantic reports problems of the value as a string and as a list.
+    For a key that may be a string or a list, pydantic reports the problems of both forms.
     """
     parents = {problem.path[:at] for problem in problems for at in range(len(problem.path))}
     return [
@@ -126,8 +126,8 @@ def _without_other_forms(problems: list[Problem]) -> list[Problem]:
 def _path_and_keys(location: Sequence[int | str], root: type[BaseModel]) -> tuple[Path, Sequence[str]]:
     """Return the path of a pydantic location, and the keys that the schema allows at that path.
 
-    For a key with a union type, pydantic adds the name of a type of the union to the location. The path is without
-    these names.
+    For a key with a union type, pydantic adds the name of one of the types to the location. The returned path does not
+    contain these names.
     """
     path: list[str | int] = []
     models: list[type[BaseModel]] = [root]

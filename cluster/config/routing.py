@@ -14,7 +14,8 @@ DEFAULT = CostWeights()
 
 
 class RoutingWeights(Section):
-    """Weights of the policy `cost`: what a call costs at a worker, in prompt tokens that a usual worker computes."""
+    """Weights of the policy `cost`, which estimates what a call costs at each worker. The unit of a cost is the work of
+    a usual worker for one prompt token."""
 
     computed_tokens: Annotated[float, Field(ge=1, le=1e6)] = DEFAULT.computed
     """Cost of each prompt token that the worker must compute: 1 for the wait of the call itself, and more for the

@@ -271,7 +271,7 @@ CLASSES = (
 
 
 class LimitSettings(Section):
-    """Limits of a tenant. A limit left out is that of tenant_defaults; null is unlimited."""
+    """Limits of a tenant. A limit that is left out has the value in tenant_defaults; null is unlimited."""
 
     requests_per_minute: int | None = None
     """Requests in any 60 s: 1 to 10^15; none: unlimited."""

@@ -16,10 +16,10 @@ _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a PyYAML without l
 
 
 class Loader(_Base):  # type: ignore[misc] # PyYAML is untyped
-    """Loader for YAML's safe types, with a separate constructor for dates.
+    """Loader for YAML's safe types, with its own constructor for dates.
 
-    A library that vLLM imports for structured outputs makes PyYAML's own loader return dates as text. With that loader,
-    a process with an engine would read a file differently from other processes.
+    A library that vLLM imports for structured outputs makes PyYAML's own loader return dates as text. With PyYAML's
+    loader, a process with an engine would read a file differently from other processes.
     """
 
 

@@ -35,12 +35,12 @@ log = structlog.get_logger("catalog")
 
 
 class StoredCatalogService:
-    """Implements CatalogService (cluster/api/catalog.py) with an editable catalog and the overrides of the desired
-    models."""
+    """Implementation of CatalogService (cluster/api/catalog.py) that changes the editable catalog, and the overrides of
+    versions in the desired models."""
 
     def __init__(self, catalog: EditableCatalog, models: DesiredModels, published: PublishedCatalog) -> None:
-        """`models`: the desired models that `catalog` changes. `published`: catalog from which methods return
-        entries."""
+        """`models`: the desired models that `catalog` changes. `published`: the published catalog, from which the
+        methods take the entries that they return."""
         self._catalog = catalog
         self._models = models
         self._published = published

@@ -46,14 +46,14 @@ class GatewayPort(Protocol):
         """Return the workers that are linked to at least one gateway."""
 
     def lost(self) -> Sequence[LostEngine]:
-        """Return the engines that ended in the last minutes, oldest first."""
+        """Return the engines that ended in the last few minutes, oldest first."""
 
     def demand(self) -> Sequence[ModelDemand]:
         """Return the demand by model, summed over gateways."""
 
     def tallies(self) -> Sequence[VersionTally]:
-        """Return each gateway's call counts for canaries and for the stable versions that canaries are compared
-        with."""
+        """Return the call counts of each gateway: for canaries, and for the stable versions with which canaries are
+        compared."""
 
     @property
     def linked(self) -> int:
@@ -128,8 +128,8 @@ class Controller:
         await self._execute(plan.actions, {app.app: app.replicas for app in wanted})
 
     async def _execute(self, actions: Sequence[reconcile.Action], replicas: Mapping[str, int]) -> None:
-        """Execute all actions of a plan. If a Ray cluster does not answer in an action, raises RayAway after the last
-        one. `replicas`: number of replicas of each wanted application."""
+        """Execute all actions of a plan. If a Ray cluster does not answer during an action, the other actions are still
+        executed, and RayAway is raised at the end. `replicas`: number of replicas of each wanted application."""
         away = None
         for action in actions:
             log.info(

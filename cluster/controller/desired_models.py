@@ -106,8 +106,8 @@ class DesiredModels:
     def held(self, on_ray: Collection[str]) -> Mapping[str, ModelSpec]:
         """Return the specs of the held models by name, including models without replicas.
 
-        `on_ray`: names of the models that have an application on Ray. After `hold` with `everything`, those that are
-        not wanted are held too.
+        `on_ray`: names of the models that have an application on Ray. After `hold(everything=True)`, the models in
+        `on_ray` that are not wanted are held too.
         """
         names = self._held.keys() | (set(on_ray) if self._hold_all else set())
         return {name: self._held.get(name) or ModelSpec(name, "") for name in names - self.variants.keys()}

@@ -39,7 +39,7 @@ class EditableCatalog:
         """Restore the stored changes, and set the resulting catalog in `models`.
 
         `config`: the configuration from the file. `settings_of`: function that returns the replica settings of a
-        configuration. `by_file`: whether operators can change the models of the file only in the file. `held`: names of
+        configuration. `by_file`: whether the models of the file can be changed only in the file. `held`: names of
         models whose entries in the file are invalid. `on_want`: function that is called with the replica settings of
         each new catalog.
         """
@@ -111,8 +111,8 @@ class EditableCatalog:
         return with_models(self._config, entries, self._held)
 
     def restarts(self, after: Config) -> Mapping[str, str]:
-        """Return the models whose stable version would get new replicas with the configuration `after`: reasons by name
-        of the model."""
+        """Return the models whose stable version would get new replicas under the configuration `after`. The keys are
+        model names, the values are reasons."""
         old = {variant.spec.name: variant.digest for variant in reversed(self._settings_of(self._config))}
         new = {variant.spec.name: variant.digest for variant in reversed(self._settings_of(after))}
         why = "settings of its replicas change: they are replaced one after another"
@@ -121,14 +121,14 @@ class EditableCatalog:
     # ---- changes
 
     def adopt(self, config: Config) -> None:
-        """Replace the configuration. If the new one cannot be stored, raises CallError and changes nothing."""
+        """Replace the configuration by `config`. Raises CallError and changes nothing if `config` cannot be stored."""
         names = {model.name for model in config.models} | self._held
         self._replace(config, {name: adapters for name, adapters in self._loaded.items() if name in names})
         log.info("catalog.applied", models=[model.name for model in config.models])
 
     def set_loaded(self, model: Model, adapters: tuple[AdapterSpec, ...]) -> None:
-        """Replace the adapters that were loaded for a model at run time. If they cannot be stored, raises CallError and
-        changes nothing."""
+        """Replace the adapters that were loaded for a model at run time. Raises CallError and changes nothing if the
+        adapters cannot be stored."""
         changed = {**self._loaded, model.name: adapters}
         self._replace(self._config, {name: loaded for name, loaded in changed.items() if loaded})
 

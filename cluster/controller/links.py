@@ -72,7 +72,7 @@ class _GatewayReports:
     tallies: Sequence[VersionTally] = ()
 
     def apply(self, frame: pb.GatewayControlFrame) -> None:
-        """Replace the reports that a frame from the gateway holds."""
+        """Replace the stored reports by the newer reports in a frame from the gateway."""
         if frame.HasField("fleet"):
             self.fleet = [_worker(w) for w in frame.fleet.workers]
             self.lost = lost_engines.from_pb(frame.fleet.lost)
@@ -86,8 +86,8 @@ class _GatewayReports:
 
 
 class ControllerLinks:
-    """Dials the gateways in `gateways`, and the other gateway processes on their hosts. Sends the newest catalog to
-    each."""
+    """Links from the controller to the gateways. Dials the gateways in `gateways` and the other gateway processes on
+    their hosts, and sends the newest catalog to each."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class ControllerLinks:
         return _merge_fleets([reports.fleet for reports in self._reports.values()])
 
     def lost(self) -> Sequence[LostEngine]:
-        """Return the engines that ended in the last minutes, oldest first."""
+        """Return the engines that ended in the last few minutes, oldest first."""
         return lost_engines.merge_reports([reports.lost for reports in self._reports.values()])
 
     def demand(self) -> Sequence[ModelDemand]:
@@ -278,7 +278,7 @@ class ControllerLinks:
 
 
 def _merge_fleets(fleets: Iterable[Sequence[FleetWorker]]) -> Sequence[FleetWorker]:
-    """Return one FleetWorker for each worker of the gateways' reports, sorted by worker id."""
+    """Return one FleetWorker for each worker in the gateways' reports, from the newest report, sorted by worker id."""
     workers: dict[str, FleetWorker] = {}
     for worker in chain.from_iterable(fleets):
         other = workers.get(worker.worker_id)

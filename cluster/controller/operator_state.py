@@ -48,7 +48,7 @@ class OperatorState:
         self.message = self._read()
 
     def record_change(self) -> pb.OperatorState | None:
-        """Return the new message after one of the files has changed; None if there is no stored change. Raises
+        """Record that one of the files has changed. Returns the new message, or None if no change is stored. Raises
         OSError."""
         # The revision grows even if the clock was set back.
         self._revision = max(self._revision + 1, round(self._wall_s() * 1000))
@@ -106,7 +106,7 @@ async def recover(
 
 
 async def _answers(gateways: Sequence[str], tls: TlsFiles | None, resolve: dns.Resolve) -> list[pb.OperatorState]:
-    """Return one OperatorState from each gateway that answers. The state of a gateway without changes is empty."""
+    """Return one OperatorState from each gateway that answers. The state is empty if the gateway stores no changes."""
     addresses: dict[str, None] = {}
     for gateway in gateways:
         if not dns.is_dns_name(gateway):

@@ -59,8 +59,8 @@ class PublishedCatalog:
         return tuple(self._entries.values())
 
     def preview(self, spec: ModelSpec, shares: Sequence[ReplicaShare]) -> CatalogEntry:
-        """Return a model's last published entry with new `shares` of its versions. `spec`: the stable version's
-        spec."""
+        """Return a model's last published entry, but with the new `shares` of its versions. `spec`: spec of the stable
+        version."""
         last = self._entries.get(spec.name) or lifecycle.entry(spec, ModelState.DECLARED, None)
         before = {share.version: share for share in last.versions}
         versions = tuple(
@@ -116,7 +116,7 @@ class PublishedCatalog:
         return self.entries()
 
     def _adapters(self, models: DesiredModels, name: str) -> tuple[AdapterSpec, ...]:
-        """Return the adapters of a model. A model that leaves or is held keeps its last published adapters."""
+        """Return the adapters of a model. A held model, or a model being removed, keeps its last published adapters."""
         if name in models.variants:
             return models.adapters.get(name, ())
         before = self._entries.get(name)
@@ -125,7 +125,8 @@ class PublishedCatalog:
     def _version(
         self, seen: ControllerPass, part: ReplicaShare, spec: ModelSpec, variants: Sequence[ReplicaSettings]
     ) -> lifecycle.Version:
-        """Return a version's state in this pass. `variants`: the variants of the version; empty if the model leaves."""
+        """Return a version's state in this pass. `part`: share of the version. `spec`: spec of the version. `variants`:
+        the variants of the version, one for each GPU type; empty if the model is being removed."""
         leaving = not variants
         wanted = [app for app in seen.wanted if (app.model, app.version) == (spec.name, part.version)]
         current = [seen.snapshot.apps[app.app] for app in wanted if app.app in seen.snapshot.apps]
@@ -184,7 +185,8 @@ def _engine_ends(lost: Sequence[LostEngine], model: str, version: str, generatio
 
 
 def _unplaceable(variants: Sequence[ReplicaSettings], snapshot: RaySnapshot) -> str:
-    """Return why the first variant cannot be placed, or "" if at least one variant can be placed."""
+    """Return why a version cannot be placed on Ray's nodes: the reason for the first of `variants`. Returns "" if at
+    least one variant can be placed."""
     reasons = [why_unplaceable(variant.spec, snapshot.nodes_of(variant.ray_cluster)) for variant in variants]
     return reasons[0] if reasons and all(reasons) else ""
 

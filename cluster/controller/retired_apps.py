@@ -33,8 +33,9 @@ class RetiredApps:
     ) -> frozenset[str]:
         """Return the applications that may be deleted: those without calls, and those whose drain timeout is over.
 
-        `awaited`: models for which calls still wait. Applications of these models are kept until the drain timeout.
-        `linked`: whether a gateway reports loads. Without reports, all applications are kept until the drain timeout.
+        `awaited`: models with waiting calls. Applications of these models are kept until the drain timeout. `linked`:
+        whether a gateway reports the workers' loads. Without reports, all applications are kept until the drain
+        timeout.
         """
         busy = {worker.generation for worker in fleet if worker.running}
         deletable = set()

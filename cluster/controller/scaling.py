@@ -70,8 +70,8 @@ def requested_on_ray(
 
 
 def room(models: DesiredModels, snapshot: RaySnapshot) -> Mapping[Kind, int]:
-    """Return how many replicas of each model fit on the nodes of each GPU type, beside the replicas of other models.
-    Only models with several GPU types are included."""
+    """Return how many replicas of each model fit on the nodes of each GPU type, next to the existing replicas of other
+    models. Only models with several GPU types are included."""
     free: dict[Kind, int] = {}
     for model in models.variants:
         types = models.stable(model)
@@ -114,7 +114,7 @@ def workers_of(fleet: Sequence[FleetWorker], gpus: Mapping[str, str] | None = No
 class DemandRecorder:
     """Receiver of the gateways' demand reports (links.DemandListener), which records the reports for the scaler.
 
-    When calls are held for a model without workers, the next pass begins at once.
+    When calls are held because their model has no worker, the next pass of the controller begins at once.
     """
 
     def __init__(self, scaler: Scaler, wake: Callable[[], None], now: Callable[[], float] = time.monotonic) -> None:
@@ -181,7 +181,7 @@ class Counters:
         self._metrics.count("canary_rollbacks_total", model)
 
     def count(self, scaler: Scaler) -> None:
-        """Add the increase of the scaler's counters since the last call of this method to the metrics."""
+        """Add to the metrics the increase of the scaler's counters since the previous call of this method."""
         for model, (actions, gpu_seconds) in scaler.counters().items():
             actions_before, gpu_seconds_before = self._before.get(model, ({}, 0.0))
             for action, count in actions.items():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 class Administration:
     """The admin methods, the live overview and the console of one gateway process. Every process has the admin methods,
-    for its console; only process 0 has the admin port."""
+    because its console uses them. Only process 0 has the admin port."""
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class Administration:
         utilization: Callable[[], Iterator[tuple[str, str, float]]],
         budgets: Callable[[], Sequence[BudgetUse]],
     ) -> None:
-        """`utilization` and `budgets` return how much of their limits and budgets the tenants have used. Raises
-        ValueError if a file of the console cannot be used."""
+        """`utilization`: yields how much of each limit each tenant has used. `budgets`: returns how much of each budget
+        each tenant has used. Raises ValueError if a file of the console cannot be used."""
         config, tenants = foundation.config, foundation.tenants
         remembered = RememberedRoutes(dispatch.scheduler.routes.history, foundation.gateway_id)
         self.siblings: Siblings | None = optional_parts.siblings(

@@ -1,9 +1,9 @@
 """Batching of requests to a store. The requests that arrive while a batch is running form the next batch.
 
-Each call makes one request to a store. When a gateway dies, or a batch of jobs starts, a hundred calls arrive at once;
-if these requests were sent one by one, each would cost its own connection or transaction, and the last would wait for
-all others. A request that arrives while no batch is running is sent immediately. Under load a request waits for at most
-one batch, as in a database's group commit.
+Each call makes one request to a store. When a gateway dies, or when many jobs start together, a hundred calls arrive at
+once. If their requests were sent one by one, each would cost its own connection or transaction, and the last would wait
+for all others. A request that arrives while no batch is running is sent immediately. Under load a request waits for at
+most one batch, as in a database's group commit.
 """
 
 from __future__ import annotations

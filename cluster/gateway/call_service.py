@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 
 class CallService:
-    """Call service of one gateway, which opens calls. When the context of a call is left, the call's slots are freed,
-    the call leaves the queue, and its accounts and metrics are settled."""
+    """Opens the calls of one gateway. Each call is an async context manager. At its exit the slots of the call are
+    freed, the call leaves the queue, and its accounts and metrics are settled."""
 
     def __init__(
         self,
@@ -63,11 +63,11 @@ class CallService:
         access_log: AccessLog | None = None,
         tracer: Tracer | None = None,
     ) -> None:
-        """`max_attempts`: number of workers that may fail a sequence before its call fails. `max_silent_losses`: number
-        of workers that a sequence may lose in a row without a token in between. `guards`: required if policies name
-        guards. `resumes`: the resume service, None if streams cannot be resumed. `prompts`: the prompt log for tenants
-        whose policy asks for prompt logging. `access_log`: None if ended calls are not logged. `tracer`: None if calls
-        are not traced."""
+        """`max_attempts`: number of workers on which a sequence may fail before its call fails. `max_silent_losses`:
+        number of workers that a sequence may lose in a row without a token in between. `guards`: required if a tenant's
+        policy names guards. `resumes`: the resume service; None if streams cannot be resumed. `prompts`: the log of
+        prompts, for tenants whose policy asks for it. `access_log`: None if ended calls are not logged. `tracer`: None
+        if calls are not traced."""
         self.authenticator: Authenticator = authenticator if authenticator is not None else NoAuthentication()
         self.directory = directory
         self.bodies = Bodies()
@@ -103,8 +103,8 @@ class CallService:
         self._undo = UndoSteps(self.calls, reservations, scheduler, prompts)
 
     def call_at_end(self, function: Callable[[Opening | PoolingOpening, Outcome], None]) -> None:
-        """Register a function that is called for each call that has ended or could not begin, after the functions that
-        were registered before. The function must be short."""
+        """Register a function that is called for each call that has ended or could not begin. Functions are called in
+        the order of registration. The function must be short."""
         self._at_end.insert(0, function)
 
     @property
@@ -126,14 +126,14 @@ class CallService:
         meta.counted = True
 
     def open(self, request: requests.GenerationRequest, meta: CallMeta) -> CallContext[Opening, Call]:
-        """Return the context of a call, in which the call is open. Entering raises CallError if the call cannot run. An
-        error that is raised in the context ends the call with the outcome of the error."""
+        """Return the async context manager in which a call is open. Entering it raises CallError if the call cannot
+        run. An error that is raised inside it ends the call, and determines the outcome of the call."""
         opening = Opening(meta, self.clock(), request)
         self._trace(opening, meta.traceparent)
         return CallContext(opening, self._begin, self._at_end, self.clock)
 
     def open_pooling(self, request: PoolingRequest, meta: CallMeta) -> CallContext[PoolingOpening, PoolingCall]:
-        """Return the context of a pooling call, as `open` does."""
+        """Like `open`, for a pooling request (one that asks for vectors or scores, not for generated tokens)."""
         opening = PoolingOpening(meta, self.clock(), request)
         self._trace(opening, meta.traceparent)
         return CallContext(opening, self._begin_pooling, self._at_end, self.clock)
@@ -149,8 +149,7 @@ class CallService:
             self._tracer.ended(opening.trace, call_facts(opening, outcome, self.clock()))
 
     async def _begin(self, opening: Opening, cleanup: Cleanup) -> Call:
-        """Take the steps from a request to a queued call, in order. Each step registers its undo step with
-        `cleanup`."""
+        """Turn a request into a queued call, step by step. Each step registers its undo step with `cleanup`."""
         self.calls.check_not_closing()
         if opening.request.resume is not None:
             await opening.read_resume_tokens(self._resume_service())
@@ -180,7 +179,7 @@ class CallService:
         return call
 
     async def _begin_pooling(self, opening: PoolingOpening, cleanup: Cleanup) -> PoolingCall:
-        """Take the steps from a pooling request to a queued call, as `_begin` does."""
+        """Turn a pooling request into a queued call, as `_begin` does for other requests."""
         self.calls.check_not_closing()
         if opening.request.metadata:
             requests.check_metadata(opening.request.metadata)
@@ -223,13 +222,13 @@ class CallService:
         await opening.guard_prompt(guards)
 
     def _hold_open(self, call: Call, opening: Opening | PoolingOpening, cleanup: Cleanup) -> None:
-        """Keep the call among the open calls until the call ends."""
+        """Register the call as open until the call ends."""
         cleanup.add(opening, self._undo.close)
         self.calls.add(call)
         if opening.is_fallback:
             self._record_fallback(call, opening)
 
     def _record_fallback(self, call: Call, opening: CallOpening) -> None:
-        """Count a call that a fallback model serves, in the metrics and as demand for the requested model."""
+        """Count a call that a fallback model serves: in the metrics, and as demand for the model that was requested."""
         self._scheduler.count_missed(call, opening.requested)
         self._metrics.count("route_decisions_total", opening.requested.name, "fallback")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class UndoSteps:
-    """The undo steps of one gateway's calls (see Cleanup). Each attribute holds the steps of one acquisition: `close`
-    of an open call, `quota` of a quota reservation, and `schedule` of a queued call."""
+    """The undo steps of one gateway's calls (see Cleanup). `close`: undo steps of an open call. `quota`: undo steps of
+    a quota reservation. `schedule`: undo steps of a queued call."""
 
     def __init__(
         self, calls: OpenCalls, reservations: QuotaReservations, scheduler: Scheduler, prompts: PromptLog | None
@@ -55,5 +55,5 @@ class UndoSteps:
 
 
 def close_guards(guards: CallGuards, outcome: Outcome) -> None:
-    """Undo step of a call's guards: record their decisions."""
+    """Undo step of a call's guards: record the decisions of the guards."""
     guards.close()

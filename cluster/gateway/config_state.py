@@ -25,7 +25,7 @@ class ConfigState:
 
     def __init__(self, path: Path | None = None, problems: Sequence[str] = (), look_s: float = LOOK_S) -> None:
         """`path`: the configuration file; None: `watch` does nothing. `problems`: the errors found when the process
-        started. `look_s`: seconds between two checks whether the file has changed."""
+        started. `look_s`: seconds between two looks for a change of the file."""
         self._path = path
         self._look_s = look_s
         self._stamp = self._read_stamp()
@@ -35,7 +35,7 @@ class ConfigState:
 
     @property
     def valid(self) -> bool:
-        """Whether the file has no errors, so that a gateway that starts now would use all of the file."""
+        """Whether the file has no errors. A gateway that starts now would then use all of the file."""
         return not self.problems
 
     async def watch(self) -> None:

@@ -1,10 +1,10 @@
 """The demand that a gateway reports to the controller. Demand is counted when sequences arrive, grow and end.
 
-A sequence counts as arrived once, even if the sequence is queued again. Waiting sequences are kept by model and
-priority class, so that a report needs no scan of the queue. At arrival a sequence is counted with its expected output
-length. The count is corrected when the output grows longer and when the sequence ends. The reported counter never
-decreases: after an estimate that was too high, the counter stays constant until later output has used up the excess.
-The module is pure: `now` is an argument.
+A sequence counts as arrived once, even if it is queued again. Waiting sequences are kept by model and priority class,
+so that a report needs no scan of the queue. A new sequence is counted with its expected output length. The count is
+corrected when the output exceeds this length and when the sequence ends. The reported counter never decreases: after an
+estimate that was too high, the counter stays constant until later output has used up the excess. The module is pure:
+`now` is an argument.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class DemandTally:
             self._count_output(waiting, tokens)
 
     def ended(self, waiting: WaitingSequence, tokens: int, ran: bool) -> None:
-        """Record a sequence's end. `tokens`: its final number of output tokens. `ran`: whether the sequence ever ran;
-        if it did not, its expected length stays counted."""
+        """Record the end of a sequence. `tokens`: its final number of output tokens. `ran`: whether the sequence ever
+        ran; if it did not, its expected length stays counted."""
         if ran and waiting.call_id in self._counted_output:
             self._count_output(waiting, tokens)
         self._counted_output.pop(waiting.call_id, None)
@@ -81,7 +81,8 @@ class DemandTally:
             self._add_output(counters, waiting.call_id, tokens, counted)
 
     def _add_output(self, counters: _Class, call_id: str, tokens: int, counted: int = 0) -> None:
-        """Count a sequence's output of `tokens` tokens. `counted`: number of these tokens that were counted before."""
+        """Count the output of a sequence. `tokens`: number of output tokens so far. `counted`: number of these tokens
+        that were counted before."""
         counters.output_tokens += tokens - counted
         if counters.output_tokens > counters.expected_output_tokens:
             counters.expected_output_tokens = counters.output_tokens

@@ -1,4 +1,4 @@
-"""Dispatch of sequences to workers: a gateway's scheduler, links, models, usage accounting and resumes."""
+"""Sending of sequences to workers: a gateway's scheduler, links, models, usage accounting and resumes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from cluster.wire.dial import Timing
 class Dispatch:
     """The scheduler of a gateway, and the parts that the scheduler works with.
 
-    The parts need one another: the links report to the scheduler, and the scheduler reads the directory, which gets
+    The parts depend on each other: the links report to the scheduler, and the scheduler reads the directory, which gets
     tokenizer bundles over the links. The scheduler therefore gets this object, as its SchedulerHost
-    (scheduling/scheduler.py), and reads the attributes of the object only once there is a link or a call.
+    (scheduling/scheduler.py), and reads the object's attributes only after the first link or call.
     """
 
     def __init__(
@@ -34,8 +34,8 @@ class Dispatch:
         usage_store: optional_parts.UsageStore | None,
         on_models_changed: Callable[[Iterable[KnownModel]], None] | None,
     ) -> None:
-        """`usage_store`: used instead of the ledger of `auth`. `on_models_changed`: called with all models after each
-        change of the models that the gateway can serve."""
+        """`usage_store`: where usage records are written; None for the ledger that the configuration names.
+        `on_models_changed`: called with all models after each change of the models that the gateway can serve."""
         config, metrics, tenants = foundation.config, foundation.metrics, foundation.tenants
         self._on_models_changed = on_models_changed
         self.charges = ServiceCharges({entry.name: entry.rank for entry in config.classes}, metrics)

@@ -1,4 +1,4 @@
-"""The gauges of a gateway, which a scrape reads."""
+"""The gauges of a gateway, which each scrape of the metrics page reads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ QUARANTINED = "quarantined"
 
 @dataclass(frozen=True, slots=True)
 class GatewayGauges:
-    """The parts of a gateway whose state is exported. A scrape runs in a thread, so the parts are only read."""
+    """The parts of a gateway whose state is exported as gauges. A scrape runs in a thread, so it only reads the
+    parts."""
 
     hub: Hub
     directory: ModelDirectory

@@ -37,15 +37,15 @@ if TYPE_CHECKING:
 
 
 class UsageStore(NamedTuple):
-    """A store of usage records. `secrets`: the keys that seal the workers' copies of open records. `insert`: writes
-    records."""
+    """A store of usage records. `insert`: writes records. `secrets`: keys that encrypt open records, which describe
+    requests that still run. A worker keeps an encrypted copy of each."""
 
     secrets: Sequence[bytes]
     insert: Callable[[Sequence[UsageRecord]], None]
 
 
 def tenant_authenticator(config: Config, folder: Path, metrics: Metrics, process: int) -> TenantAuthenticator | None:
-    """Return the authenticator for a configuration with `auth`, else None."""
+    """Return the authenticator if the configuration has a section `auth`, else None."""
     if config.auth is None:
         return None
     from cluster.gateway.auth.tenants import TenantAuthenticator
@@ -56,8 +56,8 @@ def tenant_authenticator(config: Config, folder: Path, metrics: Metrics, process
 def accounting(
     tenants: TenantAuthenticator | None, store: UsageStore | None, hub: Hub, folder: Path
 ) -> Accounting | None:
-    """Return the accounting of usage; None if `store` and `tenants` are both None. `store`: used instead of the ledger
-    of `tenants`."""
+    """Return the usage accounting; None if `store` and `tenants` are both None. `store`: where records are written;
+    None for the ledger of `tenants`."""
     if store is None and tenants is not None:
         store = UsageStore(tenants.secrets, tenants.ledger.usage.insert)
     if store is None:
@@ -74,7 +74,7 @@ def accounting(
 def budgets(
     config: Config, tenants: TenantAuthenticator | None, metrics: Metrics, process: int, on_sums: SumsCallback
 ) -> BudgetWatch | None:
-    """Return the watch over the budgets of all tenants; None if `tenants` is None. Only process 0 of a host sends
+    """Return the periodic check of all tenants' budgets; None if `tenants` is None. Only process 0 of a host sends
     notices. Raises ValueError for an unusable webhook secret file."""
     if tenants is None:
         return None
@@ -109,7 +109,7 @@ def guards(config: Config, metrics: Metrics, tenants: TenantAuthenticator | None
 
 
 def span_export(config: Config, metrics: Metrics) -> SpanExport | None:
-    """Return the export of spans; None if the configuration has no `observe.tracing`. Raises ValueError for an
+    """Return the exporter of spans; None if the configuration has no `observe.tracing`. Raises ValueError for an
     unusable file."""
     tracing = config.observe.tracing
     if tracing is None:
@@ -162,8 +162,8 @@ def resume_service(
     take_over: Callable[[Call, int], None],
     incarnation: str,
 ) -> ResumeService:
-    """Return the service that resumes the streams of lost gateways. Without `auth` the secret and the claims are files
-    in the cache folder, which all gateways of a host share."""
+    """Return the service that resumes the streams of lost gateways. Without a section `auth` in the configuration, the
+    secret and the claims are files in the cache folder, which all gateways of a host share."""
     from cluster.gateway.resume_tokens.first_claims import FileFirstClaims, LedgerFirstClaims, StoreFirstClaims
     from cluster.gateway.resume_tokens.resumption import ResumeService
 
@@ -199,7 +199,8 @@ def console(
 
 
 def _cached_secrets() -> Sequence[bytes]:
-    """Return the secrets of a cluster without `auth`, from a file in the cache folder. A missing file is created."""
+    """Return the secrets of a cluster whose configuration has no section `auth`. They are in a file in the cache
+    folder; a missing file is created."""
     from cluster.ledger.files import make_secret, read_secrets
 
     path = cache_dir() / "cluster-secret"
@@ -215,9 +216,10 @@ def siblings(
     abort: Callable[[str, str], list[str]],
     remembered: RememberedRoutes,
 ) -> Siblings | None:
-    """Return the object that aborts and explains calls of the other gateway processes of this host; None if the host
-    has a single process. The object is needed because only process 0 has an admin port. `abort`: ends calls of this
-    process (CallService.abort). `remembered`: the routes of this process, which the other processes request."""
+    """Return the client of the other gateway processes of this host; None if the host has a single process. The client
+    aborts calls in the other processes and looks up the routes of their calls. It is needed because only process 0 has
+    an admin port. `abort`: ends calls of this process (CallService.abort). `remembered`: the routes of this process,
+    which the other processes request."""
     if config.gateway.processes == 1:
         return None
     from cluster.gateway.apis.admin.siblings import Siblings

@@ -22,8 +22,8 @@ from cluster.policy.limits.request_bytes import RequestBytes
 
 
 class GatewayPorts:
-    """The servers of a gateway process: `clients` (gRPC) and `http` for callers, `links` for workers and controllers.
-    The servers for operators are made when their ports are opened."""
+    """The servers of a gateway process. `clients` (gRPC) and `http` serve callers; `links` serves workers and
+    controllers. The servers for operators are made when their ports are opened."""
 
     def __init__(
         self,
@@ -53,10 +53,11 @@ class GatewayPorts:
         self.http = HttpServer(http_application(service, bodies, endpoints), admission(http2.Port.CLIENT))
 
     async def open_internal(self, probes: str, link: socket.socket | None) -> None:
-        """Open the ports for the cluster and its operators: health probes, links, admin (process 0) and metrics.
+        """Open the ports for the cluster and its operators: health probes, links, admin (process 0 only) and metrics.
 
-        `probes`: address of the health probes, "" for none. `link`: a bound socket for links, or None. Raises
-        RuntimeError when an address cannot be bound."""
+        `probes`: address of the health probes, "" for none. `link`: a socket for links that is bound already; None to
+        bind one. Raises RuntimeError when an address cannot be bound.
+        """
         settings, listeners = self._config.gateway, self.listeners
         listen = settings.listen.of(self._process)
         if probes:

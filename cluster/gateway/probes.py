@@ -1,5 +1,5 @@
-"""The grpc.health.v1 service: the statuses of models, and a server without TLS for the probes of a pod. That server has
-a separate port with separate connection limits."""
+"""The grpc.health.v1 service: the statuses of models, and a server without TLS for the health probes of a pod. This
+server has its own port and its own connection limits."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def health_served(host: str, port: int) -> AsyncIterator[None]:
 
 
 class ModelHealth:
-    """The health service's statuses, one for each name and alias of a model that has ever been known."""
+    """The statuses in the health service: one for each name and alias of every model that was ever known."""
 
     def __init__(self) -> None:
         self.servicer = health.aio.HealthServicer()

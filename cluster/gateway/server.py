@@ -71,10 +71,11 @@ class Gateway:
         config_state: ConfigState | None = None,
         usage_store: optional_parts.UsageStore | None = None,
     ) -> None:
-        """`folder`: the folder for tokenizer bundles, the last catalog and, with `auth`, the snapshot of tenants and
-        keys. `process`: the index of this process among `gateway.processes`. `probes`: an address for grpc.health.v1
-        without TLS, "" for no such listener. `config_state`: the validity of the file from which `config` was read.
-        `usage_store`: used instead of the ledger of `auth`. Raises ValueError for an unusable secret file."""
+        """`folder`: the folder for tokenizer bundles, the last catalog and, with a section `auth` in the configuration,
+        the snapshot of tenants and keys. `process`: the index of this process among `gateway.processes`. `probes`: an
+        address for grpc.health.v1 without TLS, "" for no such listener. `config_state`: the validity of the file from
+        which `config` was read. `usage_store`: where usage records are written; None for the ledger that the
+        configuration names. Raises ValueError for an unusable secret file."""
         make_private_folder(folder)
         self.config = config
         self._config_state = config_state or ConfigState()
@@ -274,10 +275,11 @@ async def run_gateway(
     link: socket.socket | None = None,
     config_state: ConfigState | None = None,
 ) -> None:
-    """Run a gateway until `stop` is set, then drain the gateway. `ready` is called with the bound endpoints by listener
-    name.
+    """Run a gateway until `stop` is set, then drain the gateway.
 
-    `config_state`: the validity of the file from which `config` was read."""
+    `ready`: called with the bound addresses, keyed by the names of the listeners. `config_state`: the validity of the
+    file from which `config` was read.
+    """
     interpreter.shorten_switch_interval()
     gateway = Gateway(config, folder, process=process, probes=probes, config_state=config_state)
     try:

@@ -1,9 +1,9 @@
 """A gRPC server on asyncio that joins all writes of one event-loop pass into one send per connection.
 
-grpc.aio passes each message through a queue, a completion and a wake-up, which takes about 20 µs per message, and a
-gateway writes a message for every token. In this package h2 keeps HTTP/2's state (headers, settings, windows, resets),
-and only DATA frames are made by hand. Handlers have grpc's own interface: generated servicers and InferenceApi run on
-this server and on grpc.aio's server.
+grpc.aio passes each message through a queue, a completion and a wake-up. This takes about 20 µs per message, and a
+gateway writes a message for every token. In this package the library h2 keeps HTTP/2's state (headers, settings,
+windows, resets), and only DATA frames are made by hand. Handlers have grpc's own interface, so generated servicers and
+InferenceApi run both on this server and on grpc.aio's server.
 """
 
 from hyperframe.frame import Frame

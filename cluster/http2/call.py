@@ -43,7 +43,7 @@ class CallTask:
         limit_s: float | None,
         on_unsent: Callable[[], None],
     ) -> None:
-        """`on_unsent`: called at the time limit if the handler has ended, but the status could not be sent because the
+        """`on_unsent`: called at the time limit if the handler has ended but its status is still unsent, because the
         client does not read."""
         self._loop = loop
         self._on_unsent = on_unsent
@@ -52,7 +52,7 @@ class CallTask:
         self.task = loop.create_task(work)
 
     def limit(self, seconds: float | None) -> None:
-        """Move the time limit to `seconds` from now, if that is later than the current limit. None removes the time
+        """Extend the time limit to `seconds` from now, unless the current limit is later. None removes the time
         limit."""
         if self._timer is None:
             return
@@ -63,7 +63,7 @@ class CallTask:
             self._timer = self._loop.call_later(seconds, self._end)
 
     def cancel_timer(self) -> None:
-        """End the time limit."""
+        """Remove the time limit."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -78,8 +78,8 @@ class CallTask:
 class ServerCall(ResponseWriter):
     """A gRPC call on the server. Handlers may use the methods that have a counterpart in grpc.aio.ServicerContext.
 
-    `send` accepts a serialized message at once, even if the client's flow-control window is closed. A writer must not
-    send more while `full` is true; `wait_until_writable` waits until the client has read enough. So a call buffers at
+    `send` accepts a serialized message at once, even if the client's flow-control window is closed. While `full` is
+    true, a writer must stop sending; `wait_until_writable` waits until the client has read enough. So a call buffers at
     most the messages that a writer sends between two checks of `full`.
     """
 
@@ -157,7 +157,8 @@ class ServerCall(ResponseWriter):
         return len(self.request.body)
 
     def mark_admitted(self, tenant: str | None) -> None:
-        """Record that the gate has admitted the call. `tenant`: see the attribute `tenant`."""
+        """Record that the gate has authorized the call. `tenant`: the tenant whose budget of request bytes the request
+        uses."""
         self.admitted, self.tenant = True, tenant
 
     def run(self, work: Coroutine[Any, Any, None], limit_s: float | None, serializer: Callable[[Any], bytes]) -> None:
@@ -199,7 +200,7 @@ class ServerCall(ResponseWriter):
 
 
 class CallTable:
-    """The open calls of one connection by stream id, and the counts that limit them."""
+    """The open calls of one connection by stream id, and the numbers by which they are limited."""
 
     def __init__(self, limits: ServerLimits, max_calls: int) -> None:
         self._limits = limits
@@ -209,12 +210,12 @@ class CallTable:
         self._header_bytes = self._anonymous = self._anonymous_bytes = 0
 
     def admit(self) -> None:
-        """Raise the limits to those of an authenticated connection."""
+        """Raise the limits of the table to those of an authenticated connection."""
         self._max_calls = self._limits.max_calls
         self._max_header_bytes = UNAUTHENTICATED_HEADER_BYTES * AUTHENTICATED_FACTOR
 
     def is_full(self, header_bytes: int) -> bool:
-        """Whether the table has no room for another call with header fields of this size."""
+        """Whether the limits forbid another call that has `header_bytes` bytes of header fields."""
         calls = len(self.by_stream)
         return calls >= self._max_calls or (calls > 0 and self._header_bytes + header_bytes > self._max_header_bytes)
 
@@ -242,7 +243,7 @@ class CallTable:
 
 
 class OpenStreams:
-    """The open calls of one connection. Calls are opened and ended as the client's frames arrive, within the limits."""
+    """The open calls of one connection. The client's frames open and end the calls; the call table limits them."""
 
     def __init__(
         self,
@@ -328,10 +329,11 @@ class OpenStreams:
         self._on_end()
 
     def admit(self, call: ServerCall, tenant: str | None) -> None:
-        """Record that the gate has admitted a call. `tenant`: the call's tenant; None for a method that needs no
+        """Record that the gate has authorized a call. `tenant`: the call's tenant; None for a method that needs no
         credential.
 
-        Raises BadMessage if too many calls without credentials are open."""
+        Raises BadMessage if too many calls without credentials are open.
+        """
         call.mark_admitted(tenant)
         if tenant is None:
             self._table.count_anonymous(call)
@@ -344,7 +346,7 @@ class OpenStreams:
         call.request.body.admit(tenant)
 
     def charge_refusal(self, units: float = 1.0) -> None:
-        """Charge a refused or reset call. Cut the connection if the connection's token bucket is empty."""
+        """Charge `units` for a refused or reset call. Close the connection if its token bucket is empty."""
         if not self._charges.charge(units, self._connection.loop.time()) and not self._connection.output.closed:
             self._lifetime.cut("too many resets or refused calls")
 
@@ -358,8 +360,8 @@ class OpenStreams:
         self.end_early(call, BadMessage("the request was too slow while others waited", too_large=True))
 
     def end_open_requests(self) -> None:
-        """End each call whose client may still send requests, after the connection has reached its age limit. Such a
-        call, for example a session, may never end by itself. All other calls may finish."""
+        """End each call whose client may still send requests, because the connection has reached its age limit. Such a
+        call, for example a session, may never end by itself. All other calls continue."""
         for call in list(self.by_stream.values()):
             if not call.request.half_closed:
                 call.interrupt(grpc.StatusCode.UNAVAILABLE, "the connection has reached its age limit; connect again")

@@ -114,12 +114,14 @@ class GrpcClient:
 
 
 class Keepalive:
-    """Pings that one connection sends while the server is silent. A server that does not answer counts as lost."""
+    """Pings that one connection sends while the server is silent. If the server does not answer a ping, it counts as
+    lost."""
 
     def __init__(
         self, ping_s: float, answer_s: float, send_ping: Callable[[], bool], on_silence: Callable[[], None]
     ) -> None:
-        """`send_ping`: sends a ping, or returns False if none is needed. `on_silence`: called if no answer comes."""
+        """`send_ping`: sends a ping, or returns False if none is needed. `on_silence`: called if the answer to a ping
+        is late."""
         self._loop = asyncio.get_running_loop()
         self._ping_s, self._answer_s = ping_s, answer_s
         self._send_ping, self._on_silence = send_ping, on_silence

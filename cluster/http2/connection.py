@@ -36,7 +36,7 @@ _UNAUTHENTICATED_READ = _READ[:UNAUTHENTICATED_FRAME_BYTES]
 
 
 class ServerParts(NamedTuple):
-    """The parts of a server that its connections use. `gated`: whether calls need a credential."""
+    """The parts of a server that its connections use. `gated`: whether the server's calls need a credential."""
 
     limits: ServerLimits
     budget: Budget | None
@@ -50,7 +50,7 @@ class ServerParts(NamedTuple):
 
 
 class Connection:
-    """A connection from one client: its parts, its settings, and its slot among the connections of the port."""
+    """A connection from one client: its parts, its settings, and its slot in the port's connection table."""
 
     def __init__(self, transport: asyncio.Transport, server: ServerParts, age_s: float, slot: ConnectionSlot) -> None:
         """`age_s`: age limit in seconds, 0 for none. `slot`: the connection's slot in the port's pool."""
@@ -150,13 +150,13 @@ class Connection:
                     self.lifetime.follow_goaway()
 
     def pause(self) -> None:
-        """Let the calls wait, because the client does not read."""
+        """Make the writers of all calls wait, because the client does not read."""
         self.core.output.pause(True)
         for call in self.calls.by_stream.values():
             call.update_full()
 
     def resume(self) -> None:
-        """Wake the calls that waited for the client to read."""
+        """Wake the writers of all calls, because the client reads again."""
         self.core.output.pause(False)
         for call in list(self.calls.by_stream.values()):
             call.wake_writers()
@@ -169,14 +169,14 @@ class Connection:
 
     @property
     def stage(self) -> ConnectionStage:
-        """The connection's progress, for the connection table."""
+        """The progress of the connection, by which the connection table chooses the connection to close."""
         if self.calls.by_stream:
             return ConnectionStage.CALLING
         return ConnectionStage.GREETED if self.timeouts.greeted else ConnectionStage.SILENT
 
     @property
     def requests(self) -> int:
-        """A number that grows with every call that begins on the connection."""
+        """The stream id of the newest call, which grows with every call that begins on the connection."""
         return self.core.h2.highest_inbound_stream_id
 
     def evict(self) -> None:

@@ -1,16 +1,20 @@
 """Connection caps per port, admission at a full port, and the choice of the connection to close.
 
 Problem: each connection takes a file descriptor. When no descriptor is left, no probe, worker, operator or tenant can
-connect. The clients of a full port may be few and idle, or many, or all behind one address.
+connect. A port may be filled by a few idle clients or by many clients, and all of them may share one address.
 
-Method: ports get fixed shares of the descriptors, so that the clients of one port never take the descriptors of another
-port. A connection is unauthenticated until its client presents an accepted credential (`mark_authenticated`). A new
-connection at a full port replaces an unauthenticated connection of the address that has the most unauthenticated
-connections. Among the oldest connections of that address, the connection at the earliest stage is closed. So a client
-that has connected and not yet sent its credential is not closed while other connections are silent. When few
-unauthenticated connections are left, the new connection replaces an idle authenticated connection. An authenticated
-connection with a call in progress is never replaced. One address may use only a part of a port; a further connection of
-that address replaces another connection of the same address.
+Method: each port gets a fixed share of the descriptors, so the clients of one port never take the descriptors of
+another port. A connection is unauthenticated until its client presents an accepted credential (`mark_authenticated`).
+
+A full port closes one connection for each new connection. The port first chooses the address that has the most
+unauthenticated connections. Among the oldest connections of that address, it closes the connection at the earliest
+stage (`ConnectionStage`). So a silent client loses its connection before a client that has spoken and not yet sent its
+credential. When few unauthenticated connections are left, an idle authenticated connection is closed instead. An
+authenticated connection with a call in progress is never closed; if no connection may be closed, the new connection is
+refused.
+
+One address may use only a part of a port. Beyond that part, a new connection of the address replaces another connection
+of the same address.
 
 Invariants: a port never exceeds its cap, and an address never exceeds its part of a port. Every operation takes
 constant time: idle connections are found by the clock algorithm, with a bounded number of checks.
@@ -73,7 +77,7 @@ class ConnectionStage(IntEnum):
 
 
 class Managed(Protocol):
-    """The methods of a connection that the connection table calls."""
+    """The part of a connection that the connection table uses."""
 
     @property
     def stage(self) -> ConnectionStage:
@@ -81,7 +85,7 @@ class Managed(Protocol):
 
     @property
     def requests(self) -> int:
-        """A number that grows with every request that begins on the connection."""
+        """A number that changes with every request that begins on the connection."""
 
     def evict(self) -> None:
         """Close the connection, because another connection takes its slot."""
@@ -114,14 +118,14 @@ class ConnectionSlot:
         self._pool.release(self)
 
     def stage(self, now: float) -> ConnectionStage:
-        """The connection's stage. A new connection has at least the stage GREETED, since its received bytes may be
-        unread."""
+        """The connection's stage at the time `now`. A new connection counts at least as GREETED, because the bytes that
+        its client has sent may still be unread."""
         stage = ConnectionStage.SILENT if self.connection is None else self.connection.stage
         old = now - self.since > UNREAD_S and self._pool.passes - self.since_pass > UNREAD_PASSES
         return stage if old else max(stage, ConnectionStage.GREETED)
 
     def used(self) -> bool:
-        """Whether a call is in progress, or has begun since this method last ran."""
+        """Whether a call is in progress, or has begun since the last call of this method."""
         connection = self.connection
         if connection is None:
             return False
@@ -167,17 +171,19 @@ class Pool:
         )
 
     def wait_s(self, now: float) -> float:
-        """Seconds until the next connection may be accepted. Positive if too many connections were closed lately to
-        make room for new ones."""
+        """Seconds until the next connection may be accepted. The pause is positive if the pool has closed many
+        connections lately to make room for new connections."""
         self._tokens = min(self._tokens + (now - self._tokens_at) * self._per_s, self._burst)
         self._tokens_at = now
         return max(1.0 - self._tokens, 0.0) / self._per_s
 
     def admit(self, address: str, now: float) -> tuple[ConnectionSlot | None, ConnectionSlot | None]:
-        """Return the slot of a new connection, and the slot of the connection that must be closed in exchange.
+        """Return two slots: the slot of a new connection, and the slot of the connection that must be closed in
+        exchange.
 
-        The first slot is None if the new connection must be refused. The second slot is None if no connection must be
-        closed; otherwise the second slot is already released."""
+        The first is None if the new connection must be refused. The second is None if no connection must be closed;
+        otherwise it is already released.
+        """
         key = peer_of(address)
         peer = self._peers.get(key)
         victim = None
@@ -234,8 +240,8 @@ class Pool:
         return _earliest_stage(self._peers[crowded].unauthenticated, now)
 
     def _idle(self, candidates: dict[ConnectionSlot, None]) -> ConnectionSlot | None:
-        """Return an idle connection, or None: no call is in progress on it, and no call has begun since the last check.
-        Connections in use are moved to the end of `candidates`."""
+        """Return a connection that has no call in progress and has begun no call since the last check; None if none is
+        found. Connections in use are moved to the end of `candidates`."""
         for _ in range(min(MAX_CHECKS, len(candidates))):
             held = next(iter(candidates))
             if not held.used():
@@ -250,7 +256,8 @@ class Pool:
         peer.unauthenticated[held] = None
 
     def _count_unauthenticated(self, key: str, before: int, change: int) -> None:
-        """Add `change` (1 or -1) to an address's unauthenticated connections, of which there were `before`."""
+        """Record that the number of unauthenticated connections of the address `key` changes from `before` by `change`
+        (1 or -1)."""
         after = before + change
         self._unauthenticated += change
         if after:
@@ -266,8 +273,8 @@ class Pool:
 
 
 def _earliest_stage(unauthenticated: dict[ConnectionSlot, None], now: float) -> ConnectionSlot | None:
-    """Return the connection at the earliest stage among the oldest unauthenticated connections; of several, the
-    oldest."""
+    """Return the connection at the earliest stage among the oldest `unauthenticated` connections. If several
+    connections are at that stage, return the oldest of them."""
     return min(islice(unauthenticated, MAX_CHECKS), key=lambda held: held.stage(now), default=None)
 
 
@@ -279,7 +286,7 @@ class ConnectionTable:
 
     @classmethod
     def for_descriptors(cls, limit: int) -> ConnectionTable:
-        """Create the table of a process that may have `limit` file descriptors."""
+        """Create the table of a process that may open `limit` file descriptors."""
         spare = min(max(limit - OWN_DESCRIPTORS, 0), MAX_CONNECTIONS)
         return cls(
             {port: max(spare * share // sum(SHARES.values()), MIN_CONNECTIONS) for port, share in SHARES.items()}

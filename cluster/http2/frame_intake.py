@@ -1,4 +1,6 @@
-"""Parsing of a client's bytes into frames, in slices of time. Other connections are handled between two slices."""
+"""Parsing of a client's bytes into frames, in short slices of time. Between two slices, other connections are
+handled.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ GOAWAY_UNITS: Final = 5.0
 
 
 class FrameIntake:
-    """The received frames of one connection that are not parsed yet. Implements read_slices.Reader."""
+    """The received bytes of one connection that are not parsed into frames yet. Implements read_slices.Reader."""
 
     def __init__(
         self,
@@ -42,7 +44,7 @@ class FrameIntake:
         turns: ReadTurns,
         handle: Callable[[Frame], None],
     ) -> None:
-        """`handle`: handles a frame that was charged; may raise H2Error."""
+        """`handle`: function that handles a frame after the frame was charged; it may raise H2Error."""
         self._transport = core.transport
         self._h2 = core.h2
         self._output = core.output
@@ -187,9 +189,10 @@ class FrameIntake:
             self._lifetime.cut("too many resets, refused calls or empty frames")
 
     def _may_send(self, frame: Frame) -> bool:
-        """Charge a frame. Returns False if the frame exceeds the client's limit.
+        """Charge a frame to the client. Returns False if the client exceeds its limit with this frame.
 
-        Refused and reset calls are charged when the refusal or reset happens."""
+        A refused or reset call is charged at the refusal or reset, not here.
+        """
         charges, streams, now = self._charges, self._h2.streams, self._loop.time()
         if isinstance(frame, DataFrame):
             if frame.stream_id not in streams:

@@ -1,12 +1,12 @@
 """HTTP/2 frames: a reader of received frames, and the frames that this server makes itself for every call and every
-token. h2 makes all other frames.
+token. The library h2 makes all other frames.
 
-The reader returns one frame at a time, with limits that apply before bytes are buffered. It replaces h2's FrameBuffer,
+The reader returns one frame at a time, and applies its limits before it buffers bytes. It replaces h2's FrameBuffer,
 which yields all frames of a read in one pass and buffers header blocks of 4 MiB.
 
 Response headers are literals that are not added to the dynamic header table (RFC 7541, 6.2.2), so encoding needs no
-state. The first header block of a connection sets the size of this table to zero. Each time the client has changed the
-table's size limit, the next header block sets the size to zero again.
+state. The first header block of a connection sets the size of this table to zero. After each change of the table's size
+limit by the client, the next header block sets the size to zero again.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class FrameReader:
 
     @property
     def unfinished(self) -> bool:
-        """Whether unread bytes or an incomplete header block are buffered."""
+        """Whether unread bytes or a part of a header block are buffered."""
         return bool(self._data) or self._block is not None
 
     def peek(self) -> bool:
@@ -153,7 +153,7 @@ class FrameReader:
 
     @property
     def increment(self) -> int:
-        """The increment of the WINDOW_UPDATE that `peek` has seen."""
+        """The window increment in the WINDOW_UPDATE frame that `peek` has seen."""
         return int.from_bytes(self._data[HEAD_BYTES : HEAD_BYTES + 4], "big") & MAX_STREAM_ID
 
     def body(self) -> bytes:
@@ -225,8 +225,10 @@ def _parsed(head: bytes, body: bytes) -> Frame:
 
 
 def _check_size_updates(block: bytes) -> None:
-    """Raise ProtocolError if a block has more changes of the header table's size than the protocol allows. The limit is
-    needed because each byte of a change costs the decoder microseconds, but is not charged as a header field."""
+    """Raise ProtocolError if a header block changes the size of the header table more often than the protocol allows.
+
+    Each byte of a size change costs the decoder microseconds, and is not charged as a header field.
+    """
     at = updates = 0
     while at < len(block) and block[at] & 0xE0 == 0x20:
         updates += 1

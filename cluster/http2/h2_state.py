@@ -1,7 +1,8 @@
-"""h2's connection state, in which this server replaces some parts. Only this module uses h2's private names.
+"""State of the library h2 for one connection. This server replaces some parts of it. Only this module uses h2's private
+names.
 
-DATA and WINDOW_UPDATE are the two frame types that come with every token. A frame of these types is handled without h2,
-in a fifth of the time, unless the frame is unusual.
+DATA and WINDOW_UPDATE frames arrive or leave with every token. A usual frame of these two types is handled without h2,
+in a fifth of the time; h2 handles the unusual ones.
 
 For each new stream, h2 counts the open streams by walking all of them. h2 also keeps a note of each of the last 65,536
 ended streams, which takes 10 MB. In this server the connection counts its calls itself, and a stream is dropped when
@@ -40,11 +41,10 @@ _RESETS = (StreamClosedBy.SEND_RST_STREAM, StreamClosedBy.RECV_RST_STREAM)
 
 
 class EndedStreams(OrderedDict[int, StreamClosedBy | None]):
-    """A replacement for h2's notes of ended streams. It keeps only the notes of the last `most` streams that were
-    reset.
+    """A replacement for h2's notes of ended streams. It keeps notes only of the last `most` streams that were reset.
 
     h2 reads a stream's note when a frame arrives after the stream's end. Notes of streams that ended normally are not
-    kept: they would only decide which error ends the connection.
+    needed: they only decide with which error h2 ends the connection.
     """
 
     def __init__(self, most: int) -> None:
@@ -63,7 +63,7 @@ class Http2State(H2Connection):
     """The h2 state of a connection, in a server or in a client."""
 
     def output(self) -> bytes:
-        """Return the bytes to send, like data_to_send, but at less cost if there are no bytes."""
+        """Return the bytes to send, like h2's data_to_send, but at less cost if there are no bytes."""
         return self.data_to_send() if self._data_to_send else b""
 
 
@@ -71,14 +71,14 @@ class ServerState(Http2State):
     """The h2 state of a server connection, which receives one frame at a time."""
 
     def __init__(self, ended: EndedStreams) -> None:
-        """`ended`: the notes of streams that were reset."""
+        """`ended`: the notes of streams that were reset; replaces h2's own notes."""
         super().__init__(_CONFIGURATION)
         self.decoder = HeaderDecoder()
         self._ended = ended
         self._closed_streams = ended
 
     def note_resets(self, most: int) -> None:
-        """Set the number of reset streams to remember."""
+        """Set the number of reset streams whose notes are kept."""
         self._ended.most = most
 
     @property
@@ -95,9 +95,11 @@ class ServerState(Http2State):
             raise
 
     def receive_data_of(self, stream: H2Stream, size: int, *, ends: bool) -> bool:
-        """Update the state for a DATA frame as receive_frame would. The frame has no flag except END_STREAM.
+        """Update the state for a DATA frame of `size` bytes, with the same effect as receive_frame. `ends`: whether the
+        frame has the flag END_STREAM; the frame must have no other flag.
 
-        Returns False and changes nothing if receive_frame must handle the frame."""
+        Returns False and changes nothing if receive_frame must handle the frame.
+        """
         own, whole = stream._inbound_window_manager, self._inbound_flow_control_window_manager
         least = min(own.current_window_size, whole.current_window_size)
         if size > least or stream.state_machine.state not in _OPEN:
@@ -112,8 +114,8 @@ class ServerState(Http2State):
         return True
 
     def receive_window_of(self, holder: H2Stream | ServerState, size: int) -> bool:
-        """Apply a WINDOW_UPDATE of `size` bytes to the send window of a stream or of the connection. Returns False,
-        with nothing changed, if the size is wrong and receive_frame must handle the frame."""
+        """Apply a WINDOW_UPDATE of `size` bytes to the send window of `holder`, a stream or the connection. Returns
+        False and changes nothing if the size is invalid; receive_frame must then handle the frame."""
         window = holder.outbound_flow_control_window + size
         if not size or window > MAX_WINDOW:
             return False
@@ -121,7 +123,7 @@ class ServerState(Http2State):
         return True
 
     def refuse(self, error_code: ErrorCodes) -> None:
-        """Prepare a GOAWAY after bytes that are not a valid frame."""
+        """Prepare a GOAWAY with this error code, because the received bytes are not a valid frame."""
         self._terminate_connection(error_code)
 
     def drop_closed(self, stream_id: int) -> None:

@@ -1,8 +1,8 @@
-"""A decoder of header blocks. It remembers the fields of each block that does not change the dynamic table.
+"""A decoder of header blocks. It remembers the fields of each block that does not change the dynamic header table.
 
 gRPC's C core sends the same bytes for each call of one method with one credential: indexed fields, and literals that
-are not added to the table. The fields of such a block depend on its bytes and on the table alone, so the memory is
-cleared when the table changes. Without the memory, decoding a block takes a tenth of the CPU time of a short call.
+are not added to the table. The fields of such a block depend only on its bytes and the table, so the memory is cleared
+when the table changes. Without the memory, decoding a block takes a tenth of the CPU time of a short call.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Table(HeaderTable):
 
 
 class HeaderDecoder(Decoder):
-    """hpack's decoder with a memory of blocks."""
+    """hpack's decoder with a memory of decoded blocks."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ class ConnectionLog:
 
 
 class ConnectionLifetime:
-    """The steps by which one connection ends, and the timers that end with the connection. No step is undone."""
+    """The steps in which one connection ends, and the connection's timers. A step is never undone."""
 
     def __init__(
         self, core: ConnectionCore, reader: FrameReader, calls: Mapping[int, object], note: Callable[[str, str], None]
@@ -75,11 +75,11 @@ class ConnectionLifetime:
             timer.cancel()
 
     def accepts(self, stream_id: int) -> bool:
-        """Whether a call with this stream id may begin."""
+        """Whether the client may begin a call with this stream id."""
         return stream_id <= self._last_accepted
 
     def leave(self) -> None:
-        """Ask the client to reconnect. The connection closes after its last call."""
+        """Ask the client to reconnect. This connection is closed after its last call."""
         if self._leaving:
             return
         self._leaving = True
@@ -96,8 +96,8 @@ class ConnectionLifetime:
         self.close_if_done()
 
     def follow_goaway(self) -> None:
-        """Take no further call after the client's GOAWAY. h2 would also end running calls; HTTP/2 lets running calls
-        finish."""
+        """Accept no further call after the client's GOAWAY, and let running calls finish as HTTP/2 requires. h2 alone
+        would end the running calls too."""
         if not self._calls:
             self.close()
             return
@@ -137,7 +137,8 @@ class ConnectionLifetime:
         self._output.abort()
 
     def _expect_closed(self, unsent_bytes: int) -> None:
-        """Abort a closing connection unless the client has read bytes since the last check."""
+        """Abort a connection that is being closed if the client has read nothing since the last check. `unsent_bytes`:
+        number of unsent bytes at the last check."""
         unsent = self._transport.get_write_buffer_size()
         if unsent >= unsent_bytes:
             self._transport.abort()

@@ -1,8 +1,8 @@
 """Limits for one client of a Server, and the token buckets that charge the client's frames.
 
 The unit of cost is one reset or refused call. An empty frame (WINDOW_UPDATE, PING, PRIORITY, empty DATA, unknown types
-and so on) costs a fifth of a unit, unless bytes sent to the client justify the frame. A client that reads a stream
-sends WINDOW_UPDATEs, and pings that measure the round trip, in proportion to the bytes that the client receives.
+and so on) costs a fifth of a unit. It costs nothing if enough bytes were sent to the client: a client that reads a
+stream sends WINDOW_UPDATEs, and pings that measure the round trip, in proportion to the bytes that it receives.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ServerLimits:
 
 
 class BodyReservation(Protocol):
-    """A reservation in the budget for the bytes of one message."""
+    """The bytes of one message, reserved in the budget of request bytes."""
 
     @property
     def granted(self) -> bool:
@@ -94,17 +94,17 @@ class BodyReservation(Protocol):
 
 
 class Budget(Protocol):
-    """The budget in which request bytes are reserved."""
+    """The budget of request bytes, in which the bytes of each request are reserved."""
 
     def full(self, tenant: str) -> bool:
-        """Whether to refuse a further request of this tenant, because too many of the tenant's requests wait
-        already."""
+        """Whether to refuse a further request of this tenant, because too many of its requests already wait for the
+        budget."""
 
     def reserve(
         self, tenant: str, connection: Hashable, size: int, on_grant: Callable[[], None], too_slow: Callable[[], None]
     ) -> BodyReservation:
-        """Reserve `size` bytes. Calls `on_grant` if the bytes are granted later, and `too_slow` if they arrive too
-        slowly."""
+        """Reserve `size` bytes for a request. If the bytes are granted later, `on_grant` is called. If the bytes arrive
+        too slowly after the grant, `too_slow` is called."""
 
 
 class Bucket:
@@ -117,7 +117,8 @@ class Bucket:
         self._level, self._at = burst, now
 
     def charge(self, amount: float, now: float) -> float:
-        """Take `amount` from the bucket. Returns the new level, negative if the bucket held less."""
+        """Take `amount` from the bucket. Returns the new level, which is negative if the bucket held less than
+        `amount`."""
         self._level = min(self._level + (now - self._at) * self._rate, self._burst) - amount
         self._at = now
         return self._level
@@ -134,7 +135,7 @@ class SentBytes(Protocol):
 
 
 class Charges:
-    """The token buckets of one connection."""
+    """The token buckets to which the frames of one connection are charged."""
 
     __slots__ = ("_fields", "_frames", "_limits", "_sent", "_used_bytes", "delayed")
 
@@ -157,8 +158,8 @@ class Charges:
         self._fields = Bucket(limits.header_bytes_per_s, limits.header_bytes_burst, now)
 
     def justify_frame(self) -> bool:
-        """Allow one empty frame in exchange for payload bytes that were sent to the client. Returns False if too few
-        bytes were sent."""
+        """Accept one empty frame free of charge, in exchange for payload bytes that were sent to the client. Returns
+        False if too few bytes were sent."""
         sent = self._sent.payload_bytes
         if sent - self._used_bytes < BYTES_PER_FRAME:
             return False
@@ -166,15 +167,15 @@ class Charges:
         return True
 
     def charge_empty(self, now: float) -> bool:
-        """Charge an empty frame. Returns False if the client exceeds the limit."""
+        """Charge an empty frame. Returns False if the client exceeds its limit."""
         return self.justify_frame() or self._frames.charge(LIGHT, now) >= 0
 
     def charge(self, units: float, now: float) -> bool:
-        """Charge a reset, a refused call or new settings. Returns False if the client exceeds the limit."""
+        """Charge `units` for a reset, a refused call or new settings. Returns False if the client exceeds its limit."""
         return self._frames.charge(units, now) >= 0
 
     def charge_fields(self, size: int, now: float) -> None:
-        """Charge the header fields of a call."""
+        """Charge `size` bytes of header fields of a call. Sets `delayed` if the client exceeds its limit."""
         self.delayed = self._fields.charge(size, now) < 0
 
     def delay_s(self) -> float:

@@ -103,8 +103,8 @@ class ConnectionAdmission:
 class Listener:
     """A listening socket that accepts connections from `start` to `close`.
 
-    The protocol that `factory` creates must set `ConnectionSlot.connection` when the connection is made. The protocol
-    must abort the connection at once if the slot is already released, and release the slot when the connection is lost.
+    When a connection is made, the protocol that `factory` creates must set `ConnectionSlot.connection`, or abort the
+    connection at once if the slot is already released. When the connection is lost, the protocol must release the slot.
     """
 
     def __init__(
@@ -115,7 +115,8 @@ class Listener:
         tls: ssl.SSLContext | None = None,
         shutdown_s: float | None = None,
     ) -> None:
-        """`shutdown_s`: time limit of the TLS shutdown and of sending unsent bytes; None: asyncio's 30 s."""
+        """`shutdown_s`: time limit for sending the unsent bytes and for the TLS shutdown; None: asyncio's limit of 30
+        s."""
         self._sock = sock
         self._factory = factory
         self._pool = admission.pool
@@ -187,7 +188,7 @@ class Listener:
         task.add_done_callback(self._pending_tasks.discard)
 
     async def _begin(self, connected: socket.socket, held: ConnectionSlot) -> None:
-        """Complete the TLS handshake, if the listener uses TLS, and hand the connection to a protocol."""
+        """Complete the TLS handshake, if the listener uses TLS, and pass the connection to a new protocol."""
         secure = self._tls is not None
         try:
             transport, _ = await self._loop.connect_accepted_socket(
@@ -207,7 +208,7 @@ class Listener:
 
 
 class _PendingConnection:
-    """A connection that is being set up and has no protocol yet."""
+    """A connection that is being set up and has no protocol object yet."""
 
     stage = ConnectionStage.SILENT
     requests = 0
@@ -218,8 +219,8 @@ class _PendingConnection:
         self._held = held
 
     def evict(self, passes: int = 3) -> None:
-        """Drop the connection after `passes` event-loop passes. A task that is cancelled earlier would leave its socket
-        open."""
+        """Drop the connection after `passes` event-loop passes. An earlier cancellation of its task would leave the
+        socket open."""
         if passes:
             self._loop.call_soon(self.evict, passes - 1)
         elif self.task is not None:

@@ -149,7 +149,7 @@ class Inflater:
 
 
 class RequestHead(NamedTuple):
-    """The head of a call. `problem`: the error in the header fields, empty if the fields are valid."""
+    """The head of a call. `problem`: the error in the header fields; empty if the fields are valid."""
 
     path: str
     metadata: Metadata

@@ -1,4 +1,6 @@
-"""The bytes that a connection sends, in one write for each pass of the event loop, and the windows that limit them."""
+"""The bytes that a connection sends, in one write for each event-loop pass, and the flow-control windows that limit
+them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class ConnectionOutput:
     def __init__(
         self, transport: asyncio.Transport, h2: Http2State, on_unread: Callable[[], None] | None = None
     ) -> None:
-        """`on_unread`: called when more bytes wait than the other side may leave unread; None if there is no limit."""
+        """`on_unread`: called when more unsent bytes wait for the other side than it may leave unread; None: no
+        limit."""
         self._transport = transport
         self._h2 = h2
         self._loop = asyncio.get_running_loop()
@@ -54,8 +57,8 @@ class ConnectionOutput:
             self._schedule_flush()
 
     def call_before_flush(self, function: Callable[[], None]) -> None:
-        """Call a function, which may queue bytes, before the queued bytes are sent. So code that gathers bytes for the
-        connection during an event-loop pass need not schedule a callback itself."""
+        """Call a function, which may queue bytes, before the queued bytes are sent. Code that gathers bytes during an
+        event-loop pass can use this method instead of scheduling a callback."""
         self._before_flush.append(function)
         if not self._flushing:
             self._schedule_flush()
@@ -65,8 +68,8 @@ class ConnectionOutput:
         self._loop.call_soon(self._flush)
 
     def write_h2(self) -> None:
-        """Queue the bytes that h2 has prepared, after the bytes already queued; all are sent in this event-loop
-        pass."""
+        """Queue the bytes that h2 has prepared, behind the bytes that are already queued. All are sent in this
+        event-loop pass."""
         data = self._h2.output()
         if data:
             self._control_bytes += len(data)
@@ -81,12 +84,12 @@ class ConnectionOutput:
         self.write(frames.header_frames(id_bytes, fields, end_stream=end))
 
     def reset_table(self) -> None:
-        """Let the next header block set the size of the header table to zero again."""
+        """Make the next header block set the size of the header table to zero again."""
         self._must_reset_table = True
 
     def write_goaway(self, last: int) -> None:
-        """Queue a GOAWAY that h2 did not make, because h2 sends nothing more after its own GOAWAY. `last`: the id of
-        the last stream that is accepted."""
+        """Queue a GOAWAY frame without h2, because h2 sends nothing more after its own GOAWAY. `last`: id of the last
+        stream that is accepted."""
         self.write(GoAwayFrame(0, last_stream_id=last, error_code=0).serialize())
 
     def reset_stream(self, stream_id: int, code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
@@ -96,11 +99,11 @@ class ConnectionOutput:
         self.write_h2()
 
     def allow_unsent(self, size: int) -> None:
-        """Set the number of bytes that may wait for the client."""
+        """Set the number of unsent bytes that may wait for the client."""
         self._max_unsent_bytes = size
 
     def pause(self, paused: bool) -> None:
-        """Record whether the other side does not read."""
+        """Record whether the other side has stopped reading."""
         self.paused = paused
 
     def close(self) -> None:
@@ -146,7 +149,7 @@ class ConnectionOutput:
             self._on_unread()
 
     def _gather(self) -> None:
-        """Call the functions that may queue more bytes."""
+        """Call the functions of `call_before_flush`, which may queue more bytes."""
         functions, self._before_flush = self._before_flush, []
         for function in functions:
             try:
@@ -159,7 +162,7 @@ class ConnectionOutput:
 
 
 class BlockedAnswers:
-    """The answers of one connection that wait for a send window of the client."""
+    """The answers of one connection that wait until the client enlarges a flow-control window."""
 
     __slots__ = ("_by_connection", "_by_stream", "_h2")
 
@@ -170,8 +173,8 @@ class BlockedAnswers:
         self._by_stream: dict[int, Callable[[], None]] = {}
 
     def add(self, stream_id: int, push: Callable[[], None], *, of_stream: bool) -> None:
-        """Register `push`, which is called when a window grows: the stream's window if `of_stream`, else the
-        connection's."""
+        """Add an answer, whose function `push` sends more of it when a window grows. `of_stream`: whether the answer
+        waits for its stream's window; otherwise it waits for the connection's window."""
         (self._by_stream if of_stream else self._by_connection)[stream_id] = push
 
     def discard(self, stream_id: int) -> None:
@@ -185,20 +188,20 @@ class BlockedAnswers:
         self._by_stream.clear()
 
     def push_stream(self, stream_id: int) -> None:
-        """Push the answer that waits for the window of a stream."""
+        """Send more of the answer that waits for the window of this stream."""
         push = self._by_stream.pop(stream_id, None)
         if push is not None:
             push()
 
     def push(self) -> None:
-        """Push answers while the connection's window is open. Each answer sends at least one byte, or begins to wait
-        for the window of its stream."""
+        """Send more of the waiting answers while the connection's window is open. Each answer sends at least one byte,
+        or begins to wait for the window of its stream."""
         blocked = self._by_connection
         while blocked and self._h2.outbound_flow_control_window > 0:
             blocked.pop(next(iter(blocked)))()
 
     def push_all(self) -> None:
-        """Push all answers after the client has changed the size of the streams' windows."""
+        """Send more of all waiting answers, because the client has changed the size of the streams' windows."""
         blocked, self._by_stream = self._by_stream, {}
         for push in blocked.values():
             push()
@@ -206,8 +209,8 @@ class BlockedAnswers:
 
 
 class ReceiveWindows:
-    """The receive windows of one connection and of the connection's streams. Until a call of the connection is
-    admitted, the connection's window has the size that HTTP/2 prescribes."""
+    """The receive windows of one connection and of its streams. Until the first call is admitted, the connection's
+    window has HTTP/2's default size."""
 
     __slots__ = ("_growth", "_h2", "_output", "_step_bytes", "admitted")
 
@@ -221,14 +224,14 @@ class ReceiveWindows:
         """Whether a call of the connection was admitted, or the server needs no credential."""
 
     def admit(self, size: int) -> None:
-        """Enlarge the connection's window to `size` bytes after the first call was admitted."""
+        """Enlarge the connection's window to `size` bytes, because the first call was admitted."""
         self.admitted = True
         self._step_bytes = size // 4
         if size > FIRST_WINDOW_BYTES:
             self._h2.increment_flow_control_window(size - FIRST_WINDOW_BYTES)
 
     def grow(self, size: int, stream_id: int | None = None) -> None:
-        """Grow the window of a stream, or of the connection if `stream_id` is None, by `size` bytes."""
+        """Let the client send `size` more bytes on a stream, or on the connection if `stream_id` is None."""
         if self._output.closed:
             return
         if stream_id is None:
@@ -252,7 +255,7 @@ class ConnectionCore:
         budget: Budget | None,
         on_unread: Callable[[], None],
     ) -> None:
-        """`on_unread`: called when more bytes wait than the client may leave unread."""
+        """`on_unread`: called when more unsent bytes wait for the client than the client may leave unread."""
         self.transport = transport
         self.slot = slot
         self.limits = limits

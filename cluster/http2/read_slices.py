@@ -1,5 +1,5 @@
-"""A time limit for parsing received bytes in one event-loop pass. Longer parsing continues in later passes: each
-connection gets one slice per turn.
+"""A time limit for parsing received bytes in one event-loop pass. If more time is needed, parsing continues in later
+passes, and the connections take turns with one slice of time each.
 
 Problem: when many long prompts arrive at once, or one client sends thousands of tiny frames, parsing everything and
 starting every call would delay all streamed tokens. Short reads, such as a message of tokens, are parsed at once while
@@ -25,10 +25,10 @@ WINDOW_S: Final = 0.006
 
 
 class Reader(Protocol):
-    """A connection with bytes to parse."""
+    """A connection that has received bytes to parse."""
 
     def parse(self, until: float) -> bool:
-        """Parse bytes until the clock reaches `until`. Returns whether bytes are left."""
+        """Parse bytes until the clock reaches `until`. Returns whether unparsed bytes are left."""
 
 
 class ReadTurns:
@@ -42,8 +42,8 @@ class ReadTurns:
         self._used_s = 0.0
 
     def parse_now(self, reader: Reader) -> bool:
-        """Parse a slice at once if recent reads have used less than their share of time. Returns whether bytes are
-        left. If bytes are left, the caller must queue the reader with `put`."""
+        """Parse for one slice of time at once if recent reads have used less than their share of time. Returns whether
+        unparsed bytes are left; if so, the caller must queue the reader with `put`."""
         begin = self._clock()
         if begin - self._window_at >= WINDOW_S:
             self._window_at, self._used_s = begin, 0.0
@@ -54,7 +54,7 @@ class ReadTurns:
         return more
 
     def put(self, reader: Reader) -> None:
-        """Queue a reader for a later pass. A reader must not be queued twice."""
+        """Queue a reader that is not queued yet, to parse its bytes in a later event-loop pass."""
         self._waiting.append(reader)
         self._schedule_turn()
 

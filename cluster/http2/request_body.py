@@ -1,9 +1,9 @@
 """The messages of one call's request: assembled, reserved in the budget, and queued until the handler reads them.
 
-Flow control follows the budget. A client may send the first `window_bytes` of a message without a reservation. Before
-the client may send the rest, the whole size of the message is reserved (policy/limits/request_bytes.py). Then the
-stream's window grows by exactly the size of the rest. So a message with a reservation can always be completed, and each
-call has at most one window of bytes without a reservation.
+A client may send the first `window_bytes` of a message without a reservation. Before the client may send the rest, the
+whole size of the message is reserved in the budget (policy/limits/request_bytes.py). Then the stream's window grows by
+exactly the size of the rest. So a message with a reservation can always be completed, and each call has at most one
+window of bytes without a reservation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Received:
 
 
 class RequestBody:
-    """The messages of one call's request. `streaming`: whether the handler reads any number of messages."""
+    """The messages of one call's request. `streaming`: whether the handler reads a stream of messages, not a single
+    one."""
 
     def __init__(self, connection: ConnectionCore, stream_id: int, too_slow: Callable[[], None]) -> None:
         self.streaming = False
@@ -69,7 +70,7 @@ class RequestBody:
         return len(self._inbox)
 
     def admit(self, tenant: str | None) -> None:
-        """Record the admitted caller's tenant; None for a method without credential. Raises BadMessage."""
+        """Record the admitted caller's tenant; None for a method that needs no credential. Raises BadMessage."""
         self.tenant, self._admitted = tenant, True
         self.settle()
 
@@ -128,8 +129,8 @@ class RequestBody:
             self._grow_stream_window()
 
     def settle_connection(self) -> None:
-        """Enlarge the connection's receive window by the received bytes, except bytes that a streaming handler has not
-        read."""
+        """Enlarge the connection's receive window by the received bytes, without the bytes that a streaming handler has
+        not read."""
         if self._connection.windows.admitted:
             self._grow_connection_window(self._connection_growth - (self._unread if self.streaming else 0))
 
@@ -183,14 +184,14 @@ Abort = Callable[[grpc.StatusCode, str], Awaitable[NoReturn]]
 
 
 class RequestStream:
-    """The request of one call, as the call's handler reads it: decompressed, and also parsed if the handler reads
-    several messages."""
+    """The request of one call, as the handler reads it: decompressed and, if the handler reads several messages,
+    parsed."""
 
     def __init__(
         self, connection: ConnectionCore, stream_id: int, encoding: str, abort: Abort, too_slow: Callable[[], None]
     ) -> None:
         """`encoding`: the compression of the messages. `abort`: ends the call with a status. `too_slow`: called when
-        the request arrives too slowly while other requests wait."""
+        the request arrives too slowly while other requests wait for the budget."""
         self.body = RequestBody(connection, stream_id, too_slow)
         self.half_closed = False
         """Whether the client has ended the request."""
@@ -207,7 +208,7 @@ class RequestStream:
         self._waiter: asyncio.Future[None] | None = None
 
     def stream(self, parse: Callable[[Any], Any]) -> None:
-        """Let the handler read any number of messages with `read`, each parsed with `parse`."""
+        """Prepare for a handler that reads any number of messages with `read`. `parse`: parses each message."""
         self._parse = parse
         self.body.streaming = True
 
@@ -287,7 +288,7 @@ class RequestStream:
             self._waiter.set_result(None)
 
     async def _decompress(self, received: Received) -> bytes:
-        """Decompress a message in steps, and yield to the event loop between two steps."""
+        """Decompress a message in steps, and yield to the event loop after each step."""
         limits = self._connection.limits
         unauthenticated = self._connection.budget is not None and self.body.tenant is None
         most = limits.window_bytes if unauthenticated else limits.max_message_bytes

@@ -24,7 +24,8 @@ _ANONYMOUS_PATHS = ("/grpc.health.", "/grpc.reflection.")
 
 
 class ResponseWriter:
-    """The answer to one call. `send` accepts a message at once, and buffers what the client's windows do not allow."""
+    """The answer to one call. `send` accepts a message at once, and buffers the bytes that the client's windows do not
+    allow yet."""
 
     def __init__(
         self, core: ConnectionCore, stream: H2Stream, path: str, request: RequestStream, on_end: Callable[[int], None]
@@ -75,8 +76,8 @@ class ResponseWriter:
         self.push()
 
     def call_before_flush(self, function: Callable[[], None]) -> None:
-        """Call a function, which may send messages, before the connection next sends bytes, in this pass of the event
-        loop or the next one."""
+        """Call a function, which may send messages, before the connection next sends bytes. This happens in the current
+        or the next event-loop pass."""
         self._output.call_before_flush(function)
 
     async def wait_until_writable(self) -> None:
@@ -87,7 +88,7 @@ class ResponseWriter:
             await waiter
 
     def push(self) -> None:
-        """Send pending bytes as far as the flow-control windows allow, and then the status."""
+        """Send pending bytes as far as the flow-control windows allow. After the last pending byte, send the status."""
         pending, stream, h2 = self._pending, self.stream, self._h2
         if self.closed:
             pending.clear()
@@ -111,12 +112,12 @@ class ResponseWriter:
         self.wake_writers()
 
     def update_full(self) -> None:
-        """Set `full` after the pending bytes have changed, or the client has stopped or resumed reading."""
+        """Recompute `full`, after the pending bytes have changed or the client has stopped or resumed reading."""
         self.full = self._output.paused or len(self._pending) > 0
         self._sends_at_once = self._head_sent and not self.full and not self.closed
 
     def wake_writers(self) -> None:
-        """Set `full`, and wake waiting writers if the answer is no longer full, or is closed."""
+        """Recompute `full`, and wake waiting writers if the answer is no longer full, or is closed."""
         self.update_full()
         if not self._writers or (self.full and not self.closed):
             return
@@ -132,7 +133,7 @@ class ResponseWriter:
         self.wake_writers()
 
     def send_head(self, metadata: Sequence[tuple[str, str | bytes]] = ()) -> None:
-        """Send the response headers, unless they were sent."""
+        """Send the response headers if they are not sent yet."""
         if not self._head_sent and not self.closed:
             self._head_sent = True
             if not self.path.startswith(_ANONYMOUS_PATHS):
@@ -145,7 +146,7 @@ class ResponseWriter:
         self.push()
 
     def refuse(self, http_status: bytes) -> None:
-        """Send an HTTP status as the answer to a request that is not a gRPC call."""
+        """Answer a request that is not a gRPC call with an HTTP status."""
         self._send_headers(frames.literal(b":status", http_status), end=True)
 
     def _send_end(self, end: bytes) -> None:

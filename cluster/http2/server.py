@@ -46,15 +46,16 @@ class Gate(Protocol):
     async def admit(self, call: ServerCall) -> str | None:
         """Return the tenant whose budget the request counts against; None for a method that needs no credential.
 
-        The gate refuses a call with `call.abort`. If the request is still incomplete after the first `admit`, the
-        server calls `admit` a second time, once the request is complete."""
+        The gate refuses a call with `call.abort`. The server calls `admit` when the call's headers have arrived. If the
+        request is incomplete then, the server calls `admit` again when the request is complete.
+        """
 
 
 class CallRunner:
     """The handlers of a server. Each call runs its handler in a task of its own."""
 
     def __init__(self, request_s: float, gate: Gate | None) -> None:
-        """`request_s`: time limit to receive the request of a call that takes one message."""
+        """`request_s`: time limit in seconds to receive the request of a call that takes one message."""
         self._gate = gate
         self._request_s = request_s
         self._handlers: list[grpc.GenericRpcHandler] = []
@@ -65,7 +66,7 @@ class CallRunner:
         self._handlers += handlers
 
     def stop(self) -> None:
-        """Give every call that is cancelled from now on the status UNAVAILABLE."""
+        """From now on, end every cancelled call with the status UNAVAILABLE."""
         self.stopping = True
 
     def start(self, call: ServerCall, head: RequestHead) -> None:
@@ -101,7 +102,8 @@ class CallRunner:
         return None
 
     async def _request(self, call: ServerCall, handler: Any) -> Any:
-        """Return the handler's request argument once the gate has admitted the call. Raises AbortError, BadMessage."""
+        """Wait until the gate admits the call, and return the request as the handler's argument. Raises AbortError,
+        BadMessage."""
         tenant = "" if self._gate is None else await self._gate.admit(call)
         if not call.closed:
             call.owner.admit(call, tenant)
@@ -167,9 +169,9 @@ class Server:
         gate: Gate | None = None,
         budget: Budget | None = None,
     ) -> None:
-        """`admission`: the connection pool of the port, and the log of refused connections; None: the server creates
+        """`admission`: the connection pool of the port and the log of refused connections; None: the server creates
         both. `gate`: authorizes calls; without a gate, connections have the full `limits` from the start. `budget`: the
-        budget for request bytes, see request_body.py."""
+        budget of request bytes, see request_body.py."""
         self.limits = limits or ServerLimits()
         self.connections: set[Connection] = set()
         self._runner = runner = CallRunner(self.limits.request_s, gate)
@@ -231,7 +233,7 @@ class Server:
         return ConnectionProtocol(self._parts, age_s, slot)
 
     def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:
-        """Abort the connections whose transport meets the condition. Returns the number of connections."""
+        """Abort the connections whose transport meets the condition. Returns the number of aborted connections."""
         transports = [c.transport for c in self.connections if condition(c.transport)]
         for transport in transports:
             transport.abort()
@@ -241,6 +243,6 @@ class Server:
         return [call for connection in self.connections for call in connection.calls.by_stream.values()]
 
     def _on_call_end(self) -> None:
-        """Handle the end of a call. After the last call, `stop` no longer waits."""
+        """Handle the end of a call. After the end of the last call, wake a waiting `stop`."""
         if self._runner.stopping and not self._calls():
             self._empty.set()

@@ -19,7 +19,7 @@ CHECKS: Final = 4
 
 
 class ConnectionTimeouts:
-    """The checks of one connection's time limits, from the start of the connection."""
+    """The checks of one connection's time limits. The checks run from the start of the connection."""
 
     def __init__(
         self, core: ConnectionCore, lifetime: ConnectionLifetime, intake: FrameIntake, calls: OpenStreams, age_s: float
@@ -41,11 +41,11 @@ class ConnectionTimeouts:
             lifetime.call_later(age_s, self._reach_age)
 
     def greet(self) -> None:
-        """Record the client's settings."""
+        """Record that the client's settings have arrived."""
         self.greeted = True
 
     def answered(self) -> None:
-        """Record the client's answer to a ping."""
+        """Record that the client has answered a ping."""
         self._answered = True
 
     def _check(self) -> None:

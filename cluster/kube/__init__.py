@@ -1,1 +1,1 @@
-"""Leader election by a Kubernetes Lease: one of several controllers acts at a time."""
+"""Leader election by a Kubernetes Lease: of several controllers, only one acts at a time."""

@@ -1,5 +1,6 @@
-"""Kubernetes Leases, read and written from within a pod, through the API server. Each call reads the token of the pod's
-service account anew, since Kubernetes renews the token."""
+"""Kubernetes Leases, read and written from within a pod, through the API server. Each request reads the token of the
+pod's service account from its file, because Kubernetes renews the token.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +24,11 @@ before the holder's term ends."""
 
 
 class ApiUnavailable(Exception):
-    """Error: the Kubernetes API did not answer, or answered with an error, which the message contains."""
+    """Error: the Kubernetes API did not answer, or answered with an error. The message contains that error."""
 
 
 class Conflict(Exception):
-    """Error: another process has written the record since it was read."""
+    """Error: another process has written the record since this process read it."""
 
 
 class LeaseStore(Protocol):

@@ -1,11 +1,11 @@
 """Leader election by a shared record (a Kubernetes Lease): the rules for reading and writing the record.
 
 Problem: two controllers that act at the same time would undo each other's changes. Invariant: a process acts only
-within `yield_s` seconds after its own last write of the record. Another process takes the record only after the record
-has stood unchanged for `lease_s` seconds, and `lease_s` is longer than `yield_s`. As in Kubernetes' own leader
-election, each process measures with its own clock how long the record has stood unchanged, so only the rates of the
-clocks matter. The store refuses a write if the record has changed since it was read. Two processes can act at the same
-time only if one of them pauses for longer than `lease_s - yield_s` between checking its clock and acting.
+within `yield_s` seconds after its own last write of the record. Another process takes the record only if the record has
+not changed for `lease_s` seconds, and `lease_s` is longer than `yield_s`. As in Kubernetes' own leader election, each
+process measures the time without a change with its own clock, so only the rates of the clocks matter. The store refuses
+a write if the record has changed since it was read. Two processes can act at the same time only if one of them pauses
+for longer than `lease_s - yield_s` between checking its clock and acting.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class LeaseTerms:
-    """Times in seconds. `lease_s`: time for which a record must stay unchanged before another process may take it.
-    `yield_s`: time after its last write for which the holder may act. `again_s`: interval of reads."""
+    """Times in seconds. `lease_s`: time without a change of the record after which another process may take it.
+    `yield_s`: time after its last write during which the holder may act. `again_s`: time between two reads."""
 
     lease_s: float = 15.0
     yield_s: float = 10.0
@@ -29,8 +29,8 @@ class LeaseTerms:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRecord:
-    """The stored record. `holder`: "" for none. `version` changes with every write by any process. `transitions`:
-    number of changes of the holder."""
+    """The stored record. `holder`: name of the process that holds the Lease; "" for none. `version`: changes with every
+    write by any process. `transitions`: number of changes of the holder."""
 
     holder: str
     version: str
@@ -46,8 +46,9 @@ class LeaseWrite:
 
 @dataclass(frozen=True, slots=True)
 class LeaseCandidate:
-    """The state of one process. `seen`: the record as last read; unchanged since `seen_at_s`. `wrote_at_s`: start of
-    this process's last write; None while the process does not hold the Lease. Times are monotonic seconds."""
+    """The state of one process. `seen`: the record as last read. `seen_at_s`: when this process first read it in this
+    form. `wrote_at_s`: start of this process's last write; None while the process does not hold the Lease. Times are
+    monotonic seconds."""
 
     me: str
     terms: LeaseTerms = LeaseTerms()
@@ -78,5 +79,6 @@ class LeaseCandidate:
         return self.wrote_at_s is not None and now_s - self.wrote_at_s < self.terms.yield_s
 
     def acts_until_s(self) -> float:
-        """Return when this process must stop acting unless it renews the record; -inf if it does not hold the Lease."""
+        """The time when this process must stop acting, unless it renews the record before; -inf if it does not hold the
+        Lease."""
         return self.wrote_at_s + self.terms.yield_s if self.wrote_at_s is not None else float("-inf")

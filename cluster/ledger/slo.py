@@ -39,7 +39,7 @@ class SloSum:
 
     `objective` is None for a model that is not in the catalog. `not_judged` counts the calls of such a model, invalid
     calls, and calls that their callers cancelled before the first token was late. `unknown` counts calls of lost
-    gateways, because the times of these calls are not recorded.
+    gateways, whose times are not recorded.
     """
 
     tenant: str
@@ -65,7 +65,7 @@ class SloSum:
     @property
     def budget_left(self) -> float | None:
         """Part of the error budget that is left: 1 if no call missed the SLO, 0 if as many calls missed it as the
-        target allows, negative if more did. None if no call was judged, or if the SLO has no target."""
+        target allows, negative if more calls missed it. None without a judged call, or if the SLO has no target."""
         if self.objective is None or not self.calls or not 0 < self.objective.target < 1:
             return None
         return 1 - (self.calls - self.met) / (self.calls * (1 - self.objective.target))

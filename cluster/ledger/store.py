@@ -22,7 +22,7 @@ from cluster.ledger.usage.usage import UsageTable
 
 
 class Ledger:
-    """Tenants, keys, usage, audit and snapshots of one database.
+    """Tenants, keys, usage, audit events and access snapshots of one database.
 
     `peppers`: secrets with which API keys are hashed. New keys are hashed with the first pepper. Only methods of `keys`
     need peppers. `clock` returns seconds since the epoch.
@@ -77,7 +77,7 @@ class Ledger:
         return restore(self._engine, file)
 
     def record(self, action: str, object_name: str, *, tenant: str = "", reason: str = "", actor: str = "") -> None:
-        """Record an admin action in the audit table, and in the audit file if there is a file."""
+        """Record an admin action in the audit table and, if there is an audit file, in that file too."""
         event = AuditEvent(
             at_s=self._clock(),
             kind="admin",

@@ -1,6 +1,7 @@
 """Names and meanings of all log events. docs/reference/events.md is written from this table and from the log calls.
 
-A name is `area.what_happened`: the area is the thing that the event is about. A test compares the table with the code.
+A name is `area.what_happened`, for example `worker.ready`: the area is the part of the cluster that the event is about.
+A test compares the table with the code.
 """
 
 from __future__ import annotations

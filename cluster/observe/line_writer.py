@@ -1,11 +1,10 @@
-"""Writer of log lines: callers put events into a bounded queue, and a thread renders them and writes them to a file
-descriptor.
+"""Writer of log lines. Callers put events into a bounded queue, and a thread writes them as lines to a file descriptor.
 
 Problem: a process writes its log to a pipe whose reader may be slow or stopped, or to a disk that may be full. A direct
-write would then block the event loop. The thread also renders the events, because rendering several lines in a row
-takes a third of the CPU time of rendering each line between other work. Invariants: `write` never waits for the output.
-The waiting events take at most about `max_bytes`; further events are dropped, and their number is logged once there is
-room. Lines stay whole and in order.
+write would then block the event loop. The thread also renders the events: rendering several lines in a row takes a
+third of the CPU time that the same lines would take between other work. Invariants: `write` never waits for the output.
+The waiting events take at most about `max_bytes`. Further events are dropped, and their number is logged when the queue
+has room again. Lines stay whole and in order.
 """
 
 from __future__ import annotations
@@ -33,7 +32,8 @@ MAX_FAILURES = 3
 
 
 class LineWriter:
-    """Writes events to one file descriptor. structlog uses it as a logger, so there is a method for each level."""
+    """Writes events to one file descriptor. It has a method for each log level, because structlog uses it as a
+    logger."""
 
     def __init__(
         self,
@@ -43,8 +43,8 @@ class LineWriter:
         dropped_event: Callable[[int], Event],
         max_bytes: int = MAX_PENDING_BYTES,
     ) -> None:
-        """`render` returns the line of an event, without its line end, and must not raise. `dropped_event` returns the
-        event that reports a number of dropped events."""
+        """`render`: returns the line of an event, without a newline; it must not raise. `dropped_event`: returns the
+        event that reports this number of dropped events."""
         self._descriptor = descriptor
         self._render = render
         self._dropped_event = dropped_event
@@ -55,8 +55,8 @@ class LineWriter:
         os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
-        """Begin with an empty queue and without a thread. Also called in a forked process, which has no copy of the
-        thread."""
+        """Begin with an empty queue and without a thread. Also called in a forked process, because the fork does not
+        copy the thread."""
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[Event | threading.Event] = queue.SimpleQueue()
         self._pending_bytes = 0
@@ -68,7 +68,7 @@ class LineWriter:
         return f"<LineWriter to {self._descriptor} pending {self._pending_bytes} bytes>"
 
     def write(self, event: Event) -> None:
-        """Queue an event, which must not change any more. The event is dropped if too many events wait."""
+        """Queue an event, which the caller must not change afterwards. The event is dropped if too many events wait."""
         size = _size(event)
         with self._lock:
             if self._pending_bytes + size > self._max_bytes:
@@ -111,8 +111,8 @@ class LineWriter:
             self._hurry.clear()
 
     def _next_batch(self) -> tuple[list[Event], list[threading.Event]]:
-        """Wait for an event or a call of `flush`. Returns the waiting events, and a flag for each waiting call of
-        `flush`. The caller sets the flags when the events are written."""
+        """Wait for an event or a call of `flush`. Returns the waiting events, and one flag for each waiting call of
+        `flush`. The caller must set these flags after it has written the events."""
         batch: list[Event] = []
         reached: list[threading.Event] = []
         size, item = 0, self._queue.get()

@@ -34,10 +34,11 @@ _writers: list[LineWriter] = []
 
 
 def configure(level: str, fields: Mapping[str, str], *, descriptor: int = STDERR) -> LineWriter:
-    """Configure structlog for this process, and for its child processes that call `configure_as_parent`; `fields` are
-    added to every line. Returns the writer of the lines.
+    """Configure structlog for this process, and for its child processes that call `configure_as_parent`. Returns the
+    writer of the lines.
 
-    `descriptor`: the file descriptor to which the lines are written."""
+    `fields`: added to every line. `descriptor`: the file descriptor to which the lines are written.
+    """
     os.environ[_CHILDREN] = json.dumps({"level": level, "descriptor": descriptor, "fields": dict(fields)})
     writer = LineWriter(descriptor, render=partial(_render, fields), dropped_event=_dropped_event)
     structlog.configure(
@@ -59,15 +60,16 @@ def configure(level: str, fields: Mapping[str, str], *, descriptor: int = STDERR
 
 
 def configure_as_parent() -> None:
-    """Configure structlog as the parent process has done. Does nothing if the parent has not called `configure`."""
+    """Configure structlog with the settings of the parent process. Does nothing if the parent has not called
+    `configure`."""
     if text := os.environ.get(_CHILDREN, ""):
         settings = json.loads(text)
         configure(settings["level"], settings["fields"], descriptor=settings["descriptor"])
 
 
 def flush(timeout_s: float = END_S) -> None:
-    """Wait until all lines are written, at most `timeout_s` for each output. Call this function before a process ends
-    itself without the exit handlers."""
+    """Wait until all lines are written, at most `timeout_s` seconds for each output. Call this function before a
+    process ends without running its exit handlers."""
     for waits in _at_flush:
         waits(timeout_s)
 
@@ -79,15 +81,15 @@ def dropped_lines() -> int:
 
 
 def add_flush(waits: Callable[[float], object]) -> None:
-    """Register a function that waits for another output. `flush` calls it with the timeout in seconds, after the lines
-    of this process are written."""
+    """Register `waits`, which waits until the lines of another output are written. `flush` calls it with the timeout in
+    seconds, after the lines of this process are written."""
     _at_flush.append(waits)
 
 
 class CallFields:
-    """Context manager in which `call_fields` returns `fields` to code of the same task.
+    """Context manager for code that handles one call. Within it, `call_fields` returns `fields` in the same task.
 
-    Every call enters this context manager, and a generator with `contextmanager` would take three times as long.
+    This context manager is entered for every call. A generator with `contextmanager` would take three times as long.
     """
 
     __slots__ = ("_fields", "_token")
@@ -122,7 +124,7 @@ def _stamp(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[s
 
 
 def _as_argument(_: Any, __: str, event: MutableMapping[str, Any]) -> tuple[tuple[MutableMapping[str, Any]], Event]:
-    """Return the arguments that structlog passes to the writer: only the event."""
+    """Return the arguments with which structlog calls the writer: only the event."""
     return (event,), {}
 
 
@@ -131,7 +133,7 @@ def _dropped_event(dropped: int) -> Event:
 
 
 def _render(fields: Mapping[str, str], event: Event) -> str:
-    """Return the line of an event: a JSON object, which also has the fields in `fields`. Long texts are cut."""
+    """Return the line of an event: a JSON object with the event's own fields and `fields`. Long texts are cut."""
     whole = {**fields, **event}
     for name, value in whole.items():
         if type(value) is str and len(value) > MAX_FIELD_CHARS:

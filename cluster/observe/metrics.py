@@ -42,15 +42,15 @@ class Histogram:
         self.sum += value * times
 
     def observe_traced(self, value: float, trace_id: str) -> None:
-        """Count a value of a call. `trace_id`: id of the call's trace, which becomes the exemplar of the bucket; "" for
-        no exemplar."""
+        """Count a value of a call. `trace_id`: the id of the call's trace, which the bucket then shows as its exemplar;
+        "" for no exemplar."""
         self.observe(value)
         if trace_id:
             self._exemplars[bisect_left(self._bounds, value)] = (trace_id, value, time.time())
 
     def buckets(self) -> list[Any]:
-        """Return (upper bound, cumulative count), with an exemplar if there is one, for each bucket, in the form that
-        prometheus_client expects."""
+        """Return (upper bound, cumulative count) for each bucket, and a third item if the bucket has an exemplar. This
+        is the form that prometheus_client expects."""
         out: list[Any] = []
         running, exemplars = 0, dict(self._exemplars)
         for at, (bound, count) in enumerate(zip((*map(str, self._bounds), "+Inf"), list(self.counts), strict=True)):
@@ -74,7 +74,8 @@ class Metrics(Collector):
     """All metrics of one process. Its methods take names without the prefix `headrace_`."""
 
     def __init__(self, cluster: str, max_tenants: int = 500) -> None:
-        """`max_tenants`: greatest number of tenants with their own series; further tenants are counted as `other`."""
+        """`max_tenants`: greatest number of tenants that have series of their own. All further tenants share the label
+        `other`."""
         self._cluster = cluster
         self._max_tenants = max_tenants
         self._tenants: set[str] = set()
@@ -100,8 +101,8 @@ class Metrics(Collector):
         series[labels] = value + by
 
     def _tenant_label(self, tenant: str) -> str:
-        """Return the value of the label `tenant`: the tenant's name, or `other` if `max_tenants` tenants already have
-        labels of their own and this tenant is not one of them."""
+        """Return the value of the label `tenant`: the tenant's name, or `other` if `max_tenants` other tenants already
+        have labels of their own."""
         if tenant in self._tenants:
             return tenant
         if len(self._tenants) < self._max_tenants:
@@ -114,8 +115,8 @@ class Metrics(Collector):
     def _capped_gauges(
         self, samples: Iterable[tuple[tuple[str, ...], float]], at: int
     ) -> list[tuple[tuple[str, ...], float]]:
-        """Return the samples of a gauge by tenant. All tenants without a label of their own share the sample `other`,
-        whose value is the largest value of these tenants. `at`: index of the tenant in the labels."""
+        """Return a gauge's samples with at most `max_tenants` tenants as labels. All other tenants share the sample
+        `other`, which has the largest of their values. `at`: index of the tenant in the labels."""
         largest: dict[tuple[str, ...], float] = {}
         for labels, value in samples:
             labels = (*labels[:at], self._tenant_label(labels[at]), *labels[at + 1 :])
@@ -123,8 +124,8 @@ class Metrics(Collector):
         return list(largest.items())
 
     def histogram(self, name: str, *labels: str) -> Histogram:
-        """Return the histogram series with these label values, which is created if needed. Callers that use the series
-        often should keep the returned object."""
+        """Return the histogram series with these label values, and create it if needed. Callers that use a series often
+        should keep the returned object."""
         series = self._histograms.setdefault(name, {})
         if labels not in series:
             series[labels] = Histogram(DEFINITIONS[name].buckets)
@@ -141,12 +142,12 @@ class Metrics(Collector):
         self._gauges.append(gauges)
 
     def remove_gauges(self, gauges: Callable[[], Iterable[Sample]]) -> None:
-        """Undo `add_gauges`. Used by a part of the process that ends before the process ends."""
+        """Remove a function that `add_gauges` has registered."""
         self._gauges = [other for other in self._gauges if other is not gauges]
 
     def add_process_metrics(self) -> None:
-        """Export memory, CPU time, descriptors and start time of this process, and its garbage collections, under
-        Prometheus' usual names: process_*, python_gc_*."""
+        """Export this process's memory, CPU time, file descriptors, start time and garbage collections, under
+        Prometheus' usual names (process_*, python_gc_*)."""
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
@@ -170,7 +171,8 @@ class Metrics(Collector):
     def _family(
         self, name: str, full: str, definition: Definition, samples: Iterable[tuple[tuple[str, ...], float]]
     ) -> Metric:
-        """Return all series of a metric. `name`: its name in this class; `full`: its name on the page."""
+        """Return all series of a metric. `name`: the metric's name without `headrace_`. `full`: its name on the
+        /metrics page."""
         labels = ("headrace_cluster", *definition.labels)
         if definition.kind == "histogram":
             histogram = HistogramMetricFamily(full, definition.help, labels=labels)

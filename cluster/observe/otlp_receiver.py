@@ -17,7 +17,7 @@ _KINDS = {trace_pb2.Span.SPAN_KIND_SERVER: SpanKind.SERVER, trace_pb2.Span.SPAN_
 
 
 class OtlpReceiver(pb_grpc.TraceServiceServicer):
-    """Receives spans, and calls a function with the spans of each message, in a thread."""
+    """Receives spans. Calls a function with the spans of each received message, in a thread."""
 
     def __init__(self, listen: str, receive: Callable[[Sequence[SpanRecord]], None]) -> None:
         """`listen`: host:port; port 0 picks a free port. Raises RuntimeError if the address cannot be bound."""
@@ -32,11 +32,11 @@ class OtlpReceiver(pb_grpc.TraceServiceServicer):
         """Bound address."""
 
     def start(self) -> None:
-        """Accept spans."""
+        """Begin to accept spans."""
         self._server.start()
 
     def stop(self) -> None:
-        """Accept no more spans. Blocks until the last message is handled."""
+        """Stop accepting spans. Blocks until the last message is handled."""
         self._server.stop(1.0).wait()
 
     def wait(self) -> None:

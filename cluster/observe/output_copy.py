@@ -3,10 +3,11 @@
 Problem: a replica's standard output and error are files in Ray's session folder on the pod's disk. `kubectl logs` does
 not show these files, and they are lost with the pod. Ray 2.60 redirects the output in its core worker
 (RedirectStdoutOncePerProcess). With RAY_LOG_TO_STDERR=1 a node would write no files, but the files are needed by Ray's
-dashboard, by `ray logs` and by end_causes.py, which finds out why an engine ended. So a thread copies the whole lines
-that this process and its children append to the files. Lines of Headrace's log are copied unchanged; every other line,
-such as vLLM's, becomes the text of the event `worker.output`. If the output is slow, the thread lags; if it lags more
-than MAX_LAG_BYTES, it skips lines.
+dashboard, by `ray logs` and by end_causes.py, which finds out why an engine ended.
+
+So a thread copies the whole lines that this process and its children append to the files. Lines of Headrace's log are
+copied unchanged. Every other line, for example of vLLM's log, becomes the text of an event `worker.output`. The thread
+falls behind if the output is slow. If it is more than MAX_LAG_BYTES behind, it skips lines.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ log = structlog.get_logger("log")
 
 
 class FollowedFile:
-    """Reader of the lines that are appended to a file after the reader was created. A file that was replaced or
-    truncated is read from its beginning."""
+    """Reader of the lines that are appended to a file after the reader is created. If the file is replaced or
+    truncated, the reader begins at the start of the new content."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -48,7 +49,8 @@ class FollowedFile:
         self._rest = b""
 
     def pop_lines(self) -> tuple[list[bytes], int]:
-        """Return the next whole lines, without their ends, and the number of bytes that were skipped before them."""
+        """Return the next whole lines, without newlines, and the number of bytes that were skipped before these
+        lines."""
         size = self._reopen_if_replaced()
         skipped = 0
         if size - self._at > MAX_LAG_BYTES:
@@ -76,10 +78,11 @@ class FollowedFile:
 
 
 class OutputCopy:
-    """Copies lines of followed files to a descriptor, in a thread of its own."""
+    """Copies the lines that are appended to files to a descriptor, in its own thread."""
 
     def __init__(self, files: Mapping[str, FollowedFile], descriptor: int, fields: Mapping[str, str]) -> None:
-        """`files`: the file of each stream, by the stream's name. `fields`: added to lines that are not Headrace's."""
+        """`files`: the file that contains each stream, by the stream's name (stdout or stderr). `descriptor`: where
+        lines are written. `fields`: added to lines that are not from Headrace's log."""
         self._files = files
         self._descriptor = descriptor
         self._fields = fields
@@ -92,12 +95,13 @@ class OutputCopy:
         self._thread.start()
 
     def stop(self) -> None:
-        """Let the thread copy the lines that are in the files now, and end the thread."""
+        """End the thread, after it has copied the lines that are in the files now."""
         self._stop.set()
         self._thread.join()
 
     def flush(self, timeout_s: float) -> bool:
-        """Copy the lines that are in the files now. Returns False if the output accepts nothing for `timeout_s`."""
+        """Copy the lines that are in the files now. Returns False if the output accepts nothing for `timeout_s`
+        seconds."""
         if not self._passes.acquire(timeout=timeout_s):
             return False
         try:
@@ -113,7 +117,8 @@ class OutputCopy:
             self._copy(POLL_S)
 
     def _copy(self, patience_s: float) -> bool:
-        """Copy until no line is left. Returns False if the output accepts nothing for `patience_s`."""
+        """Copy until no line is left. Returns False if the output fails. `patience_s`: when the process ends, time in
+        seconds after which an output that accepts nothing counts as failed."""
         while lines := list(self._next_lines()):
             if not all(self._write(piece, patience_s) for piece in _pieces(lines)):
                 return False
@@ -138,10 +143,10 @@ class OutputCopy:
         return json.dumps({**self._fields, **event, "timestamp": stamp}).encode() + b"\n"
 
     def _write(self, data: bytes, patience_s: float) -> bool:
-        """Write all bytes. Returns False if the output fails. The rest of the bytes is then lost.
+        """Write all bytes. Returns False if the output fails; the remaining bytes are then lost.
 
-        While the process runs, there is no time limit. When the process ends, an output that accepts nothing for
-        `patience_s` counts as failed.
+        While the process runs, the method waits for the output without a time limit. When the process ends, an output
+        that accepts nothing for `patience_s` seconds counts as failed.
         """
         view = memoryview(data)
         while view:
@@ -160,7 +165,7 @@ class OutputCopy:
 
 def _pieces(lines: Sequence[bytes]) -> Iterator[bytes]:
     """Join lines into pieces that a pipe accepts in one write, so that the lines of several processes do not mix. A
-    line that is longer than such a piece is yielded alone."""
+    line that is too long for one write is yielded alone."""
     piece = b""
     for line in lines:
         if len(piece) + len(line) > select.PIPE_BUF and piece:
@@ -181,11 +186,12 @@ def _is_event(line: bytes) -> bool:
 
 
 def copy_output(path: str, fields: Mapping[str, str], file_of: Callable[[int], str]) -> OutputCopy | None:
-    """Copy this process's standard output and error to `path` from now on, if they are files.
+    """Copy this process's standard output and error to `path` from now on, if they are redirected to files.
 
-    `path`: the output to copy to; "" for no copy. `fields`: added to lines that are not Headrace's. `file_of` returns
-    the file to which a descriptor of this process is redirected, or "" if it is redirected to no file. Returns None if
-    nothing is copied. An output that cannot be opened is logged."""
+    `path`: the output to copy to; "" for no copy. `fields`: added to lines that are not from Headrace's log. `file_of`:
+    returns the file to which a descriptor of this process is redirected, or "" if it is not redirected to a file.
+    Returns None if nothing is copied. If the output at `path` cannot be opened, the error is logged.
+    """
     files = {name: file for name, number in (("stdout", STDOUT), ("stderr", STDERR)) if (file := file_of(number))}
     if not path or not files:
         return None

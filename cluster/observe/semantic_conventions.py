@@ -1,8 +1,9 @@
-"""Names of spans and their attributes: those of OpenTelemetry's semantic conventions, and our own.
+"""Names of spans and of their attributes. The names come from OpenTelemetry's semantic conventions; names that begin
+with `headrace.` are our own.
 
-The conventions for generative AI are still in development, so only this module contains the names. The names are those
-of open-telemetry/semantic-conventions-genai as of semantic conventions 1.42; a new release of the conventions is
-adopted by changing this file. Names that begin with `headrace.` are ours.
+The conventions for generative AI are still in development, so only this module contains the names. They follow
+open-telemetry/semantic-conventions-genai as of semantic conventions 1.42. For a new release of the conventions, only
+this file must be changed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Export of spans to a collector, by OTLP over gRPC. The module is imported only if tracing is on.
 
-Problem: a collector that is slow or unreachable must not delay a call. Invariants: `add` never waits. At most
-`max_queued` spans wait; each span is counted once, as exported, dropped or failed.
+Problem: a slow or unreachable collector must not delay a call. Invariants: `add` never waits. At most `max_queued`
+spans wait. Each span is counted once, as exported, dropped or failed.
 
-A thread of this module calls OpenTelemetry's exporter. OpenTelemetry's BatchSpanProcessor is not used, since it counts
-neither dropped nor failed spans.
+A thread of this module calls OpenTelemetry's exporter. OpenTelemetry's BatchSpanProcessor is not used, because it
+counts neither dropped nor failed spans.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _OTEL_LOGGERS = ("opentelemetry.exporter.otlp.proto.grpc.exporter", "opentelemet
 
 
 def read_headers(path: Path, setting: str) -> tuple[tuple[str, str], ...]:
-    """Return the headers in a file of lines `name: value`. Empty lines and lines that begin with # are skipped. Raises
-    ValueError with the name of the setting."""
+    """Return the headers in a file that has one `name: value` per line. Empty lines and lines that begin with # are
+    skipped. Raises ValueError; the message names `setting`, the setting that contains the path."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -81,9 +81,9 @@ class SpanExport:
         interval_s: float = INTERVAL_S,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        """`endpoint`: URL of the collector; https:// means TLS. `count(outcome, number)` counts spans. The outcome is
-        `exported` or `failed` in calls from the export thread, and `dropped` in calls from `add` and `stop`. Raises
-        ValueError for an unusable file."""
+        """`endpoint`: URL of the collector; https:// means TLS. `count(outcome, number)`: called to count spans. The
+        outcome is `exported` or `failed` in calls from the export thread, and `dropped` in calls from `add` and `stop`.
+        Raises ValueError if a file cannot be used."""
         self._endpoint = endpoint
         self._count = count
         self._ca_file = ca_file
@@ -107,7 +107,7 @@ class SpanExport:
         self._thread.start()
 
     def stop(self) -> None:
-        """Send the waiting spans, for at most LAST_S seconds, and end the thread. Blocks."""
+        """Send the waiting spans for at most LAST_S seconds, and end the thread. Blocks until then."""
         self._stopping = True
         self._wake.set()
         if self._thread.is_alive():
@@ -152,7 +152,7 @@ class SpanExport:
             self._note(is_sent)
 
     def _note(self, is_sent: bool) -> None:
-        """Log when the collector stops accepting spans, and when it accepts spans again."""
+        """Log when the collector begins to refuse spans, and when it accepts spans again."""
         if is_sent and self._is_away:
             log.info("tracing.collector_found", collector=self._endpoint)
         elif not is_sent and not self._is_away:
@@ -160,7 +160,7 @@ class SpanExport:
         self._is_away = not is_sent
 
     def _connect(self) -> OTLPSpanExporter:
-        """Return an exporter with the present contents of the files. Raises ValueError."""
+        """Return an exporter with the current headers and CA from the files. Raises ValueError."""
         setting = "observe.tracing"
         credentials, headers = None, None
         if self._endpoint.startswith("https:"):
@@ -180,7 +180,8 @@ class SpanExport:
         return tuple(path.stat().st_mtime for path in files if path.exists())
 
     def _reconnect_if_changed(self) -> None:
-        """Make a new exporter if a file has changed, since an exporter reads the headers and the CA only once."""
+        """Make a new exporter if the headers file or the CA file has changed, because an exporter reads them only
+        once."""
         if (files := self._file_states()) != self._files:
             exporter = self._connect()
             self._exporter.shutdown()
@@ -191,7 +192,7 @@ _SUCCESS = SpanExportResult.SUCCESS
 
 
 class _LastReason(logging.Filter):
-    """Keeps the exporter's many messages out of the log, and remembers the last message."""
+    """Log filter that keeps the exporter's many messages out of the log, and remembers the last message."""
 
     text = ""
 
@@ -201,7 +202,7 @@ class _LastReason(logging.Filter):
 
 
 def _readable(span: SpanRecord, resources: dict[int, Resource]) -> ReadableSpan:
-    """Return a span in the form of OpenTelemetry's SDK. `resources`: cache that the spans of a batch share."""
+    """Convert a span to the form of OpenTelemetry's SDK. `resources`: a cache that the spans of a batch share."""
     trace_id, state = int(span.trace_id, 16), TraceState.from_header([span.trace_state] if span.trace_state else [])
 
     def context(span_id: str, is_remote: bool = False) -> SpanContext:

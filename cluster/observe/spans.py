@@ -11,7 +11,7 @@ Attributes = Mapping[str, Value]
 
 
 class SpanKind(enum.Enum):
-    """Kind of a span, by OpenTelemetry's names."""
+    """Kind of a span, with the values of OpenTelemetry."""
 
     SERVER = "server"
     CLIENT = "client"
@@ -29,10 +29,11 @@ class SpanEvent:
 
 @dataclass(frozen=True, slots=True)
 class SpanRecord:
-    """A span that has ended. Times are seconds since the epoch; ids are lower-case hexadecimal.
+    """A span that has ended. Times are seconds since the epoch. Ids are lower-case hexadecimal.
 
     `parent_id`: "" for the first span of a trace. `links`: ids of earlier spans of the same trace that this span
-    follows. `error`: kind of error, as a word; "" for none. `resource`: attributes of the process that did the work.
+    follows. `error`: kind of the error, as one word; "" for none. `resource`: attributes of the process that did the
+    work.
     """
 
     name: str

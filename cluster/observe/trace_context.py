@@ -1,7 +1,7 @@
 """W3C trace context: the trace to which a call belongs, and whether the call is sampled. Pure.
 
-Source: https://www.w3.org/TR/trace-context/ (traceparent version 00; of later versions, only the fields of version 00
-are read).
+Source: https://www.w3.org/TR/trace-context/ (traceparent version 00). From later versions, only the fields of version
+00 are read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _RATIO_BITS: Final = 56
 
 @dataclass(frozen=True, slots=True)
 class TraceContext:
-    """The span of a caller or of this process that is the parent of new spans. Ids are lower-case hexadecimal."""
+    """A span that becomes the parent of new spans; it belongs to a caller or to this process. Ids are lower-case
+    hexadecimal."""
 
     trace_id: str
     span_id: str
@@ -32,7 +33,7 @@ class TraceContext:
 
     @property
     def traceparent(self) -> str:
-        """The context as a header."""
+        """The context as the value of a traceparent header."""
         return f"00-{self.trace_id}-{self.span_id}-{SAMPLED if self.is_sampled else 0:02x}"
 
 
@@ -49,12 +50,12 @@ def parse_traceparent(text: str) -> TraceContext | None:
 
 
 def unsampled(traceparent: str) -> str:
-    """Return `traceparent` without the flag `sampled`. `traceparent` must be of version 00 or empty."""
+    """Return `traceparent` with the flag `sampled` removed. `traceparent` must be of version 00 or empty."""
     return f"{traceparent[:53]}00" if traceparent else ""
 
 
 def checked_tracestate(text: str) -> str:
-    """Return a valid tracestate header unchanged, and "" for any other text."""
+    """Return `text` unchanged if it is a valid tracestate header, otherwise ""."""
     if not text or len(text) > MAX_STATE:
         return ""
     members = [stripped for member in text.split(",") if (stripped := member.strip(" \t"))]
@@ -68,6 +69,6 @@ def is_sampled(traceparent: str) -> bool:
 
 
 def is_in_ratio(trace_id: str, ratio: float) -> bool:
-    """Return whether a trace is in the share `ratio` of all traces that is sampled. The decision depends only on the
-    trace id, so that all gateways decide alike."""
+    """Return whether a trace is sampled if the share `ratio` of all traces is sampled. The result depends only on the
+    trace id, so all gateways sample the same traces."""
     return int(trace_id[-(_RATIO_BITS // 4) :], 16) < ratio * (1 << _RATIO_BITS)

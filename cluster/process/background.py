@@ -1,4 +1,4 @@
-"""Lower scheduling priority for helper processes. A setting that the system refuses is skipped."""
+"""Lower scheduling priority for helper processes. Settings that the operating system refuses are skipped."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ the kernel accepts only ten such settings a second on the whole machine."""
 
 
 def lower_priority(pid: int) -> None:
-    """Give a child process less CPU than an event loop on the same core. The child must lead its own session.
+    """Give a child process less CPU time than an event loop on the same core. The child must lead its own session.
 
-    Call this function right after the child's start, since Python's start alone uses a core for longer than an event
-    loop may wait."""
+    Call this function right after the child's start: the start of Python alone would keep an event loop on the same
+    core waiting for too long.
+    """
     with suppress(OSError):  # the child has ended already
         os.setpriority(os.PRIO_PROCESS, pid, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
     with suppress(OSError):  # not Linux, no autogroup in this kernel, or too many settings at once
@@ -26,11 +27,12 @@ def lower_priority(pid: int) -> None:
 
 
 def run_when_idle(pid: int) -> None:
-    """Let a child process run only when nothing else wants the core (SCHED_IDLE), for work that can wait or that
-    another process can do.
+    """Let a child process run only while its core is otherwise idle (SCHED_IDLE). This is for work that can wait or
+    that another process can do.
 
     The kernel treats a core that runs only SCHED_IDLE processes as idle, so a waking event loop can run there at once.
-    A core that runs a process with a high nice value counts as busy, and the event loop may then wait up to 20 ms."""
+    A core that runs a process with a high nice value counts as busy, and the event loop may then wait up to 20 ms.
+    """
     lower_priority(pid)
     with suppress(OSError, AttributeError):  # the child has ended, a sandbox forbids it, or this is not Linux
         os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))

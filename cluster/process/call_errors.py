@@ -1,4 +1,6 @@
-"""A check whether an exception fails only one call. Code that serves many calls continues after such an exception."""
+"""A function that checks whether an exception fails only one call. Code that serves many calls continues after such an
+exception.
+"""
 
 from __future__ import annotations
 

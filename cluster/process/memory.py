@@ -1,11 +1,10 @@
 """Memory of a long-running process: exclude permanent objects from garbage collection, and return free pages.
 
-The garbage collector stops all threads while it walks objects.
-
-By default the collector walks the young objects after every 700 new objects, which a hundred calls create. Now and then
-it walks all objects, including modules, tokenizers and tables that live as long as the process. In a gateway with 256
-streams, one such walk took 30 ms. So the objects that a start or a load has created are frozen (never walked again),
-and young objects are walked less often. Objects of ended calls are freed by reference counting, except for rare cycles.
+Python's garbage collector stops all threads while it walks objects. By default it walks the young objects after every
+700 new objects, which a hundred calls create. Now and then it walks all objects, including modules, tokenizers and
+tables that live as long as the process. In a gateway with 256 streams, one such walk took 30 ms. So the objects that
+exist after a start or a load are frozen (never walked again), and young objects are walked less often. Objects of ended
+calls are freed by reference counting, except for rare cycles.
 
 glibc keeps freed memory between pieces that are in use. In an hour of 100 calls a second, such holes grew by 3 MB in a
 gateway, although its objects in use did not grow. So whole free pages are returned to the system now and then, when no
@@ -25,15 +24,16 @@ INTERVAL_S, FIRST_S, CHECK_S = 60.0, 5.0, 0.5
 
 
 def freeze_objects() -> None:
-    """Exclude all current objects from later collections, and collect less often. Call after a start or a load."""
+    """Exclude all current objects from later garbage collections, and collect less often. Call this function after the
+    process has started, or after it has loaded something permanent."""
     gc.freeze()
     gc.set_threshold(YOUNG_THRESHOLD, 50, 10)
     gc.enable()
 
 
 def return_free_pages() -> bool:
-    """Return free heap pages to the system, which takes some milliseconds for tens of megabytes. Returns False if the C
-    library is not glibc."""
+    """Return free heap pages to the operating system, which takes some milliseconds for tens of megabytes. Returns
+    False if the C library is not glibc."""
     import ctypes  # not at import: ctypes is needed only after the start
 
     try:
@@ -51,11 +51,11 @@ async def keep_returning_free_pages(
     check_s: float = CHECK_S,
     give: Callable[[], bool] = return_free_pages,
 ) -> None:
-    """Return free pages to the system about every `every_s` seconds; the first time soon after the call.
+    """Return free pages to the operating system about every `every_s` seconds, for the first time soon after the call.
 
-    Each time, the coroutine waits until `idle` returns True, because allocations in all threads wait while pages are
-    returned. `idle` is called every `check_s` seconds. The coroutine ends only if `give`, which returns the pages,
-    returns False because the C library is not glibc.
+    Allocations in all threads wait while pages are returned. So the coroutine calls `idle` every `check_s` seconds, and
+    returns pages only when `idle` returns True. `give`: the function that returns the pages. The coroutine ends only if
+    `give` returns False, because the C library is not glibc.
     """
     due = time.monotonic() + min(every_s, FIRST_S)
     while True:

@@ -17,5 +17,5 @@ def node_name() -> str:
 
 
 def place_fields() -> dict[str, str]:
-    """Return the fields of log lines that name the pod and the node of this process; none outside Kubernetes."""
+    """Return the fields of log lines that name this process's pod and node; empty outside Kubernetes."""
     return {"pod": pod_name(), "node": node_name()} if pod_name() else {}

@@ -1,7 +1,8 @@
 """Files and folders that only their owner can read, whatever the umask of the process.
 
 State folders hold secrets, tenant names, the audit log and key hashes. An earlier release or another program may have
-set wider permissions. They are narrowed when this process next opens the file, if the process's user owns the file.
+set wider permissions. The permissions are narrowed when this process next opens the file, if the process's user owns
+it.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 def narrow(path: Path) -> None:
-    """Remove group and other permissions from a file or folder of this user. Skips a missing path, a path of another
-    user, and a folder that is shared on purpose, like /tmp (sticky bit)."""
+    """Remove the permissions of group and others from a file or folder of this user. Skips a missing path, a path of
+    another user, and a folder that is shared on purpose, like /tmp (sticky bit)."""
     try:
         status = path.stat()
     except OSError:
@@ -59,8 +60,8 @@ def narrow(path: Path) -> None:
 
 
 def make_private_database(file: Path) -> None:
-    """Create an empty SQLite file before SQLite does, or narrow the permissions of an existing file and its side files.
-    SQLite gives new side files the permissions of the database file."""
+    """Make a SQLite database private: create an empty file before SQLite does, or narrow the permissions of an existing
+    file and its side files. SQLite gives new side files the permissions of the database file."""
     with contextlib.suppress(OSError):  # SQLite reports the error better: no folder, no permission, a read-only disk
         handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         try:

@@ -22,14 +22,14 @@ from cluster.worker.settings import ReplicaSettings
 
 
 class ServeApps:
-    """The Serve applications of one cluster, on the Ray to which this process is connected."""
+    """The Serve applications of one Headrace cluster, on the Ray cluster that this process has joined."""
 
     def __init__(self, cluster: str, served: type = ServedReplica) -> None:
         self._cluster = cluster
         self._served = served
 
     def connect(self, address: str) -> None:
-        """Join the Ray at `address` ("auto" inside a Ray job). Raises ConnectionError."""
+        """Join the Ray cluster at `address` ("auto" inside a Ray job). Raises ConnectionError."""
         ray.init(address=address, log_to_driver=False, logging_level="WARNING", namespace="headrace")
 
     def observe(self) -> dict[str, Any]:
@@ -52,7 +52,8 @@ class ServeApps:
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
     def scale(self, app: str, replicas: int) -> None:
-        """Set the number of replicas of an application, without Serve's REST endpoint, which needs Ray's dashboard."""
+        """Set the number of replicas of an application. Serve's REST endpoint is not used, because it needs Ray's
+        dashboard."""
         deployment = DeploymentID(name=DEPLOYMENT, app_name=application_name(self._cluster, app))
         ray.get(_get_global_client()._controller.update_deployment_replicas.remote(deployment, replicas))
 
@@ -61,13 +62,14 @@ class ServeApps:
         serve.delete(application_name(self._cluster, app), _blocking=False)
 
     def shutdown(self) -> None:
-        """Shut down Serve after its replicas have drained. For a local Ray only: other owners' applications end too."""
+        """Shut down Serve after its replicas have drained. Use this only on a local Ray, because the applications of
+        other owners end too."""
         serve.shutdown()
 
 
 def _has_accelerators() -> bool:
     """Return whether a node has real GPUs.
 
-    Ray adds a resource with the accelerator type for real GPUs only, not for logical GPUs.
+    For real GPUs, Ray adds a resource with the accelerator type to the node; for logical GPUs it does not.
     """
     return any(name.startswith("accelerator_type:") for name in ray.cluster_resources())

@@ -26,13 +26,13 @@ _LINE_BYTES = 64 * 1024 * 1024
 
 
 class RayAway(Exception):
-    """Raised when Ray or the connection to Ray does not answer. A later attempt may succeed."""
+    """Error: Ray, or the connection to Ray, does not answer. A later attempt may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
 class RaySnapshot:
-    """State of Ray at one time: this cluster's applications, keyed by `Observed.app`, and the total resources of each
-    node."""
+    """State of Ray at one time: the applications of this Headrace cluster, keyed by `Observed.app`, and the total
+    resources of each node."""
 
     apps: Mapping[str, Observed]
     nodes: tuple[Mapping[str, float], ...]
@@ -40,7 +40,7 @@ class RaySnapshot:
     """Nodes by the name of the Ray cluster; empty if there is only one Ray cluster."""
 
     def nodes_of(self, ray: str) -> tuple[Mapping[str, float], ...]:
-        """Return the nodes of one Ray cluster."""
+        """Return the nodes of the Ray cluster that is named `ray`."""
         return self.nodes_by_ray.get(ray, ()) if self.nodes_by_ray else self.nodes
 
 
@@ -69,7 +69,7 @@ class Backend(Protocol):
 class ChildBackend:
     """A Backend that uses a driver process (driver.py).
 
-    The driver process is started on demand, and a lost driver process is replaced on demand.
+    The driver process is started when it is first needed, and started again if it was lost.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ChildBackend:
     ) -> None:
         """Create a backend for the Ray at `address`.
 
-        `environment`: variables that are added to the driver's environment (Ray's token, this cluster's tag).
+        `environment`: variables that are added to the driver's environment, such as Ray's token and this cluster's tag.
         `log_file`: file for the output of the driver and of Ray; None: this process's standard error.
         """
         self._cluster = cluster

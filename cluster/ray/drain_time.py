@@ -1,4 +1,6 @@
-"""Division of a node's drain time into time for running calls and time to end the processes. Does not import Ray."""
+"""The drain time of a Ray node, divided into time for running calls and time to end the processes. Does not import
+Ray.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ MARGIN_S = 15.0
 
 
 def ray_timeout_s(drain_timeout_s: float) -> float:
-    """Return the value of TIMEOUT_ENV in seconds. Calls have `drain_timeout_s` of this time to end or resume elsewhere.
+    """Return the value of TIMEOUT_ENV, the drain time of a Ray node in seconds. During `drain_timeout_s` of this time,
+    calls may end or resume elsewhere.
 
     The Helm chart computes the same sum.
     """
@@ -17,5 +20,5 @@ def ray_timeout_s(drain_timeout_s: float) -> float:
 
 
 def usable_s(left_s: float) -> float:
-    """Return the seconds in which calls may end or resume elsewhere. `left_s`: seconds until the drain deadline."""
+    """Return the seconds during which calls may end or resume elsewhere. `left_s`: seconds until the drain deadline."""
     return max(left_s - MARGIN_S, left_s / 4)

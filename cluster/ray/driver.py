@@ -1,10 +1,12 @@
 """The driver process, which joins Ray in place of the controller: `python -m cluster.ray.driver`.
 
-The controller itself never joins Ray. A process that has joined a Ray exits when that Ray ends, and waits without limit
-when that Ray hangs. Such a process can never change the token with which it joined. For a local Ray, the driver is a
-child process of the controller and reads one request per line from standard input until standard input closes. On an
-external cluster, the driver is a Ray job that gets the requests as an argument. A request is JSON, `{"do": observe |
-deploy | scale | delete | shutdown, ...}`. The answer is `{"ok": ...}` or `{"error": text}`.
+The controller itself never joins Ray. A process that has joined a Ray cluster exits when that cluster ends, and waits
+without limit when that cluster hangs. Also, such a process can never change the token with which it joined.
+
+For a local Ray, the driver is a child process of the controller and reads one request per line from standard input
+until standard input closes. On an external cluster, the driver is a Ray job that gets the requests as an argument. A
+request is JSON, `{"do": observe | deploy | scale | delete | shutdown, ...}`. The answer is `{"ok": ...}` or `{"error":
+text}`.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ def carry_out(apps: ServeApps, request: Mapping[str, Any]) -> object:
 
 
 def answer_all(apps: ServeApps, requests: Iterable[str], out: TextIO, mark: str = "") -> int:
-    """Carry out the request in each line, and write each answer to `out` as a line that begins with `mark`. Returns the
-    number of failed requests."""
+    """Carry out the request in each line of `requests`. Write each answer to `out` as one line that begins with `mark`.
+    Returns the number of failed requests."""
     failed = 0
     for line in requests:
         try:

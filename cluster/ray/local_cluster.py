@@ -34,14 +34,14 @@ _POLL_S = 0.05
 
 
 class RayDidNotStart(RuntimeError):
-    """Raised when the local Ray did not start. The message contains the end of Ray's log."""
+    """Error: the local Ray did not start. The message contains the end of Ray's log."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalRaySettings:
     """Settings of a local Ray.
 
-    `gpus`: number of GPUs; None: the machine's GPUs, or LOGICAL_GPUS logical GPUs on a machine without GPUs.
+    `gpus`: number of GPUs; None: as many as the machine has, or LOGICAL_GPUS logical GPUs if it has none.
     """
 
     instance: str
@@ -173,8 +173,8 @@ class LocalRay:
         raise RayDidNotStart(f"Ray did not start within {_START_S:g} s:\n{_tail(log)}")
 
     def stop(self, grace_s: float = 1.0) -> int:
-        """End Ray and every process of this cluster except the calling process. Returns the number of processes found.
-        Idempotent.
+        """End Ray and every process of this cluster except the calling process. Returns the number of processes that
+        were found. Idempotent.
 
         Call Backend.shutdown first, so that Serve's replicas drain.
         """
@@ -189,7 +189,7 @@ class LocalRay:
 
     @property
     def is_draining(self) -> bool:
-        """Whether Ray has received SIGTERM and waits for the replicas. The state is read from Ray's output."""
+        """Whether Ray has received SIGTERM and waits for the replicas. This state is read from Ray's output."""
         try:
             return _DRAINING in self.log_file.read_text(errors="replace")
         except OSError:
@@ -205,7 +205,7 @@ class LocalRay:
 
 
 def end_remains(instance: str, run_folder: Path) -> int:
-    """End the processes that remain of a cluster whose main process has ended. Returns their number."""
+    """End the processes that are left of a cluster whose main process has ended. Returns their number."""
     folder = _short_folder(LocalRaySettings(instance, run_folder))
     ended = reaper.end(instance, folder)
     _keep_logs(folder, run_folder)
@@ -229,8 +229,8 @@ def free_ports(count: int) -> list[int]:
 def _without_other_ray(environment: Mapping[str, str]) -> dict[str, str]:
     """Return `environment` without the variables that another Ray or an engine has set in the calling process.
 
-    An engine passes names to its ranks in environment variables, for example names of sockets. In a rank, variables of
-    the Ray node take precedence, so the node's environment must not have the names of another engine.
+    An engine passes names, for example of sockets, to its ranks in environment variables. A rank's own values are
+    overridden by the variables of its Ray node. So the node's environment must not contain the names of another engine.
     """
     other = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_ID", end_causes.ENGINE, sockets.ENV)
     return {key: value for key, value in environment.items() if key not in other}

@@ -1,10 +1,10 @@
 """Draining of a Ray node: how replicas learn the drain deadline, and how the pod's preStop hook starts the drain.
 
-After SIGTERM, `ray start --block` marks the node as draining with a deadline RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
-later, and waits until the deadline. Ray Serve stops a replica on a draining node only graceful_shutdown_timeout_s
-before the deadline. Until then the replica would accept new work. Replicas therefore poll Ray themselves and begin to
-drain at once, with nearly all the remaining time (drain_time.py). A cloud's notice that a spot node will be reclaimed
-reaches the replicas in the same way, with a nearer deadline.
+After SIGTERM, `ray start --block` marks the node as draining and waits until the drain deadline, which is
+RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S seconds later. Ray Serve stops a replica on a draining node only
+graceful_shutdown_timeout_s before the deadline, and the replica would accept new work until then. So replicas poll Ray
+themselves and begin to drain at once, with nearly all the remaining time (drain_time.py). A cloud's notice that a spot
+node will be reclaimed reaches the replicas in the same way, with a nearer deadline.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _NODE_POLL_S = 0.2
 
 
 class Nodes:
-    """The Ray nodes on which one replica's processes run. Queries Ray's head node, which may be unreachable."""
+    """The Ray nodes on which the processes of one replica run. Its methods query Ray's head node, which may be
+    unreachable."""
 
     def __init__(self, node_ids: Collection[str], gcs_address: str) -> None:
         self._ids = frozenset(node_ids)
@@ -38,7 +39,7 @@ class Nodes:
         self._client: GcsClient | None = None
 
     def left_s(self) -> float | None:
-        """Return the seconds until the nearest drain deadline; None if no node drains with a deadline. Blocking."""
+        """Return the seconds until the nearest drain deadline of the nodes; None if no node has a deadline. Blocks."""
         client = self._client or GcsClient(address=self._address)
         self._client = None  # not reused if the query fails
         draining = client.get_draining_nodes(timeout=_RPC_S)
@@ -58,19 +59,19 @@ async def poll_left_s(nodes: Nodes, within_s: float | None = None) -> float | No
 
 
 async def watch(nodes: Nodes, leave: Callable[[float], Awaitable[None]]) -> None:
-    """Poll until a node begins to drain, then call `leave` once with the seconds in which calls may still end or resume
-    elsewhere."""
+    """Poll until a node begins to drain, then call `leave` once with the number of seconds during which calls may still
+    end or resume elsewhere."""
     while (left_s := await poll_left_s(nodes)) is None:  # noqa: ASYNC110 - Ray has no notification for it
         await asyncio.sleep(POLL_S)
     await leave(usable_s(left_s))
 
 
 class NoRayNode(RuntimeError):
-    """Raised when this host has no Ray node, or more than one Ray node."""
+    """Error: this host has no Ray node, or more than one Ray node."""
 
 
 def drain_here(timeout_s: float) -> bool:
-    """Mark as draining the only Ray node that is visible to this process, and wait until that node has ended.
+    """Mark the only Ray node that is visible to this process as draining, and wait until that node has ended.
 
     Returns False if the node still runs after `timeout_s` seconds. Raises NoRayNode, ConnectionError and RuntimeError.
     """

@@ -1,12 +1,12 @@
 """Finds and ends all processes of one local cluster, and no other processes.
 
-This is the last step of a stop, after Ray's own shutdown. A process belongs to the cluster in two cases: its
-environment contains HEADRACE_INSTANCE=<id>, which child processes inherit, or its standard output or error is a file
-below the cluster's run folder. The second case finds vLLM's engine core and ranks. They rename themselves, which can
-overwrite the environment that /proc shows, but their output still goes to Ray's log files. A process that reads these
-files, such as `tail`, is not the cluster's.
+This is the last step of a stop, after Ray's own shutdown. A process belongs to the cluster in two cases. First, its
+environment contains HEADRACE_INSTANCE=<id>, which child processes inherit. Second, its standard output or error is a
+file below the cluster's run folder. The second case finds vLLM's engine core and ranks: they rename themselves, which
+can overwrite the environment that /proc shows, but their output still goes to Ray's log files. A process that only
+reads these files, such as `tail`, does not belong to the cluster.
 
-A killed engine process leaves its shared memory behind, so the shared-memory blocks that it has mapped are removed
+A killed engine process leaves its shared memory behind, so the shared-memory blocks of the ended processes are removed
 too.
 """
 
@@ -60,11 +60,11 @@ def _target(link: Path) -> str:
 
 
 def end(instance: str, folder: Path | None = None, *, keep: Iterable[int] = (), grace_s: float = 1.0) -> int:
-    """End every process of the cluster except `keep`, and return the number of processes that were found.
+    """End every process of the cluster except `keep`. Returns the number of processes that were found.
 
-    Each process gets SIGTERM, and after `grace_s` seconds SIGKILL. The search and the signals are repeated until no
-    process is left, at most until 5 s after the first SIGKILL, so that processes started meanwhile end too. Then the
-    shared memory, semaphores and socket folders of the ended engines are removed.
+    Each process gets SIGTERM and, if it still runs after `grace_s` seconds, SIGKILL. The search and the signals are
+    repeated until no process is left, but at most until 5 s after the first SIGKILL. So processes that start in the
+    meantime end too. Then the shared memory, semaphores and socket folders of the ended engines are removed.
     """
     exempt = frozenset(keep)
     seen: set[int] = set()

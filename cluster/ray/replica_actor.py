@@ -1,4 +1,6 @@
-"""Adapter between Replica and Ray Serve: the class that Serve creates in an actor, and the deployment of that class."""
+"""Adapter between Replica and Ray Serve: the class of the actors that Serve creates, and the deployment of that
+class.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,7 @@ class ServedReplica:
     async def reconfigure(self, _digest: object) -> None:
         """Start the replica at the first call. Later calls do nothing.
 
-        If the model's entry changes, Serve creates new replicas, which belong to a new deployment version.
+        If the model's catalog entry changes, Serve creates new replicas in a new deployment version.
         """
         if self._replica.engine is None:
             await self._replica.start()
@@ -79,8 +81,8 @@ class ServedReplica:
     async def __del__(self) -> None:
         """Drain and close the replica. Serve awaits this method in a graceful shutdown.
 
-        On a draining node, Serve may call this method before `watch` has noticed the drain. The node may then end
-        before the drain timeout of the settings, so this method queries the remaining time.
+        On a draining node, Serve may call this method before the replica's own poll has noticed the drain. The node may
+        then end before the drain timeout of the settings, so this method queries the remaining time.
         """
         left_s = await node_drain.poll_left_s(self._nodes, within_s=node_drain.LAST_POLL_S)
         await self._replica.stop(math.inf if left_s is None else usable_s(left_s))
@@ -89,8 +91,9 @@ class ServedReplica:
 
 
 def _configure_log(replica: Replica) -> None:
-    """Write the log as JSON to the standard output, with the worker's id, pod and node in every line. If the node's
-    environment names another output, such as the container's, copy the standard output and error to that output."""
+    """Write the log as JSON to the standard output, with the worker's id, pod and node in every line. If an environment
+    variable of the node names another output, such as the container's, copy the standard output and error to that
+    output."""
     settings, place = replica.settings, replica.place
     gpu = {"gpu": settings.spec.gpu or "unknown"} if place.gpus else {}
     if gpu and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
@@ -126,7 +129,8 @@ def _place() -> ReplicaPlacement:
 
 
 def application(settings: ReplicaSettings, *, logical_gpus: bool, served: type = ServedReplica) -> Any:
-    """Build the Serve application of one model. `logical_gpus`: Ray has no real GPUs, so vLLM runs on CPUs."""
+    """Build the Serve application of one model. `logical_gpus`: whether Ray has only logical GPUs, so that vLLM runs on
+    CPUs."""
     group = placement(settings.spec)
     replicas = settings.spec.replicas if settings.replicas is None else settings.replicas
     deployment = serve.deployment(

@@ -1,7 +1,7 @@
 """Several Ray clusters as one backend, so that Ray, Python, CUDA or vLLM can be upgraded side by side.
 
-When a cluster does not answer, the cluster's last snapshot stays in use: its applications are not deployed again
-elsewhere, and the other clusters are still managed.
+If a Ray cluster does not answer, its last snapshot stays in use. So its applications are not deployed again elsewhere,
+and the other clusters are still managed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class MultiClusterBackend:
     """
 
     def __init__(self, rays: Mapping[str, Backend]) -> None:
-        """Create a backend of at least one Ray cluster."""
+        """Create a backend of at least one Ray cluster. `rays`: the backend of each Ray cluster, by the cluster's
+        name."""
         self._rays = dict(rays)
         self._last: dict[str, RaySnapshot] = {}
         self._cluster_of: dict[str, str] = {}
@@ -37,8 +38,8 @@ class MultiClusterBackend:
         return f"MultiClusterBackend({', '.join(self._rays)}{away})"
 
     def answers(self) -> Mapping[str, bool]:
-        """Return by name whether each Ray cluster answered the last `observe`. Clusters that were never observed are
-        missing."""
+        """Return for each Ray cluster, by name, whether it answered the last `observe`. Clusters that were never
+        observed are missing."""
         return {name: name not in self._away for name in self._rays if name in self._away or name in self._last}
 
     async def observe(self) -> RaySnapshot:

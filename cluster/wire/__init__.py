@@ -1,1 +1,1 @@
-"""The protocol link.v1 between two processes: codecs, dialing, credit, outboxes and TLS."""
+"""The protocol link.v1 between a gateway and a worker or controller: codecs, dialing, credit, outboxes and TLS."""

@@ -2,8 +2,8 @@
 
 Siblings are gateway processes on one host. They share the client ports, but a worker needs a link to each of them. So a
 gateway's first message on a link, the Welcome, lists its siblings. An address is dialled if it is configured, or if the
-last Welcome of a dialled address lists it. The list of addresses is built from the configured addresses each time, so
-that two former siblings do not keep each other in the list.
+last Welcome of another dialled address lists it. The list of dialled addresses is always built anew from the configured
+addresses: otherwise two former siblings could keep each other in the list.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = structlog.get_logger("link")
 
 @dataclass(frozen=True, slots=True)
 class _Welcome:
-    """The last Welcome (a gateway's first message on a link) from an address. The Welcome is kept after the link
+    """The last Welcome from an address. (A Welcome is a gateway's first message on a link.) It is kept after the link
     breaks, because the siblings that it lists may still run."""
 
     incarnation: str
@@ -31,8 +31,8 @@ class _Welcome:
 
 
 class GatewayAddresses:
-    """The known gateways. `dial` runs a session with each gateway; each session passes the gateway's Welcome to
-    `record_welcome`."""
+    """The known gateway addresses. `dial` runs a session with each gateway; each session passes the Welcome that it
+    receives to `record_welcome`."""
 
     def __init__(
         self,
@@ -40,9 +40,9 @@ class GatewayAddresses:
         resolve: dns.Resolve = dns.resolve,
         choose: Callable[[Sequence[str]], tuple[str, ...]] = tuple,
     ) -> None:
-        """`configured`: addresses `host:port` and DNS names `srv://NAME`. `resolve` looks up a NAME; the addresses in
-        its last answer are known addresses, too. `choose` selects the addresses to dial among the known addresses; by
-        default all."""
+        """`configured`: addresses `host:port` and DNS names `srv://NAME`. `resolve`: looks up a NAME; the addresses in
+        its last answer count as known. `choose`: selects the addresses to dial from the known addresses; by default
+        all."""
         self._choose = choose
         self._configured = tuple(dict.fromkeys(entry for entry in configured if not dns.is_dns_name(entry)))
         self._names = tuple(dict.fromkeys(entry for entry in configured if dns.is_dns_name(entry)))
@@ -55,15 +55,15 @@ class GatewayAddresses:
         """The addresses to dial, with the configured addresses first."""
 
     def record_welcome(self, address: str, incarnation: str, siblings: Sequence[str]) -> None:
-        """Record the Welcome of the gateway at `address`. `siblings`: addresses of the other gateway processes on that
-        host, each as `host:port`, or as `:port` for the host of `address`."""
+        """Record the Welcome (the first message) of the gateway at `address`. `siblings`: addresses of the other
+        gateway processes on its host, as `host:port`, or as `:port` for the host of `address`."""
         host = address.rsplit(":", 1)[0]
         resolved = tuple(host + sibling if sibling.startswith(":") else sibling for sibling in siblings)
         self._welcomes[address] = _Welcome(incarnation, resolved)
         self._update()
 
     def set_lookup(self, name: str, addresses: Sequence[str]) -> None:
-        """Record the current addresses behind a DNS name."""
+        """Record the addresses to which a DNS name resolves now."""
         self._looked_up[name] = tuple(addresses)
         self._update()
 
@@ -90,8 +90,8 @@ class GatewayAddresses:
         return tuple(addresses)
 
     def _is_dialled_by_other_name(self, address: str, addresses: dict[str, None]) -> bool:
-        """Return whether `addresses` has another address of the gateway process at `address`. Only one of the addresses
-        may be dialled, because two links of one worker to one process would end each other."""
+        """Return whether the gateway process at `address` also has another address in `addresses`. Only one of its
+        addresses may be dialled, because two links of one worker to one process would end each other."""
         last_welcome = self._welcomes.get(address)
         return last_welcome is not None and any(
             welcome.incarnation == last_welcome.incarnation
@@ -100,8 +100,8 @@ class GatewayAddresses:
         )
 
     async def dial(self, session: Callable[[str], Awaitable[None]], timing: Timing) -> None:
-        """Keep a session with each gateway until cancelled. A gateway that leaves the list keeps its running session
-        and is not dialled again."""
+        """Keep a session with each gateway until cancelled. If a gateway leaves the list, its running session
+        continues, but the gateway is not dialled again."""
         async with asyncio.TaskGroup() as group:
             for name in self._names:
                 group.create_task(dns.keep_resolving(name, partial(self.set_lookup, name), self._resolve))

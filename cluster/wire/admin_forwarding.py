@@ -1,8 +1,8 @@
 """Admin verbs that only the controller can execute. A gateway forwards them over the controller's Control stream.
 
-A CallError that a verb raises is returned to the gateway with all its fields, so that the operator reads it as if the
-gateway had raised it. If the stream ends before the reply, the controller may have executed the verb: the operator gets
-an error that says so, and the gateway does not send the request again.
+If a verb raises a CallError, the gateway raises the same error with all its fields. If the stream ends before the
+reply, the controller may have executed the verb: the operator gets an error that says so, and the gateway does not send
+the request again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ CallError."""
 
 
 def verb(kind: type[M], act: Callable[[M, str], Awaitable[Message]]) -> Verb:
-    """Wrap `act`, which takes and returns protobuf messages, as a Verb. `kind`: the type of the request."""
+    """Wrap `act`, which takes a protobuf message and returns one, as a Verb. `kind`: the type of the request
+    message."""
 
     async def answer(body: bytes, actor: str) -> bytes:
         try:
@@ -54,8 +55,8 @@ class AdminRequests:
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
 
     async def ask(self, name: str, body: bytes, actor: str, timeout_s: float = ANSWER_S) -> bytes:
-        """Send the verb `name` with the serialized request `body`; return the serialized response. Raises CallError if
-        the controller returns an error, does not support the verb, or does not reply within `timeout_s`."""
+        """Send the verb `name` with the serialized request `body`, and return the serialized response. Raises CallError
+        if the controller returns an error, does not support the verb, or does not reply within `timeout_s` seconds."""
         if name not in self._verbs:
             raise CallError(Outcome.UNSUPPORTED_FEATURE, f"this cluster's controller does not know {name}: upgrade it")
         self._next += 1
@@ -76,8 +77,7 @@ class AdminRequests:
             self._waiting.pop(number, None)
 
     def handle_reply(self, reply: pb.AdminReply) -> None:
-        """Pass a reply to the waiting request with the same id. A reply to a request that no longer waits is
-        ignored."""
+        """Pass a reply to the request that has the same id. If no request with this id waits, the reply is ignored."""
         waiting = self._waiting.get(reply.id)
         if waiting is None or waiting.done():
             return
@@ -95,7 +95,7 @@ class AdminRequests:
 
 
 async def answer(verbs: Mapping[str, Verb], request: pb.AdminRequest) -> pb.AdminReply:
-    """Run the requested verb and return the controller's reply. Never raises."""
+    """Run the requested verb and return the controller's reply. Errors are returned in the reply, never raised."""
     try:
         act = verbs.get(request.verb)
         if act is None:

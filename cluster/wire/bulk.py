@@ -1,5 +1,6 @@
-"""Bulk stream of a link, which sends large blobs in chunks, each blob under a key. Workers send tokenizer bundles,
-gateways send long prompts."""
+"""Bulk stream of a link, which sends large blobs in chunks. Each blob has a key. Workers send tokenizer bundles, and
+gateways send long prompts.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ BlobCall = grpc.aio.StreamStreamCall[pb.Blob, pb.Blob]
 
 
 class Prompts:
-    """Prompts received on the bulk stream, by key. A prompt and the Submit that names its key may arrive in any
-    order."""
+    """Prompts received on the bulk stream, by key. A prompt may arrive before or after the request (Submit) that names
+    its key."""
 
     def __init__(self) -> None:
         self._parts: dict[str, bytearray] = {}
@@ -69,7 +70,8 @@ async def _write(call: BlobCall, blobs: asyncio.Queue[pb.Blob]) -> None:
 
 
 async def send_bundle(blobs: asyncio.Queue[pb.Blob], digest: str, bundle: Bundle | None) -> None:
-    """Queue the chunks of the bundle `digest`; an error chunk if `bundle` is None (this process does not have it)."""
+    """Queue the chunks of the tokenizer bundle with this digest. If `bundle` is None, this process does not have the
+    bundle, and an error chunk is queued instead."""
     key = f"bundle:{digest}"
     if bundle is None:
         await blobs.put(pb.Blob(key=key, error="no such bundle here", last=True))

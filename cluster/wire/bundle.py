@@ -34,9 +34,11 @@ _PLAIN_SAMPLING = {
 
 
 def sampling_defaults(generation_config: Mapping[str, object]) -> dict[str, object]:
-    """Return the sampling values of a generation_config.json that change the output. max_new_tokens becomes max_tokens.
+    """Return the sampling values of a generation_config.json that change the output. The key max_new_tokens becomes
+    max_tokens.
 
-    An engine applies these values to calls that do not set the fields."""
+    An engine applies a default value to each call that does not set the field.
+    """
     values = {k: generation_config.get(k) for k, plain in _PLAIN_SAMPLING.items() if generation_config.get(k) != plain}
     values = {k: value for k, value in values.items() if isinstance(value, (int, float))}
     max_new_tokens = generation_config.get("max_new_tokens")
@@ -45,7 +47,8 @@ def sampling_defaults(generation_config: Mapping[str, object]) -> dict[str, obje
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """The files of a bundle by name. Names have no path separator; equality and `digest` depend only on the content."""
+    """The files of a bundle, by name. Names have no path separator. Equality and `digest` depend only on names and
+    contents."""
 
     files: Mapping[str, bytes]
 
@@ -60,7 +63,7 @@ class Bundle:
         return "sha256:" + hashlib.sha256(self.pack()).hexdigest()
 
     def pack(self) -> bytes:
-        """Serialize the files, sorted by name. Each name and each content follows its length (8 bytes,
+        """Serialize the files, sorted by name. Before each name and each content comes its length (8 bytes,
         little-endian)."""
         out = bytearray()
         for name in sorted(self.files):

@@ -13,7 +13,7 @@ class ServerFiles(Protocol):
 
     @property
     def cert_file(self) -> Path:
-        """Certificate chain of this side."""
+        """Certificate chain of this gateway."""
 
     @property
     def client_ca_file(self) -> Path | None:
@@ -25,19 +25,20 @@ class LinkFiles(Protocol):
 
     @property
     def cert_file(self) -> Path:
-        """Certificate chain of this side."""
+        """Certificate chain of this process."""
 
     @property
     def ca_file(self) -> Path:
-        """CA certificates that verify the certificates of the other side."""
+        """CA certificates that verify the other process's certificates."""
 
 
 @dataclass(frozen=True, slots=True)
 class CertificateExpiry:
     """The times at which the certificates in a set of files expire. A file is read again when it changes.
 
-    A chain expires when the first of its certificates expires. A file of authorities expires when the last of its
-    certificates expires, because a rotation keeps the old authority in the file for a while."""
+    A certificate chain expires when the first of its certificates expires. A file of CA certificates expires when the
+    last of them expires, because a rotation keeps the old CA certificate in the file for a while.
+    """
 
     chains: Sequence[Path] = ()
     authorities: Sequence[Path] = ()
@@ -77,7 +78,8 @@ class CertificateExpiry:
 
 
 def _expiry_in(content: bytes, *, is_authority: bool) -> float | None:
-    """Return the expiry of the certificates in a PEM file; None if it holds none."""
+    """Return the expiry of the certificates in a PEM file; None if the file has no certificate. `is_authority`: whether
+    they are CA certificates."""
     from cryptography import x509
 
     try:

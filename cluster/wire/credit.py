@@ -1,10 +1,11 @@
 """Credit: a worker divides its capacity among the gateways, and a gateway sends a request only if it has credit.
 
 Problem: without credit, several gateways would send requests for the same free capacity. Invariant: the capacity
-promised to all links together never exceeds the worker's capacity. Capacity is promised as a limit on the total that a
-link may ever send (as in QUIC's MAX_STREAMS, RFC 9000 section 4.6), so that a lost or repeated message does no harm. A
-limit can be lowered, to move unused capacity to a link with a longer queue. Until the gateway has acknowledged the
-lower limit, the worker counts the higher limit as promised.
+promised to all links together never exceeds the worker's capacity.
+
+Capacity is promised as a limit on the total that a link may ever send (as in QUIC's MAX_STREAMS, RFC 9000 section 4.6).
+So a lost or repeated message does no harm. A worker can lower a limit, to move unused capacity to a link with a longer
+queue. Until the gateway has acknowledged the lower limit, the worker counts the higher limit as promised.
 
 CreditGranter and CreditBalance are pure: no clock, no I/O.
 """
@@ -30,7 +31,8 @@ NOTHING = Capacity(0, 0)
 
 @frozen_dataclass
 class Grant:
-    """New limits of a link, counted from the start of the link: number of Submits, and sum of their prompt tokens."""
+    """New limits of a link: the number of Submits (requests), and the sum of their prompt tokens. Both count from the
+    start of the link."""
 
     link: int
     grant_id: int
@@ -48,8 +50,8 @@ class _Account:
     unacked: list[tuple[int, Capacity]] = field(default_factory=list)
 
     def promised(self) -> Capacity:
-        """Return the capacity that this link may still use: the largest limit that the gateway may be using, minus the
-        capacity already spent."""
+        """Return the capacity that this link may still use: the highest limit that the gateway may know, minus the
+        capacity that the link has already used."""
         sequences, tokens = self.limit.sequences, self.limit.tokens
         for _, older in self.unacked:
             sequences, tokens = max(sequences, older.sequences), max(tokens, older.tokens)
@@ -57,36 +59,37 @@ class _Account:
 
 
 class CreditGranter:
-    """The worker's side of credit. Capacity is divided in proportion to the links' backlogs, or evenly if there are no
-    backlogs."""
+    """The worker's side of credit. It divides the capacity in proportion to the links' backlogs, or evenly if all
+    backlogs are empty."""
 
     def __init__(self) -> None:
         self._accounts: dict[int, _Account] = {}
 
     def attach(self, link: int) -> None:
-        """Add a new link, on which nothing was sent yet."""
+        """Add a new link, on which no request was received yet."""
         self._accounts[link] = _Account()
 
     def detach(self, link: int) -> None:
-        """Remove a link that has ended, with all capacity promised to the link."""
+        """Remove a link that has ended. The capacity that was promised to it becomes free."""
         self._accounts.pop(link, None)
 
     def record_submit(self, link: int, tokens: int, kept: bool = False) -> None:
-        """Count a received Submit with `tokens` prompt tokens. `kept`: whether this worker holds the KV blocks of the
-        call."""
+        """Count a received request (Submit) with `tokens` prompt tokens. `kept`: whether this worker holds the KV
+        blocks of the request."""
         account = self._accounts[link]
         account.kept = max(account.kept - kept, 0)
         account.spent = Capacity(account.spent.sequences + 1, account.spent.tokens + tokens)
 
     def set_backlog(self, link: int, waiting: int, kept: int = 0) -> None:
-        """Set the number of calls that wait at a link's gateway. `kept`: number of these calls whose KV blocks this
-        worker holds."""
+        """Set the number of calls that wait at the gateway of a link. `kept`: how many of these calls have their KV
+        blocks on this worker."""
         account = self._accounts[link]
         account.kept = min(kept, waiting)
         account.waiting = waiting - account.kept
 
     def acknowledge(self, link: int, grant_id: int) -> None:
-        """Record that the gateway has applied the grant `grant_id`. Limits of older grants no longer count."""
+        """Record that the gateway has applied the grant `grant_id`. The limits of older grants no longer count as
+        promised."""
         account = self._accounts[link]
         account.unacked = [(i, older) for i, older in account.unacked if i >= grant_id]
 
@@ -98,9 +101,10 @@ class CreditGranter:
     def new_grants(self, room: Capacity, places: int = 0) -> list[Grant]:
         """Return the new limits to send, for the links whose limits change.
 
-        `room`: free capacity, including capacity already promised. `places`: limit on the promised sequences. If
-        `places` is above the sequences of `room`, the additional sequences are only for calls whose KV blocks this
-        worker holds. Such calls start at almost no cost."""
+        `room`: free capacity, including capacity that is already promised. `places`: upper limit on the promised
+        sequences. If `places` exceeds the sequences of `room`, the additional sequences are only for calls whose KV
+        blocks this worker holds, because such calls start at almost no cost.
+        """
         if not self._accounts:
             return []
         begins, room_tokens = max(room.sequences, 0), max(room.tokens, 0)
@@ -126,8 +130,8 @@ class CreditGranter:
         return out
 
     def _divided(self, begins: int, extra: int, tokens: int) -> tuple[Mapping[int, int], Mapping[int, int]]:
-        """Divide room among the links. Returns the numbers of sequences and of tokens by link. `begins`: sequences for
-        any call. `extra`: sequences only for calls whose KV blocks this worker holds."""
+        """Divide free capacity among the links. Returns the number of sequences by link, and the number of tokens by
+        link. `begins`: sequences for any call. `extra`: sequences only for calls whose KV blocks this worker holds."""
         accounts = self._accounts
         if len(accounts) == 1:  # most workers have one gateway
             return dict.fromkeys(accounts, begins + extra), dict.fromkeys(accounts, tokens)
@@ -140,7 +144,8 @@ class CreditGranter:
 
 
 def _shares(total: int, claims: Mapping[int, int]) -> dict[int, int]:
-    """Split `total` in proportion to the claims, by the largest-remainder method; evenly if all claims are zero."""
+    """Split `total` in proportion to `claims`, by the largest-remainder method. If all claims are zero, split it
+    evenly."""
     weights = claims if any(claims.values()) else dict.fromkeys(claims, 1)
     weight_sum = sum(weights.values())
     shares = {link: total * weight // weight_sum for link, weight in weights.items()}
@@ -155,16 +160,16 @@ def _by_remainder(weights: Mapping[int, int], total: int, weight_sum: int) -> li
 
 
 def _worth_sending(old: Capacity, new: Capacity, room_tokens: int) -> bool:
-    """Return whether to send a changed limit: always if the number of sequences changes. If only the number of tokens
-    changes, the change must exceed a tenth of `room_tokens`, because every decoded token changes this number a
-    little."""
+    """Return whether a changed limit must be sent. A changed number of sequences is always sent. If only the number of
+    tokens has changed, the change must exceed a tenth of `room_tokens`, because every decoded token changes this number
+    a little."""
     if old.sequences != new.sequences:
         return True
     return abs(old.tokens - new.tokens) * 10 > max(room_tokens, 1)
 
 
 class CreditBalance:
-    """The gateway's side of one link's credit: the capacity that the gateway may still use."""
+    """The gateway's side of the credit of one link: the capacity that the gateway may still use."""
 
     def __init__(self) -> None:
         self._sent = Capacity(0, 0)
@@ -173,7 +178,7 @@ class CreditBalance:
 
     @property
     def free(self) -> Capacity:
-        """The capacity that may be used now; never negative."""
+        """The capacity that the gateway may use now; never negative."""
         return Capacity(
             max(self._limit.sequences - self._sent.sequences, 0), max(self._limit.tokens - self._sent.tokens, 0)
         )
@@ -185,5 +190,5 @@ class CreditBalance:
             self._limit = Capacity(sequences, tokens)
 
     def spend(self, tokens: int) -> None:
-        """Count a sent Submit with `tokens` prompt tokens. The caller must have checked `free`."""
+        """Count a sent request (Submit) with `tokens` prompt tokens. The caller must have checked `free`."""
         self._sent = Capacity(self._sent.sequences + 1, self._sent.tokens + tokens)

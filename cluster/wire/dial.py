@@ -1,4 +1,6 @@
-"""Connections to gateways, with reconnects after growing pauses and with heartbeats sent from separate threads."""
+"""Connections of a worker or controller to gateways. A lost connection is made again after a growing pause. Heartbeats
+are sent from separate threads.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ class Timing:
 
 
 class LinkEnded(Exception):
-    """Error: a session with the other side has ended; the message is the reason."""
+    """Error: a session with the other side has ended. The message is the reason."""
 
 
 def open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
@@ -66,7 +68,8 @@ def open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
 
 
 def _credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
-    """Return credentials made from the current content of the files, so that a reconnect uses a renewed certificate."""
+    """Return credentials made from the current content of the certificate files, so that a reconnect uses a renewed
+    certificate."""
     try:
         return tls.channel_credentials()
     except ValueError as error:  # the files may be half renewed: the next attempt reads them again
@@ -89,14 +92,14 @@ async def open_client(address: str, tls: TlsFiles | None) -> AsyncIterator[GrpcC
 
 
 async def read(call: Any) -> Any:
-    """Return the next message of a stream, or None at its end. Typed as Any, since the type stubs declare grpc.aio.EOF
-    as a plain object."""
+    """Return the next message of a stream; None at the end of the stream. `call` is typed as Any, because the type
+    stubs declare grpc.aio.EOF as a plain object."""
     message = await call.read()
     return None if message is grpc.aio.EOF else message
 
 
 async def wait_first(parts: list[asyncio.Task[None]]) -> None:
-    """Wait until the first of the tasks in `parts` ends, and raise that task's exception, if any.
+    """Wait until the first of the tasks in `parts` ends. Raise its exception, if it has one.
 
     An exception refers to the frames through which it has passed. If such a frame refers to the failed task, there is a
     reference cycle, which keeps connections open until the garbage collector runs. So this function deletes its own
@@ -116,8 +119,8 @@ async def keep_dialing(
     timing: Timing,
     wanted: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Run `session(address)` repeatedly while `wanted()` is true. The pause between sessions grows as long as sessions
-    end soon after their start."""
+    """Run `session(address)` again and again while `wanted()` is true. The pause before the next session grows if
+    sessions end soon after their start."""
     pause_s = timing.redial_min_s
     logged_reason = ""
     while wanted():
@@ -143,10 +146,10 @@ async def keep_dialing(
 
 
 class HeartbeatSender:
-    """Heartbeats of one link, sent from separate threads, so that a blocked event loop or a long step does not delay
-    them.
+    """Heartbeats of one link. Separate threads send them, so that a blocked event loop or a long engine step does not
+    delay them.
 
-    `beat(seq)` builds a heartbeat. It runs in one of these threads and must not block.
+    `beat(seq)`: builds a heartbeat. It runs in one of these threads and must not block.
     """
 
     def __init__(
@@ -182,7 +185,7 @@ class HeartbeatSender:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the gateway's last beat."""
+        """Seconds since the last heartbeat of the gateway."""
         return time.monotonic() - self.last_heard
 
     def stop(self) -> None:

@@ -1,9 +1,9 @@
-"""Gateways behind a DNS name `srv://_link._tcp.NAME`, which is resolved again every few seconds.
+"""Gateways behind a DNS name `srv://_link._tcp.NAME`, which is looked up every few seconds.
 
-For such a name of a headless Service, Kubernetes answers with the ports and names of the Service's pods, including pods
-that are not ready. An answer replaces the previous answer. Without a new answer the last answer stays valid: dialing a
-gateway in vain costs little, and forgetting a gateway loses its calls. NXDOMAIN and an empty record set are answers,
-too: after one of them, the name has no gateways.
+If NAME is a headless Service of Kubernetes, the answer has the ports and names of the Service's pods, including pods
+that are not ready. Each answer replaces the previous answer. If a lookup gets no answer, the previous answer stays
+valid: dialing a gateway in vain costs little, and forgetting a gateway loses its calls. NXDOMAIN and an empty record
+set count as answers: then the name has no gateways.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Resolve = Callable[[str], Awaitable[tuple[str, ...]]]
 
 
 class NoAnswer(Exception):
-    """Error: a DNS name could not be resolved; the message is the reason."""
+    """Error: a DNS name could not be resolved. The message is the reason."""
 
 
 def is_dns_name(gateway: str) -> bool:
-    """Whether an entry of link.gateways is a DNS name (`srv://`) rather than an address."""
+    """Whether an entry of the setting link.gateways is a DNS name (`srv://`). Other entries are addresses."""
     return gateway.startswith(SCHEME)
 
 
 async def resolve(
     name: str, resolver: dns.asyncresolver.Resolver | None = None, answer_s: float = ANSWER_S
 ) -> tuple[str, ...]:
-    """Resolve a name (without `srv://`) to the sorted `host:port` of its gateways.
+    """Look up a DNS name (without `srv://`) and return the `host:port` of its gateways, sorted.
 
     The machine's search domains apply. Raises NoAnswer.
     """
@@ -59,8 +59,8 @@ async def keep_resolving(
     lookup: Resolve = resolve,
     interval_s: float = LOOKUP_INTERVAL_S,
 ) -> None:
-    """Look up the entry `gateway` (`srv://...`) periodically; call `on_change` with its addresses when they change.
-    Runs until cancelled."""
+    """Look up the entry `gateway` (`srv://...`) every `interval_s` seconds until cancelled. Call `on_change` with the
+    addresses when they change."""
     name = gateway.removeprefix(SCHEME)
     known: tuple[str, ...] | None = None
     logged_error = ""

@@ -1,13 +1,13 @@
 """Usage records of ended requests, which a worker keeps until the records are in the ledger's database.
 
-Guarantee: no record is lost, however many gateways are lost with their disks. A request arrives at the worker with its
-sealed open record. After the request has ended, the worker keeps its usage record until a gateway acknowledges the
-record. Gateways acknowledge only after the database has committed. Each record is assigned to one link at a time. If
-that link ends, or no acknowledgement comes for a long time, the record is assigned to another link. A record that is
-sent twice writes the same database row, so repetition does no harm.
+Guarantee: no record is lost, even if gateways are lost together with their disks. A request arrives at the worker with
+its open record, which is encrypted. After the request has ended, the worker keeps its usage record until a gateway
+acknowledges the record. Gateways acknowledge only after the database has committed. Each record is assigned to one link
+at a time. If that link ends, or no acknowledgement arrives for a long time, the record is assigned to another link. A
+record that is sent twice writes the same database row, so repetition does no harm.
 
 Beyond `max_records` the oldest records are dropped and counted. This happens only if the database is down for a long
-time, and the gateways' spools then have the records too. The classes are pure: no clock, no I/O.
+time, and then the gateways' spools also have the records. The classes are pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ MAX_PER_MESSAGE = 500
 
 @dataclass(slots=True)
 class EndedUsage:
-    """Usage of one ended request, with times in seconds. `sealed`: the open record, which only gateways can decrypt.
+    """Usage of one ended request, with times in seconds. `sealed`: the open record, encrypted so that only gateways can
+    read it.
 
     `written_tokens`: generated tokens that were sent to the request's gateway. `earlier_tokens`: tokens of the same
     record that other workers generated before. A record with an `idle_id` belongs to no call: it counts the replica's
-    idle time since `idle_since_s` (epoch).
+    idle time since `idle_since_s` (seconds since the epoch).
     """
 
     sealed: bytes
@@ -56,15 +57,15 @@ class _Kept:
 
 @dataclass(frozen=True, slots=True)
 class KeeperStatistics:
-    """The numbers of records that are kept and that were dropped."""
+    """The number of records that are kept, and the number of records that were dropped."""
 
     kept: int
     dropped: int
 
 
 class UsageKeeper:
-    """The kept usage of ended requests, by key. Links are numbered from 1, and numbers are not reused; 0 means no
-    link."""
+    """The usage records of ended requests that a worker keeps, by key. Links are numbered from 1, and a number is never
+    reused. 0 means no link."""
 
     def __init__(self, max_records: int = MAX_RECORDS, patience_s: float = PATIENCE_S) -> None:
         self._max_records = max_records
@@ -75,18 +76,18 @@ class UsageKeeper:
         self._dropped = 0
 
     def statistics(self) -> KeeperStatistics:
-        """Return the current numbers of records."""
+        """Return the current numbers of kept and dropped records."""
         return KeeperStatistics(len(self._kept), self._dropped)
 
     def attach(self, link: int) -> None:
-        """Add a link to a gateway that writes to the ledger. Assign to this link the records that have no link yet,
-        because none was attached."""
+        """Add a link to a gateway that writes to the ledger. Records that have no link yet are assigned to this
+        link."""
         self._due[link] = deque()
         self._assign(kept for kept in self._kept.values() if not kept.link)
 
     def detach(self, link: int, unwritten: Mapping[int, int]) -> None:
-        """Remove a link and reassign its records. `unwritten`: number of tokens never sent on the link, by slot; these
-        are subtracted from `written_tokens`."""
+        """Remove a link, and assign its records to other links. `unwritten`: by slot, the number of tokens that were
+        never sent on the link; they are subtracted from `written_tokens`."""
         self._due.pop(link, None)
         if unwritten:
             for kept in self._kept.values():
@@ -98,8 +99,9 @@ class UsageKeeper:
         self._assign(unassigned)
 
     def keep(self, usage: EndedUsage, origin: int, slot: int = 0) -> int:
-        """Keep an ended request's usage and return its key. The record is assigned to link `origin` if that link is
-        attached, else to any attached link. If no link is attached, the record waits for the next `attach`."""
+        """Keep the usage of an ended request, and return its new key. The record is assigned to the link `origin` if
+        that link is attached, otherwise to any attached link. If no link is attached, the record waits for the next
+        `attach`."""
         self._last_key += 1
         usage.key = self._last_key
         kept = self._kept[usage.key] = _Kept(usage, origin, slot)
@@ -114,7 +116,8 @@ class UsageKeeper:
         return bool(self._due.get(link))
 
     def pop_due(self, link: int, now: float, most: int = MAX_PER_MESSAGE) -> list[EndedUsage]:
-        """Return the next records to send on this link, and mark them as sent. They are kept until acknowledged."""
+        """Return the next records to send on this link, at most `most`, and mark them as sent. Each record is kept
+        until it is acknowledged."""
         due, out = self._due.get(link), list[EndedUsage]()
         while due and len(out) < most:
             kept = self._kept.get(due.popleft())
@@ -124,12 +127,12 @@ class UsageKeeper:
         return out
 
     def acknowledge(self, keys: Iterable[int]) -> None:
-        """Drop records that are in the database. Any link may acknowledge any record."""
+        """Drop records, because they are in the database. A record may be acknowledged on any link."""
         for key in keys:
             self._kept.pop(key, None)
 
     def reassign_late(self, now: float) -> list[int]:
-        """Assign records that were not acknowledged in time to other links. Returns the links that got records."""
+        """Assign records whose acknowledgement is late to other links. Returns the links that got records."""
         if len(self._due) < 2:
             return []
         late = []

@@ -1,5 +1,6 @@
-"""Engines that ended recently, and why. Workers report the end of an engine to the gateways, and gateways to the
-controller."""
+"""Engines that ended recently, and the reasons. A worker reports the end of its engine to the gateways, and the
+gateways report it to the controller.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def from_pb(lost: Iterable[pb.LostEngine]) -> list[LostEngine]:
 
 
 def merge_reports(reports: Iterable[Iterable[LostEngine]]) -> list[LostEngine]:
-    """Merge the reports of several gateways: each engine once, by its earliest report, in chronological order."""
+    """Merge the reports of several gateways. The result has each engine once, by its earliest report, in chronological
+    order."""
     ends: dict[str, LostEngine] = {}
     for engine in sorted((engine for report in reports for engine in report), key=lambda engine: engine.at_s):
         ends.setdefault(engine.incarnation, engine)

@@ -1,6 +1,6 @@
-"""Outgoing messages of one link, merged until the link's writer sends them. Adding a message never waits.
+"""Outgoing messages of one link. They are merged until the link's writer sends them. Adding a message never waits.
 
-If a gateway stops reading, its outbox fills up to a limit, and only the link to that gateway is closed.
+If a gateway stops reading, only its own outbox fills up. If that outbox is full, the link to that gateway is closed.
 """
 
 from __future__ import annotations
@@ -63,42 +63,43 @@ class Outbox:
         message follows."""
 
     def output(self, slot: int, output: TokenOutput) -> None:
-        """Add a request's output. Call `flush` after the step to wake the writer."""
+        """Add the output of a request. After the last output of an engine step, call `flush` to wake the writer."""
         if not self._steps or self._steps[-1].vector_bytes >= STEP_VECTOR_BYTES:
             self._steps.append(StepColumns(self.part_columns))
         self._steps[-1].add(slot, output)
 
     def accepted(self, slot: int) -> None:
-        """Add a report that the engine accepted a Submit. The writer is not woken: the report is sent with the next
-        message."""
+        """Add a report that the engine accepted the request in this slot. Does not wake the writer: the report is sent
+        with the next message."""
         self._accepted.append(pb.Accepted(slot=slot))
 
     def refused(self, slot: int, reason: str, message: str, field: str) -> None:
-        """Add a report that the engine refused a Submit."""
+        """Add a report that the engine refused the request in this slot."""
         self._refused.append(pb.Refused(slot=slot, reason=reason, message=wire_text(message), field=wire_text(field)))
         self.flush()
 
     def grant(self, grant: Grant) -> None:
-        """Set the link's new credit limits, in place of limits that were not sent yet."""
+        """Set the link's new credit limits. They replace limits that were not sent yet."""
         self._grant = grant
         self.flush()
 
     def load(self, load: EngineLoad) -> None:
-        """Set the worker's load, in place of a load that was not sent yet. Does not wake the writer."""
+        """Set the worker's load. It replaces a load that was not sent yet. Does not wake the writer."""
         self._load = load
 
     def work(self, work: ComputedWork) -> None:
-        """Set the engine's computed work, in place of work that was not sent yet. Does not wake the writer."""
+        """Set the work that the engine has computed. It replaces work that was not sent yet. Does not wake the
+        writer."""
         self._work = work
 
     def drain_state(self, standing: pb.Standing) -> None:
-        """Set the worker's drain state, in place of a state that was not sent yet."""
+        """Set the worker's drain state. It replaces a state that was not sent yet."""
         self._standing = standing
         self.flush()
 
     def served(self, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
-        """Set the served totals, in place of unsent totals of the same flows. If `totals` is empty and no earlier
-        totals are unsent, an empty report is sent."""
+        """Set the totals of tokens that tenants were served. A total replaces an unsent total of the same tenant and
+        class. An empty `totals` makes sure that a report is sent, even an empty one."""
         if self._served is None:
             self._served = {}
         for total in totals:
@@ -106,30 +107,32 @@ class Outbox:
         self.flush()
 
     def peer_backlog(self, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
-        """Set the backlog of another gateway, in place of a backlog that was not sent yet."""
+        """Set the backlog of another gateway, `gateway`, to report it on this link. It replaces a backlog that was not
+        sent yet."""
         self._elsewhere[gateway] = waiting
         self.flush()
 
     def kv_blocks(self, messages: Iterable[pb.KvBlocks], *, wakes: bool = True) -> None:
-        """Add reports of KV blocks. A message contains at most one report, so that tokens are not delayed. `wakes`:
-        whether to wake the writer; otherwise the reports are sent with the next messages, at the latest after two
+        """Add reports of KV blocks. Each message contains at most one report, so that tokens are not delayed. `wakes`:
+        whether to wake the writer; if not, the reports are sent with the next messages, at the latest after two
         heartbeats."""
         self._kv_blocks.extend(messages)
         if wakes:
             self.flush()
 
     def rendered(self, answer: pb.Rendered) -> None:
-        """Add the answer to a Render. Its ids are sent in pieces, one a message."""
+        """Add a rendered prompt, the answer to a Render. Its token ids are cut into pieces, which are sent in several
+        messages."""
         self._rendered.add(answer)
         self.flush()
 
     def adapters(self, statuses: Sequence[AdapterStatus]) -> None:
-        """Set the states of all adapters, in place of states that were not sent yet."""
+        """Set the states of all adapters. They replace states that were not sent yet."""
         self._adapters = statuses
         self.flush()
 
     def engine_ended(self, why: str) -> None:
-        """Set the reason why the worker's engine has ended. The last message, sent after all outputs, reports it."""
+        """Set the reason why the worker's engine has ended. It is sent in the last message, after all outputs."""
         self._engine_ended = why
         self.flush()
 
@@ -139,14 +142,15 @@ class Outbox:
 
     @property
     def full(self) -> bool:
-        """Whether too many tokens, vectors or reports wait, because the gateway has stopped reading."""
+        """Whether too many tokens, vectors or reports of KV blocks wait, because the gateway has stopped reading."""
         if len(self._kv_blocks) > MAX_KV_MESSAGES:
             return True
         tokens = sum(len(columns.token_ids) for columns in self._steps)
         return tokens > self._max_tokens or sum(columns.vector_bytes for columns in self._steps) > MAX_VECTOR_BYTES
 
     async def next_message(self) -> pb.WorkerTurn:
-        """Wait for a wake-up, then return everything collected until then as one message."""
+        """Wait until the writer is woken, then return the next message, which has what was added since the previous
+        message. Data that exceeds the size of a message is returned in later messages."""
         await self._wake.wait()
         self._wake.clear()
         self.sent_seq += 1
@@ -224,7 +228,7 @@ class CommandBox:
         self._seq = 0
 
     def submit(self, submit: pb.Submit) -> None:
-        """Add a Submit, which is a request for the engine."""
+        """Add a Submit, which is a request for the worker's engine."""
         self._submits.append(submit)
         self._wake.set()
 
@@ -234,7 +238,8 @@ class CommandBox:
         self._wake.set()
 
     def backlog(self, backlog: pb.Backlog) -> None:
-        """Set the backlog for the worker's model. Unsent flows are kept if the new backlog has no flows."""
+        """Set the gateway's backlog for the worker's model. If the new backlog has no tenants' backlogs, unsent ones of
+        the previous backlog are kept."""
         if self._backlog is not None and self._backlog.tells_flows and not backlog.tells_flows:
             unsent = self._backlog
             unsent.waiting, unsent.waiting_tokens = backlog.waiting, backlog.waiting_tokens
@@ -249,27 +254,27 @@ class CommandBox:
         self._wake.set()
 
     def grant_ack(self, grant_id: int) -> None:
-        """Acknowledge a Credit message."""
+        """Acknowledge the credit limits (grant) with this id."""
         self._grant_ack = grant_id
         self._wake.set()
 
     def usage_acks(self, keys: Sequence[int]) -> None:
-        """Acknowledge usage records that are in the ledger's database."""
+        """Acknowledge the usage records with these keys, which are in the ledger's database."""
         self._usage_acks.extend(keys)
         self._wake.set()
 
     def takeover(self, call: str, generation: int) -> None:
-        """Report that a call was resumed, so that the worker ends older generations of the call."""
+        """Report that a call was resumed as `generation`, so that the worker ends older generations of the call."""
         self._takeovers.append(pb.Takeover(call=call, generation=generation))
         self._wake.set()
 
     def render(self, render: pb.Render) -> None:
-        """Add a chat that the worker must render."""
+        """Add a chat that the worker must render into a prompt."""
         self._renders.append(render)
         self._wake.set()
 
     def adapters(self, adapters: pb.AdapterSet) -> None:
-        """Set the adapters that the worker should have, in place of a set that was not sent yet. Call this only for a
+        """Set the adapters that the worker should have. They replace a set that was not sent yet. Call this only for a
         worker with the capability `adapters:v1`."""
         self._adapters = adapters
         self._wake.set()
@@ -280,7 +285,8 @@ class CommandBox:
         self._wake.set()
 
     async def next_message(self) -> pb.GatewayTurn:
-        """Wait for a wake-up, then return everything collected until then as one message."""
+        """Wait until the writer is woken, then return what was added as one message. Submits and bundle requests that
+        do not fit are returned in the next message."""
         await self._wake.wait()
         self._seq += 1
         submits = self._next_submits()
@@ -307,8 +313,7 @@ class CommandBox:
         return message
 
     def _next_submits(self) -> Sequence[pb.Submit]:
-        """Remove and return as many Submits as one message may contain (MESSAGE_BYTES); a single larger Submit is
-        allowed."""
+        """Remove and return the Submits for one message: as many as fit into MESSAGE_BYTES, and at least one."""
         if len(self._submits) == 1:
             submits, self._submits = self._submits, []
             return submits

@@ -1,4 +1,6 @@
-"""Bounds of the chats that gateways send to workers to be rendered, and the pieces in which prompts come back."""
+"""Limits for the chats that gateways send to workers to be rendered, and the pieces in which the rendered prompts
+return.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ the size of an id."""
 
 
 class RenderedPieces:
-    """A worker's answers to renders, cut into pieces of PIECE_BYTES, which are sent in order."""
+    """The prompts that a worker has rendered for a gateway, cut into pieces of PIECE_BYTES bytes, which are sent in
+    order."""
 
     def __init__(self) -> None:
         self._pieces: deque[pb.Rendered] = deque()
@@ -29,7 +32,7 @@ class RenderedPieces:
         return bool(self._pieces)
 
     def add(self, answer: pb.Rendered) -> None:
-        """Add an answer with all its ids, which are then cut into pieces."""
+        """Add a rendered prompt, and cut its token ids into pieces."""
         ids = answer.token_ids
         answer.message, answer.field = wire_text(answer.message), wire_text(answer.field)
         starts = range(0, max(len(ids), 1), PIECE_BYTES)
@@ -40,7 +43,8 @@ class RenderedPieces:
         self._pieces.append(answer)
 
     def next_message(self) -> Sequence[pb.Rendered]:
-        """Remove and return the pieces for one message: at least one, and PIECE_BYTES of ids at most."""
+        """Remove and return the pieces for one message: at least one piece, and at most PIECE_BYTES bytes of token
+        ids."""
         taken: list[pb.Rendered] = []
         size = 0
         while self._pieces:
@@ -52,19 +56,20 @@ class RenderedPieces:
 
 
 class JoinedPieces:
-    """The ids of one prompt, joined from a worker's pieces."""
+    """The token ids of one rendered prompt, joined from the pieces that a worker sends."""
 
     def __init__(self, max_tokens: int) -> None:
         self._max_bytes = 4 * max_tokens
         self._ids = bytearray()
 
     def add(self, piece: pb.Rendered) -> None:
-        """Add a piece. Raises ValueError if there are more than `max_tokens` ids, or if the piece ends within an id."""
+        """Add a piece. Raises ValueError if the prompt now has more than `max_tokens` ids, or if the piece ends within
+        an id."""
         self._ids += piece.token_ids
         if len(self._ids) > self._max_bytes or len(piece.token_ids) % 4:
             raise ValueError(f"{len(self._ids)} bytes of ids for a prompt of at most {self._max_bytes}")
 
     @property
     def ids(self) -> bytes:
-        """The packed ids so far."""
+        """The packed token ids of the pieces that were added so far."""
         return bytes(self._ids)

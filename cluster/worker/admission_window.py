@@ -1,14 +1,14 @@
-"""Admission window: the number of sequences that a worker may be sent now.
+"""Admission window: the number of sequences that gateways may send to a worker now.
 
 Problem: a sequence sent too early waits in the engine's own queue, where fair order no longer applies. A sequence sent
-too late leaves a slot empty for a round trip. So the window is the number of prompts that the engine will probably
-start in the next step, and at most the number of free slots. The sequences that end per step on average, at most
-LOOKAHEAD_SEQUENCES, count as additional free slots. Invariant: if a slot is free and no prompt is pending, capacity is
-granted. Source: the number of prompt tokens still to compute follows a fluid model of chunked prefill (Sarathi-Serve,
-Agrawal et al., OSDI 2024).
+too late leaves a slot of the engine empty for a round trip. So the window is the number of prompts that the engine will
+probably start in the next step, and at most the number of free slots. The number of sequences that end per step on
+average, at most LOOKAHEAD_SEQUENCES, is added to the free slots. Invariant: if a slot is free and no prompt is pending,
+capacity is granted. Source: the number of prompt tokens still to compute follows a fluid model of chunked prefill
+(Sarathi-Serve, Agrawal et al., OSDI 2024).
 
-The engine does not report the progress of a prompt, so the progress is estimated: each step computes as many tokens as
-it can, and a request's first output means that all prompts before this request are done. Pure: no clock.
+The engine does not report the progress of a prompt, so the progress is estimated. Each step is assumed to compute as
+many tokens as it can. A request's first output means that all earlier prompts are computed. Pure: no clock.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class AdmissionWindow:
 
     @property
     def admissible_sequences(self) -> int:
-        """Number of sequences that all links together may send now.
+        """Number of sequences that all gateways together may send now.
 
-        If no prompt is pending, at least 1 + LOOKAHEAD_SEQUENCES are admissible (as far as slots are free).
+        If no prompt is pending, the number is at least 1 + LOOKAHEAD_SEQUENCES, limited by the free slots.
         """
         budget = max(self._step_tokens - self._live, 1)
         before = max(self._work - budget, 0) + self._late
@@ -57,9 +57,10 @@ class AdmissionWindow:
         return min(self.free_slots, max(begins, at_least))
 
     def record_submit(self, request_id: str, tokens: int, begins: bool = True) -> None:
-        """Record a sequence sent to the engine, with `tokens` to compute.
+        """Record a sequence sent to the engine, which must compute `tokens` tokens for it before the first output.
 
-        `begins` is False for a resumed sequence, whose length says nothing about the length of the next prompt.
+        `begins`: whether the sequence is new. The length of a resumed sequence says nothing about the next prompt's
+        length.
         """
         if self._live:
             self._late += tokens

@@ -1,14 +1,17 @@
-"""Detached requests: requests that run on for a moment after their gateway is lost, so that a stream can reattach.
+"""Detached requests: requests that run on for a moment after their gateway is lost, so that a resumed call can take
+them over.
 
-Problem: when a gateway is lost, all its streams are resumed through other gateways at the same time. To submit the
-resumed requests to the engine again would lengthen the engine's steps, although the engine never failed. So when a link
-ends, its requests with a stream name (`Submit.stream`) run on, and the tokens generated meanwhile are kept. A Submit
-with an equal name takes the request over. Finished requests are kept for the same time, since the last output may not
-have reached the client. Invariants: a Submit gets a request only if their parameters are equal and the request's tokens
-begin with the Submit's emitted tokens. A detached request is claimed once, or dropped after DETACHED_S. Detached
-requests may block new requests, but never resumed requests.
+Problem: when a gateway is lost, all its streams are resumed through other gateways at the same time. If the resumed
+requests were submitted to the engine again, their prompts would slow down the engine, although the engine never failed.
+So when a link ends, its requests with a stream name (`Submit.stream`) run on, and the tokens generated meanwhile are
+kept. A Submit with the same stream name takes the request over. Finished requests are kept for the same time, since
+their last output may not have reached the client.
 
-Pure: no clock, no I/O; `now` is monotonic seconds, and never goes back.
+Invariants: a Submit takes over a request only if their parameters are equal and the request's tokens begin with the
+Submit's emitted tokens. A detached request is taken over at most once, and dropped after DETACHED_S seconds otherwise.
+Detached requests may block new requests, but never resumed requests.
+
+Pure: no clock, no I/O. `now` is monotonic seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ FAILED = (FinishReason.ERROR, FinishReason.ABORT)
 
 @dataclass(slots=True)
 class DetachedRequest:
-    """A request without a link, which still runs in the engine or has ended."""
+    """A request that has lost its link. The request still runs in the engine, or has ended."""
 
     stream: str
     request_id: str
@@ -51,14 +54,14 @@ class DetachedRequest:
 class DetachedRequests:
     """The detached requests of one worker, oldest first.
 
-    Methods return the engine request ids of requests that still run and that the caller must abort.
+    Several methods return engine request ids: the caller must abort these requests, which still run.
     """
 
     _by_stream: dict[str, DetachedRequest] = field(default_factory=dict)
     _running: dict[str, DetachedRequest] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        """Number of detached requests that hold a slot in the engine."""
+        """Number of detached requests that still run, and so hold a slot in the engine."""
         return len(self._running)
 
     @property
@@ -67,7 +70,10 @@ class DetachedRequests:
         return sum(request.tokens for request in self._running.values())
 
     def add(self, request: DetachedRequest, now: float) -> list[str]:
-        """Add a request that has ended or whose gateway is gone. An older request of the same name is dropped."""
+        """Add a request that has ended or whose gateway is gone; drop an older request with the same stream name.
+
+        Returns the engine request ids to abort.
+        """
         older = self.drop(request.stream)
         request.until = now + DETACHED_S
         self._by_stream[request.stream] = request
@@ -76,9 +82,9 @@ class DetachedRequests:
         return older
 
     def output(self, output: TokenOutput) -> int:
-        """Keep a step's tokens of a detached request; return their number, or 0 for an unknown request.
+        """Record one step's output of a detached request; return its number of tokens, or 0 for an unknown request.
 
-        A request that ended in an error or an abort is dropped.
+        A request that ends in an error or an abort is dropped.
         """
         request = self._running.get(output.request_id)
         if request is None:
@@ -94,9 +100,10 @@ class DetachedRequests:
     def claim(
         self, stream: str, parameters: object, prompt_tokens: int, emitted: Sequence[int]
     ) -> DetachedRequest | None:
-        """Remove and return the detached request that a Submit continues, or None.
+        """Remove and return the detached request that a Submit may take over; None if there is none.
 
-        The request must have the same parameters and prompt length, and its tokens must begin with the emitted tokens.
+        The request must have the same stream name, parameters and prompt length, and its tokens must begin with the
+        emitted tokens.
         """
         request = self._by_stream.get(stream)
         if request is None or (request.parameters, request.prompt_tokens) != (parameters, prompt_tokens):
@@ -107,12 +114,15 @@ class DetachedRequests:
         return request
 
     def expired(self, now: float) -> list[str]:
-        """Drop the requests that were not claimed in time; return the engine request ids to abort."""
+        """Drop the requests that were not taken over in time; return the engine request ids to abort."""
         late = [stream for stream, _ in takewhile(lambda item: item[1].until <= now, self._by_stream.items())]
         return [request_id for stream in late for request_id in self.drop(stream)]
 
     def make_room(self, sequences: int, tokens: int) -> list[str]:
-        """Drop the oldest running requests until `sequences` slots and `tokens` KV tokens are freed."""
+        """Drop the oldest running requests until `sequences` slots and `tokens` KV tokens are freed.
+
+        Returns the engine request ids to abort.
+        """
         dropped: list[str] = []
         for request in list(self._running.values()):
             if sequences <= 0 and tokens <= 0:
@@ -122,7 +132,7 @@ class DetachedRequests:
         return dropped
 
     def drop(self, stream: str) -> list[str]:
-        """Drop the request with this name, if there is one."""
+        """Drop the request with this stream name, if there is one; return the engine request ids to abort."""
         request = self._by_stream.pop(stream, None)
         if request is None or self._running.pop(request.request_id, None) is None:
             return []

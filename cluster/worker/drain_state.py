@@ -1,9 +1,9 @@
 """Drain state of a worker: whether the worker takes new sequences.
 
-The state is set by an operator's command or by the end of the worker's process, and is sent to every gateway. A
-cordoned worker takes no new sequences and keeps the running sequences. A draining worker also takes no new sequences.
-It lets running sequences end by themselves for part of the drain time; then the gateways resume the remaining sequences
-on other workers. Uncordon undoes both states, except in a process that is about to end.
+An operator's command or the end of the worker's process sets the state, which is sent to every gateway. A cordoned
+worker takes no new sequences and keeps the running sequences. A draining worker takes no new sequences either. Its
+running sequences may end by themselves for part of the drain time; then the gateways resume the remaining sequences on
+other workers. Uncordon undoes both states, except in a process that is about to end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STAY_PART = 0.5
 
 
 class DrainStates:
-    """The drain state of one worker, which is sent to all links of the worker."""
+    """The drain state of one worker. Each change is sent to all links of the worker."""
 
     def __init__(self) -> None:
         self._outboxes: list[Outbox] = []
@@ -50,9 +50,10 @@ class DrainStates:
         return True
 
     def drain(self, now: float, timeout_s: float, leaving: bool) -> None:
-        """Take no new sequences. Let running sequences end by themselves for STAY_PART of `timeout_s` seconds.
+        """Take no new sequences. Running sequences may end by themselves for `timeout_s` times STAY_PART seconds.
 
-        A second drain replaces this time. If the process is about to end, a second drain can only shorten the time.
+        `leaving`: whether the process is about to end. A second drain sets a new time; once `leaving` is set, it can
+        only shorten the time.
         """
         stays_until = now + timeout_s * STAY_PART
         self._stays_until = min(self._stays_until, stays_until) if self.leaving else stays_until
@@ -68,9 +69,9 @@ class DrainStates:
             self._set_state(DrainState.DRAINED, now)
 
     def attach(self, outbox: Outbox, now: float) -> None:
-        """Add a link. Its gateway is sent the state if the worker does not serve.
+        """Add a link, and send the state to its gateway unless the worker is serving.
 
-        A gateway that has received no state assumes that the worker serves.
+        A gateway that has received no state assumes that the worker is serving.
         """
         self._outboxes.append(outbox)
         if not self.serves:
@@ -91,12 +92,19 @@ class DrainStates:
 
 
 class Drains:
-    """The drain in progress of one worker. A new command cancels the drain that an earlier command began."""
+    """The drain in progress of one worker.
+
+    A new drain or uncordon command cancels the drain that an earlier command began.
+    """
 
     def __init__(
         self, state: DrainStates, idle: asyncio.Event, flush_usage: Callable[[float], Awaitable[None]]
     ) -> None:
-        """`idle`: set while no request runs. `flush_usage(s)`: waits up to `s` seconds until usage is acknowledged."""
+        """Create the object without a drain in progress.
+
+        `idle`: set while no request runs. `flush_usage(s)`: waits up to `s` seconds until gateways have acknowledged
+        all usage records.
+        """
         self._state = state
         self._idle = idle
         self._flush_usage = flush_usage
@@ -118,9 +126,9 @@ class Drains:
         return True
 
     def apply(self, command: pb.Command) -> bool:
-        """Apply an operator's command, which any gateway may forward.
+        """Apply an operator's command. Any gateway may forward the command.
 
-        Returns True if the command made the worker take new sequences again.
+        Returns True if the worker takes new sequences again because of the command.
         """
         verb = command.WhichOneof("verb")
         if verb == "cordon":

@@ -1,7 +1,7 @@
-"""The steps and aborts of a worker's engine. No step waits for a link. A failed abort stops neither the steps nor a
-link.
+"""The steps and aborts of a worker's engine. The outputs of a step are put into the links' outboxes (wire/outbox.py),
+and each link's writer sends them from there. So a slow link never delays a step.
 
-Outputs go into the links' outboxes (wire/outbox.py), from which each link's writer sends them.
+If an abort fails, the engine's steps and the links continue.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class EngineRunner:
         parser: OutputParsers | None = None,
         counts: Callable[[], EngineCounts] = EngineCounts,
     ) -> None:
-        """`counts` returns the engine's own counts of preemptions and of the prefix cache."""
+        """Create the runner. `counts`: returns the engine's own counts of preemptions and of the prefix cache."""
         self.engine = engine
         self.parser: OutputParsers = parser or NoParsers()
         self.steps = 0
@@ -39,7 +39,10 @@ class EngineRunner:
         self._deaths: asyncio.Queue[EngineDead] = asyncio.Queue()
 
     async def run(self, request_outputs: RequestOutputs, credit: LinkCredit) -> None:
-        """Run steps until cancelled; put their outputs into the links' outboxes and renew credit. Raises EngineDead."""
+        """Run steps until cancelled. After each step, put its outputs into the links' outboxes and grant new credit.
+
+        Raises EngineDead.
+        """
         while True:
             outputs = await self.engine.step()
             self.steps += 1
@@ -55,7 +58,10 @@ class EngineRunner:
                 link.outbox.flush()
 
     async def run_parsed(self, request_outputs: RequestOutputs, credit: LinkCredit) -> None:
-        """Put parsed outputs into the links' outboxes until cancelled. No output waits for the engine's next step."""
+        """Put parsed outputs into the links' outboxes until cancelled.
+
+        They are sent at once, not with the engine's next step.
+        """
         while True:
             touched, to_abort = request_outputs.apply_parsed(await self.parser.parsed())
             if to_abort:
@@ -65,13 +71,13 @@ class EngineRunner:
                 link.outbox.flush()
 
     def work(self, request_outputs: RequestOutputs) -> ComputedWork:
-        """Return the work that the engine has computed so far."""
+        """Return counts of the work that the engine has computed since its start."""
         return ComputedWork(
             self.steps, self._busy_s, request_outputs.prefilled_tokens, request_outputs.decoded_tokens, *self._counts()
         )
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """Abort requests in the engine. Errors are logged; EngineDead goes to `report_dead`."""
+        """Abort requests in the engine. Errors are logged; EngineDead is passed to `report_dead`."""
         if not request_ids:
             return
         try:
@@ -82,17 +88,17 @@ class EngineRunner:
             log.exception("engine.abort_failed", requests=len(request_ids))
 
     def abort_in_background(self, request_ids: Sequence[str]) -> None:
-        """Abort requests in a task of their own, which the end of a link does not cancel."""
+        """Abort requests in a separate task. The end of a link does not cancel this task."""
         task = asyncio.create_task(self.abort(request_ids))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def report_dead(self, error: EngineDead) -> None:
-        """Record that a call of the engine raised EngineDead, so that `wait_dead` raises `error`."""
+        """Record that a call of the engine has raised EngineDead. `wait_dead` then raises this error."""
         self._deaths.put_nowait(error)
 
     async def wait_dead(self) -> None:
-        """Wait until EngineDead is reported, and raise it."""
+        """Wait until EngineDead is reported; raise it."""
         raise await self._deaths.get()
 
     async def finish(self) -> None:

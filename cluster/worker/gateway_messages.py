@@ -1,5 +1,7 @@
-"""The messages that a worker's gateways send, applied in the required order: for example, adapters before the Submits
-that name them.
+"""The messages that gateways send to a worker.
+
+The parts of a message are applied in the required order: for example, adapters before the Submits that name these
+adapters.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ log = structlog.get_logger("worker")
 
 @dataclass(frozen=True, slots=True)
 class GatewayMessages:
-    """The parts of one worker that handle the gateways' messages."""
+    """Applies the gateways' messages. The fields are the parts of the worker that handle them."""
 
     identity: WorkerIdentity
     bundle: Bundle
@@ -40,8 +42,10 @@ class GatewayMessages:
     drains: Drains
 
     async def apply(self, link: Link, message: pb.GatewayTurn) -> None:
-        """Apply a message that came over a link. Raises ValueError or LookupError if it is invalid, LinkEnded if the
-        link must end."""
+        """Apply a message that was received over a link.
+
+        Raises ValueError or LookupError if the message is invalid, LinkEnded if the link must end.
+        """
         has_backlog = message.HasField("backlog")
         if message.grant_ack:
             self.credit.acknowledge(link.credit_order, message.grant_ack)

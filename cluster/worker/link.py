@@ -1,4 +1,6 @@
-"""A link between a worker and a gateway: how it is opened, its requests by slot, its outgoing blobs and its tasks."""
+"""A link between a worker and a gateway: how the link is opened, its requests by slot, its outgoing data and its
+tasks.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,10 @@ TURN_METHOD = "/cluster.link.v1.Link/Turn"
 
 @dataclass(eq=False, slots=True)
 class Link:
-    """A link that is up. An abort may arrive while the Submit of its slot is in progress. The abort then ends the
-    Submit's wait for an adapter, and is applied when the Submit finishes."""
+    """An open link. An abort may arrive while the Submit of the same slot is still in progress.
+
+    Such an abort is applied when the Submit finishes. If the Submit waits for an adapter, the abort ends this wait.
+    """
 
     number: int
     credit_order: int
@@ -55,12 +59,12 @@ class Link:
     _waits: dict[int, asyncio.Task[None]] = field(default_factory=dict)
 
     def begin_submit(self, slot: int, request_id: str) -> None:
-        """Record a Submit that is in progress until `finish_submit` or `refuse`."""
+        """Record that a Submit begins. It is in progress until `finish_submit` or `refuse`."""
         self.requests[slot] = request_id
         self._submitting.add(slot)
 
     def finish_submit(self, slot: int) -> bool:
-        """Finish a Submit; return whether an abort arrived while it was in progress."""
+        """Record that a Submit has finished; return whether an abort arrived while the Submit was in progress."""
         self._submitting.discard(slot)
         if slot not in self._aborted:
             return False
@@ -68,12 +72,14 @@ class Link:
         return True
 
     def is_submitting(self, slot: int) -> bool:
-        """Return whether the slot's Submit is in progress."""
+        """Return whether a Submit for this slot is in progress."""
         return slot in self._submitting
 
     async def wait(self, slot: int, work: Coroutine[None, None, None]) -> None:
-        """Wait for work on which a Submit in progress depends. If the Submit is aborted, the work is cancelled and
-        EngineRefused is raised. An error of the work is raised, too."""
+        """Run `work`, on which a Submit in progress depends, and wait for it. Errors of `work` are raised.
+
+        If the Submit is aborted, `work` is cancelled and EngineRefused is raised.
+        """
         task = self._waits[slot] = asyncio.create_task(work)
         try:
             await task
@@ -86,9 +92,10 @@ class Link:
             del self._waits[slot]
 
     def request_to_abort(self, slot: int) -> str | None:
-        """Return the engine request id to abort now, or None.
+        """Return the engine request id that the caller must abort now; None if there is none.
 
-        None: the request has already ended, or its Submit is in progress (then `finish_submit` returns True later).
+        There is none if the request has already ended, or if its Submit is in progress. In the latter case
+        `finish_submit` later returns True.
         """
         if slot in self._submitting:
             self._aborted.add(slot)
@@ -98,14 +105,14 @@ class Link:
         return self.requests.get(slot)
 
     def refuse(self, slot: int, reason: str, message: str, field_name: str = "") -> None:
-        """Forget a Submit and report to the gateway that it is refused."""
+        """Forget a Submit, and report to the gateway that the worker refuses it."""
         self.requests.pop(slot, None)
         self._submitting.discard(slot)
         self._aborted.discard(slot)
         self.outbox.refused(slot, reason, message, field_name)
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
-        """Run a task of this link, which the end of the link cancels."""
+        """Run `work` in a task of this link. The task is cancelled when the link ends."""
         task = asyncio.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -113,7 +120,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class LinkOpener:
-    """Opens the links of one worker. Each link has a new number, the epoch of its Hello."""
+    """Opens the links of one worker. Each link gets a new number, which is also the epoch in its Hello message."""
 
     identity: WorkerIdentity
     engine: Engine
@@ -126,9 +133,10 @@ class LinkOpener:
 
     @asynccontextmanager
     async def open(self, address: str) -> AsyncIterator[tuple[Link, ClientCall, Coroutine[None, None, None]]]:
-        """Yield a link to the gateway at `host:port`, the link's gRPC call, and the coroutine of its bulk stream.
+        """Yield a link to the gateway at `host:port`, the link's gRPC call, and a coroutine that serves its bulk
+        stream.
 
-        The caller must run the coroutine, and stop the link's heartbeats at the end. Raises LinkEnded.
+        The caller must run the coroutine, and stop the link's heartbeats when the link ends. Raises LinkEnded.
         """
         identity, epoch = self.identity, next(self._epochs)
         async with open_client(address, self.tls) as client, open_channel(address, self.tls) as bulk_channel:

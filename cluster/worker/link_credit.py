@@ -1,4 +1,6 @@
-"""The credit of a worker's links: grants of free capacity to the gateways, and the gateways' acknowledgements."""
+"""The credit of a worker's links: free capacity that the worker grants to gateways, and the gateways'
+acknowledgements.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,10 @@ from cluster.worker.drain_state import DrainStates
 
 
 def credit_order(worker_id: str, gateway: str, link: int) -> int:
-    """Return a link's sort key among the links that share a worker's capacity. The order differs between workers.
+    """Return the sort key of a link among the links that share a worker's capacity. The order differs between workers.
 
-    Suppose that no call waits, and that each worker has fewer free slots than there are gateways. With one order for
-    all workers, the last gateway would then get no credit from any worker.
+    Reason: assume that no call waits and each worker has fewer free slots than there are gateways. With the same order
+    on all workers, the last gateway would get no credit from any worker.
     """
     return zlib.crc32(f"{worker_id}/{gateway}".encode()) << 32 | link
 
@@ -32,17 +34,19 @@ class _Acknowledgement:
 
 
 class LinkCredit:
-    """The credit of all links. Credit is granted only while the worker takes new sequences. Methods identify a link by
-    its `credit_order`."""
+    """The credit of all links. Credit is granted only while the worker takes new sequences.
+
+    The argument `link` of the methods is the link's `credit_order`.
+    """
 
     def __init__(
         self, capacity: Callable[[], tuple[Capacity, int]], count_cached: Callable[[int], int], drain_state: DrainStates
     ) -> None:
         """Create the credit without links.
 
-        `capacity` returns the capacity free for new calls, and the number of slots free for resumed calls.
-        `count_cached(n)`, for `n` waiting calls whose KV blocks a gateway expects here, returns how many can resume
-        cheaply.
+        `capacity`: returns the capacity free for new calls, and the number of slots free for resumed calls.
+        `count_cached(n)`: returns how many of `n` waiting calls can resume at almost no cost; these are calls whose KV
+        blocks a gateway expects on this worker.
         """
         self._capacity = capacity
         self._count_cached = count_cached
@@ -61,12 +65,12 @@ class LinkCredit:
         self._granter.detach(link)
 
     def record_submit(self, link: int, submit: pb.Submit, prompt_ids: bytes) -> None:
-        """Count the credit that a received Submit uses. Invalid Submits use credit, too."""
+        """Subtract the credit that a received Submit uses. Invalid Submits use credit, too."""
         tokens = (len(prompt_ids) + len(submit.emitted_ids)) // 4
         self._granter.record_submit(link, tokens, 0 < submit.fresh_tokens < tokens)
 
     def set_backlog(self, link: int, backlog: pb.Backlog) -> None:
-        """Set the number of calls that wait at a link's gateway."""
+        """Record how many calls wait at a link's gateway."""
         self._granter.set_backlog(link, backlog.claim or backlog.waiting, self._count_cached(backlog.kept))
 
     def acknowledge(self, link: int, grant_id: int) -> None:
@@ -76,7 +80,7 @@ class LinkCredit:
         waiting.since = None if grant_id >= waiting.grant_id else time.monotonic()
 
     def unacked_s(self, link: int) -> float:
-        """Return for how many seconds a grant has been unacknowledged; 0 if all grants are acknowledged."""
+        """Return for how many seconds the gateway has not acknowledged a grant; 0 if it has acknowledged all grants."""
         since = self._links[link].since
         return 0.0 if since is None else time.monotonic() - since
 

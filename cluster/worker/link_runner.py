@@ -1,7 +1,8 @@
-"""The links of one worker while they are open: messages are passed in both directions, and reports are attached.
+"""The links of one worker while they are open. Messages are passed in both directions, and the worker's reports are
+sent.
 
-When a link ends, its requests are aborted in the engine and the gateway decides what happens to the calls. Requests
-that another gateway may resume run on for a moment (detached_requests.py).
+When a link ends, the worker aborts the link's requests in the engine, and the gateway decides what happens to the
+calls. Requests that another gateway may resume run on for a moment (detached_requests.py).
 """
 
 from __future__ import annotations
@@ -61,16 +62,18 @@ class OpenLinks:
             self._empty.set()
 
     def is_gateway_lost(self, incarnation: str) -> bool:
-        """Return whether a gateway counts as lost: the worker has no link to it, or beats have stopped on all links."""
+        """Return whether a gateway counts as lost: the worker has no link to it, or no heartbeats arrive on any link to
+        it."""
         links = (link for link in self._by_number.values() if link.incarnation == incarnation)
         return all(link.heartbeats.silent_s > GATEWAY_SILENT_S for link in links)
 
     def record_engine_end(self, reason: str) -> None:
-        """Record why the engine has ended. The first reason that is not empty counts."""
+        """Record why the engine has ended. If there are several reasons, the first that is not empty is kept."""
         self.engine_ended = self.engine_ended or reason
 
     async def report_engine_end(self) -> None:
-        """If the engine has ended, send every gateway the reason and wait for the gateways to close their links."""
+        """If the engine has ended, send the reason to every gateway and wait until the gateways have closed their
+        links."""
         if not self.engine_ended:
             return
         for link in self._by_number.values():
@@ -82,8 +85,10 @@ class OpenLinks:
 
 @dataclass(frozen=True, slots=True)
 class GatewayReports:
-    """The reports of a worker. Usage is sent only to gateways that write to the ledger, the other reports to all
-    gateways."""
+    """The reports of a worker to its gateways.
+
+    Usage is sent only to gateways that write to the ledger; the other reports are sent to all gateways.
+    """
 
     usage: WorkerUsage
     served: ServedReports
@@ -91,7 +96,7 @@ class GatewayReports:
     adapters: WorkerAdapters
 
     def attach(self, link: Link) -> None:
-        """Send the reports to a new link from now on."""
+        """Add a link, so that its gateway gets the reports from now on."""
         if link.accounts:
             self.usage.attach(link.number, link.outbox)
         self.served.attach(link.number, link.incarnation, link.outbox)
@@ -108,8 +113,10 @@ class GatewayReports:
 
 @dataclass(frozen=True, slots=True)
 class LinkRunner:
-    """Opens the links of one worker, runs each link until it ends, and releases what the link held. `closed`: set when
-    the worker is to end, so that no request of an ended link is kept."""
+    """Opens the links of one worker, runs each link until it ends, and then releases what the link held.
+
+    `closed`: set when the worker is to end. Requests of a link that ends afterwards are aborted.
+    """
 
     opener: LinkOpener
     links: OpenLinks
@@ -122,7 +129,7 @@ class LinkRunner:
     closed: asyncio.Event
 
     async def run(self, address: str) -> None:
-        """Open a link to the gateway at `host:port` and run the link. Raises LinkEnded when the link ends."""
+        """Open a link to the gateway at `host:port`, and run it until it ends. Then raise LinkEnded."""
         if self.links.engine_ended:
             raise LinkEnded("the engine has ended")
         async with self.opener.open(address) as (link, call, bulk):
@@ -147,7 +154,8 @@ class LinkRunner:
         self.drain_state.attach(link.outbox, time.monotonic())
 
     async def _detach(self, link: Link, parts: Sequence[asyncio.Task[None]]) -> None:
-        """Release everything that a link holds: abort its requests in the engine and revoke its credit."""
+        """Release everything that a link held: abort its requests in the engine, or detach them, and revoke its
+        credit."""
         self.links.remove(link)
         self.drain_state.detach(link.outbox)
         self.credit.detach(link.credit_order)
@@ -163,9 +171,10 @@ class LinkRunner:
         self.credit.regrant()
 
     async def _watch(self, link: Link) -> None:
-        """Check the link once per beat interval, and send the load if no step has sent it meanwhile.
+        """Check the link once per heartbeat interval. Send the engine's load, if no other message was sent since the
+        last check.
 
-        Raises LinkEnded if the gateway sends no beats, does not read, or does not acknowledge grants.
+        Raises LinkEnded if the gateway sends no heartbeats, does not read, or does not acknowledge grants.
         """
         timing, sent = self.opener.timing, 0
         while True:

@@ -1,6 +1,6 @@
-"""Opening of a model: from its catalog entry to a folder on this disk, a tokenizer bundle and an engine.
+"""Opening of a model, from its catalog entry: its folder on this node's disk, its tokenizer bundle and its engine.
 
-Used by replicas and by the controller.
+Replicas and the controller use this module.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ VLLM_MAX_LORA_RANK = 16
 
 
 def open_model(settings: ReplicaSettings, progress: Progress | None = None) -> OpenedModel:
-    """Find or fetch the model, build its bundle and create its engine (not started). Blocks. Raises ValueError.
+    """Find or fetch the model, build its tokenizer bundle, and create its engine without starting it.
 
-    `progress`: called during a fetch with the bytes fetched so far, the bytes in all, and the file's name."""
+    Blocks. Raises ValueError. `progress`: called during a download with the number of bytes fetched so far, the total
+    number of bytes, and the file's name.
+    """
     if is_simulated(settings.spec):
         return _open_simulated(settings)
     _refuse_code(settings)
@@ -69,7 +71,7 @@ def open_model(settings: ReplicaSettings, progress: Progress | None = None) -> O
 
 
 def _refuse_code(settings: ReplicaSettings) -> None:
-    """Raise ValueError if engine arguments name code to load, unless the settings allow remote code."""
+    """Raise ValueError if the engine arguments name code to load and the settings do not allow remote code."""
     if settings.allow_remote_code:
         return
     for path, text in code_arguments(settings.spec.engine):
@@ -77,7 +79,7 @@ def _refuse_code(settings: ReplicaSettings) -> None:
 
 
 def open_bundle(settings: ReplicaSettings) -> tuple[Bundle, Card]:
-    """Return the model's tokenizer bundle and its card, without an engine. Blocks. Raises ValueError."""
+    """Return the model's tokenizer bundle and its model card. No engine is created. Blocks. Raises ValueError."""
     if is_simulated(settings.spec):
         return _open_simulated(settings).bundle, Card()
     folder = _resolve(settings)
@@ -97,7 +99,10 @@ def _open_simulated(settings: ReplicaSettings) -> OpenedModel:
 
 
 def _adapter_store(settings: ReplicaSettings, base: Path | None) -> AdapterFiles | None:
-    """Return the store of adapters if the entry enables them. `base`: the model's folder; None if it is simulated."""
+    """Return the store of adapters; None if the catalog entry does not enable adapters.
+
+    `base`: the base model's folder; None for a simulated engine.
+    """
     engine = settings.spec.engine
     if not engine.get("enable_lora"):
         return None

@@ -1,7 +1,8 @@
-"""The chats that gateways send to a worker to be rendered, and the answers.
+"""The chats that gateways send to a worker to be rendered, and the worker's answers.
 
-A gateway sends few chats ahead (MAX_OUTSTANDING), and orders the rest by tenant itself. The renderer takes the chats of
-all links in the order of their arrival, so a chat waits for only a few chats of each other gateway.
+A gateway has at most MAX_OUTSTANDING chats at the worker; the gateway itself keeps the other chats and orders them by
+tenant. The worker renders the chats of all gateways in the order of their arrival. So a chat waits for only a few chats
+of each other gateway.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ TOO_LATE = "the worker did not render the chat in time; retry after the given de
 
 @dataclass(frozen=True, slots=True)
 class Renders:
-    """The chats that are being rendered for all links. `renderer`: None for a worker that renders no chats."""
+    """The chats of all links that are being rendered. `renderer`: None for a worker that renders no chats."""
 
     renderer: PromptRenderer | None
     _outstanding: dict[int, int] = field(default_factory=dict)
     """Number of chats of each link that are not answered yet, by the link's number."""
 
     def accept(self, link: Link, render: pb.Render) -> None:
-        """Render a chat in a task of its own, or refuse it if too many chats of the link are not answered yet."""
+        """Render a chat in a new task. The chat is refused if too many chats of this link are not answered yet."""
         count = self._outstanding.get(link.number, 0)
         if count >= MAX_OUTSTANDING:
             why = f"at most {MAX_OUTSTANDING} chats of a gateway are rendered at once"

@@ -1,6 +1,7 @@
-"""An engine replica: open the model, start the engine, serve it over the links.
+"""An engine replica: it opens the model, starts the engine, and serves it over the links.
 
-Ray does not appear here; the Ray part is cluster/ray/replica_actor.py.
+This module does not use Ray; cluster/ray/replica_actor.py does.
+
 A replica ends in one of four ways:
 - `stop` is called: the replica drains and closes.
 - The node of the replica is about to end: the replica drains within the time left, then Ray Serve replaces it.
@@ -56,10 +57,10 @@ _EXIT_ENGINE_DEAD = 70
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPlacement:
-    """Ray's placement of the replica: the replica's node, and the node of each GPU bundle in order.
+    """Where Ray has placed the replica: the replica's node, and the node of each GPU bundle in order.
 
-    `gpus` is the number of real GPUs among the bundles. `pod` and `host` are the Kubernetes names of pod and node;
-    outside Kubernetes they are "" and the host's name.
+    `gpus`: number of real GPUs among the bundles. `pod`, `host`: names of the Kubernetes pod and of its node; outside
+    Kubernetes `pod` is "" and `host` is the host's name.
     """
 
     replica_id: str
@@ -91,26 +92,28 @@ class OpenedModel:
 
 
 class ModelOpener(Protocol):
-    """Function that fetches a model to this node.
+    """Function that opens a model: it fetches the model to this node and creates the engine.
 
-    Raises ValueError for an invalid source, OSError if the source is out of reach.
+    Raises ValueError for an invalid source, OSError if the source cannot be reached.
     """
 
     def __call__(self, settings: ReplicaSettings) -> OpenedModel: ...
 
 
 def end_process(code: int) -> None:
-    """End this process once its log is written, without waiting for threads or exit handlers that a dead engine could
-    block."""
+    """Write the log, then end this process.
+
+    Threads and exit handlers are not waited for, since a dead engine could block them.
+    """
     flush(1.0)
     os._exit(code)
 
 
 @dataclass(eq=False, slots=True)
 class Replica:
-    """A replica: call `start` once, then `check` until `stop`.
+    """A replica. Call `start` once, then `check` regularly until `stop`.
 
-    The replica dials the gateways once its engine has started.
+    The replica connects to the gateways once its engine has started.
     """
 
     settings: ReplicaSettings
@@ -132,13 +135,13 @@ class Replica:
 
     @property
     def worker_id(self) -> str:
-        """The worker's id, stable for the life of the replica."""
+        """The worker's id, which does not change during the life of the replica."""
         return f"{self.settings.spec.name}-{self.place.replica_id}"
 
     async def start(self) -> None:
-        """Open the model, start the engine and serve the model.
+        """Open the model, start the engine, and serve it.
 
-        Raises ModelRefused if a retry would fail in the same way, and any other exception if a retry may work.
+        Raises ModelRefused if a retry would fail in the same way, and any other exception if a retry may succeed.
         """
         spec = self.settings.spec
         if reason := why_split(spec, self.place.gpu_nodes, self.place.node):
@@ -253,7 +256,7 @@ class Replica:
         raise failure
 
     async def check(self) -> None:
-        """Raise EngineDead if this replica does not serve (any more)."""
+        """Raise EngineDead if this replica has not started, has ended or has drained, or if its engine is dead."""
         if self.engine is None or self._serving is None:
             raise EngineDead("the replica has not started")
         if self._serving.done():
@@ -264,9 +267,9 @@ class Replica:
         await self.engine.check()
 
     async def leave(self, timeout_s: float) -> None:
-        """Drain within `timeout_s` because the node is about to end.
+        """Drain within `timeout_s` seconds because the node is about to end.
 
-        `check` raises afterwards, so that Ray Serve starts another replica on another node.
+        `check` then raises EngineDead, so that Ray Serve starts another replica on another node.
         """
         self._drain_deadline = min(self._drain_deadline, time.monotonic() + timeout_s)
         if self.end is not None:
@@ -278,8 +281,8 @@ class Replica:
     async def stop(self, within_s: float = math.inf) -> None:
         """Drain, close the links and end the engine. Idempotent.
 
-        The drain ends after the shortest of these times: `within_s`, the settings' drain time, and what is left of the
-        time given to `leave`.
+        The drain takes at most the shortest of these times: `within_s`, the settings' drain time, and what is left of
+        the time that was given to `leave`.
         """
         end, self.end = self.end, None
         serving, self._serving = self._serving, None

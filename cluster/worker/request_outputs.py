@@ -1,7 +1,7 @@
 """Delivery of the engine's outputs to the links of their requests.
 
-An output is put into the outbox of its request's link, and counted for the request and for the step. An output that
-must be parsed is counted in the step that computed it, and sent when it is parsed. A request that has ended is removed,
+An output is put into the outbox of its request's link, and counted for the request and for the step. If an output must
+be parsed, it is counted in the step that computed it, and sent when it is parsed. A request that has ended is removed,
 but can be resumed for a moment (detached_requests.py).
 """
 
@@ -83,8 +83,11 @@ class RunningRequest:
         now: float,
         received_at: float,
     ) -> RunningRequest:
-        """Return the record of a request that a Submit begins. `block_size`: tokens in one KV block of the engine.
-        `received_at`: monotonic time at which the Submit arrived."""
+        """Return the record of the request that a Submit message asks for.
+
+        `share`: the request's share of GPU time. `block_size`: tokens in one KV block of the engine. `received_at`:
+        monotonic time at which the Submit arrived.
+        """
         prompt, emitted = len(request.prompt_token_ids), len(request.emitted_token_ids)
         tokens = prompt + emitted
         running = cls(
@@ -124,24 +127,25 @@ class RunningRequest:
         return self.tokens - self.prompt_tokens
 
     def accept(self) -> None:
-        """Record that the engine runs the request, and report it to the gateway."""
+        """Record that the engine has accepted the request, and report this to the gateway."""
         self.accepted = True
         self.link.outbox.accepted(self.slot)
 
     def reattach(self, earlier: DetachedRequest) -> None:
-        """Record that the request continues the detached request `earlier`, whose tokens this engine has computed."""
+        """Record that the request takes over the detached request `earlier`, whose tokens this worker's engine has
+        computed."""
         self.reattached, self.expects_cache = True, False
         self.cached_tokens = self.tokens if self.emitted_tokens else earlier.cached_tokens
 
     def as_detached(self, request_id: str, last: TokenOutput | None = None) -> DetachedRequest:
-        """Return the request without its link. `last`: its last output, if it has ended."""
+        """Return the request as a detached request, without its link. `last`: its last output, if it has ended."""
         ids = self.token_ids or []
         return DetachedRequest(
             self.stream, request_id, self.parameters, self.prompt_tokens, ids, self.cached_tokens, last
         )
 
     def ended_usage(self, outcome: Outcome, gpu_seconds: float, gpu: str, now: float) -> EndedUsage:
-        """Return the usage record of the request, which ends now."""
+        """Return the usage record of the request, whose end is at `now`."""
         return EndedUsage(
             self.sealed,
             prompt_tokens=self.prompt_tokens,
@@ -157,8 +161,10 @@ class RunningRequest:
 
 
 def _merged(first: RequestTimes | None, rest: RequestTimes) -> RequestTimes:
-    """Return a request's times up to its first output and its later times as one record. `first`: None if the output is
-    not the request's first."""
+    """Return the times of an output: those up to the request's first output, and the later times, as one record.
+
+    `first`: None if the output is not the request's first.
+    """
     if first is None:
         return rest
     first.update(rest)
@@ -179,8 +185,10 @@ class StepState:
 
 
 class RequestOutputs:
-    """The outputs of all running requests of one worker. Methods return the engine request ids that the caller must
-    abort."""
+    """The outputs of all running requests of one worker.
+
+    Several methods return engine request ids that the caller must abort.
+    """
 
     def __init__(
         self,
@@ -192,9 +200,11 @@ class RequestOutputs:
         is_lost: Callable[[str], bool],
         forget: Callable[[str, Outcome], None],
     ) -> None:
-        """`running`: the running requests by engine request id. `is_lost(incarnation)`: whether the gateway with this
-        incarnation has no working link to this worker. `forget(request_id, outcome)`: removes an ended request from
-        `running`."""
+        """Create the object for the requests in `running`, by engine request id.
+
+        `is_lost(incarnation)`: returns whether the gateway with this incarnation has no working link to this worker.
+        `forget(request_id, outcome)`: removes an ended request from `running`.
+        """
         self._running = running
         self._detached = detached
         self._window = window
@@ -213,10 +223,10 @@ class RequestOutputs:
     def apply_step(
         self, outputs: Sequence[TokenOutput], diverted: Sequence[TokenOutput] = ()
     ) -> tuple[Collection[Link], list[str]]:
-        """Apply a step's outputs; return the links that the caller must flush and the engine request ids to abort.
+        """Apply a step's outputs; return the links that the caller must flush, and the engine request ids to abort.
 
-        `diverted`: the step's outputs that are being parsed. They count as work of this step, and are sent by
-        `apply_parsed`.
+        `diverted`: those outputs of the step that are being parsed. They count as work of this step; `apply_parsed`
+        sends them later.
         """
         step, self._pending_step = self._pending_step, StepState()
         already_sent = step.tokens
@@ -233,7 +243,7 @@ class RequestOutputs:
         return step.touched.values(), to_abort
 
     def _send_outputs(self, outputs: Sequence[TokenOutput], step: StepState) -> None:
-        """Put each output into its link's outbox and record it in `step`."""
+        """Put each output into the outbox of its link, and record it in `step`."""
         emitted = 0
         for output in outputs:
             running = self._running.get(output.request_id)
@@ -267,7 +277,7 @@ class RequestOutputs:
         step.tokens += emitted
 
     def _record_diverted(self, outputs: Sequence[TokenOutput], step: StepState) -> None:
-        """Count outputs that are being parsed as work of a step."""
+        """Count outputs that are being parsed as work of a step, without sending them."""
         for output in outputs:
             running = self._running.get(output.request_id)
             count = len(output.token_ids)
@@ -285,7 +295,7 @@ class RequestOutputs:
         """Send parsed outputs, which `apply_step` has already counted as work. Forget the requests that have ended.
 
         Returns the links that the caller must flush, and the engine request ids of the ended requests. The caller must
-        abort these requests, because a request that a stop string or a parser fault has ended still runs in the engine.
+        abort these requests: if a stop string or a parser error has ended a request, the engine still runs it.
         """
         touched: dict[int, Link] = {}
         to_abort: list[str] = []
@@ -330,15 +340,16 @@ class RequestOutputs:
         return computed
 
     def send_missed(self, output: TokenOutput) -> list[str]:
-        """Send the output that a reattached request has missed; return the engine request ids to abort."""
+        """Send a reattached request the output that it has missed; return the engine request ids to abort."""
         self._send_outputs((output,), self._pending_step)
         return self._forget_finished(self._pending_step)
 
     def _forget_finished(self, step: StepState) -> list[str]:
-        """Forget the finished requests of a step that is accounted for; return the engine request ids to abort.
+        """Forget the requests that have finished in a step; return the engine request ids to abort. Call after the step
+        is charged.
 
-        The requests can be resumed for a moment as detached requests, since a gateway may be lost before it delivers
-        their last output.
+        For a moment, the finished requests are kept as detached requests and can be resumed, since their gateway may be
+        lost before it delivers their last output.
         """
         to_abort: list[str] = []
         finished, step.finished = step.finished, []

@@ -1,11 +1,13 @@
-"""The newest known generation of each resumed call; a worker does not run requests of older generations.
+"""The newest known generation of each resumed call. A generation is the number of a call's resume; a worker does not
+run requests of older generations.
 
 Problem: a client may resume a stream at another gateway, from any chunk, while the first gateway still serves the
-stream. Each resume gets a higher generation, but gateways have no connections to each other, so the first gateway does
-not learn of the resume. Workers, however, are linked to all gateways, or to several if there are many. So a gateway
-that resumes a call reports the generation to every worker that it is linked to, and each worker ends the call's older
-requests. Invariant: after a report has arrived, no request of a lower generation of that call runs or starts here.
-Beyond MOST calls the oldest are forgotten. Pure: no clock, no I/O.
+stream. Gateways have no connections to each other, so the first gateway does not learn of the resume. But a worker is
+linked to all gateways, or to several if there are many. So a gateway that resumes a call reports the new generation to
+every worker that it is linked to, and each worker ends the call's older requests.
+
+Invariant: after a report has arrived, no request of a lower generation of this call runs or starts here. If more than
+MOST calls are known, the oldest is forgotten. Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ MOST = 20_000
 
 
 def call_of(stream: str) -> str:
-    """Return the call id in a stream's name, which consists of the call id, `#` and the number of the output."""
+    """Return the call id in a stream name, which consists of the call id, `#` and the number of the output."""
     return stream.rpartition("#")[0]
 
 
 class ResumeGenerations:
-    """The newest generation of each call that one worker knows."""
+    """The newest generation that one worker knows of each call."""
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
@@ -29,7 +31,8 @@ class ResumeGenerations:
         return len(self._newest)
 
     def record(self, call: str, generation: int) -> bool:
-        """Record a call's resume; return whether its generation is newer than the known generation."""
+        """Record that a call was resumed; return whether `generation` is newer than the known generation of the
+        call."""
         if generation <= self._newest.get(call, 0):
             return False
         self._newest.pop(call, None)
@@ -39,5 +42,5 @@ class ResumeGenerations:
         return True
 
     def is_outdated(self, stream: str, generation: int) -> bool:
-        """Return whether a newer generation of the request's call is known."""
+        """Return whether a newer generation of a request's call is known. `stream`: the request's stream name."""
         return bool(stream) and generation < self._newest.get(call_of(stream), 0)

@@ -1,8 +1,8 @@
 """The requests that run in a worker's engine, from Submit to end, and the capacity that they leave free.
 
 request_outputs.py sends the engine's outputs to the links of the requests. A request whose link has ended runs on for a
-moment (detached_requests.py), and a Submit of the same stream can take it over. No method is a coroutine: methods only
-return the engine request ids that the caller must abort.
+moment (detached_requests.py), and a Submit with the same stream name can take it over. The methods do not call the
+engine: they return the engine request ids that the caller must abort.
 """
 
 from __future__ import annotations
@@ -44,9 +44,12 @@ class RunningRequests:
         close_session: Callable[[str], None] = lambda _: None,
         release_adapter: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Create an empty set. `is_lost(incarnation)`: whether the gateway with this incarnation has no working link to
-        this worker. `close_session`: ends a request's session of the output parser. `release_adapter`: ends a request's
-        use of its adapter."""
+        """Create the object without requests.
+
+        `is_lost(incarnation)`: returns whether the gateway with this incarnation has no working link to this worker.
+        `close_session`: ends a request's session of the output parser. `release_adapter`: ends a request's use of its
+        adapter.
+        """
         self._info = info
         self._close_session = close_session
         self._release_adapter = release_adapter
@@ -67,7 +70,7 @@ class RunningRequests:
 
     @property
     def running(self) -> int:
-        """Number of requests that run for a link."""
+        """Number of running requests that have a link."""
         return len(self._running)
 
     @property
@@ -80,7 +83,8 @@ class RunningRequests:
         return ((request_id, running.output_tokens) for request_id, running in self._running.items())
 
     def shares(self) -> Iterator[tuple[GpuShare, int]]:
-        """Yield each running request's share of GPU time, with the number of tokens generated for it on this worker."""
+        """Yield each running request's share of GPU time, with the number of tokens that this worker has generated for
+        it."""
         return ((running.share, running.generated) for running in self._running.values())
 
     def capacity(self) -> tuple[Capacity, int]:
@@ -91,7 +95,10 @@ class RunningRequests:
 
     @contextmanager
     def expect(self, tokens: int) -> Iterator[None]:
-        """While the context is open, reserve capacity for a request with `tokens` tokens that waits for its adapter."""
+        """Reserve capacity while the context is open, for a request that waits for its adapter.
+
+        `tokens`: the request's tokens.
+        """
         self._expected, self._expected_tokens = self._expected + 1, self._expected_tokens + tokens
         try:
             yield
@@ -99,15 +106,19 @@ class RunningRequests:
             self._expected, self._expected_tokens = self._expected - 1, self._expected_tokens - tokens
 
     def count_cached(self, expected: int) -> int:
-        """Return how many calls can resume here at almost no cost. `expected`: number of calls whose KV blocks a
-        gateway expects on this worker."""
+        """Return how many calls can resume here at almost no cost.
+
+        `expected`: number of calls whose KV blocks a gateway expects on this worker.
+        """
         return expected if self.outputs.caches_kv else min(expected, len(self.detached))
 
     # ---- start of a request
 
     def new_request(self, link: Link, submit: pb.Submit, request: EngineRequest, received_at: float) -> RunningRequest:
-        """Return the record of a new request. The request is not counted before `reattach` or `start`. `received_at`:
-        monotonic time at which the Submit arrived."""
+        """Return the record of a new request. The request is counted only by `reattach` or `start`.
+
+        `received_at`: monotonic time at which the Submit arrived.
+        """
         now = time.monotonic()
         share = self._meter.open_share(now)
         return RunningRequest.from_submit(link, submit, request, share, self._info.block_size, now, received_at)
@@ -115,7 +126,8 @@ class RunningRequests:
     def reattach(self, running: RunningRequest, submit: pb.Submit) -> tuple[bool, list[str]]:
         """Let a resumed request take over its detached request, if there is one; send the tokens generated meanwhile.
 
-        Nothing is computed again. Returns whether the request was reattached, and the engine request ids to abort.
+        Returns whether a detached request was taken over, and the engine request ids to abort. No token is computed
+        again.
         """
         if running.token_ids is None:
             return False, []
@@ -136,10 +148,11 @@ class RunningRequests:
         return True, to_abort
 
     def start(self, running: RunningRequest, request_id: str, submit: pb.Submit) -> list[str]:
-        """Count a request that the caller will submit to the engine. Returns the engine request ids to abort first.
+        """Count a request that the caller is about to submit to the engine; return the engine request ids to abort
+        first.
 
-        The returned ids are of detached requests that make room for the new request: for its KV cache, and if it is a
-        resumed request, also for its slot.
+        The requests to abort are detached requests. Their end makes room in the KV cache and, for a resumed request,
+        frees a slot.
         """
         self._add_running(
             running, request_id, submit, running.fresh_tokens if self.outputs.caches_kv else running.tokens
@@ -159,7 +172,7 @@ class RunningRequests:
         self._served.accepted(request_id, running.link.number, submit, running.prompt_tokens)
 
     def of_call(self, call: str, generation: int) -> list[tuple[Link, int]]:
-        """Return link and slot of each request of a call that has an older generation than `generation`."""
+        """Return the running requests of a call that are older than `generation`, each as link and slot."""
         return [
             (running.link, running.slot)
             for running in self._running.values()
@@ -171,7 +184,7 @@ class RunningRequests:
     def detach_link(self, link: Link, stays: bool) -> list[str]:
         """Detach the requests of a link that has ended; return the engine request ids to abort.
 
-        `stays`: whether this worker keeps serving. If not, all requests of the link are aborted.
+        `stays`: whether this worker keeps serving. If false, all requests of the link are aborted.
         """
         resumed = {running.stream for running in self._running.values() if running.link is not link}
         to_abort, count = [], 0
@@ -189,9 +202,9 @@ class RunningRequests:
         return to_abort
 
     def forget(self, request_id: str, outcome: Outcome) -> None:
-        """Remove an ended request.
+        """Remove a request that has ended.
 
-        Its usage is kept if the engine accepted the request and the Submit had a sealed record.
+        Its usage record is kept if the engine accepted the request and its Submit contained a sealed record.
         """
         running = self._running.pop(request_id, None)
         if running is None:

@@ -1,4 +1,6 @@
-"""A worker with a started engine: run Submits from all gateways on the engine and send back each step's outputs."""
+"""A session of a worker whose engine has started: it runs Submits of all gateways on the engine, and sends each step's
+outputs back.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,11 @@ REPORT_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatistics:
-    """The counts of a worker session. `tokens`: number of tokens of the running requests, with their prompts.
-    `promised`: capacity that is granted to all links together."""
+    """The counts of a worker session.
+
+    `tokens`: number of tokens of the running requests, including their prompts. `promised`: capacity that is granted to
+    all links together.
+    """
 
     links: int
     running: int
@@ -61,10 +66,10 @@ class WorkerStatistics:
 
 
 class WorkerSession:
-    """A session that serves one started engine to the gateways in `gateways` and to their siblings (other gateway
-    processes on the same host). If there are many gateways, the session serves only those that `subset` chooses.
+    """A session that serves one started engine to gateways, until the session is closed.
 
-    `gateways` are `host:port` addresses or `srv://` names. The session lasts until it is closed.
+    The gateways are those in `gateways` (`host:port` addresses or `srv://` names), and their siblings: other gateway
+    processes on the same host. If there are many gateways, `subset` chooses those that the session serves.
     """
 
     def __init__(
@@ -97,10 +102,10 @@ class WorkerSession:
         `idle_report_s`: seconds between two reports of the idle time of the GPUs.
         `parser`: parser of outputs; None for a worker without parsers.
         `kv_events`: events of the engine's prefix cache; None for an engine without events.
-        `renderer`: renderer of chats; None for a worker whose gateways render them.
+        `renderer`: renderer of chats; None if gateways render them.
         `subset`: rule for the choice of gateways; None for all gateways.
-        `adapter_engine`, `adapter_files`: loader and store of adapters; None for an engine that takes none.
-        `engine_counts` returns the engine's own counts.
+        `adapter_engine`, `adapter_files`: loader and store of adapters; None for an engine without adapters.
+        `engine_counts`: returns the engine's own counts of preemptions and of the prefix cache.
         """
         self._engine = engine
         self._gateways = GatewayAddresses(gateways, choose=tuple if subset is None else subset.of)
@@ -168,7 +173,7 @@ class WorkerSession:
         )
 
     async def run(self) -> None:
-        """Serve until `close`. Raises EngineDead once the engine is lost, after every link is closed."""
+        """Serve until `close`. If the engine dies, close every link and raise EngineDead."""
         work: list[asyncio.Task[Any]] = [
             asyncio.create_task(self._runner.wait_dead()),
             asyncio.create_task(self._runner.run(self._requests.outputs, self._credit)),
@@ -198,19 +203,23 @@ class WorkerSession:
                 await self._engine.abort(self._requests.detached.expired(math.inf))
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take no new work and wait for the running requests, since the process is about to end.
+        """Take no new work, because the process is about to end, and wait for the running requests.
 
-        Returns False if some requests still run after `timeout_s`.
+        Returns False if some requests still run after `timeout_s` seconds.
         """
         return await self._drains.drain(timeout_s, leaving=True)
 
     async def close(self, engine_ended: str = "") -> None:
-        """End every link, so that `run` returns. `engine_ended`: why the engine has ended, sent to the gateways."""
+        """End every link, so that `run` returns.
+
+        `engine_ended`: why the engine has ended, which is sent to the gateways; "" if it has not ended.
+        """
         self._links.record_engine_end(engine_ended)
         self._closed.set()
 
     async def _report_served(self) -> None:
-        """Report served tokens to every gateway and abort expired detached requests, every REPORT_S seconds."""
+        """Every REPORT_S seconds, report the served tokens to every gateway, and abort detached requests that have
+        expired."""
         while True:
             await asyncio.sleep(REPORT_S)
             self._served.report(self._requests.output_tokens())

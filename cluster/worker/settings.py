@@ -1,4 +1,4 @@
-"""The settings that start a replica: frozen values that can be pickled or converted to JSON. Independent of Ray."""
+"""The settings that start a replica: immutable values that can be pickled or converted to JSON. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _REFUSAL = re.compile(_REFUSED + r'("(?:[^"\\]|\\.)*")')
 
 
 class ModelRefused(Exception):
-    """A catalog entry that cannot work as it stands, so that a retry would fail too. The reason is shown to the user.
+    """An error for a catalog entry that cannot work, so that a retry would fail, too. The reason is shown to the user.
 
-    The exception's text has the reason as a JSON string after a marker, so that the controller can extract the reason
-    (`find_refusal`) from the text of Ray's error.
+    The exception's text contains the reason as a JSON string after a marker. So the controller can extract the reason
+    from the text of Ray's error (`find_refusal`).
     """
 
     def __init__(self, reason: str) -> None:
@@ -34,15 +34,18 @@ class ModelRefused(Exception):
 
 
 def find_refusal(text: str) -> str:
-    """Return the reason of the last ModelRefused in `text`, or ""."""
+    """Return the reason of the last ModelRefused in `text`; "" if there is none."""
     marks = _REFUSAL.findall(text)
     return str(json.loads(marks[-1])) if marks else ""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """A model's `spec` and its replicas' other settings. Paths are on the replica's node. `environment`: variables to
-    add to the replica's environment."""
+    """The settings of a model's replicas. `spec`: the model's catalog entry. `environment`: variables to add to the
+    replica's environment.
+
+    Paths are on the replica's node.
+    """
 
     spec: ModelSpec
     cluster: str
@@ -64,7 +67,10 @@ class ReplicaSettings:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def surroundings(self) -> dict[str, object]:
-        """Return the settings, other than the spec, whose change requires a new replica. Values are JSON values."""
+        """Return the settings that require a new replica when they change, without the spec.
+
+        The values are JSON values.
+        """
         return {
             "cluster": self.cluster,
             "gateways": list(self.gateways),
@@ -79,11 +85,11 @@ class ReplicaSettings:
         }
 
     def to_json(self) -> dict[str, object]:
-        """Return plain JSON values; `from_json` is the inverse."""
+        """Return the settings as plain JSON values; `from_json` is the inverse."""
         return {**self.surroundings(), **self._rules(), "spec": specs.to_json(self.spec)}
 
     def _rules(self) -> dict[str, object]:
-        """Return the settings that are used only when replicas start. Their change requires no new replica."""
+        """Return the settings that are used only at the start of replicas. A change of them requires no new replica."""
         return {
             "allowed_sources": list(self.allowed_sources),
             "allowed_formats": list(self.allowed_formats),
@@ -95,7 +101,7 @@ class ReplicaSettings:
 
     @property
     def digest(self) -> str:
-        """Digest of spec and surroundings. The digest changes when a new replica is required."""
+        """Digest of `spec` and `surroundings`. It changes when a new replica is required."""
         return specs.digest(self.spec, self.surroundings())
 
     @property
@@ -105,7 +111,7 @@ class ReplicaSettings:
 
 
 def from_json(values: Mapping[str, object]) -> ReplicaSettings:
-    """Parse the values of `ReplicaSettings.to_json`. Raises ValueError or TypeError for anything else."""
+    """Parse the values that `ReplicaSettings.to_json` returns. Raises ValueError or TypeError for other values."""
     plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     spec, tls = plain.pop("spec", None), plain.pop("tls", None)
     if not isinstance(spec, Mapping):

@@ -1,4 +1,4 @@
-"""Reports that a starting worker sends to the gateways: how many bytes of the model's weights it has fetched."""
+"""Reports that a starting worker sends to the gateways: how many bytes of the model's weights it has fetched so far."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPORT_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class StartingReports:
-    """The reports of one start. `run` sends them until it is cancelled."""
+    """The reports of one start of a worker. `run` sends them."""
 
     worker_id: str
     pod: str
@@ -32,7 +32,7 @@ class StartingReports:
     progress: FetchProgress
 
     async def run(self) -> None:
-        """Report to the gateways to which the worker will connect, until cancelled."""
+        """Until cancelled, send reports to the gateways to which the worker will connect."""
         await asyncio.sleep(FIRST_S)
         settings = self.settings
         subset = GatewaySubset(self.worker_id, settings.max_gateways, settings.spec.min_replicas)

@@ -1,7 +1,8 @@
-"""The Submits of all links: each runs on the engine, is reattached to its detached request, or is refused.
+"""The Submits of all links. A Submit is a gateway's message that starts a request: the request is run on the engine,
+reattached to its detached request, or refused.
 
-A request id inside the engine consists of gateway incarnation, epoch, slot and attempt, since a repeated id is fatal
-inside vLLM's engine core. A failure of one request never ends the link or the link's other requests.
+A request id inside the engine consists of gateway incarnation, epoch, slot and attempt, because a repeated id would end
+vLLM's engine core. If one request fails, its link and the link's other requests continue.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TAKEN_OVER = "the call was resumed elsewhere: its stream goes on there"
 
 @dataclass(frozen=True, slots=True)
 class Submits:
-    """The requests that gateways submit and abort, and the newest generation of each resumed call."""
+    """Starts and aborts the gateways' requests, and knows the newest generation of each resumed call."""
 
     runner: EngineRunner
     requests: RunningRequests
@@ -46,8 +47,10 @@ class Submits:
     _generations: ResumeGenerations = field(default_factory=ResumeGenerations)
 
     async def accept(self, link: Link, submit: pb.Submit) -> None:
-        """Submit a small request at once. A request with a long prompt, a grammar, parsing, or an adapter that must be
-        loaded first is submitted in a task of its own."""
+        """Submit a small request at once, and any other request in a new task.
+
+        A request is not small if it has a long prompt, a grammar, parsing, or an adapter that must be loaded first.
+        """
         if submit.slot in link.requests:
             raise LinkEnded(f"the gateway used slot {submit.slot} for two requests")
         # The Submit is recorded before a task begins, because an abort may follow in the same message.
@@ -63,12 +66,15 @@ class Submits:
             await self._submit(link, submit, request_id)
 
     async def abort(self, link: Link, slots: Sequence[int]) -> None:
-        """Abort the requests in these slots. A Submit in progress is aborted when it finishes."""
+        """Abort the requests in these slots of a link.
+
+        A request whose Submit is in progress is aborted when the Submit finishes.
+        """
         await self.runner.abort([request_id for slot in slots if (request_id := self._cancel(link, slot))])
         self.credit.regrant()
 
     async def take_over(self, call: str, generation: int) -> None:
-        """Record a call's resume. If its `generation` is new, abort the call's requests of older generations."""
+        """Record that a call was resumed. If `generation` is new, abort the call's requests of older generations."""
         older = self.requests.of_call(call, generation) if self._generations.record(call, generation) else []
         to_abort = []
         for link, slot in older:
@@ -85,7 +91,7 @@ class Submits:
         return request_id
 
     async def _submit(self, link: Link, submit: pb.Submit, request_id: str) -> None:
-        """Run a request or refuse it."""
+        """Run the request of a Submit, or refuse it."""
         slot, received_at = submit.slot, time.monotonic()
         ids = submit.prompt_ids
         if submit.prompt_blob:
@@ -135,7 +141,7 @@ class Submits:
     async def _new_request(
         self, link: Link, submit: pb.Submit, request: EngineRequest, received_at: float
     ) -> RunningRequest:
-        """Return the record of a new request. The request holds its adapter until the record is forgotten."""
+        """Return the record of a new request. The request keeps its adapter loaded until the record is forgotten."""
         try:
             await self._hold(link, submit.slot, request)
         except BaseException:
@@ -148,8 +154,11 @@ class Submits:
         return self.requests.new_request(link, submit, request, received_at)
 
     async def _hold(self, link: Link, slot: int, request: EngineRequest) -> None:
-        """Let a request hold its adapter, and wait until the adapter is loaded. During the wait the request's tokens
-        count as expected (RunningRequests.expect), and an abort ends the request at once."""
+        """Wait until a request's adapter is loaded, and keep it loaded for the request.
+
+        During the wait, capacity is reserved for the request (RunningRequests.expect), and an abort ends the request at
+        once.
+        """
         if self.adapters.is_held(request.adapter):
             await self.adapters.hold(request.adapter)
             return

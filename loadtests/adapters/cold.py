@@ -2,7 +2,7 @@
 
 An engine with 8 slots and memory for 64 adapters gets calls for 200 adapters, distributed by Zipf's law. A call is cold
 if its adapter is not among the 64 different adapters that were called last, because the worker drops the adapter that
-was used least recently. The time to load an adapter is measured first, without other calls. It is the longest time to
+was used least recently. The time to load an adapter is measured first, while no other call runs: the longest time to
 first token of 20 cold calls, less the median time to first token of calls to a loaded adapter.
 """
 
@@ -36,13 +36,14 @@ LIMITS = Limits(call_s=120.0, run_s=400.0)
 
 
 def zipf(count: int, seed: int) -> list[int]:
-    """Return the adapter's number for each of `count` calls. Adapter n is called in proportion to 1 / (n + 1)."""
+    """Draw the adapter of each of `count` calls, as a number. The probability of adapter n is proportional to 1 / (n +
+    1)."""
     weights = [1 / (number + 1) for number in range(ADAPTERS)]
     return random.Random(seed).choices(range(ADAPTERS), weights, k=count)
 
 
 def cold(adapters: Iterable[int], memory: int = MEMORY) -> list[bool]:
-    """Return for each call whether its adapter is not among the `memory` different adapters that were called last."""
+    """Return for each call whether it is cold: its adapter is not among the `memory` different adapters called last."""
     recent: dict[int, None] = {}
     out = []
     for adapter in adapters:
@@ -60,7 +61,8 @@ def request(key: str, adapter: int) -> Request:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Measure the time to load, then the mix, and return the report's rows. Raises DidNotStart."""
+    """Measure the time to load an adapter, then the calls for 200 adapters; return the report's rows. Raises
+    DidNotStart."""
     folder = await rig.prepare(stage, ADAPTERS)
     async with rig.running(stage, folder, rig.names(ADAPTERS), ENGINE) as ours:
         arm = Contestant(
@@ -87,8 +89,8 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def _load_s(arm: Contestant) -> float:
-    """Return the time to load an adapter, in seconds. Loads the least popular adapters only, so that the mix begins
-    without the most popular ones."""
+    """Return the time to load an adapter, in seconds. Only the least popular adapters are loaded, so that no popular
+    adapter is loaded when the mix of calls begins."""
     numbers = [ADAPTERS - 1 - number for number in range(LOADS + MEMORY)]
     requests = [request(f"load/{number}", number) for number in numbers]
     loads = await drive(arm.face, requests, concurrency=1, limits=LIMITS)

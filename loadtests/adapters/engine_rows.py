@@ -1,9 +1,9 @@
 """Program that checks each row of a full batch: python -m loadtests.adapters.engine_rows MODEL FOLDER RANKS OUT
 
 The program starts vLLM's engine with eight slots for adapters on RANKS ranks, loads eight adapters, and computes
-batches in which the base model and all adapters have rows. Then the same rows are cut after some tokens and resumed.
-Each row is compared with the greedy tokens of transformers' model into which the adapter's weights are merged. The
-program writes the counts of rows to OUT, as JSON.
+batches in which the base model and all adapters have rows. It then computes the same rows a second time, each resumed
+after its first tokens. The tokens of each row are compared with the greedy tokens of transformers' model into which the
+adapter's weights are merged. The program writes the counts of rows to OUT, as JSON.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class BatchRow:
 
 
 class Rows:
-    """The rows that an engine computes."""
+    """Runner of batches of rows on an engine."""
 
     def __init__(self, engine: VllmEngine, counts: RowCounts) -> None:
         self._engine = engine
@@ -63,7 +63,8 @@ class Rows:
         self._numbers = itertools.count()
 
     async def run(self, rows: Sequence[BatchRow], cut: int = 0) -> list[tuple[int, ...]]:
-        """Compute rows in one batch; return the tokens of each. `cut`: number of tokens that each row has already."""
+        """Compute rows in one batch; return the tokens of each row. `cut`: number of expected tokens with which each
+        row is resumed."""
         tokens: dict[str, list[int]] = {}
         for row in rows:
             request = EngineRequest(

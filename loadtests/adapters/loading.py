@@ -1,10 +1,10 @@
-"""The part `loading`: adapters that are declared while four simulated replicas serve, one replica restarts, and another
+"""The part `loading`: adapters are declared while four simulated replicas serve; then one replica restarts, and another
 replica is added.
 
 Callers ask the base model and a loaded adapter all the time. The part measures the time until every linked replica
-takes calls for all adapters, once from the declaration of a second adapter, and twice from the link of a replica that
-has just started. A simulated engine takes 50 ms to load an adapter. The part `real_loading` does the same with two vLLM
-replicas.
+takes calls for all adapters. This time is measured three times: from the declaration of a second adapter, from the link
+of the restarted replica, and from the link of the added replica. A simulated engine takes 50 ms to load an adapter. The
+part `real_loading` does the same with two vLLM replicas.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ BOUND, NONE = Bound("<=", 2.0), Bound("<=", 0.0)
 
 @dataclass(frozen=True, slots=True)
 class ReplicaKind:
-    """The replicas of a part. `kind`: a word for the names of the report's rows. `source_of`: returns the replicas'
-    model source for a folder with the base model. `starts_s`: longest time of a start, in seconds."""
+    """The replicas of a part. `kind`: word for these replicas in the report's rows. `source_of`: function from the base
+    model's folder to the replicas' model source. `starts_s`: longest time to wait for a start, in seconds."""
 
     kind: str
     count: int
@@ -76,7 +76,7 @@ ROWS: Mapping[str, Bound | None] = SIMULATED.rows
 
 
 class Fleet:
-    """A gateway with replicas and a catalog, which this process publishes."""
+    """A gateway with replicas. This process publishes the catalog to the gateway."""
 
     def __init__(self, stage: Stage, folder: Path, ours: serving.Ours, replicas: ReplicaKind, token: str) -> None:
         self._stage, self._folder, self._ours, self._replicas = stage, folder, ours, replicas
@@ -87,7 +87,7 @@ class Fleet:
         self.links = ControllerLinks(controller_id="loadtest", gateways=gateways, tls=None, bundles=lambda _: None)
 
     def declare(self, *names: str) -> None:
-        """Publish a catalog with these adapters."""
+        """Publish a catalog in which the model has these adapters."""
         specs = tuple(AdapterSpec(name, str(self._folder / "adapters" / name)) for name in names)
         self.links.publish([CatalogEntry(serving.MODEL, adapters=specs)])
 
@@ -129,7 +129,7 @@ class Fleet:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Return the rows of the part. Raises DidNotStart, TimeoutError."""
+    """Return the report's rows for this part. Raises DidNotStart, TimeoutError."""
     return await play(stage, SIMULATED)
 
 
@@ -180,7 +180,7 @@ async def play(stage: Stage, kind: ReplicaKind) -> list[Figure]:
 
 
 async def _call(ours: serving.Ours, number: int, stop: asyncio.Event) -> tuple[int, int]:
-    """Make calls until `stop` is set; return how many failed, and how many were made."""
+    """Make calls until `stop` is set; return the number of failed calls and the number of all calls."""
     face = OpenAiSse(ours.http, serving.MODEL, api_key=ours.key)
     model = full_name(serving.MODEL, "a0") if number % 2 else serving.MODEL
     failed = made = 0

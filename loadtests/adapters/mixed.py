@@ -1,8 +1,9 @@
 """The part `mixed`: throughput with a mix of adapters relative to one adapter, compared with vLLM's own server.
 
 There are 32 concurrent callers, and each call has 64 tokens. In the mixed rounds the calls name eight adapters in turn;
-in the other rounds all calls name the same adapter. Both sides have the same engine with eight slots, in which all
-adapters stay. On each side the ratio of the two throughputs is computed; the ratios are compared.
+in the other rounds all calls name the same adapter. Our side and vLLM's server have the same engine with eight slots,
+so that every adapter keeps its slot. The ratio of the mixed to the single-adapter throughput is computed for each side,
+and the two ratios are compared.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def _play(stage: Stage, arms: Mapping[tuple[str, int], Contestant]) -> None:
-    """Warm up each arm, then run all arms in every round. Every second round has the opposite order."""
+    """Warm up each arm, then run all arms in every round. Every second round has the opposite order. `arms`: the
+    measured servers, each with one adapter and with eight, by server and number of adapters."""
     for key, arm in arms.items():
         if await first_call(arm, requests(0, key[1])[0]):
             await run_round(arm, stage.screen, 0, requests(0, key[1]), concurrency=CALLERS, limits=LIMITS, keep=False)

@@ -18,5 +18,5 @@ ROWS: Mapping[str, Bound | None] = REAL.rows
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Return the rows of the part. Raises DidNotStart, TimeoutError."""
+    """Return the report's rows for this part. Raises DidNotStart, TimeoutError."""
     return await loading.play(stage, REAL)

@@ -1,7 +1,8 @@
 """Program that writes transformers' vectors of some texts: python -m loadtests.adapters.reference MODEL TEXTS OUT
 
-MODEL is the folder of all-MiniLM-L6-v2, TEXTS a JSON list, OUT a file for numpy's array (texts, dimensions). A vector
-is the mean of the last hidden states of all tokens, normalized to norm 1, as the model's card says.
+MODEL is the folder of all-MiniLM-L6-v2. TEXTS is a file with a JSON list. OUT is a file for a numpy array of the shape
+(texts, dimensions). A vector is the mean of the last hidden states of all tokens, normalized to norm 1, as the model's
+card says.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A base model with adapters on both sides: vLLM's own server, and a gateway with a worker and a catalog."""
+"""Start-up of both sides of a comparison, each with a base model and adapters: vLLM's own server, and a gateway with a
+worker and a catalog.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,8 @@ def names(count: int) -> list[str]:
 
 
 def modules(folder: Path, count: int) -> list[str]:
-    """Return vLLM's argument lora_modules for the adapters, with the same names as on our side."""
+    """Return the value of vLLM's argument lora_modules for the adapters. The adapters have the same names as on our
+    side."""
     return [f"{full_name(serving.MODEL, name)}={folder / 'adapters' / name}" for name in names(count)]
 
 
@@ -79,8 +82,8 @@ async def start_server(stage: Stage, folder: Path, count: int, engine: Mapping[s
 async def running(
     stage: Stage, folder: Path, adapters: Sequence[str], engine: Mapping[str, object], later: Sequence[str] = ()
 ) -> AsyncIterator[serving.Ours]:
-    """Run a gateway with a worker, and this process as their controller. The context begins when all `adapters` are
-    ready; the adapters in `later` have then just been declared. Raises DidNotStart."""
+    """Run a gateway with a worker, and act as their controller. The context begins when all `adapters` are ready. The
+    adapters in `later` are declared just before it begins. Raises DidNotStart."""
     ours = await serving.start(
         stage.children, stage.folder, bundle=folder / "bundle", source=str(folder / "model"),
         engine={**ENGINE, **engine}, environment={**ENVIRONMENT, **THREADS},

@@ -1,7 +1,8 @@
-"""The part `rows`: whether each row of a batch gets its own adapter, with all slots of the engine full.
+"""The part `rows`: whether each row of a batch gets its own adapter while all slots of the engine are full.
 
-The base model and eight adapters have rows in one batch of vLLM's engine with eight slots, on one rank and on two.
-Then the same rows are cut and resumed. `--runner v2` takes vLLM's V2 model runner, whose kernels are interpreted.
+The base model and eight adapters have rows in one batch of vLLM's engine with eight slots, on one rank and on two. The
+same rows are then computed again, each resumed after its first tokens. `--runner v2` selects vLLM's V2 model runner,
+whose kernels are interpreted.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Load of agents: conversations that call tools, and grow by a few messages a turn."""
+"""Load tests with agents: conversations that contain tool calls and grow by a few messages a turn."""

@@ -2,9 +2,9 @@
 answers must be equal.
 
 The engines of both sides emit the same tokens: the expected calls of a case, in the format of one of ten families, some
-with text and reasoning before the calls. For a case without a call they emit text in which calls seem to begin. vLLM's
-servers get one token a step, as from greedy decoding without speculation, since some of vLLM's parsers give other parts
-for larger steps. Headrace's engine gives 1 to 5 tokens a step.
+with text and reasoning before the calls. For a case without a call they emit text with pieces that look like the
+beginning of a call. vLLM's servers get one token a step, because some of vLLM's parsers return different parts for
+larger steps. Headrace's engine gives 1 to 5 tokens a step.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ MODES = {"whole": False, "streamed": True}
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """The answers of both sides to a trial in one mode. `stepped`: vLLM's answer with random step sizes."""
+    """The answers of both sides to a trial in one mode, whole or streamed. `stepped`: vLLM's answer when its engine
+    gives several tokens a step."""
 
     trial: Trial
     mode: str
@@ -72,7 +73,7 @@ class Compared:
 
     @property
     def other_finish(self) -> str:
-        """The known way in which the finish reasons differ: CUT, NAMED_END or "", as known_finish returns it."""
+        """The known way in which the finish reasons differ: CUT or NAMED_END; "" if there is none. See known_finish."""
         trial = self.trial
         return known_finish(self.theirs, self.ours, is_cut=trial.is_cut, is_named=trial.choice == NAMED)
 
@@ -83,12 +84,13 @@ class Compared:
 
     @property
     def is_unexpected(self) -> bool:
-        """Whether the trial is not cut and vLLM's own answer still lacks the calls of the case."""
+        """Whether vLLM's own answer does not have exactly the calls of the case, although neither `max_tokens` nor a
+        stop string ended it early."""
         return not self.trial.is_cut and not self.trial.is_as_written(self.theirs)
 
     @property
     def request(self) -> dict[str, Any]:
-        """The request's case and options, and the text that the engine emitted."""
+        """The case and options of the request, and the text that the engine emitted."""
         trial = self.trial
         return {
             "case": trial.case.name, "family": trial.family.name, "mode": self.mode, "tool_choice": trial.choice,
@@ -148,13 +150,13 @@ async def ask_all(side: servers.Side, bodies: Sequence[Mapping[str, Any]]) -> li
 
 
 def different_prompts(theirs: servers.Side, ours: servers.Side) -> list[str]:
-    """Return the keys of the trials for which the sides' engines did not get one and the same prompt."""
+    """Return the keys of the trials whose requests did not all give the engines the same prompt."""
     one, other = read_prompts(theirs.prompts), read_prompts(ours.prompts)
     return sorted(key for key in one.keys() | other.keys() if len({*one.get(key, ()), *other.get(key, ())}) != 1)
 
 
 def figures(compared: Sequence[Compared], wrong_prompts: int) -> list[Figure]:
-    """Return the rows of the part."""
+    """Return the report's rows for this part. `wrong_prompts`: number of trials with different prompts."""
     whole = [one for one in compared if one.mode == "whole"]
     values = {
         COMPARED: len({one.trial.case.name for one in compared}),
@@ -171,7 +173,7 @@ def figures(compared: Sequence[Compared], wrong_prompts: int) -> list[Figure]:
 
 
 def report(stage: Stage, compared: Sequence[Compared], wrong_prompts: Sequence[str]) -> None:
-    """Print the first differences, and add counts and differences to the report's settings."""
+    """Print the first differences, and add all counts and differences to the report's settings."""
     wrong = [one.as_json() for one in compared if one.differences]
     for one in wrong[:SHOWN]:
         stage.screen.say(f"differs: {one}")

@@ -1,4 +1,4 @@
-"""Client that sends prepared request bodies, so that every server gets the same bytes."""
+"""Client that sends prepared request bodies. Every server gets the same bytes."""
 
 from __future__ import annotations
 

@@ -82,12 +82,14 @@ def public_name(name: str) -> str:
 
 
 def _is_given(values: Any) -> bool:
-    """Return whether an argument must be in the call. It may be left out if its first allowed value is ""."""
+    """Return whether a call must have an argument with these allowed values. The argument may be left out if the first
+    allowed value is ""."""
     return not isinstance(values, list) or (bool(values) and values[0] != "")
 
 
 def first_allowed(values: Any) -> Any:
-    """Return the first of the allowed values. The values of an object's fields are lists of allowed values again."""
+    """Return the first allowed value of an argument. If this value is an object, each of its fields has a list of
+    allowed values too, and gets the first of them."""
     value = values[0] if isinstance(values, list) else values
     if isinstance(value, dict):
         return {key: first_allowed(inner) for key, inner in value.items() if _is_given(inner)}
@@ -97,7 +99,7 @@ def first_allowed(values: Any) -> Any:
 
 
 def _tool(function: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a function of BFCL as a tool of OpenAI's API."""
+    """Convert a function of BFCL to a tool of OpenAI's API."""
     return {
         "type": "function",
         "function": {
@@ -109,7 +111,8 @@ def _tool(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _schema(given: Any) -> Any:
-    """Return a schema of BFCL as a JSON schema: with JSON's names of types, and without `any` and BFCL's own keys."""
+    """Convert a schema of BFCL to a JSON schema: use JSON's names of types, and remove `any` and the keys that only
+    BFCL has."""
     if isinstance(given, list):
         return [_schema(item) for item in given]
     if not isinstance(given, dict):

@@ -1,10 +1,10 @@
 """The part `clients`: real clients finish a task of twelve turns with tools, while workers are killed in mid-stream.
 
-Agent loops of libraries and coding agents, unmodified, work on a scripted model behind a gateway with four workers.
-Three times a task the worker that generates the answer dies by SIGKILL: half-way through the arguments of a tool call,
-through a text, and through the reasoning. Another worker continues the answer, and a new worker replaces the dead one.
-Each tool must get the script's arguments once, each prompt must hold all texts and results, and no client may need to
-repeat a request.
+Agent loops of libraries and coding agents, unmodified, work on a scripted model behind a gateway with four workers. In
+each task the worker that generates the answer is killed by SIGKILL three times: half-way through the arguments of a
+tool call, through a text, and through the reasoning. Another worker continues the answer, and a new worker replaces the
+dead one. Each tool must get the script's arguments once, each prompt must hold all texts and results, and no client may
+need to repeat a request.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A run and its outcome. `died`: number of workers that died meanwhile."""
+    """A run and its outcome. `died`: number of workers that died during the run."""
 
     run: Run
     outcome: Outcome
@@ -236,7 +236,7 @@ async def until_linked(gateway: servers.Gateway) -> None:
 
 
 def library_runs(folder: Path, server: Server) -> list[Run]:
-    """Return two runs of each library, whole and streamed."""
+    """Return two runs of each library: one with whole answers, one with streamed answers."""
     return [_library_run(folder, server, library, stream) for library in LIBRARIES for stream in (False, True)]
 
 
@@ -268,7 +268,7 @@ def _library_run(folder: Path, server: Server, library: Library, stream: bool) -
 
 
 def coding_runs(folder: Path, server: Server) -> list[Run]:
-    """Return a run of each coding agent, with a home and a working folder of its own. All of them stream."""
+    """Return a run of each coding agent, with its own home folder and working folder. All coding agents stream."""
     return [_coding_run(folder, server, agent) for agent in CODING_AGENTS]
 
 
@@ -340,9 +340,10 @@ def _since(log: Path, offset: int) -> list[str]:
 
 
 def judge(run: Run, output: Path) -> tuple[int, list[str]]:
-    """Return the number of calls that were made as in the script, and what is wrong with calls, files and final text.
+    """Return the number of calls that were made as in the script, and a message for each fault in calls, files and
+    final text.
 
-    A coding agent's calls are judged by the files that they leave: all are right, or none.
+    A coding agent's calls are judged by the files that they leave: either all calls count as right, or none.
     """
     if run.record is None:
         wrong = judge_files(run.folder)
@@ -369,7 +370,8 @@ def calls_by_outcome(samples: Iterable[tuple[str, Mapping[str, str], float]]) ->
 
 
 def figures(rows: Sequence[Row], outcomes: Mapping[str, int]) -> list[Figure]:
-    """Return the rows of the part. `outcomes`: number of calls by API and outcome, as calls_by_outcome returns it."""
+    """Return the report's rows for this part. `outcomes`: number of calls by API and outcome, as calls_by_outcome
+    returns it."""
     values = {
         RAN: len(rows),
         CLIENTS: len({row.run.client for row in rows}),

@@ -18,7 +18,7 @@ CALL_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A tool call of an answer. `arguments` is the text as it came."""
+    """A tool call of an answer. `arguments` is the received text, not parsed."""
 
     name: str
     arguments: str
@@ -45,7 +45,8 @@ class Answer:
 
 @dataclass(slots=True)
 class _Parts:
-    """The joined deltas of a stream, or the message of a whole answer, which counts as a single delta."""
+    """The texts of an answer, collected from the deltas of a stream. The message of a whole answer counts as a single
+    delta."""
 
     finish: str = ""
     content: list[str] = field(default_factory=list)

@@ -1,8 +1,8 @@
 """Conversations of coding agents, made of real prose and code: Python's language reference and standard library.
 
-The shape is that of published agent traces (2026): 43 turns, 142,000 tokens at the end, 96 % of the input seen before.
-A conversation begins with a system prompt and a task. Each further turn adds the assistant's answer, with tool calls,
-and the results of these tools.
+The conversations have the shape of agent traces published in 2026: 43 turns, 142,000 tokens at the end, and 96 % of the
+input was already sent in earlier turns. A conversation begins with a system prompt and a task. Each further turn adds
+the assistant's answer, with tool calls, and the results of these tools.
 """
 
 from __future__ import annotations
@@ -84,6 +84,6 @@ def body(messages: list[dict[str, Any]], **more: object) -> bytes:
 
 
 def without_tools(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages for a template without tools: results of tools are messages of the user."""
+    """Convert the messages for a chat template that has no tools: each tool result becomes a message of the user."""
     roles = {"tool": "user"}
     return [{"role": roles.get(m["role"], m["role"]), "content": m["content"]} for m in messages]

@@ -1,7 +1,7 @@
 """The part `forced`: a real model that must call a tool, on vLLM's own server and on Headrace; the calls must be equal.
 
-SmolLM2-135M in float32 at temperature 0 gets cases of BFCL with a required and with a named tool choice. The grammar
-that both sides make of the tools forces the call, so this part shows that the grammars are the same.
+SmolLM2-135M in float32 at temperature 0 gets cases of BFCL with a required and with a named tool choice. Each side
+makes a grammar of the tools, and the grammar forces the call. So equal calls show that the grammars are equal.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ ENGINE: Mapping[str, object] = {
 
 
 def bodies(chosen: Sequence[Case]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the requests, each with a name: every case with both forced choices, whole and streamed."""
+    """Return the requests, each with a name. Every case is requested with a required and with a named tool choice,
+    whole and streamed."""
     out = []
     for case in chosen:
         first = case.tools[0]["function"]["name"]

@@ -44,7 +44,7 @@ class Family:
     def answer(self, calls: Sequence[Call], text: str = "", reasoning: str | None = "", choice: str = "auto") -> str:
         """Return the text of an answer: reasoning, text and calls, each if given.
 
-        `reasoning`: None if the model does not even begin to reason. `choice`: the kind of tool choice.
+        `reasoning`: None if the answer has neither reasoning nor the tags around it. `choice`: the kind of tool choice.
         """
         thought = ""
         if self.reasoning and reasoning is not None:
@@ -83,7 +83,7 @@ def _json(value: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Return a value in the XML-like formats: text as it is, everything else as JSON."""
+    """Return a value as the XML-like formats write it: text unchanged, everything else as JSON."""
     return value if isinstance(value, str) else _json(value)
 
 

@@ -3,8 +3,9 @@ config.json, without weights.
 
 python -m loadtests.agents.large_models FOLDER [FAMILY=TEXTS ...]
 
-FOLDER/FAMILY gets `model`, `bundle` and, if TEXTS is not empty, `scripts.json`: the token ids of each text of the JSON
-file TEXTS (text by key), each with the end token. The file FOLDER/ready is written last.
+FOLDER/FAMILY gets `model` and `bundle`. If TEXTS is given, FOLDER/FAMILY also gets `scripts.json`. TEXTS is a JSON file
+that maps keys to texts; `scripts.json` maps the same keys to the texts' token ids, each with the end token. The file
+FOLDER/ready is written last.
 """
 
 from __future__ import annotations

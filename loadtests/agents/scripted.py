@@ -1,7 +1,7 @@
 """An engine that emits prepared tokens: the answer to each prompt is looked up by a mark in the prompt's text.
 
-The same scripts are behind Headrace (ScriptedEngine) and behind vLLM's own server (vllm_server.py), so both parse the
-same tokens. Each side delivers the tokens in steps of its own, drawn from its own seed.
+Headrace (ScriptedEngine) and vLLM's own server (vllm_server.py) use the same scripts, so both parse the same tokens.
+Each side delivers the tokens in steps of random sizes, drawn from its own seed.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def steps(token_ids: Sequence[int], seed: str, largest: int = LARGEST_STEP) -> I
 
 @dataclass(frozen=True, slots=True)
 class Scripts:
-    """Prepared answers of one model: token ids by key, the last of them the end token."""
+    """Prepared answers of one model: the token ids of each answer, by key. The last id is the end token."""
 
     tokenizer: Tokenizer
     answers: Mapping[str, Sequence[int]]
 
     @classmethod
     def read(cls, model: Path, path: Path) -> Self:
-        """Read the answers (JSON) for a model's folder."""
+        """Read the answers from a JSON file. `model`: the folder of the model."""
         return cls(Tokenizer.from_file(str(model / "tokenizer.json")), json.loads(path.read_text()))
 
     def key(self, prompt_token_ids: Sequence[int]) -> str:
@@ -72,7 +72,8 @@ class Scripts:
 
 
 class PromptLog:
-    """File to which each side writes the prompts that its engine got: one JSON array of key and token ids a line."""
+    """File to which each side writes the prompts that its engine got. A line is a JSON array of a prompt's script key
+    and token ids."""
 
     def __init__(self, path: Path) -> None:
         """Open the file for appending."""
@@ -80,7 +81,7 @@ class PromptLog:
         self._seen: set[tuple[str, tuple[int, ...]]] = set()
 
     def add(self, key: str, token_ids: Sequence[int]) -> None:
-        """Record a prompt, unless the same prompt of the key has been recorded."""
+        """Record a prompt. A prompt that was recorded for this key before is not recorded again."""
         ids = tuple(token_ids)
         if (key, ids) not in self._seen:
             self._seen.add((key, ids))
@@ -117,7 +118,7 @@ class _Running:
 
 
 class ScriptedEngine:
-    """An Engine (cluster.api.ports) that emits the script of each prompt. Every step has outputs of all requests."""
+    """An Engine (cluster.api.ports) that emits the script of each prompt. Every step returns tokens of all requests."""
 
     def __init__(
         self,

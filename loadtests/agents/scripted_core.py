@@ -1,11 +1,12 @@
 """An executor for vLLM's engine core that emits prepared tokens and computes nothing.
 
-Engine core, scheduler and everything in front of them are vLLM's own, on both sides of a comparison. vLLM's server gets
-the option `--distributed-executor-backend` EXECUTOR. Headrace's worker gets the same engine argument, and IN_CORE in
-its environment. Each side uses its own client of the core, and the core is a separate process on both sides.
+On both sides of a comparison the engine core, its scheduler and everything in front of them are real; only the executor
+is replaced. vLLM's server gets the option `--distributed-executor-backend` EXECUTOR. Headrace's worker gets the same
+engine argument, and IN_CORE in its environment. The core is a separate process on both sides, and each side uses its
+own client of the core.
 
-A step takes STEP_MS. A request gets the tokens of the script whose mark is in its prompt (scripted.py). Without scripts
-it gets PLAIN_TOKEN until max_tokens.
+A step takes STEP_MS. A request gets the tokens of the script whose mark is in its prompt (scripted.py). If there are no
+scripts, it gets PLAIN_TOKEN until max_tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class ScriptedExecutor(Executor):  # type: ignore[misc]
         self._running: dict[str, ScheduledRequest] = {}
 
     def collective_rpc(self, method: Any, *_: Any, non_block: bool = False, **__: Any) -> Any:
-        """Return what a rank without a model returns: nothing."""
+        """Return a list with one empty result, which stands for one rank. With `non_block`, return a completed future
+        of this list."""
         if not non_block:
             return [None]
         done: Future[Any] = Future()
@@ -54,11 +56,11 @@ class ScriptedExecutor(Executor):  # type: ignore[misc]
         return ("generate",)
 
     def get_supported_kv_cache_layouts(self) -> list[list[str]]:
-        """Return one layout: there is no cache."""
+        """Return one layout. Which one is irrelevant, because no cache is allocated."""
         return [["LBNHC"]]
 
     def get_kv_cache_specs(self) -> list[dict[str, Any]]:
-        """Return the cache of one attention layer with the smallest head."""
+        """Return the cache specification of one attention layer with the smallest head size."""
         self._spec = FullAttentionSpec(
             block_size=self.cache_config.block_size, num_kv_heads=1, head_size=8, dtype=torch.float32
         )
@@ -110,7 +112,7 @@ class ScriptedExecutor(Executor):  # type: ignore[misc]
 
 
 def request_of(new: Any, scripts: Scripts | None) -> ScheduledRequest:
-    """Return the request of vLLM's NewRequestData."""
+    """Convert vLLM's NewRequestData to a ScheduledRequest."""
     prompt = new.prompt_token_ids
     tokens = repeat(PLAIN_TOKEN) if scripts is None else iter(scripts.answers[scripts.key(prompt)])
     return ScheduledRequest(len(prompt) - new.num_computed_tokens, tokens)

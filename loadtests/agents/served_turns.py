@@ -1,15 +1,15 @@
 """The part `served_turns`: the cost of an agent's turn in the whole front end, compared with vllm-router and vLLM's
 server.
 
-The conversations are those of the part turns, of four tenants. A driver process sends their turns over HTTP, one at a
-time, in rotation. Both sides have vLLM's own engine core in a separate process, whose executor computes nothing
-(scripted_core.py). The part measures the CPU time of all other processes: gateway, helpers and worker on Headrace's
-side, router and server on the other side. The time of a turn ends when the next body is made, so it includes what a
-server does after its answer. The other side gets the same bodies, but only SAMPLED turns of some conversations, because
-its turns take long and earlier turns do not make them cheaper.
+The conversations are those of the part `turns`; they belong to four tenants. A driver process sends their turns over
+HTTP, one at a time, in rotation. Both sides have vLLM's own engine core in a separate process, whose executor computes
+nothing (scripted_core.py). The part measures the CPU time of all other processes: gateway, helpers and worker on
+Headrace's side, router and server on the other side. The time of a turn ends when the driver makes the next body, so it
+includes the work that a server does after its answer. The other side gets the same bodies, but only SAMPLED turns of
+some conversations: its turns take long, and earlier turns do not make them cheaper.
 
-Then some conversations take further turns at once, and the longest stall of the gateway's event loop is read. Stalls
-are watched only from then on, because the watching takes CPU time that would count for the turns.
+Then some conversations take further turns at the same time, and the longest stall of the gateway's event loop is read.
+Stalls are measured only in this last phase, because measuring them takes CPU time that would count for the turns.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Side:
             del self._bodies[key]
 
     async def warm(self) -> None:
-        """Make a first long call of each tenant, and wait until the front end is idle."""
+        """Make a first long call for each tenant, and wait until the front end is idle."""
         for tenant in range(len(self.faces)):
             text = prose(f"warm/{tenant}", WARM_CHARS)
             await self.call("warm", body_of([{"role": "user", "content": text}]), tenant)
@@ -148,7 +148,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 class Family:
-    """The measurement of one family."""
+    """The measurement of one tokenizer family (families.py)."""
 
     def __init__(self, stage: Stage, family: str, model: Any) -> None:
         self._stage, self._model = stage, model
@@ -267,7 +267,7 @@ def _add(total: dict[str, float], more: Mapping[str, float]) -> None:
 
 
 def figures(rows: Sequence[ServedTurns]) -> list[Figure]:
-    """Return the rows of the part, each with the value of the worst family."""
+    """Return the report's rows for this part, each with the value of the worst family."""
     worst = {
         P50: max(row.p50_ms for row in rows),
         LAST: max(row.last_ms for row in rows),

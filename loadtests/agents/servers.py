@@ -52,7 +52,7 @@ async def prepare_models(children: Children, module: str, file: Path, made: Path
 
 
 async def start_vllm(children: Children, folder: Path, models: Sequence[Mapping[str, Any]]) -> Side:
-    """Start vLLM's own server for each model, over the model's scripts. Raises DidNotStart."""
+    """Start vLLM's own server for each model, with the model's scripts. Raises DidNotStart."""
     entries = [{**model, "port": free_port()} for model in models]
     prompts = folder / "vllm.prompts"
     await start_program(

@@ -1,10 +1,10 @@
 """The part `tool_tokens`: the cost of a streamed token when requests have tools, compared with vLLM's own server.
 
-64 streams run at once. Both sides have vLLM's own engine core, in a process of its own, whose executor emits the same
-tokens every 20 ms: some text, then the expected calls of a case of BFCL, in Hermes' and Qwen's format. Every request
-has the case's tools and the tool choice auto. The part measures all CPU time except the core's: on vLLM's side its
-server process with parser and detokenizer, without a router; on Headrace's side the gateway, its helpers, the worker
-and its parser process.
+64 streams run at once. Both sides have vLLM's own engine core in a separate process. Its executor emits the same tokens
+every 20 ms: some text, then the expected calls of a case of BFCL, in the format of Hermes and Qwen. Every request has
+the case's tools and the tool choice auto. The part measures all CPU time except the engine core's. On vLLM's side this
+is the server process with parser and detokenizer, without a router. On Headrace's side it is the gateway, its helpers,
+the worker and the worker's parser process.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 def bind(stage: Stage, arms: Sequence[Contestant]) -> str:
-    """Bind the front ends to one core, engine cores and driver to another; return a description."""
+    """Bind the front ends to one CPU core, and engine cores and driver to another; return a description."""
     plan = planned_cores(stage.options.pin)
     if plan is None:
         return "nothing was bound to cores"

@@ -3,11 +3,11 @@
 `python -m loadtests.agents.turns [--json FILE]`
 
 Many conversations of four tenants take their turns in rotation, one at a time, so that the CPU time of each turn is
-known exactly: that of this process, which does the work of a gateway, and that of its helper processes. Then several
-conversations take their turns at once, and the longest stall of the event loop is measured, in wall-clock time and in
-CPU time of the loop's thread, because on a busy machine the thread also waits for a core. The token ids of some turns
-are compared with those of the whole prompt, tokenized at once. With --memory, many conversations of half the length
-follow, and the oldest of them take a turn.
+known exactly. It is the CPU time of this process, which does the work of a gateway, and of its helper processes. Then
+several conversations take their turns at once, and the longest stall of the event loop is measured. The stall is
+measured in wall-clock time and in CPU time of the loop's thread, because on a busy machine the thread also waits for a
+core. The token ids of some turns are compared with the ids of the whole prompt, tokenized at once. With --memory, many
+conversations of half the length follow, and the oldest of them take one more turn.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ ROWS: Mapping[str, Bound] = {
 
 @dataclass
 class Turns:
-    """The figures of one family. Times are in milliseconds; `stall_ms` is the longest stall while AT_ONCE turns run."""
+    """The figures of one family. Times are in milliseconds; `stall_ms` is the longest stall of the event loop while
+    AT_ONCE turns run at the same time."""
 
     family: str
     tokens: int = 0
@@ -97,12 +98,12 @@ class FrontEnd:
         self.bodies.close()
 
     async def turn(self, body: bytes, tenant: str) -> Sequence[int]:
-        """Do what a gateway does with a body, up to the token ids."""
+        """Process a body as a gateway does; return the prompt's token ids."""
         parsed = await self.bodies.http("chat", body, tenant)
         return await encode(parsed.requests[0].prompt, self.text, tenant, MAX_MODEL_LEN)
 
     async def from_scratch(self, body: bytes) -> Sequence[int]:
-        """Return the token ids of a body whose whole prompt is tokenized at once."""
+        """Return the token ids of a body's prompt, tokenized whole without the prompt memory."""
         prompt = await self._parsed(body)
         return self.text.codec.encode_chat(prompt.messages, **prompt.template_options)
 
@@ -128,7 +129,8 @@ def _cpu_s(pid: int) -> float:
 
 
 def made(family: str, count: int, turns: int, first: int = 0) -> list[list[Messages]]:
-    """Return conversations of TENANTS tenants in turn. Conversations of a tenant have the same system prompt."""
+    """Return `count` conversations, assigned in turn to TENANTS tenants. Conversations of one tenant have the same
+    system prompt."""
     numbers = range(first, first + count)
     return [
         [
@@ -140,7 +142,7 @@ def made(family: str, count: int, turns: int, first: int = 0) -> list[list[Messa
 
 
 async def one_at_a_time(front: FrontEnd, talks: Sequence[Sequence[Messages]], figures: Turns) -> None:
-    """Let the conversations take their turns in rotation, and fill in the figures of CPU time."""
+    """Let the conversations take their turns in rotation, and set the CPU times in `figures`."""
     by_turn: list[list[float]] = []
     own: list[float] = []
     for number in range(len(talks[0])):
@@ -171,8 +173,8 @@ async def one_at_a_time(front: FrontEnd, talks: Sequence[Sequence[Messages]], fi
 
 
 async def all_at_once(front: FrontEnd, talks: Sequence[Sequence[Messages]]) -> tuple[float, float]:
-    """Let the conversations take their last turns, each at the same time as the others. Returns the longest stall of
-    the event loop, and the most CPU time that it used in a stall, in milliseconds."""
+    """Let all conversations take a turn at the same time, for each of the last LAST_TURNS turns. Return the longest
+    stall of the event loop, and the most CPU time that the loop used in a stall, in milliseconds."""
     worst_s, worst_cpu_s, ended = 0.0, 0.0, False
 
     async def witness() -> None:
@@ -208,7 +210,8 @@ class Remembered:
     """Figures of the prompt memory after many conversations of half the length.
 
     `mib`: size of the memory by its own count. `grown_mib`: growth of this process. `oldest_ms`: mean CPU time of the
-    next turn of the oldest conversations. `scratch_ms`: the same if the memory has nothing of the conversation.
+    next turn of the oldest conversations. `scratch_ms`: the same time when the prompt memory holds nothing of the
+    conversation.
     """
 
     conversations: int
@@ -219,8 +222,8 @@ class Remembered:
 
 
 async def remember(count: int, family: str = "byte-level", sample: int = 20) -> Remembered:
-    """Remember the first half of each conversation in turn, then let the oldest conversations take their next turn. The
-    first halves are tokenized in this process, since the prompt memory is always in this process."""
+    """Tokenize the first half of each conversation in turn, then let the oldest conversations take their next turn. The
+    first halves are tokenized in this process, because the prompt memory is in this process."""
     front, half = FrontEnd(family), conversations.TURNS // 2
     await front.start()
     figures, process = Remembered(count), psutil.Process()
@@ -253,7 +256,7 @@ async def measure_family(family: str, count: int = CONVERSATIONS, turns: int = c
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Return the rows of the scenario, each with the value of the worst family."""
+    """Return the scenario's rows, each with the value of the worst family."""
     rows = [await measure_family(family) for family in FAMILIES]
     stage.report.settings["turns"] = [asdict(row) for row in rows]
     stage.screen.console.print(table(rows))

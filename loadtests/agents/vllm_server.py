@@ -1,10 +1,10 @@
-"""Program that runs vLLM's own OpenAI server over scripted tokens, one server for each model.
+"""Program that runs vLLM's own OpenAI server on scripted tokens, one server for each model.
 
 python -m loadtests.agents.vllm_server FILE
 
 FILE is JSON: `models` (objects with `name`, `folder`, `scripts`, `tools`, `reasoning`, `port`), `prompts` (a PromptLog)
-and `ready` (a file that is written when every server listens). Everything but the engine core is vLLM's: the app, its
-renderer, parsers, input processor and detokenizer.
+and `ready` (a file that is written when every server listens). Everything except the engine core is vLLM's: the app,
+its renderer, parsers, input processor and detokenizer.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ HOST = "127.0.0.1"
 class ScriptedLLM(AsyncLLM):  # type: ignore[misc]
     """vLLM's AsyncLLM without an engine core: `generate` emits the script of the prompt.
 
-    A request with a seed gets its tokens in random steps of that seed, as from speculative decoding; without a seed it
-    gets one token a step.
+    A request without a seed gets one token a step. A request with a seed gets steps of random sizes drawn from that
+    seed, as with speculative decoding.
     """
 
     def __init__(self, config: Any, scripts: Scripts, prompts: PromptLog) -> None:
@@ -125,7 +125,7 @@ def arguments_of(model: Mapping[str, Any]) -> Any:
 
 
 async def app_of(model: Mapping[str, Any], prompts: PromptLog) -> tuple[Any, ScriptedLLM]:
-    """Return vLLM's app for a model, over the model's scripts."""
+    """Return vLLM's app for a model, with the model's scripts, and its engine client."""
     arguments = arguments_of(model)
     config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
     engine = ScriptedLLM(config, Scripts.read(Path(model["folder"]), Path(model["scripts"])), prompts)

@@ -1,10 +1,11 @@
-"""Compute the clairvoyant optimum (optimum.py) for a demand and a plant, and replay the plan in the common simulation.
+"""Compute the clairvoyant optimum (optimum.py) for a demand and a plant (a replica's step model), and replay the plan
+in the common simulation.
 
 optimum.py finds plans by a recursion over time slots, in a fluid model. A call's slack, the longest time that it may
-wait, is the target time to first token minus the call's prefill time. The fluid model leaves out two effects: decoding
-yields to prefills, and calls arrive unevenly within a slot. So a plan without late calls in the fluid model may have
-late calls in the simulation. The recursion is therefore run several times, with less slack and more work than there is
-and with one of two paces of decoding: `TRIED` lists the combinations. Each plan is replayed call by call in the
+wait, is the target time to first token minus the call's prefill time. The fluid model leaves out two effects: prefills
+delay decoding, and calls arrive unevenly within a slot. So a plan without late calls in the fluid model may have late
+calls in the simulation. The recursion is therefore run several times: with less slack and more work than the demand
+has, and with one of two paces of decoding. `TRIED` lists the combinations. Each plan is replayed call by call in the
 simulation. The cheapest plan that meets the SLO there is the optimum used for comparison.
 
 `bound_s` is the recursion's own lower bound, which holds for the fluid model only.
@@ -57,8 +58,7 @@ def slots_of(
     demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float, quanta: int, more: float, pace_s: float
 ) -> Slots:
     """Return the demand in slots. The work of a prompt falls into the slot where the call arrives. The work of an
-    output is spread over the duration of the stream: `pace_s` for each token.
-    """
+    output is spread over the duration of the stream: `pace_s` for each token. `more`: factor of all work."""
     count = int(np.ceil(demand.duration_s / slot_s))
     at = np.minimum((demand.at_s / slot_s).astype(int), count - 1)
     prompt = demand.count * demand.prompt_tokens / plant.prefill_at(itl_s)
@@ -75,14 +75,16 @@ def slots_of(
 
 
 def slacks_of(ttft_s: float, slot_s: float, share: float) -> tuple[float, ...]:
-    """Return the slack of each class in slots: the TTFT target less the prefill time in the middle of the class."""
+    """Return the slack of each class of calls, in slots: the TTFT target less the prefill time in the middle of the
+    class, times `share`. -1 if there is no slack."""
     edges = (0.0, *CLASSES_S, 2 * ttft_s)
     slack_s = [ttft_s - (low + high) / 2 for low, high in pairwise(edges)]
     return tuple(value * share / slot_s if value > 0 else -1.0 for value in slack_s)
 
 
 def _spread(begin: Floats, end: Floats, rate: Floats, count: int) -> Floats:
-    """Return the amount that falls into each slot. Each item adds `rate` a slot from `begin` to `end`, in slots."""
+    """Return the amount that falls into each of `count` slots. Item i adds `rate[i]` per slot from `begin[i]` to
+    `end[i]`, both in slots."""
     edges = np.arange(count + 1)
     total = np.zeros(count + 1)
     for times, sign in ((begin, 1.0), (end, -1.0)):
@@ -98,7 +100,8 @@ def _spread(begin: Floats, end: Floats, rate: Floats, count: int) -> Floats:
 def replay(
     demand: Demand, plant: ReplicaModel, settings: ModelSettings, replicas: Floats, slot_s: float, tick_s: float
 ) -> Track:
-    """Replay a plan unchanged. Starts were begun in time, so replicas are ready when the plan needs them."""
+    """Replay a plan unchanged. Every replica is started one cold start before the plan needs it, so it is ready in
+    time."""
     counts = [int(n) for n in replicas]
 
     def planned(_: Observation, now_s: float) -> dict[str, int]:
@@ -149,9 +152,8 @@ def clairvoyant(
 
 
 def lingering(replicas: Floats, slots: int) -> Floats:
-    """Return the plan with each replica kept for `slots` more slots, so that streams on the replica end instead of
-    being moved.
-    """
+    """Return the plan with each replica kept for `slots` more slots, so that the streams on it can end and need not
+    move."""
     padded = np.concatenate([np.full(slots, replicas[0]), replicas])
     out: Floats = np.lib.stride_tricks.sliding_window_view(padded, slots + 1).max(axis=1)
     return out

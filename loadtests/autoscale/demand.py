@@ -21,9 +21,8 @@ CLIENTS = 43
 
 
 def from_trace(name: str, times: int = TIMES, seed: int = 1, within_s: float = 1.0) -> Demand:
-    """Return the demand of a trace. Each trace call is copied `times` times within `within_s`, so that bursts remain
-    bursts.
-    """
+    """Return the demand of a trace. Each call of the trace is copied `times` times within `within_s`, so that bursts
+    remain bursts."""
     calls = traces.load(name)
     rng = np.random.default_rng(seed)
     at = np.repeat([c.at_s for c in calls], times)
@@ -36,9 +35,8 @@ def from_trace(name: str, times: int = TIMES, seed: int = 1, within_s: float = 1
 
 
 def synthetic(rate_per_s: Sequence[float], step_s: float, cv: float, lengths: tuple[float, float], seed: int) -> Demand:
-    """Return Gamma arrivals at a rate that changes every `step_s`. Lengths are lognormal; `lengths` are the means of
-    prompt and output.
-    """
+    """Return a demand with Gamma distributed gaps, whose rate changes every `step_s`. Lengths are lognormal. `lengths`:
+    mean length of prompts and of outputs, in tokens."""
     rng = np.random.default_rng(seed)
     at = renewal(np.asarray(rate_per_s, dtype=float), step_s, np.full(len(rate_per_s), cv), rng)
 
@@ -50,8 +48,8 @@ def synthetic(rate_per_s: Sequence[float], step_s: float, cv: float, lengths: tu
 
 
 def renewal(rate: Floats, window_s: float, cv: Floats, rng: np.random.Generator) -> Floats:
-    """Return arrival times. Each window has rate x `window_s` calls, with Gamma gaps of coefficient of variation
-    `cv`."""
+    """Return arrival times. Each window has `rate` x `window_s` calls, with Gamma distributed gaps of coefficient of
+    variation `cv`."""
     out = []
     for number, (per_s, variation) in enumerate(zip(rate, cv, strict=True)):
         count = int(per_s * window_s + rng.random())
@@ -122,8 +120,7 @@ def servegen(
     folder: Path = traces.DEFAULT_FOLDER,
 ) -> Demand:
     """Return the demand of clients of ServeGen's data set m-small, at `scale` times the clients' own rates. All calls
-    of an interval of `bin_s` arrive at the same time, with the same lengths: the means over the interval.
-    """
+    within an interval of `bin_s` arrive at the same time and have the mean lengths of the interval."""
     rng = np.random.default_rng(seed)
     first, last = round(begin_s / WINDOW_S), round((begin_s + duration_s) / WINDOW_S)
     bins = round(duration_s / bin_s)

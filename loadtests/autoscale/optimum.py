@@ -4,9 +4,9 @@ The model of the replicas is loadtests/sim/fleet.py as a fluid, with time in slo
 (replica-seconds) and c[t] calls arrive evenly; n[t] replicas serve at most n[t] x slot of the work, first come first
 served; the rest of the work waits. A call is late when n[t] replicas need longer for the work ahead of it than its
 class of calls may wait (a long prompt may wait less than a short one, since its prefill takes part of the same time to
-first token). With a known future each start begins one cold start before it is needed, so a start only has a price:
-`cold_start_s` GPU-seconds for each replica that n[t] has more than n[t-1], and n may take any value in any slot. The
-first slot's replicas already exist (as they do for the policies compared).
+first token). Since the future is known, each start begins one cold start before the replica is needed. So a start costs
+no waiting, only GPU time: `cold_start_s` GPU-seconds for each replica that n[t] has more than n[t-1]. n may take any
+value in any slot. The first slot's replicas already exist, as they do for the policies compared.
 
 Objective: min sum n[t] x slot + cold x sum (n[t] - n[t-1])+ with at most `budget` of the calls late.
 
@@ -17,15 +17,16 @@ J[t](n, b) = n slot + price late[t](n, b) + min over m of [ cold (m - n)+ + J[t+
 Proof sketch. (1) The cost of a plan from slot t on depends on the past through n[t] and the waiting work b alone:
 lateness and b' in a slot are functions of (n, b, w, c), and the price of starts is a function of (n, m). So Bellman's
 principle holds and J[0] is the minimum over all plans, by induction from the last slot. (2) Work is counted in quanta
-of slot / `quanta`, and served in multiples of them, so b' lies on the grid: no rounding in the recursion (the demand is
-rounded once, with its error carried on, so that it never differs from the true one by more than a quantum). Above the
-grid's end work is forgotten, which only makes plans cheaper. (3) min over m splits into m <= n, the running minimum of
-J, and m > n, the running minimum of J + cold m from above, less cold n: O(1) for each state.
+of slot / `quanta`, and served in multiples of them, so b' lies on the grid, and the recursion itself rounds nothing.
+Only the demand is rounded, once; its rounding error is carried to the next slot, so that the rounded demand never
+differs from the true one by more than a quantum. Work beyond the end of the grid is dropped, which only makes plans
+cheaper. (3) min over m splits into m <= n, the running minimum of J, and m > n, the running minimum of J + cold m from
+above, less cold n: O(1) for each state.
 
-For every price, J less price x allowed late calls is at most the constrained optimum (weak duality: the constrained
-optimum's plan is one of those over which J is the minimum, and has at most the allowed number of late calls). The
-largest of these bounds over the prices tried is `Optimum.bound`. The cheapest plan found that keeps the budget is
-`Optimum.plan`; the gap between the two is reported.
+For every price, J minus (price x allowed late calls) is at most the constrained optimum. This is weak duality: the
+constrained optimum's plan is one of those over which J is the minimum, and has at most the allowed number of late
+calls. The largest of these bounds over the prices tried is `Optimum.bound_s`. The cheapest plan found that keeps the
+budget is `Optimum.plan`; the gap between the two is reported.
 """
 
 from __future__ import annotations
@@ -179,10 +180,12 @@ def optimum(
     tries: int = 12,
     holds: Callable[[Plan], bool] | None = None,
 ) -> Optimum | None:
-    """Bisect the price of a late call (in the logarithm of the price) until the plan just keeps the budget.
+    """Search for the price of a late call at which the plan just keeps the budget, by bisection in the price's
+    logarithm.
 
-    `holds` says whether a plan keeps the budget, for callers that judge plans beyond this fluid model. By default the
-    late calls of the plan itself are counted. Return None if even the highest price gives no such plan.
+    `budget`: allowed share of late calls. `holds`: function that decides whether a plan keeps the budget, for callers
+    that judge plans beyond this fluid model; by default the late calls of the plan are counted. Return None if even the
+    highest price gives no plan that keeps the budget.
     """
     allowed = budget * float(slots.calls.sum())
     keeps = holds or (lambda plan: plan.late <= allowed)

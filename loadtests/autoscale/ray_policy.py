@@ -1,8 +1,8 @@
 """Ray Serve's own autoscaling policy, run from Ray Serve's own code in virtual time.
 
 All code that decides is Ray Serve's: the policy on ongoing requests, the scaling factors, the delays (through Ray's own
-time argument) and the start from zero. This module provides what Ray Serve's controller provides in a cluster: the mean
-of running and queued requests over the look-back period, sampled at every decision, and the bounds.
+time argument) and the start from zero. This module replaces Ray Serve's controller. It provides the bounds, and the
+mean number of running and queued requests over the look-back period, sampled at every decision.
 """
 
 from __future__ import annotations

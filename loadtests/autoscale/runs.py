@@ -31,7 +31,8 @@ GPUS, CLIENTS, SHARED_S = 16, 20, 12 * 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Demand of one model on one plant. `most`: upper bound on the number of replicas that the optimum may use."""
+    """Demand of one model, and the step model of its replicas (`plant`). `most`: largest number of replicas that the
+    optimum may use."""
 
     name: str
     demand: Demand
@@ -145,7 +146,7 @@ HELD_OUT = (
 
 
 def outcome(track: Track, demand: Demand, plant: ReplicaModel, keep: bool) -> Outcome:
-    """Return the figures of a run; with `keep`, also the plot line of the run in steps of 30 s or longer."""
+    """Return the figures of a run. With `keep`, also return its line for the plot, in steps of 30 s or longer."""
     line = None
     if keep and track.at_s:
         step = max(int(np.ceil(len(track.at_s) / 600)), 1)
@@ -236,7 +237,7 @@ def share(seed: int) -> Shared:
 
 
 def _static_goodput(demand: Demand) -> Sequence[float]:
-    """Return the goodput with 1, 2, ... replicas, up to the count from which more replicas gain nothing."""
+    """Return the goodput with 1, 2, ... replicas, up to the number beyond which more replicas gain nothing."""
     out: list[float] = []
     for count in range(1, GPUS + 1):
         spec = SimModelSpec(demand, SETTINGS, SMALL, count)

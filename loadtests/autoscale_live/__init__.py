@@ -1,1 +1,3 @@
-"""Scaling on a real Ray with Serve under streams, with simulated engines: `python -m loadtests.autoscale_live`."""
+"""Live test of scaling: replicas with simulated engines on a real Ray with Ray Serve, while streams run. `python -m
+loadtests.autoscale_live`.
+"""

@@ -1,10 +1,10 @@
 """`python -m loadtests.autoscale_live [--seconds 240] [--rounds 5] [--json FILE]`. Exit code 0 if no call failed.
 
-Three parts run on one Ray. The first part measures cold starts from zero, alternating between a start by hand and a
-call to the model at zero. The second part is a day in minutes: the demand rises to 70 % of all replicas, falls to
-little, and rises again; streams are 5 to 60 s long, and the controller's own loop scales. The same calls are played to
-the same policy in simulation, with the measured start time and engine speed. The last part is a day of changes
-(changes.py): the same demand with streams of 5 to 300 s. Meanwhile a canary is tried and taken back, the entry is
+Three parts run on one Ray. The first part measures cold starts from zero replicas, alternately by a start by hand and
+by a call to the model. The second part compresses a day to minutes: the demand rises to 70 % of all replicas, falls to
+a low level, and rises again. Streams are 5 to 60 s long, and the controller's own loop scales. The same policy also
+gets the same calls in a simulation, with the measured start time and engine speed. The last part is a day of changes
+(changes.py): the same demand with streams of 5 to 300 s. Meanwhile a canary is started and withdrawn, the entry is
 changed, and a slow canary rolls itself back.
 """
 
@@ -172,7 +172,7 @@ def _good(result: CallResult) -> bool:
 
 
 def _simulated(calls: Sequence[PlannedCall], seconds: float, cold_s: float) -> dict[str, Any]:
-    """Play the same calls to the same policy in simulation, with the same decision interval; return the figures."""
+    """Simulate the same calls with the same policy and the same decision interval; return the figures."""
     demand = Demand(
         at_s=np.array([call.at_s for call in calls]),
         count=np.ones(len(calls)),

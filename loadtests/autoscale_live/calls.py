@@ -126,10 +126,9 @@ async def play(
 
 
 def compare(calls: Sequence[CallResult]) -> None:
-    """Mark calls whose answers differ from an undisturbed answer to the same prompt. The engine is deterministic: the
-    shorter of two answers is a prefix of the longer, except for a last character that the end of the answer may have
-    cut in two.
-    """
+    """Mark calls whose answers differ from an undisturbed answer to the same prompt. The engine is deterministic, so
+    the shorter of two answers must be a prefix of the longer. Only its last character may differ, if the end of the
+    answer cut it in two."""
     longest: dict[int, str] = {}
     for call in calls:
         if len(call.text) > len(longest.get(call.planned.prompt, "")):

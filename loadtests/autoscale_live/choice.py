@@ -1,10 +1,10 @@
-"""`python -m loadtests.autoscale_live.choice`: estimates how many fewer streams must move if the replica with the
-fewest streams is removed instead of a random replica.
+"""`python -m loadtests.autoscale_live.choice`: estimate how many fewer streams must move if the replica with the fewest
+streams is removed instead of a random replica.
 
-Calls come at random, each to the replica with the fewest streams; lengths are exponential. At random moments the
-program counts the streams of a random replica and of the replica with the fewest streams. It also counts how many of
-these streams outlast the time to stay (half of the drain time), so that they must move. Prefix affinity is left out:
-affinity makes replicas less alike.
+Calls arrive at random, each goes to the replica with the fewest streams, and lengths are exponential. At random moments
+the program counts the streams of a random replica and of the replica with the fewest streams. It also counts how many
+of these streams would have to move, because they last longer than half of the drain time. Prefix affinity is left out;
+it would make replicas less alike.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ SPANS = 2000
 
 @dataclass(frozen=True, slots=True)
 class PolicySweep:
-    """Means over many moments. `blind_moved` and `fewest_moved`: number of streams that outlast the time to stay, of a
-    random replica and of the replica with the fewest streams."""
+    """Means over many moments. `blind_moved` and `fewest_moved`: number of streams that last longer than the time to
+    stay, on a random replica and on the replica with the fewest streams."""
 
     blind: float
     fewest: float
@@ -31,8 +31,7 @@ class PolicySweep:
 
 def sweep_policies(use: float, mean_s: float, stay_s: float, chance: random.Random) -> PolicySweep:
     """Simulate replicas with a mean stream length of `mean_s`. `use`: mean number of streams of a replica, as a
-    fraction of PLACES.
-    """
+    fraction of PLACES. `stay_s`: time for which a stream may stay on a removed replica."""
     now_s, looks = 0.0, []
     ends: list[list[float]] = [[] for _ in range(REPLICAS)]
     while now_s < SPANS * mean_s:

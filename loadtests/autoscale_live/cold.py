@@ -1,10 +1,10 @@
 """`python -m loadtests.autoscale_live.cold [--rounds 5] [--model FOLDER] [--json FILE]`: cold start to first token.
 
-Two cases alternate. vLLM's own server: the time from exec to the first text of a call that is repeated until the server
-answers. Ours: the time from sending a call to a model at zero replicas to the first text. Both cases use the same real
-engine with the same arguments; our gateway, controller and Ray already run, as they do when a model scales up. Our time
-is split into four parts: until the replica begins (the decision, Ray Serve, Ray), until the model files are found and
-digested, until the engine is up (imports, load, golden check), and until the first text.
+Two cases alternate. For vLLM's own server, the time runs from exec to the first text; the call is repeated until the
+server answers. For ours, the time runs from sending a call to a model at zero replicas to the first text. Both cases
+use the same real engine with the same arguments. Our gateway, controller and Ray already run, as they do when a model
+scales up. Our time is split into four parts: until the replica begins (the decision, Ray Serve, Ray), until the model
+files are found and digested, until the engine is up (imports, load, golden check), and until the first text.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Live:
         await self.until_on_ray(lambda app: not (app.leaving or app.running or app.placed))
 
     async def until_on_ray(self, holds: Callable[[Observed], bool]) -> None:
-        """Wait until `holds` is true of Ray's observation of the model."""
+        """Wait until `holds` is true for what Ray reports of the model."""
         deadline = time.monotonic() + 120
         while not [app for app in (await self._apps()) if holds(app)]:
             if time.monotonic() > deadline:
@@ -114,7 +114,7 @@ class Live:
 
 @asynccontextmanager
 async def running_test_bed(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterator[Live]:
-    """Start all parts. The parts run until the end of the block, or until SIGTERM ends the process."""
+    """Start all parts of the test bed. The parts run until the end of the block, or until SIGTERM ends the process."""
     if task := asyncio.current_task():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     bundle = bundle_of(checkpoint)

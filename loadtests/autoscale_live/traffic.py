@@ -1,4 +1,4 @@
-"""Calls of a live run, drawn before the run begins. Pure: equal seeds give equal calls."""
+"""Calls of a live run, drawn before the run begins. The functions are pure: equal seeds give equal calls."""
 
 from __future__ import annotations
 
@@ -48,8 +48,7 @@ def days(seed: int, count: int, seconds: float, engine: Engine, replicas: int, *
 
 def share_of_most(part: float, at_zero: float = 0.08) -> float:
     """Return the demand at the fraction `part` of a run, as a fraction of the peak. The demand rises to a plateau,
-    falls to little, and rises a second time more steeply.
-    """
+    falls to a low level, and rises again more steeply."""
     points = ((0.0, 0.2), (0.1, 0.2), (0.4, 1.0), (0.55, 1.0), (0.7, at_zero), (0.8, at_zero), (0.85, 0.8), (1.0, 0.8))
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if part <= x1:

@@ -52,7 +52,8 @@ class ConsoleBed:
 
 
 async def start(stage: Stage, name: str, workers: int, room: int) -> ConsoleBed:
-    """Start a gateway, and workers that run `room` sequences each; wait until all are linked. Raises DidNotStart."""
+    """Start a gateway, and workers that run at most `room` sequences each; wait until all are linked. Raises
+    DidNotStart."""
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
     home = stage.folder / f"{name}-tenants"
     caller = (await tenants.make_tenants(home, 1))[0]

@@ -1,8 +1,8 @@
-"""The part `hostile`: script payloads in every text that the pages show, and their effects.
+"""The part `hostile`: scripts in every text that the pages show, and the effects of these scripts.
 
-The overview, the admin API's answers and answers of a model hold the payloads in place of names, reasons, errors and
-texts. The effects are foreign elements, active attributes, calls of the payloads' script, requests to other hosts,
-dialogs, and reports of the content security policy.
+The overview, the admin API's answers and answers of a model contain the scripts in place of names, reasons, errors and
+texts. The effects are foreign elements, active attributes, runs of a script, requests to other hosts, dialogs, and
+reports of the content security policy.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ async (texts) => {
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Show the payloads, and return the report's rows. Raises RuntimeError."""
+    """Show the scripts on the pages, and return the report's rows. Raises RuntimeError."""
     effects: list[str] = []
     looked = 0
     async with chromium() as browser, filled(stage, browser) as pages:
@@ -91,8 +91,8 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def _chats(stage: Stage, browser: Browser) -> tuple[list[str], int]:
-    """Send the payloads as prompts to a model that answers with the payloads: first as text, then as reasoning and tool
-    calls. Returns the effects, and the number of answers."""
+    """Send the scripts as prompts to a model that repeats its prompt: first as text, then as reasoning and tool calls.
+    Return the effects, and the number of answers."""
     folder = stage.folder / "echo"
     checkpoint = await asyncio.to_thread(build_checkpoint, "llama", folder / "checkpoint")
     bundle, engine = bundle_of(checkpoint), EchoEngine(768)
@@ -123,7 +123,7 @@ async def _chats(stage: Stage, browser: Browser) -> tuple[list[str], int]:
 
 
 async def effects_in(watched: Watched) -> list[str]:
-    """Return the effects of the payloads on a page: elements that belong to no page of the console, and faults that the
+    """Return the effects of the scripts on a page: elements that belong to no page of the console, and faults that the
     browser recorded."""
     await watched.page.evaluate("new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve, 0)))")
     strange: list[str] = await watched.page.evaluate(STRANGE, FOREIGN)

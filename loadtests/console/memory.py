@@ -1,10 +1,10 @@
-"""The part `memory`: memory of one hour of the console's history, with 1,000 tenants and 100 models, in a process of
-its own.
+"""The part `memory`: memory of one hour of the console's history, with 1,000 tenants and 100 models, in a separate
+process.
 
-    python -m loadtests.console.memory
+python -m loadtests.console.memory
 
-The program fills the history of a gateway process with a value of every series at every step of an hour, and prints the
-growth of its resident memory and the size of the arrays, in bytes.
+The program fills the history of a gateway process: each series gets a value at every step of an hour. The program
+prints the growth of its resident memory and the size of the arrays, in bytes.
 """
 
 from __future__ import annotations

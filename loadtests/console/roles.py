@@ -1,8 +1,8 @@
 """The part `roles`: requests that a role must not make, and names of other tenants that the console sends to a role.
 
-Each role calls each admin method through the console, for its own tenant and for another one. The console must refuse
-what the admin port refuses (tests/gateway/apis/admin/test_roles.py). Some roles may see one tenant only. The data that
-the console sends to these roles is searched for the names of another tenant, of workers and of gateways.
+Each role calls each admin method through the console, for its own tenant and for another tenant. The console must
+refuse what the admin port refuses (tests/gateway/apis/admin/test_roles.py). Some roles may see one tenant only. The
+data that the console sends to these roles is searched for the names of another tenant, of workers and of gateways.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Clients that request a stream of text; each file is one protocol behind the same interface."""
+"""Clients that request a stream of text. Each file is a client for one protocol; all clients have the same
+interface.
+"""
 
 from loadtests.faces.base import Answer, CallFailed, Face, OnText, Request
 

@@ -56,7 +56,7 @@ class CallFailed(Exception):
 
     @property
     def fatal(self) -> bool:
-        """Whether the server itself seems to be gone, as opposed to refusing this call."""
+        """Whether the server itself seems to be gone, as opposed to having refused this call."""
         return self.kind in (self.UNREACHABLE, self.BROKEN)
 
 

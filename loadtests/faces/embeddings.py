@@ -1,4 +1,6 @@
-"""Clients of embeddings: /v1/embeddings of any OpenAI-compatible server, and Embed. An answer counts as one token."""
+"""Clients for embeddings: over /v1/embeddings of any OpenAI-compatible server, and over the gRPC method Embed. An
+answer counts as one token.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Client of cluster.v1's StreamChat and StreamComplete on the driver's own loop. A connection carries one call at a
 time and is kept for later calls.
 
-As with http1.py, the driver must cost less than the servers that it measures. grpc.aio's client passes a call through
-threads and a completion queue. With a single stream, this takes a measurable time that no server causes. Callers that
-use grpcio spend the same time with any server.
+As with http1.py, the driver must cost less than the servers that it measures. The client of grpc.aio passes a call
+through threads and a completion queue. With a single stream this takes a measurable time, which would wrongly count for
+the server. Callers that use grpcio spend this time with any server.
 """
 
 from __future__ import annotations

@@ -67,11 +67,12 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def eof_received(self) -> bool:
-        """Handle the server closing the connection: the end of a body without a length, otherwise an error."""
+        """Return False, so that the transport closes. connection_lost then decides whether the body is complete."""
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Handle the end of the connection: fail a running request, unless its body lasts until the connection ends."""
+        """Handle the end of the connection: complete a running request whose body lasts until the connection ends, and
+        fail any other running request."""
         self._transport = None
         if self._state == self._until_closed and error is None:
             self._finish()

@@ -67,9 +67,8 @@ class OpenAiSse:
     name = "http"
 
     def __init__(self, url: str, model: str, *, api_key: str = "") -> None:
-        """Store the address. `url` is the root of the server, e.g. http://127.0.0.1:8000. Raises ValueError unless it
-        is http://host:port.
-        """
+        """Store the address. `url` is the root of the server, e.g. http://127.0.0.1:8000. Raises ValueError if `url`
+        does not have the form http://host:port."""
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError(f"endpoint {url!r}: expected http://HOST:PORT (plain HTTP, the driver speaks no TLS)")

@@ -1,4 +1,6 @@
-"""Client of Inference.Session: a few streams carry all calls. Each message holds everything since the last message."""
+"""Client of Inference.Session: a few streams carry all calls. Each message from the server holds everything that has
+accumulated since the previous message.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ class _Call:
 
 
 class _Stream:
-    """A session. The first call opens the session; after a broken stream the session is reopened."""
+    """A session. The first call opens it; after the stream has broken, the next call opens it again."""
 
     def __init__(self, address: str, metadata: tuple[tuple[str, str], ...]) -> None:
         self._metadata = metadata

@@ -1,7 +1,7 @@
 """Two checks of hang detection: a stopped engine must be detected, and hours of prefills must not be taken for a hang.
 
-The hours of prefills are the sum over several workers that run at the same time: the gateway watches each worker
-separately, and could wrongly find any of them stuck.
+The hours of prefills are the sum over several workers that run at the same time. The gateway watches each worker
+separately, so a false alarm could happen on any of them.
 """
 
 from __future__ import annotations

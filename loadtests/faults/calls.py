@@ -1,5 +1,5 @@
-"""Calls of every kind that a fault may hit, the chunks that each call received, and the difference from the undisturbed
-answer.
+"""Calls of every kind that a fault may hit. The chunks that each call received are recorded and compared with the
+undisturbed answer.
 """
 
 from __future__ import annotations
@@ -61,9 +61,8 @@ def mixed(count: int, model: str, seed: int, *, tokens: tuple[int, int], words: 
 def make_request(
     key: str, kind: str, model: str, tokens: int, words: int, seed: float, fields: Mapping[str, Any] | None = None
 ) -> FaultRequest:
-    """Return a request of a kind. The answer has the given length unless a stop string ends it. `fields`: fields of a
-    kind that is not in KINDS.
-    """
+    """Return a request of a kind. The answer has the given length unless a stop string ends it. `fields`: the request's
+    fields, for a kind that is not in KINDS."""
     rng = random.Random(f"{key} {seed}")
     prompt = f"{key} " + " ".join(rng.choice(_WORDS) for _ in range(words))
     given = {"ignore_eos": True, **(KINDS[kind] if fields is None else fields)}
@@ -127,7 +126,7 @@ class CallResult:
 
     @property
     def last(self) -> bool:
-        """Whether all of the undisturbed answer has arrived, except for a token or two."""
+        """Whether the whole undisturbed answer has arrived, except for the last token or two."""
         return self.whole > 0 and sum(map(len, self.texts.values())) >= self.whole - LAST_CHARACTERS
 
     @property
@@ -200,7 +199,7 @@ class Caller:
     """Client that makes calls over a few connections and records every chunk."""
 
     def __init__(self, address: str, metadata: Sequence[tuple[str, str]], run: str) -> None:
-        """Open the connections. `run` begins every request id, to identify the run's rows in the ledger."""
+        """Open the connections. `run`: beginning of every request id, which identifies the run's rows in the ledger."""
         self._metadata = tuple(metadata)
         self._run = run
         self._channels = [grpc.aio.insecure_channel(address, options=OPTIONS) for _ in range(CHANNELS)]
@@ -215,9 +214,8 @@ class Caller:
     async def call(
         self, request: FaultRequest, on_chunk: Callable[[CallResult], None] = lambda result: None, whole: int = 0
     ) -> CallResult:
-        """Make one call to the end. An error of the server raises no exception: `error` of the result says what
-        happened.
-        """
+        """Make one call to the end. If the server fails, no exception is raised; `error` of the result describes the
+        failure. `whole`: number of characters of the undisturbed answer, 0 if unknown."""
         self._made += 1
         result = CallResult(request, f"{self._run}-{self._made}", time.time(), whole=whole)
         metadata = (*self._metadata, ("x-request-id", result.request_id))

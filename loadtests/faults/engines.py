@@ -1,10 +1,10 @@
 """Proof of exact resumption on the real engine: two vLLM workers, float32 on CPU, long answers of every kind, faults in
 the middle.
 
-Sixteen calls begin together. When each call has received a drawn number of pieces, the worker that runs most of the
-calls is cut off, stopped or killed; in half of the batches a second fault follows, so that calls lose two workers. The
-gateway's metrics say how many sequences were resumed after a fault. A fault that hit no sequence, because all calls had
-just ended, does not count. A killed engine needs half a minute to return. Meanwhile the other worker serves alone:
+Sixteen calls begin together. When each call has received a random number of pieces, the worker that runs most of the
+calls is cut off, stopped or killed. In half of the batches a second fault follows, so that calls lose two workers. The
+gateway's metrics report how many sequences were resumed after a fault. A fault that hit no sequence, because all calls
+had just ended, does not count. A killed engine needs half a minute to return. Meanwhile the other worker serves alone:
 faults on that worker are cuts or stops, after which its calls resume on the same worker.
 
 Every answer is compared with the answer to the same call without a fault. The undisturbed calls are made twice, in
@@ -122,8 +122,8 @@ class Proof:
     seconds: float = 0.0
 
     def exact(self, *kinds: str) -> tuple[int, int]:
-        """Count the calls of these kinds that lost a worker or failed; return (calls with the undisturbed answer, all
-        these calls)."""
+        """Return two counts of calls of these kinds that lost a worker or failed: those with the undisturbed answer,
+        and all."""
         hit = [result for result in self.calls if result.request.kind in kinds and (result.resumed or result.error)]
         return sum(result.request_id not in self.differences for result in hit), len(hit)
 
@@ -185,7 +185,7 @@ class Engines:
         }
 
     async def resumes(self) -> int:
-        """Return the number of resumes, on another worker or on the same worker after a broken link."""
+        """Return the number of resumes so far: on another worker, or on the same worker after its link broke."""
         return int(sum(value for name, _, value in await self._scrape() if name == "headrace_resumes_total"))
 
     async def _scrape(self) -> list[tuple[str, dict[str, str], float]]:
@@ -313,10 +313,9 @@ class Prover:
         self.proof = Proof()
 
     async def prove(self, points: int) -> Proof:
-        """Run batches until `points` faults have hit a sequence, or MOST_MISSES faults have hit none; compare each
-        answer with the undisturbed answer. Raises RuntimeError if calls fail undisturbed, TimeoutError if a batch
-        hangs.
-        """
+        """Run batches until `points` faults have hit a sequence, or MOST_MISSES faults have hit none. Compare each
+        answer with the undisturbed answer. Raises RuntimeError if a call fails undisturbed, TimeoutError if a batch
+        hangs."""
         proof, began = self.proof, time.monotonic()
         try:
             undisturbed = await self._undisturbed()
@@ -378,9 +377,8 @@ class Prover:
                 proof.misses += 1
 
     async def _victim(self, batch: Batch, pieces: int) -> int | None:
-        """Return the worker that runs most sequences once all calls have received `pieces` pieces; None if all calls
-        ended before.
-        """
+        """Wait until all calls have received `pieces` pieces; return the worker that then runs most sequences. None if
+        all calls have ended before."""
         while await batch.until(pieces):
             loads = await self._engines.running()
             number = max(loads, key=loads.__getitem__, default=None)

@@ -19,7 +19,7 @@ LOOK_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class LedgerAudit:
-    """Number of answered sequences, and the numbers of missing, doubled and miscounted ledger rows."""
+    """Number of sequences with an answer, and the numbers of missing, doubled and miscounted ledger rows."""
 
     sequences: int
     missing: int

@@ -1,8 +1,8 @@
 """Thousands of faults: 64 streams, of all kinds, on four simulated workers. At any time some workers are failing.
 
-Every call is compared with the undisturbed answer, obtained before from the same cluster. The simulated engine computes
-each token as a function of all tokens so far and of every request field that shapes content. So one token lost, doubled
-or computed under other parameters changes all tokens that follow.
+Every call is compared with the undisturbed answer, obtained before from the same cluster. In the simulated engine each
+token depends on all tokens so far and on every request field that affects the text. So one token that is lost, doubled
+or computed with other parameters changes all tokens that follow.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Moments:
                 event.set()
 
     async def wait(self, phase: str) -> bool:
-        """Wait until a call is in this phase; return False if no call is in time."""
+        """Wait until a call is in this phase; return False if no call gets there in time."""
         event = self._waiting[phase] = asyncio.Event()
         try:
             async with asyncio.timeout(MOMENT_S):
@@ -100,7 +100,7 @@ def _phases(result: CallResult) -> list[str]:
 
 @dataclass(slots=True)
 class Outcome:
-    """Results of the mass of faults."""
+    """Results of the run with many faults."""
 
     points: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Number of faults by (kind, phase)."""
@@ -211,7 +211,7 @@ class Mass:
             await asyncio.sleep(self._rng.uniform(*INTERVAL_S))
 
     async def _victim(self) -> SimWorker:
-        """Return a random serving worker that no other fault disturbs, once more than LEAST_UP such workers serve."""
+        """Wait until more than LEAST_UP workers serve and have no other fault; return one of them at random."""
         fleet, link_log = self._fleet, self._fleet.link_log
 
         def serving() -> list[SimWorker]:

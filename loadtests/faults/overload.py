@@ -1,8 +1,9 @@
-"""Overload: a sweep finds the best goodput, then two and five times that rate is offered.
+"""Overload: a sweep over rates of calls finds the best goodput. Then calls are offered at two and at five times this
+rate.
 
-Goodput counts the calls that met the SLO. The SLO is fixed here, before anything is measured. The gateway's queue holds
-only as many calls as can be served within the SLO's time to first token. A call beyond that number is refused at once;
-a waiting call may be shed for a call of a higher class.
+Goodput is the number of calls a second that met the SLO. The SLO is fixed here, before anything is measured. The
+gateway's queue holds only as many calls as can be served within the SLO's time to first token. A call beyond that
+number is refused at once; a waiting call may be shed for a call of a higher class.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ SHED = "short of room"
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Return the workers' model source, with a number of sequences that gives a known rate of calls."""
+    """Return the workers' model source. `max_num_seqs` in it is chosen so that the workers can serve a known rate of
+    calls."""
     room = f"max_num_seqs={SEQUENCES}&max_num_batched_tokens=2048&kv_blocks=4096&max_model_len=2048"
     return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=200000&{room}&seed={seed}&{plain}"
 

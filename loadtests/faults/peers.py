@@ -1,9 +1,9 @@
-"""Streams that finish despite a lost backend, behind our gateway, vllm-router and Ray Serve's gRPC proxy, each with two
-backends.
+"""Streams that finish although a backend is lost, behind our gateway, vllm-router and Ray Serve's gRPC proxy. Each of
+the three has two backends.
 
 All backends use the same simulated engine: our workers, plain OpenAI servers, and replicas of a plain deployment. In a
 round all streams begin together; when each stream has received some pieces, one backend gets SIGKILL. A stream finishes
-when all its tokens arrive, with exactly the text that the same arm gave undisturbed. Each peer uses its default
+when all its tokens arrive, with exactly the text that the same server gave undisturbed. Each peer uses its default
 retries. Each round of vllm-router starts its own engines and router; our backends and Ray's are restarted
 automatically.
 """
@@ -58,7 +58,7 @@ class Stream:
 
 @dataclass(slots=True)
 class Finished:
-    """Results of an arm over all rounds of the arm."""
+    """Results of one server (ours, vllm-router or Ray Serve's proxy) over all its rounds."""
 
     begun: int = 0
     whole: int = 0
@@ -85,9 +85,8 @@ exception.
 async def play_round(
     call: Call, requests: Sequence[FaultRequest], kill: Callable[[Sequence[Stream]], None], into: Finished
 ) -> None:
-    """Run all streams undisturbed, then again with one backend killed. Raises RuntimeError if an undisturbed stream
-    fails.
-    """
+    """Run all streams undisturbed, then again with one backend killed, and add the results to `into`. Raises
+    RuntimeError if an undisturbed stream fails."""
     undisturbed = [Stream() for _ in requests]
     await asyncio.gather(
         *(call(request, stream, _ignore_piece) for request, stream in zip(requests, undisturbed, strict=True))

@@ -4,9 +4,9 @@ An episode is a set of streams that begin together on all workers. Throughout th
 calls, one after the other. When all streams have begun, one worker is killed, stopped or cut off. Streams that report a
 resume were hit; the other streams are the survivors.
 
-In calm episodes one worker is away from the beginning, and the other workers run as many streams as survive a fault.
-Then a crowd of new calls comes at once, as many calls as a worker has streams. After a fault, the crowd of resumed
-calls may wait as long as this crowd of new calls waits.
+In calm episodes one worker is absent from the beginning, and the other workers run as many streams as survive a fault.
+Then as many new calls as a worker has streams arrive at once, as a crowd. After a fault, the resumed calls may wait as
+long as this crowd of new calls waits.
 """
 
 from __future__ import annotations
@@ -95,9 +95,11 @@ class Findings:
         return [float("inf") if episode.noticed_s is None else episode.noticed_s for episode in self.of(*kinds)]
 
     def silence(self, crowd: bool, *, whole: bool = True) -> list[float]:
-        """Return, for each hit stream, its silence divided by the allowed silence: the fault's detection time plus the
-        p99 TTFT of new calls. `crowd`: the new calls come in a crowd, else one by one. `whole`: a silence begins at the
-        last chunk before the fault, else at the fault.
+        """Return, for each stream that was hit, its silence divided by the allowed silence. The allowed silence is the
+        fault's detection time plus the p99 TTFT of new calls.
+
+        `crowd`: the TTFT is that of new calls that arrive all at once, else one by one. `whole`: the silence begins at
+        the last chunk before the fault, else at the fault.
         """
         calm = self.of(CALM) if crowd else [episode for episode in self.episodes if episode.kind != CALM]
         fresh = percentile([s for episode in calm for s in episode.fresh_s], 99)
@@ -231,9 +233,8 @@ class Recovery:
             into.append(await self._caller.call(self._make_request(FRESH_TOKENS)))
 
     async def _apply_fault(self, kind: str, episode: Episode) -> Sequence[CallResult]:
-        """Apply the fault of the episode, or start the crowd of calls in a calm episode; return the
-        calls of the crowd.
-        """
+        """Apply the fault of the episode. In a calm episode, start the crowd of new calls instead, and return these
+        calls."""
         episode.struck = time.time()
         if kind == CALM:
             return await self._crowd(STREAMS // WORKERS)

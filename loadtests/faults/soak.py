@@ -1,4 +1,4 @@
-"""Soak: short calls at a high rate for a while, and a check which of the gateway's resources have grown.
+"""Soak: short calls at a high rate for a while, and a check of which resources of the gateway have grown.
 
 Resources are counted at rest, before and after the calls, with the callers' connections open: sockets and other open
 files, threads, tasks of the event loop. Memory is sampled every second. The slope of the memory covers the last three
@@ -98,8 +98,7 @@ def slope(samples: Sequence[tuple[float, int]], rate_per_s: float, seed: int = 0
 
 async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tuple[Soak, list[CallResult]]:
     """Warm up, run the calls, and count the resources at rest before and after; return the results and the calls.
-    `told_file` is the file that the gateway's witness writes.
-    """
+    `told_file`: file to which the witness in the gateway writes its measurements."""
     process = psutil.Process(fleet.gateway_pid)
     caller = Caller(fleet.grpc, fleet.metadata, "soak")
     rng = random.Random(seed)

@@ -196,7 +196,8 @@ def _restore_variable(name: str, value: str | None) -> None:
 
 
 def _may_be_fetched(source: str) -> bool:
-    """Return whether a source may exist where this check does not look: on the network or on another node's disk."""
+    """Return whether a source may exist in a place that this check does not read: on the network or on another node's
+    disk."""
     scheme, separator, rest = source.partition("://")
     if not separator:
         return source.startswith(("/", "~"))

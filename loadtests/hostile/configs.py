@@ -118,7 +118,8 @@ def refused(text: str, file: Path) -> bool:
 
 
 def as_processes_see_it(text: str, file: Path) -> tuple[str, list[dict[str, float]] | None]:
-    """Return the cluster.yaml that processes read, and the nodes that Ray will have; None for unknown nodes."""
+    """Return the cluster.yaml that the processes would read, and the nodes that Ray would have; None if the nodes are
+    unknown."""
     if file not in VALUE_FILES:
         return text, None
     values = merge_values(load(CHART_VALUES.read_text()), yaml.safe_load(text))

@@ -1,10 +1,10 @@
 """Cost of the defences without an attack: the front-end CPU time per streamed token of this checkout, compared with
 another checkout.
 
-Both checkouts serve the same requests over a simulated engine, alternating (`relay` has the set-up). Two processes that
-run the same code differ by up to a tenth, so several pairs of processes are started, and each pair serves a part of the
-rounds. The value is the geometric mean of the rounds' ratios. The bound applies to the mean; the interval is reported
-together with the mean.
+Both checkouts serve the same requests with a simulated engine, in turn, as in the scenario `relay`. The CPU times of
+two processes that run the same code differ by up to a tenth. So several pairs of processes are started, and each pair
+serves a part of the rounds. The value is the geometric mean of the rounds' ratios. The bound applies to the mean; the
+interval is reported together with the mean.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ async def _play_pair(
     bundle: Path,
     source: str,
 ) -> None:
-    """Start one process of each checkout, in the given order, and run the rounds with these numbers. `arms`: the arms
-    by name; the first pair adds them."""
+    """Start one process of each checkout, in the given order, and run the rounds with these numbers. `arms`: for each
+    checkout and API what is measured, by name; the first pair of processes fills it."""
     # The parts of the scenario choose the arms by name, so `--only` must not filter the arms again.
     whole = replace(stage, options=replace(stage.options, only=()))
     started: list[serving.Ours] = []
@@ -111,7 +111,8 @@ async def _play_pair(
 
 
 def _interleaved(arms: Sequence[Contestant]) -> list[Contestant]:
-    """Return the arms in an order in which the two checkouts of one API follow each other."""
+    """Return the arms (one for each checkout and API) in an order in which the two checkouts of an API follow each
+    other."""
     return sorted(arms, key=lambda arm: arm.arm.name.removeprefix(THIS).removeprefix(OTHER))
 
 

@@ -92,7 +92,7 @@ class Generator:
         )
 
     def integer(self, most: int = INT32) -> int:
-        """Return any integer of a width, from -`most` - 1 to `most`."""
+        """Return any integer from -`most` - 1 to `most`; by default, any 32-bit integer."""
         return self._rng.choice([0, 1, -1, 2, 64, 65, 128, 1024, most, most - 1, -most - 1, 2**15])
 
     def ids(self) -> list[int]:

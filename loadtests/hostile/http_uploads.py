@@ -40,13 +40,13 @@ def unfinished(size: int, key: str, chunked: bool) -> Iterator[bytes]:
 
 
 def pipelined() -> Iterator[bytes]:
-    """Yield requests whose answers are not read."""
+    """Yield requests. Their answers are not read."""
     for _ in range(PIPELINED // 100):
         yield b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n" * 100
 
 
 def half_head() -> Iterator[bytes]:
-    """Yield the parts of a request head with many fields that does not end."""
+    """Yield the parts of a request head that has many fields and does not end."""
     yield f"POST {PATH} HTTP/1.1\r\nhost: a\r\n".encode()
     yield b"".join(b"x%d: %b\r\n" % (i, b"y" * 280) for i in range(HEAD_BYTES // 300))
 

@@ -1,5 +1,5 @@
-"""A thousand idle anonymous connections on all ports of a gateway with 256 descriptors. Measured: which callers are
-still served.
+"""A thousand idle anonymous connections on all ports of a gateway with 256 file descriptors. Measured: which callers
+are still served.
 
 Meanwhile each port is tried every second on a new connection: health over gRPC and HTTP, a tenant's call over gRPC and
 HTTP, the admin API and the metrics page. A second worker dials the link port; the gateway must then have the links of

@@ -2,10 +2,10 @@
 is affected.
 
 The calls come from a seeded generator (generator.py). They are made over gRPC as single calls and in sessions, and over
-HTTP. On simulated engines half of the calls come while there is capacity. The other half come while all capacity is in
-use, so that these calls wait, and the code that reads a link's messages sends them later. On the real engine all calls
-come while there is capacity. A stream of the other tenant is affected if the stream fails, has a text that differs from
-the undisturbed text, or was resumed on another worker.
+HTTP. On simulated engines half of the calls arrive while there is capacity. The other half arrive while all capacity is
+in use: they wait, and are sent later by the code that reads a link's messages. On the real engine all calls arrive
+while there is capacity. A stream of the other tenant is affected if it fails, if its text differs from the undisturbed
+text, or if it was resumed on another worker.
 """
 
 from __future__ import annotations
@@ -113,9 +113,8 @@ class Attack:
             self.answers[error.code().name] += 1
 
     async def _session(self, calls: Sequence[Hostile]) -> None:
-        """Make calls in one session. A call that is no valid protobuf message would end the session, so such a call is
-        left out.
-        """
+        """Make calls in one session. Calls whose bytes are no valid protobuf message are left out, because they would
+        end the session."""
         calls = [call for call in calls if _is_message(call)]
         session: Any = self._channel.stream_stream("/cluster.v1.Inference/Session")(
             metadata=self._metadata, timeout=CALL_S
@@ -266,9 +265,8 @@ async def occupied_capacity(running: Fleet) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def serving(stage: Stage, name: str, bundle: Path, source: str, workers: int) -> AsyncIterator[Fleet]:
-    """Start a gateway and workers that dial the gateway directly. A relay between them would share the delays of one
-    worker with all workers.
-    """
+    """Start a gateway and workers that dial the gateway directly. There is no relay in between, because all workers
+    would share it and a delay of one worker would delay all."""
     home = stage.folder / name
     async with AsyncExitStack() as stack:
         running = await fleet.started_gateway(stack, stage.children, home, classes=(ATTACKER,))

@@ -48,9 +48,8 @@ async def attack(
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Measure the attacks: anonymous full bodies, many small anonymous bodies, and the tenant's bodies over one
-    connection and over twenty connections.
-    """
+    """Measure the attacks: anonymous requests with full bodies, many small anonymous bodies, and the tenant's bodies
+    over one connection and over twenty connections."""
     large = await attack(stage, "one-large", ["--calls", "40"])
     strange = await attack(stage, "one-strange", [*STRANGE, "--bytes", "60000"])
     many = await attack(stage, "many", [*STRANGE, "--bytes", "60000", "--connections", "1000"])

@@ -1,4 +1,4 @@
-"""Separate gateway for attacks on the gRPC port, with measurements of the gateway's resource use."""
+"""A separate gateway for attacks on the gRPC port, and measurements of its CPU time, memory and answers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Cost of refused requests by size, over HTTP and gRPC, for every field that can hold much data.
 
-The CPU time is the time of the gateway and its helper processes. The length of one piece of event-loop work is the time
-by which the loop was late while the gateway's process used CPU. This length is measured on a second gateway, since the
-witness inside that gateway itself uses a twentieth of a core.
+The CPU time is that of the gateway and its helper processes. A piece of event-loop work is work during which nothing
+else runs on the loop. Its length is the time by which the loop was late while the gateway's process used CPU. The
+length is measured on a second gateway, because the witness that measures it uses a twentieth of a core.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def attacks_over_grpc() -> Sequence[Attack]:
 
 
 class Target:
-    """A gateway that is attacked, with the witness that measures the gateway's event loop."""
+    """A gateway that is attacked. Its witness measures the gateway's event loop."""
 
     def __init__(self, gateway: ours.Ours, witness: Path) -> None:
         self.gateway = gateway

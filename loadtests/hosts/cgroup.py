@@ -2,10 +2,10 @@
 processes with a nice value (pods.py).
 
 Without the cgroup the kernel shares this machine's processors by session. A pod that starts a session for each process,
-as Ray's pod does, would then take processors from the pods of other hosts; real hosts have processors of their own.
-Groups by host and by request are no better: a group that sleeps has hardly any weight as it wakes, and on Linux 6.18
-pods in groups of hosts waited for up to 0.8 s. In one group a process that uses little CPU runs within 20 ms, even
-while many other processes use all the CPU time that they get.
+as Ray's pod does, would then take processors from the pods of other hosts, whereas real hosts have separate processors.
+One group for each host, or groups by the pods' CPU requests, are no better: a group that sleeps has hardly any weight
+when it wakes, and on Linux 6.18 pods in groups of hosts waited for up to 0.8 s. In one group a process that uses little
+CPU runs within 20 ms, even while many other processes use all the CPU time that they get.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ V1, V2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
 
 @contextlib.contextmanager
 def cgroup() -> Iterator[Path | None]:
-    """Create a group while the context is entered; yield None if this machine does not permit it. The group has the
-    weight of one session. With a larger weight, all other processes had to wait for a processor for over a second.
-    """
+    """Create a group for the time of the context; yield None if this machine does not permit it. The group has the
+    weight of one session. With a larger weight, all other processes had to wait for a processor for over a second."""
     parent = V1 if (V1 / "cpu.shares").exists() else V2
     path = parent / f"headrace-{os.getpid()}"
     try:

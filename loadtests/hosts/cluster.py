@@ -53,9 +53,8 @@ class Size:
 
     @property
     def capacity(self) -> int:
-        """Number of concurrent streams that counts as full load. An engine takes more streams than it can run at full
-        speed. A fleet that is to lose half of its nodes without queueing needs this headroom.
-        """
+        """Number of concurrent streams that counts as full load: half of what the engines take. The other half is
+        headroom, so that a fleet that loses half of its nodes queues no stream."""
         return self.workers * self.max_num_seqs // 2
 
 
@@ -148,9 +147,8 @@ class Cluster:
         return self.pod(f"{ray}-head-0")
 
     def whole(self, beside: Collection[str] = ()) -> bool:
-        """Return whether every gateway has a link to every simulated worker. `beside`: leaving workers, which do not
-        count.
-        """
+        """Return whether every gateway has a link to every simulated worker. `beside`: workers that are leaving and do
+        not count."""
         return self.linked(MASS, beside) >= self.size.workers
 
     def linked(self, model: str, beside: Collection[str] = ()) -> int:

@@ -82,9 +82,8 @@ class EpisodeResults:
 
     @property
     def beyond_s(self) -> float | None:
-        """Seconds from the start of the last engine until full capacity, at least 0. Ray's restart and the start of the
-        engines do not explain this time. None if one of the two times was not measured.
-        """
+        """Time that Ray's restart and the start of the engines do not explain: seconds from the start of the last
+        engine until full capacity, at least 0. None if one of these two moments was not measured."""
         episode = self.episode
         return (
             None
@@ -94,9 +93,8 @@ class EpisodeResults:
 
     @property
     def moved(self) -> int:
-        """Number of streams that certainly changed workers in this event. Such a stream began after all earlier events
-        were over, and was in progress both when the event struck and when the last of the original workers was gone.
-        """
+        """Number of streams that certainly changed workers in this event. Such a stream was resumed. It also began
+        after all earlier events were over, or was still in progress when the last of the original workers was gone."""
         episode = self.episode
         return sum(
             bool(call.resumed)
@@ -169,7 +167,7 @@ class Play:
         return episode
 
     async def calm(self, episode: Episode) -> None:
-        """Let nothing happen. This event is the baseline for the other events."""
+        """Wait without changing anything. This event is the baseline for the other events."""
         await asyncio.sleep(AWAY_S)
 
     async def gateway(self, episode: Episode) -> None:
@@ -201,7 +199,7 @@ class Play:
         await self._restart_later(self._cluster.pod("postgresql-0"), episode)
 
     async def cut(self, episode: Episode) -> None:
-        """Unplug the cable of a host with a gateway and a Ray node, and plug the cable in again."""
+        """Cut off a host with a gateway and a Ray node from the other hosts, and connect it again."""
         episode.struck = time.time()
         self._cluster.fabric.cut(B)
         await self._until_links_lost(episode)
@@ -296,16 +294,15 @@ class Play:
         episode.notes["back after s"] = round(time.time() - episode.struck, 1)
 
     def _record_ended_connections(self, episode: Episode) -> None:
-        """Record when connections of callers ended. A connection that ended before the cable was back counts as
-        detection.
-        """
+        """Record when connections of callers ended. If a connection ended before the cable was plugged in again, its
+        end counts as detection of the cut."""
         self._load.read()
         broke = [at - episode.struck for at in self._load.broke if 0.0 <= at - episode.struck < AWAY_S]
         episode.notes["connections ended after s"] = [round(s, 3) for s in sorted(broke)]
         episode.detected_s = max([episode.detected_s, *broke])
 
     async def _until_links_lost(self, episode: Episode) -> None:
-        """Wait until every gateway has lost a link; the last lost link gives the detection time."""
+        """Wait until every gateway has lost a link. The time of the last loss is the detection time."""
         timeline, gateways = self._cluster.timeline, {pod.spec.name for pod in self._cluster.gateways}
         deadline = time.monotonic() + DETECTED_S
         while time.monotonic() < deadline:

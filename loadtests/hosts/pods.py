@@ -1,7 +1,7 @@
-"""Running pods. Each pod is a process tree in namespaces of its own; the pod is restarted when the tree ends, and has a
+"""Running pods. Each pod is a process tree in its own namespaces. The pod is restarted when the tree ends, and has a
 readiness probe.
 
-`Kubelet` does what a kubelet, the controllers and the cluster's DNS do for the life of a pod, and nothing more.
+`Kubelet` does those things in a pod's life that are done by a kubelet, by the controllers and by the cluster's DNS.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ class Kubelet:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Run the kubelet. All pods end with the context."""
+        """Run the kubelet while the context is entered. At its end all pods end."""
         try:
             yield
         finally:

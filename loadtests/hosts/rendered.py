@@ -1,7 +1,7 @@
 """Conversion of the rendered chart to pods, with programs, arguments, environment and files as Kubernetes would set
 them.
 
-Deployments, StatefulSets and Jobs contain all of this. For a RayCluster the command line and a few variables come from
+Deployments, StatefulSets and Jobs contain all of these. For a RayCluster the command line and a few variables come from
 KubeRay, which does not run here: `_ray_pod` writes what KubeRay's operator writes.
 """
 
@@ -37,7 +37,8 @@ Object = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """Mount of a volume in a container. `source` None: memory of the given `size`."""
+    """Mount of a volume in a container. `source`: folder on this machine; None for a volume in memory of the given
+    `size`."""
 
     path: str
     source: Path | None
@@ -243,9 +244,8 @@ class Containers:
 
 
 def _entry_point(spec: Spec) -> Spec:
-    """Return the spec with the steps that the entry point of the PostgreSQL image runs before the server: create the
-    database, once.
-    """
+    """Return the spec with a command that creates the database, if there is none, and then runs the server. In a real
+    pod, the entry point of the PostgreSQL image creates the database."""
     data = spec.environment["PGDATA"]
     script = (
         'set -e; if [ ! -s "$PGDATA/PG_VERSION" ]; then umask 077; printf %s "$POSTGRES_PASSWORD" > /tmp/password; '

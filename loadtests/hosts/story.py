@@ -48,7 +48,7 @@ class Timeline:
             task.cancel()
 
     def since(self, at: float, name: str) -> list[Event]:
-        """Return the events with this name since `at`, in order."""
+        """Return the events with this name that happened at or after `at`, in order."""
         return [event for event in self.events if event.name == name and event.at >= at]
 
     async def _follow(self, pod: str) -> None:

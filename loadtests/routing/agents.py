@@ -1,8 +1,10 @@
-"""The part `agents`: 200 sessions of 43 turns with tool pauses and sub-agents, of three tenants of unequal weight.
+"""The part `agents`: 200 sessions of 43 turns with tool pauses and sub-agents. They belong to three tenants with
+unequal weights.
 
-The fairness gap is defined as in the scenario fairness: the most service, divided by weight, that one tenant gained
-over another, in units of U. U is the longest prompt or the most tokens that a worker held at once, whichever is more
-service. Here the gap is measured over the intervals in which both tenants had calls waiting.
+The fairness gap is defined as in the scenario fairness. It is the most service (weighted tokens, divided by the
+tenant's weight) that one tenant gained over another, in units of U. U is the larger of two numbers of weighted tokens:
+the longest prompt, and the most tokens that a worker held at once. Here the gap is measured over the intervals in which
+both tenants had calls waiting.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ class ServiceObserver:
             self.order.ended(call.call_id)
 
     def sample(self) -> None:
-        """Update the leads of all pairs of tenants."""
+        """Update for all pairs of tenants how much one leads the other."""
         names = sorted(self.tenants)
         for at, one in enumerate(names):
             for other in names[at + 1 :]:
@@ -92,13 +94,13 @@ class ServiceObserver:
 
     @property
     def unit(self) -> float:
-        """U, in weighted tokens."""
+        """The unit U of the fairness gap, in weighted tokens."""
         most = max(worker.most_tokens for worker in self.cluster.workers)
         return max(SERVICE.input * self.longest_prompt, SERVICE.output * most)
 
 
 def run(policy: str, seed: int, config: SessionsConfig | None = None, blocks: int = BLOCKS) -> tuple[Outcome, float]:
-    """Run all sessions; return the measurements, and the fairness gap in U."""
+    """Run all sessions; return the measurements, and the fairness gap in units of U."""
     config = config or SessionsConfig(TENANTS)
     weights = {tenant.name: tenant.weight for tenant in config.tenants}
     order = FairOrder(weight_of=weights.__getitem__, service=SERVICE)
@@ -114,7 +116,7 @@ def run(policy: str, seed: int, config: SessionsConfig | None = None, blocks: in
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Return the rows of the part."""
+    """Return the report's rows for this part."""
     config = SessionsConfig(TENANTS, adapters=stage.options.adapter_mix)
     results = await run_all([(run, (policy, stage.options.seed, config)) for policy in (OURS, *PRECISE)])
     outcomes = [outcome for outcome, _ in results]

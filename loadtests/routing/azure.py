@@ -24,13 +24,13 @@ ROWS: Mapping[str, Bound] = {MEAN: Bound("<=", 1.02)}
 def run(
     policy: str, seed: int, speed: float = SPEED, most: int | None = None, adapters: AdapterMix | None = None
 ) -> Outcome:
-    """Replay the trace. `speed`: factor of the arrival rate. `most`: number of calls."""
+    """Replay the trace. `speed`: factor of the arrival rate. `most`: largest number of calls, None for all."""
     cluster = Cluster(ClusterConfig(policy, seed=seed, adapters=adapters))
     return measured(policy, replay(cluster, with_adapters(azure(speed, most), adapters)))
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Return the rows of the part."""
+    """Return the report's rows for this part."""
     azure(most=1)
     seed, mix = stage.options.seed, stage.options.adapter_mix
     ours, theirs = await run_all([(run, (policy, seed, SPEED, None, mix)) for policy in (OURS, LEAST_LOAD)])

@@ -1,8 +1,9 @@
-"""KV blocks of one simulated engine: a prefix cache with reference counts and LRU eviction, and the pooled LRU.
+"""KV blocks of one simulated engine: a prefix cache with reference counts and LRU eviction. Also the pooled LRU, the
+reference for the workers' hits.
 
 Blocks are named by prefix hashes, so equal names mean equal prefixes. Blocks without references are evicted in vLLM's
-order: those released longest ago first, and among the blocks of one call, the last block of the prompt first. Blocks of
-outputs, and of prompts that are being computed, have no name; they take room until they are released.
+order: the block that was released longest ago first, and among the blocks of one call, the last block of the prompt
+first. Blocks of outputs, and of prompts that are being computed, have no name; they take space until they are released.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ class BlockCache:
         return count
 
     def acquire(self, names: Sequence[int], most: int, blocks: int) -> int | None:
-        """Take the blocks of a call: leading blocks that are held, and room for the others. `names`: whole blocks of
+        """Take the blocks of a call: leading blocks that are held, and space for the others. `names`: whole blocks of
         the prompt. `most`: how many of these may be reused. `blocks`: number of blocks for prompt and output. Returns
-        the number of reused blocks, or None if there is no room."""
+        the number of reused blocks, or None if there is not enough space."""
         matched = self.match(names[:most])
         used = {name for name in names[:matched] if name not in self._references}
         if len(self._references) + len(used) + self._unnamed + blocks - matched > self.capacity:
@@ -87,7 +88,7 @@ class BlockCache:
                 self._evictable[name] = None
 
     def pop_change(self) -> KvChange:
-        """Return what has changed since the last call."""
+        """Return how the named blocks have changed since the last call of this method."""
         changed, self._changed = self._changed, {}
         return KvChange(
             stored=np.array([name for name, held in changed.items() if held], np.uint64),
@@ -113,16 +114,16 @@ class BlockCache:
 
 
 class PooledLru:
-    """One LRU cache as large as all workers' caches together. Its hits are the reference for the workers' hits: a
-    prompt is stored when it arrives, so that no delay costs a hit, and no call pins blocks."""
+    """One LRU cache as large as all workers' caches together. Its hits are the reference for the workers' hits. A
+    prompt is stored when it arrives, so no hit is lost to a delay; and blocks are never pinned by running calls."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._names: OrderedDict[int, None] = OrderedDict()
 
     def use(self, names: Sequence[int], most: int = 0) -> int:
-        """Store a prompt's blocks as the most recently used ones. Returns how many leading blocks, at most `most`, were
-        in the cache before."""
+        """Store a prompt's blocks as the most recently used ones. Return how many leading blocks were in the cache
+        before, at most `most`."""
         matched = 0
         for name in names[:most]:
             if name not in self._names:

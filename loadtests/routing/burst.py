@@ -49,7 +49,7 @@ def loads(policy: str, holders: int, seed: int) -> list[int]:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Return the rows of the part."""
+    """Return the report's rows for this part."""
     seed = stage.options.seed
     every, single = loads(OURS, 8, seed), loads(OURS, 1, seed)
     mean = sum(single) / len(single)

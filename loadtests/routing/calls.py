@@ -31,9 +31,8 @@ class Prompt:
 
     @cached_property
     def hashes(self) -> Hashes:
-        """Prefix hashes of the blocks that may be found in a cache, without the block of the last prompt token. That
-        token is always computed.
-        """
+        """Prefix hashes of the blocks that may be found in a cache. The block of the last prompt token is left out,
+        because that token is always computed."""
         return self._all[: self.reusable]
 
     @property
@@ -71,8 +70,8 @@ class RoutedCall:
     """State of a call. Times are in virtual seconds, -1 before the event.
 
     Four fields are numbers of cached prompt tokens. `predicted`: what the gateway expected on the worker. `cached`:
-    what the engine found. `pooled`: what PooledLru held. `in_pool`: what one large BlockCache held, which gets the
-    calls of all workers at the same times. `ends`: how often the call has ended.
+    what the engine found. `pooled`: what PooledLru held. `in_pool`: what one large BlockCache held on which all workers
+    repeat their cache operations. `ends`: how often the call has ended.
     """
 
     call_id: str

@@ -46,9 +46,9 @@ def fifo(_: str) -> Order:
 class ClusterConfig:
     """Settings of a simulation.
 
-    `blocks`: KV blocks of a worker, of BLOCK_TOKENS tokens. `policy`: name in POLICIES. `picker_of`: if set, builds
-    the policy instead. `order_of`: order of the waiting calls. `hedger_of`: creates a gateway's hedging policy.
-    `link_s`: delay of messages. `slow`: pairs of a worker's number and its slowness.
+    `blocks`: KV blocks of a worker, of BLOCK_TOKENS tokens. `policy`: name in POLICIES. `picker_of`: if set, builds the
+    routing policy instead. `order_of`: returns the order of the waiting calls. `hedger_of`: creates a gateway's hedging
+    policy. `link_s`: delay of messages in seconds. `slow`: pairs of a worker's number and its slowness.
     """
 
     policy: str = "cost"
@@ -152,7 +152,7 @@ class Cluster:
     def send(
         self, prompt: Prompt, gateway: int | None = None, on_end: Callable[[RoutedCall], None] | None = None
     ) -> None:
-        """Make a call now, at a random gateway unless one is named."""
+        """Make a call now, at `gateway`, or at a random gateway if it is None."""
         if gateway is None:
             gateway = self._rng.choice(list(self.gateways))
         call = RoutedCall(str(len(self.calls)), prompt, gateway, self.events.now, on_end)
@@ -171,7 +171,7 @@ class Cluster:
         return self
 
     def finish(self, most_s: float = 600.0) -> Cluster:
-        """Run until no call waits or runs, at most `most_s` longer."""
+        """Run until no call waits or runs, but at most `most_s` seconds longer."""
         last = self.events.now + most_s
         while self.events.now < last and any(g.calls for g in self.gateways.values()):
             self.events.run_until(self.events.now + 1.0)

@@ -1,12 +1,13 @@
 """The part `engines`: multi-turn chats on two vLLM workers, compared with one pooled LRU cache, and with vllm-router on
 the same engines.
 
-`python -m loadtests.routing.engines` runs it alone. The gateway runs in this process, so that each call's prediction is
-read when the call is sent to its worker. All chats begin with the same text, but half of them have another cache_salt.
+`python -m loadtests.routing.engines` runs this part alone. The gateway runs in this process, so that each call's
+prediction is read when the call is sent to its worker. All chats begin with the same text, but half of them have
+another cache_salt.
 
 A prediction differs from what the engine found if blocks were evicted or stored between the worker's last report and
-the call's start. A difference is traced if the worker has reported, after the decision, that it removed or stored the
-first block for which the prediction was wrong.
+the call's start. Such a difference is traced (explained) if the worker reported after the decision that it removed or
+stored the first block for which the prediction was wrong.
 """
 
 from __future__ import annotations
@@ -145,7 +146,8 @@ async def our_fleet(
 
 
 def chats_of(kv_tokens: int, share: float, tokens_a_chat: int, seed: int, name: str) -> list[Chat]:
-    """Return chats whose last prompts take `share` of `kv_tokens`."""
+    """Return as many chats as together take the share `share` of `kv_tokens`, at `tokens_a_chat` tokens for each
+    chat."""
     count = max(round(share * kv_tokens / tokens_a_chat), 2)
     return [Chat(number, seed, f"{name}-{number % 2}") for number in range(count)]
 
@@ -194,7 +196,7 @@ async def router(
 
 
 async def run(children: Children, folder: Path, environment: Path, seed: int = 1) -> list[Figure]:
-    """Measure all arms. `environment`: the peers' environment. Raises DidNotStart or RuntimeError."""
+    """Measure our fleet and the peers. `environment`: the peers' environment. Raises DidNotStart or RuntimeError."""
     model, bundle = await serving.prepare(children, "llama", folder)
     async with httpx.AsyncClient() as client:
         async with our_fleet(children, folder, client, str(model), bundle) as fleet:
@@ -250,7 +252,7 @@ def _own_rows(tokens: Tokens, pooled: float, roomy: Compared, full: Compared, cr
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Return the rows of the part."""
+    """Return the report's rows for this part."""
     return await run(stage.children, stage.folder, stage.options.peers, stage.options.seed)
 
 
@@ -264,7 +266,7 @@ async def _main(environment: Path, seed: int) -> None:
 
 
 def main() -> None:
-    """Print the rows."""
+    """Print the report's rows."""
     parser = argparse.ArgumentParser(prog="python -m loadtests.routing.engines", description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--peers", type=Path, default=PEERS, help="the peers' environment")

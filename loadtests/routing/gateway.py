@@ -52,9 +52,10 @@ class _Link:
 class RoutingGateway:
     """A simulated gateway.
 
-    `carry_out(call, worker)` submits a call, `cancel(call, worker)` aborts it. `claim(calls)` reports the number of
+    `carry_out(call, worker)` submits a call, `cancel(call, worker)` aborts a call. `claim(calls)` reports the number of
     waiting calls to the workers. `slots`: number of sequences that a worker runs at once. `knows_blocks`: whether the
-    gateway keeps a cache index. `hedger`: its hedging policy. `adapters`: the adapters that all workers have loaded.
+    gateway keeps a cache index. `hedger`: the gateway's hedging policy. `adapters`: the adapters that all workers have
+    loaded.
     """
 
     def __init__(
@@ -166,7 +167,7 @@ class RoutingGateway:
         return self._hedger.next_due
 
     def hedge(self, now: float) -> None:
-        """Send each call with a late first token also to a second worker, where the hedging policy allows it."""
+        """Send each call whose first token is late to a second worker too, where the hedging policy allows it."""
         for key in list(self._hedger.late(now)):
             link = self._links[self.calls[key].worker]
             since = max(next(iter(link.sent_at.values()), now), link.last_first)
@@ -254,7 +255,7 @@ class RoutingGateway:
         return call
 
     def apply(self, worker: int, change: KvChange) -> None:
-        """Apply a report of a worker's blocks."""
+        """Apply a worker's report of changed blocks."""
         name = str(worker)
         if not self._knows_blocks:
             return
@@ -274,7 +275,7 @@ class RoutingGateway:
         return self._candidate(int(incarnation))
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return how many leading tokens of a prompt the workers hold, as far as the gateway knows."""
+        """Return how many leading tokens of a prompt each worker holds, as far as the gateway knows."""
         return {worker: blocks * BLOCK_TOKENS for worker, blocks in self._matched(self.calls[key]).items()}
 
     def _matched(self, call: RoutedCall) -> Mapping[str, int]:
@@ -299,15 +300,15 @@ class RoutingGateway:
         return self._picker(call, self.candidates(call.model, now, resumed=False))
 
     def has_adapter(self, model: str, adapter: str) -> bool:
-        """See Workers."""
+        """See Workers.has_adapter in cluster/policy/scheduling/workers.py."""
         return True
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
-        """False, because no worker is ever lost."""
+        """Return False: no worker is ever lost, so no sequence is suspect."""
         return False
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
-        """False, because no worker is ever lost."""
+        """Return False: no worker is ever lost, so none is replaced."""
         return False
 
     def _first_block(self) -> int:

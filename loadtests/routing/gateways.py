@@ -20,13 +20,13 @@ ROWS: Mapping[str, Bound] = {LOSS: Bound("<=", 1.0), LOAD: Bound("<=", 0.06)}
 
 
 def run(gateways: int, seed: int, most: int = CALLS) -> Outcome:
-    """Replay the beginning of Mooncake's trace over some gateways."""
+    """Replay the beginning of Mooncake's trace on a cluster with this number of gateways."""
     config = ClusterConfig(OURS, blocks=BLOCKS, gateways=gateways, seed=seed)
     return measured(f"{gateways} gateways", replay(Cluster(config), mooncake(most=most)))
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Return the rows of the part."""
+    """Return the report's rows for this part."""
     mooncake(most=1)
     outcomes = await run_all([(run, (gateways, stage.options.seed)) for gateways in GATEWAYS])
     stage.report.settings.setdefault("routing", {})["gateways"] = [o.as_json() for o in outcomes]

@@ -1,8 +1,8 @@
 """The part `index`: the gateway's cache index with a thousand workers and ten million pairs of block and worker.
 
-`python -m loadtests.routing.index` runs it alone. Times of the index are CPU times of the thread that uses it, since
-other programs run on the same machine. Peers: a dict of sets, and the index of Dynamo's router through its Python
-binding, each in a process of its own with fewer pairs.
+`python -m loadtests.routing.index` runs this part alone. Times of the index are CPU times of the thread that uses it,
+since other programs run on the same machine. There are two peers: a dict of sets, and the index of Dynamo's router
+through its Python binding. Each peer runs in its own process with fewer pairs.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Times:
 
     @property
     def note(self) -> str:
-        """The median in words, as the note of a row whose value is the p99."""
+        """The median as text, for the note of a row whose value is the p99."""
         return f"median {self.p50:.0f} us"
 
 
@@ -135,7 +135,7 @@ class Filled:
 
 
 def run(seed: int = 0, workers: int = WORKERS, pairs: int = PAIRS, calls: int = 4000) -> list[Figure]:
-    """Measure our index. Returns its rows."""
+    """Measure our index. Returns the report's rows."""
     filled = Filled(seed, workers, pairs)
     index, bytes_a_pair, rate = filled.index, filled.index.bytes_used / filled.stored, filled.stored / filled.store_s
     texts = {count: [filled.token_ids(count) for _ in range(8)] for count in (SHORT, LONG)}
@@ -173,7 +173,7 @@ def _hash_and_match(index: CacheIndex, prompts: Sequence[array[int]], number: in
 
 def grown(filled: Filled, conversations: int = 20, turns: int = 20) -> Figure:
     """Hash conversations of 60,000 tokens that grow by TURN_TOKENS a turn, and count the hashed blocks. The
-    conversations take turns."""
+    conversations take their turns in rotation."""
     memory, times, fresh = PromptHashes(), [], []
     whole = [filled.token_ids(60_000 // BLOCK + turns * TURN_TOKENS // BLOCK) for _ in range(conversations)]
     lengths = [60_000 + turn * TURN_TOKENS for turn in range(turns)]
@@ -204,7 +204,8 @@ class _Link:
 async def longest_stall_ms(seed: int, workers: int = 100, seconds: float = 3.0) -> float:
     """Return the longest CPU time of one pass of the event loop, in milliseconds, while workers report blocks to a
     gateway's WorkerCaches. Together the workers report 100,000 blocks a second, each worker ten times a second. One
-    further worker reports 100,000 blocks at once. The garbage collector is set as in a gateway that serves."""
+    further worker reports 100,000 blocks at once. The garbage collector has the same settings as in a serving
+    gateway."""
     rng, caches = np.random.default_rng(seed), WorkerCaches()
     links = [_Link(f"w{number}") for number in range(workers)]
     blocks = 100_000 // workers // 10
@@ -240,7 +241,7 @@ def _report(caches: WorkerCaches, link: _Link, change: KvChange) -> None:
 
 
 def run_peers(environment: Path, seed: int = 0, workers: int = WORKERS, pairs: int = PEER_PAIRS) -> list[Figure]:
-    """Measure the peers with the Python of `environment`. Returns their rows."""
+    """Measure the peers with the Python of `environment`. Returns the report's rows."""
     figures = []
     for name, (bytes_row, match_row) in PEERS.items():
         python = environment / "bin" / "python" if name == "dynamo" else Path(sys.executable)
@@ -263,13 +264,13 @@ def run_peers(environment: Path, seed: int = 0, workers: int = WORKERS, pairs: i
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Return the rows of the part."""
+    """Return the report's rows for this part."""
     ours = await asyncio.to_thread(run, stage.options.seed)
     return ours + await asyncio.to_thread(run_peers, stage.options.peers, stage.options.seed)
 
 
 def main() -> None:
-    """Print the rows."""
+    """Print the report's rows."""
     parser = argparse.ArgumentParser(prog="python -m loadtests.routing.index", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pairs", type=int, default=PAIRS)

@@ -1,6 +1,7 @@
-"""An index of KV blocks that is not ours: a dict of sets, or the index of Dynamo's router. Prints its figures as JSON.
+"""Program that measures a peer's index of KV blocks: a dict of sets, or the index of Dynamo's router. It prints the
+figures as JSON.
 
-    python index_peers.py dict|dynamo SEED WORKERS PAIRS
+python index_peers.py dict|dynamo SEED WORKERS PAIRS
 
 The program runs with the Python of the peers' environment, so it imports nothing of this repository.
 """
@@ -24,7 +25,7 @@ class Index(Protocol):
     """An index from blocks to workers."""
 
     def prepare(self, hashes: list[int]) -> Any:
-        """Return what `store` and `match` take for a prompt."""
+        """Return a prompt in the form that `store` and `match` take."""
 
     def store(self, worker: int, prompt: Any) -> None:
         """Record that a worker holds a prompt."""
@@ -34,22 +35,22 @@ class Index(Protocol):
 
 
 class DictOfSets:
-    """The set of workers for each hash."""
+    """An index as a dict: for each hash, the set of workers that hold the block."""
 
     def __init__(self) -> None:
         self._holders: dict[int, set[int]] = {}
 
     def prepare(self, hashes: list[int]) -> list[int]:
-        """See Index."""
+        """See Index.prepare."""
         return hashes
 
     def store(self, worker: int, prompt: list[int]) -> None:
-        """See Index."""
+        """See Index.store."""
         for value in prompt:
             self._holders.setdefault(value, set()).add(worker)
 
     def match(self, prompt: list[int]) -> dict[int, int]:
-        """See Index."""
+        """See Index.match."""
         depths: dict[int, int] = {}
         alive: set[int] | None = None
         for depth, value in enumerate(prompt):
@@ -65,23 +66,23 @@ class DictOfSets:
 
 
 class Dynamo:
-    """`dynamo.llm.RadixTree`. Its events are JSON; making the JSON is not timed."""
+    """`dynamo.llm.RadixTree`. Its events are JSON; the time to make the JSON is not measured."""
 
     def __init__(self) -> None:
         self._tree = importlib.import_module("dynamo.llm").RadixTree()
 
     def prepare(self, hashes: list[int]) -> tuple[list[int], bytes]:
-        """See Index."""
+        """See Index.prepare."""
         blocks = [{"block_hash": value, "tokens_hash": value} for value in hashes]
         event = {"event_id": 0, "data": {"stored": {"parent_hash": None, "blocks": blocks}}}
         return hashes, json.dumps(event).encode()
 
     def store(self, worker: int, prompt: tuple[list[int], bytes]) -> None:
-        """See Index."""
+        """See Index.store."""
         self._tree.apply_event(worker, prompt[1])
 
     def match(self, prompt: tuple[list[int], bytes]) -> Any:
-        """See Index."""
+        """See Index.match."""
         return self._tree.find_matches(prompt[0]).scores
 
 

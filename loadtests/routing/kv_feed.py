@@ -1,7 +1,7 @@
 """Delivery of KV events from a worker to a gateway: delayed, in order, and sometimes lost.
 
 A batch arrives after a random delay, but never before an earlier batch. The gateway notices a lost batch when a batch
-or heartbeat with a later number arrives. The batch is then sent again, and later batches wait for it.
+or heartbeat with a later number arrives. The lost batch is then sent again; later batches wait for it.
 """
 
 from __future__ import annotations

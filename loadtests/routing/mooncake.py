@@ -1,4 +1,5 @@
-"""The part `mooncake`: Mooncake's conversation trace on eight workers with small and with large caches, by each policy.
+"""The part `mooncake`: Mooncake's conversation trace on eight workers with small and with large caches, under each
+routing policy.
 
 The reference for hits is one LRU cache as large as all workers' caches together, which stores a prompt when it arrives.
 The reference for times is the best plain policy of the same run, chosen for mean and p99 separately.
@@ -37,13 +38,13 @@ def run(
     most: int | None = None,
     adapters: AdapterMix | None = None,
 ) -> Outcome:
-    """Replay the trace. `speed`: factor of the arrival rate. `most`: number of calls."""
+    """Replay the trace. `speed`: factor of the arrival rate. `most`: largest number of calls, None for all."""
     config = ClusterConfig(policy, blocks=blocks, seed=seed, adapters=adapters)
     return measured(policy, replay(Cluster(config), with_adapters(mooncake(speed, most), adapters)))
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Return the rows of the part."""
+    """Return the report's rows for this part."""
     mooncake(most=1)  # a missing trace is reported before any process starts
     seed, mix = stage.options.seed, stage.options.adapter_mix
     outcomes = await run_all(

@@ -1,8 +1,8 @@
 """The part `new_gateway`: one of two gateways is killed under load, and another starts in its place.
 
-Each worker sends the new gateway a snapshot of its blocks. The hit rate counts as back at the beginning of the first
-window of WINDOW_S that meets this condition: for the calls of the window, the new gateway knows at least the share
-ENOUGH of the tokens that workers have cached.
+Each worker sends the new gateway a snapshot of its blocks. For a window of WINDOW_S seconds, the new gateway's
+knowledge is the share of the tokens cached at workers that its index finds, over the calls of the window. The hit rate
+counts as back at the beginning of the first window in which this share is at least ENOUGH.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ ROWS: Mapping[str, Bound] = {BACK: Bound("<=", 2.0)}
 
 
 class Known(NamedTuple):
-    """A call at the new gateway. `after_s`: its arrival, in seconds after the gateway started. `held`: leading tokens
-    of its prompt that the best worker holds. `known`: how many of these tokens the gateway's index finds on one
-    worker."""
+    """A call at the new gateway. `after_s`: its arrival, in seconds after the gateway started. `held`: largest number
+    of its leading prompt tokens that any worker holds. `known`: how many of these tokens the gateway's index finds on
+    one worker."""
 
     after_s: float
     held: int
@@ -67,8 +67,8 @@ def run(seed: int, kill_s: float = KILL_S, for_s: float = FOR_S) -> list[Known]:
 
 
 def replace_gateway(cluster: Cluster, number: int) -> list[RoutedCall]:
-    """Kill a gateway, start a new one, and send the new gateway the calls that waited at the killed one. Returns these
-    calls."""
+    """Kill a gateway, start a new one, and send the calls that waited at the killed gateway to the new one. Return
+    these calls."""
     waiting = cluster.kill_gateway(number)
     new = cluster.add_gateway()
     for call in waiting:
@@ -87,7 +87,7 @@ def back_after_s(calls: Sequence[Known]) -> float:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Return the rows of the part."""
+    """Return the report's rows for this part."""
     mooncake(most=1)
     (calls,) = await run_all([(run, (stage.options.seed,))])
     back_s = back_after_s(calls)

@@ -1,4 +1,4 @@
-"""Measurements of one simulation, and running several simulations in processes."""
+"""Measurements of one simulation, and a function that runs several simulations in parallel processes."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Outcome:
 
     @property
     def hits(self) -> float:
-        """Cached tokens relative to `pooled`."""
+        """Cached tokens, divided by `pooled`."""
         return self.cached / max(self.pooled, 1)
 
     @property
     def hits_alike(self) -> float:
-        """Cached tokens relative to `in_pool`."""
+        """Cached tokens, divided by `in_pool`."""
         return self.cached / max(self.in_pool, 1)
 
     @property
@@ -82,7 +82,7 @@ def variation(values: Sequence[float]) -> float:
 
 def measured(label: str, cluster: Cluster, calls: Sequence[RoutedCall] | None = None) -> Outcome:
     """Return the measurements of a finished simulation. `calls`: the calls to include, None for all. Raises
-    RuntimeError if one of them has not ended."""
+    RuntimeError if one of these calls has not ended."""
     chosen = cluster.calls if calls is None else calls
     if open_calls := sum(call.ended < 0 for call in chosen):
         raise RuntimeError(f"{label}: {open_calls} of {len(chosen)} calls have not ended")

@@ -1,6 +1,6 @@
 """Policies that choose the worker of a new call, by name: the gateways' policy, variants of it, and plain policies.
 
-A policy is a function of the call and the candidates, like `policy.routing.router.pick`. Random choices come from a
+A policy is a function of the call and the candidates, as `policy.routing.router.pick` is. Random choices come from a
 seeded generator.
 """
 
@@ -43,13 +43,13 @@ def _chosen(choose: Callable[[RouteCall, list[Candidate]], Candidate]) -> Picker
 
 
 def _load(candidate: Candidate) -> tuple[float, float, str]:
-    """Sort key of the load: prompt tokens to compute, plus 2,000 for each running sequence. Ties go to the worker that
-    has waited longest for a call."""
+    """Sort key for the load: prompt tokens to compute, plus 2,000 for each running sequence. Of workers with equal
+    load, the worker that has waited longest for a call comes first."""
     return candidate.prefill_tokens + 2000.0 * candidate.running, candidate.last_sent, candidate.worker_id
 
 
 def _product(prefix: Prefix, rng: Random) -> Picker:
-    """Return the policy of the gateways."""
+    """Return the production policy, which the gateways use."""
     return choose
 
 
@@ -94,8 +94,8 @@ def _longest_prefix(prefix: Prefix, rng: Random) -> Picker:
 
 
 def _prefix_or_load(prefix: Prefix, rng: Random) -> Picker:
-    """Return a policy as in SGLang's router: the worker with the longest cached prefix, if it is at least half of the
-    prompt and loads are balanced, else the worker with the least load."""
+    """Return a policy like that of SGLang's router. It picks the worker with the longest cached prefix if that prefix
+    is at least half of the prompt and the loads are balanced. Otherwise it picks the worker with the least load."""
 
     def choose(call: RouteCall, fitting: list[Candidate]) -> Candidate:
         longest = min(fitting, key=lambda c: (-call.cached.get(c.worker_id, 0), _load(c)))

@@ -47,7 +47,7 @@ class SessionsConfig:
 
 
 class Sessions:
-    """All sessions of a cluster. `open` sessions have not ended."""
+    """All sessions of a cluster. `open`: number of sessions that have not ended."""
 
     def __init__(self, config: SessionsConfig, cluster: Cluster, seed: int) -> None:
         self.config = config
@@ -65,7 +65,7 @@ class Sessions:
                 cluster.events.at(self._rng.uniform(0, config.start_s), agent.turn)
 
     def run(self, most_s: float = 50_000.0) -> None:
-        """Run until all sessions have ended. Raises RuntimeError if they have not after `most_s`."""
+        """Run until all sessions have ended. Raises RuntimeError if a session still runs after `most_s` seconds."""
         while self.open:
             if self._cluster.events.now > most_s:
                 raise RuntimeError(f"{self.open} sessions have not ended after {most_s:g} s")
@@ -92,7 +92,7 @@ class Sessions:
     def begin(
         self, tenant: AgentTenant, blocks: Sequence[int], turns: int, on_end: Callable[[], None], adapter: str = ""
     ) -> None:
-        """Start a sub-agent at once."""
+        """Start a sub-agent, which makes its first call at once."""
         _Agent(self, tenant, blocks, turns, on_end, adapter).turn()
 
     def new_tokens(self) -> int:

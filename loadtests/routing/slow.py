@@ -1,9 +1,10 @@
 """The part `slow`: at any time one of eight workers is ten times slower, but still passes its checks.
 
-Three configurations are compared: routing by the workers' measured rates, the same with hedging, and neither. Every
-EPISODE_S another worker becomes slow. The measured rates keep nearly all new calls away from a slow worker. Hedging
-helps the calls that a worker already has when it becomes slow. The calls are those of Azure's conversation trace, whose
-prompts are so short that the slow worker, not the longest prompt, decides the p99 of the time to first token.
+Three configurations are compared: routing by the workers' measured rates, the same with hedging, and neither of the
+two. Every EPISODE_S another worker becomes slow. Routing by measured rates keeps nearly all new calls away from a slow
+worker. Hedging helps the calls that a worker already has when it becomes slow. The calls are those of Azure's
+conversation trace. Its prompts are so short that the slow worker, not the longest prompt, decides the p99 of the time
+to first token.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def run(label: str, seed: int, most: int = CALLS) -> tuple[Outcome, int]:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Return the rows of the part."""
+    """Return the report's rows for this part."""
     azure(most=1)
     results = await run_all([(run, (label, stage.options.seed)) for label in (NEITHER, RATES, BOTH)])
     neither, rates, both = outcomes = [outcome for outcome, _ in results]

@@ -17,8 +17,8 @@ same adapter."""
 
 
 def mooncake(speed: float = 1.0, most: int | None = None, folder: Path | None = None) -> Timed:
-    """Return Mooncake's conversation trace. `speed`: factor of the arrival rate. `most`: number of calls. Raises NoData
-    if the trace is absent."""
+    """Return Mooncake's conversation trace. `speed`: factor of the arrival rate. `most`: largest number of calls, None
+    for all. Raises NoData if the trace is absent."""
     return [
         (t.at_s / speed, Prompt("", t.prompt_tokens, t.output_tokens, t.blocks[: t.prompt_tokens // BLOCK_TOKENS]))
         for t in traces.load("mooncake", folder or traces.DEFAULT_FOLDER)[:most]
@@ -26,7 +26,8 @@ def mooncake(speed: float = 1.0, most: int | None = None, folder: Path | None = 
 
 
 def with_adapters(calls: Timed, mix: AdapterMix | None) -> Timed:
-    """Return the calls, some of which name adapters. The choice is the same in each run."""
+    """Return the calls, with adapters assigned to a share of them. Calls whose prompts begin with the same blocks get
+    the same adapter."""
     if mix is None:
         return calls
     return [

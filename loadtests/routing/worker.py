@@ -38,9 +38,10 @@ _LATE_STEPS = 48
 class WorkerOutputs:
     """Callbacks of a worker. `link` is the number of the gateway at the other end of the link.
 
-    `first(link, call id, cached tokens, cached tokens in the pool)`: a first token. `ended(link, call id)`: the last
-    token. `granted(grant)`: a credit grant for the link that it names. `changed()`: the blocks have changed for the
-    first time since the last report. `adapters(names)`: the adapters in the engine's slots have changed.
+    `first(link, call id, cached tokens, cached tokens in the pool)`: first token of a call. `ended(link, call id)`:
+    last token of a call. `granted(grant)`: a credit grant for the link that it names. `changed()`: the blocks have
+    changed for the first time since the last report. `adapters(names)`: the adapters in the engine's slots have
+    changed.
     """
 
     first: Callable[[int, str, int, int], None]
@@ -65,7 +66,8 @@ class _Job:
 
 
 class PrefixWorker:
-    """A simulated worker. `busy_s`: time for which it computed anything; `computed`: prompt tokens that it computed."""
+    """A simulated worker. `busy_s`: seconds during which it computed something. `computed`: prompt tokens that it
+    computed."""
 
     def __init__(
         self,
@@ -78,8 +80,8 @@ class PrefixWorker:
         pool: BlockCache | None = None,
         adapters: AdapterMix | None = None,
     ) -> None:
-        """`adapters`: None if no call names one. `pool`: one cache as large as all workers' caches together. Each
-        worker repeats its cache operations on this cache, to compute RoutedCall.in_pool."""
+        """Create the worker. `adapters`: None if no call names an adapter. `pool`: one cache as large as all workers'
+        caches together. Each worker repeats its cache operations on this cache, to compute RoutedCall.in_pool."""
         self.number = number
         self._slots = None if adapters is None else AdapterSlots(adapters)
         self.cache = BlockCache(blocks)
@@ -109,7 +111,7 @@ class PrefixWorker:
     # ---- links
 
     def attach(self, link: int) -> KvChange:
-        """Add a link; return the snapshot of the blocks for its gateway."""
+        """Add a link to a gateway; return the snapshot of the blocks for this gateway."""
         self._granter.attach(self._rank(link))
         self.regrant()
         return self.cache.snapshot()
@@ -120,7 +122,7 @@ class PrefixWorker:
         self.regrant()
 
     def set_claim(self, link: int, claim: int) -> None:
-        """Set the claim of a gateway."""
+        """Set the claim of a gateway: the number of calls that wait there."""
         self._granter.set_backlog(self._rank(link), claim)
         self.regrant()
 
@@ -129,15 +131,18 @@ class PrefixWorker:
         self._granter.acknowledge(self._rank(link), grant_id)
 
     def regrant(self) -> None:
-        """Distribute the free capacity."""
+        """Distribute the free capacity to the gateways as credit."""
         room = Capacity(self._window.admissible_sequences, self.cache.capacity * BLOCK_TOKENS - self._tokens)
         for grant in self._granter.new_grants(room):
             self._outputs.granted(replace(grant, link=grant.link % _LINKS))
 
     def _rank(self, link: int) -> int:
-        """Return the link's number among the links of this worker. Among equal claims, the lowest number gets the rest
-        that cannot be divided. The numbers differ from worker to worker. Otherwise the same gateway would get the rest
-        at every worker, and another gateway might have no credit anywhere."""
+        """Return the link's rank among this worker's links. The part of the capacity that cannot be divided equally
+        goes to the gateway with the lowest rank among those with equal claims.
+
+        The ranks differ from worker to worker. Otherwise the same gateway would get this part at every worker, and
+        another gateway might get no credit anywhere.
+        """
         return (link * 40_503 + self.number * 30_011) % 97 * _LINKS + link
 
     def pop_change(self) -> KvChange:
@@ -225,7 +230,7 @@ class PrefixWorker:
         self._reported_steps = whole
 
     def _go_on(self) -> None:
-        """Begin the next prompt if one fits, plan the next event, and grant the free capacity."""
+        """Begin the next prompt if its blocks fit, plan the next event, and grant the free capacity."""
         if self._prefilling is None and self._queue and len(self._running) < self._model.max_running:
             job = self._queue[0]
             prompt = job.prompt
@@ -257,7 +262,7 @@ class PrefixWorker:
         self.regrant()
 
     def _reach(self, plan: int) -> None:
-        """Handle the planned event, unless something came before it."""
+        """Handle the planned event. Do nothing if a newer plan has replaced `plan`."""
         if plan != self._plan:
             return
         self._advance()
@@ -283,7 +288,7 @@ class PrefixWorker:
         self._outputs.first(job.link, job.call_id, job.matched * BLOCK_TOKENS, job.in_pool * BLOCK_TOKENS)
 
     def _caches(self, job: _Job) -> list[tuple[BlockCache, int]]:
-        """Return the caches, each with the number of the call's blocks that it held."""
+        """Return the caches that a call uses, each with the number of the call's blocks that it already held."""
         own = [(self.cache, job.matched)]
         return own if self._pool is None else [*own, (self._pool, job.in_pool)]
 

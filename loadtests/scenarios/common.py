@@ -1,4 +1,6 @@
-"""Parts that scenarios share: options, alternating arms, and the cores that processes are bound to."""
+"""Parts that scenarios share: options, rounds in which the arms (measured servers) alternate, and the cores that
+processes are bound to.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Options from the command line. If `rounds` or `tokens` is None, the scenario uses a number of its own."""
+    """Options from the command line. `rounds` and `tokens` are None if the scenario is to use its own numbers."""
 
     rounds: int | None = None
     tokens: int | None = None
@@ -74,17 +76,18 @@ class Options:
 
     @property
     def adapter_mix(self) -> AdapterMix | None:
-        """The share of simulated calls that name adapters, and these adapters; None if no call names one."""
+        """The adapters that simulated calls name, and the share of the calls that name one. None if no call names an
+        adapter."""
         return None if self.adapters is None else AdapterMix(self.adapters)
 
     def selects(self, arm: str) -> bool:
-        """Return whether an arm is to run."""
+        """Return whether an arm (a measured server) is to run."""
         return not self.only or arm in self.only
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Context in which a scenario runs."""
+    """The context of a running scenario."""
 
     options: Options
     screen: Screen
@@ -108,7 +111,8 @@ class Stage:
 
 @dataclass(eq=False, slots=True)
 class Contestant:
-    """An arm with its client and its processes. `after`: returns values that only the server knows, for a run."""
+    """An arm (a server, measured over one protocol) with its client and its processes. `after`: returns values that
+    only the server knows, for a run."""
 
     arm: Arm
     face: Face
@@ -120,7 +124,7 @@ class Contestant:
 async def first_call(contestant: Contestant, request: Request, timeout_s: float = FIRST_CALL_S) -> bool:
     """Repeat `request` until the contestant answers; return whether it answers within `timeout_s`.
 
-    If it does not, the problem is recorded in `contestant.arm`.
+    Without an answer, the problem is recorded in `contestant.arm`.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -176,9 +180,8 @@ async def alternate(
     first_number: int = 1,
     check: bool = True,
 ) -> None:
-    """Warm up each arm, then run every arm in turn `rounds` times, with the same requests. A broken arm is skipped.
-
-    Each second round has the opposite order, so that no arm always follows the same other arm.
+    """Warm up each arm (measured server), then run every arm in turn `rounds` times, with the same requests. A broken
+    arm is skipped. Every second round has the opposite order, so that an arm does not always follow the same other arm.
 
     `cooldown_s`: pause between two arms, for work that the processes of an arm still do after the arm's last call.
     `first_number`: number of the first round. `check`: whether to check the answers at the end.
@@ -201,10 +204,10 @@ async def alternate(
 
 
 def check_answers(report: Report, contestants: Sequence[Contestant], *, exact: bool = True) -> None:
-    """Check that every answer has the requested number of tokens, and that all arms gave the same text for the same
-    request. Failed checks are added to the problems of the report.
+    """Check that every answer has the requested number of tokens, and that all arms (measured servers) gave the same
+    text for the same request. Failed checks are added to the report's problems.
 
-    Without `exact`, texts that differ between arms are counted, but are not added to the problems.
+    If `exact` is False, texts that differ between arms are counted, but are not added to the problems.
     """
     for contestant in contestants:
         short = sum(1 for run in contestant.runs for r in run.good if r.tokens != r.asked_tokens)
@@ -225,7 +228,7 @@ def check_answers(report: Report, contestants: Sequence[Contestant], *, exact: b
 def per_round(
     one: Contestant | None, other: Contestant | None, value: Callable[[Round], float | None]
 ) -> tuple[list[float], list[float]]:
-    """Return the values of both arms, for the rounds in which both arms have a value."""
+    """Return the values of both contestants, for the rounds in which both have a value."""
     if one is None or other is None:
         return [], []
     theirs = {r.number: value(r) for r in other.arm.rounds}

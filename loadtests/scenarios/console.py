@@ -1,9 +1,10 @@
-"""The console in the browser: its cost in the gateway, the delay of its updates, and its resistance to attacks.
-`--only PART` runs some of the parts.
+"""The console in the browser: its cost in the gateway, the delay of its updates, and its resistance to attacks. `--only
+PART` runs some of the parts.
 
 `cost`: gateway CPU with 20 open consoles and with none, in turn. `memory`: memory of an hour of history. `pages`: times
-in Chromium, while 64 streams run and 20 workers report. `access`: axe's rules on every page. `hostile`: payloads in
-every text that a page shows. `roles`: admin requests and pages of each role. `tasks`: clicks that a person needs.
+in Chromium, while 64 streams run and 20 workers report. `access`: the rules of the accessibility checker axe, on every
+page. `hostile`: scripts in every text that a page shows. `roles`: admin requests and pages of each role. `tasks`:
+clicks that a person needs for a task.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scenario `endpoint`: load a running server, over the API that the address names, in an open or a closed loop."""
+"""Scenario `endpoint`: load a running server. The API follows from the server's address; the loop is open or closed."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ async def play(arguments: argparse.Namespace, screen: Screen, report: Report) ->
 
 
 async def _check_endpoint(face: Face, first: Request, arguments: argparse.Namespace) -> None:
-    """Make one short call, so that a wrong address or model gives one clear line and no run."""
+    """Make one short call, so that a wrong address or model gives one clear error line before any run begins."""
     try:
         async with asyncio.timeout(arguments.call_timeout_s):
             await face.run(replace(first, max_tokens=1), lambda text: None)

@@ -1,9 +1,9 @@
 """Fairness between tenants: gap, shares, a quiet tenant while a loud tenant sends, and the cost of fairness.
 
 Eight simulated workers and one, two or eight gateways run in virtual time. Waiting room, fair queue, credits, accounts
-and routing are the production code (loadtests/sim). Reports come 100 ms late. The tenants' lengths are from public
-traces if those are present. Only the cost of queueing is measured in real time. With `--adapters SHARE` this share of
-the calls names one of 64 adapters, of which eight lie in a worker's engine at a time.
+and routing are the production code (loadtests/sim). Reports arrive 100 ms late. The lengths of the tenants' calls are
+from public traces, or synthetic if the traces are absent. Only the cost of queueing is measured in real time. With
+`--adapters SHARE`, this share of the calls names one of 64 adapters. A worker's engine holds eight adapters at a time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ PEERS = "the peers scenario with all of this on"
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """Results of a world in which all tenants always have calls waiting. `gap` is in units of U."""
+    """Results of a world in which all tenants always have calls waiting. `gap`: largest fairness gap between two
+    tenants, in units of U (see Observer.unit)."""
 
     gap: float
     share: float
@@ -173,9 +174,8 @@ def from_traces() -> bool:
 
 
 def tenants(seed: int) -> list[SimTenant]:
-    """Return twelve tenants: short, middling and long outputs, weights 1 and 2, half of the tenants at one gateway
-    only.
-    """
+    """Return twelve tenants. They have short, medium and long outputs and the weights 1 and 2. Half of them use only
+    one gateway."""
     kinds = (
         ("code", lengths("azure-code", seed)),
         ("chat", lengths("azure-conv", seed)),

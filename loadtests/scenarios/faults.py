@@ -1,10 +1,10 @@
 """Faults: the effect on callers when workers are killed, stopped and cut off, and the gateway under overload.
 
-The scenario has parts, each with rows of its own. In the order of the table the parts are: mass (faults under every
-kind of call), engines (the same faults on real vLLM), peers (streams that finish behind peers and behind our gateway),
-recovery (silent gaps, detection, the survivors), alarms, overload, soak. The ledger is checked after each part. `--only
-PART` runs some of the parts; `--points`, `--soak-s` and `--rounds` size them, and `--runner` selects the model runner
-of engines.
+The scenario has parts, each with rows of its own. In the order of the table the parts are: mass (faults during calls of
+every kind), engines (the same faults on real vLLM), peers (streams that finish behind peers and behind our gateway),
+recovery (silent gaps, detection, streams that were not hit), alarms, overload, soak. The ledger is checked after each
+part. `--only PART` runs some of the parts; `--points`, `--soak-s` and `--rounds` set their size, and `--runner` selects
+the model runner of the part engines.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _ALL, _NONE = Bound(">=", 1.0), Bound("<=", 0.0)
 
 @dataclass(slots=True)
 class TestBed:
-    """Test bed that the parts share."""
+    """What the parts share: the stage, the model, its bundle, and the sums of the ledger's audits (`books`)."""
 
     stage: Stage
     model: Path
@@ -65,7 +65,7 @@ class TestBed:
 
 
 def exact(name: str, value: float, bound: Bound, unit: str, note: str = "") -> Figure:
-    """Return a row that is counted, not estimated: the value covers every case."""
+    """Return a row whose value was counted over all cases, not estimated."""
     met = value >= bound.limit if bound.sense == ">=" else value <= bound.limit
     return Figure(name, value=value, bound=str(bound), met=met, unit=unit, note=note)
 

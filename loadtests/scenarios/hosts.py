@@ -1,5 +1,5 @@
-"""Hosts: the rendered chart on network namespaces as hosts, under load, while parts of the cluster die, are cut off and
-are rolled.
+"""Hosts: the rendered chart, with network namespaces as hosts, under load. Meanwhile parts of the cluster die, are cut
+off and are replaced.
 
 The cluster is started once. Every event of hosts/events.py is played over the same streams; then `engine` adds a real
 engine over two hosts. `--only EVENT` plays some of the events; `--speed` shortens the streams, and with them the run;
@@ -161,9 +161,8 @@ def _rows(load: Load, results: dict[str, EpisodeResults]) -> list[Figure]:
 
 
 def lost_in_move(result: EpisodeResults | None) -> Figure:
-    """Return a row with the number of streams lost among the streams in progress during the move. A lost stream failed,
-    or has a text that differs from other answers.
-    """
+    """Return the row for the event `move`: the number of lost streams among those in progress during the move. A stream
+    is lost if it failed, or if its text differs from other answers."""
     if result is None:
         return missing(MOVE, _NONE, "the event was not played")
     if result.episode.moved is None:

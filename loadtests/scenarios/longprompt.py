@@ -7,7 +7,7 @@ process is bound to cores.
 
 The prompts are drawn from a hundred words, as in all load tests. This favours a tokenizer that encodes each distinct
 word once. So the measurement is repeated with prose: Python's language reference, from a different position for each
-prompt. The prose is a tenth shorter, since the small vocabulary of the test needs more tokens for prose.
+prompt. The prose is a tenth shorter, since the test's small vocabulary needs more tokens for prose.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ async def play(stage: Stage) -> None:
 
 
 def _with_prose(stage: Stage, arm: Contestant) -> Contestant:
-    """Return an arm with the same servers, for the prose prompts."""
+    """Return an arm (a measured server) with the same servers, for the prompts of prose."""
     name = arm.arm.name.removeprefix(stage.part)
     return Contestant(stage.arm(name + WITH_PROSE, arm.arm.description), arm.face, arm.roots, arm.after)
 

@@ -1,12 +1,12 @@
 """Cost of metrics, traces and logs in the gateway: CPU per token with all of them on, compared with all off, and memory
 with many tenants. `--only PART` runs some of the parts.
 
-`streams` and `calls`: two gateways, each with a simulated engine, alternate. One has counters and histograms that count
-nothing, logs errors only and no calls, and is not scraped. The other runs with the default log and metrics, is scraped
-every few seconds, and traces 1 % of the calls to a collector. `streams` has long answers, `calls` short ones, where the
-cost per call weighs more.
+`streams` and `calls`: two gateways, each with a simulated engine, alternate. In one gateway everything is off: its
+counters and histograms count nothing, it logs only errors, and its metrics are not scraped. The other gateway has the
+default log and metrics, is scraped every few seconds, and sends traces of 1 % of the calls to a collector. `streams`
+has long answers, `calls` short ones, where the cost per call weighs more.
 
-`tenants`: a gateway that has served ten tenants, and one that has served as many calls of ten thousand tenants.
+`tenants`: two gateways have served the same number of calls, one of ten tenants, the other of ten thousand.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def scrape(address: str) -> list[tuple[str, dict[str, str], float]]:
 
 @asynccontextmanager
 async def _scraped(address: str) -> AsyncIterator[None]:
-    """Scrape a page every SCRAPE_S seconds, in the OpenMetrics format that has exemplars."""
+    """Scrape a metrics page every SCRAPE_S seconds, in the OpenMetrics format, which has exemplars."""
     request = urllib.request.Request(
         f"http://{address}/metrics", headers={"Accept": "application/openmetrics-text", "Accept-Encoding": "gzip"}
     )

@@ -26,15 +26,18 @@ class Part(Protocol):
 
 
 def exact(name: str, value: float, bound: Bound | None, unit: str = "", note: str = "") -> Figure:
-    """Return a row that is counted or measured once. A row with a bound is met when the value is inside the bound."""
+    """Return a row whose value was counted or measured once. If the row has a bound, it is met when the value is inside
+    the bound."""
     met = None if bound is None else value >= bound.limit if bound.sense == ">=" else value <= bound.limit
     return Figure(name, value=value, bound=str(bound) if bound else None, met=met, unit=unit, note=note)
 
 
 async def play_parts(stage: Stage, package: str, names: Sequence[str]) -> None:
-    """Run the selected parts, and report the rows of all parts. `package`: the package of the parts' modules. Each part
-    has a folder of its own, so that no part finds the tenants and files of another. The child processes of a part are
-    stopped when the part ends. If a part fails, the other parts still run."""
+    """Run the selected parts, and report the rows of all parts. `package`: the package of the parts' modules.
+
+    Each part has its own folder, so that it finds no tenants and files of another part. The child processes of a part
+    are stopped when the part ends. If a part fails, the other parts still run.
+    """
     for name in names:
         part = cast(Part, importlib.import_module(f"{package}.{name}"))
         if not stage.options.selects(name):

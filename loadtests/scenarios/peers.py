@@ -2,10 +2,12 @@
 
 vLLM's own OpenAI server runs alone (a) and behind vllm-router (b), SMG (c) and LiteLLM (d). Ray Serve's own gRPC proxy
 and its direct ingress (e) run in front of a plain vLLM deployment. Our stack (f, g, h) is a gateway process and a
-worker process with the parts of the Ray replica, without Ray's own processes. Engines and their ranks are bound to one
-core, all front ends and the driver to another core. The rows that need no engine are measured by relay, longprompt,
-startup and processes. With `--adapters SHARE` this share of the calls names one of eight adapters, on our side and
-on vLLM's server, alone and behind vllm-router. The other peers and the rows without an engine are then left out.
+worker process. The worker consists of the parts of the Ray replica, but runs without Ray's processes. Engines and their
+ranks are bound to one core, all front ends and the driver to another core. The rows that need no engine are measured by
+the scenarios relay, longprompt, startup and processes.
+
+With `--adapters SHARE`, this share of the calls names one of eight adapters. Then only our side and vLLM's server
+(alone and behind vllm-router) run; the other peers and the rows without an engine are left out.
 """
 
 from __future__ import annotations
@@ -115,7 +117,8 @@ def value_of(kind: str) -> Callable[[Round], float | None]:
 
 
 class TestBed:
-    """Arms of this scenario, collected as they start. An arm that does not start records the problem."""
+    """The arms of this scenario (measured servers), collected as they start. If an arm does not start, the problem is
+    recorded."""
 
     def __init__(self, stage: Stage, stack: AsyncExitStack) -> None:
         self.stage = stage
@@ -142,11 +145,11 @@ class TestBed:
             self.environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan[0]))
 
     def selects(self, name: str) -> bool:
-        """Return whether an arm is to run."""
+        """Return whether an arm (a measured server) is to run."""
         return self.stage.options.selects(name) and (self.mix is None or name in WITH_ADAPTERS)
 
     def requests(self, count: int, tokens: int, seed: int) -> list[Request]:
-        """Return the calls of a round, of which a share names adapters."""
+        """Return the calls of a round. A share of the calls names adapters."""
         requests, mix = fixed(count, PROMPT_WORDS, tokens, seed), self.mix
         if mix is None:
             return requests
@@ -157,7 +160,7 @@ class TestBed:
         ]
 
     async def add(self, name: str, description: str, start: Start) -> None:
-        """Start an arm and wait for the first answer of the arm. If there is none, record the problem."""
+        """Start an arm (a measured server) and wait for its first answer. If there is no answer, record the problem."""
         if not self.selects(name):
             return
         arm: Arm = self.stage.arm(name, description)
@@ -320,9 +323,8 @@ async def _ray(bed: TestBed, stack: AsyncExitStack, name: str, model: Path, *, d
 
 
 async def _rounds(bed: TestBed, part: str = "") -> None:
-    """Run rounds with one stream, then with 64 streams, alternating all arms. Add the figures of the rows that these
-    arms have.
-    """
+    """Run rounds with one stream, then rounds with 64 streams; all arms (measured servers) alternate. Add the figures
+    of the rows that these arms have."""
     stage, options = bed.stage, bed.stage.options
     rounds, streams = rounds_of(options), options.concurrency or STREAMS
     stage.report.settings[f"{part}cores"] = bed.bind()
@@ -351,9 +353,8 @@ async def _rounds(bed: TestBed, part: str = "") -> None:
 
 
 def _renamed(stage: Stage, contestant: Contestant, part: str) -> Arm:
-    """Return the arm under which a contestant is measured in `part`. Our gRPC arm gets a new name, since it runs again
-    in this part.
-    """
+    """Return the arm under which a contestant's results in `part` are recorded. Our gRPC arm gets a new name, because
+    it runs again in this part."""
     if contestant.arm.name != GRPC:
         return contestant.arm
     return stage.report.arm(part + contestant.arm.name, contestant.arm.description)

@@ -1,11 +1,13 @@
 """Processes: does a second gateway process on the same ports change the CPU time per token?
 
-256 streams of a simulated engine at 20 ms a step are served over gRPC by one gateway process and by two processes that
-share the port, alternating. Gateways are bound to one core, engines and driver to another core. Each arm has its own
-worker, which links to every gateway process: with two processes, one step is sent as two messages of half the tokens
-each. The CPU time that a process spends on a step, a heartbeat and the wake-up of a sleeping client is the same for one
-token as for a hundred. So the single process is also measured with half the streams. Its load is then the load of each
-of the two processes: the purpose of a second process is to serve more streams at the same load.
+256 streams of a simulated engine at 20 ms a step are served over gRPC, alternately by one gateway process and by two
+processes that share the port. Gateways are bound to one core, engines and driver to another core. Each of the two
+set-ups has its own worker, which links to every gateway process: with two processes, one step is sent as two messages
+of half the tokens each.
+
+Some work of a process costs the same for one token as for a hundred: a step, a heartbeat and the wake-up of a sleeping
+client. So the single process is also measured with half the streams. Its load is then the load of each of the two
+processes: the purpose of a second process is to serve more streams at the same load.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ BOUND = Bound("<=", 1.1)
 
 
 async def play(stage: Stage) -> None:
-    """Start both arms, alternate the arms, and compute the report's row."""
+    """Start both set-ups, alternate them, and compute the report's row."""
     options, report = stage.options, stage.report
     streams, tokens, rounds = options.concurrency or STREAMS, options.tokens or TOKENS, rounds_of(options)
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)

@@ -53,9 +53,8 @@ def sim_source(model: Path, seed: int) -> str:
 
 
 def our_arms(stage: Stage, ours: serving.Ours, names: Sequence[str] = (GRPC, HTTP, SESSION)) -> list[Contestant]:
-    """Return the arms of our APIs with these names. An arm is left out if this build lacks the API or the options do
-    not select it.
-    """
+    """Return an arm (a measured server and protocol) for each of our APIs with these names. An arm is left out if this
+    build lacks the API or the options do not select it."""
     roots, wanted = ours.roots, [name for name in names if stage.options.selects(name)]
     arms: list[Contestant] = []
     if GRPC in wanted:
@@ -86,9 +85,8 @@ async def start_sse_engine(stage: Stage, bundle: Path, source: str) -> tuple[Chi
 
 
 async def start_router(stage: Stage, port: int) -> Contestant | None:
-    """Start vllm-router in front of the engine at `port` and return the arm. If the router does not start, record the
-    problem in the arm and return None.
-    """
+    """Start vllm-router in front of the engine at `port`; return it as a contestant. If the router does not start,
+    record the problem in the report and return None."""
     arm = stage.arm(ROUTER, "vllm-router in front of the simulated engine's OpenAI API, cache_aware")
     try:
         peer = await peers.vllm_router(stage.children, stage.options.peers, port)
@@ -147,7 +145,7 @@ def bind(wanted: bool, measured: Sequence[int], engines: Sequence[int]) -> str:
 
 
 def relay_cpu(round_: Round) -> float | None:
-    """Return the CPU seconds per token of the relaying processes, without engines, simulated or not."""
+    """Return the CPU seconds per token of the relaying processes. Engines do not count, simulated or not."""
     return round_.usage.front_end_s() / round_.run.tokens if round_.run.tokens else None
 
 

@@ -1,9 +1,9 @@
 """Routing by cached prefix, over simulated workers in virtual time and over two vLLM workers.
 
-The parts replay traces and agents' sessions, and compare the cache index with those of its peers.
+The parts replay traces and agents' sessions, and compare the cache index with other projects' indexes.
 
 Scheduling policy, waiting room, router, fair queue, cache index, prefix hashes, credit and admission window are the
-production code. KV events come late, and some batches are lost and sent again. `--only PART` runs some of the parts.
+production code. KV events arrive late, and some batches are lost and sent again. `--only PART` runs some of the parts.
 With `--adapters SHARE` this share of the calls of the parts mooncake, agents and azure names one of 64 adapters.
 """
 

@@ -77,7 +77,7 @@ async def one_start(folder: Path, model: Path, bundle: Path, number: int) -> tup
 
 
 async def _until_open(address: str, until: float) -> None:
-    """Wait until the port accepts connections or the time is over."""
+    """Wait until the port accepts connections, or until the monotonic time `until`."""
     host, port = address.rsplit(":", 1)
     while time.perf_counter() < until:
         with suppress(OSError):

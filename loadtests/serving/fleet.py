@@ -85,9 +85,8 @@ class LinkLog:
         return holds()
 
     async def downs(self, worker: str, since: float, timeout_s: float) -> Event | None:
-        """Wait for the first loss of a worker's link after `since` and return the event; None if
-        there is none in time.
-        """
+        """Wait for the first loss of a worker's link after the wall-clock time `since`. Return the event, or None if
+        there is no loss within `timeout_s`."""
 
         def first_down() -> Event | None:
             return next(
@@ -121,9 +120,8 @@ class SimWorker:
         return pid
 
     def cut_direction(self, down: bool, *, beats: bool) -> None:
-        """Block one direction, to the worker (`down`) or from it. With `beats`, block it on all connections, else only
-        on the first one, which carries the calls but not the heartbeats.
-        """
+        """Block one direction, to the worker (`down`) or from it. With `beats`, block this direction on all
+        connections. Otherwise block it only on the first connection, which carries the calls but not the heartbeats."""
         ways = [pair[down] for pair in self.relay.ways]
         self.cut = ways if beats else ways[:1]
         for way in self.cut:

@@ -1,12 +1,12 @@
 """Program that runs a gateway with a witness in the same process.
 
-    python -m loadtests.serving.gateway --modules FILE -- gateway -f ... --folder ...
-    python -m loadtests.serving.gateway --stalls FILE -- gateway -f ... --folder ...
+python -m loadtests.serving.gateway --modules FILE -- gateway -f ... --folder ... python -m loadtests.serving.gateway
+--stalls FILE -- gateway -f ... --folder ...
 
 `--modules` runs the command line unchanged and writes the names of all imported modules at the end. `--stalls` runs the
 same gateway and samples the event loop every few milliseconds; at every SIGUSR1 the program writes the worst lateness
-and the number of tasks. `--without-metrics` runs the command line with counters and histograms that count nothing. No
-configuration can turn off counters and histograms.
+and the number of tasks. `--without-metrics` runs the command line with counters and histograms that count nothing,
+which no configuration can do.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ more. A list of all values would itself make memory grow.
 class Stalls:
     """Lateness of the event loop. `cpu_s`: the loop thread's own CPU time within the worst stall. If this time is much
     shorter than the stall, the thread did not run: another process or thread had the core. `busy_s`: the largest
-    lateness, if each lateness is limited to the CPU time that the process used meanwhile.
-    """
+    lateness, where each lateness counts at most the CPU time that the process used meanwhile."""
 
     def __init__(self, path: Path, begins_later: bool = False) -> None:
-        """`begins_later`: sampling begins at the first SIGUSR1, since it costs a hundredth of a core."""
+        """Create the witness. `path`: file for the measurements. `begins_later`: sampling begins at the first SIGUSR1,
+        because it costs a hundredth of a core."""
         self._path = path
         self._begin = asyncio.Event()
         if not begins_later:
@@ -78,7 +78,7 @@ class Stalls:
 
 
 async def watched_gateway(file: Path, folder: Path, ready_file: Path, stalls: Stalls) -> None:
-    """Run the gateway as `headrace gateway` does, with the witness in the same event loop."""
+    """Run the gateway as `headrace gateway` does, with the witness (`stalls`) in the same event loop."""
     from cluster.cli.commands.run.processes import stop_on_signal
     from cluster.cli.common import read_config
     from cluster.gateway.server import run_gateway

@@ -52,8 +52,7 @@ async def prepare(children: Children, kind: str, folder: Path) -> tuple[Path, Pa
 def plain_tokens(model: Path) -> str:
     """Return source parameters that limit a simulated engine to tokens of ASCII letters: the longest run of consecutive
     ids of such tokens. With other tokens, a server may have to hold back text until the next token. The parameters also
-    have a salt, which only our side uses. The salt changes no text, so the two sides stay comparable.
-    """
+    contain a salt, which only our side uses. The salt does not change the text, so the two sides stay comparable."""
     vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
     letters = {i for piece, i in vocabulary.items() if (word := piece.lstrip("Ġ▁")).isascii() and word.isalpha()}
     longest = range(0)
@@ -75,10 +74,9 @@ def configuration(
     observe: Mapping[str, object] | None = None,
     **addresses: str,
 ) -> str:
-    """Return a cluster.yaml for gateways on free loopback ports, except for the listeners in `addresses`. Keys, limits
-    and ledger are those that tenants.make_key makes in `home`. `more`: keys of the section gateway. `observe`: keys of
-    the section observe.
-    """
+    """Return a cluster.yaml for gateways. Listeners named in `addresses` have the given addresses, the others get free
+    loopback ports. Keys, limits and ledger are those that tenants.make_key makes in `home`. `more`: keys of the section
+    gateway. `observe`: keys of the section observe."""
     gateway: dict[str, Any] = {
         "listen": dict.fromkeys(LISTENERS, "127.0.0.1:0") | addresses,
         "processes": processes,

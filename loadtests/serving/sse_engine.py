@@ -2,9 +2,9 @@
 
 python -m loadtests.serving.sse_engine --port PORT --model NAME --bundle DIR --source sim:///folder?...
 
-Engine, seed, steps, tokenizer and detokenizer are the same as behind our gateway, so the texts must be equal. Chunks
-are like vLLM's, one chunk per token. The server is one process on a bare asyncio protocol; the CPU time of this process
-is not counted.
+Engine, seed, steps, tokenizer and detokenizer are the same as behind our gateway, so the texts must be equal. The
+chunks have vLLM's format, one chunk per token. The server is one process on a bare asyncio protocol; the CPU time of
+this process is not counted.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ LIMITS = TenantLimits(requests_per_minute=10**7, tokens_per_minute=10**10, concu
 
 
 def sections(home: Path) -> dict[str, Any]:
-    """Return the sections `auth` and `store` of a cluster.yaml, over files in `home`."""
+    """Return the sections `auth` and `store` of a cluster.yaml, with files in `home`."""
     return {
         "auth": {
             "cluster_secret_file": str(home / "cluster-secret"),

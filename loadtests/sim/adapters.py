@@ -1,9 +1,8 @@
 """Adapters of a simulated cluster: which calls name an adapter, and which adapters lie in the slots of a worker's
 engine.
 
-All adapters are loaded on all workers. An engine computes with an adapter that lies in one of a few slots. For a call
-whose adapter lies in no slot, the adapter is copied in place of the least recently used one, and the engine stops
-meanwhile.
+All workers have loaded all adapters. An engine computes only with adapters that lie in one of its few slots. If a
+call's adapter lies in no slot, the engine stops while the adapter is copied in place of the least recently used one.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class AdapterMix:
-    """The share of calls that name an adapter, and the adapters. `count`: number of adapters; their popularity follows
-    Zipf's law. `slots`: adapters that lie in an engine at a time. `copy_s`: time of a copy into a slot, in seconds."""
+    """The adapters that calls name, and the share of the calls that name one. `count`: number of adapters; their
+    popularity follows Zipf's law. `slots`: number of adapters that lie in an engine at a time. `copy_s`: time of a copy
+    into a slot, in seconds."""
 
     share: float
     count: int = 64
@@ -40,7 +40,7 @@ class AdapterMix:
         return list(accumulate(1 / (1 + number) for number in range(self.count)))
 
     def adapter_of(self, key: object) -> str:
-        """Return the adapter that calls with this key name; "" for the base model. Equal keys give equal adapters."""
+        """Return the adapter that a call with this key names; "" for the base model. Equal keys give equal adapters."""
         digest = blake2b(repr(key).encode(), digest_size=16).digest()
         first, second = (int.from_bytes(half) / 2**64 for half in (digest[:8], digest[8:]))
         return self.names[bisect(self._sums, second * self._sums[-1])] if first < self.share else ""
@@ -61,7 +61,7 @@ class AdapterSlots:
         return frozenset(self._slots)
 
     def use(self, adapter: str) -> float:
-        """Use an adapter, "" for none; return for how many seconds the engine stops first, to copy it."""
+        """Use an adapter ("" for none); return how many seconds the engine stops to copy the adapter into a slot."""
         if not adapter:
             return 0.0
         is_resident = adapter in self._slots

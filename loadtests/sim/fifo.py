@@ -41,7 +41,7 @@ class FifoOrder:
             del self._returned[self._place(call_id)]
 
     def mark_taken(self, call_id: str, now: float = 0.0) -> None:
-        """Remove a sequence that has its turn. This is the same as `remove`, because this order charges nothing."""
+        """Remove a sequence that is sent now. This is the same as `remove`, because this order charges nothing."""
         self.remove(call_id)
 
     def position(self, call_id: str) -> int:

@@ -1,10 +1,10 @@
 """Simulated replicas of one model, in ticks of virtual time.
 
-Calls wait in one queue, are served first come, first served, and enter a replica when its KV cache has room for their
-tokens. All replicas are alike, compute prompts before decoding, and share prefill and running sequences evenly. A
-single replica computes the whole prompt of a call. When a replica leaves, its streams move to the other replicas. These
-compute the streams' tokens so far again, before the prompts in the queue. A call that waits longer than MAX_WAIT_S is
-refused and counts as late.
+Calls wait in one queue and are served first come, first served. A call enters a replica when the replica's KV cache has
+space for the call's tokens. All replicas are alike, compute prompts before decoding, and share prefill and running
+sequences evenly. A single replica computes the whole prompt of a call. When a replica leaves, its streams move to the
+other replicas. These replicas compute the streams' tokens again, before the prompts in the queue. A call that waits
+longer than MAX_WAIT_S is refused and counts as late.
 
 Invariants: every call is waiting, running or judged. A fleet without ready replicas serves nothing.
 """
@@ -47,7 +47,7 @@ class _Waiting:
 class Fleet:
     """Replicas of one model. `tick` advances time.
 
-    The calls of an arrival with a `count` above 1 may be served in fractions of a call.
+    An arrival with a `count` above 1 may be served in fractions of a call.
     """
 
     def __init__(self, model: ReplicaModel, ttft_s: float, itl_s: float) -> None:
@@ -72,7 +72,7 @@ class Fleet:
         self._serial = 0
 
     def arrive(self, now_s: float, call: Arrival) -> None:
-        """Append calls to the queue."""
+        """Append an arrival to the queue."""
         self._queue.append(_Waiting(now_s, call))
         self.arrived += call.count
         self.expected_tokens += call.count * call.expected

@@ -54,7 +54,7 @@ class GatewayCallbacks:
 
 
 class SimGateway:
-    """A simulated gateway. `fair` None: calls are served first come, first served."""
+    """A simulated gateway. `fair`: the fair orders of the waiting calls; None for first come, first served."""
 
     def __init__(
         self,
@@ -126,7 +126,8 @@ class SimGateway:
         return self._policy.waiting(MODEL)[0]
 
     def claim(self) -> int:
-        """Backlog that this gateway reports to the workers: with `fair` the claimed turns, else the waiting calls."""
+        """Backlog that this gateway reports to the workers: its share of the next turns in the fair order (see
+        claimed_turns). Without a fair order, it is the number of waiting calls."""
         return self.waiting() if self.fair is None else self.fair.order(MODEL).backlogs.claimed_turns()
 
     def pump(self, now: float) -> None:
@@ -161,28 +162,28 @@ class SimGateway:
         return self._candidate(int(incarnation))
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Nothing: the simulated gateway knows no KV blocks."""
+        """Return nothing: the simulated gateway knows no KV blocks."""
         return {}
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Nothing: the simulated gateway knows no KV blocks."""
+        """Return nothing: the simulated gateway knows no KV blocks."""
         return {}
 
     def free_tokens(self, model: str, worker_id: str) -> int:
-        """Return the tokens in the credit of a worker; 0 without credit for a sequence."""
+        """Return the number of tokens in a worker's credit; 0 if the credit allows no further sequence."""
         free = self._balances[int(worker_id)].free
         return free.tokens if free.sequences > 0 else 0
 
     def has_adapter(self, model: str, adapter: str) -> bool:
-        """True for any adapter of a worker: the simulated workers have all adapters that the calls name."""
+        """Return True: the simulated workers have all adapters that the calls name."""
         return True
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
-        """False, because no worker is ever lost."""
+        """Return False: no worker is ever lost, so no sequence is suspect."""
         return False
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
-        """False, because no worker is ever lost."""
+        """Return False: no worker is ever lost, so none is replaced."""
         return False
 
     def _candidate(self, at: int) -> Candidate:

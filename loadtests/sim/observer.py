@@ -1,4 +1,4 @@
-"""Ground truth of a simulation, observed without delay: service by tenant, waiting times and idle capacity."""
+"""The true state of a simulation, observed without delay: service by tenant, waiting times and idle capacity."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ class Observer:
         return max(self._service.input * self.longest_prompt, self._service.output * running)
 
     def gap(self, one: str, other: str, weights: Mapping[str, float], from_s: float) -> float:
-        """The most that either of two tenants gained on the other in any interval since `from_s`, in weighted tokens
-        divided by weight."""
+        """The most service, in weighted tokens divided by weight, that either of two tenants gained on the other in any
+        interval since `from_s`."""
         start = round(from_s / SAMPLE_S)
         a, b = self._tenants[one].samples[start:], self._tenants[other].samples[start:]
         lead = [x / weights[one] - y / weights[other] for x, y in zip(a, b, strict=True)]

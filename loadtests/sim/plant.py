@@ -51,7 +51,8 @@ class ReplicaModel:
         return min((itl_s - self.step_s) / self.per_sequence_s, self.max_running)
 
     def busy(self, prompt_tokens: float, output_tokens: float, itl_s: float) -> float:
-        """Replica-seconds that these prompt and output tokens take, at full use and within the pace `itl_s`."""
+        """Replica-seconds that a fully used replica needs for these prompt and output tokens, within the pace
+        `itl_s`."""
         return prompt_tokens / self.prefill_at(itl_s) + output_tokens / self.decode_tokens_per_s(itl_s)
 
     def prefill_at(self, itl_s: float) -> float:

@@ -88,7 +88,7 @@ Scaler = Callable[[Observation, float], Mapping[str, int]]
 
 
 class OurPolicy:
-    """The production policy with its memory. `keep`: collect all decisions in `kept`."""
+    """The production policy with its memory. `keep`: whether to collect all decisions in `kept`."""
 
     def __init__(self, keep: bool = False) -> None:
         self.memory = Memory()
@@ -248,7 +248,8 @@ def _close(model: _SimulatedModel, now_s: float) -> None:
 
 
 def needed(demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float) -> Sequence[float]:
-    """Return the work that arrives in each slot of `slot_s` seconds, as a number of fully used replicas."""
+    """Return the work that arrives in each slot of `slot_s` seconds, as the number of fully used replicas that it
+    takes."""
     work = demand.count * (
         demand.prompt_tokens / plant.prefill_at(itl_s) + demand.output_tokens / plant.decode_tokens_per_s(itl_s)
     )

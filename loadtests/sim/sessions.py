@@ -1,12 +1,12 @@
-"""Simulated agents: sessions whose every turn extends the turn before, with a pause for tools between two turns.
+"""Simulated agents: sessions in which each turn extends the turn before, with a pause for tools between two turns.
 
-Problem: the order within a tenant's queue matters only where prompts are in caches, the caches are too small, and turns
-wait. So the sessions grow, come back after pauses and share the first tokens of their tenant, on workers whose KV
-blocks do not hold them all. The workers report stored and evicted blocks late. The waiting room, the fair order, the
-cache index and the routing are the production code.
+Problem: the order within a tenant's queue matters only if three things hold: prompts are in caches, the caches are too
+small, and turns wait. So the sessions grow, return after pauses and share the first tokens of their tenant, and the
+workers' KV blocks do not hold all of them. The workers report stored and evicted blocks late. The waiting room, the
+fair order, the cache index and the routing are the production code.
 
 Method: a worker computes one prompt after the other at a constant rate, then decodes at a constant rate. It holds KV
-blocks by number, and evicts idle blocks, the one used longest ago first.
+blocks by number. It evicts idle blocks, the block that was used longest ago first.
 
 Invariant: equal configurations give equal runs.
 """
@@ -59,8 +59,9 @@ class SessionsConfig:
 
     `shared_tokens`: first tokens that all sessions of a tenant share. `first_tokens`: further tokens of the first turn.
     `new_tokens`: median of the tokens that a turn adds to its prompt. `output_tokens`: median length of an output.
-    Sessions begin within `start_s`. `kv_blocks`: blocks of BLOCK_TOKENS of each worker. `warm` False: within a tenant,
-    first come, first served.
+    `start_s`: time within which all sessions begin. `kv_blocks`: number of KV blocks of each worker, of BLOCK_TOKENS
+    tokens. `warm`: whether the order within a tenant's queue is the warm order; otherwise it is first come, first
+    served.
     """
 
     tenants: Sequence[SessionTenant]
@@ -108,7 +109,7 @@ class Turn:
 
 
 class SessionWorker:
-    """A worker: counted slots, KV blocks with a prefix cache, and one prompt after the other."""
+    """A worker with a number of slots and a prefix cache of KV blocks. It computes one prompt after the other."""
 
     def __init__(self, config: SessionsConfig) -> None:
         self.config = config
@@ -132,8 +133,8 @@ class SessionWorker:
 
     @property
     def free_sequences(self) -> int:
-        """Number of calls that the gateway may send: the free slots, but fewer if prompts already wait in the engine
-        (see worker/admission_window.py)."""
+        """Number of calls that the gateway may send now. This is the number of free slots, less if prompts already wait
+        in the engine (see worker/admission_window.py)."""
         window = LOOKAHEAD_SEQUENCES - self.pending if self.pending else 1 + LOOKAHEAD_SEQUENCES
         return max(min(self.config.slots - self.running, window), 0)
 
@@ -163,8 +164,8 @@ class SessionWorker:
 
 
 class SessionWorld:
-    """A run of sessions on one gateway. `turns` has all calls that have ended. Implements policy.scheduling's
-    Workers."""
+    """A run of sessions on one gateway. `turns` has all calls that have ended. Implements the protocol Workers of
+    policy.scheduling."""
 
     def __init__(self, config: SessionsConfig) -> None:
         self.config = config
@@ -198,7 +199,7 @@ class SessionWorld:
         self.event_queue.every(1.0, self._sweep)
 
     def run(self, most_s: float = 1e5) -> SessionWorld:
-        """Run until all sessions have ended, but at most until the virtual time `most_s`."""
+        """Run until all sessions have ended, but at most until the virtual time `most_s`, in seconds."""
         while self._open and self.event_queue.now < most_s:
             self.event_queue.run_until(self.event_queue.now + 10.0)
         return self
@@ -215,8 +216,8 @@ class SessionWorld:
         return times[min(int(quantile * len(times)), len(times) - 1)]
 
     def gap(self) -> float:
-        """The most that a tenant gained on another while both had calls waiting, in weighted tokens divided by weight,
-        over U (see Observer.unit)."""
+        """The fairness gap in units of U (see Observer.unit): the most service that a tenant gained on another while
+        both had calls waiting. Service is in weighted tokens divided by the tenant's weight."""
         service = self.config.service
         longest = max(turn.waiting.tokens for turn in self.turns)
         running = max(worker.most_tokens for worker in self.workers)
@@ -350,16 +351,16 @@ class SessionWorld:
         return self._candidate(int(incarnation))
 
     def route(self, call: RouteCall, now: float) -> RoutingDecision:
-        """See Workers."""
+        """See Workers.route in cluster/policy/scheduling/workers.py."""
         return choose(call, self.candidates(call.model, now, False))
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return how many leading tokens of a prompt the workers hold, by worker id."""
+        """Return how many leading tokens of a prompt each worker holds, by worker id."""
         matched = self._index.match(self._hashes(self._calls[key]))
         return {worker: blocks * BLOCK_TOKENS for worker, blocks in matched.items()}
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return the same as `cached_tokens`, or nothing if the run has no warm order."""
+        """Return the same as `cached_tokens`; nothing if `warm` is off."""
         return self.cached_tokens(model, key) if self.config.warm else {}
 
     def free_tokens(self, model: str, worker_id: str) -> int:
@@ -368,15 +369,15 @@ class SessionWorld:
         return worker.free_blocks * BLOCK_TOKENS if worker.free_sequences else 0
 
     def has_adapter(self, model: str, adapter: str) -> bool:
-        """See Workers."""
+        """See Workers.has_adapter in cluster/policy/scheduling/workers.py."""
         return True
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
-        """False, because no worker is ever lost."""
+        """Return False: no worker is ever lost, so no sequence is suspect."""
         return False
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
-        """False, because no worker is ever lost."""
+        """Return False: no worker is ever lost, so none is replaced."""
         return False
 
     def _hashes(self, turn: Turn) -> Hashes:

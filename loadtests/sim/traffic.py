@@ -23,7 +23,8 @@ class SimTenant:
     """Behaviour of one simulated tenant.
 
     The tenant keeps `backlog` calls waiting at each of its gateways, or sends `rate_s` calls a second. `lengths` are
-    drawn at random. All prompts of the tenant share the first `prefix_tokens`. `gateways` None: all gateways.
+    drawn at random. All prompts of the tenant share the first `prefix_tokens`. `gateways`: the gateways that the tenant
+    uses; None for all.
     """
 
     name: str

@@ -20,7 +20,7 @@ from loadtests.sim.events import EventQueue
 
 @dataclass(frozen=True, slots=True)
 class SimSubmit:
-    """Call on its way to a worker. `again`: the call is resumed, so its charge was counted before."""
+    """A call on its way to a worker. `again`: the call is resumed, so its charge has already been counted."""
 
     request: EngineRequest
     flow: FlowKey
@@ -55,7 +55,7 @@ class SimWorker:
         callbacks: WorkerCallbacks,
         adapters: AdapterMix | None = None,
     ) -> None:
-        """`adapters`: None if no call names one."""
+        """Create the worker. `adapters`: None if no call names an adapter."""
         self.name = name
         self.adapters = frozenset() if adapters is None else frozenset(adapters.names)
         self.slots = None if adapters is None else AdapterSlots(adapters)
@@ -135,7 +135,7 @@ class SimWorker:
         self._start_step()
 
     def backlog(self, link: int, claim: int) -> None:
-        """Apply the backlog claim of a gateway."""
+        """Record the backlog that a gateway claims."""
         self._granter.set_backlog(self._rotated[link], claim)
         self.regrant()
 
@@ -154,7 +154,7 @@ class SimWorker:
             self._callbacks.granted(self._gateway_of[grant.link], grant)
 
     def promised(self) -> Capacity:
-        """Granted capacity that the gateways may still use."""
+        """Capacity that is granted to gateways and that they have not used."""
         return self._granter.promised()
 
     def _start_step(self) -> None:

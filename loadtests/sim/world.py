@@ -2,7 +2,7 @@
 calls.
 
 Problem: fairness between tenants over many workers and gateways cannot be tested in real time. A test of one hour would
-take an hour, and no two runs would be alike.
+take an hour, and no two runs would be equal.
 
 Invariants: equal settings and seeds give equal runs. The waiting room, the fair order, the credits, the accounts and
 the routing are the production code. Every message and report between processes arrives after its delay.
@@ -32,9 +32,9 @@ VOCAB = 32_000
 
 @dataclass(frozen=True, slots=True)
 class WorldConfig:
-    """Configuration of a simulation; times in seconds. `link_s` is the delay of messages, `report_late_s` of reports.
-    `engine` must use VOCAB and set `max_model_len`. `adapters`: share of calls that name adapters, and these adapters;
-    None if no call names one."""
+    """Configuration of a simulation; times in seconds. `link_s`: delay of messages. `report_late_s`: delay of reports.
+    `engine` must use VOCAB and set `max_model_len`. `adapters`: the adapters that calls name, and the share of the
+    calls that name one; None if no call names an adapter."""
 
     tenants: Sequence[SimTenant]
     workers: int = 8

@@ -13,12 +13,12 @@ PAGES = (overview, model, tenant, workers, routing, fairness, cost, canary)
 
 
 def generated() -> dict[Path, str]:
-    """Return the wanted text of every file."""
+    """Return the text that every dashboard file should have."""
     return {FOLDER / f"{page.NAME}.json": page.board().text() for page in PAGES}
 
 
 def main(arguments: list[str]) -> int:
-    """Write all files and remove others. With --check, only compare the files.
+    """Write all dashboard files and remove other files. With --check, only compare the files.
 
     Returns the exit code: 0 if all files are up to date.
     """

@@ -1,4 +1,4 @@
-"""Dashboard of versions: the canary compared with the stable version."""
+"""Dashboard of model versions: the canary compared with the stable version."""
 
 from __future__ import annotations
 

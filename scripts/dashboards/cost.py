@@ -1,4 +1,4 @@
-"""Dashboard of GPU-hours and what they cost. Its GPU-seconds come from the controller."""
+"""Dashboard of GPU-hours and their cost. The GPU-seconds are metrics of the controller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dashboard of a whole cluster: is everything well, and if not, where to look."""
+"""Dashboard of a whole cluster. It shows whether everything is well and, if not, where to look."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SHORT = (
 
 
 def process(query: str) -> str:
-    """Restrict a query to the processes of the selected cluster. It is for metrics such as process_*, which have no
-    label with the cluster's name."""
+    """Restrict a query to the processes of the selected cluster, for metrics such as process_* that have no label with
+    the cluster's name."""
     own = f"max by (instance) (headrace_tenants_capped{{{CLUSTER}}} * 0 + 1)"
     return f"max by (instance) ({query}) * on (instance) {own}"
 

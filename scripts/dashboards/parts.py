@@ -43,25 +43,25 @@ BAD_BELOW_ONE: Steps = ((None, RED), (1, GREEN))
 
 
 def rate(metric: str, by: str, matcher: str = MODEL) -> str:
-    """Return the query for a counter's rate, summed by labels."""
+    """Return the query for the rate of a counter, summed by the labels `by`. `matcher`: selects the series."""
     return f"sum by ({by}) (rate({metric}{{{matcher}}}[$__rate_interval]))"
 
 
 def quantile(share: float, metric: str, by: str = "model", matcher: str = MODEL) -> str:
-    """Return the query for a quantile of a histogram, by labels."""
+    """Return the query for the quantile `share` of a histogram, by the labels `by`. `matcher`: selects the series."""
     return f"histogram_quantile({share}, sum by ({by}, le) (rate({metric}_bucket{{{matcher}}}[$__rate_interval])))"
 
 
 def quantiles(metric: str, by: str = "model", matcher: str = MODEL) -> list[Query]:
-    """Return the queries for the median, the 95th and the 99th percentile of a histogram."""
+    """Return the queries for the median, the 95th and the 99th percentile of a histogram, by the label `by`."""
     return [
         (quantile(share, metric, by, matcher), f"{{{{{by}}}}} p{round(share * 100)}") for share in (0.5, 0.95, 0.99)
     ]
 
 
 def thresholds(steps: Steps) -> builders.ThresholdsConfig:
-    """Return the thresholds of a panel. Each step is a value, and the colour of this and greater values. The value of
-    the first step is None: its colour is that of all smaller values."""
+    """Return the thresholds of a panel. Each step is a value, and the colour from this value up to the next step. The
+    first step has the value None: its colour is for all smaller values."""
     made = [dashboard.Threshold(value, color) for value, color in steps]
     return builders.ThresholdsConfig().mode(dashboard.ThresholdsMode.ABSOLUTE).steps(made)
 
@@ -74,7 +74,7 @@ def _target(at: int, expression: str, legend: str, *, instant: bool = False) -> 
 
 
 def runbook(alert: str) -> builders.DashboardLink:
-    """Return a panel's link to the runbook of an alert."""
+    """Return the link from a panel to the runbook of an alert."""
     return (
         builders.DashboardLink(f"Runbook {alert}")
         .type(dashboard.DashboardLinkType.LINK)
@@ -84,7 +84,8 @@ def runbook(alert: str) -> builders.DashboardLink:
 
 
 def runbook_of_row() -> builders.DashboardLink:
-    """Return the link from each row of a table to the runbook of the alert in the column `alertname`."""
+    """Return the link from each row of a table to the runbook of the row's alert. The column `alertname` names the
+    alert."""
     return (
         builders.DashboardLink("Runbook")
         .type(dashboard.DashboardLinkType.LINK)
@@ -94,8 +95,9 @@ def runbook_of_row() -> builders.DashboardLink:
 
 
 def to_board(name: str, variable: str = "", label: str = "") -> builders.DashboardLink:
-    """Return a link to the dashboard `name`. `variable`: a variable that the link sets there, to the value of the label
-    `label` (default: the variable's name) of the clicked series; "" for none."""
+    """Return a link from a panel to the dashboard `name`. `variable`: the variable that the link sets in that
+    dashboard; "" for none. `label`: the label of the clicked series that gives the variable's value; "" for the label
+    named `variable`."""
     address = f"/d/headrace-{name}?var-datasource=${{datasource}}&var-cluster=${{cluster}}"
     if variable:
         address += f"&var-{variable}=${{__data.fields.{label or variable}}}"
@@ -151,7 +153,7 @@ class Board:
         self._x, self._y, self._height = 0, self._y + 1, 0
 
     def _place(self, width: int, height: int) -> dashboard.GridPos:
-        """Return the place of the next panel: to the right of the last one, or below if there is no room."""
+        """Return the place of the next panel: right of the last panel, or in the next line if there is no room."""
         if self._x + width > COLUMNS:
             self._x, self._y, self._height = 0, self._y + self._height, 0
         place = dashboard.GridPos(h=height, w=width, x=self._x, y=self._y)
@@ -161,7 +163,7 @@ class Board:
     def stat(
         self, title: str, description: str, query: str, unit: str, steps: Steps = (), *links: builders.DashboardLink
     ) -> None:
-        """Add a panel with one number, coloured by its thresholds."""
+        """Add a panel with one number. `steps`: thresholds that colour the number."""
         panel = (
             stat.Panel()
             .title(title)
@@ -189,7 +191,7 @@ class Board:
         *links: builders.DashboardLink,
         span: int = 12,
     ) -> None:
-        """Add a panel with series over time. Thresholds, if any, are drawn as lines."""
+        """Add a panel with series over time. `steps`: thresholds, which are drawn as lines."""
         panel = (
             timeseries.Panel()
             .title(title)
@@ -232,8 +234,9 @@ class Board:
         span: int = 24,
         link: tuple[str, builders.DashboardLink] | None = None,
     ) -> None:
-        """Add a table with the current values. `columns`: the queries by column; rows are joined on their labels.
-        `units`: units of columns that have one. `link`: a column, and the link of its cells."""
+        """Add a table with the current values. `columns`: the query of each column, by its title; rows are joined on
+        their labels. `units`: the units of the columns that have a unit. `link`: a column, and the link that its cells
+        have."""
         names = {f"Value #{chr(ord('A') + at)}": name for at, name in enumerate(columns)}
         panel = (
             table.Panel()
@@ -260,7 +263,7 @@ class Board:
         self.made.with_panel(panel)
 
     def text(self) -> str:
-        """Return the dashboard as JSON, with ids for its panels."""
+        """Return the dashboard as JSON. The panels are numbered."""
         whole = self.made.build()
         for at, panel in enumerate(whole.panels or [], 1):
             panel.id_val = at

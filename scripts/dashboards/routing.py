@@ -10,7 +10,7 @@ FALLBACK = MODEL + ',reason="fallback"'
 
 
 def total(metric: str, matcher: str = MODEL) -> str:
-    """Return the query for a counter's rate over all series."""
+    """Return the query for the rate of a counter, summed over all its series. `matcher`: selects the series."""
     return f"sum(rate({metric}{{{matcher}}}[$__rate_interval]))"
 
 

@@ -8,20 +8,22 @@ NAME = "workers"
 
 
 def of_worker(metric: str) -> str:
-    """Return the query for a gauge of workers, which every gateway exports for its own links."""
+    """Return the query for a gauge that describes workers. Every gateway exports this gauge for its own links."""
     return f"max by (model, worker) ({metric}{{{MODEL}}})"
 
 
 def of_engine(metric: str) -> str:
-    """Return the query for the rate of one of vLLM's counters, which every gateway exports for its own links."""
+    """Return the query for the rate of one of vLLM's counters. Every gateway exports these counters for its own
+    links."""
     matcher = f'{CLUSTER},model_name=~"$model"'
     return f"max by (model_name, worker) (rate({metric}{{{matcher}}}[$__rate_interval]))"
 
 
 def with_place(metric: str) -> str:
-    """Return the query for a gauge of workers, with the labels `pod`, `node` and `gpu` of each worker.
+    """Return the query for a gauge that describes workers, with the labels `pod`, `node` and `gpu` added for each
+    worker.
 
-    Several gateways export these labels for the same worker; the query takes one of them.
+    Several gateways export these labels for the same worker; the query uses those of one gateway.
     """
     place = f"topk by (worker) (1, headrace_worker_info{{{CLUSTER}}})"
     return f"{of_worker(metric)} * on (worker) group_left (pod, node, gpu) {place}"

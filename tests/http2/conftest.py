@@ -22,7 +22,7 @@ SERVICE = "test.Echo"
 
 @dataclass
 class Seen:
-    """The metadata, starts, cancellations and writes that the handlers recorded."""
+    """What the handlers recorded: metadata, starts, cancellations and writes."""
 
     metadata: list[tuple[str, str | bytes]] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
@@ -72,7 +72,7 @@ class _Methods:
         return b""
 
     async def many(self, request: bytes, context: Any) -> None:
-        """Send `count` messages of `size` bytes. Each byte of a message is the message's number modulo 251."""
+        """Send `count` messages of `size` bytes. Each byte of message number n has the value n modulo 251."""
         count, size = map(int, request.split(b"x"))
         for i in range(count):
             await context.write(bytes([i % 251]) * size)

@@ -21,7 +21,7 @@ from h2.settings import SettingCodes, Settings
 
 
 class Raw:
-    """A client connection. `events` holds all received events."""
+    """A client connection over the library h2. `events` holds all received events."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, window: int) -> None:
         self._reader, self._writer = reader, writer
@@ -43,7 +43,7 @@ class Raw:
         await self._writer.drain()
 
     async def receive(self, *, acknowledge: bool = True) -> None:
-        """Read once, and return the received bytes to the flow-control windows if `acknowledge` is true."""
+        """Read once. `acknowledge`: whether to enlarge the flow-control windows by the received bytes."""
         raw = await self._reader.read(65_536)
         if not raw:
             self.eof = True
@@ -60,7 +60,7 @@ class Raw:
     async def call(
         self, method: str, message: bytes | None, *, end: bool = True, service: str = "test.Echo", **headers: str
     ) -> int:
-        """Open a stream and return the stream's id."""
+        """Open a stream, send a call's headers and message, and return the stream's id."""
         stream_id = self.h2.get_next_available_stream_id()
         fields = {"content-type": "application/grpc", "te": "trailers"} | headers
         head = [(":method", "POST"), (":scheme", "http"), (":path", f"/{service}/{method}"), (":authority", "test")]

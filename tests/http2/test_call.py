@@ -1,4 +1,4 @@
-"""The calls of a connection are counted against its limits, and removed calls count no longer."""
+"""The open calls of a connection count against its limits; removed calls do not."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Call:
 
 
 def added(table: CallTable, call: Call) -> ServerCall:
-    """Add a call to the table, and return the call."""
+    """Create an open call in the table, and return the call."""
     made = cast(ServerCall, call)
     table.add(made)
     return made
 
 
 def test_the_number_of_calls_is_limited_and_rises_with_the_first_admitted_call() -> None:
-    """A connection has few calls until a call was admitted."""
+    """A connection may have few open calls until its first call is admitted, and more calls afterwards."""
     table = CallTable(LIMITS, 3)
     for stream_id in range(3):
         assert not table.is_full(10)
@@ -56,7 +56,7 @@ def test_the_number_of_calls_is_limited_and_rises_with_the_first_admitted_call()
 
 @given(sizes=st.lists(st.integers(0, UNAUTHENTICATED_HEADER_BYTES), max_size=5), size=st.integers(0, 1 << 20))
 def test_header_bytes_of_open_calls_are_limited(sizes: list[int], size: int) -> None:
-    """The header fields of all open calls together are limited; one call alone is always allowed."""
+    """The header fields of all open calls together are limited in bytes. A single call is always allowed."""
     table = CallTable(LIMITS, 6)
     for stream_id, held in enumerate(sizes):
         added(table, Call(stream_id, held))
@@ -72,7 +72,8 @@ def test_header_bytes_of_open_calls_are_limited(sizes: list[int], size: int) -> 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (ANONYMOUS_HEADER_BYTES, 1)])
 def test_calls_without_a_credential_are_few(sizes: tuple[int, ...]) -> None:
-    """Calls without a credential are limited by number and by header bytes, and the end of one makes room."""
+    """Calls without a credential are limited by number and by header bytes. After one of them ends, another is
+    accepted."""
     table = CallTable(LIMITS, 6)
     calls = [added(table, Call(stream_id, size, admitted=True)) for stream_id, size in enumerate(sizes)]
     for call in calls[:-1]:

@@ -58,7 +58,7 @@ async def test_what_is_received_is_not_written_out(serve: Serve, monkeypatch: py
 
 
 async def test_a_status_is_told(serve: Serve) -> None:
-    """An abort, an unknown method and an answer beyond the size limit raise CallEnded with the status."""
+    """An aborted call, an unknown method and an answer over the size limit raise CallEnded with the matching status."""
     async with serve() as echo, await connect(echo.address, max_message_bytes=1000) as client:
         with pytest.raises(CallEnded) as aborted:
             await answers_to(client, "One", b"abort")
@@ -73,7 +73,7 @@ async def test_a_status_is_told(serve: Serve) -> None:
 
 
 async def test_more_than_the_windows_hold(serve: Serve) -> None:
-    """A writer waits until the flow-control windows have room, and all messages come back whole and in order."""
+    """A writer waits while the flow-control windows are full, and all messages return whole and in order."""
     async with serve() as echo, await connect(echo.address, window_bytes=100_000) as client:
         answers = await answers_to(client, "Many", b"300x5000")
         assert answers == [bytes([i % 251]) * 5000 for i in range(300)]
@@ -125,7 +125,7 @@ async def test_a_server_that_goes_away_ends_reads_and_writes(serve: Serve) -> No
 
 
 async def test_a_silent_server_is_given_up() -> None:
-    """When a server answers no ping on an open connection, the client ends the connection's calls."""
+    """When a server keeps its connection open and answers no ping, the client ends the connection's calls."""
     held: list[Any] = []
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -143,7 +143,7 @@ async def test_a_silent_server_is_given_up() -> None:
 
 
 async def test_a_call_at_rest_stays(serve: Serve) -> None:
-    """A pong that arrived in time counts as the answer to a ping, even if the event loop handles the pong late."""
+    """A client whose event loop is late keeps its connection if the answer to its ping arrived in time."""
     async with serve() as echo, await connect(echo.address, ping_s=0.02, ping_answer_s=0.1) as client:
         call = open_call(client, "Back")
         await call.write(b"there")
@@ -166,7 +166,8 @@ async def test_nobody_there(unused_tcp_port: int) -> None:
 
 
 async def test_grpcs_own_server() -> None:
-    """grpc's own server understands the client's calls: streams in both directions, and trailers-only errors."""
+    """The client works with grpc's own server: calls with streams in both directions, and errors that consist of
+    trailers only."""
 
     async def back(messages: Any, context: Any) -> Any:
         async for message in messages:

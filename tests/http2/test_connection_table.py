@@ -41,7 +41,7 @@ class Fake:
     requests: int = 0
 
     def evict(self) -> None:
-        """Do nothing: a fake connection has nothing to close."""
+        """Do nothing, since a fake connection has nothing to close."""
 
 
 def connection_of(held: ConnectionSlot) -> Fake:
@@ -51,7 +51,7 @@ def connection_of(held: ConnectionSlot) -> Fake:
 
 
 def arrive(pool: Pool, address: str) -> tuple[ConnectionSlot | None, ConnectionSlot | None]:
-    """Admit a new connection to the pool. Return the slots of the new connection and of the closed connection."""
+    """Admit a new connection to the pool. Return its slot, and the slot of the connection that was closed for it."""
     pool.passes += UNREAD_PASSES + 1
     held, victim = pool.admit(address, next(NOW))
     if held is not None:
@@ -67,7 +67,7 @@ def calls(held: ConnectionSlot) -> None:
 
 @given(cap=st.integers(1, 40), events=EVENTS)
 def test_caps_hold_and_a_proven_call_keeps_its_place(cap: int, events: list[tuple[str, int]]) -> None:
-    """Caps are never exceeded, and an authenticated connection with a call is never closed for another connection."""
+    """A pool never exceeds its caps, and never closes an authenticated connection that has a call."""
     pool, kept = Pool(cap), list[ConnectionSlot]()
     for kind, number in events:
         if kind == "arrive":
@@ -116,8 +116,8 @@ def test_a_tenant_gets_in_and_stays_whatever_strangers_of_another_address_do(cap
 
 @given(cap=st.integers(4 * MIN_CONNECTIONS, 100))
 def test_a_tenant_behind_the_strangers_own_address_gets_in(cap: int) -> None:
-    """A tenant connects and stays connected although unauthenticated connections share the tenant's address, as behind
-    one ingress."""
+    """A tenant connects and stays connected even if its address also has unauthenticated connections, as behind an
+    ingress."""
     pool = Pool(cap)
     for _ in range(300):
         arrive(pool, "10.0.0.1")
@@ -132,8 +132,8 @@ def test_a_tenant_behind_the_strangers_own_address_gets_in(cap: int) -> None:
 
 @given(cap=st.integers(MIN_CONNECTIONS, 100))
 def test_a_port_full_of_resting_tenants_leaves_newcomers_time_to_prove_themselves(cap: int) -> None:
-    """An idle authenticated connection makes room for a new connection, which then has time to authenticate during a
-    flood."""
+    """At a port full of authenticated connections, an idle one is closed for a new connection. Despite a flood, the new
+    connection has time to authenticate."""
     pool = Pool(cap)
     resting = [arrive(pool, f"10.0.{i}.1")[0] for i in range(cap)]
     for held in resting:
@@ -158,7 +158,7 @@ def test_a_port_full_of_calls_refuses() -> None:
 
 
 def test_a_connection_that_was_used_outlasts_one_that_was_not() -> None:
-    """A connection that was idle since the last check is closed before a connection that had a call since then."""
+    """A full pool closes a connection without a call since the last check, and keeps connections that had a call."""
     pool = Pool(16)
     held = [h for i in range(16) if (h := arrive(pool, f"10.0.{i}.1")[0]) is not None]
     for slot in held:
@@ -182,7 +182,7 @@ def test_shares_of_all_ports_fit_the_descriptors(limit: int) -> None:
 
 @given(stages=st.lists(st.sampled_from(ConnectionStage), min_size=16, max_size=16))
 def test_of_one_address_the_oldest_of_the_least_far_goes(stages: list[ConnectionStage]) -> None:
-    """When all connections come from one address, the oldest connection at the earliest stage is closed first."""
+    """If all connections come from one address, the oldest of those at the earliest stage is closed first."""
     pool = Pool(16)
     pool.peer_cap = 16
     held = [h for _ in stages if (h := arrive(pool, "10.0.0.1")[0]) is not None]
@@ -193,7 +193,7 @@ def test_of_one_address_the_oldest_of_the_least_far_goes(stages: list[Connection
 
 
 def test_a_connection_that_is_not_read_yet_has_not_been_silent() -> None:
-    """A new connection whose bytes were not read yet does not count as silent."""
+    """A new connection does not count as silent while the bytes of its client may still be unread."""
     pool = Pool(16)
     pool.peer_cap = 16
     held = [h for _ in range(16) if (h := pool.admit("10.0.0.1", 1.0)[0]) is not None]

@@ -1,4 +1,4 @@
-"""A flood of empty frames closes the connection, unless bytes sent to the client justify the frames."""
+"""A flood of empty frames closes the connection, unless enough bytes were sent to the client to justify the frames."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def acknowledged(frame: Frame) -> bytes:
 
 
 def nothing(raw: Raw) -> Iterator[tuple[str, bytes]]:
-    """Yield empty frames by name. Stream 1 is a running call, stream 3 an ended call."""
+    """Yield the name and the bytes of each kind of empty frame. Stream 1 has a running call, stream 3 an ended call."""
     yield "data", DataFrame(1).serialize()
     yield "data on a closed stream", DataFrame(3, b"x").serialize()
     yield "window update", WindowUpdateFrame(0, 1).serialize()
@@ -90,8 +90,7 @@ async def test_each_kind_of_flood_is_cut(serve: Serve, kind: str) -> None:
 
 
 async def test_goaway_again_and_again_is_cut(serve: Serve) -> None:
-    """A client that repeats GOAWAY frames is cut, even while a call runs; the server then sends no GOAWAY with a
-    reason."""
+    """A connection whose client repeats GOAWAY frames is closed, even while a call runs."""
     async with serve(LIMITS) as echo, raw_client(echo.port) as raw:
         await settled(raw)
         await cut(raw, GoAwayFrame(0, additional_data=b"x" * 16_000).serialize() * 100)
@@ -99,8 +98,8 @@ async def test_goaway_again_and_again_is_cut(serve: Serve) -> None:
 
 
 async def test_resets_that_a_client_makes_the_server_send_are_its_own(serve: Serve) -> None:
-    """A call that the server must reset because the client enlarges the window too far is charged to the client
-    (MadeYouReset)."""
+    """A client that enlarges a window beyond the limit makes the server reset the call. The reset is charged to the
+    client (MadeYouReset)."""
     async with serve(LIMITS) as echo, raw_client(echo.port) as raw:
         for _ in range(60):
             stream_id = await raw.call("Forever", b"")
@@ -142,8 +141,8 @@ async def test_a_header_block_is_bounded_before_it_is_whole(serve: Serve, part: 
 
 @pytest.mark.parametrize("updates", [b"\x20" * 3, b"\x3f\x01" * 3])
 async def test_a_header_block_changes_its_table_twice_at_most(serve: Serve, updates: bytes) -> None:
-    """A third table size update in a header block closes the connection: updates are costly to decode, and are not
-    charged as header fields."""
+    """A third change of the table size in a header block closes the connection, because such changes are costly to
+    decode and are not charged as header fields."""
     async with serve() as echo, raw_client(echo.port) as raw:
         while not raw.events:
             await raw.receive()
@@ -155,7 +154,8 @@ async def test_a_header_block_changes_its_table_twice_at_most(serve: Serve, upda
 
 
 async def test_nothing_is_handled_after_the_cut(serve: Serve) -> None:
-    """When a connection is cut, all later frames of the same read are dropped, including frames that open calls."""
+    """When a connection is closed for a flood, the remaining frames of the same read are dropped, including frames that
+    open calls."""
     async with serve(LIMITS) as echo, raw_client(echo.port) as raw:
         await settled(raw)
         echo.seen.started.clear()
@@ -168,7 +168,7 @@ async def test_nothing_is_handled_after_the_cut(serve: Serve) -> None:
 
 
 async def test_a_client_that_reads_many_streams_may_say_so(serve: Serve) -> None:
-    """A client that sends two window updates and a ping for each token of 64 streams is not charged."""
+    """A client that reads 64 streams may send two window updates and a ping for each token without charge."""
     limits = http2.ServerLimits(resets_burst=20, resets_per_s=0.001)
     streams, tokens = 64, 200
     async with serve(limits) as echo, raw_client(echo.port) as raw:
@@ -190,7 +190,8 @@ async def test_a_client_that_reads_many_streams_may_say_so(serve: Serve) -> None
 
 
 async def test_windows_of_one_byte_justify_nothing(serve: Serve) -> None:
-    """A client that grows the window byte by byte is cut, although each update lets the server send a byte."""
+    """A connection whose client enlarges the window byte by byte is closed, although each update lets the server send a
+    byte."""
     async with serve(LIMITS) as echo, raw_client(echo.port, window=1 << 30) as raw:
         stream_id = await raw.call("Many", b"100x10000")
         while len(raw.data.get(stream_id, b"")) < 65_535:

@@ -1,4 +1,4 @@
-"""A decoder with a memory of blocks gives the same fields as hpack's own decoder."""
+"""The decoder, which remembers decoded blocks, returns the same fields as hpack's own decoder."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ sizes = st.sampled_from([None, None, None, 0, 80, 4096])
 def test_repeated_blocks_give_the_fields_of_hpack(
     sent: list[tuple[list[tuple[bytes, bytes]], int | None, int]],
 ) -> None:
-    """A client sends blocks, some of them several times, and changes the size of its table. Both decoders agree on
-    every block, whether the block is new, repeated, or repeated after the table has changed."""
+    """The decoder and hpack's own decoder agree on every header block: a new block, a repeated block, and a block
+    repeated after the header table has changed."""
     encoder, plain, remembering = Encoder(), Decoder(), HeaderDecoder()
     for given_headers, size, times in sent:
         if size is not None:
@@ -39,7 +39,7 @@ def test_repeated_blocks_give_the_fields_of_hpack(
 
 
 def test_the_memory_is_bounded() -> None:
-    """Of any number of blocks at most MAX_BLOCKS are kept, and none that is long or has many fields."""
+    """The decoder remembers at most MAX_BLOCKS blocks. It remembers no block that is long or has many fields."""
     encoder, decoder = Encoder(), HeaderDecoder()
     for number in range(3 * MAX_BLOCKS):
         decoder.decode(encoder.encode([NeverIndexedHeaderTuple(b"x-number", b"%d" % number)]), raw=True)
@@ -52,7 +52,7 @@ def test_the_memory_is_bounded() -> None:
 
 
 def test_a_repeated_block_is_not_decoded_again() -> None:
-    """The same bytes give the same list, until an entry is added to the table."""
+    """Decoding the same bytes again returns the same list object, until an entry is added to the header table."""
     encoder, decoder = Encoder(), HeaderDecoder()
     block = encoder.encode([(b":method", b"POST"), NeverIndexedHeaderTuple(b"x-key", b"secret")])
     first = decoder.decode(block, raw=True)

@@ -1,4 +1,4 @@
-"""The listener accepts connections within the caps, over real sockets."""
+"""The listener accepts connections within the caps of its port, tested over real sockets."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ async def call(channel: grpc.aio.Channel) -> bytes:
 
 @pytest.mark.parametrize("data", [b"", b"PRI * HT", PREFACE + SETTINGS], ids=["silent", "half a preface", "greeted"])
 async def test_a_caller_gets_in_beside_idle_strangers_and_stays(serve: Serve, data: bytes) -> None:
-    """A client connects and stays connected beside idle connections, and refusals are logged in at most one line a
-    second."""
+    """A client connects and stays connected although idle connections fill the port. Refusals are logged in at most one
+    line a second."""
     pool = Pool(CAP)
     with capture_logs() as lines:
         async with serve(None, None, http2.ConnectionAdmission(pool)) as echo, channel_to(echo.port) as first:
@@ -76,8 +76,8 @@ async def test_a_caller_gets_in_beside_idle_strangers_and_stays(serve: Serve, da
 
 
 async def test_those_who_never_finish_the_handshake_make_room(serve: Serve, tmp_path: Path) -> None:
-    """Connections that stall in the TLS handshake count against the cap, and are closed to make room for other
-    connections."""
+    """Connections that stall in the TLS handshake count against the cap, and are closed when other connections
+    arrive."""
     files = Authority(tmp_path).issue("echo")
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(files.cert_file, files.key_file)
@@ -119,7 +119,7 @@ async def test_calls_under_way_keep_their_places(serve: Serve) -> None:
 
 
 async def test_without_descriptors_one_line_is_logged_and_later_all_are_served(serve: Serve) -> None:
-    """When descriptors run out, one line is logged, running connections are served, and all waiting clients are served
+    """When file descriptors run out, one line is logged, open connections are served, and waiting clients are served
     later."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     loop = asyncio.get_running_loop()

@@ -28,13 +28,14 @@ messages = st.lists(st.binary(max_size=300), max_size=8)
 
 
 def framed(message: bytes, flag: int = 0) -> bytes:
-    """Return a message as sent on the wire."""
+    """Return a message with the prefix that it has on the wire: the flag and the length."""
     return bytes([flag]) + len(message).to_bytes(4, "big") + message
 
 
 @given(messages, st.data())
 def test_messages_come_out_however_they_are_cut(sent: list[bytes], data: st.DataObject) -> None:
-    """Any split of the bytes on the wire gives the same messages, and each byte belongs to a message or is buffered."""
+    """The assembler returns the same messages however the bytes are split, and buffers exactly the bytes after the last
+    message."""
     wire = b"".join(map(framed, sent))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(wire)), max_size=10)))
     assembler, got, size = Assembler(1000), [], 0
@@ -90,7 +91,7 @@ def test_a_step_ends_where_nothing_comes_out() -> None:
     ids=["announced", "bomb", "no-encoding", "unknown-flag", "garbage", "truncated"],
 )
 def test_what_is_no_message_is_refused(wire: bytes, encoding: str, too_large: bool) -> None:
-    """A message that is malformed, or too large before or after decompression, is refused before it takes memory."""
+    """A malformed message is refused, and so is a message that is too large, before or after decompression."""
     with pytest.raises(BadMessage) as refused:
         received(wire, encoding)
     assert refused.value.too_large is too_large
@@ -130,7 +131,8 @@ def test_status_messages_are_printable_ascii() -> None:
     st.booleans(),
 )
 def test_any_client_reads_our_headers(fields: list[tuple[bytes, bytes]], end: bool) -> None:
-    """hyperframe and hpack decode our header fields unchanged, for fields of any size and any number of frames."""
+    """The libraries hyperframe and hpack decode our header fields unchanged, whatever the size of the fields and the
+    number of frames."""
     raw = memoryview(header_frames((7).to_bytes(4, "big"), NO_TABLE + block(fields), end_stream=end))
     data, flags = b"", []
     while raw:
@@ -148,7 +150,8 @@ def test_any_client_reads_our_headers(fields: list[tuple[bytes, bytes]], end: bo
 
 
 def test_the_head_of_a_call_is_parsed_and_its_error_is_reported() -> None:
-    """A head has the call's path, deadline, encoding and metadata. An invalid field is reported, not raised."""
+    """RequestHead has the call's path, deadline, encoding and metadata. An invalid header field sets `problem` and
+    raises nothing."""
     fields = [(b":method", b"POST"), (b":path", b"/a/B"), (b"content-type", b"application/grpc+proto"), (b"k", b"v")]
     assert RequestHead.of(fields, 7) == RequestHead("/a/B", (("k", "v"),), None, "identity", 7)
     with_time = RequestHead.of([*fields, (b"grpc-timeout", b"2S"), (b"grpc-encoding", b"gzip")], 0)

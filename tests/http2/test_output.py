@@ -1,4 +1,6 @@
-"""A connection's bytes are sent once per event-loop pass, and answers share the client's send windows."""
+"""A connection's bytes are sent in one write per event-loop pass, and its answers share the client's flow-control
+windows.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,15 @@ class Unread:
 
 
 def begin() -> tuple[Sink, ServerState, ConnectionOutput, Unread]:
-    """Return the output of a new connection, with its parts."""
+    """Return the output of a new connection, with the transport, the h2 state and the counter that it uses."""
     sink, h2, unread = Sink(), ServerState(EndedStreams(1)), Unread()
     h2.initiate_connection()
     return sink, h2, ConnectionOutput(sink, h2, unread), unread
 
 
 async def test_a_pass_is_one_write_and_only_answers_count() -> None:
-    """All bytes of one pass are one write. Control frames and the heads of frames do not count as payload."""
+    """All bytes of one event-loop pass are sent in one write. `payload_bytes` counts neither control frames nor frame
+    headers."""
     sink, _, output, _ = begin()
     output.write_h2()
     output.write(data_frame(ID, b"abc"))
@@ -47,7 +50,7 @@ async def test_a_pass_is_one_write_and_only_answers_count() -> None:
 
 
 async def test_a_client_that_does_not_read_is_reported_beyond_its_allowance() -> None:
-    """`on_unread` is called when more bytes wait than the connection may leave unread."""
+    """`on_unread` is called when more unsent bytes wait than `allow_unsent` allows."""
     _, _, output, unread = begin()
     for allowed in (UNAUTHENTICATED_UNSENT_BYTES, 2 * UNAUTHENTICATED_UNSENT_BYTES):
         output.allow_unsent(allowed)
@@ -60,8 +63,8 @@ async def test_a_client_that_does_not_read_is_reported_beyond_its_allowance() ->
 
 
 async def test_bytes_that_are_gathered_before_a_flush_go_into_the_same_write() -> None:
-    """Functions are called once, before the next flush, and their bytes are part of its write. A function that fails
-    or queues nothing changes nothing for the others."""
+    """A function passed to `call_before_flush` is called once, and the bytes that it queues are sent in the next write.
+    A function that raises or queues nothing does not affect other functions."""
     sink, _, output, _ = begin()
     failures: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context["exception"]))
@@ -81,7 +84,8 @@ async def test_bytes_that_are_gathered_before_a_flush_go_into_the_same_write() -
 
 
 async def test_a_function_that_is_added_during_a_flush_is_called_in_the_next_pass() -> None:
-    """A function that adds another one, or itself, delays no bytes, and no function is forgotten."""
+    """If a function calls `call_before_flush` during a flush, its bytes are sent at once, and the added function is
+    called in the next event-loop pass."""
     sink, _, output, _ = begin()
 
     def again() -> None:
@@ -108,7 +112,8 @@ async def test_what_is_queued_is_sent_before_the_close_and_nothing_after_it() ->
 
 
 class Answer:
-    """An answer that sends one byte each time it is pushed, and blocks again until `left` bytes are sent."""
+    """An answer of `left` bytes. It sends one byte each time it is pushed, then waits for the connection's window
+    again."""
 
     def __init__(self, stream_id: int, left: int, h2: ServerState, blocked: BlockedAnswers, sent: list[int]) -> None:
         self.stream_id = stream_id
@@ -124,7 +129,8 @@ class Answer:
 
 @given(left=st.lists(st.integers(1, 5), min_size=1, max_size=6), window=st.integers(0, 30))
 def test_answers_share_the_window_of_the_connection_in_turn(left: list[int], window: int) -> None:
-    """While the window is open, the answers send in turn, and no answer sends beyond the window."""
+    """While the connection's window is open, the waiting answers send in turn. Together they never send more than the
+    window."""
     h2, sent = ServerState(EndedStreams(1)), list[int]()
     blocked = BlockedAnswers(h2)
     for stream_id, count in enumerate(left):
@@ -140,7 +146,8 @@ def test_answers_share_the_window_of_the_connection_in_turn(left: list[int], win
 
 
 async def test_the_receive_window_grows_at_once_before_a_call_was_admitted_and_in_steps_afterwards() -> None:
-    """Before a call was admitted each byte is returned at once. Afterwards a quarter of the window is returned."""
+    """Before a call is admitted, the receive window grows with each received byte. Afterwards it grows in steps of a
+    quarter of the window."""
     _, h2, output, _ = begin()
     windows = ReceiveWindows(h2, output)
     windows.grow(1)

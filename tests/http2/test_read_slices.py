@@ -1,4 +1,4 @@
-"""Large requests are parsed in turns: in order, a few per pass, and with errors isolated."""
+"""Connections take turns to parse large requests: in order, a few per event-loop pass, and with errors isolated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COSTS = st.lists(st.lists(st.floats(0.0, 2 * SLICE_S), min_size=1, max_size=12),
 
 
 class Costly:
-    """A shared fake clock that each parsed frame advances, and the names of the readers in the order of parsing."""
+    """A fake clock that every parsed frame advances, and the order in which the readers have parsed."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -23,7 +23,7 @@ class Costly:
 
 
 class Reading:
-    """A reader whose frames advance the clock of a `Costly`."""
+    """A reader whose frames take time on the clock of a `Costly`."""
 
     def __init__(self, all_of_them: Costly, name: int, costs_s: list[float], *, broken: bool = False) -> None:
         self._all, self._name, self._broken = all_of_them, name, broken
@@ -42,8 +42,8 @@ class Reading:
 
 @given(COSTS)
 def test_no_pass_is_long_and_no_reader_waits_for_all_of_another(readers: list[list[float]]) -> None:
-    """A pass exceeds its time limit by at most one slice, and each reader gets a slice before any reader gets a second
-    slice."""
+    """An event-loop pass exceeds its time limit by at most a few slices. Every reader gets its first slice before any
+    reader gets a second slice."""
 
     async def play() -> None:
         costly = Costly()
@@ -76,7 +76,7 @@ def test_reads_at_once_take_their_share_and_no_more() -> None:
 
 
 async def test_what_one_meets_stops_no_other() -> None:
-    """A reader that raises an error stops no other reader, and the event loop's exception handler receives the
+    """If a reader raises an error, the other readers continue, and the event loop's exception handler gets the
     error."""
     contexts: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: contexts.append(context))

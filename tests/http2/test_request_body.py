@@ -1,4 +1,6 @@
-"""Request bodies are refused without a credential, delayed by the budget, and completed in the end."""
+"""A request body without a credential is refused. One with a credential may wait for the budget and is received in the
+end.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ class KeyGate:
 async def serving(
     bounds: ByteBounds, limits: http2.ServerLimits | None = None
 ) -> AsyncIterator[tuple[Echo, KeyGate, RequestBytes]]:
-    """Start a server with a gate and a budget, and check that the budget is empty at the end."""
+    """Start a server with a gate and a budget. At the end, check that no bytes are reserved in the budget."""
     gate, budget = KeyGate(), RequestBytes(bounds, asyncio.get_running_loop().time)
     async with _serve(limits, gate=gate, budget=budget) as echo:
         yield echo, gate, budget
@@ -75,7 +77,7 @@ async def push(raw: Raw, stream_id: int, data: bytearray) -> None:
 
 
 async def push_until_stalled(raw: Raw, uploads: dict[int, bytearray], quiet_s: float = 0.3) -> None:
-    """Send parts of all uploads until the server's flow-control windows stay closed."""
+    """Send parts of all uploads until the server has kept its flow-control windows closed for `quiet_s` seconds."""
     with suppress(TimeoutError):
         while True:
             for stream_id, data in uploads.items():
@@ -84,19 +86,19 @@ async def push_until_stalled(raw: Raw, uploads: dict[int, bytearray], quiet_s: f
 
 
 def framed(message: bytes) -> bytearray:
-    """Return a message as sent on the wire."""
+    """Return a message with the prefix that it has on the wire."""
     return bytearray(b"\x00" + len(message).to_bytes(4, "big") + message)
 
 
 async def test_a_wrong_key_is_refused_at_the_head() -> None:
-    """A call without a valid key is refused before the request body is received."""
+    """A call without a valid key is refused when its headers arrive, before its request body is received."""
     async with serving(ByteBounds(MIB, MIB, MIB)) as (echo, _, _), raw_client(echo.port) as raw:
         stream_id = await raw.call("One", None)
         assert (await raw.until_ended(stream_id))["grpc-status"] == str(CODE.UNAUTHENTICATED.value[0])
 
 
 async def test_before_a_credential_a_connection_brings_in_one_window() -> None:
-    """Before a credential was accepted, all calls of a connection together can send at most one window of bytes."""
+    """Until a credential is accepted, all calls of a connection together can send at most one window of bytes."""
     async with serving(ByteBounds(MIB, MIB, MIB)) as (echo, gate, _), raw_client(echo.port) as raw:
         gate.open.clear()
         await greeted(raw)
@@ -116,7 +118,7 @@ async def test_before_a_credential_a_connection_brings_in_one_window() -> None:
 
 
 async def test_what_a_tenant_has_not_finished_is_bounded() -> None:
-    """The budget limits the bytes of one tenant's unfinished requests, and short requests are accepted meanwhile."""
+    """The budget limits the bytes of one tenant's incomplete requests. Short requests are still accepted meanwhile."""
     async with serving(ByteBounds(2 * MIB, 2 * MIB, 8 * MIB)) as (echo, _, budget), raw_client(echo.port) as raw:
         await greeted(raw)
         uploads = {await raw.call("One", None, key="a"): framed(bytes(MIB)) for _ in range(20)}
@@ -131,7 +133,7 @@ async def test_what_a_tenant_has_not_finished_is_bounded() -> None:
 
 
 async def test_a_message_without_a_credential_is_short() -> None:
-    """A method that needs no credential accepts only messages that fit one window."""
+    """A method that needs no credential accepts only messages that fit into one flow-control window."""
     async with serving(ByteBounds(MIB, MIB, MIB)) as (echo, _, _), raw_client(echo.port) as raw:
         stream_id = await raw.call("Many", None)
         raw.h2.send_data(stream_id, bytes(framed(bytes(100_000))[:1000]))
@@ -141,7 +143,8 @@ async def test_a_message_without_a_credential_is_short() -> None:
 
 
 async def test_streams_beyond_a_strangers_are_refused_alone() -> None:
-    """On a connection without an admitted call, each call beyond the limit is refused, and the other calls continue."""
+    """On a connection without an admitted call, only the calls beyond the limit are refused; the other calls
+    continue."""
     limits = http2.ServerLimits(unauthenticated_calls=10)
     async with serving(ByteBounds(MIB, MIB, MIB), limits) as (echo, gate, _), raw_client(echo.port) as raw:
         gate.open.clear()
@@ -183,7 +186,7 @@ SIZES = st.lists(st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 400_000))
 @settings(max_examples=15, deadline=None)
 @given(SIZES, st.booleans())
 def test_law_all_complete_within_any_budget(calls: list[tuple[str, int]], streaming: bool) -> None:
-    """Any set of calls over one connection completes with a budget of about one message."""
+    """Any set of calls over one connection completes, even if the budget holds only about one message."""
 
     async def play() -> None:
         async with serving(ByteBounds(300_000, 400_000, 500_000)) as (echo, _, budget):

@@ -1,4 +1,4 @@
-"""The answer to one call ends with its status, whatever is gathered at the same time."""
+"""Nothing follows the status of a call, even if more bytes are gathered at the same time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DATA, HEADERS = 0, 1
 
 
 def kinds(data: bytes) -> list[int]:
-    """The types of the frames in some bytes."""
+    """Return the types of the frames in `data`."""
     found = []
     while data:
         found.append(data[3])
@@ -24,8 +24,8 @@ def kinds(data: bytes) -> list[int]:
 
 
 async def test_no_data_follows_the_status() -> None:
-    """Bytes that are gathered while the status closes the connection are dropped. A frame after the end of a stream is
-    an error of the whole connection."""
+    """If the status closes the connection, bytes that are gathered in the same pass are dropped: a frame after the end
+    of a stream would be an error of the whole connection."""
     sink = Sink()
     slot: Any = SimpleNamespace(mark_authenticated=lambda: None)
     core = ConnectionCore(cast(Any, sink), slot, cast(Any, SimpleNamespace()), cast(Any, None), lambda: None)

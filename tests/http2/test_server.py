@@ -79,7 +79,7 @@ async def test_compressed_requests(serve: Serve) -> None:
 
 
 async def test_a_stream_each_way(serve: Serve) -> None:
-    """Messages of any size come back in order on a stream, and the stream ends after the client has half-closed it."""
+    """Messages of any size return on the stream in order, and the stream ends after the client has half-closed it."""
     sent = [bytes([i % 256]) * (i * 997 % 300_000) for i in range(60)]
 
     async def messages() -> AsyncIterator[bytes]:
@@ -132,8 +132,8 @@ def test_any_window_gives_the_same_bytes(window: int, count: int, size: int) -> 
 
 
 async def test_a_client_that_does_not_read_stops_its_writer_and_nobody_else(serve: Serve) -> None:
-    """When a client's flow-control window is closed, its handler can send one more message and then waits; other calls
-    continue."""
+    """If a client's flow-control window is closed, the handler of its call sends one more message and then waits. Other
+    calls continue."""
     async with serve() as echo, raw_client(echo.port, window=100) as raw:
         await raw.call("Many", b"1000x50")
         other = await raw.call("One", b"still here")
@@ -172,8 +172,8 @@ async def test_a_handler_that_does_not_read_stops_its_client(serve: Serve) -> No
 
 
 async def test_what_was_read_is_given_back_once(serve: Serve) -> None:
-    """After any number of messages that the handler has read, the client's window has the same size as at the
-    beginning."""
+    """The server returns the bytes that a handler has read to the client's window exactly once, so the window never
+    grows beyond its first size."""
     limits = http2.ServerLimits(window_bytes=10_000, connection_window_bytes=65_535)
     async with serve(limits) as echo, raw_client(echo.port, window=1 << 20) as raw:
         while not raw.events:
@@ -203,7 +203,7 @@ async def test_a_client_that_says_goodbye_gets_its_running_calls(serve: Serve) -
 
 
 async def test_a_flood_of_resets_ends_the_connection(serve: Serve) -> None:
-    """A client that opens and resets streams very fast loses the connection (rapid reset)."""
+    """The connection of a client that opens and resets streams very fast is closed (rapid reset)."""
     limits = http2.ServerLimits(resets_burst=50, resets_per_s=1)
     async with serve(limits) as echo, raw_client(echo.port) as raw:
         for _ in range(60):
@@ -217,8 +217,8 @@ async def test_a_flood_of_resets_ends_the_connection(serve: Serve) -> None:
 
 
 async def test_thousands_of_requests_in_one_read_leave_the_loop_to_others(serve: Serve) -> None:
-    """Thousands of tiny requests in one read are parsed in short slices, because h2 walks all streams for each
-    request."""
+    """Thousands of tiny requests in one read are parsed in short slices of time. This matters because h2 walks all
+    streams for each request."""
     async with serve() as echo, raw_client(echo.port) as raw:
         await raw.until_ended(await raw.call("One", b""))
         head = [(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "x")]
@@ -252,8 +252,8 @@ async def test_an_old_connection_is_replaced_without_a_failed_call(serve: Serve)
 
 
 async def test_an_old_connection_cuts_no_stream(serve: Serve) -> None:
-    """After the age limit and the grace period, a running call goes on, and a call whose client may still send requests
-    ends with UNAVAILABLE. Formerly a stream that ran longer than the grace period was cut."""
+    """After the age limit and the grace period, a running call continues, and a call whose client may still send
+    requests ends with UNAVAILABLE. An earlier version ended all streams after the grace period."""
     async with (
         serve(http2.ServerLimits(age_s=0.2, age_grace_s=0.2)) as echo,
         grpc.aio.insecure_channel(echo.address) as channel,
@@ -273,7 +273,7 @@ async def test_an_old_connection_cuts_no_stream(serve: Serve) -> None:
 
 
 async def test_stop_waits_for_calls_and_then_ends_them(serve: Serve) -> None:
-    """A call that does not finish within the grace period ends with UNAVAILABLE."""
+    """When the server stops, a call that does not finish within the grace period ends with UNAVAILABLE."""
     async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
         call = unary_unary(channel, "Forever")(b"")
         await asyncio.wait_for(echo.seen.started.wait(), 60)
@@ -285,8 +285,8 @@ async def test_stop_waits_for_calls_and_then_ends_them(serve: Serve) -> None:
 
 
 async def test_a_client_sees_the_end_of_tls_at_once(serve: Serve, tmp_path: Path) -> None:
-    """When the server closes a TLS connection, TCP is closed right after TLS: grpc's client ignores the end of TLS and
-    would wait."""
+    """When the server closes a TLS connection, it closes TCP right after TLS. grpc's client ignores the end of TLS and
+    would otherwise wait."""
     files = Authority(tmp_path).issue("echo")
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(files.cert_file, files.key_file)
@@ -303,7 +303,7 @@ async def test_a_client_sees_the_end_of_tls_at_once(serve: Serve, tmp_path: Path
 
 
 def silent_clients(port: int) -> Iterator[tuple[str, bytes]]:
-    """Yield names and first bytes of clients that do not speak HTTP/2."""
+    """Yield (name, first bytes) of clients that do not speak HTTP/2."""
     yield "http1", b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
     yield "half", b"PRI * HTTP/2.0\r\n"
     yield "noise", b"\x00" * 64
@@ -311,8 +311,8 @@ def silent_clients(port: int) -> Iterator[tuple[str, bytes]]:
 
 
 async def test_who_does_not_speak_http2_is_cut_off(serve: Serve) -> None:
-    """An HTTP/1.1 client gets an answer, a client that sends noise or nothing is closed without one, and a gRPC client
-    is served afterwards."""
+    """An HTTP/1.1 client gets an answer. A connection with noise, an incomplete preface or nothing is closed without an
+    answer. A gRPC client is served afterwards."""
     async with serve(http2.ServerLimits(hello_s=0.3)) as echo:
         for name, begin in silent_clients(echo.port):
             reader, writer = await asyncio.open_connection("127.0.0.1", echo.port)
@@ -326,7 +326,7 @@ async def test_who_does_not_speak_http2_is_cut_off(serve: Serve) -> None:
 
 
 async def test_a_request_that_never_comes_whole(serve: Serve) -> None:
-    """A call whose request does not arrive in time is ended with DEADLINE_EXCEEDED."""
+    """A call whose request is not complete in time ends with DEADLINE_EXCEEDED."""
     async with serve(http2.ServerLimits(request_s=0.2)) as echo, raw_client(echo.port) as raw:
         stream_id = await raw.call("One", b"half", end=False)
         trailers = await asyncio.wait_for(raw.until_ended(stream_id), 60)

@@ -1,4 +1,6 @@
-"""A stalled connection is closed: without a call, within a frame or header block, or without an answer to a ping."""
+"""A stalled connection is closed: one without a call, with an incomplete frame or header block, or without answers to
+pings.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +31,14 @@ async def ended(raw: Raw, within_s: float = 60.0) -> None:
 
 
 async def test_a_greeted_connection_without_a_call_is_closed(serve: Serve) -> None:
-    """A connection that never has a call is closed, so that the connection does not hold a descriptor."""
+    """A connection on which no call begins is closed, so that it does not occupy a file descriptor."""
     async with serve(http2.ServerLimits(hello_s=0.2)) as echo, raw_client(echo.port) as raw:
         await ended(raw)
         assert any(isinstance(event, ConnectionTerminated) for event in raw.events), "a GOAWAY comes first"
 
 
 async def test_idle_after_a_call_is_longer_and_ends_as_well(serve: Serve) -> None:
-    """The idle limit of a connection is longer after a call, and the connection is closed when the longer limit is
-    over."""
+    """A connection that has had a call may be idle for longer than one without a call, and is then closed too."""
     async with serve(http2.ServerLimits(hello_s=0.2, idle_s=1.0)) as echo, raw_client(echo.port) as raw:
         await raw.until_ended(await raw.call("One", b""))
         with pytest.raises(TimeoutError):
@@ -79,7 +80,7 @@ HALVES = {
 
 @pytest.mark.parametrize("half", HALVES)
 async def test_what_has_begun_must_go_on(serve: Serve, half: str) -> None:
-    """A connection with an incomplete frame or header block is cut, even with a call in progress."""
+    """A connection is closed if a frame or header block stays incomplete, even with a call in progress."""
     async with serve(http2.ServerLimits(frame_s=0.2)) as echo, raw_client(echo.port) as raw:
         assert await raw.call("Forever", b"", end=False) == 1
         data = HALVES[half]
@@ -90,7 +91,7 @@ async def test_what_has_begun_must_go_on(serve: Serve, half: str) -> None:
 
 
 async def test_a_frame_that_dribbles_in_is_cut(serve: Serve) -> None:
-    """A connection is cut if a frame stays incomplete, even if the frame grows by single bytes."""
+    """A connection is closed if a frame stays incomplete, even if single bytes of the frame still arrive."""
     async with serve(http2.ServerLimits(frame_s=0.3)) as echo, raw_client(echo.port) as raw:
         assert await raw.call("Forever", b"", end=False) == 1
         dribble = asyncio.create_task(_dribble(raw))
@@ -105,7 +106,7 @@ async def _dribble(raw: Raw) -> None:
 
 
 async def test_a_client_that_answers_no_ping_is_cut_without_a_call_too(serve: Serve) -> None:
-    """A client that answers no ping is cut before the idle limit, even without calls."""
+    """The connection of a client that answers no ping is closed before the idle limit, even without calls."""
     async with serve(http2.ServerLimits(ping_s=0.2, ping_answer_s=0.2)) as echo, raw_client(echo.port):
         await until(lambda: bool(echo.server.connections), "the client is there")
         await until(lambda: not echo.server.connections, "it is cut")

@@ -1,4 +1,6 @@
-"""With a Lease over a real HTTP API, one process leads, the next process takes over, and a deposed leader stops."""
+"""With a Lease over a real HTTP API, one process leads, another process takes over, and a leader that loses the Lease
+stops.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,15 @@ def api(tmp_path: Path) -> Iterator[FakeApi]:
 
 
 async def until(true: Callable[[], bool], within_s: float = 60.0) -> None:
-    """Wait until other tasks have made a condition true."""
+    """Wait until the condition `true` holds. Other tasks run meanwhile."""
     async with asyncio.timeout(within_s):
         while not true():  # noqa: ASYNC110 - the condition has no event
             await asyncio.sleep(0.005)
 
 
 def test_a_lease_is_made_kept_and_taken(api: FakeApi) -> None:
-    """A write with an outdated version raises Conflict, changes of the holder are counted, and the API's field names
-    are used."""
+    """Writing over an outdated record raises Conflict. Changes of the holder are counted. The Lease has the API's field
+    names."""
     store = api.lease()
     assert store.read() is None
     made = store.write("a", None)
@@ -70,20 +72,20 @@ def test_an_api_that_is_away_or_refuses_is_told(api: FakeApi, tmp_path: Path) ->
 
 
 def test_outside_a_pod_there_is_none(tmp_path: Path) -> None:
-    """Outside a pod, the error says that a Lease needs a pod."""
+    """Outside a pod, `KubeLease.of_this_pod` raises an error that says that a Lease needs a pod."""
     with pytest.raises(ValueError, match="needs a pod"):
         KubeLease.of_this_pod("x", 15, tmp_path)
 
 
 class Work:
-    """Work under a Lease. The largest number of processes that run the work at once is counted."""
+    """Work that runs under a Lease. It records the largest number of processes that ran the work at the same time."""
 
     def __init__(self) -> None:
         self.running: set[str] = set()
         self.most = 0
 
     def of(self, name: str) -> Callable[[asyncio.Event], object]:
-        """Return the work of one process."""
+        """Return the work of the process `name`."""
 
         async def work(stop: asyncio.Event) -> None:
             self.running.add(name)
@@ -98,7 +100,7 @@ class Work:
 
 @contextlib.asynccontextmanager
 async def led(api: FakeApi, names: str, work: Work):  # type: ignore[no-untyped-def]
-    """Run one leader for each name, and stop all leaders at the end."""
+    """Run one leader for each letter of `names`, and stop all leaders at the end."""
     stops = {name: asyncio.Event() for name in names}
     leaders = {name: Leader(api.lease(), name, QUICK) for name in names}
     tasks = {name: asyncio.create_task(leaders[name].run(work.of(name), stops[name])) for name in names}  # type: ignore[arg-type]
@@ -111,7 +113,7 @@ async def led(api: FakeApi, names: str, work: Work):  # type: ignore[no-untyped-
 
 
 async def test_one_of_two_works_and_hands_over_when_it_stops(api: FakeApi) -> None:
-    """A leader that stops gives the Lease up, so that the other process need not wait for the end of the term."""
+    """When a leader stops, it gives up the Lease, so that the other process can lead before the term ends."""
     work = Work()
     async with led(api, "ab", work) as (leaders, stops, tasks):
         await until(lambda: len(work.running) == 1)
@@ -127,8 +129,8 @@ async def test_one_of_two_works_and_hands_over_when_it_stops(api: FakeApi) -> No
 
 
 async def test_who_cannot_renew_stops_and_begins_again(api: FakeApi) -> None:
-    """While the API is down, no work runs after the holder's term; when the API is back, one process works, and never
-    two."""
+    """While the API is down, work stops at the end of the holder's term. When the API is back, exactly one process
+    works."""
     work = Work()
     async with led(api, "ab", work):
         await until(lambda: len(work.running) == 1)
@@ -140,7 +142,7 @@ async def test_who_cannot_renew_stops_and_begins_again(api: FakeApi) -> None:
 
 
 async def test_a_killed_holder_is_followed(api: FakeApi) -> None:
-    """A killed holder keeps other processes away until the term ends, and then another process leads."""
+    """After the holder is killed, the other processes wait until its term ends, and then one of them leads."""
     store = api.lease()
     store.write("killed", None)
     work = Work()
@@ -162,7 +164,7 @@ async def test_work_that_fails_is_raised_and_the_lease_is_free(api: FakeApi) -> 
 
 
 async def test_work_that_does_not_stop_ends_the_process(api: FakeApi) -> None:
-    """Work that does not stop after the Lease is lost raises WorkNotStopped, since no work may run without the
+    """If work does not stop after the Lease is lost, `run` raises WorkNotStopped, because no work may run without the
     Lease."""
 
     async def deaf(stop: asyncio.Event) -> None:

@@ -1,4 +1,6 @@
-"""At most one candidate acts at a time, whatever the store's delays and failures, and in the end one candidate acts."""
+"""At most one candidate acts at a time, whatever the delays and failures of the store. In the end, one candidate
+acts.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,8 @@ class World:
         assert len(acting) <= 1, f"{acting} act at once"
 
     def look(self, who: int, failures: float, delay_s: float) -> None:
-        """Simulate one read and possibly one write of a candidate. A read or write may be slow, and may fail before or
-        after its effect."""
+        """Simulate one read of the candidate `who`, and a write if the read requires one. Each may be slow, and may
+        fail before or after its effect."""
         record = self.record
         self.wait(delay_s)
         if self.random.random() < failures:
@@ -70,8 +72,8 @@ class World:
     delay_s=st.floats(0, 8),
 )
 def test_no_two_act_at_once(seed: int, count: int, failures: float, delay_s: float) -> None:
-    """Two candidates never act at once, despite slow, failed and half-failed calls, pauses of any length, and clocks
-    that differ."""
+    """Two candidates never act at the same time, despite slow and failed requests, pauses of any length, and clocks
+    that differ. A failed request may still have had its effect."""
     world = World(random.Random(seed), count)
     for _ in range(150):
         world.look(world.random.randrange(count), failures, delay_s)
@@ -81,8 +83,8 @@ def test_no_two_act_at_once(seed: int, count: int, failures: float, delay_s: flo
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), count=st.integers(2, 4))
 def test_the_next_acts_soon_after_the_last_has_died(seed: int, count: int) -> None:
-    """After the holder has died, another candidate acts within the lease time and two reads; while the holder lives, no
-    other candidate acts."""
+    """While the holder runs, no other candidate acts. After the holder's death, another candidate acts within the lease
+    time and two reads."""
     world = World(random.Random(seed), count)
 
     def rounds(alive: list[int], until_s: float) -> None:

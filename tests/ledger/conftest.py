@@ -22,7 +22,7 @@ def server() -> Iterator[postgres.PostgresServer]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """URL of an empty database: a SQLite file in one run of the test, a PostgreSQL database in another run."""
+    """URL of an empty database. Each test runs twice: with a SQLite file, and with a PostgreSQL database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'ledger.db'}"
     running: postgres.PostgresServer = request.getfixturevalue("server")

@@ -10,7 +10,7 @@ DAY_S = 86400.0
 
 
 def record(record_id: str = "r1", **changes: Any) -> UsageRecord:
-    """Return a usage record for a call on 1970-01-02, with `changes` to the fields."""
+    """Return a usage record for a call on 1970-01-02. `changes`: fields with other values."""
     values: dict[str, Any] = {
         "record_id": record_id,
         "tenant": "acme",

@@ -1,4 +1,4 @@
-"""Stored state is private to the files' owner under any umask: folders have mode 0700, databases have mode 0600."""
+"""Stored state is private to its owner under any umask: folders have mode 0700, and databases have mode 0600."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def umask(mask: int) -> Iterator[None]:
 
 
 def accessible(folder: Path) -> dict[str, str]:
-    """Return the modes of all paths in a folder that other users may enter, read or write, including the folder."""
+    """Return the modes of the paths that other users may enter, read or write: the folder itself and all paths in
+    it."""
     paths = [folder, *folder.rglob("*")]
     return {str(path): oct(stat.S_IMODE(path.stat().st_mode)) for path in paths if path.stat().st_mode & 0o077}
 
@@ -69,14 +70,14 @@ def test_what_an_earlier_release_made_is_narrowed(tmp_path: Path) -> None:
 
 
 async def test_the_record_of_resumptions_is_private(tmp_path: Path) -> None:
-    """The SQLite file of resume claims and the folders above the file are private."""
+    """The SQLite file of resume claims is private, and so are the folders above it."""
     with umask(0o000):
         assert await FileFirstClaims(tmp_path / "deep" / "state" / "taken.db").claim_first("one", 9e9)
         assert accessible(tmp_path / "deep") == {}
 
 
 def test_a_run_folder_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run folder, and the folders that are created above the run folder, are private, because they hold secrets."""
+    """A run folder is private because it holds secrets, and so are the folders that are created above it."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "new" / "cache"))
     with umask(0o000), RunFolder("x").lock():
         assert {path for path in accessible(tmp_path / "new") if Path(path).is_dir()} == set()

@@ -1,4 +1,4 @@
-"""Cases in BFCL's form for tests, which have no access to BFCL's data."""
+"""Cases in BFCL's form. Tests use them because they have no access to BFCL's data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ARGUMENTS: Sequence[Mapping[str, Any]] = (
 
 
 def rows(count: int) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Return rows of BFCL with their ground truth: 0, 1 or 2 calls in turn."""
+    """Return rows in BFCL's form with their ground truth. The rows have 0, 1 and 2 calls in turn."""
     out = []
     for number in range(count):
         row = {"id": f"made_{number}", "question": [[{"role": "user", "content": f"Question {number}?"}]]}
@@ -41,5 +41,5 @@ def rows(count: int) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
 
 
 def made_cases(count: int) -> list[Case]:
-    """Return cases with 0, 1 or 2 calls in turn."""
+    """Return cases with 0, 1 and 2 calls in turn."""
     return [case_of(row, "made", truth) for row, truth in rows(count)]

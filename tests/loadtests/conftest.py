@@ -22,7 +22,7 @@ MODEL = "bench"
 
 @dataclass
 class Scripted:
-    """Scripted client that answers as `script` says, so that tests of the driver need no server."""
+    """Scripted client that answers as `script` defines, so that tests of the driver need no server."""
 
     script: Callable[[Request, OnText, int], AsyncIterator[Answer]]
     name: str = "scripted"
@@ -64,7 +64,8 @@ class SseServer:
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, str]:
-    """Bundle of a tiny tokenizer, and source parameters that limit the engine to tokens with a text of their own."""
+    """Bundle of a tiny tokenizer, and source parameters that limit the engine to tokens that are complete texts by
+    themselves."""
     folder = build_tokenizer("llama", tmp_path_factory.mktemp("loadtests"))
     return build_bundle(folder), plain_tokens(folder)
 

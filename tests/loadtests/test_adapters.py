@@ -1,4 +1,4 @@
-"""The scenario adapters: which calls are cold, and which adapters are called."""
+"""The scenario adapters: which calls are cold (their adapter must be loaded first), and which adapters are called."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from loadtests.adapters.cold import ADAPTERS, cold, zipf
 
 @given(st.lists(st.integers(0, 6), max_size=60), st.integers(1, 5))
 def test_a_call_is_cold_if_others_came_between(adapters: list[int], memory: int) -> None:
-    """A call is warm if and only if fewer than `memory` other adapters were called since its adapter's last call."""
+    """A call is warm if and only if fewer than `memory` other adapters were called since the last call of its
+    adapter."""
     for at, is_cold in enumerate(cold(adapters, memory)):
         earlier = [number for number in range(at) if adapters[number] == adapters[at]]
         assert is_cold == (not earlier or len(set(adapters[earlier[-1] + 1 : at])) >= memory)
 
 
 def test_zipf_calls_the_first_most() -> None:
-    """All numbers are adapters, and the first is called about twice as often as the second."""
+    """All numbers are numbers of adapters, and the first adapter is called about twice as often as the second."""
     called = zipf(20_000, 1)
     assert set(called) <= set(range(ADAPTERS))
     assert 1.7 < called.count(0) / called.count(1) < 2.3

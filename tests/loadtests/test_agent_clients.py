@@ -43,7 +43,7 @@ PROGRAMS = ROOT / "loadtests" / "agents" / "client_programs"
 
 
 def history(task: Task, turn: int, extra: Sequence[str] = (), *, reasons: bool = True) -> str:
-    """Return the prompt of a turn as a client sends it, with extra messages of user and assistant before the task.
+    """Return the prompt of a turn as a client sends it, with `extra` messages of user and assistant before the task.
     `reasons`: whether the client sends reasoning back."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": "You use <tool_call> and tools."}]
     messages += [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(extra)]
@@ -68,7 +68,8 @@ RUN = [Submitted(f"{TASK.name}#{turn}", history(TASK, turn), 0) for turn in rang
 
 @given(st.sampled_from(TASKS), st.integers(1, TURNS + 1), st.lists(st.sampled_from(("Hi", "<b>")), max_size=3))
 def test_a_prompt_names_its_turn(task: Task, turn: int, extra: Sequence[str]) -> None:
-    """A prompt's turn follows from the answers with calls in it, whatever else the client has put before the task."""
+    """The turn of a prompt follows from the number of earlier answers with calls, whatever messages the client has put
+    before the task."""
     prompt = history(task, turn, extra)
     assert key_of_prompt(prompt) == f"{task.name}#{turn}"
     assert f"{task.name}#{turn}" in task.answers
@@ -78,8 +79,8 @@ def test_a_prompt_names_its_turn(task: Task, turn: int, extra: Sequence[str]) ->
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_every_death_cuts_the_part_that_it_names(task: Task) -> None:
-    """Deaths cut the last call's arguments, a text and a reasoning, each after its first and before its last
-    character."""
+    """A worker dies three times: within the arguments of a last call, within a text and within a reasoning. Each time,
+    at least one character of this part was emitted and at least one was not."""
     assert task.deaths.keys() == {f"{task.name}#{turn}" for turn in DEATHS}
     for turn, part in DEATHS.items():
         step, key = task.steps[turn - 1], f"{task.name}#{turn}"
@@ -95,7 +96,7 @@ def test_every_death_cuts_the_part_that_it_names(task: Task) -> None:
 
 
 def test_a_task_has_turns_with_two_calls_and_every_call_once() -> None:
-    """The task of functions has twelve turns, some with two calls, and no call twice."""
+    """The task of functions has twelve turns, some of them with two calls. No call occurs twice."""
     assert len(TASK.steps) == TURNS
     assert {len(step.calls) for step in TASK.steps} == {1, 2}
     assert len(TASK.results) == len(TASK.calls) == len({json.dumps([c.name, c.arguments]) for c in TASK.calls})
@@ -120,8 +121,8 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> TurnScripts:
 
 
 async def test_the_engine_dies_once_and_the_next_one_completes_the_answer(scripts: TurnScripts, tmp_path: Path) -> None:
-    """An engine is killed within a step of the chosen token, before it has sent the step. A second engine gets the sent
-    tokens and completes the script, and the log has both requests."""
+    """An engine is killed within a step of the chosen token, before the tokens of this step are sent. A second engine
+    gets the sent tokens and completes the script, and the log has both requests."""
     key, log = f"{TASK.name}#4", tmp_path / "log"
     answer, due = scripts.answers[key], 40
     prompt = scripts.tokenizer.encode(history(TASK, 4)).ids
@@ -150,8 +151,8 @@ async def test_the_engine_dies_once_and_the_next_one_completes_the_answer(script
 
 
 def test_a_client_gets_no_variable_of_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A client sees the variables of its run and no others, such as the key of another server, and runs in its
-    folder."""
+    """A client's environment has only the variables of its run, and not, for example, the key of another server. The
+    client runs in its own folder."""
     monkeypatch.setenv("OPENAI_API_KEY", "of another server")
     run = clients.Run(
         "made", "chat", True, "1", TASK, ["bash", "-c", "env; pwd"], {"ONE": "1", "HOME": "/home"}, tmp_path
@@ -166,7 +167,7 @@ def test_a_client_gets_no_variable_of_this_process(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_run_as_in_the_script_has_no_faults() -> None:
-    """All turns once, and a resumed answer, give no fault; the resumed answer is counted."""
+    """A run with each turn once and with a resumed answer has no fault, and the resumed answer is counted."""
     resumed = replace(RUN[3], emitted=17)
     counts, wrong = judge_requests(TASK, [*RUN, resumed, Submitted(SIDE, "a title, please", 0)])
     assert wrong == []
@@ -175,7 +176,7 @@ def test_a_run_as_in_the_script_has_no_faults() -> None:
 
 @given(st.integers(0, TURNS))
 def test_a_turn_that_is_missing_or_repeated_is_seen(at: int) -> None:
-    """A turn that was not asked for is a fault; one that was asked for twice is counted as repeated."""
+    """A turn that was not requested is a fault. A turn that was requested twice is counted as repeated."""
     assert judge_requests(TASK, RUN[:at] + RUN[at + 1 :])[1] == [f"turn {TASK.name}#{at + 1} was not asked for"]
     counts, wrong = judge_requests(TASK, [*RUN, RUN[at]])
     assert (counts.repeated, wrong) == (1, [])
@@ -186,8 +187,8 @@ _PARTS = [*TASK.results, *(each for step in TASK.steps for each in (step.text.st
 
 @given(st.sampled_from(_PARTS), st.sampled_from(("", "twice", "cut")))
 def test_a_history_that_lost_or_doubled_something_is_seen(part: str, how: str) -> None:
-    """A text or a result that is missing, doubled or cut in the last prompt is a fault, and a reasoning that is not
-    whole. A client that sends no reasoning back is right."""
+    """It is a fault if a text or a tool result in the last prompt is missing, doubled or cut. A reasoning may be
+    missing, but not doubled or cut."""
     without = replace(RUN[-1], prompt=history(TASK, TURNS + 1, reasons=False))
     assert judge_requests(TASK, [*RUN[:-1], without])[1] == []
     prompt = RUN[-1].prompt
@@ -200,7 +201,7 @@ def test_a_history_that_lost_or_doubled_something_is_seen(part: str, how: str) -
 
 @given(st.permutations(TASK.calls), st.integers(0, len(TASK.calls) - 1))
 def test_calls_are_judged_as_a_multiset(made: list[Call], at: int) -> None:
-    """Calls in any order are right; one that is missing, doubled or has other arguments is not."""
+    """Calls may be made in any order. A call that is missing, doubled or has other arguments is a fault."""
     assert judge_calls(TASK.calls, made) == (len(made), [])
     assert judge_calls(TASK.calls, made[:at] + made[at + 1 :])[0] == len(made) - 1
     assert len(judge_calls(TASK.calls, [*made, made[at]])[1]) == 1
@@ -209,7 +210,7 @@ def test_calls_are_judged_as_a_multiset(made: list[Call], at: int) -> None:
 
 
 def _do(call: Call, folder: Path) -> None:
-    """Do what a coding agent's tool does."""
+    """Carry out a tool call as a coding agent would."""
     values = list(call.arguments.values())
     if "command" in call.arguments:
         subprocess.run(["bash", "-c", f"cd {shlex.quote(str(folder))}; {call.arguments['command']}"], check=True)
@@ -223,7 +224,8 @@ def _do(call: Call, folder: Path) -> None:
 
 @pytest.mark.parametrize("agent", coding.CODING_AGENTS, ids=lambda agent: agent.name)
 def test_the_files_show_whether_each_call_was_made_once(agent: coding.CodingAgent, tmp_path: Path) -> None:
-    """After the script's calls the files are right; after one more command, or without a file, they are not."""
+    """After the script's calls the files are right. A further command and a missing file are each reported as a
+    fault."""
     task = coding.coding_task(agent.name, agent.tools, tmp_path)
     for call in task.calls:
         _do(call, tmp_path)
@@ -235,7 +237,7 @@ def test_the_files_show_whether_each_call_was_made_once(agent: coding.CodingAgen
 
 
 def test_only_calls_with_success_count_as_answered() -> None:
-    """Calls that ended in any other way than with success, on any API, are counted in a row of their own."""
+    """Calls that did not end with success, on any API, are counted in a separate row."""
     samples = [
         ("headrace_requests_total", {"api": api, "outcome": outcome, "tenant": tenant}, 2.0)
         for api, outcome in (("openai", "ok"), ("anthropic", "ok"), ("anthropic", "cancelled"), ("openai", "timed_out"))
@@ -251,7 +253,7 @@ def test_only_calls_with_success_count_as_answered() -> None:
 
 
 def test_the_packages_are_pinned_without_the_name_of_a_registry() -> None:
-    """npm's packages have exact versions and hashes, and no address; PyPI's have hashes."""
+    """The npm packages have exact versions and hashes and no addresses; the PyPI packages have hashes."""
     package = json.loads((PROGRAMS / "package.json").read_text())
     lock = json.loads((PROGRAMS / "package-lock.json").read_text())["packages"]
     assert lock[""]["dependencies"] == package["dependencies"]

@@ -1,4 +1,4 @@
-"""The parts of the comparisons of front ends: clocks, prepared bodies, and the scripted executor's requests."""
+"""Tools that compare the cost of front ends: CPU clocks, prepared bodies, and the scripted executor's requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from tests.support.cpu import slowness
 
 
 def test_a_process_is_measured_to_its_last_nanosecond() -> None:
-    """The clock of another process agrees with that process's own count, to well below the kernel's step of 10 ms."""
+    """The CPU time read for another process agrees with that process's own count, to well below the kernel's step of 10
+    ms."""
     program = "import time; sum(range(10**6)); print(time.process_time(), flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", program], stdin=-1, stdout=-1, text=True) as child:
         assert child.stdout is not None
@@ -48,13 +49,13 @@ def test_clocks_count_all_descendants_and_keep_what_ended() -> None:
 
 
 def test_bodies_are_sent_as_they_are() -> None:
-    """The request of a key has exactly the bytes prepared for the key."""
+    """A request is sent with exactly the bytes that were prepared for its key."""
     bodies = {"a": b'{"model":"m"}'}
     assert PreparedBodies("http://127.0.0.1:1", bodies).body(Request("a", "", 1)) is bodies["a"]
 
 
 def test_the_text_of_a_delta_has_its_calls() -> None:
-    """The text of a delta is its content, then names and arguments of its calls."""
+    """The text of a delta is its content, then the names and arguments of its tool calls."""
     calls = [{"function": {"name": "f", "arguments": ""}}, {"index": 1, "function": {"arguments": "{}"}}]
     assert _delta_text({"content": "x", "tool_calls": calls}) == "xf{}"
     assert _delta_text({"role": "assistant", "content": None}) == ""
@@ -62,7 +63,7 @@ def test_the_text_of_a_delta_has_its_calls() -> None:
 
 @given(st.integers(1, 50), st.lists(st.integers(1, 20), min_size=1))
 def test_no_token_comes_before_the_prompt_is_computed(prompt: int, steps: list[int]) -> None:
-    """A step within the prompt has no token; each step from the prompt's end on has the next one."""
+    """A step that leaves part of the prompt uncomputed has no token. Each later step has the next token."""
     request, computed, got = ScheduledRequest(prompt, iter(range(1000))), 0, []
     for scheduled in steps:
         made = request.tokens(scheduled)

@@ -1,4 +1,6 @@
-"""Conversations of agents have the shape of published traces, and the ids of their turns are checked."""
+"""Tests of the agents' conversations: they have the shape of published traces, and the token ids of their turns are
+checked.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from loadtests.agents import conversations, turns
 
 
 def test_a_conversation_grows_as_traces_do() -> None:
-    """Each turn begins with the turn before. 96 % of all text sent was sent before, and equal seeds give equal text."""
+    """Each turn begins with the messages of the turn before. 96 % of all text sent was sent before, and equal seeds
+    give equal text."""
     talk = conversations.conversation("7")
     assert len(talk) == conversations.TURNS
     assert all(later[: len(turn)] == turn for turn, later in itertools.pairwise(talk))
@@ -22,7 +25,8 @@ def test_a_conversation_grows_as_traces_do() -> None:
 
 @pytest.mark.slow
 async def test_a_short_run_checks_its_ids() -> None:
-    """A run of a few turns measures each figure, and finds no ids that differ from those from scratch."""
+    """A run of a few turns measures each figure. All its token ids equal the ids of the whole prompt, tokenized at
+    once."""
     figures = await turns.measure_family("byte-level", 2, turns.LAST_TURNS + 1)
     assert (figures.checked, figures.different) == (2, 0)
     assert figures.p50_ms > figures.gateway_ms > 0

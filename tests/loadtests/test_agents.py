@@ -47,7 +47,8 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> scripted.Scripts:
 
 
 def test_a_case_has_json_schema_types_and_the_first_allowed_values() -> None:
-    """BFCL's types become JSON schema's, dots in names underscores, and arguments that may be left out are left out."""
+    """In a case, BFCL's types become the types of JSON schema, dots in names become underscores, and optional arguments
+    are left out."""
     one, two = made_cases(3)[1:]
     assert [(call.name, call.arguments) for call in one.calls] == [
         ("geo_find", {"days": -1, "box": [1.5, -2], "deep": True, "who": {"name": "Ann"}}),
@@ -65,7 +66,7 @@ def test_a_case_has_json_schema_types_and_the_first_allowed_values() -> None:
 
 
 def test_missing_data_names_the_remedy(tmp_path: Path) -> None:
-    """Without BFCL's data the error names the verb that fetches the data."""
+    """Without BFCL's data, the error names the command that fetches the data."""
     with pytest.raises(NoData, match="make bench-agents"):
         cases.load(tmp_path)
 
@@ -86,7 +87,7 @@ def test_every_family_and_category_has_its_turn() -> None:
 
 @given(st.lists(st.integers(0, 9), max_size=40), st.text(max_size=3))
 def test_steps_join_to_the_tokens(token_ids: Sequence[int], seed: str) -> None:
-    """Steps have 1 to 5 tokens, are repeatable, and join to the script."""
+    """Steps have 1 to 5 tokens, are equal for equal seeds, and join to the script."""
     made = list(scripted.steps(token_ids, seed))
     assert [token for step in made for token in step] == token_ids
     assert all(1 <= len(step) <= scripted.LARGEST_STEP for step in made)
@@ -115,7 +116,8 @@ def _request(scripts: scripted.Scripts, key: str, emitted: Sequence[int] = (), m
 
 
 async def test_the_engine_emits_each_script_from_any_cut_to_its_end(scripts: scripted.Scripts) -> None:
-    """Requests get their own scripts, resumed ones the rest, cut ones the beginning with the finish reason LENGTH."""
+    """The engine emits the script of each request. A resumed request gets the rest of its script. A request with a
+    small `max_tokens` gets the beginning, with the finish reason LENGTH."""
     keys = list(scripts.answers)[:6]
     requests = []
     for key in keys:
@@ -140,7 +142,7 @@ async def test_the_engine_refuses_a_prompt_without_a_script(scripts: scripted.Sc
 
 @given(ANSWERS, st.data())
 def test_a_stream_in_any_pieces_reads_as_the_whole_answer(answer: Answer, data: st.DataObject) -> None:
-    """An answer reads the same as one message, and as deltas that cut its texts anywhere."""
+    """An answer reads the same as one message and as a stream of deltas that cut its texts at any places."""
     message: dict[str, Any] = {"content": answer.content or None, "reasoning_content": answer.reasoning}
     message["tool_calls"] = [{"function": {"name": c.name, "arguments": c.arguments}} for c in answer.calls]
     body = {"choices": [{"message": message, "finish_reason": answer.finish}]}
@@ -173,8 +175,8 @@ def test_answers_differ_exactly_if_a_difference_is_found(one: Answer, other: Ans
 def test_a_finish_reason_is_known_only_where_it_differs(
     one: Answer, other: Answer, is_cut: bool, is_named: bool
 ) -> None:
-    """Known finish reasons differ, and exist only for cut answers and named choices. `length` is never explained away
-    on vLLM's side."""
+    """known_finish returns a known difference only if the finish reasons differ: CUT only for a cut answer, NAMED_END
+    only for a named tool choice. It never returns one if vLLM's finish reason is `length`."""
     known = compare.known_finish(one, other, is_cut=is_cut, is_named=is_named)
     if known:
         assert one.finish != other.finish
@@ -183,7 +185,7 @@ def test_a_finish_reason_is_known_only_where_it_differs(
 
 
 def test_errors_never_compare_as_equal() -> None:
-    """Two errors, even the same one, are a difference, and the error's text is shown."""
+    """Two errors always count as a difference, even if they are equal. The text of the error is shown."""
     refused = read_answer(400, b'{"error": {"message": "no"}}')
     assert refused.error.startswith("400 ")
     assert [one.field for one in differences(refused, refused)] == ["error"]
@@ -205,7 +207,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Trial], list[
 async def vllm_side(
     sample: tuple[list[Trial], list[dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[servers.Side]:
-    """Return vLLM's own servers for the sample, in this process."""
+    """Return vLLM's own servers for the models of `sample`, in this process."""
     from loadtests.agents import vllm_server
 
     models = [{**model, "port": free_port()} for model in sample[1]]
@@ -235,7 +237,7 @@ async def test_vllms_own_server_reads_the_written_calls(
 async def headrace_side(
     sample: tuple[list[Trial], list[dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[servers.Side]:
-    """Return a gateway with the workers of the sample, in this process. Each parser runs in a thread."""
+    """Return a gateway with a worker for each model of `sample`, in this process. Each parser runs in a thread."""
     folder = tmp_path_factory.mktemp("headrace")
     names = [model["name"] for model in sample[1]]
     config = yaml.safe_load(LOOPBACK) | {"models": [{"name": name, "source": "sim:///nowhere"} for name in names]}
@@ -265,7 +267,7 @@ async def headrace_side(
 async def test_headrace_answers_as_vllms_own_server(
     sample: tuple[list[Trial], list[dict[str, Any]]], vllm_side: servers.Side, headrace_side: servers.Side
 ) -> None:
-    """Over the same tokens, in other steps, Headrace's answers and prompts equal those of vLLM's server."""
+    """With the same tokens in steps of other sizes, Headrace's answers and prompts equal those of vLLM's server."""
     compared = await bfcl.compare(sample[0], vllm_side, headrace_side)
     assert len(compared) == 60
     assert [one.as_json() for one in compared if one.differences] == []

@@ -18,9 +18,8 @@ from tests.support.cluster import until
 
 @given(st.integers(0, 99), st.floats(30, 300))
 def test_equal_seeds_give_equal_calls(seed: int, seconds: float) -> None:
-    """Equal seeds give equal calls. The calls are in order, within the time, for both clients, and have the planned
-    stream lengths.
-    """
+    """Equal seeds give equal calls. The calls are ordered by time, lie within the run, use both clients, and have the
+    planned stream lengths."""
     engine = Engine()
     calls = plan(seed, seconds, engine, 4)
     assert calls == plan(seed, seconds, engine, 4)
@@ -33,7 +32,8 @@ def test_equal_seeds_give_equal_calls(seed: int, seconds: float) -> None:
 
 
 def test_the_most_is_seventy_percent_of_all_replicas() -> None:
-    """Over many seeds, the offered work is the fraction of the peak that the curve of the demand gives."""
+    """Averaged over many seeds, the planned work is 70 % of the replicas' capacity, times the mean of the demand
+    curve."""
     engine, seconds, seeds = Engine(), 200.0, range(200)
     work = sum(call.tokens for seed in seeds for call in plan(seed, seconds, engine, 4)) / len(seeds)
     mean_share = sum(share_of_most(i / 1000) for i in range(1000)) / 1000
@@ -43,9 +43,8 @@ def test_the_most_is_seventy_percent_of_all_replicas() -> None:
 
 
 def test_answers_of_one_prompt_begin_alike() -> None:
-    """A shorter answer to a prompt is a prefix of a longer answer, except for a character that is cut in two at the
-    end. Other differences are reported with their position; failed calls stay failed.
-    """
+    """A shorter answer to a prompt is a prefix of a longer answer, except for a last character that is cut in two. Any
+    other difference is reported with its position. Failed calls stay failed."""
     texts = [(0, "abc", ""), (0, "abcdef", ""), (0, "abx", ""), (1, "zz", ""), (0, "q", "cut"), (0, "ab\ufffd", "")]
     calls = [CallResult(PlannedCall(0, 1, 0, number), "sdk", text=text, fault=fault) for number, text, fault in texts]
     compare(calls)
@@ -55,9 +54,7 @@ def test_answers_of_one_prompt_begin_alike() -> None:
 
 
 async def test_calls_end_with_what_they_are_made_for() -> None:
-    """Calls that are planned for later are not begun once the changes have ended, and the run does
-    not wait for them.
-    """
+    """Once the changes have ended, no planned call begins any more, and the run does not wait for such calls."""
 
     class Answering(Callers):
         def __init__(self) -> None:
@@ -82,9 +79,8 @@ async def _until(done: asyncio.Event) -> None:
 
 @pytest.mark.parametrize("use", [0.1, 0.6])
 def test_choosing_a_replica_saves_less_than_a_stream(use: float) -> None:
-    """Choosing the replica to remove saves less than one stream: calls go to the replica with the fewest streams, so
-    all replicas have about as many. With an endless stay no stream moves.
-    """
+    """Removing the replica with the fewest streams instead of a random replica saves, on average, the move of less than
+    one stream. If streams may stay for ever, no stream moves."""
     sweep = sweep_policies(use, 20.0, 1.0, random.Random(2))
     assert 0 <= sweep.blind - sweep.fewest < 1.0
     assert 0 <= sweep.blind_moved - sweep.fewest_moved < 1.0

@@ -1,4 +1,4 @@
-"""`python -m loadtests` from the command line: a smoke run, wrong arguments, no server, and a server that dies."""
+"""`python -m loadtests` on the command line: a smoke run, wrong arguments, a missing server, and a server that dies."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def test_smoke_runs_every_face_and_writes_report_and_plots(tmp_path: Path)
     ],
 )
 async def test_wrong_words_are_one_clear_line(arguments: list[str], message: str) -> None:
-    """Wrong arguments give exit code 2 and the remedy, without a traceback."""
+    """Wrong arguments give exit code 2 and one line with the remedy, without a traceback."""
     code, out, err = await _run("endpoint", *arguments)
     assert code == 2
     assert message in " ".join(err.split())
@@ -97,7 +97,7 @@ async def test_a_sweep_has_a_round_for_each_concurrency_and_a_plot(sse: SseServe
 
 @pytest.mark.slow
 async def test_a_server_that_dies_leaves_a_partial_report(sse: SseServer, tmp_path: Path) -> None:
-    """If the server dies, earlier results stay, the report says what happened, and the exit code is 1."""
+    """If the server dies, the report keeps the earlier results and states what happened, and the exit code is 1."""
     running = asyncio.create_task(
         _run(
             "endpoint",

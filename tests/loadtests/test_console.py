@@ -1,4 +1,4 @@
-"""The scenario console has a row for each figure, and opens consoles as browsers do."""
+"""Tests of the scenario console: each figure has a row, and consoles are opened as browsers open them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.keyed import keyed_cluster
 
 
 def test_each_part_has_rows_and_bounds() -> None:
-    """Each part has a function that measures and rows, with the bounds of what must be shown."""
+    """Each part has a function `measure`, and rows with the required bounds."""
     bounds: dict[str, Bound | None] = {}
     for name in PARTS:
         part: Any = importlib.import_module(f"loadtests.console.{name}")
@@ -32,7 +32,8 @@ def test_each_part_has_rows_and_bounds() -> None:
 
 
 def test_the_cost_is_what_the_same_calls_took_more() -> None:
-    """The share of a core is the additional CPU time of a pair of rounds by its duration."""
+    """The consoles' share of a core is the additional CPU time in a pair of rounds, divided by the duration of the
+    round with consoles."""
 
     def played(number: int, cpu_s: float) -> Round:
         return Round(number, Run([], 10.0, 0.0), Usage({"gateway": cpu_s, "simulated engine": 9.0}, {}))
@@ -41,14 +42,15 @@ def test_the_cost_is_what_the_same_calls_took_more() -> None:
 
 
 def test_the_history_is_filled() -> None:
-    """The program fills every step, and counts the arrays."""
+    """The program fills every step of the history, and reports the size of the history's arrays."""
     filled = memory.fill(2, 1)
     assert filled["steps"] == 720
     assert filled["arrays"] > 0
 
 
 async def test_consoles_read_events(tmp_path: Path) -> None:
-    """A reader signs in with a key and gets the first document; a wrong key, and too many consoles, are an error."""
+    """A reader signs in with a key and gets the first document. A wrong key raises an error, and so does opening too
+    many consoles."""
     async with keyed_cluster(tmp_path) as keyed:
         key = await role_key(keyed.ledger, "ops", "operator")
         await keyed.until_known("ops", key)

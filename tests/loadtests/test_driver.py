@@ -26,7 +26,7 @@ async def _answers(request: Request, on_text: OnText, number: int) -> AsyncItera
 
 
 async def test_a_closed_loop_makes_every_call_and_keeps_to_its_concurrency() -> None:
-    """In a closed loop six callers make each of forty calls once, with never more than six calls at a time."""
+    """In a closed loop with six callers, each of forty calls is made once, and at most six calls run at a time."""
     face = Scripted(_answers)
     run = await drive(face, REQUESTS, concurrency=6)
     assert sorted(face.sent) == sorted(request.key for request in REQUESTS)
@@ -54,9 +54,7 @@ async def test_an_open_loop_sends_at_the_due_times_whatever_is_under_way() -> No
 
 
 async def test_time_a_token_is_counted_by_the_servers_count_not_by_pieces() -> None:
-    """The time per token of five tokens in three pieces is a fourth of the duration from the first
-    piece to the last.
-    """
+    """For five tokens in three pieces, the time per token is a fourth of the time from the first piece to the last."""
     run = await drive(Scripted(_answers), REQUESTS[:1], concurrency=1)
     (record,) = run.records
     assert (record.tokens, record.pieces, len(record.gaps_s)) == (5, 3, 2)
@@ -94,7 +92,7 @@ async def test_a_run_without_end_ends_at_its_limit_and_says_so() -> None:
 
 
 async def test_a_server_that_dies_ends_the_run_with_what_came_before() -> None:
-    """A long plan stops early on a dead server, and the answers before the server's death are kept."""
+    """If the server dies, the run stops early, and keeps the answers that arrived before."""
 
     async def dies(request: Request, on_text: OnText, number: int) -> AsyncIterator[Answer]:
         if number >= 10:
@@ -124,7 +122,7 @@ async def test_refusals_do_not_look_like_a_death() -> None:
 
 
 async def test_equal_texts_are_told_from_different_ones() -> None:
-    """Two runs of the same requests are compared request by request, whatever the order of the requests."""
+    """Two runs of the same requests are compared request by request, in whatever order the requests were made."""
 
     async def differs(request: Request, on_text: OnText, number: int) -> AsyncIterator[Answer]:
         on_text("other" if request.key == REQUESTS[2].key else f"{request.key}/0 {request.key}/1 {request.key}/2 ")

@@ -30,7 +30,7 @@ COMPLETIONS = fixed(12, 8, 20, seed=3, chat=False)
 
 @pytest.fixture
 async def ours(bundle: tuple[Bundle, str], tmp_path: Path) -> AsyncIterator[TestCluster]:
-    """Our gateway with a worker on the same simulated engine as the engine of the SSE server."""
+    """Our gateway with a worker. Its simulated engine is the same as behind the SSE server."""
     files, tokens = bundle
     ranges = dict(pair.split("=") for pair in tokens.split("&"))
     async with running_cluster(tmp_path) as cluster:
@@ -42,7 +42,8 @@ async def ours(bundle: tuple[Bundle, str], tmp_path: Path) -> AsyncIterator[Test
 @pytest.mark.parametrize("kind", ["grpc", "session"])
 @pytest.mark.slow
 async def test_our_faces_give_the_texts_of_a_plain_server(kind: str, ours: TestCluster, sse: SseServer) -> None:
-    """The same requests over our APIs and over SSE get all tokens and equal texts, for chats and for completions."""
+    """Our APIs and the plain server answer the same requests with all tokens and with equal texts, for chats and for
+    completions."""
     address = ours.gateway.endpoints["grpc"]
     mine: Face = GrpcStream(address, MODEL, channels=2) if kind == "grpc" else Sessions(address, MODEL, sessions=2)
     plain = OpenAiSse(sse.url, MODEL)
@@ -59,7 +60,7 @@ async def test_our_faces_give_the_texts_of_a_plain_server(kind: str, ours: TestC
 
 
 async def test_no_token_waits_for_an_acknowledgement(ours: TestCluster) -> None:
-    """On a kept-alive connection the first token of a later call comes without the 40 ms of a delayed ACK."""
+    """On a kept-alive connection, the first token of a later call is not delayed by the 40 ms of a delayed ACK."""
     face = OpenAiSse(f"http://{ours.gateway.endpoints['http']}", MODEL)
     try:
         run = await drive(face, fixed(10, 8, 4, seed=5), concurrency=1, limits=LIMITS)
@@ -107,9 +108,8 @@ async def test_nobody_at_the_endpoint_is_unreachable(kind: str) -> None:
 
 
 async def test_a_server_cut_in_the_middle_leaves_a_partial_run(sse: SseServer) -> None:
-    """If a server is cut, running streams break, later calls find no server, and the run ends with the server's death
-    as the problem.
-    """
+    """If a server dies during a run, running streams break, later calls find no server, and the run ends early. The
+    report names the server's death as the problem."""
     face = OpenAiSse(sse.url, MODEL)
     requests = [*fixed(4, 8, 4, seed=1), *fixed(200, 8, 500, seed=2)]
     running = asyncio.create_task(drive(face, requests, concurrency=4, limits=LIMITS))

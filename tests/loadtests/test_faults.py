@@ -21,7 +21,7 @@ WORDS = st.lists(st.text("abcdefghij ", min_size=1, max_size=4), min_size=8, max
 
 
 def call_with(pieces: list[str], *, first: int = 0, usage: int | None = None) -> CallResult:
-    """Return a call that received these pieces, with one chunk for each piece."""
+    """Return a call that received these pieces, each in a chunk of its own."""
     out = CallResult(make_request("k", "greedy", "m", 8, 1, 0.0), "r", 0.0)
     for offset, piece in enumerate(pieces):
         delta = pb.ChoiceDelta(index=0, delta=pb.Message(content=piece))
@@ -35,7 +35,8 @@ def call_with(pieces: list[str], *, first: int = 0, usage: int | None = None) ->
 @settings(deadline=None)
 @given(WORDS, st.data())
 def test_no_loss_or_repetition_passes_for_the_undisturbed_answer(pieces: list[str], data: st.DataObject) -> None:
-    """A lost, doubled or miscounted token is always reported as a difference. Otherwise any gateway would pass."""
+    """A lost, doubled or miscounted token is always reported as a difference. A comparison that misses one would let
+    any gateway pass."""
     at = data.draw(st.integers(0, len(pieces) - 1))
     whole = call_with(pieces)
     assert difference(call_with(pieces), whole) == ""
@@ -48,7 +49,7 @@ def test_no_loss_or_repetition_passes_for_the_undisturbed_answer(pieces: list[st
 
 
 def test_what_is_missing_and_what_is_doubled_are_told_apart() -> None:
-    """Missing text is reported as a gap and doubled text as a duplicate, as in the rows of the report."""
+    """Missing text is reported as a gap, doubled text as a duplicate. The report has a row for each."""
     pieces = [f"word{i} " for i in range(20)]
     assert difference(call_with(pieces[:5] + pieces[8:]), call_with(pieces)) == "gap"
     assert difference(call_with(pieces[:-2]), call_with(pieces)) == "gap"
@@ -68,7 +69,7 @@ def test_a_leak_is_seen_in_the_slope(mb_per_h: float, seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.long
 async def test_kill_points_leave_every_answer_as_it_was(tmp_path: Path) -> None:
-    """After a dozen faults under all kinds of calls, answers and ledger are exact, and every row is in its place."""
+    """After a dozen faults during calls of all kinds, answers and ledger are exact, and the report has every row."""
     file = tmp_path / "out.json"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "loadtests", "faults", "--only", "mass", "--points", "12", "--concurrency", "24",

@@ -15,7 +15,7 @@ ROUNDS = st.lists(st.floats(0.1, 100.0), min_size=2, max_size=15)
 
 @given(ROUNDS, st.floats(0.1, 10.0))
 def test_a_constant_ratio_has_an_interval_without_width(theirs: list[float], ratio: float) -> None:
-    """A factor that all rounds have in common gives an interval without width, however different the rounds are."""
+    """If all rounds have the same ratio, the interval has no width, however much the rounds themselves differ."""
     interval = paired_ratio([ratio * value for value in theirs], theirs)
     assert interval.low == pytest.approx(ratio)
     assert interval.value == pytest.approx(ratio)
@@ -24,7 +24,7 @@ def test_a_constant_ratio_has_an_interval_without_width(theirs: list[float], rat
 
 @given(ROUNDS)
 def test_the_estimate_lies_in_its_interval_and_turning_it_round_inverts_it(values: list[float]) -> None:
-    """The estimate lies in its interval, and ours/theirs and theirs/ours give inverse intervals."""
+    """The estimate lies in its interval. The interval of theirs/ours is the inverse of the interval of ours/theirs."""
     ones = [1.0] * len(values)
     there, back = paired_ratio(values, ones), paired_ratio(ones, values)
     assert there.low <= there.value * (1 + 1e-9)
@@ -34,9 +34,8 @@ def test_the_estimate_lies_in_its_interval_and_turning_it_round_inverts_it(value
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    """Of 200 experiments with twelve rounds around a mean of 5, about 95 % have an interval that contains 5; at least
-    85 % must.
-    """
+    """Of 200 experiments with twelve rounds around a mean of 5, at least 85 % have an interval that contains 5. About
+    95 % are expected."""
     rng = random.Random(7)
     covered = 0
     for experiment in range(200):
@@ -50,9 +49,8 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     [("<=", 1.0, 0.9, True), ("<=", 1.0, 1.1, False), (">=", 1.0, 1.1, True), (">=", 1.0, 0.9, False)],
 )
 def test_met_looks_at_the_worse_end(sense: str, limit: float, ours: float, met: bool) -> None:
-    """A bound is met only if the whole interval is inside. Rounds that spread to the other side of
-    the bound undo that.
-    """
+    """A bound is met if the whole interval is inside it. It is not met if the rounds spread to both sides of the
+    bound."""
     steady = ratio_figure("x", [ours] * MIN_ROUNDS, [1.0] * MIN_ROUNDS, Bound(sense, limit))
     assert steady.met is met
     spread = [ours * 8, ours / 8] * (MIN_ROUNDS // 2)
@@ -86,6 +84,6 @@ def test_what_was_not_measured_has_no_value_but_its_bound_and_the_reason() -> No
 
 @pytest.mark.parametrize("pairs", [([], []), ([1.0], [1.0, 2.0]), ([0.0], [1.0])])
 def test_rounds_that_make_no_pairs_are_refused(pairs: tuple[list[float], list[float]]) -> None:
-    """Rounds that make no pairs are refused and give no figure."""
+    """Rounds that cannot be paired raise an error and give no figure."""
     with pytest.raises(ValueError, match=r"pairs|above 0"):
         paired_ratio(*pairs)

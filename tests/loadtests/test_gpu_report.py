@@ -1,4 +1,6 @@
-"""`make gpu-report`: missing items are reported, GPU memory is shared or refused, and a trial on CPU claims nothing."""
+"""Tests of `make gpu-report`: missing items are reported, GPU memory is shared or refused, and a trial on CPU has no
+row that counts as met.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,8 @@ def report() -> Report:
 
 
 def test_a_page_names_what_ran_where() -> None:
-    """A page names the GPUs counted by kind, the driver, the commit and the command. A measured row has its interval; a
-    row without a value has its reason.
-    """
+    """A page names the number of GPUs of each kind, the driver, the commit and the command. A measured row has its
+    interval; a row without a value has its reason."""
     subject = Subject("org/model-8b", "LlamaForCausalLM", 16 * GIB, "bfloat16", "python -m x", [CARD, CARD], "NVIDIA 1")
     text = page(subject, [("One GPU", report()), ("Two", report())], ["A note."])
     assert text.startswith("# Load test on GPUs, 2026-01-02\n")
@@ -53,7 +54,7 @@ def test_a_page_names_what_ran_where() -> None:
 
 
 def test_a_trial_says_so_first() -> None:
-    """The page of a trial says so first, so that a trial cannot be mistaken for a measurement."""
+    """The page of a trial begins with a note that it is a trial and not a measurement."""
     text = page(Subject("tiny", "X", 0, "float32", "c"), [("peers", report())])
     assert text.splitlines()[0] == "# Trial of the GPU load test, on CPU, 2026-01-02"
     assert text.splitlines()[2] == TRIAL
@@ -61,7 +62,8 @@ def test_a_trial_says_so_first() -> None:
 
 
 def test_a_page_tells_each_problem_once_with_the_end_of_its_log() -> None:
-    """Arms that fail for one reason are named together, with the end of the log; a longer log is cut."""
+    """If several servers fail for one reason, the page names them together, with the end of the log. A longer log is
+    cut."""
     made = report()
     for name in ("SMG", "LiteLLM"):
         made.arm(name, "").problem = "server ended; its log ends:\n" + "\n".join(f"line {i}" for i in range(20))
@@ -80,9 +82,8 @@ def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
 
 
 def test_engines_share_the_memory_of_one_gpu() -> None:
-    """Three engines share the GPU if they fit, otherwise two engines without Ray Serve's; less memory is refused with a
-    clear message.
-    """
+    """Three engines share the GPU if they fit. Otherwise Ray Serve's engine is left out. Too little memory for two
+    engines gives a clear error."""
     arms, share, notes = gpu_report.share_memory(CARD, 16 * GIB, gpu_report.ARMS)
     assert (RAY_PROXY in arms, share, notes) == (True, 0.3, [])
     assert 3 * share * CARD.total_bytes <= CARD.free_bytes
@@ -94,7 +95,7 @@ def test_engines_share_the_memory_of_one_gpu() -> None:
 
 
 def test_engines_have_one_set_of_settings() -> None:
-    """All engines use bfloat16 and a context no longer than the model's. Ranks are set only if requested."""
+    """All engines use bfloat16 and a context that is at most the model's. Ranks are set only if requested."""
     settings = gpu_report.engine_settings(0.3, 1024)
     assert (settings["dtype"], settings["max_model_len"]) == ("bfloat16", 1024)
     assert "tensor_parallel_size" not in settings
@@ -145,7 +146,7 @@ async def _run(*arguments: str) -> tuple[int, str, str]:
 
 @pytest.mark.slow
 async def test_without_a_gpu_it_ends_with_what_is_missing(tmp_path: Path) -> None:
-    """Without a GPU the command ends with exit code 2, without a page and without a traceback."""
+    """Without a GPU, the command ends with exit code 2 and prints neither a page nor a traceback."""
     code, out, err = await _run("org/model", "--out", str(tmp_path / "page.md"))
     assert code == 2
     assert "error: no GPU" in err
@@ -156,9 +157,8 @@ async def test_without_a_gpu_it_ends_with_what_is_missing(tmp_path: Path) -> Non
 @pytest.mark.engine
 @pytest.mark.long
 async def test_a_trial_on_cpu_runs_the_whole_way(tmp_path: Path) -> None:
-    """A trial on CPU runs one tiny round with the real engine and our gateway. Rows without a peer say so, and no row
-    is met.
-    """
+    """A trial on CPU runs one tiny round with the real engine and our gateway. Rows that need a missing peer say so,
+    and no row counts as met."""
     where = tmp_path / "deep" / "page.md"
     code, out, err = await _run(
         "--cpu", "--rounds", "1", "--concurrency", "2", "--tokens", "4", "--only", GRPC, "--out", str(where)

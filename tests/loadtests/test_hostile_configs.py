@@ -1,5 +1,5 @@
-"""The hostile part about configuration files: the mutants are wrong, the oracle refuses them, and the part is
-repeatable.
+"""The hostile part about configuration files: the mutants (files with one mistake) are wrong, the oracle refuses them,
+and equal seeds give equal mutants.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ def test_a_seed_repeats_its_mutants() -> None:
     ],
 )
 def test_the_oracle_refuses_what_processes_refuse(text: str, words: str) -> None:
-    """The oracle refuses a configuration that processes refuse. An oracle that accepts everything would find no gap in
-    the checks.
-    """
+    """The oracle refuses each configuration that a process would refuse. An oracle that accepted everything would hide
+    every gap in the checks."""
     oracle = Oracle()
     try:
         assert oracle.refusals(EXAMPLE.read_text(), None, pod=False) == []
@@ -49,9 +48,7 @@ def test_the_oracle_refuses_what_processes_refuse(text: str, words: str) -> None
 
 @pytest.mark.engine
 def test_the_engine_is_asked_itself() -> None:
-    """vLLM itself refuses the arguments that the table calls wrong, and accepts the arguments that the table calls
-    right for this model.
-    """
+    """vLLM accepts three valid sets of engine arguments for this model, and refuses three invalid ones."""
     oracle = Oracle()
     try:
         engines = ("gpu_memory_utilization: 0.5", "kv_cache_dtype: auto", "enforce_eager: true, max_num_seqs: 8")

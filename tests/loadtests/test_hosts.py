@@ -32,9 +32,8 @@ PLAN = Plan("", "e:1", "", "", "m", streams=1, clients=1, tokens=(1, 2))
 
 @given(st.lists(st.text("abcdefg ", min_size=1, max_size=4), min_size=6, max_size=30), st.data())
 def test_a_text_that_lost_or_doubled_a_piece_is_told(pieces: list[str], data: st.DataObject) -> None:
-    """A text that lost or doubled a piece is reported: of two answers to one prompt, one answer must be a prefix of the
-    other.
-    """
+    """A text with a lost or doubled piece is reported, because one of two answers to the same prompt must be a prefix
+    of the other."""
     pieces = [f"{number}{piece}" for number, piece in enumerate(pieces)]
     at = data.draw(st.integers(1, len(pieces) - 2))
     judge = Callers(PLAN, io.StringIO())
@@ -53,7 +52,8 @@ def call(
 
 
 def test_only_silences_of_the_event_count_and_failures_within_it() -> None:
-    """A silence before the event, and a failure before or after the event, do not count for the event."""
+    """A silence before the event does not count for the event. A failure before or after the event does not count
+    either."""
     load = Load.__new__(Load)
     load.calls = [
         call(0, 90.0, 90.2, 104.0, [(95.0, 3.0), (101.0, 0.9)]),
@@ -71,16 +71,15 @@ def test_only_silences_of_the_event_count_and_failures_within_it() -> None:
 
 
 def moving(calls: list[Call], moved: float | None = 120.0) -> EpisodeResults:
-    """Return the results of the event `move` with these calls. The event struck at 100; the workers of the first Ray
-    were gone at 120.
-    """
+    """Return the results of the event `move` with these calls. The event struck at second 100. The workers on the first
+    Ray cluster were gone at second 120."""
     load = Load.__new__(Load)
     load.calls = [call(0, 85.0, 85.1, 90.0, []), *calls]
     return evaluate(load, Episode("move", 100.0, over=150.0, moved=moved))
 
 
 def test_workers_are_found_in_what_replicas_print() -> None:
-    """Starts of workers are found among the other lines of their output."""
+    """The starts of workers are found among the other lines that replicas print."""
 
     def line(event: str, worker: str, second: int) -> bytes:
         stamp = f"2026-11-25T22:48:{second:02}.5Z"
@@ -92,7 +91,8 @@ def test_workers_are_found_in_what_replicas_print() -> None:
 
 
 def test_a_stream_that_is_lost_while_its_model_moves_is_told() -> None:
-    """A call that fails before the event is over, or has a text that differs, fails the row of the move."""
+    """The row of the event `move` fails if a call fails before the event is over, or if its text differs from other
+    answers."""
     goes_on = replace(call(1, 95.0, 95.1, 130.0, []), resumed=1)
     assert lost_in_move(moving([goes_on])).value == 0.0
     late = call(2, 140.0, 140.1, 170.0, [], "UNAVAILABLE")
@@ -102,7 +102,7 @@ def test_a_stream_that_is_lost_while_its_model_moves_is_told() -> None:
 
 
 def test_a_move_that_moved_nothing_is_not_measured() -> None:
-    """The row of the move has no value if no stream had to change workers, or if the model did not move."""
+    """The row of the event `move` has no value if no stream changed workers, or if the model did not move."""
     goes_on = replace(call(1, 95.0, 95.1, 130.0, []), resumed=1)
     assert lost_in_move(None).value is None
     assert lost_in_move(moving([goes_on], moved=None)).value is None
@@ -112,9 +112,8 @@ def test_a_move_that_moved_nothing_is_not_measured() -> None:
 
 
 def test_names_follow_readiness_but_for_the_links() -> None:
-    """Callers get only the addresses of ready gateways. Workers also dial starting gateways, by the gateways' own
-    names.
-    """
+    """The DNS name for callers resolves only to ready gateways. The DNS name for workers resolves also to gateways that
+    are starting, and lists each gateway's own name."""
     link = {
         "metadata": {"name": "headrace-links"},
         "spec": {
@@ -142,13 +141,13 @@ def test_names_follow_readiness_but_for_the_links() -> None:
 
 
 def reaches(place: Place, other: Place) -> bool:
-    """Return whether a packet reaches the other place and an answer comes back."""
+    """Return whether a packet from `place` reaches `other` and is answered."""
     command = ["ping", "-c", "1", "-W", "1", other.address]
     return subprocess.run(place.command(*command), capture_output=True, check=False).returncode == 0
 
 
 def left_of(pid: int) -> list[str]:
-    """Return the namespaces that the process of a run has left behind."""
+    """Return the namespaces that a run has left behind. `pid`: the process of the run."""
     return [path.name for path in Path("/run/netns").glob(f"{PREFIX}{pid}-*")]
 
 
@@ -156,9 +155,8 @@ def left_of(pid: int) -> list[str]:
 @pytest.mark.needs("ping")
 @pytest.mark.slow
 def test_a_host_is_cut_off_and_healed_and_nothing_leads_out_or_stays() -> None:
-    """Pods on one host reach one another while the host is cut off, no pod reaches this machine's network, and the
-    network is removed.
-    """
+    """While a host is cut off, its pods reach one another. No pod reaches this machine's network, and at the end the
+    network is removed."""
 
     def break_off() -> None:
         with fabric(("a", "b")) as net:
@@ -186,9 +184,8 @@ def test_a_host_is_cut_off_and_healed_and_nothing_leads_out_or_stays() -> None:
 @pytest.mark.long
 @pytest.mark.timeout(900)
 async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
-    """When a gateway of the whole cluster dies, no call fails, texts and ledger are exact, no way leads out, and all is
-    removed.
-    """
+    """When a gateway of the whole cluster dies, no call fails, and texts and ledger are exact. No route leads out of
+    the network, and at the end everything is removed."""
     file = tmp_path / "out.json"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "loadtests", "hosts", "--only", "gateway", "--speed", "20", "--concurrency", "16",
@@ -213,9 +210,8 @@ async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("last", [False, True])
 def test_pods_share_processors_by_process(last: bool) -> None:
-    """The kernel reports the weight and processes of the cgroup, and the processes' niceness, as set. The cgroup is
-    removed afterwards.
-    """
+    """The kernel reports the weight of the cgroup, its processes and their niceness as they were set. The cgroup is
+    removed afterwards."""
     with cgroup() as path:
         if path is None:
             pytest.skip("no groups of the cpu controller; run the tests as root, with a writable /sys/fs/cgroup")

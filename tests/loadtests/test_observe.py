@@ -1,4 +1,4 @@
-"""The parts of the scenario observe: a gateway without metrics, and a collector that drops what it gets."""
+"""Parts of the scenario observe: a gateway without metrics, and a collector that drops the spans that it gets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ print(*metrics.histogram("request_duration_seconds", "m").counts, *metrics.histo
 
 
 def test_the_arm_without_metrics_counts_nothing() -> None:
-    """With the witness, counters have no series and histograms stay empty."""
+    """In a gateway without metrics, counters have no series and histograms stay empty."""
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=300, check=True)
     counter, histograms = done.stdout.splitlines()
     assert counter == "None"
@@ -40,7 +40,7 @@ def test_the_arm_without_metrics_counts_nothing() -> None:
 
 
 async def test_the_collector_accepts_spans() -> None:
-    """The collector answers an export with an empty message, and no other method."""
+    """The collector answers an export of spans with an empty message, and refuses every other method."""
     sink = otlp_sink.create(0)
     sink.start()
     try:
@@ -56,6 +56,6 @@ async def test_the_collector_accepts_spans() -> None:
 
 
 def test_both_arms_have_valid_configurations(tmp_path: Path) -> None:
-    """The configuration of each arm is one that a gateway accepts."""
+    """A gateway accepts both configurations: with metrics, traces and logs on, and with them off."""
     for section in (OBSERVE_OFF, observe_on(4317)):
         assert parse(configuration("m", tmp_path, observe=section)).observe.log_level in ("info", "error")

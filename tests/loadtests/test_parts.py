@@ -20,7 +20,8 @@ PARTS = ("first", "broken", "second")
 
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a package with the modules PARTS. Each writes a file of the same name; `broken` then fails."""
+    """The name of a package with the modules PARTS. Each module writes a file of the same name; the module `broken`
+    then fails."""
     for name in PARTS:
         row = f"{name} row"
 
@@ -38,7 +39,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 async def test_a_part_fails_alone(tmp_path: Path, package: str) -> None:
-    """Parts share no files, and the report has the figures of the other parts, and each part's error."""
+    """Parts share no files. If a part fails, the report has its error and the figures of the other parts."""
     report = Report("parts", {})
     async with Children(tmp_path / "logs") as children:
         await play_parts(Stage(Options(), Screen(), children, tmp_path, report), package, PARTS)

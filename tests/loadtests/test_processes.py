@@ -40,7 +40,7 @@ def _family(child: Child) -> list[psutil.Process]:
 
 
 def _runs(process: psutil.Process) -> bool:
-    """Return whether the process runs, as opposed to being a zombie that waits to be reaped."""
+    """Return whether the process runs; a zombie does not count."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -62,9 +62,8 @@ async def test_a_stubborn_family_is_gone_at_the_end(tmp_path: Path) -> None:
 
 
 async def test_servers_stay_on_their_cores_when_the_driver_is_bound(tmp_path: Path) -> None:
-    """Servers keep their cores when the driver is bound. Servers are descendants of the driver: bound with the driver,
-    all measured processes would share one core.
-    """
+    """Servers keep their cores when the driver is bound to a core. They are descendants of the driver: if they were
+    bound with it, all measured processes would share one core."""
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
         pytest.skip("one core: nothing can be bound apart")
@@ -81,7 +80,8 @@ async def test_servers_stay_on_their_cores_when_the_driver_is_bound(tmp_path: Pa
 
 
 async def test_nothing_stays_when_the_harness_is_killed(tmp_path: Path) -> None:
-    """No process stays when the harness is killed: the guard ends the group when the guard's standard input closes."""
+    """When the harness is killed, the standard input of the guard process closes, and the guard ends the whole process
+    group."""
     harness = (
         "import asyncio, sys\nfrom pathlib import Path\nfrom loadtests.children import Children\n"
         "async def main():\n"
@@ -110,9 +110,8 @@ async def test_nothing_stays_when_the_harness_is_killed(tmp_path: Path) -> None:
 
 
 async def test_a_program_that_ends_at_once_is_told_with_its_last_words(tmp_path: Path) -> None:
-    """The failure of a program that ends at once is reported at once, with the end of the log, not
-    after the timeout.
-    """
+    """If a program ends at once, the failure is reported at once, without waiting for the timeout, with the end of the
+    log."""
     async with Children(tmp_path) as children:
         child = children.start("broken", "x", [sys.executable, "-c", "raise SystemExit('no such model')"])
 
@@ -138,7 +137,7 @@ async def test_a_cancelled_stop_still_ends_the_child(tmp_path: Path) -> None:
 
 
 async def test_cpu_time_of_a_child_is_counted_in_its_class(tmp_path: Path) -> None:
-    """The 0.3 s of CPU time that a child uses are counted in the child's class and in no other class."""
+    """The 0.3 s of CPU time of a child are counted in the child's class and in no other class."""
     async with Children(tmp_path) as children:
         child = children.start("busy", "gateway", [sys.executable, "-c", BUSY])
         before = snapshot([(child.pid, child.kind)])
@@ -159,7 +158,8 @@ def test_processes_are_told_apart_by_their_command_lines() -> None:
 
 
 def test_front_end_is_all_but_engines_and_what_counts_for_nobody() -> None:
-    """The sums behind the figures exclude engines and classes that are not counted."""
+    """The front end's CPU time excludes engine cores, ranks and simulated engines. The whole CPU time excludes only
+    simulated engines."""
     usage = Usage(
         {"gateway": 1.0, "worker replica": 2.0, "engine core": 4.0, "engine rank": 8.0, "simulated engine": 16.0}, {}
     )
@@ -168,7 +168,8 @@ def test_front_end_is_all_but_engines_and_what_counts_for_nobody() -> None:
 
 
 def test_a_process_that_began_in_between_counts_from_its_begin() -> None:
-    """A process that began between the snapshots counts from its beginning, and a reused pid is another process."""
+    """A process that began between two snapshots counts from its beginning. A process with a reused pid counts as
+    another process."""
     before = {(5, 100.0): ProcessSample("gateway", 2.0, 10)}
     after = {(5, 200.0): ProcessSample("gateway", 0.5, 20), (6, 150.0): ProcessSample("gateway", 0.25, 30)}
     assert usage_between(before, after).cpu_s == {"gateway": 0.75}

@@ -1,4 +1,4 @@
-"""Tests of the scenario routing: its parts run on small cells, and its figures mean what their names say."""
+"""Tests of the scenario routing: its parts run in small simulations, and its figures mean what their names say."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ def test_every_part_has_rows() -> None:
 
 @pytest.mark.parametrize("holders", [1, 8])
 def test_a_burst_is_sent_whole(holders: int) -> None:
-    """All calls of a burst have been sent after five seconds, evenly whether one worker holds the prefix or all do."""
+    """All calls of a burst are sent within five seconds and spread evenly, whether one worker holds the prefix or all
+    do."""
     loads = burst.loads(OURS, holders, 1)
     assert sum(loads) == burst.CALLS
     assert variation(loads) <= 0.1 if holders == 8 else max(loads) <= 1.5 * sum(loads) / 8
 
 
 def test_small_agent_cell() -> None:
-    """Agents of three tenants find most of their prompts in caches, and no tenant gains much on another."""
+    """Agents of three tenants find most of their prompts in caches. The fairness gap between two tenants is at most one
+    U (see ServiceObserver.unit)."""
     tenants = tuple(AgentTenant(name, weight, 3, 1.0) for name, weight in (("a", 1.0), ("b", 2.0), ("c", 3.0)))
     outcome, gap = agents.run(OURS, 1, SessionsConfig(tenants, turns=4, start_s=10.0), blocks=400)
     assert outcome.calls >= 36
@@ -42,7 +44,7 @@ def test_small_agent_cell() -> None:
 
 
 def test_time_until_hits_are_back() -> None:
-    """The time counts to the first moment from which on the gateway knows enough of what is cached."""
+    """The time of recovery is the first moment from which the new gateway knows enough of the cached tokens."""
     calls = [new_gateway.Known(number / 10, 100, 100 if number >= 30 else 0) for number in range(1200)]
     assert 0 < new_gateway.back_after_s(calls) <= 3
     assert new_gateway.back_after_s(calls[30:]) == 0
@@ -52,8 +54,8 @@ def test_time_until_hits_are_back() -> None:
 @has_traces
 @pytest.mark.slow
 def test_small_cells_of_the_traces() -> None:
-    """The beginning of each trace runs: our policy finds nine tenths of what a pooled cache finds, and nothing in a
-    trace without reuse."""
+    """The beginning of each trace is replayed. With Mooncake's trace, our policy finds at least nine tenths of the
+    cached tokens that a pooled cache finds; with Azure's trace, whose prompts share nothing, it finds none."""
     ours, theirs = (mooncake.run(policy, 600, 1, most=300) for policy in (OURS, "round robin"))
     assert ours.cached >= 0.9 * ours.in_pool
     assert ours.cached > theirs.cached
@@ -67,7 +69,7 @@ def test_small_cells_of_the_traces() -> None:
 @has_traces
 @pytest.mark.slow
 def test_more_gateways_find_as_much() -> None:
-    """Four gateways, each with a quarter of the workers' credit, find nearly as many cached tokens as one, since a call
-    waits for the worker that holds its prompt."""
+    """Four gateways, each with a quarter of the workers' credit, find nearly as many cached tokens as one gateway,
+    because a call waits for the worker that holds its prompt."""
     one, four = (gateways.run(number, 1, most=1200).hit_rate for number in (1, 4))
     assert four > 0.93 * one > 0.1

@@ -1,4 +1,6 @@
-"""The scenario routing decides as a gateway does: over the same events, both send a call to the same worker."""
+"""The simulated gateway of the scenario routing decides as a real gateway: after the same events, both send a call to
+the same worker.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ OPERATIONS = ("enter", "enter", "credit", "credit", "first", "first", "end", "bl
 
 
 class Both:
-    """A gateway's scheduler and the simulated gateway, in virtual time. Each operation is applied to both."""
+    """A real gateway's scheduler and the simulated gateway, in virtual time. Each operation is applied to both."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -85,12 +87,12 @@ class Both:
     def policy_of(
         self, room: WaitingRoom, workers: Workers, resume_wait_s: float, losses: WorkerLosses
     ) -> SchedulingPolicy:
-        """Return the gateway's policy, and keep its workers."""
+        """Return the real gateway's policy, and store `workers`."""
         self.workers = workers
         return SchedulingPolicy(room, workers, resume_wait_s, losses)
 
     def enter(self, blocks: Sequence[int], tokens: int) -> None:
-        """Open a call whose prompt begins with these blocks."""
+        """Add a call whose prompt begins with these blocks."""
         key = f"c{next(self.serial)}"
         prompt = self.prompts[key] = Prompt("t", tokens, MAX_TOKENS, tuple(blocks))
         call = Call(key, "m", TenantPolicy("t", handle="t"), 0, self.now, None, lambda: self.now, self.scheduler.events)
@@ -104,12 +106,12 @@ class Both:
 
     @staticmethod
     def ids(prompt: Prompt) -> list[int]:
-        """Return token ids that are equal where prompts have equal blocks."""
+        """Return the token ids of a prompt. Prompts with equal blocks have equal token ids."""
         whole = [block for block in prompt.blocks[: prompt.whole] for _ in range(BLOCK_TOKENS)]
         return [*whole, *range(prompt.prompt_tokens - len(whole))]
 
     def credit(self, number: int, sequences: int, tokens: int) -> None:
-        """Let a worker admit further sequences and prompt tokens."""
+        """Let a worker grant further credit: a number of sequences and of prompt tokens."""
         before, link = self.granted[number], self.links[number]
         total = self.granted[number] = (before[0] + sequences, before[1] + tokens)
         grant = next(self.serial)
@@ -120,7 +122,7 @@ class Both:
         self.simulated.granted(number, Grant(number, grant, *total), self.now)
 
     def report(self, number: int, blocks: Sequence[int]) -> None:
-        """Report all blocks of a worker, as a prefix of one prompt."""
+        """Report the blocks that a worker holds. Together they are a prefix of one prompt."""
         ids = [block for block in blocks for _ in range(BLOCK_TOKENS)]
         real = KvChange(True, prefix_hashes(ids, BLOCK_TOKENS, seed_of("")))
         for message in kv_blocks_to_pb(real):
@@ -128,7 +130,7 @@ class Both:
         self.simulated.apply(number, KvChange(True, prefix_hashes(blocks, 1, seed_of("t"))))
 
     def output(self, key: str, finish: bool) -> None:
-        """Let a worker send the first output of a call, or end the call."""
+        """Let a worker send the first output of a call; with `finish`, end the call."""
         (sequence,) = self.calls[key].sequences
         link, prompt = sequence.link, self.prompts[key]
         assert link is not None
@@ -147,21 +149,21 @@ class Both:
             self.scheduler.leave(self.calls.pop(key))
 
     def read_workers(self) -> None:
-        """Let the gateway read all workers. It reads a worker anew at the next decision after a change; the simulated
-        gateway reads all at each decision."""
+        """Let the real gateway read all workers. After a change of a worker, it reads this worker at its next decision,
+        whereas the simulated gateway reads all workers at each decision."""
         for link in self.links:
             link.mark_changed()
         self.workers.route(RouteCall("m", 1), self.now)
 
     def decisions(self) -> dict[str, int]:
-        """Return the worker of each open call that the gateway has sent."""
+        """Return, for each running call that the real gateway has sent, its worker."""
         sent = {key: call.sequences[0].link for key, call in self.calls.items()}
         return {key: int(link.identity.worker_id) for key, link in sent.items() if link is not None}
 
 
 @pytest.mark.parametrize("seed", range(12))
 async def test_both_decide_alike(seed: int) -> None:
-    """Whatever happens, a call is sent by both at the same event, and to the same worker."""
+    """After any events, both gateways send a call at the same event and to the same worker."""
     chance, both = Random(seed), Both()
     bases = [list(range(100 * base, 100 * base + 12)) for base in range(4)]
     for _ in range(150):

@@ -1,4 +1,4 @@
-"""The parts of the load test `routing`, part `engines`, that need no engine."""
+"""Tests of the part `engines` of the load test `routing` that need no real engine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_chats_of_one_run_share_only_their_beginning() -> None:
 
 
 async def test_every_turn_is_played_once_and_in_order() -> None:
-    """The turns of a chat follow each other, and at most CONCURRENCY calls run."""
+    """The turns of a chat are played once and in order, and at most CONCURRENCY calls run at a time."""
     running, most, seen = 0, 0, list[tuple[Any, int]]()
 
     async def post(body: Mapping[str, object]) -> Mapping[str, Any]:
@@ -62,7 +62,7 @@ PROMPTS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12)), max_size=30
 
 @given(PROMPTS, st.integers(1, 30))
 def test_the_pool_hits_what_the_last_prompts_left(prompts: list[tuple[int, int]], blocks: int) -> None:
-    """A pool that is large enough hits all that came before, and a smaller one never hits more."""
+    """A pool that is large enough holds every block of earlier prompts. A smaller pool never has more hits."""
     small, large, held = PooledLru(blocks), PooledLru(10_000), set[int]()
     for kind, count in prompts:
         hashes = [100 * kind + at for at in range(count)]
@@ -77,8 +77,9 @@ def test_rows_have_bounds_for_every_figure() -> None:
 
 
 async def test_simulated_engines_hold_what_the_gateway_predicts(tmp_path: Path) -> None:
-    """With room for all chats, predictions equal the engines' counts, but for calls that begin while another call
-    computes their beginning, and hits are those of a pooled cache. With many evictions, each difference is traced."""
+    """If all chats fit into the caches, more than nine tenths of the predictions equal the engines' counts, and the
+    engines find at least four fifths of what a pooled cache finds. Every other prediction is traced, also with many
+    evictions."""
     async with Children(tmp_path) as children, httpx.AsyncClient() as client:
         model, bundle = await serving.prepare(children, "tokenizer", tmp_path)
         source = f"sim://{model}?decode_ms=1&block_size={BLOCK}&kv_blocks=1000&max_model_len=4096&max_num_seqs=8"

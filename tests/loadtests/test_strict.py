@@ -23,7 +23,7 @@ REQUEST = {"tools": [{"type": "function", "function": {"name": "f", "parameters"
 
 
 def answer(name: str, arguments: str, finish: str = "tool_calls") -> Answer:
-    """Return an answer with one call."""
+    """Return an answer with one tool call."""
     return Answer(finish, calls=(ToolCall(name, arguments),))
 
 

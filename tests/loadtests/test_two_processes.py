@@ -1,5 +1,5 @@
-"""A small run of the scenario `processes`: both arms answer every call, and the row is present with too few rounds to
-be met.
+"""A small run of the scenario `processes`: all servers answer every call, and the row is in the report, although there
+are too few rounds to meet the bound.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from loadtests.show import Screen
 @pytest.mark.slow
 @pytest.mark.long
 async def test_the_row_of_two_processes(tmp_path: Path) -> None:
-    """Both arms give complete answers with equal texts, only the CPU time of gateways is counted, and one figure has a
-    bound.
-    """
+    """All servers give complete answers with equal texts, the CPU time of gateways is counted, and only one of the two
+    figures has a bound."""
     report = Report("processes")
     options = Options(rounds=1, tokens=8, concurrency=32, pin=False)
     async with Children(tmp_path / "logs", term_s=2.0) as children:

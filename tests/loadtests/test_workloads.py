@@ -1,4 +1,6 @@
-"""Arrivals, datasets and traces: they are seeded and have the requested lengths, and absent data gives clear errors."""
+"""Tests of arrivals, datasets and traces: equal seeds give equal values, lengths are as requested, and absent data
+gives clear errors.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,13 @@ def test_a_replay_begins_at_once_and_keeps_its_proportions() -> None:
 
 @pytest.mark.parametrize("wrong", [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.0)])
 def test_impossible_arrivals_are_refused(wrong: tuple[float, float]) -> None:
-    """A rate or a variation of zero is refused, since it allows no gaps."""
+    """A rate of zero is refused, and so is a coefficient of variation of zero."""
     with pytest.raises(ValueError, match="must be above 0"):
         arrivals.gamma(3, *wrong, seed=1)
 
 
 def test_members_of_a_group_share_its_prefix_and_others_do_not() -> None:
-    """The prompts of a group have the first fifty words in common, and two groups have different first words."""
+    """All prompts of a group begin with the same fifty words, and two groups have different first words."""
     requests = datasets.prefixes(30, 3, prefix_words=50, own_words=5, max_tokens=4, seed=1)
     heads = {request.group: set[str]() for request in requests}
     for request in requests:
@@ -89,9 +91,8 @@ def test_the_real_traces_can_be_read_whole(name: str) -> None:
 
 
 def test_mt_bench_gives_as_many_questions_as_asked(tmp_path: Path) -> None:
-    """The requested number of questions is returned. Too few questions are repeated from the beginning, with different
-    keys.
-    """
+    """As many questions are returned as requested. If the dataset has fewer, they are repeated from the beginning, with
+    different keys."""
     (tmp_path / "fastchat").mkdir()
     questions = [{"question_id": i, "category": "c", "turns": [f"question {i}", "more"]} for i in range(3)]
     (tmp_path / "fastchat/mt_bench_question.jsonl").write_text("\n".join(map(json.dumps, questions)))

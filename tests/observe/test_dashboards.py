@@ -1,4 +1,6 @@
-"""Dashboards over a real Prometheus, which scrapes a gateway process and a controller with workers under load."""
+"""The dashboards have data from a real Prometheus, which scrapes a gateway process and a controller with workers under
+load.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,8 @@ BOARDS = {file.stem: file.read_text() for file in sorted(FOLDER.glob("*.json"))}
 
 
 def queries(text: str) -> list[tuple[str, str]]:
-    """Return (panel or annotation, query) of a dashboard, with values for its variables."""
+    """Return (name of the panel or annotation, query) for each query of a dashboard, with values put in for its
+    variables."""
     dashboard = json.loads(text)
     found = [(panel["title"], target["expr"]) for panel in dashboard["panels"] for target in panel.get("targets", [])]
     found += [(item["name"], item["expr"]) for item in dashboard["annotations"]["list"]]
@@ -95,7 +98,7 @@ def queries(text: str) -> list[tuple[str, str]]:
 
 @dataclass(eq=False)
 class Fleet:
-    """Workers of two versions with simulated engines, which a controller believes to run on a Ray cluster."""
+    """Workers of two model versions with simulated engines. A controller believes that they run on a Ray cluster."""
 
     checkpoint: Path
     bundle: Bundle
@@ -104,7 +107,7 @@ class Fleet:
     sessions: list[tuple[SimEngine, WorkerSession, asyncio.Task[None]]]
 
     async def add(self, name: str, settings: ReplicaSettings) -> None:
-        """Start a worker of a version."""
+        """Start a worker of the model version in `settings`."""
         engine = sim_engine(self.checkpoint, decode_ms=2, max_model_len=4096)
         info = await engine.start()
         identity = WorkerIdentity(
@@ -140,7 +143,7 @@ async def _run(session: WorkerSession) -> None:
 async def controlled(
     fleet: Fleet, stable: ReplicaSettings, canary: ReplicaSettings, metrics: Metrics
 ) -> AsyncIterator[None]:
-    """Run a controller whose Ray has the applications of both versions, and that exports its metrics."""
+    """Run a controller that exports its metrics, with a fake Ray on which both model versions run."""
     ray = FakeRay()
     backend = MultiClusterBackend({"local": ray})
     models = DesiredModels()
@@ -174,7 +177,7 @@ async def _done(holds: bool) -> bool:
 
 
 async def callers(stub: Any, keys: Sequence[str]) -> None:
-    """Make calls of all kinds without end: answered ones with long and short prompts, and refused ones."""
+    """Make calls until cancelled: calls with long and with short prompts, and calls that are refused."""
     number = 0
     while True:
         number += 1
@@ -191,9 +194,8 @@ async def _ask(stub: Any, request: Any, key: str) -> None:
 
 
 async def lose_a_worker(stub: Any, key: str, fleet: Fleet) -> None:
-    """Kill the engine of the stable version's worker that runs a call, so that the other one continues the call. No
-    other call may run.
-    """
+    """Make a call to the stable version and kill the engine that runs it. The version's other worker then resumes the
+    call. No other call may run meanwhile."""
     request_id = next(name for name in map("r{}".format, range(1000)) if choose_version(name, SHARES) == "v1")
     metadata = (*bearer(key), ("x-request-id", request_id))
     stream = stub.StreamChat(chat(max_tokens=400, ignore_eos=True), metadata=metadata, timeout=120)
@@ -204,7 +206,7 @@ async def lose_a_worker(stub: Any, key: str, fleet: Fleet) -> None:
 
 
 def settings_of(version: str, link: str, **fields: Any) -> ReplicaSettings:
-    """Return the settings of a version's replicas."""
+    """Return the settings of the replicas of a model version."""
     return ReplicaSettings(
         ModelSpec("sim", "sim://x", version=version, max_replicas=4, gpu="H100", **fields), "test", (link,)
     )
@@ -212,7 +214,7 @@ def settings_of(version: str, link: str, **fields: Any) -> ReplicaSettings:
 
 @pytest.fixture(scope="module")
 async def scraped(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Prometheus]:
-    """A Prometheus that has scraped a cluster of a gateway, a controller and three workers, with the chart's rules."""
+    """A Prometheus with the chart's rules. It has scraped a cluster of a gateway, a controller and three workers."""
     folder = tmp_path_factory.mktemp("dashboards")
     checkpoint = build_checkpoint("llama", folder / "llama")
     own, peer = _pair(folder)
@@ -265,20 +267,20 @@ def _pair(folder: Path) -> tuple[TlsFiles, TlsFiles]:
 
 
 def rules_text() -> str:
-    """Return the chart's rules for this cluster, evaluated every second instead of every 30."""
+    """Return the chart's rules for this cluster. They are evaluated every second instead of every 30 seconds."""
     values = yaml.safe_load(VALUES.read_text())
     values["config"]["name"] = "test"
     return plain_rules(RULES.read_text(), values).replace("interval: 30s", "interval: 1s")
 
 
 def test_dashboards_are_those_of_the_script() -> None:
-    """The files of the chart are what scripts/dashboards makes."""
+    """The dashboard files of the chart are those that scripts/dashboards writes."""
     assert {path: path.read_text() for path in FOLDER.glob("*.json")} == generated()
 
 
 @pytest.mark.parametrize("board", BOARDS)
 async def test_every_panel_has_data(board: str, scraped: Prometheus) -> None:
-    """Prometheus answers the query of every panel with at least one series, and accepts the queries of annotations."""
+    """The query of every panel returns at least one series. Prometheus accepts the queries of annotations."""
     annotations = {item["name"] for item in json.loads(BOARDS[board])["annotations"]["list"]}
     missing = dict(queries(BOARDS[board]))
     assert len(missing) > len(annotations)
@@ -296,7 +298,8 @@ async def test_every_panel_has_data(board: str, scraped: Prometheus) -> None:
 
 @pytest.mark.parametrize("board", BOARDS)
 def test_panels_explain_themselves(board: str) -> None:
-    """Every panel has a description and a unit, and links lead to dashboards and runbooks that exist."""
+    """Every panel has a description, every panel except tables has a unit, and all links lead to dashboards and
+    runbooks that exist."""
     dashboard = json.loads(BOARDS[board])
     assert dashboard["description"]
     assert {item["name"] for item in dashboard["templating"]["list"]} >= {"datasource", "cluster"}
@@ -318,6 +321,6 @@ def test_panels_explain_themselves(board: str) -> None:
 
 
 def test_stat_and_table_panels_are_used() -> None:
-    """The dashboards have numbers, tables and series over time."""
+    """The dashboards have panels of three kinds: single numbers, tables and series over time."""
     types = {panel["type"] for text in BOARDS.values() for panel in json.loads(text)["panels"]}
     assert types == {"row", "stat", "table", "timeseries"}

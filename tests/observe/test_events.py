@@ -1,4 +1,4 @@
-"""The table of log events and the code that logs them agree."""
+"""The table of log events matches the code that logs them."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ def test_every_event_is_in_the_table_and_every_entry_is_logged() -> None:
 
 
 def test_names_are_literals_of_one_grammar() -> None:
-    """Each log call names its event as a literal `area.what_happened`; one module passes on names that it is given."""
+    """Each log call names its event with a literal. One module is excepted, which logs names that its callers pass. All
+    names have the form `area.what_happened`."""
     unnamed = {event.place.partition(":")[0] for event in LOGGED if event.name is None}
     assert unnamed <= {LIFETIME}
     assert [name for name in EVENTS if not NAME.fullmatch(name)] == []
 
 
 def test_lines_about_a_call_have_its_trace_id() -> None:
-    """No log call passes a request id alone: lines about a call also have its trace id."""
+    """Every log call with the request id of a call also has the trace id of that call."""
     assert [event.place for event in LOGGED if event.concerns_call and "trace_id" not in event.fields] == []
 
 
 def test_meanings_are_sentences() -> None:
-    """Each meaning is one sentence that ends with a full stop."""
+    """Each meaning in the table begins with a capital letter and ends with a full stop."""
     assert [name for name, meaning in EVENTS.items() if not meaning[0].isupper() or not meaning.endswith(".")] == []
 
 
 def test_the_search_finds_what_a_module_logs(tmp_path: Path) -> None:
-    """The search finds names, levels and fields, marks a name that is no literal, and reports it with its place."""
+    """`logged_events` finds the names, levels and fields of logged events. The name is None if it is not a literal."""
     package = tmp_path / "cluster"
     package.mkdir()
     (package / "part.py").write_text(
@@ -54,5 +55,5 @@ def test_the_search_finds_what_a_module_logs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["worker_up", "Worker.up", "worker.up.again", "worker.", "a b.c"])
 def test_other_forms_are_no_names(text: str) -> None:
-    """A name without an area, with capitals, spaces or a second dot is refused."""
+    """A name of another form is refused: without an area, or with capitals, spaces or a second dot."""
     assert NAME.fullmatch(text) is None

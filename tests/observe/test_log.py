@@ -1,4 +1,4 @@
-"""Log lines are JSON with the process's fields, and never make a caller wait for the output."""
+"""Log lines are JSON objects with the fields of their process. A slow output never makes a caller wait."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ except ValueError:
 
 
 def lines_of(configure: str, **environment: str) -> list[dict[str, Any]]:
-    """Return what a process logs to standard error that configures its log in this way."""
+    """Run a program that logs to standard error, and return its lines. `configure`: the program's call that configures
+    the log."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.replace("CONFIGURE", configure)],
         capture_output=True,
@@ -47,8 +48,9 @@ def lines_of(configure: str, **environment: str) -> list[dict[str, Any]]:
 
 
 def test_a_line_is_json_with_the_fields_of_its_process() -> None:
-    """Each line is a JSON object with time in UTC, level, event and the fields of event and process, is bounded, and is
-    written although the process ends at once; an exception is one field."""
+    """Each line is a JSON object with the time in UTC, the level, the event, and the fields of the event and of the
+    process. Long texts are cut, and an exception is one field. All lines are written even if the process ends at
+    once."""
     began, failed = lines_of("configure('info', {'cluster': 'c', 'part': 'gateway'})")
     assert (began["cluster"], began["part"], began["event"], began["level"]) == ("c", "gateway", "part.began", "info")
     assert began["timestamp"].endswith("Z")
@@ -60,7 +62,7 @@ def test_a_line_is_json_with_the_fields_of_its_process() -> None:
 
 
 def test_any_value_of_a_field_is_rendered() -> None:
-    """A value that JSON does not have is written in words, and an event that refers to itself still has a line."""
+    """A field value that JSON does not support is written as text. An event that contains itself still gets a line."""
     loop: dict[str, Any] = {}
     loop["loop"] = loop
     reader, output = os.pipe()
@@ -79,8 +81,8 @@ def test_any_value_of_a_field_is_rendered() -> None:
 
 
 def test_a_child_process_logs_as_its_parent_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child that calls configure_as_parent has the level and the fields of its parent; without a parent's settings
-    nothing is configured."""
+    """A child process that calls `configure_as_parent` logs with the level and fields of its parent. Without a parent's
+    settings, the call does nothing."""
     settings = json.dumps({"level": "error", "descriptor": 2, "fields": {"part": "worker", "pod": "gpu-0"}})
     (failed,) = lines_of("configure_as_parent()", HEADRACE_LOG_SETTINGS=settings)
     assert (failed["event"], failed["part"], failed["pod"]) == ("part.failed", "worker", "gpu-0")
@@ -89,7 +91,7 @@ def test_a_child_process_logs_as_its_parent_does(monkeypatch: pytest.MonkeyPatch
 
 
 def writer_to(output: int, max_bytes: int = 1 << 20) -> LineWriter:
-    """Return a writer of plain lines, which reports dropped ones as `dropped NUMBER`."""
+    """Return a writer of plain lines. It reports dropped lines as `dropped NUMBER`."""
     return LineWriter(
         output,
         render=lambda event: str(event["line"]),
@@ -99,8 +101,8 @@ def writer_to(output: int, max_bytes: int = 1 << 20) -> LineWriter:
 
 
 def test_a_full_output_never_makes_a_caller_wait() -> None:
-    """While nobody reads the output, lines wait up to the bound and further ones are dropped; once it is read, the
-    lines come whole and in order, and their number and that of the dropped ones add up."""
+    """While the output is not read, lines wait up to the bound, and further lines are dropped. When the output is read
+    again, the waiting lines arrive whole and in order. Each line is either written or counted as dropped."""
     reader, output = os.pipe()
     fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, 4096)
     writer = writer_to(output, max_bytes=100_000)
@@ -111,7 +113,7 @@ def test_a_full_output_never_makes_a_caller_wait() -> None:
     got: list[bytes] = []
 
     def counts() -> tuple[list[int], int]:
-        """Return the numbers of the lines that were read, and the sum of the reported dropped ones."""
+        """Return the numbers of the lines that were read, and the number of lines that were reported as dropped."""
         whole = b"".join(got).decode().split("\n")[:-1]
         numbers = [int(line.split()[1]) for line in whole if line.startswith("line ")]
         return numbers, sum(int(line.split()[1]) for line in whole if line.startswith("dropped "))
@@ -132,8 +134,8 @@ def test_a_full_output_never_makes_a_caller_wait() -> None:
 
 
 def test_a_failing_output_loses_lines_and_counts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines for an output that fails, such as a full disk, are dropped and counted, and later ones are written once it
-    works again."""
+    """While the output fails, for example because the disk is full, lines are dropped and counted. When the output
+    works again, new lines are written."""
     monkeypatch.setattr("cluster.observe.line_writer.PAUSE_S", 0.001)
     file = tmp_path / "log"
     output = os.open("/dev/full", os.O_WRONLY)
@@ -151,7 +153,7 @@ def test_a_failing_output_loses_lines_and_counts_them(tmp_path: Path, monkeypatc
 
 
 def test_a_forked_process_writes_its_own_lines() -> None:
-    """A fork has neither the lines that waited in its parent nor a lock that its parent held, and can write."""
+    """A forked process writes its own lines, and not those of its parent. No lock that the parent held blocks it."""
     reader, output = os.pipe()
     writer = writer_to(output)
     writer.write({"line": "parent"})
@@ -167,7 +169,8 @@ def test_a_forked_process_writes_its_own_lines() -> None:
 
 
 async def test_calls_have_their_own_fields() -> None:
-    """Each task has the fields of its own call, also while other calls run; outside of calls there are none."""
+    """`call_fields` returns the fields of the task's own call while other calls run at the same time, and nothing
+    outside of calls."""
 
     async def run(name: str) -> bool:
         with log.CallFields(log.ids_of_call(name, "")):
@@ -180,8 +183,8 @@ async def test_calls_have_their_own_fields() -> None:
 
 
 def test_a_kept_logger_outlives_dict_config(tmp_path: Path) -> None:
-    """After dictConfig, a logger passed to `keep_handlers_open` still writes through a memory handler to a file, as in
-    Ray Serve; the handlers of other loggers are closed."""
+    """After logging.config.dictConfig, a logger passed to `keep_handlers_open` still writes to its file through a
+    memory handler, as in Ray Serve. The handlers of another logger are closed."""
     loggers = [logging.getLogger(name) for name in ("test.kept", "test.not_kept")]
     buffers = []
     for logger in loggers:

@@ -1,4 +1,6 @@
-"""Metrics stay small whatever the number of tenants, and histograms keep the trace of a value by bucket."""
+"""The number of series is bounded for any number of tenants, and each bucket of a histogram keeps the trace of its last
+value.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 
 
 def run(tenants: int) -> tuple[str, float]:
-    """Return what a process with so many tenants says of its series, and its peak memory in MB."""
+    """Run a process that counts calls of this many tenants. Return its line about the series, and its peak memory in
+    MB."""
     done = subprocess.run(
         [sys.executable, "-c", MANY_TENANTS, str(tenants)], capture_output=True, text=True, timeout=300, check=True
     )
@@ -43,8 +46,8 @@ def run(tenants: int) -> tuple[str, float]:
 
 
 def test_ten_thousand_tenants_fit_into_the_cap() -> None:
-    """With 10,000 tenants seen, 500 have series of their own, the others share one and are counted, and the process
-    needs at most 100 MB more than with 10."""
+    """Of 10,000 tenants, 500 have series of their own. The other tenants share one series, and their number is
+    reported. The process needs at most 100 MB more memory than with 10 tenants."""
     few, few_mb = run(10)
     many, many_mb = run(10_000)
     assert few == "10 False 0"
@@ -53,15 +56,15 @@ def test_ten_thousand_tenants_fit_into_the_cap() -> None:
 
 
 def page_of(metrics: Metrics) -> list[Sample]:
-    """Return the samples of a page in the OpenMetrics format."""
+    """Return the samples of the /metrics page in the OpenMetrics format."""
     text = metrics.render("application/openmetrics-text")[1].decode()
     families = text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
     return [sample for family in families for sample in family.samples]
 
 
 def test_a_bucket_has_the_last_traced_value() -> None:
-    """The exemplar of a bucket is its last value with a trace, beside counts of all values; the plain text format has
-    no exemplars."""
+    """The exemplar of a bucket is the bucket's last value with a trace; values without a trace are counted too.
+    Prometheus' plain text format has no exemplars."""
     metrics = Metrics("c")
     ttft = metrics.histogram("time_to_first_token_seconds", "m")
     for value, trace in ((0.03, TRACE_A), (0.031, TRACE_B), (0.032, ""), (1000.0, TRACE_A), (5000.0, "")):
@@ -77,7 +80,7 @@ def test_a_bucket_has_the_last_traced_value() -> None:
 
 
 def test_traces_change_no_count() -> None:
-    """A histogram counts a value alike with and without a trace."""
+    """A histogram counts a value in the same way with and without a trace."""
     plain, traced = Histogram((1.0, 2.0)), Histogram((1.0, 2.0))
     for value in (0.5, 1.0, 1.5, 9.0):
         plain.observe(value)
@@ -87,7 +90,8 @@ def test_traces_change_no_count() -> None:
 
 
 def test_gauge_functions_may_return_counters() -> None:
-    """A value of a counter that a function returns at a scrape is exported as a counter, beside vLLM's names."""
+    """If a function passed to `add_gauges` returns the value of a counter, it is exported as a counter. Metrics with
+    vLLM's names are exported too."""
     metrics = Metrics("c")
     metrics.add_gauges(lambda: [("log_lines_dropped_total", (), 3), ("vllm:num_preemptions_total", ("m", "w"), 2)])
     found = {sample.name: sample.value for sample in page_of(metrics)}
@@ -96,7 +100,8 @@ def test_gauge_functions_may_return_counters() -> None:
 
 
 def test_gauges_of_tenants_keep_to_the_same_cap() -> None:
-    """Gauges of tenants name the tenants that counters name; of all others, `other` has the largest value."""
+    """The same tenants have labels of their own in gauges and in counters. The gauge of `other` is the largest value of
+    all other tenants."""
     metrics = Metrics("c", max_tenants=2)
     metrics.count("generation_tokens_total", "m", "a")
     metrics.count("generation_tokens_total", "m", "b")

@@ -38,7 +38,7 @@ os._exit(0)
 
 @contextlib.contextmanager
 def copying(files: dict[str, Path], target: int) -> Iterator[OutputCopy]:
-    """Provide a copy that runs, from the ends of the files on."""
+    """Run a copy that begins at the present ends of the files, until the `with` block ends."""
     copy = OutputCopy({name: FollowedFile(path) for name, path in files.items()}, target, FIELDS)
     copy.start()
     try:
@@ -53,8 +53,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_own_lines_are_kept_and_others_are_wrapped(tmp_path: Path) -> None:
-    """What is appended to the files comes once and in order: our own lines as they are, others as the text of an event
-    with the worker's place, Ray's marks not at all; what was there before is not copied."""
+    """Lines that are appended to the files are copied once and in order. Lines of our log are copied unchanged. Other
+    lines become the text of an event with the worker's fields. Ray's marks and earlier lines are not copied."""
     out, err, copied = tmp_path / "out", tmp_path / "err", tmp_path / "copied"
     out.write_text('{"event": "worker.ready", "old": true}\n')
     err.touch()
@@ -78,7 +78,7 @@ def test_own_lines_are_kept_and_others_are_wrapped(tmp_path: Path) -> None:
 
 
 def test_a_replaced_file_is_read_from_its_beginning(tmp_path: Path) -> None:
-    """After a rotation the new file is followed, and a file that was cut is read again from its beginning."""
+    """After a rotation the new file is read from its beginning, and so is a file that was truncated."""
     path = tmp_path / "out"
     path.write_text("before\n")
     file = FollowedFile(path)
@@ -92,7 +92,8 @@ def test_a_replaced_file_is_read_from_its_beginning(tmp_path: Path) -> None:
 
 
 def test_a_copy_far_behind_skips_lines_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the copy lags more than its bound, it goes on near the end with whole lines, and reports the skipped bytes."""
+    """If the reader is too far behind, it continues near the end of the file with a whole line, and reports the number
+    of skipped bytes."""
     monkeypatch.setattr(output_copy, "MAX_LAG_BYTES", 10_000)
     monkeypatch.setattr(output_copy, "CHUNK_BYTES", 1000)
     path = tmp_path / "out"
@@ -106,7 +107,7 @@ def test_a_copy_far_behind_skips_lines_and_says_so(tmp_path: Path, monkeypatch: 
 
 
 def test_an_output_that_takes_nothing_does_not_hold_up_the_end(tmp_path: Path) -> None:
-    """A flush gives up on an output that nobody reads after its time; the process's own file has every line."""
+    """If nobody reads the output, `flush` returns False after its time limit."""
     path = tmp_path / "out"
     path.touch()
     reader, target = os.pipe()
@@ -119,8 +120,8 @@ def test_an_output_that_takes_nothing_does_not_hold_up_the_end(tmp_path: Path) -
 
 
 def test_an_output_that_cannot_be_opened_is_logged(tmp_path: Path) -> None:
-    """Without a path, or for a process whose output is no file, nothing is copied; a path that cannot be opened is
-    logged, and the process goes on."""
+    """Nothing is copied without a path, or if the process's output is no file. If the path cannot be opened, the error
+    is logged and not raised."""
     out = tmp_path / "out"
     out.touch()
     assert copy_output("", FIELDS, lambda number: str(out)) is None
@@ -131,8 +132,8 @@ def test_an_output_that_cannot_be_opened_is_logged(tmp_path: Path) -> None:
 
 
 def test_a_worker_writes_to_the_output_of_its_container(tmp_path: Path) -> None:
-    """A process whose output Ray has redirected into files writes its lines, and those of its children, also to the
-    standard output of the container's first process, which is a pipe, also if it ends at once."""
+    """If Ray has redirected a process's output to files, the lines of the process and its children also reach the
+    container's standard output, even if the process ends at once."""
     (tmp_path / "worker.py").write_text(PROGRAM)
     script = f"{sys.executable} {tmp_path}/worker.py >>{tmp_path}/out 2>>{tmp_path}/err; true"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=300, check=True)

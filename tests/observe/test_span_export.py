@@ -1,5 +1,6 @@
-"""Export of spans to a real OTLP receiver: what arrives, what is counted, and what becomes of a collector that is away,
-refuses, or changes its certificate."""
+"""Export of spans to a real OTLP receiver, and behavior with a collector that is unreachable, refuses spans or changes
+its certificate.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ NOWHERE = "http://127.0.0.1:1"
 
 
 def span(number: int = 1, **changed: Any) -> SpanRecord:
-    """Return a span with an id."""
+    """Return a span with the id `number`."""
     fields = {"name": "chat", "trace_id": "a" * 32, "span_id": f"{number:016x}", "parent_id": "", "start_s": 1.0}
     return SpanRecord(**{**fields, "end_s": 2.0, "resource": RESOURCE, **changed})
 
@@ -49,7 +50,7 @@ class Outcomes(Counter[str]):
 
 @contextmanager
 def exporting(endpoint: str, outcomes: Outcomes, **options: Any) -> Iterator[SpanExport]:
-    """Run an export that sends without delay."""
+    """Run an exporter that sends its spans without delay."""
     export = SpanExport(endpoint, outcomes, **{"interval_s": 0.01, "timeout_s": 5.0, **options})
     export.start()
     try:
@@ -86,8 +87,8 @@ spans = st.builds(
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(spans, min_size=1, max_size=8))
 def test_spans_arrive_as_they_were_sent(sent: list[SpanRecord]) -> None:
-    """Any spans that are exported reach a receiver unchanged, times to ten microseconds, each once, and are counted as
-    exported."""
+    """A receiver gets each exported span once and unchanged, with times exact to ten microseconds. All spans are
+    counted as exported."""
     received: list[SpanRecord] = []
     receiver = OtlpReceiver("127.0.0.1:0", lambda some: received.extend(some))
     receiver.start()
@@ -108,8 +109,8 @@ def test_spans_arrive_as_they_were_sent(sent: list[SpanRecord]) -> None:
 
 
 async def test_a_queue_that_is_full_drops_whole_calls(tmp_path: Path) -> None:
-    """While the collector answers nothing, at most `max_queued` spans wait, a call is kept whole or not at all, `add`
-    returns at once, and every span is counted once in the end."""
+    """While the collector does not answer, at most `max_queued` spans wait. The spans of a call are either all queued
+    or all dropped, `add` returns at once, and in the end every span is counted once."""
     outcomes = Outcomes()
     with exporting(NOWHERE, outcomes, max_queued=1000, timeout_s=0.2, interval_s=60.0) as export:
         for call in range(100):
@@ -122,7 +123,8 @@ async def test_a_queue_that_is_full_drops_whole_calls(tmp_path: Path) -> None:
 
 
 async def test_a_collector_that_comes_back_gets_the_next_spans() -> None:
-    """Spans of a batch that the collector refuses are counted as failed, and later spans arrive."""
+    """Spans that the collector refuses are counted as failed. When the collector accepts spans again, later spans
+    arrive."""
     outcomes = Outcomes()
     async with running_collector() as collector:
         collector.refusal = grpc.StatusCode.INVALID_ARGUMENT
@@ -140,8 +142,8 @@ def _read(path: str | Path) -> bytes:
 
 
 async def test_tls_and_headers_are_read_again_when_they_change(tmp_path: Path) -> None:
-    """Over TLS the collector must show a certificate of the CA in `ca_file`. Headers of the file are sent, and those of
-    a changed file with the next batch."""
+    """The collector needs a certificate of the CA in `ca_file`. Each batch is sent with the current headers in the
+    headers file."""
     authority = Authority(tmp_path / "ca")
     files = authority.issue("localhost")
     pair = (_read(files.key_file), _read(files.cert_file))
@@ -168,7 +170,8 @@ async def test_tls_and_headers_are_read_again_when_they_change(tmp_path: Path) -
     [("no colon", "line 1: write `name: value`"), ("ok: 1\nb d: 2", "line 2"), ("k: ä", "ASCII"), (": x", "line 1")],
 )
 def test_an_unusable_headers_file_is_named(tmp_path: Path, text: str, problem: str) -> None:
-    """A headers file with an invalid line is refused with its setting, its path and the line. A missing one too."""
+    """The error for an invalid headers file names the file and the line. The error for a missing file names the setting
+    and the file."""
     path = tmp_path / "headers"
     path.write_text(text)
     with pytest.raises(ValueError, match=problem) as refused:
@@ -181,7 +184,7 @@ def test_an_unusable_headers_file_is_named(tmp_path: Path, text: str, problem: s
 
 
 async def test_the_end_does_not_wait_for_a_collector_that_hangs() -> None:
-    """A stop returns although a collector accepts connections and never answers, and counts the spans as lost."""
+    """`stop` returns even if the collector accepts connections and never answers. No span then counts as exported."""
 
     async def read_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()

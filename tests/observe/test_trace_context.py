@@ -28,7 +28,7 @@ def ids(digits: int) -> st.SearchStrategy[str]:
 
 @given(ids(32), ids(16), st.booleans())
 def test_a_context_is_read_as_it_was_written(trace_id: str, span_id: str, sampled: bool) -> None:
-    """A written traceparent gives the same context again, and OpenTelemetry's own reader agrees."""
+    """Parsing a written traceparent gives the same context, and OpenTelemetry's own parser agrees."""
     context = TraceContext(trace_id, span_id, sampled)
     assert parse_traceparent(context.traceparent) == context
     assert is_sampled(context.traceparent) is sampled
@@ -61,20 +61,20 @@ A, B = "a" * 32, "b" * 16
     ],
 )
 def test_an_invalid_traceparent_is_none(text: str) -> None:
-    """A traceparent that the standard calls invalid gives no context, and counts as not sampled."""
+    """A traceparent that is invalid by the standard has no context and counts as not sampled."""
     assert parse_traceparent(text) is None
     assert not is_sampled(text)
 
 
 def test_a_later_version_is_read_as_far_as_it_is_known() -> None:
-    """Of a later version, the known fields are used, and further fields and flags are ignored."""
+    """From a traceparent of a later version, the known fields are read, and further fields and flags are ignored."""
     assert parse_traceparent(f"01-{A}-{B}-03-more") == TraceContext(A, B, True)
     assert parse_traceparent(f"cc-{A}-{B}-02") == TraceContext(A, B, False)
 
 
 @given(st.text(max_size=600))
 def test_only_a_valid_tracestate_passes(text: str) -> None:
-    """A tracestate passes unchanged or not at all, is short, and is readable for OpenTelemetry if it passes."""
+    """`checked_tracestate` returns any text unchanged or returns "". What it returns is ASCII and not too long."""
     passed = checked_tracestate(text)
     assert passed in ("", text)
     assert len(passed) <= MAX_STATE
@@ -83,20 +83,21 @@ def test_only_a_valid_tracestate_passes(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["a=1", "rojo=00f067aa0ba902b7,congo=t61rcWkgMzE", "t@v=x , b=y", "a=1,,b=2"])
 def test_usual_tracestates_pass(text: str) -> None:
-    """Lists of members as the standard shows them pass, and OpenTelemetry reads their members."""
+    """Tracestate lists of the forms that the standard shows are valid, and OpenTelemetry reads all their members."""
     assert checked_tracestate(text) == text
     assert len(TraceState.from_header([text])) == len([part for part in text.split(",") if part.strip()])
 
 
 @pytest.mark.parametrize("text", ["a", "=1", "A=1", "a=\x00", "a=ä", "a=1\n", "a=" + "x" * 300, "a=1," * 200])
 def test_an_invalid_tracestate_is_dropped(text: str) -> None:
-    """A tracestate with an invalid member, or that is too long, is dropped."""
+    """For a tracestate that is too long or has an invalid member, `checked_tracestate` returns ""."""
     assert checked_tracestate(text) == ""
 
 
 @given(ids(32), st.floats(0, 1), st.floats(0, 1))
 def test_a_higher_ratio_samples_the_same_calls_and_more(trace_id: str, one: float, other: float) -> None:
-    """Every call that is sampled at a ratio is sampled at any higher ratio; none is at 0, and all are at 1."""
+    """Every call that is sampled at one ratio is also sampled at any higher ratio. No call is sampled at 0, and every
+    call at 1."""
     low, high = sorted((one, other))
     assert is_in_ratio(trace_id, high) or not is_in_ratio(trace_id, low)
     assert is_in_ratio(trace_id, 1)
@@ -104,7 +105,7 @@ def test_a_higher_ratio_samples_the_same_calls_and_more(trace_id: str, one: floa
 
 
 def test_the_ratio_is_a_share() -> None:
-    """Of evenly spread trace ids, the ratio is sampled."""
+    """Of evenly spread trace ids, the share that is sampled equals the ratio."""
     step = (1 << 56) // 1000
     sampled = sum(is_in_ratio(f"{1:018x}{number * step:014x}", 0.25) for number in range(1000))
     assert abs(sampled - 250) <= 1

@@ -1,4 +1,6 @@
-"""Adapters of the simulated clusters: which calls name one, which lie in an engine's slots, and where calls go."""
+"""Adapters of the simulated clusters: which calls name an adapter, which adapters lie in an engine's slots, and to
+which worker a call goes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ MIX = AdapterMix(0.5, count=6, slots=2, copy_s=0.2)
 
 
 def test_a_share_of_the_keys_names_adapters() -> None:
-    """The share of the keys names adapters, the first of them most often, and a key always the same."""
+    """The configured share of the keys names adapters. The first adapter is named most often, and a key always names
+    the same adapter."""
     named = [MIX.adapter_of(key) for key in range(4000)]
     assert named == [MIX.adapter_of(key) for key in range(4000)]
     counts = Counter(named)
@@ -30,7 +33,7 @@ def test_a_share_of_the_keys_names_adapters() -> None:
 
 @given(st.lists(st.sampled_from(["", *MIX.names]), max_size=60))
 def test_the_least_recently_used_adapter_leaves_its_slot(calls: list[str]) -> None:
-    """An engine copies an adapter if and only if fewer than all slots hold it: others were used since."""
+    """With n slots, an engine copies an adapter if and only if it is not among the n adapters that were used last."""
     slots, used = AdapterSlots(MIX), list[str]()
     for adapter in calls:
         newest = list(dict.fromkeys(reversed(used)))[: MIX.slots]
@@ -40,7 +43,7 @@ def test_the_least_recently_used_adapter_leaves_its_slot(calls: list[str]) -> No
 
 
 def copies(policy: str) -> int:
-    """Return how many copies the engines have made under a policy."""
+    """Return how often the engines have copied an adapter into a slot under a routing policy."""
     config = ClusterConfig(policy, workers=3, blocks=600, adapters=MIX)
     calls = [(at_s, replace(prompt, blocks=())) for at_s, prompt in with_adapters(traffic(3, 300), MIX)]
     cluster = replay(Cluster(config), calls)
@@ -50,12 +53,12 @@ def copies(policy: str) -> int:
 
 
 def test_calls_go_where_their_adapter_lies() -> None:
-    """The gateways' policy needs fewer copies than one that does not know the slots."""
+    """The gateways' policy needs fewer copies than a policy that does not know which adapters lie in slots."""
     assert copies("cost") < 0.8 * copies("least load")
 
 
 def test_tenants_with_adapters_are_served() -> None:
-    """In the world of the scenario fairness, too, adapters are copied, and all calls that arrived end."""
+    """In the simulation of the scenario fairness, too, adapters are copied, and all calls that arrived end."""
     tenants = [SimTenant(name, [Lengths(100, 20)], rate_s=5.0) for name in ("one", "two")]
     world = World(WorldConfig(tenants, workers=2, adapters=MIX)).run(10.0)
     world.stop_arrivals()

@@ -17,16 +17,17 @@ ARRIVALS = st.lists(
 
 
 def test_the_bound_is_the_gateways() -> None:
-    """The maximum wait in the simulation equals the default of the gateway."""
+    """The maximum wait in the simulation equals the gateway's default."""
     assert Queue().max_wait_s == MAX_WAIT_S
 
 
 @settings(deadline=None)
 @given(ARRIVALS, st.lists(st.integers(0, 3), min_size=1, max_size=8))
 def test_every_call_waits_runs_or_is_judged(arrivals: list[tuple[float, int, int, int]], ready: list[int]) -> None:
-    """Every call waits, runs or is judged at every moment, with any number of replicas.
+    """At every moment, and with any number of replicas, every call waits, runs or has been judged.
 
-    Predictions for refused calls are removed. In the end, the predicted tokens equal the generated tokens.
+    Refused calls no longer count for the predicted tokens. So at the end, the predicted tokens equal the generated
+    tokens.
     """
     fleet, line = Fleet(PLANT, 2.0, 0.1), sorted(arrivals)
     made = 0.0

@@ -1,5 +1,6 @@
-"""Tests of the routing simulation: runs are reproducible, caches and feeds keep their laws, and no KV event, late or
-lost, changes an answer."""
+"""Tests of the routing simulation: runs are reproducible, caches and feeds keep their invariants, and KV events never
+change an answer, even if they are late or lost.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ ON_TIME, LATE = Lateness(0.0, 0.0, 0.0), Lateness(0.05, 2.0, 0.3)
 
 
 def traffic(seed: int, calls: int = 60, per_s: float = 4.0) -> Timed:
-    """Return calls with prompts that share their beginnings, as conversations do."""
+    """Return calls whose prompts begin alike, as in conversations."""
     rng, at_s, out = Random(seed), 0.0, Timed()
     for number in range(calls):
         at_s += rng.expovariate(per_s)
@@ -43,18 +44,18 @@ def traffic(seed: int, calls: int = 60, per_s: float = 4.0) -> Timed:
 
 
 def small(policy: str = "cost", *, lateness: Lateness = LATE, seed: int = 1, gateways: int = 2) -> Cluster:
-    """Return a cluster of three workers whose caches hold less than the traffic."""
+    """Return a cluster of three workers whose caches are smaller than the prompts of `traffic`."""
     return Cluster(ClusterConfig(policy, workers=3, blocks=60, gateways=gateways, seed=seed, lateness=lateness))
 
 
 def history(cluster: Cluster) -> list[tuple[float, ...]]:
-    """Return what happened to each call."""
+    """Return what happened to each call: gateway, worker, times and cached tokens."""
     return [(c.gateway, c.worker, c.bound, c.first, c.ended, c.predicted, c.cached) for c in cluster.calls]
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_equal_seeds_equal_histories(policy: str) -> None:
-    """Runs with equal seeds are equal under every policy, and each call gets all of its tokens once."""
+    """Under every policy, runs with equal seeds are equal, and each call gets all of its tokens once."""
     one, two = (replay(small(policy), traffic(3)) for _ in range(2))
     assert history(one) == history(two)
     assert all(call.ends == 1 and call.generated == call.prompt.output_tokens for call in one.calls)
@@ -68,8 +69,8 @@ def test_other_seeds_other_histories() -> None:
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 1000), st.floats(0, 1), st.floats(0, 3))
 def test_late_and_lost_events_never_change_an_answer(seed: int, lost: float, most_s: float) -> None:
-    """However late events are and however many are lost, each call ends once with all of its tokens, and an engine
-    reuses only whole blocks before the last token."""
+    """However many KV events are late or lost, each call ends once with all of its tokens. An engine reuses only whole
+    blocks that end before the last prompt token."""
     cluster = replay(small(lateness=Lateness(0.0, most_s, lost), seed=seed), traffic(seed))
     for call in cluster.calls:
         assert call.ends == 1
@@ -83,7 +84,8 @@ def test_late_and_lost_events_never_change_an_answer(seed: int, lost: float, mos
 
 
 def test_a_quiet_index_is_exact() -> None:
-    """When all events have arrived, also those sent again, every gateway knows every block of every worker."""
+    """When all events have arrived, including those that were sent again, every gateway knows every block of every
+    worker."""
     cluster = replay(small(), traffic(5))
     cluster.run(cluster.events.now + 30.0)
     for _, prompt in traffic(5):
@@ -92,8 +94,8 @@ def test_a_quiet_index_is_exact() -> None:
 
 
 def test_a_new_gateway_knows_the_blocks() -> None:
-    """A gateway that starts under load gets a snapshot of each worker, and no call of a killed gateway's queue is
-    lost."""
+    """A gateway that starts under load gets a snapshot of each worker's blocks. No call that waited at a killed gateway
+    is lost."""
     cluster = small(lateness=Lateness())
     calls = traffic(7, per_s=20.0)
     for at_s, prompt in calls:
@@ -111,7 +113,7 @@ def test_a_new_gateway_knows_the_blocks() -> None:
 
 
 class HedgeAll(HedgingPolicy):
-    """Hedging policy that sends each call to a second worker half a second after the first."""
+    """Hedging policy that sends each call to a second worker half a second after the first worker."""
 
     def __init__(self) -> None:
         super().__init__(1.0)
@@ -121,15 +123,15 @@ class HedgeAll(HedgingPolicy):
 
     @property
     def next_due(self) -> float:
-        """Time of the next late call."""
+        """Time at which the next call is late."""
         return min(self._planned.values(), default=float("inf"))
 
     def sent(self, key: str, model: str, worker_id: str, uncached_tokens: int, now: float) -> None:
-        """Plan the hedge of a call."""
+        """Plan to hedge a call that was sent."""
         self._planned[key] = now + 0.5
 
     def late(self, now: float) -> Iterator[str]:
-        """Return the calls that are due."""
+        """Return the calls whose hedge is due."""
         late = [key for key, due in self._planned.items() if due <= now]
         for key in late:
             del self._planned[key]
@@ -145,21 +147,21 @@ class HedgeAll(HedgingPolicy):
         return RoutingDecision(free[0].worker_id if free else None, "hedge", ())
 
     def hedged(self, key: str, worker_id: str, uncached_tokens: int, now: float) -> None:
-        """Count a hedge."""
+        """Count a hedge: a call was sent to a second worker."""
         self.second.append(key)
 
     def hedge_ended(self, key: str, won: bool, now: float) -> int:
-        """Count a worker that has lost."""
+        """Count a worker that did not answer first."""
         self.lost.append(key)
         return 0
 
     def answered(self, key: str, uncached_tokens: int, now: float) -> None:
-        """Forget a call."""
+        """Forget a call that has its first token."""
         self._planned.pop(key, None)
 
 
 def test_a_hedged_call_ends_once() -> None:
-    """A call at two workers ends once, and the other worker is freed and gives its credit back."""
+    """A call that was sent to two workers ends once. The slower worker becomes free and returns its credit."""
     hedger = HedgeAll()
     config = ClusterConfig(workers=3, blocks=200, slow=((0, 10.0),), hedger_of=lambda: hedger)
     cluster = replay(Cluster(config), traffic(2))
@@ -174,7 +176,8 @@ def test_a_hedged_call_ends_once() -> None:
 
 
 def test_time_to_first_token_of_a_lone_call() -> None:
-    """A prompt on an idle worker takes its chunks' steps and two messages; twice as long on a worker of slowness 2."""
+    """On an idle worker, the time to first token is the duration of the prompt's steps plus the delay of two messages.
+    With slowness 2, the steps take twice as long."""
     for slowness in (1.0, 2.0):
         config = ClusterConfig(workers=1, slow=((0, slowness),))
         cluster = replay(Cluster(config), [(1.0, Prompt("t", 4096, 10, tuple(range(8))))])
@@ -183,7 +186,7 @@ def test_time_to_first_token_of_a_lone_call() -> None:
 
 
 def test_a_slow_worker_gets_fewer_calls_by_rate() -> None:
-    """With measured rates, a worker that is ten times slower computes less than without them."""
+    """A worker that is ten times slower computes less if the gateways route by measured rates than if they do not."""
     shares = []
     for policy in ("cost", "cost without rates"):
         cluster = replay(Cluster(ClusterConfig(policy, workers=3, blocks=200, slow=((0, 10.0),))), traffic(4, 200, 1.5))
@@ -196,7 +199,7 @@ def test_a_slow_worker_gets_fewer_calls_by_rate() -> None:
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 2), st.booleans()), max_size=40),
 )
 def test_block_cache_laws(capacity: int, steps: list[tuple[int, int, int, bool]]) -> None:
-    """A cache never uses more blocks than it has, and its reported changes add up to the blocks that it holds."""
+    """A cache never uses more blocks than it has. Its reported changes add up to the blocks that it holds."""
     cache, held, running = BlockCache(capacity), set[int](), list[tuple[list[int], int]]()
     for stem, length, extra, ends in steps:
         names = [10 * stem + block for block in range(length)]
@@ -219,7 +222,7 @@ def test_block_cache_laws(capacity: int, steps: list[tuple[int, int, int, bool]]
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=4), max_size=30))
 def test_a_pool_without_evictions_finds_all(prompts: list[list[int]]) -> None:
-    """A pooled LRU with room for everything finds the longest prefix of any earlier prompt."""
+    """A pooled LRU with enough space for all prompts finds the longest prefix that any earlier prompt shares."""
     pool, seen = PooledLru(10_000), set[int]()
     for prompt in prompts:
         names = [hash(tuple(prompt[: at + 1])) for at in range(len(prompt))]
@@ -230,7 +233,7 @@ def test_a_pool_without_evictions_finds_all(prompts: list[list[int]]) -> None:
 
 @given(st.integers(0, 10_000), st.floats(0, 1), st.lists(st.floats(0, 2), min_size=1, max_size=40))
 def test_a_feed_applies_each_batch_once_in_order(seed: int, lost: float, gaps: list[float]) -> None:
-    """Whatever is lost or late, every batch is applied once, in the order of sending."""
+    """Every batch of events is applied once and in the order of sending, whichever batches are lost or late."""
     events, applied = EventQueue(), list[int]()
     feed = KvFeed(events, Random(seed), Lateness(0.05, 0.5, lost), lambda change: applied.append(int(change.stored[0])))
     at_s = 0.0
@@ -243,7 +246,8 @@ def test_a_feed_applies_each_batch_once_in_order(seed: int, lost: float, gaps: l
 
 
 def test_sessions_share_and_extend() -> None:
-    """Sessions run all of their turns, and each turn finds the turn before and the shared tokens in a cache."""
+    """Sessions play all of their turns. Each turn finds in a cache the blocks of the turn before and the tokens that
+    the tenant's sessions share."""
     config = SessionsConfig(
         (AgentTenant("a", 1.0, 4, 1.0), AgentTenant("b", 2.0, 2, 1.0)), turns=5, start_s=20.0, spawns=0.3
     )

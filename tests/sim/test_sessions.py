@@ -1,4 +1,4 @@
-"""Tests of the simulated agents: runs are reproducible, and warm order finds more in caches without unfairness."""
+"""Tests of the simulated agents: runs are reproducible, and warm order finds more cached tokens and stays fair."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL = SessionsConfig(TENANTS, turns=18, start_s=60.0, workers=2, kv_blocks=100
 
 @cache
 def run(warm: bool, seed: int = 1) -> SessionWorld:
-    """Return a small cluster after all sessions have ended."""
+    """Run a small cluster until all sessions have ended; return it."""
     return SessionWorld(replace(SMALL, warm=warm, seed=seed)).run()
 
 
@@ -34,14 +34,14 @@ def test_equal_seeds_equal_runs() -> None:
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_every_turn_is_served(warm: bool) -> None:
-    """All sessions end, and no worker ever holds more blocks or calls than it can."""
+    """All sessions end, and no worker ever holds more blocks or calls than its maximum."""
     world = run(warm)
     assert len(world.turns) == sum(tenant.sessions for tenant in TENANTS) * SMALL.turns
     assert all(worker.running == 0 and worker.free_blocks == SMALL.kv_blocks for worker in world.workers)
 
 
 def test_warm_order_finds_more_and_stays_fair() -> None:
-    """With warm order more of the prompts is found in caches and first tokens come earlier, and the gap between tenants
+    """With warm order, more prompt tokens are found in caches and first tokens arrive earlier. The gap between tenants
     stays within U."""
     cold, warm = run(False), run(True)
     assert warm.hit_rate() > 1.05 * cold.hit_rate()

@@ -53,9 +53,9 @@ def test_equal_seeds_equal_runs() -> None:
 
 @pytest.mark.parametrize("gateways", [1, 2, 4])
 def test_backlogged_tenants_share_by_weight(gateways: int) -> None:
-    """Tenants with a backlog share by weight with any number of gateways.
+    """Tenants that always have calls waiting are served in proportion to their weights, with any number of gateways.
 
-    The gap stays within U, and no tenant gets less than four fifths of its share.
+    The gap stays within U, and each tenant gets at least four fifths of its share.
     """
     seen = crowded(gateways).observer
     assert seen.largest_gap(list(WEIGHTS), WEIGHTS, 0.0) <= seen.unit()
@@ -70,8 +70,8 @@ def test_first_come_first_served_does_not() -> None:
 
 @pytest.mark.parametrize("gateways", [1, 2, 4])
 def test_no_room_stays_empty_and_none_is_promised_twice(gateways: int) -> None:
-    """Capacity is used within 200 ms while a call waits, no credit exceeds the capacity, and the queue of the engine
-    stays short."""
+    """While a call waits, free capacity is used within 200 ms. The credits never exceed the capacity, and the queue
+    inside the engine stays short."""
     world = crowded(gateways)
     assert world.observer.longest_beside_room_s <= 0.2
     assert world.observer.most_promised_over_room <= 0
@@ -79,9 +79,9 @@ def test_no_room_stays_empty_and_none_is_promised_twice(gateways: int) -> None:
 
 
 def test_a_flood_costs_the_quiet_little() -> None:
-    """A quiet tenant gets its first tokens in time beside a tenant with 200 waiting calls.
+    """A quiet tenant gets its first tokens in time although another tenant has 200 waiting calls.
 
-    In arrival order, the quiet tenant does not.
+    In arrival order, the quiet tenant does not get them in time.
     """
     quiet = SimTenant("quiet", SHORT, rate_s=1.0)
     flood = SimTenant("flood", LONG, backlog=200)
@@ -108,7 +108,7 @@ def test_every_call_ends_once_with_its_tokens(lengths: list[tuple[int, int]], ga
 
 
 def test_all_gateways_agree_when_all_has_been_told() -> None:
-    """After the last report, all gateways have the same total charge, and the charge equals the true service."""
+    """After the last report, all gateways have the same sum of charges, and this sum equals the true service."""
     world = small([SimTenant("a", SHORT, rate_s=4.0), SimTenant("b", LONG, rate_s=1.0)], gateways=3)
     world.run(5.0)
     world.stop_arrivals()
@@ -120,7 +120,8 @@ def test_all_gateways_agree_when_all_has_been_told() -> None:
 
 
 def test_agenda_is_in_order_and_does_not_go_back() -> None:
-    """Actions run by time, then in the order of planning. An action that is planned for the past runs now."""
+    """Actions run in the order of their times; actions for the same time run in the order of planning. An action for a
+    past time runs at the current time."""
     event_queue, done = EventQueue(), list[str]()
     event_queue.at(2.0, lambda: done.append("late"))
     event_queue.at(1.0, lambda: done.append("first"))
@@ -132,7 +133,8 @@ def test_agenda_is_in_order_and_does_not_go_back() -> None:
 
 
 def test_tenants_that_cannot_be() -> None:
-    """A tenant without lengths is refused, and so is a tenant without exactly one of a rate and a backlog."""
+    """A tenant without lengths is refused. A tenant with both a rate and a backlog is refused, and so is one with
+    neither."""
     for broken in ({}, {"rate_s": 1.0, "backlog": 1}):
         with pytest.raises(ValueError, match="exactly one"):
             SimTenant("a", SHORT, **broken)  # type: ignore[arg-type]
@@ -141,8 +143,8 @@ def test_tenants_that_cannot_be() -> None:
 
 
 def test_made_up_lengths_and_prompts() -> None:
-    """Made-up lengths are spread around their medians. PromptMaker of one tenant share a prefix and have the requested
-    length."""
+    """Made-up lengths are spread around their medians. The prompts of one tenant share a prefix and have the requested
+    lengths."""
     rng = Random(1)
     some = made_up(rng, 1000, 100)
     assert 700 < sorted(x.prompt for x in some)[250] < 1400

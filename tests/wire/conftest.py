@@ -1,4 +1,4 @@
-"""Fixtures that the gateway's tests also use: a checkpoint, the checkpoint's bundle and a cluster."""
+"""Fixtures that the gateway's tests also use: a model checkpoint, its tokenizer bundle and a cluster."""
 
 from tests.gateway.conftest import bundle, checkpoint, cluster
 

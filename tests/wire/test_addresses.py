@@ -1,5 +1,6 @@
-"""Workers and controllers dial the configured gateways, and a sibling gateway while a chain of Welcomes names the
-sibling."""
+"""Workers and controllers dial the configured gateways, and the siblings that those gateways name in their first
+message (Welcome).
+"""
 
 from __future__ import annotations
 
@@ -28,15 +29,16 @@ QUICK = Timing(redial_min_s=0.001, redial_max_s=0.01)
 
 
 def test_siblings_are_dialled_on_the_host_that_was_dialled() -> None:
-    """A sibling address without a host is on the dialled host, and a complete address is used unchanged."""
+    """A sibling's address without a host is dialled on the host whose gateway named it. A complete address is used
+    unchanged."""
     gateways = GatewayAddresses(["[::1]:50052", "b.example:1"])
     gateways.record_welcome("[::1]:50052", "i0", [":50061", "c.example:2"])
     assert gateways.addresses == ("[::1]:50052", "b.example:1", "[::1]:50061", "c.example:2")
 
 
 def test_only_what_is_reached_counts() -> None:
-    """A sibling of a sibling is dialled, and two siblings that only name each other are dropped when no configured
-    gateway names them."""
+    """A sibling of a sibling is dialled. Two siblings that name each other are dropped once no configured gateway names
+    them."""
     gateways = GatewayAddresses(["a:1"])
 
     def now() -> list[str]:
@@ -51,8 +53,8 @@ def test_only_what_is_reached_counts() -> None:
 
 
 def test_one_process_under_two_names_is_dialled_once() -> None:
-    """A gateway with two addresses is dialled only by the configured address, because two links of one worker end each
-    other."""
+    """A gateway process with two addresses is dialled only at the configured address, because two links of one worker
+    to it would end each other."""
     gateways = GatewayAddresses(["host:1", "10.0.0.1:2"])
     gateways.record_welcome("host:1", "i1", [":2"])
     assert "host:2" in gateways.addresses, "no gateway has answered at either name yet"
@@ -62,7 +64,8 @@ def test_one_process_under_two_names_is_dialled_once() -> None:
 
 
 def test_only_chosen_gateways_are_dialled() -> None:
-    """Of many gateways, siblings included, a worker dials some."""
+    """If there are many gateways, a worker dials only the addresses that `choose` selects, from configured gateways and
+    siblings."""
     rule = GatewaySubset("w1", most=3, replicas=1000)
     gateways = GatewayAddresses([f"g{number}:1" for number in range(5)], choose=rule.of)
     assert len(gateways.addresses) == 3
@@ -75,27 +78,27 @@ def test_only_chosen_gateways_are_dialled() -> None:
 
 
 class Answering:
-    """Fake sessions, by address. A session ends when its event is set."""
+    """Fake sessions, by address. A session ends when the event of its address is set."""
 
     def __init__(self) -> None:
         self.open: dict[str, asyncio.Event] = {}
         self.opened: list[str] = []
 
     async def session(self, address: str) -> None:
-        """Run a session until the session's event is set."""
+        """Run a session with a gateway until the session's event is set."""
         self.opened.append(address)
         end = self.open[address] = asyncio.Event()
         await end.wait()
         raise LinkEnded("told to")
 
     async def until_open(self, address: str, times: int) -> None:
-        """Wait until `times` sessions with an address were opened."""
+        """Wait until `times` sessions with an address were started."""
         await until(lambda: self.opened.count(address) == times, f"session {times} with {address}")
 
 
 async def test_a_session_outlives_its_name_but_is_not_begun_again() -> None:
-    """A sibling that leaves the list keeps its link until the link ends, and is dialled again only if it is named
-    again."""
+    """If a sibling is no longer named, its running link continues. After the link ends, the sibling is dialled only if
+    it is named again."""
     peers = Answering()
     gateways = GatewayAddresses(["a:1"])
     dialling = asyncio.create_task(gateways.dial(peers.session, QUICK))
@@ -123,8 +126,8 @@ def two_processes() -> Config:
 
 
 async def test_two_processes_share_one_workers_room(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A worker or controller that dials one of two sibling gateways links to both, and both gateways get work within
-    the worker's capacity. After one gateway has stopped, the other gets all the capacity."""
+    """A worker or controller that dials one of two sibling gateways links to both. Both gateways send requests within
+    the worker's capacity. After one gateway has stopped, the other gets the whole capacity."""
     config, sequences = two_processes(), 6
     gateways = [Gateway(config, tmp_path / str(i), process=i) for i in range(2)]
     engine = sim_engine(checkpoint, decode_ms=2, max_num_seqs=sequences)

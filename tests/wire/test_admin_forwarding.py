@@ -1,4 +1,6 @@
-"""An admin verb over the Control stream returns a complete answer, a complete error, or an error if no answer comes."""
+"""An admin verb over the Control stream returns the whole response, or raises the controller's error with all its
+fields. If no reply arrives, it raises an error too.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ class Stream:
         self._error = error
 
     async def reply(self, request: pb.AdminRequest) -> None:
-        """Answer a request as the controller would, with the reply encoded and decoded as on the wire."""
+        """Answer a request as the controller would. The reply is encoded and decoded as on the wire."""
 
         async def good(body: bytes, actor: str) -> bytes:
             return body + actor.encode()
@@ -39,14 +41,14 @@ class Stream:
 
 
 async def asked(stream: Stream, verb: str, body: bytes = b"", timeout_s: float = 60.0) -> asyncio.Task[bytes]:
-    """Send a request and return the task that waits for the answer."""
+    """Start to send a request, and return the task that waits for the response."""
     task = asyncio.create_task(stream.questions.ask(verb, body, "key:k1", timeout_s))
     await asyncio.sleep(0)  # the task's first step sends the request
     return task
 
 
 async def test_answers_find_their_questions() -> None:
-    """Replies in any order reach the right requests, and a repeated or unknown reply changes nothing."""
+    """Replies in any order reach the right requests. A repeated or unknown reply changes nothing."""
     stream = Stream()
     tasks = [await asked(stream, GOOD, bytes([i])) for i in range(3)]
     for request in reversed(stream.sent):
@@ -65,7 +67,8 @@ async def test_answers_find_their_questions() -> None:
 def test_an_error_travels_whole(
     outcome: Outcome, message: str, fields: list[tuple[str, str]], pause_s: float | None
 ) -> None:
-    """The error that a gateway raises has the outcome, text, violations and retry time of the verb's error."""
+    """The gateway raises an error with the same outcome, text, field violations and retry time as the error of the
+    verb."""
     raised = CallError(outcome, message, violations=[Violation(*field) for field in fields], retry_after_s=pause_s)
 
     async def run() -> CallError:
@@ -93,8 +96,8 @@ async def test_what_else_fails_tells_no_inside() -> None:
 
 
 async def test_no_answer_is_told_as_what_it_is() -> None:
-    """After a timeout or a lost stream, the error says that the verb may have been done; an unknown verb is never
-    sent."""
+    """After a timeout or a lost stream, the error says that the controller may have executed the verb. A verb that the
+    controller does not know is never sent."""
     stream = Stream()
     late = await asked(stream, GOOD, timeout_s=0.01)
     with pytest.raises(CallError, match="may still do it"):

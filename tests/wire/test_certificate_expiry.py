@@ -1,4 +1,4 @@
-"""The expiry of certificates is read from their files, and read again when they change."""
+"""The expiry of certificates is read from their files, and read again when the files change."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ DAY_S = 86_400.0
 
 
 def days(expiry: CertificateExpiry) -> list[int]:
-    """Return the rounded days until each file's certificates expire."""
+    """Return the days until the certificates of each file expire, rounded."""
     return [round((at - time.time()) / DAY_S) for _, at in expiry.current()]
 
 
 def test_chains_end_first_and_authorities_last(tmp_path: Path) -> None:
-    """A chain expires with its first certificate, a file of authorities with its last; a file without certificates, or
-    that is not there, has no expiry; a renewed file has its new one."""
+    """A certificate chain expires with its first certificate, a file of CA certificates with its last. A missing file,
+    or one without certificates, has no expiry. A renewed file has its new expiry."""
     authority, key = tmp_path / "ca.crt", tmp_path / "ca.key"
     certificates.make_authority(authority, key, 100)
     cert, _ = certificates.issue_server(tmp_path, "server", ["localhost"], 10)

@@ -1,5 +1,6 @@
-"""The capacity that credit promises never exceeds the worker's capacity, for any order of grants, submits,
-acknowledgements and attachments."""
+"""The capacity that a worker has promised to gateways never exceeds its capacity, for any order of grants, requests,
+acknowledgements and new links.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +131,8 @@ def test_all_room_goes_to_the_only_link() -> None:
 
 
 def test_room_follows_the_backlog_once_it_is_given_back() -> None:
-    """Unused capacity moves to the gateway with a backlog, after the other gateway has acknowledged a lower limit."""
+    """Unused capacity moves to the gateway that has a backlog, once the other gateway has acknowledged a lower
+    limit."""
     granter = CreditGranter()
     granter.attach(1)
     granter.new_grants(Capacity(10, 1000))
@@ -145,8 +147,8 @@ def test_room_follows_the_backlog_once_it_is_given_back() -> None:
 
 
 def test_calls_whose_blocks_are_here_get_any_place() -> None:
-    """Calls whose KV blocks are on the worker get capacity beyond the sequences that may start in a step, as long as
-    there are places."""
+    """Calls whose KV blocks are on the worker get sequences up to `places`, in addition to the sequences for all
+    calls."""
     granter = CreditGranter()
     for link, waiting, kept in ((1, 5, 0), (2, 7, 6), (3, 9, 9)):
         granter.attach(link)
@@ -159,8 +161,8 @@ def test_calls_whose_blocks_are_here_get_any_place() -> None:
 
 
 def test_calls_whose_blocks_are_here_claim_like_others_where_there_are_no_more_places() -> None:
-    """When there are no further places, calls whose KV blocks are on the worker get a share in proportion to the
-    backlog."""
+    """If `places` allows no additional sequences, calls whose KV blocks are on the worker get a share like other
+    calls."""
     for waiting, room, expected in ((0, 1, {2: 1}), (5, 4, {1: 2, 2: 2})):
         granter = CreditGranter()
         granter.attach(1)
@@ -171,7 +173,8 @@ def test_calls_whose_blocks_are_here_claim_like_others_where_there_are_no_more_p
 
 
 def test_each_that_has_come_back_waits_no_more() -> None:
-    """The worker lowers a gateway's backlog for each resumed call that arrives from the gateway."""
+    """When a call arrives whose KV blocks are on the worker, the worker counts one such call less in the gateway's
+    backlog."""
     granter = CreditGranter()
     granter.attach(1)
     granter.set_backlog(1, 5, 5)
@@ -182,7 +185,8 @@ def test_each_that_has_come_back_waits_no_more() -> None:
 
 
 def test_a_limit_holds_until_a_later_one_is_acknowledged() -> None:
-    """An acknowledgement of an older grant frees no capacity, because the gateway may still use the older limit."""
+    """Until the gateway acknowledges a lower limit, the higher limit counts as promised: the gateway may still use
+    it."""
     granter = CreditGranter()
     granter.attach(1)
     (first,) = granter.new_grants(Capacity(10, 1000))

@@ -1,5 +1,6 @@
-"""Gateways behind a DNS name are resolved by a real name server on loopback, and dialled while the answers list
-them."""
+"""Gateways behind a DNS name are looked up at a real name server on loopback, and dialled while its answers list
+them.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +26,14 @@ DOMAIN = "ns.svc.cluster.test"
 
 
 class Zone(asyncio.DatagramProtocol):
-    """A name server. `records` are the SRV answers for NAME in DOMAIN; None means that the server does not answer."""
+    """A name server. `records`: the SRV records of NAME in DOMAIN; None: the server does not answer."""
 
     def __init__(self) -> None:
         self.records: list[str] | None = []
         self._transport: asyncio.DatagramTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport, to send answers."""
+        """Keep the transport, on which answers are sent."""
         self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
@@ -53,8 +54,8 @@ class Zone(asyncio.DatagramProtocol):
 
 @contextlib.asynccontextmanager
 async def name_server() -> AsyncIterator[tuple[Zone, dns.asyncresolver.Resolver]]:
-    """Start a name server, and return it with a resolver like a pod's, which tries the search domain first for names
-    with few dots."""
+    """Start a name server, and return it with a resolver. Like a pod's resolver, it tries the search domain first for
+    names with few dots."""
     transport, zone = await asyncio.get_running_loop().create_datagram_endpoint(Zone, local_addr=("127.0.0.1", 0))
     resolver = dns.asyncresolver.Resolver(configure=False)
     resolver.nameservers, resolver.port = ["127.0.0.1"], transport.get_extra_info("sockname")[1]
@@ -66,7 +67,7 @@ async def name_server() -> AsyncIterator[tuple[Zone, dns.asyncresolver.Resolver]
 
 
 async def test_a_name_becomes_addresses() -> None:
-    """A DNS name is resolved to sorted addresses with ports, and an unknown name to no addresses."""
+    """A DNS name is resolved to sorted addresses with ports. An unknown name is resolved to no addresses."""
     async with name_server() as (zone, resolver):
         zone.records = [f"g1.{DOMAIN}:50052", f"g0.{DOMAIN}:50053"]
         assert await lookup.resolve(NAME, resolver) == (f"g0.{DOMAIN}:50053", f"g1.{DOMAIN}:50052")
@@ -75,7 +76,8 @@ async def test_a_name_becomes_addresses() -> None:
 
 
 async def test_silence_is_no_answer() -> None:
-    """A name server that does not answer raises NoAnswer, unlike a name server without records."""
+    """`resolve` raises NoAnswer if the name server does not answer. If the name server answers without records, it
+    returns no addresses."""
     async with name_server() as (zone, resolver):
         zone.records = None
         async with LoopClock() as clock:
@@ -85,7 +87,8 @@ async def test_silence_is_no_answer() -> None:
 
 
 async def test_answers_are_told_when_they_change_and_stand_while_there_is_none() -> None:
-    """The last DNS answer stays valid through failed lookups, and equal answers are reported once."""
+    """The last DNS answer stays valid while lookups fail, and an answer that equals the last one is not reported
+    again."""
     answers: list[tuple[str, ...] | None] = [("a:1",), ("a:1",), None, ("a:1",), (), ("b:2",)]
     reported: list[tuple[str, ...]] = []
     done = asyncio.Event()
@@ -109,7 +112,8 @@ async def test_answers_are_told_when_they_change_and_stand_while_there_is_none()
 
 
 async def test_who_is_named_is_dialled_and_who_is_named_no_more_is_kept_until_its_link_ends() -> None:
-    """After a changed DNS answer, new gateways are dialled at once, and running links stay up."""
+    """After the DNS answer changes, new gateways are dialled at once. The links to gateways that are no longer listed
+    stay up."""
     answers: asyncio.Queue[tuple[str, ...]] = asyncio.Queue()
     up: dict[str, asyncio.Event] = {}
     changed = asyncio.Condition()

@@ -1,4 +1,4 @@
-"""A worker keeps the usage of ended requests correctly for any order of events."""
+"""A worker keeps the usage records of ended requests correctly, for any order of events."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ended(generated: int = 0) -> EndedUsage:
 
 @given(st.lists(EVENTS, max_size=120))
 def test_nothing_is_lost_and_nothing_acknowledged_comes_back(events: list[tuple[str, int]]) -> None:
-    """Each usage record is offered on some attached link until the record is acknowledged, and never afterwards."""
+    """Each usage record is sent on some attached link until it is acknowledged, and never afterwards."""
     keeper = UsageKeeper(max_records=1000, patience_s=30)
     links: list[int] = []
     waiting: set[int] = set()
@@ -69,8 +69,8 @@ def test_nothing_is_lost_and_nothing_acknowledged_comes_back(events: list[tuple[
 
 
 def test_the_gateway_that_sent_it_hears_it_first() -> None:
-    """A usage record is sent on the request's own link while that link is attached, then on another link, and does not
-    move back."""
+    """A usage record is sent on the link of its request while that link is attached, and otherwise on another link.
+    Later it does not move back."""
     keeper = UsageKeeper()
     keeper.attach(1)
     keeper.attach(2)
@@ -101,8 +101,8 @@ def test_who_never_acknowledges_is_passed_over() -> None:
 
 
 def test_tokens_that_never_left_were_not_delivered() -> None:
-    """When a link ends, the unsent tokens in the link's outbox are subtracted from the written tokens of the requests
-    that came on that link."""
+    """When a link ends, tokens that were not sent on it are subtracted from `written_tokens` of the requests of that
+    link."""
     keeper = UsageKeeper()
     keeper.attach(1)
     keeper.keep(ended(10), origin=1, slot=7)

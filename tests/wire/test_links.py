@@ -1,4 +1,4 @@
-"""The lifetime of links: order of starts, restarts, epochs, silence, several gateways, and TLS."""
+"""The lifetime of links: the order of starts, restarts, reconnects, silent peers, several gateways, and TLS."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def test_two_gateways_share_one_worker(tmp_path: Path, checkpoint: Path, b
 
 
 async def test_dialing_anew_ends_the_older_epoch(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """When a worker reconnects, the new link replaces the worker's older link, which is closed."""
+    """When a worker reconnects, the new link replaces the worker's older link, and the older link is closed."""
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
         stub = pb_grpc.LinkStub(channel)
         hello = pb.Hello(protocol_min=1, protocol_max=1, worker_id="w", incarnation="i", model="sim", epoch=1)
@@ -117,7 +117,7 @@ async def test_dialing_anew_ends_the_older_epoch(cluster: TestCluster, checkpoin
     ids=["no-hello", "other-protocol", "bad-defaults"],
 )
 async def test_strangers_are_turned_away(cluster: TestCluster, frame: pb.WorkerTurn, code: grpc.StatusCode) -> None:
-    """A peer without a valid Hello, or with another protocol version, is refused with a status code and leaves no
+    """A peer that sends no valid Hello, or speaks another protocol version, is refused with a status code and leaves no
     link."""
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
         call = pb_grpc.LinkStub(channel).Turn()
@@ -128,8 +128,8 @@ async def test_strangers_are_turned_away(cluster: TestCluster, frame: pb.WorkerT
 
 @pytest.mark.slow
 async def test_silent_worker_is_noticed(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A worker that sends a Hello and then nothing is dropped after silence_s, and a worker with slow engine steps is
-    not."""
+    """A worker that sends nothing after its Hello is dropped after `silence_s`. A worker with slow engine steps is not
+    dropped."""
     timing = Timing(beat_s=0.02, silence_s=0.3)
     async with running_cluster(tmp_path, timing=timing) as cluster:
         async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
@@ -166,7 +166,8 @@ async def test_links_that_end_leave_no_connection(cluster: TestCluster, checkpoi
 async def test_a_worker_that_is_stopped_as_it_is_welcomed_stops(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A worker that is stopped while it receives a Welcome stops within the time limit."""
+    """A worker that is stopped while it receives a Welcome (the gateway's first message) stops within the time
+    limit."""
     engine = sim_engine(checkpoint)
     info = await engine.start()
     for passes in range(40):
@@ -183,8 +184,8 @@ async def test_a_worker_that_is_stopped_as_it_is_welcomed_stops(
 async def test_a_bundle_is_asked_of_another_when_its_holder_goes(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """If a worker is lost before it sends a requested bundle, another worker is asked at once, before the fetch times
-    out."""
+    """If a worker is lost before it has sent a requested tokenizer bundle, the bundle is requested from another worker
+    at once, before the fetch times out."""
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
         call = pb_grpc.LinkStub(channel).Turn()
         await call.write(
@@ -273,7 +274,7 @@ async def _hello(call: Any) -> None:
 
 
 async def test_mutual_tls(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """When link_tls is configured, only a worker with a certificate of the cluster's CA gets a Welcome."""
+    """If link_tls is configured, only a worker with a certificate of the cluster's CA can link."""
     ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
     server = ours.issue("gateway")
     config = LOOPBACK.replace(

@@ -1,5 +1,4 @@
-"""A gateway that stops reading does not slow other gateways, and the gateway's link is closed when the gateway's outbox
-is full."""
+"""A gateway that stops reading does not slow other gateways. Its link is closed when its outbox is full."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from tests.support.cluster import TestCluster, sim_engine, until
 
 
 class DeafGateway(pb_grpc.LinkServicer):
-    """A gateway that sends a Welcome and requests to a worker, and never reads again."""
+    """A gateway that sends a Welcome and requests to a worker, and then never reads."""
 
     def __init__(self) -> None:
         self.hellos = 0
@@ -60,8 +59,8 @@ class DeafGateway(pb_grpc.LinkServicer):
 
 @pytest.mark.slow
 async def test_a_deaf_gateway_slows_nobody(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """While one gateway does not read, the streams of another gateway keep the engine's pace. The link of the first
-    gateway is closed, and the first gateway's requests leave the engine."""
+    """While one gateway does not read, the streams of another gateway keep the engine's pace. The first gateway's link
+    is closed, and its requests leave the engine."""
     engine = sim_engine(checkpoint, decode_ms=2, max_model_len=200_000, kv_blocks=60_000)
     info = await engine.start()
     deaf = DeafGateway()
@@ -96,7 +95,8 @@ async def test_a_deaf_gateway_slows_nobody(cluster: TestCluster, checkpoint: Pat
 
 
 async def test_frames_merge_until_they_are_taken() -> None:
-    """Outputs are merged into one message until `next_message` is called, and the outbox's limit counts tokens."""
+    """Outputs are merged into one message until `next_message` is called. An outbox with more than `max_tokens` tokens
+    is full."""
     outbox = Outbox(max_tokens=3)
     for token in (5, 6):
         outbox.output(1, TokenOutput("r", [token]))
@@ -113,8 +113,8 @@ async def test_frames_merge_until_they_are_taken() -> None:
 
 
 async def test_vectors_are_sent_in_bounded_messages_before_their_usage() -> None:
-    """Vectors of one engine step are split into messages of little more than a megabyte, each with its end. Usage, and
-    the end of the engine, are sent with the last of them. Unsent vectors above the limit fill the outbox."""
+    """The vectors of one engine step are split into messages of little more than a megabyte. Usage records and the end
+    of the engine are sent with the last of these messages. The outbox is full if the unsent vectors exceed a limit."""
     outbox = Outbox()
     outbox.usage = lambda: [EndedUsage(b"r", 1, 0, 0, 0, 0, 0.0, "", "ok", 0.1)]
     vector = bytes(250_000)

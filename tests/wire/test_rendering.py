@@ -1,4 +1,4 @@
-"""Pieces of rendered prompts: what is joined at the gateway is what the worker has cut."""
+"""The pieces of a rendered prompt that a worker cuts are joined to the same prompt at the gateway."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZES = st.sampled_from([0, 1, 7, PIECE_BYTES // 4 - 1, PIECE_BYTES // 4, PIECE_
 
 @given(st.lists(SIZES, max_size=6))
 def test_joined_pieces_are_the_prompts(sizes: list[int]) -> None:
-    """Prompts of any sizes come back whole and in order, in messages of at most PIECE_BYTES of ids."""
+    """Prompts of any size arrive whole and in order, in messages of at most PIECE_BYTES bytes of ids."""
     prompts = [array("I", range(size)).tobytes() for size in sizes]
     pieces = RenderedPieces()
     for number, ids in enumerate(prompts):
@@ -37,13 +37,13 @@ def test_joined_pieces_are_the_prompts(sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("ids", [b"\0" * 12, b"\0" * 5])
 def test_ids_that_were_not_requested_are_refused(ids: bytes) -> None:
-    """More ids than requested, and half an id, end the link."""
+    """More ids than requested, or a piece that ends within an id, raise ValueError."""
     with pytest.raises(ValueError, match="bytes of ids"):
         JoinedPieces(2).add(pb.Rendered(token_ids=ids))
 
 
 def test_errors_are_cut() -> None:
-    """A long or broken error text is sent as a short valid one."""
+    """A long error text of a rendering is cut."""
     pieces = RenderedPieces()
     pieces.add(pb.Rendered(number=1, reason="INTERNAL", message="x" * 1_000_000))
     (piece,) = pieces.next_message()

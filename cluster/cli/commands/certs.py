@@ -85,9 +85,9 @@ def revoke(
     ] = "",
     note: Annotated[str, typer.Option("--note", help="The reason.")] = "",
 ) -> None:
-    """Add certificates to a list of revoked ones. Gateways read it (`revoked_serials_file` of gateway.link_tls or
-    gateway.tls). Within a second gateways refuse them and end their links, sessions and calls. The serial numbers
-    that an authority issued are in the file `issued` of its folder."""
+    """Add certificates to a list of revoked ones. Gateways read the list from `revoked_serials_file` of
+    gateway.link_tls or gateway.tls. Within a second they refuse the certificates, and end their links, sessions and
+    calls. The serial numbers that an authority issued are in the file `issued` of its folder."""
     try:
         text = file.read_text() if file.exists() else ""
         known = {(entry.serial, entry.issuer) for entry in RevocationList.parse(text).entries}
@@ -110,7 +110,8 @@ def _replace(file: Path, text: str) -> None:
 
 @app.command("list")
 def list_revoked(file: ListArgument, as_json: JsonOption = False) -> None:
-    """Show a list of revoked or of issued certificates. The latter is the file `issued` of an authority."""
+    """Show a list of revoked or of issued certificates. The issued ones are listed in the file `issued` in an
+    authority's folder."""
     try:
         listed = RevocationList.parse(file.read_text())
     except (ValueError, OSError) as error:

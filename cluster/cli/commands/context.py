@@ -57,7 +57,7 @@ def add(
     ] = "",
     use: Annotated[bool, typer.Option("--use", help="Make it the current context.")] = False,
 ) -> None:
-    """Add a context, or replace the one of this name."""
+    """Add a context, or replace the context of this name."""
     try:
         context = ClusterContext(
             name,
@@ -116,7 +116,7 @@ def show(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a context. Without a name, show what commands use here: HEADRACE_ENDPOINT and HEADRACE_CONTEXT count."""
+    """Show a context. Without a name, show what commands use here, including HEADRACE_ENDPOINT and HEADRACE_CONTEXT."""
     contexts = stored_contexts()
     target = None if name else target_of(ctx)
     if target is not None and os.environ.get("HEADRACE_CONFIG"):

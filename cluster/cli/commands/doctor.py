@@ -44,7 +44,7 @@ class DoctorFinding:
 def find_tool(name: str) -> str | None:
     """Return the path of a program, or None.
 
-    The program is searched in the folder of this Python, in the checkout's .venv, on PATH, and in the sbin folders.
+    Searches the folder of this Python, the checkout's .venv, PATH, and the sbin folders.
     """
     folders = [Path(sys.executable).parent, ROOT / ".venv" / "bin"]
     path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -152,9 +152,9 @@ def check_processor() -> DoctorFinding:
 
 
 def foreign_cluster_package() -> str | None:
-    """Return the name and version of PyPI's `cluster` distribution if the distribution is installed, else None.
+    """Return the name and version of PyPI's `cluster` distribution, or None if it is not installed.
 
-    The distribution's import name is `cluster`, and Headrace's import name is `cluster` too.
+    The distribution has the import name `cluster`, like Headrace.
     """
     try:
         distribution = importlib.metadata.distribution("cluster")

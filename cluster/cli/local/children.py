@@ -24,9 +24,9 @@ def headrace_command(*arguments: object) -> list[str]:
 
 
 class Backoff:
-    """Pause before a restart. The pause doubles with each end of the process, up to `longest_s`.
+    """Pause before a restart. The pause doubles each time the process ends, up to `longest_s`.
 
-    After a process has lived for HEALTHY_S seconds, the pause is `first_s` again.
+    After the process has lived for HEALTHY_S seconds, the pause is `first_s` again.
     """
 
     def __init__(self, first_s: float = FIRST_PAUSE_S, longest_s: float = LONGEST_PAUSE_S) -> None:

@@ -45,7 +45,7 @@ def choose_ports(config: Config) -> Config:
 def _choose_port(held: contextlib.ExitStack, listen: Listen, name: str, last: int, tries: int) -> Listen:
     """Return `listen` with a free port for the listener `name`, after at most `tries` attempts.
 
-    The ports of the processes 1 to `last`, which follow from the chosen port, are free too. All these ports stay bound
+    The ports of the processes 1 to `last` follow from the chosen port, and are free too. All these ports stay bound
     until `held` is closed.
     """
     address = getattr(listen, name)

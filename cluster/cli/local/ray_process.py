@@ -68,11 +68,11 @@ class RayProcess:
         others: Callable[[], Collection[int]],
         report: Callable[[str], None],
     ) -> None:
-        """Start a new Ray whenever the current Ray's head has ended. Runs until cancelled.
+        """Start a new Ray whenever the current Ray's head process has ended. Runs until cancelled.
 
-        Before the start, all processes of the cluster are ended, since engines cannot outlive the head. Processes whose
-        ids `others` returns are kept. The controller is ended too, and `keep_alive` restarts it. `is_unused` returns
-        whether no worker is linked. A draining Ray is killed as soon as no worker is linked.
+        `is_unused`: returns whether no worker is linked to the gateway. A draining Ray is killed as soon as this is
+        true. `others`: returns the ids of processes to keep. All other processes of the cluster are ended before a new
+        Ray starts, since engines cannot outlive the head. The controller is ended too, and `keep_alive` restarts it.
         """
         while True:
             await asyncio.sleep(WATCH_S)

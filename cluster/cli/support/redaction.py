@@ -65,8 +65,8 @@ _FORMS = (
 class Rules:
     """Keeps only the harmless values of a document, and collects the secrets that it leaves out.
 
-    Numbers are kept, unless a key in their path has a name that suggests a secret (_SECRET) and is not in `known`, the
-    set of all keys that a configuration may have.
+    `known`: all keys that a configuration may have. A number is left out if its path has a key that is not in `known`
+    and whose name suggests a secret (_SECRET). Other numbers are kept.
     """
 
     known: frozenset[str] = frozenset()
@@ -75,7 +75,7 @@ class Rules:
     """Paths of the values that were left out or changed."""
 
     def apply(self, value: Any, path: tuple[str, ...] = ()) -> Any:
-        """Return a document without the values that are not known to be harmless. `path`: the keys above `value`."""
+        """Return a copy of a document that keeps only the harmless values. `path`: the keys above `value`."""
         if isinstance(value, Mapping):
             return {str(key): self.apply(item, (*path, str(key))) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -197,7 +197,7 @@ class Redactor:
         return f"{match[1]}{user}:{REDACTED}@"
 
     def is_clean(self, data: str) -> bool:
-        """Return whether a redacted part contains none of the secrets, in any form of `variants_of`."""
+        """Return whether a redacted part is free of secrets, in all forms that `variants_of` returns."""
         return self._known is None or self._known.search(data) is None
 
 

@@ -35,7 +35,8 @@ class ContextError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ClusterContext:
-    """The addresses (host:port) of a cluster, the file of its CA, the place of its API key, and its console's URL."""
+    """A named cluster: its addresses (host:port), the file of its CA, the location of its API key, and its console's
+    URL."""
 
     name: str
     endpoint: str
@@ -177,7 +178,7 @@ class ClusterTarget:
 def select_target(typed: TypedOptions, environment: Mapping[str, str], contexts: Contexts) -> ClusterTarget:
     """Decide which cluster and credentials a command uses. Raises ContextError.
 
-    The address comes from the first of these that names an address: the options, `--context`, HEADRACE_ENDPOINT or
+    The sources of an address, from the highest precedence to the lowest: the options, `--context`, HEADRACE_ENDPOINT or
     HEADRACE_CONTEXT, the current context. Options for the key and the CA replace those of the context.
     """
     name = _context_name(typed, environment, contexts)

@@ -87,7 +87,7 @@ def pressed(state: TopState, key: str) -> TopState:
 
 
 def _typing(state: TopState, typed: str, key: str) -> TopState:
-    """Return the state after a key while the filter is typed."""
+    """Return the state after a key that is pressed while the user types a filter. `typed`: the filter so far."""
     if key in ENTER:
         return replace(state, wanted=typed, typed=None, top=0)
     if key == ESCAPE:

@@ -43,7 +43,8 @@ STYLES = {
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """The newest document, and its age. `error`: why the last read failed; "" if the last read succeeded."""
+    """The newest overview document, and its age in seconds. `error`: why the last read of the overview failed; "" if it
+    succeeded."""
 
     document: Document
     age_s: float = 0.0
@@ -91,7 +92,8 @@ def head(picture: Picture, state: TopState) -> list[Text]:
 
 
 def _state_line(picture: Picture, state: TopState) -> Text:
-    """Return a line about the last read's error. Without an error, return a line about the controller and gateways."""
+    """Return a line about the state of the controller and the gateways. If the last read of the overview failed, the
+    line has the error instead."""
     document = picture.document
     line = Text(no_wrap=True, overflow="ellipsis")
     if picture.error:
@@ -118,7 +120,7 @@ def _state_line(picture: Picture, state: TopState) -> Text:
 
 
 def table(document: Document, state: TopState, width: int, height: int) -> RenderableType:
-    """Return the rows of the view that fit into a width and a height."""
+    """Return the rows of the shown view that fit into `width` columns and `height` lines."""
     view, (sort, is_rising) = state.page, state.sort
     rows = selected(document, view, sort, is_rising, state.wanted if state.typed is None else state.typed)
     if not rows:
@@ -176,7 +178,7 @@ def _sum(rows: Sequence[Row], field: str) -> str:
 
 
 def plain_picture(document: Document, width: int) -> list[RenderableType]:
-    """Return all views below each other, for an output that is no terminal."""
+    """Return all views, one below the other, for an output that is not a terminal."""
     parts: list[RenderableType] = list(head(Picture(document), TopState())[:2])
     for at, view in enumerate(VIEWS):
         if view.items in document:

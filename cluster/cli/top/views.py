@@ -48,7 +48,7 @@ class View:
 
 
 def items_of(document: Document, name: str) -> list[Row]:
-    """Return the rows of a list in the document; none if the list is missing."""
+    """Return the rows of a list in the document. The result is empty if the list is missing."""
     rows = document.get(name)
     return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, Sequence) else []
 
@@ -108,14 +108,14 @@ def _words(title: str, field: str, keep: bool = False) -> Column:
 
 
 def _model_state(row: Row) -> str:
-    """Return the state of a model and, while it starts, the progress in percent."""
+    """Return the state of a model. While the model starts, its progress in percent follows the state."""
     progress = row.get("progress")
     fraction = progress.get("fraction") if isinstance(progress, Mapping) else None
     return text_of(row.get("state")) + ("" if fraction is None else f" {percent(fraction)}")
 
 
 def _progress(row: Row) -> str:
-    """Return the stage and the progress of a model that starts, otherwise the reason for the model's state."""
+    """Return the stage and the progress of a model that is starting; for other models, the reason for the state."""
     progress = row.get("progress")
     if isinstance(progress, Mapping):
         return f"{text_of(progress.get('stage'))} {percent(progress.get('fraction'))}"
@@ -123,7 +123,7 @@ def _progress(row: Row) -> str:
 
 
 def _limits(row: Row) -> str:
-    """Return the tenant's two limits with the largest used shares, each as `name used/limit`."""
+    """Return the two limits of which the tenant has used the largest shares, each as `name used/limit`."""
     limits = row.get("limits")
     if not isinstance(limits, Mapping):
         return UNKNOWN
@@ -288,7 +288,7 @@ def fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: in
 
 
 def _is_last_text(columns: Sequence[Column], at: int, shown: Sequence[int], widths: Sequence[int], width: int) -> bool:
-    """Return whether the column `at` may stay although its texts are cut. It may stay if it is the last shown column,
-    has texts and not numbers, and has room for at least 16 characters."""
+    """Return whether the column `at` may stay although its texts are cut off. A column may stay if it is the last shown
+    column, contains texts instead of numbers, and has room for at least 16 characters."""
     others = sum(widths[each] for each in shown if each != at)
     return not columns[at].is_number and at == shown[-1] and width - others >= 16

@@ -1,8 +1,9 @@
-"""Parsing of request bodies: small bodies on the event loop, large or dense bodies in a helper process.
+"""Parsing of request bodies. Small bodies are parsed on the event loop, large bodies and bodies of very many values in
+a helper process.
 
 Parsing 16 MB, or a megabyte of tiny values, holds the interpreter lock for milliseconds to seconds, even in a thread.
-Whether a body is small depends on its size and on how often a few characters occur. Counting these characters takes
-microseconds.
+The size of a body and the number of brackets and commas in it decide whether it counts as small. Counting these
+characters takes microseconds.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ class Bodies:
     ) -> Any:
         """Parse a request of the gRPC API with the method's parser in grpc.requests.READ. Raises CallError.
 
-        `name`: the gRPC method. `max_ids`: see `http`.
+        `name`: the gRPC method. `max_ids`: returns the largest allowed number of token ids in a prompt. It is called
+        for large messages only.
         """
         call = requests.READ[name]
         if call.only_field and len(data) > requests.MAX_SMALL_BYTES:
@@ -95,8 +97,8 @@ class Bodies:
         return await self._read_in_helper("message", data, tenant, name, max_ids())
 
     async def session(self, data: bytes | bytearray, tenant: str = "") -> list[Any] | pb.SessionRequest:
-        """Parse a message of a session. Returns the decoded message if the message is small, else the list of the
-        starts and cancels in the message. Raises CallError."""
+        """Parse a message of a session. Returns the decoded message if the message is small, else a list of the calls
+        that the message starts and cancels. Raises CallError."""
         if _is_small_message(pb.SessionRequest, data):
             request: pb.SessionRequest = requests.decoded(pb.SessionRequest, data)
             return request
@@ -117,8 +119,8 @@ class Bodies:
 
 
 def _read_in_thread(method: str, data: bytes | bytearray, *more: Any) -> Any:
-    """Parse a body in a thread of this process instead of a helper process. The parser is imported here, since a
-    gateway can start without it."""
+    """Parse a body in a thread of this process instead of a helper process. The module of the parser is imported here,
+    since a gateway can start without that module."""
     from cluster.gateway.apis.body_parser import BodyReader
 
     return getattr(BodyReader(), method)(data, *more)
@@ -129,13 +131,13 @@ def _unreadable() -> CallError:
 
 
 def _is_small_json(body: bytes | bytearray) -> bool:
-    """Return whether a body above SMALL_JSON_BYTES has at most LARGE_BYTES and few values. Such a body may be parsed on
-    the event loop."""
+    """Return whether a body of more than SMALL_JSON_BYTES may still be parsed on the event loop: it has at most
+    LARGE_BYTES and few values."""
     return len(body) <= LARGE_BYTES and _has_few_values(body)
 
 
 def _has_few_values(text: bytes | bytearray) -> bool:
-    """Return whether JSON in a text has few values, judged by the characters that begin or separate values."""
+    """Return whether a JSON text has few values, judged by its brackets and commas."""
     if "numpy" not in sys.modules:  # deferred_imports.py imports it soon, without blocking the event loop
         return text.count(b"[") + text.count(b"{") <= FEW_CONTAINERS and text.count(b",") <= FEW_VALUES
     from cluster.gateway.apis.large_json import count_of

@@ -2,8 +2,8 @@
 
 A JSON decoder splits the top level of the body and skips unknown fields, at about a nanosecond a byte. The values in
 each known field are then counted (json_values.py), and the field is parsed by itself. protobuf messages are scanned
-before they are decoded (message_scan.py). Prompts are returned packed (PackedPrompt) and token ids as arrays, so the
-gateway process does not unpack prompts or token ids.
+before they are decoded (message_scan.py). Prompts are returned as pickles (PackedPrompt) and token ids as arrays. The
+gateway process passes both on without unpacking them.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ class BodyReader:
 
 def check_request(request: GenerationRequest, names: Mapping[str, str]) -> None:
     """Check the options, the metadata and the model name of a parsed request. Called in the helper process, before the
-    prompt is packed and sent to the gateway process. `names`: see ParsedRequest. Raises CallError."""
+    prompt is packed and sent to the gateway process. `names`: maps field names of a generation request to names in the
+    caller's body, for the errors. Raises CallError."""
     try:
         check_options(request.options)
         check_metadata(request.metadata)
@@ -170,8 +171,8 @@ def _split(splitter: msgspec.json.Decoder[Any], body: bytes | bytearray) -> Mapp
 
 
 def _no_text(splitter: msgspec.json.Decoder[Any], body: bytes | bytearray, at: int) -> CallError:
-    """Return the error for a body with bytes that are not UTF-8. The error names the top-level field that holds the
-    bytes, or the body if that field is not known."""
+    """Return the error for a body with bytes that are not UTF-8. The error names the top-level field that holds these
+    bytes; if the field cannot be found, the error names the whole body."""
     part = body[at : at + 3]
     why = NO_UNICODE if part[:1] == b"\xed" else f"is not JSON: invalid UTF-8 at byte {at}; send UTF-8"
     try:
@@ -228,8 +229,8 @@ def _count_messages(raw: bytes) -> None:
 
 def _read_ids(request: Any, data: bytes | bytearray) -> GenerationRequest | grpc_requests.DetokenizeCall | None:
     """Parse a message that has at least MANY_IDS token ids. The ids are read directly from `data` into an array.
-    Returns None if the type of the message is not in IDS_FIELD, if the message has fewer ids, if the ids are not
-    packed, or if the request is resumable."""
+    Returns None if this is not possible: the type of the message is not in IDS_FIELD, the message has fewer ids, the
+    ids are not packed, or the request is resumable."""
     field = IDS_FIELD.get(type(request))
     if field is None or len(getattr(request, field)) < MANY_IDS:
         return None

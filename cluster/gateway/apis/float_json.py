@@ -1,7 +1,7 @@
 """JSON text of float32 values: the shortest decimal number that reads back as the same float32.
 
-Python writes a float32 as the float64 that it equals, in up to 17 digits. orjson writes the short text of a numpy
-array's values at 20 ns each.
+Python converts a float32 to a float64 and writes up to 17 digits. orjson reads the float32 values of a numpy array and
+writes the shortest text of each, in 20 ns per value.
 
 The gateway imports this module only after its start, because importing numpy and orjson is slow (deferred_imports.py).
 """
@@ -21,7 +21,7 @@ def floats_json(values: bytes | memoryview | np.ndarray[Any, Any]) -> bytes:
 
 
 def short_floats(values: bytes | memoryview | np.ndarray[Any, Any]) -> list[float]:
-    """Return little-endian float32 values as Python floats. The JSON text of each float is the shortest text of its
-    float32 value. The values must be finite."""
+    """Return little-endian float32 values as Python floats with few digits: the JSON text of each float is the shortest
+    text of the float32 value. The values must be finite."""
     numbers: list[float] = orjson.loads(floats_json(values))
     return numbers

@@ -17,8 +17,9 @@ from cluster.gateway.call_service import CallService
 def http_application(
     service: CallService, bodies: RequestBodies, more: Mapping[str, Application] | None = None
 ) -> Application:
-    """Return the ASGI application with all routes of the HTTP port. The version header decides which API answers at a
-    path that two APIs share. `more`: further endpoints by path, such as those of the console."""
+    """Return the ASGI application with all routes of the HTTP port. Some paths belong to two APIs; for these paths, the
+    header with the API version decides which API answers. `more`: further endpoints by path, such as those of the
+    console."""
     calls = HttpCalls(service, bodies)
     endpoints = {**openai.OpenAiApi(calls).endpoints(), **(more or {})}
     for path, endpoint in anthropic.AnthropicApi(calls).endpoints().items():

@@ -1,10 +1,10 @@
 """Checks of JSON from callers: valid Unicode, and bounds on the nesting and on the number of values.
 
-Problem: a JSON parser builds an object for every two bytes of `[[],[],...]`. Each object takes 60 times the size of
-these two bytes, and a tenth of a microsecond with the interpreter lock held. The values of a long text are therefore
-counted before the text is parsed. Searches for single characters take one or two nanoseconds a byte: the first searches
-give an upper bound on the number of values, which suffices for ordinary texts. In other texts, values outside of
-strings are counted exactly.
+Problem: a JSON parser builds an object for every two bytes of `[[],[],...]`. Each object takes 60 times the size of its
+two bytes, and building the object holds the interpreter lock for a tenth of a microsecond. The values of a long text
+are therefore counted before the text is parsed. The first step searches for single characters, at one or two
+nanoseconds a byte. The result is an upper bound on the number of values, which suffices for ordinary texts. In other
+texts, values outside of strings are counted exactly.
 """
 
 from __future__ import annotations

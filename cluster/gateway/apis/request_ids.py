@@ -14,7 +14,7 @@ _LONGEST_TRACE = 512
 
 
 def random_id() -> str:
-    """Return 128 random bits in hexadecimal, as the id of a request that came without an id."""
+    """Return 128 random bits in hexadecimal. Used as the request id if the caller has sent none."""
     return os.urandom(16).hex()
 
 
@@ -33,8 +33,8 @@ def traceparent(value: object) -> str:
 
 
 def trace_state(value: object) -> str:
-    """Return a valid W3C tracestate unchanged, and "" for any other value. A tracestate has a meaning only together
-    with a valid traceparent."""
+    """Return a valid W3C tracestate unchanged, and "" for any other value. The caller must ignore a tracestate that
+    comes without a valid traceparent."""
     return checked_tracestate(value) if isinstance(value, str) else ""
 
 

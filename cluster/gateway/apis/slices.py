@@ -1,4 +1,4 @@
-"""Long lists of an answer, made in slices. Other tasks of the event loop run between two slices."""
+"""Making of the long lists in an answer, in slices. Other tasks of the event loop run between two slices."""
 
 from __future__ import annotations
 

@@ -24,12 +24,12 @@ class UnreadAnswers:
         self._freed = asyncio.Event()
 
     def answer(self, tenant: str) -> UnreadAnswer:
-        """Return the context manager of one answer."""
+        """Return a context manager that counts one answer of a tenant."""
         return UnreadAnswer(self, tenant)
 
     async def hold(self, tenant: str, size: int) -> None:
-        """Wait until an answer of about `size` bytes may be made. The answer counts against the bound until
-        `release`."""
+        """Wait until an answer of about `size` bytes may be made, then count the answer against the bound until
+        `release` is called."""
         while (held := self._held.get(tenant, 0)) and held + size > self._most_bytes:
             await self._freed.wait()
         self._held[tenant] = held + size
@@ -61,7 +61,7 @@ class UnreadAnswer:
             self._answers.release(self._tenant, self._size)
 
     async def hold(self, size: int) -> None:
-        """Wait until an answer of about `size` bytes may be made. The answer counts against the bound until the context
-        ends."""
+        """Wait until an answer of about `size` bytes may be made, then count the answer against the bound until the
+        context ends."""
         await self._answers.hold(self._tenant, size)
         self._size = size

@@ -1,8 +1,8 @@
-"""The authenticator interface, which the APIs and the CallService use, and the implementation for a gateway without
-`auth`.
+"""The authenticator interface, which the APIs and the CallService use, and the implementation for a gateway whose
+configuration has no section `auth`.
 
-Without `auth` there is one tenant and no keys. The implementation for a gateway with `auth` is in tenants.py, which a
-gateway without `auth` does not import.
+Without this section there is one tenant and no keys. The implementation for a gateway with this section is in
+tenants.py, which is imported only if the section exists.
 """
 
 from __future__ import annotations
@@ -124,12 +124,12 @@ class Authenticator(Protocol):
         """Stop keeping the principal of a registered caller up to date."""
 
     def tenant_error(self, tenant: str) -> CallError | None:
-        """Return the error with which all calls of a tenant must end, running calls included; None if the calls may
+        """Return the error with which all calls of a tenant must end, running calls included. None if the calls may
         continue."""
 
     def cache_salt(self, principal: Principal, own: str) -> str:
-        """Return the prefix-cache salt of a call. `own`: the salt in the request, which only subdivides the tenant's
-        cache; "" for none."""
+        """Return the prefix-cache salt of a call: only calls with equal salts share cached prefixes. `own`: the salt in
+        the request, which only subdivides the tenant's cache; "" for none."""
 
 
 class NoAuthentication:

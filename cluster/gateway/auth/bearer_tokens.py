@@ -1,4 +1,4 @@
-"""The distinction of JWTs from API keys, and the error for a refused token.
+"""Check whether a bearer token is a JWT or an API key, and the error for a refused token.
 
 This module is separate from oidc.py, which verifies JWTs, because oidc.py is slow to import.
 """
@@ -19,5 +19,5 @@ class TokenRefused(CallError):
 
 
 def looks_like_jwt(token: str) -> bool:
-    """Return whether a bearer token is a JWT and not an API key. Only the first characters of the token decide."""
+    """Return whether a bearer token is a JWT rather than an API key, judged by the token's first characters only."""
     return token.startswith("eyJ")

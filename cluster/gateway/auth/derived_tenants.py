@@ -1,4 +1,5 @@
-"""Each tenant's handle and salt of the prefix cache, which a gateway derives from the cluster's secrets."""
+"""Two values for each tenant, which a gateway derives from the cluster's secrets: the handle, by which workers know the
+tenant, and the salt of the tenant's prefix cache."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 
 class DerivedTenants:
-    """The handles and cache salts of tenants, computed once for each policy of a tenant."""
+    """The handles and cache salts of tenants. They are computed once for each version of a tenant's policy."""
 
     def __init__(self, secrets: Sequence[bytes]) -> None:
         """`secrets`: the cluster's secrets."""
@@ -27,8 +28,8 @@ class DerivedTenants:
         return cache_salt(self._secrets, policy, own) if own else self._derive(policy)[2]
 
     def _derive(self, policy: TenantPolicy) -> tuple[TenantPolicy, TenantPolicy, str]:
-        """Return three values: the tenant's policy as in the snapshot, a copy of it with the tenant's handle, and the
-        tenant's cache salt. `policy`: either of these two policies."""
+        """Return three values: the tenant's policy from the snapshot, a copy of this policy with the tenant's handle,
+        and the tenant's cache salt. `policy`: either the policy from the snapshot or the copy."""
         cached = self._derived.get(policy.name)
         if cached is None or (policy is not cached[0] and policy is not cached[1]):
             handle = tenant_handle(self._secrets, policy.name)

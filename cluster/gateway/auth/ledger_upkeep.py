@@ -39,15 +39,16 @@ class LedgerUpkeep:
 
     @property
     def may_be_prepared(self) -> bool:
-        """Whether the database may already have been prepared by an earlier run. False only if the database is an
-        SQLite file that does not exist."""
+        """Whether an earlier run may have prepared the database. False only if the database is an SQLite file that does
+        not exist."""
         return not self._url.startswith("sqlite:///") or Path(self._url.removeprefix("sqlite:///")).exists()
 
     async def prepare(self, tried: asyncio.Event, *, serving: bool) -> None:
         """Migrate the database and declare the configured tenants. Retries until both have succeeded.
 
-        `serving`: whether calls already run; if so, the migration runs in a process of low priority. `tried`: set after
-        a failed attempt."""
+        `serving`: whether calls already run; if so, the migration runs in a process of low priority. `tried`: the event
+        that is set after a failed attempt.
+        """
         retry_s = RETRY_S
         while True:
             try:

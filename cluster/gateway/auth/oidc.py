@@ -73,8 +73,8 @@ class TokenClaims:
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """A public key of an issuer. `algorithm`: the only algorithm that the key set allows for the key, "" for any
-    algorithm of the key's kind."""
+    """A public key of an issuer. `algorithm`: the only algorithm that the issuer allows for this key; "" if every
+    algorithm of the key's kind is allowed."""
 
     id: str
     kind: str
@@ -278,8 +278,8 @@ def _pick(keys: _Keys, key_id: str) -> list[_Key]:
 
 
 def _claim(body: Mapping[str, Any], path: str) -> Any:
-    """Return the value of a claim; None if the claim is absent. `path`: the claim's name, or else a dotted path to the
-    claim."""
+    """Return the value of a claim; None if the claim is absent. `path`: the name of a claim, or a dotted path to a
+    nested claim."""
     if path in body:
         return body[path]
     value: Any = body

@@ -1,5 +1,5 @@
-"""The authenticator of a gateway with `auth`, which checks API keys, JWTs and certificates against the ledger's
-snapshot.
+"""The authenticator of a gateway whose configuration has a section `auth`. It checks API keys, JWTs and certificates
+against the snapshot of the ledger (the database of tenants and keys).
 
 Calls never wait for the database. A thread reads the database, and while the database is unreachable the last snapshot
 is used (ledger/tenants/watch.py). A change takes effect when the watcher next reads the database: running calls of a
@@ -53,8 +53,8 @@ delay keeps the check from slowing the first calls."""
 
 
 class TenantAuthenticator:
-    """Authenticator of a gateway with `auth`, and the owner of the gateway's ledger, audit log and prompt log. Only
-    process 0 of a host prepares the database and removes expired rows."""
+    """Authenticator for a configuration with a section `auth`, and the owner of the gateway's ledger, audit log and
+    prompt log. Only process 0 of a host prepares the database and removes expired rows."""
 
     def __init__(self, config: Config, folder: Path, metrics: Metrics, process: int = 0) -> None:
         """`folder`: the folder for this process's snapshot, audit log and prompt log. Raises ValueError for an unusable
@@ -173,7 +173,7 @@ class TenantAuthenticator:
         return {name: entry.policy for name, entry in self.snapshot().tenants.items()}
 
     def tenant_error(self, tenant: str) -> CallError | None:
-        """See Authenticator. While the snapshot is too old, running calls continue, although new calls are refused."""
+        """See Authenticator. While the snapshot is too old, new calls are refused but running calls continue."""
         try:
             entry = self._watcher.current().tenants.get(tenant)
         except CallError:

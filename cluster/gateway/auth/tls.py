@@ -1,7 +1,7 @@
 """TLS of the listening ports. Certificates are reread when their files change.
 
-A listener gets a NewestContext, which starts each connection with a context made from the current files. If the files
-do not match each other, because a renewal is half written, the last valid context stays in force.
+A listener gets a NewestContext, which starts each connection with a context made from the current files. While a
+renewal is half written, certificate and key do not match; the last valid context then stays in force.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A call from arrival to end: what is known of the call, its sequences, and the events of its sequences."""
+"""A call from arrival to end: what is known of the call, its sequences (one for each output), and their events."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Call:
 
     @property
     def error(self) -> CallError | None:
-        """The error with which the call has ended; None if the call goes on or has ended well."""
+        """The error with which the call has ended; None while the call runs and after a normal end."""
         return self.output.error
 
     @property
@@ -127,7 +127,7 @@ class Call:
 
     @property
     def pays_prompt(self) -> bool:
-        """Whether this gateway charges the prompt."""
+        """Whether this gateway charges the prompt to the tenant."""
         return self.payment.is_due(self._may_be_computed)
 
     @property
@@ -138,11 +138,11 @@ class Call:
     # ---- operations of the service, the scheduler and the APIs
 
     def make_resumable(self, tokens: ResumeTokens) -> None:
-        """Make the call resumable: from now on its chunks carry tokens from this generator."""
+        """Make the call resumable: from now on, its chunks carry the resume tokens that `tokens` generates."""
         self.resume_tokens = tokens
 
     def continue_from(self, request_id: str) -> None:
-        """Mark the call as one that began at another gateway under this request id."""
+        """Mark the call as resumed: it began at another gateway, with the request id `request_id`."""
         self.is_resumed = True
         self.payment.resume(ResumeTerms.FREE)
         self.request_id = self.request_id and request_id
@@ -160,8 +160,8 @@ class Call:
             self.versions = Versions(identity.version, frozenset((identity.version,)))
 
     def set_adapter(self, sequence: CallSequence, digest: str) -> None:
-        """Set the adapter's digest in the request of a sequence without output. Called if the request was made before
-        the digest was known, or if the digest has changed since."""
+        """Set the adapter's digest in the request of a sequence that has no output yet. Needed if the digest was not
+        known when the request was made, or has changed since."""
         sequence.set_adapter(digest)
         if (tokens := self.resume_tokens) is not None and not self.is_resumed:
             tokens.head = replace(tokens.head, adapter_digest="" if name_of(digest) else digest)
@@ -224,8 +224,8 @@ class Call:
             log.exception("call.not_notified", **self.log_fields)
 
     def fail_unexpectedly(self, error: BaseException) -> None:
-        """End the call with INTERNAL, because work for this call raised `error`. Raises `error` again if `error` is a
-        cancellation or an exit."""
+        """End the call with the error INTERNAL, because work for this call raised `error`. If `error` is a cancellation
+        or an exit, raise it again instead."""
         if not is_call_failure(error):
             raise error
         if self.error is None:

@@ -1,7 +1,7 @@
 """The asynchronous context manager in which a call is open. When the context ends, the call's outcome is determined and
 the call's cleanup runs.
 
-The context manager is a class and not a generator, because a class is faster and every call has one.
+The context manager is a class and not a generator, because a class is faster and every call has a context manager.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CallContext(Generic[AnyOpening, Opened]):
         clock: Callable[[], float],
     ) -> None:
         """`begin`: takes the steps from the request to a queued call; each step registers its undo step. `at_end`:
-        functions that are called when the call has ended, the last one first. `clock`: the clock of the call's
+        functions that are called after the end of the call, in reverse order. `clock`: the clock of the call's
         deadline."""
         self._opening = opening
         self._begin = begin

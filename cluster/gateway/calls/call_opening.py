@@ -1,4 +1,4 @@
-"""The part of an opening that all kinds of calls share: the model that serves the call, and the fields of the call."""
+"""The steps of opening a call that all kinds of calls share: the choice of the model, and the fields of the call."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ FALLBACK_LABEL = "fallback_for"
 
 @dataclass(slots=True)
 class CallOpening:
-    """A call that is being opened: what is known of the call after the steps taken so far. The methods are the steps,
-    in order, and raise CallError."""
+    """A call that is being opened: what is known of the call so far. The methods are the steps, in the order in which
+    they are taken. They raise CallError."""
 
     meta: CallMeta
     arrived: float
@@ -60,13 +60,13 @@ class CallOpening:
 
     @property
     def bundle_digest(self) -> str:
-        """Digest of the tokenizer bundle of the call."""
+        """Digest of the tokenizer bundle: the tokenizer files of the call's model."""
         return self.model.versions.bundle_digest(self.versions.first)
 
     @property
     def longest_context(self) -> int:
-        """Maximum context length of the call in tokens: the smaller of the model's limit and the tenant's limit. 0
-        while the model's limit is unknown."""
+        """Maximum context length of the call in tokens: the smaller of the model's limit and the tenant's limit. 0 as
+        long as the model's limit is unknown."""
         longest, of_tenant = self.model.capabilities.max_model_len, self.meta.principal.tenant.max_context_tokens
         return min(longest, of_tenant) if of_tenant else longest
 
@@ -109,12 +109,14 @@ class CallOpening:
         }
 
     def _fallback_label(self) -> Mapping[str, str]:
-        """Return the label of usage records that names the requested model, if a fallback model serves the call."""
+        """Return a label for usage records with the name of the requested model, if a fallback model serves the call;
+        else no label."""
         return {FALLBACK_LABEL: self.requested.name} if self.is_fallback else {}
 
     def affinity(self, key: str, flow: str) -> int:
-        """Return the hash of the tenant and the affinity key; 0 without a key. `key`: the key in the request. `flow`:
-        the tenant's handle. Raises CallError for a key that is too long."""
+        """Return a hash of the tenant and the affinity key; 0 without a key. `key`: the key in the request; if empty,
+        the key in the header is used. `flow`: the tenant's key in fair queues (TenantPolicy.flow). Raises CallError for
+        an affinity key that is too long."""
         name = "affinity_key"
         if not key:
             name, key = "x-headrace-affinity", self.meta.affinity_key
@@ -131,9 +133,9 @@ def not_prepared(model: KnownModel) -> CallError:
 
 
 def _policy_of(meta: CallMeta, priority_class: str, scheduler: Scheduler) -> TenantPolicy:
-    """Return the policy of a caller's tenant, with the priority class that the request names, if any. A tenant may use
-    its own class and all classes of lower priority. Raises CallError for a class of higher priority and for an unknown
-    class."""
+    """Return the policy of a caller's tenant. If the request names a priority class, the policy gets that class. A
+    tenant may use its own class and all classes of lower priority. Raises CallError for a class of higher priority and
+    for an unknown class."""
     policy = meta.principal.tenant
     if priority_class in ("", policy.priority_class):
         return policy

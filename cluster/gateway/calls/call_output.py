@@ -14,7 +14,8 @@ from cluster.gateway.calls.sequences.sequence import OutputSequence
 
 
 class CallOutput:
-    """The output of one call. Links write it through the call's sequences, and one API reads it."""
+    """The output of one call. The links to the workers write the output through the call's sequences, and one API reads
+    it."""
 
     __slots__ = ("_is_silent", "_listener", "_news", "_sequences", "_silent_since", "_usage", "_waiter", "error")
 
@@ -61,20 +62,21 @@ class CallOutput:
         return now - since
 
     def fall_silent(self, now: float) -> None:
-        """Record that the call has had no output for a while. The API then sends a keep-alive."""
+        """Record that the call has had no output for a while, so that the API sends a keep-alive."""
         self._silent_since, self._is_silent = now, True
         self.wake()
 
     def pop_keepalive(self) -> bool:
-        """Return whether a keep-alive is due, which the API then sends."""
+        """Return whether the API must send a keep-alive now. Further calls return False until the next keep-alive is
+        due."""
         due, self._is_silent = self._is_silent, False
         return due
 
     # ---- to the API
 
     def listen(self, listener: Callable[[], None] | None) -> None:
-        """Set the function that is called at every update, for an API that batches the updates of many calls. With
-        None, updates wake `news` again."""
+        """Set the function that is called at every update. Used by an API that batches the updates of many calls. With
+        None, an update ends the wait in `news` again."""
         self._listener = listener
 
     async def news(self) -> None:
@@ -107,8 +109,8 @@ class CallOutput:
         return pieces
 
     async def all_pieces(self) -> list[Piece]:
-        """Wait for the end of the call and return all pieces. Raises the call's error, even if the call had produced
-        text before the error."""
+        """Wait for the end of the call and return all pieces. If the call has failed, raises the call's error, even if
+        there was text before the error."""
         while not self.finished and self.error is None:
             await self.news()
         pieces = self.pop_pieces()
@@ -117,8 +119,9 @@ class CallOutput:
         return pieces
 
     def pop_text(self) -> str | None:
-        """Return the new text of a call with one sequence, as a fast path of `pop_pieces`. Returns "" while text is
-        held back, and None if `pop_pieces` must be called, because there is more to deliver than text."""
+        """Return the new text of a call with one sequence, as a fast path of `pop_pieces`. Returns "" if there is no
+        text that may be sent yet. Returns None if there is more to deliver than text; then `pop_pieces` must be
+        called."""
         sequences = self._sequences
         if len(sequences) != 1 or self.error is not None or self._is_silent:
             return None
@@ -131,5 +134,5 @@ class CallOutput:
 
     @property
     def end_delivered(self) -> bool:
-        """Whether the last piece of every sequence has been returned, so that nothing more follows."""
+        """Whether the last piece of every sequence has been returned. Nothing follows after that."""
         return all(sequence.pieces.end_popped for sequence in self._sequences)

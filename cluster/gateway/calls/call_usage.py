@@ -28,6 +28,6 @@ class CallUsage:
     sequence was resumed."""
 
     def count_tokens(self, sequences: Sequence[RoutedSequence[Any]]) -> None:
-        """Set the number of completion tokens to the number of tokens that the call's sequences have received so
+        """Set the number of completion tokens to the number of tokens that the sequences of the call have received so
         far."""
         self.completion_tokens = sum(len(sequence.emitted) for sequence in sequences)

@@ -1,5 +1,6 @@
-"""Cleanup at the end of a call. Each acquisition registers an undo step. If an undo step fails, the other steps still
-run."""
+"""Cleanup at the end of a call. Each step that acquires something for the call registers an undo step. If an undo step
+fails, the other undo steps still run.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +32,14 @@ class Cleanup:
         self._added: list[Any] = []
 
     def add(self, subject: Subject, steps: Sequence[Undo[Subject]]) -> None:
-        """Register the undo steps of an acquisition. Call this before the acquisition if the steps may also run after a
-        failed acquisition, otherwise after the acquisition. `subject`: the first argument of the steps."""
+        """Register the undo steps of an acquisition. If the undo steps may run even when the acquisition fails, call
+        this method before the acquisition, else after it. `subject`: the first argument of the steps."""
         self._added += (subject, steps)
 
     async def run(self) -> None:
-        """Run all steps, the last registered step first. Steps that return an awaitable may wait for a store. These
+        """Run all steps, the last registered step first. A step may return an awaitable that waits for a store. These
         awaitables are awaited after all steps were called, so that slots and accounts are released without waiting.
-        Exceptions of steps are logged. A cancellation or exit is raised again after the last step."""
+        Exceptions of steps are logged. A cancellation or exit is raised again at the end."""
         waiting: list[Awaitable[None]] = []
         stopped: BaseException | None = None
         added = self._added

@@ -1,4 +1,4 @@
-"""Keep-alives of silent calls, which report the progress of a call that has no output to send."""
+"""Keep-alives: messages that report the progress of a call while it has no output to send."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ START_PROGRESS_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class CallProgress:
-    """Progress of a silent call. `state` is queued, prefill, running or resuming (the call's worker was lost); while
-    the model has no worker, `state` is the model's state. `queue_position` counts from 1 and is 0 if the call is not
-    queued. While the model has no worker, `fraction` is the progress of the model's start in [0, 1], and `eta_s` is the
-    estimated remaining time of the start in seconds. Both are estimated from earlier starts, and 0 if unknown."""
+    """Progress of a call that has no output to send.
+
+    `state`: queued, prefill, running, or resuming if the call's worker was lost. While the model has no worker, `state`
+    is the state of the model. `queue_position`: counted from 1; 0 if the call is not queued. `fraction` and `eta_s`:
+    progress of the model's start in [0, 1] and its remaining time in seconds, while the model has no worker. Both are
+    estimated from earlier starts, and 0 if unknown.
+    """
 
     state: str
     queue_position: int
@@ -50,9 +53,9 @@ class KeepAlives:
         self._clock = clock
 
     async def run(self, keepalive_s: float) -> None:
-        """Send keep-alives, end calls that have waited too long, and update the tenants' service accounts. A call gets
-        a keep-alive after `keepalive_s` seconds of silence, or after START_PROGRESS_S if no worker serves its model.
-        Runs until cancelled, with a pass every 0.25 s or less."""
+        """Send keep-alives, end calls that have waited too long, and update the counts of tokens that tenants have been
+        served. A call gets a keep-alive after `keepalive_s` seconds of silence, or after START_PROGRESS_S if no worker
+        serves its model. Runs until cancelled, with a pass every 0.25 s or less."""
         while True:
             await asyncio.sleep(min(keepalive_s / 4, 0.25))
             try:

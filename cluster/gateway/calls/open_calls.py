@@ -1,5 +1,6 @@
-"""The open calls of one gateway. This module ends calls that an operator aborts, calls of suspended tenants, and all
-calls when the gateway stops."""
+"""The open calls of one gateway. An operator can abort calls here. The calls of suspended tenants are ended here, and
+all calls are ended here when the gateway stops.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +70,7 @@ class OpenCalls:
         return bool(self._closing)
 
     def close(self, why: str) -> None:
-        """Refuse new calls, and call the functions in `on_close`. `why`: what the gateway is doing, such as
+        """Refuse new calls from now on, and call the functions in `on_close`. `why`: what the gateway is doing, such as
         "stopping"."""
         self._closing = why
         for notify in list(self.on_close):
@@ -81,9 +82,9 @@ class OpenCalls:
             raise CallError(Outcome.NO_WORKER, f"this gateway is {self._closing}; call another", retry_after_s=0.1)
 
     async def hand_over(self, by: float) -> None:
-        """End the resumable streams one after the other until the time `by`. The streams with the most tokens left end
-        first. The ends are spread evenly over time, so that each stream finds capacity and a short prefill queue at
-        another gateway."""
+        """End the resumable streams one after the other until the time `by`, so that the clients resume them at other
+        gateways. The streams with the most tokens left end first. The ends are spread evenly over time, so that each
+        stream finds capacity and a short prefill queue."""
         streams = [call for call in self if call.resume_tokens is not None and call.first_token_at is not None]
         streams.sort(key=_tokens_left)
         while streams and (left_s := by - self._clock()) > 0:

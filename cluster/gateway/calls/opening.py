@@ -1,4 +1,4 @@
-"""The steps from a generation request to a call with its sequences. call_service.py takes the steps."""
+"""The steps from a generation request to a call with its sequences. call_service.py calls the steps in order."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Opening(CallOpening):
-    """A generation call that is being opened, see CallOpening."""
+    """A generation call that is being opened (see CallOpening)."""
 
     request: requests.GenerationRequest
     chain: TokenChain | None = field(init=False, default=None)
@@ -89,8 +89,9 @@ class Opening(CallOpening):
 
     @property
     def adapter_key(self) -> str:
-        """Digest of the call's adapter, or the adapter's pending key while the digest is unknown; "" without an
-        adapter. Raises CallError if a resumed call began with another digest that no worker has any more."""
+        """Digest of the call's adapter; a placeholder key while the digest is unknown; "" without an adapter. Raises
+        CallError if the call is resumed, its adapter has been replaced since, and no worker has the old version any
+        more."""
         if not self.adapter:
             return ""
         begun = "" if self.chain is None else self.chain.call_head.adapter_digest
@@ -108,7 +109,7 @@ class Opening(CallOpening):
         return self.request.prompt
 
     async def encode(self, directory: ModelDirectory, renderer_of: RendererOf) -> None:
-        """Encode the prompt. `renderer_of`: see RendererOf."""
+        """Encode the prompt. `renderer_of`: chooses where chats are rendered (see RendererOf)."""
         self.text = await directory.text_model(self.model, self.versions.first)
         self.renderer_of = renderer_of
         self.max_model_len = self.longest_context
@@ -148,7 +149,7 @@ class Opening(CallOpening):
         clock: Callable[[], float],
         life: Callable[[], Life],
     ) -> Call:
-        """Create the call and its sequences, without queueing them. `life` returns the initial state of a sequence."""
+        """Create the call and its sequences, without queueing them. `life`: returns the initial state of a sequence."""
         sampling = self._sampling()
         request, meta = self.request, self.meta
         kind = "chatcmpl" if requests.is_chat(request.prompt) else "cmpl"
@@ -192,8 +193,8 @@ class Opening(CallOpening):
         )
 
     def _sequence(self, call: Call, index: int, first: EngineRequest, life: Life) -> OutputSequence[Call]:
-        """Return a sequence of the call. `first`: the engine request of the first sequence. Each further sequence has
-        the next seed."""
+        """Return a sequence of the call. `first`: the engine request of the first sequence, on which the request of
+        this sequence is based. The seed increases by 1 from sequence to sequence."""
         options, sampling, engine_request = self.request.options, first.sampling, first
         if index and sampling.seed is not None:
             engine_request = replace(first, sampling=replace(sampling, seed=sampling.seed + index))
@@ -214,9 +215,10 @@ def output_parsing(request: requests.GenerationRequest, model: KnownModel) -> Ou
 
     The output of a chat is parsed if the chat may call tools, or if the model has a parser of reasoning. If a chat has
     tools but must not call them, the model's tool parser parses the output, too, so that tool calls are not shown as
-    content. While a model has no worker, its parsers are unknown. Every chat then gets these options, which a worker
-    without a parser ignores. Raises CallError if the tools are too long, since they are sent once for each output of
-    the call."""
+    content. While a model has no worker, its parsers are unknown. Every chat then gets these options, and a worker
+    without a parser ignores them. Raises CallError if the tools are too long, since they are sent once for each output
+    of the call.
+    """
     output = request.output
     if not output.parser_request:
         return None

@@ -1,6 +1,7 @@
 """Decision whether this gateway charges a call's prompt to the tenant. If the call began at another gateway, an engine
-may compute the prompt a second time. The terms of the resume (resume_tokens/claim.py) decide whether the tenant then
-pays again."""
+may compute the prompt a second time. The terms of the resume (resume_tokens/claim.py) decide whether the tenant pays
+for the second time, too.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from cluster.gateway.resume_tokens.claim import ResumeTerms
 
 
 class PromptPayment:
-    """Decides whether this gateway charges a call's prompt to the call's tenant. If the call began at this gateway, the
-    answer is always yes."""
+    """Decides whether this gateway charges a call's prompt to the call's tenant. The prompt of a call that began at
+    this gateway is always charged."""
 
     __slots__ = ("_origin_lost", "_pays_again", "terms")
 
@@ -22,14 +23,14 @@ class PromptPayment:
         that gateway is lost."""
 
     def resume(self, terms: ResumeTerms) -> None:
-        """Record that the call began at another gateway, and the terms of its resume."""
+        """Record that the call began at another gateway. `terms`: the terms of its resume."""
         self.terms = terms
 
     def record_output(self, origin_lost: bool | None) -> None:
         """Record the first output of a worker, which shows that the worker has computed the prompt.
 
         `origin_lost`: whether the gateway from which the call was resumed is lost; None if the worker does not report
-        whether that gateway is lost.
+        this.
         """
         self._origin_lost = origin_lost
         if self.terms is ResumeTerms.PAID or (self.terms is ResumeTerms.IF_ALIVE and not origin_lost):

@@ -1,8 +1,8 @@
-"""Number of reasoning tokens of an ended call. Of each output, only the tokens that this gateway has received count.
+"""Number of reasoning tokens of an ended call. Only tokens that this gateway has received are counted.
 
-A worker reports the number of reasoning tokens when an output ends, for the whole output. Reasoning is taken to be the
-beginning of an output, because models reason first and then answer. So each gateway that delivers a part of a resumed
-output counts the reasoning in this part, and no reasoning token is counted twice.
+When an output ends, the worker reports the number of reasoning tokens in the whole output. The reasoning is assumed to
+be the beginning of the output, because models reason first and then answer. So each gateway that delivers a part of a
+resumed output can count the reasoning in its part, and no reasoning token is counted twice.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def reasoning_in_part(reasoning: int, first: int, end: int) -> int:
 
 
 def new_reasoning_tokens(call: Call) -> int:
-    """Return the number of reasoning tokens that this gateway has received for the call, at most as many as
-    `token_times.new_tokens` returns."""
+    """Return the number of reasoning tokens that this gateway has received for the call. It is never larger than the
+    number that `token_times.new_tokens` returns."""
     return sum(
         reasoning_in_part(sequence.reasoning_tokens, sequence.restored, len(sequence.emitted))
         for sequence in call.sequences

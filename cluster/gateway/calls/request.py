@@ -134,8 +134,8 @@ class IdsPrompt:
 
 @dataclass(frozen=True, slots=True)
 class PackedPrompt:
-    """A long ChatPrompt or TextPrompt, which one helper process has parsed and pickled and another helper process
-    tokenizes.
+    """A long ChatPrompt or TextPrompt as a pickle. One helper process parses and pickles the prompt, and another helper
+    process tokenizes it.
 
     The gateway process passes the pickle on without unpacking it, because unpacking megabytes would block the event
     loop.
@@ -169,7 +169,8 @@ def is_chat(prompt: Prompt) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ResumeFrom:
-    """Position of a broken stream: the stream's resume tokens in order, and the number of the newest chunk."""
+    """Position at which a broken stream is resumed: the stream's resume tokens in order, and the number of the newest
+    chunk."""
 
     tokens: Sequence[bytes]
     offset: int
@@ -264,8 +265,8 @@ def _fits_in(text: str, most_bytes: int) -> bool:
 
 
 def _stop_violations(options: RequestOptions) -> list[Violation]:
-    """Return the violations of the stop fields. Counts are checked before contents, so that a list that is too long
-    costs nothing."""
+    """Return the violations of the stop fields. Counts are checked before contents, so that a list that is too long is
+    not read."""
     wrong: list[Violation] = []
     if len(options.stop) > MAX_STOP_STRINGS:
         wrong.append(too_many("stop", "strings", MAX_STOP_STRINGS, len(options.stop)))
@@ -331,8 +332,8 @@ def _grammar_violations(grammar: Grammar | None) -> list[Violation]:
 
 
 def too_long(prompt_tokens: int, max_model_len: int, chat: bool, *, surely: str = "") -> CallError:
-    """Return the error for a prompt that leaves no room for output. `surely`: "at least " if `prompt_tokens` is a lower
-    bound."""
+    """Return the error for a prompt that leaves no room for output. `surely`: text before the number in the error: "at
+    least " if `prompt_tokens` is a lower bound, else ""."""
     return CallError(
         Outcome.CONTEXT_LENGTH_EXCEEDED,
         f"the prompt has {surely}{prompt_tokens} tokens, the model's context holds {max_model_len} with at least one "

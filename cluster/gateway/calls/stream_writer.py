@@ -1,5 +1,5 @@
-"""Delivery of chunks from links to client connections. One callback serves all calls for which a worker's message
-brought tokens.
+"""Delivery of chunks from the workers' links to the clients' connections. One callback serves all calls for which a
+worker's message brought tokens.
 
 Waking a task for each piece costs about as much as all other Python work for that piece. So a running stream is written
 without a task. A token that brings nothing but text goes from the link directly to the connection
@@ -22,7 +22,7 @@ MAX_WRITES_A_CALLBACK = 128
 
 
 class Transport(Protocol):
-    """Interface that a stream writer needs of a client's connection, or of one stream of a connection."""
+    """The interface that a stream writer uses to send to a client: a connection, or one stream of a connection."""
 
     @property
     def full(self) -> bool:
@@ -42,8 +42,8 @@ class ChunkEncoder(Protocol):
     """Whether the end of the call has been encoded."""
 
     def encode_new(self) -> bytes:
-        """Encode everything that is new in the call; b"" if nothing is new. Once everything before the call's error has
-        been encoded, raises that error."""
+        """Encode everything that is new in the call; b"" if nothing is new. If the call has failed, raises the call's
+        error once everything before the error has been encoded."""
 
     def encode_text(self, text: str) -> bytes:
         """Encode the text of the next token, which brings nothing but text."""
@@ -89,13 +89,14 @@ class StreamWriter:
             raise self._error
 
     def mark(self) -> None:
-        """Schedule a write, because the call has an update."""
+        """Schedule a call of `write`, because the call has an update."""
         if not self.marked:
             self.marked = True
             self._delivery.add(self)
 
     def write(self) -> None:
-        """Send everything that is new in the call, or pause."""
+        """Send everything that is new in the call. Pause instead if the client does not read, or if the call has
+        ended."""
         self.marked = False
         if not self._open:
             return
@@ -124,7 +125,7 @@ class StreamWriter:
         self._pause(True)
 
     def _send_text(self, text: str) -> None:
-        """Send the text of a token directly. The link's reader calls this method."""
+        """Send the text of a token directly. Called while a message from the worker is handled."""
         transport = self._transport
         if self._open and not transport.full:
             transport.send(self._encoder.encode_text(text))
@@ -140,14 +141,14 @@ class StreamWriter:
 
 
 class ChunkDelivery:
-    """Scheduler of the writes of one API, which runs all marked stream writers in one callback."""
+    """Scheduler of the writes of one API: a single callback runs all stream writers that have new output."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._marked: deque[StreamWriter] = deque()
 
     def add(self, writer: StreamWriter) -> None:
-        """Run this writer in the next callback."""
+        """Run this writer in the next run of the callback."""
         if not self._marked:
             self.loop.call_soon(self._write_marked)
         self._marked.append(writer)

@@ -32,7 +32,7 @@ Raises CallError."""
 
 
 class RendererOf(Protocol):
-    """Function that chooses how a call's chats are rendered."""
+    """Function that chooses where a call's chats are rendered: in a worker or in the gateway."""
 
     def __call__(
         self, model: KnownModel, text: TextModel, meta: CallMeta, bundle_digest: str, priority_class: str
@@ -40,8 +40,8 @@ class RendererOf(Protocol):
         """Return the function that lets a worker render a chat; None if the gateway renders the chats with the chat
         template.
 
-        `text`: the tokenizer of the bundle `bundle_digest`. `priority_class`: the class that the request names, "" for
-        the tenant's.
+        `text`: the tokenizer of the bundle `bundle_digest`. `priority_class`: the class that the request names; "" for
+        the tenant's class.
         """
 
 
@@ -54,11 +54,12 @@ def worker_renderer(
     bundle_digest: str,
     priority_class: str,
 ) -> RenderChat | None:
-    """Return the function that lets a worker render a call's chats; None if no worker is needed. Implements RendererOf
+    """Return the function that lets a worker render a call's chats; None if no worker is needed. Implements RendererOf,
     once `renders` and `rank_of` are bound.
 
-    `renders` decides in which order waiting chats get a worker. `rank_of` returns the rank of a priority class. The
-    other parameters: see RendererOf."""
+    `renders`: decides in which order waiting chats get a worker. `rank_of`: returns the rank of a priority class. The
+    other parameters are those of RendererOf.
+    """
     if not needs_worker(model, bundle_digest, text.renderer, has_template=text.has_chat_template):
         return None
     policy = meta.principal.tenant
@@ -71,8 +72,8 @@ def worker_renderer(
 
 
 class Tokenization:
-    """A gateway's RPCs Tokenize and Detokenize, and the token count of the Anthropic API. They use the models'
-    tokenizers and open no call."""
+    """A gateway's RPCs Tokenize and Detokenize, and the token count of the Anthropic API. These requests use the
+    models' tokenizers without opening a call."""
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class Tokenization:
         reservations: QuotaReservations,
         renderer_of: RendererOf,
     ) -> None:
-        """`renderer_of`: see RendererOf."""
+        """`renderer_of`: chooses where chats are rendered (see RendererOf)."""
         self._directory = directory
         self._reservations = reservations
         self._renderer_of = renderer_of
@@ -122,9 +123,10 @@ async def encode(
     cache_salt: str = "",
     render: RenderChat | None = None,
 ) -> array[int]:
-    """Encode a prompt. A long prompt is encoded outside the event loop. A `max_model_len` of 0 allows any length.
-    `cache_salt`: the ids of text blocks are reused only between the tenant's prompts that have the same salt. `render`:
-    the function that lets a worker render a chat; None if chats are rendered with the chat template.
+    """Encode a prompt. A long prompt is encoded outside the event loop. `max_model_len`: maximum length in tokens; 0
+    for any length. `cache_salt`: the ids of text blocks are reused only between prompts of the tenant that have the
+    same salt. `render`: the function that lets a worker render a chat; None if chats are rendered with the chat
+    template.
 
     Raises CallError. A text that certainly leaves no room for output is refused before it is tokenized.
     """
@@ -151,7 +153,8 @@ async def encode(
 
 
 def ids_of_inputs(inputs: IdsInputs, most: int, keep: int | None, vocab_size: int) -> Sequence[array[int]]:
-    """Return the token ids of a pooling request that has ids as its inputs. `most` and `keep`: see InputEncoder.encode.
+    """Return the token ids of a pooling request that has ids as its inputs. `most`: the number of tokens that the
+    model's context holds, 0 if unknown. `keep`: the number of tokens to which a longer input is cut, None for no cut.
     Raises CallError, which names the input."""
     lists = inputs.token_ids
     if isinstance(lists, PackedIds):

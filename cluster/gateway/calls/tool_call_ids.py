@@ -19,9 +19,9 @@ _ALPHABET = ascii_letters + digits
 
 
 def id_in_answer(call: Call, index: int, number: int, name: str) -> str:
-    """Return the id of a tool call in the answer to `call`. `index`: the choice. `number`: the tool call in the choice,
-    from 0. `name`: the called function. The id depends only on these arguments, the request and the call's id. The id
-    is therefore the same after a resume at another gateway."""
+    """Return the id of a tool call in the answer to `call`. `index`: the choice in the answer. `number`: number of the
+    tool call in the choice, from 0. `name`: the called function. The id depends only on these arguments, the request
+    and the call's id. So it stays the same after a resume at another gateway."""
     if call.sequences[index].tool_parser in NUMBERED:
         return numbered_id(name, call.tool_calls_before + number)
     return tool_call_id(call.shown_id, index, number)

@@ -1,4 +1,5 @@
-"""Tools and reasoning of a chat: checks, the form in which templates get tools, and the request to a worker's parsers.
+"""Tools and reasoning of a chat: checks, the form in which a chat template gets the tools, and the request to a
+worker's parsers.
 
 All APIs use these functions, so that equal requests give equal prompts. The forms and defaults are those of vLLM 0.32's
 server (`ChatCompletionRequest`), so that a prompt equals the prompt that vLLM renders.
@@ -55,7 +56,7 @@ def named_choice(name: str) -> ToolChoice:
 def check_tools(path: str, tools: Sequence[Mapping[str, Any]], inner: str = ".function") -> None:
     """Check tools that `function_tool` has made. Raises CallError, which names the first wrong field.
 
-    `inner`: path from a tool to its name in the caller's request.
+    `inner`: the path from a tool to its function in the caller's request.
     """
     if len(tools) > MAX_TOOLS:
         raise invalid(path, f"at most {MAX_TOOLS} tools, got {len(tools)}: send fewer")
@@ -107,8 +108,8 @@ def template_arguments(given: Mapping[str, Any], reasoning_effort: str) -> dict[
     """Return the arguments of the chat template as vLLM's server passes them. `given`: the caller's
     `chat_template_kwargs`.
 
-    Arguments that are null or "auto" are dropped. `reasoning_effort` takes precedence over the argument of the same
-    name, and sets `enable_thinking` unless the caller has set it.
+    Arguments that are null or "auto" are dropped. `reasoning_effort` takes precedence over an argument of this name. It
+    also sets the argument `enable_thinking`, if the caller has not set it.
     """
     arguments = {name: value for name, value in given.items() if value is not None and value != "auto"}
     if reasoning_effort:
@@ -126,7 +127,7 @@ def parser_request(
     template_kwargs: Mapping[str, Any],
     reasoning_effort: str,
 ) -> str:
-    """Return the JSON object for OutputParsing.request, without fields that are empty.
+    """Return the JSON object for OutputParsing.request. Empty fields are left out.
 
     `template_kwargs`: the result of `template_arguments`, from which parsers read flags. An argument that is long or
     not a plain value is left out. Raises CallError for tools of more than MAX_TOOLS_BYTES.
@@ -198,8 +199,9 @@ def with_tools(output: OutputOptions, tools: Sequence[Mapping[str, Any]]) -> Out
 
 
 class CallArguments(dict[str, Any]):
-    """Arguments of a tool call in the history, with the text that the caller sent. Some renderers of vLLM copy the text
-    into the prompt, so an equal object with other spaces would give another prompt."""
+    """Arguments of a tool call in the chat's history, together with the text that the caller sent for them. Some
+    renderers of vLLM copy the text into the prompt, so an equal object with different spaces would give another
+    prompt."""
 
     _text = ""
 
@@ -220,7 +222,7 @@ def arguments_text(arguments: Mapping[str, Any]) -> str:
 
 
 def call_arguments(path: str, text: str) -> CallArguments:
-    """Return the arguments of a tool call in the history, which templates take as an object.
+    """Return the arguments of a tool call in the chat's history as an object, since templates take an object.
 
     A text that is not a JSON object gives an empty object, as in vLLM: a model may have written it, and an error would
     end the conversation. Raises CallError for a text that is nested too deeply or holds too many values.

@@ -1,1 +1,3 @@
-"""The console in the browser: its pages, sessions, sign-in, and its access to the admin API and the OpenAI API."""
+"""The console in the browser: its pages, its sign-in and sessions, and its access to the admin API and the OpenAI
+API.
+"""

@@ -61,8 +61,8 @@ class ConsoleParts:
 
 
 def build_console(parts: ConsoleParts, secrets: Callable[[], Sequence[bytes]]) -> ConsoleApp:
-    """Return the console of a gateway process. `secrets`: returns the cluster's secrets. Raises ValueError for an
-    unusable file."""
+    """Return the console of a gateway process. `secrets`: returns the cluster's secrets. Raises ValueError if a
+    configured file cannot be used."""
     access, limits, clock = ConsoleAccess(parts.config.gateway, parts.tenants, secrets), FailureLimits(), time.monotonic
     keys = KeySignIn(access, parts.tenants, parts.bodies(MAX_BODY_BYTES), parts.authorizer, limits, clock)
     settings, auth = parts.config.gateway.console, parts.config.auth
@@ -120,7 +120,7 @@ class ConsoleApp:
         return endpoints
 
     async def close(self) -> None:
-        """End all event streams, since the gateway stops."""
+        """End all event streams, because the gateway stops."""
         if self._streams is not None:
             self._streams.close()
         if self._oidc is not None:
@@ -138,11 +138,11 @@ class ConsoleApp:
         return Endpoint(FORM, method, answer_viewer)
 
     async def _caller(self, exchange: Exchange) -> Principal:
-        """Return the principal with which a viewer's request calls a model."""
+        """Return the principal that is used when a viewer calls a model."""
         return self._access.viewer(exchange).caller
 
     async def _history(self, exchange: Exchange, viewer: Viewer) -> None:
-        """Answer with the last hour from memory, or with a longer time from Prometheus if one is configured."""
+        """Answer with the history: the last hour from memory, a longer time from Prometheus if one is configured."""
         if self._long_history is not None and self._long_history.covers(exchange):
             await self._long_history.answer(exchange, viewer)
         elif self._streams is not None:
@@ -167,7 +167,8 @@ class ConsoleApp:
         await exchange.respond(200, orjson.dumps(self._description(viewer)), headers)
 
     def _description(self, viewer: Viewer | None) -> Mapping[str, Any]:
-        """Return the description of a session for the page. The version is empty unless the viewer is signed in."""
+        """Return the description of a session for the page. The version of the software is empty for a viewer who is
+        not signed in."""
         settings, auth = self._config.gateway.console, self._config.auth
         description = {
             "signed_in": viewer is not None,

@@ -42,7 +42,7 @@ class AdminBridge:
         self._bodies = bodies
 
     def answers(self) -> Mapping[str, Answer]:
-        """Return the function that answers each method, by path."""
+        """Return the functions that answer the admin methods, keyed by path."""
         return {f"{API}{name}": self._answer_of(method) for name, method in self._methods.items()}
 
     def _answer_of(self, method: AdminMethod) -> Answer:

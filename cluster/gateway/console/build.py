@@ -55,7 +55,7 @@ class Sources:
 
 
 def live_overview(sources: Sources) -> LiveOverview:
-    """Return the live overview of a gateway. From now on, the gateway records ended calls and lost workers for the
+    """Return the live overview of a gateway. From now on, ended calls and lost workers are recorded for the
     overview."""
     service, hub, config = sources.service, sources.hub, sources.config
     recent, lost = RecentCalls(service.clock), LostWorkers()
@@ -92,7 +92,8 @@ def live_overview(sources: Sources) -> LiveOverview:
 
 
 def _peers(sources: Sources, answer: PeerAnswers) -> Peers:
-    """Return the other processes: those of all hosts if the gateways share a store, else those of this host."""
+    """Return the access to the other gateway processes: to those of all hosts if the gateways share a store, else to
+    those of this host."""
     of_host: Peers = NO_PEERS
     if sources.siblings is not None:
         from cluster.gateway.console.peers.sibling_peers import SiblingPeers, sibling_answer
@@ -127,7 +128,7 @@ def _policies(tenants: TenantAuthenticator) -> Mapping[str, TenantPolicy]:
 def _models_of(
     tenant: str, directory: ModelDirectory, tenants: TenantAuthenticator | None
 ) -> Mapping[str, Sequence[str]]:
-    """Return the models that a tenant may use, each with the aliases that the tenant may use."""
+    """Return the models that a tenant may use, each with those aliases that the tenant may use."""
     if tenants is None:
         return {model.name: model.entry.aliases for model in directory.models}
     try:

@@ -1,5 +1,6 @@
-"""Browsers' reports of violations of the content security policy. All reports are counted, and at most LINES_PER_S of
-them are logged each second."""
+"""Browsers' reports that a page has violated the content security policy. All reports are counted, and at most
+LINES_PER_S of them are logged each second.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +24,7 @@ LINES_PER_S: Final = 1
 
 
 class CspReports:
-    """The endpoint for browsers' reports. Anybody may send a report, so it changes nothing but the count and the
-    log."""
+    """The endpoint for browsers' reports. Anybody may send a report, so a report only affects the count and the log."""
 
     def __init__(self, bodies: RequestBodies, metrics: Metrics, clock: Callable[[], float]) -> None:
         """`clock`: monotonic seconds."""
@@ -35,7 +35,7 @@ class CspReports:
         metrics.count("console_csp_reports_total", by=0)  # so that the first report is an increase
 
     async def report(self, exchange: Exchange) -> None:
-        """Count a report, and log it unless too many were logged within this second."""
+        """Count a report, and log it if the limit of LINES_PER_S allows."""
         length = exchange.headers.get(b"content-length", b"")
         async with self._bodies.read(exchange.receive, exchange.scope[CONNECTION], length, "") as content:
             fields = _fields(bytes(content))

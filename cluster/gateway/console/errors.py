@@ -22,17 +22,17 @@ class ConsoleForm:
     key_header = b""
 
     def refused(self, refused: Refused, request_id: str) -> ErrorAnswer:
-        """See ApiForm."""
+        """Return the response to a request that was refused before it became a call. Implements ApiForm."""
         content = error_body(refused.code.upper(), str(refused))
         return ErrorAnswer(refused.status, content, [*JSON_HEADERS, *refused.headers])
 
     def failed(self, error: CallError, request_id: str) -> ErrorAnswer:
-        """See ApiForm."""
+        """Return the response to a request that failed. Implements ApiForm."""
         status = OUTCOME_STATUS[error.outcome]
         return ErrorAnswer(status.http, call_error_body(error), [*JSON_HEADERS, *retry_headers(error)])
 
     def event(self, error: CallError, request_id: str) -> bytes:
-        """See ApiForm. Returns the error as the last line of a stream of JSON lines."""
+        """Return an error as the last line of a stream of JSON lines. Implements ApiForm."""
         return call_error_body(error) + b"\n"
 
 
@@ -46,7 +46,8 @@ def error_body(code: str, message: str, field: str = "", **more: Any) -> bytes:
 
 
 def call_error_body(error: CallError) -> bytes:
-    """Return the body of a CallError. `code` is the gRPC status, `reason` the reason of ErrorInfo."""
+    """Return the JSON body of a CallError. `code` in the body is the gRPC status, and `reason` is the reason of
+    ErrorInfo."""
     field = error.violations[0].field if error.violations else ""
     code = OUTCOME_STATUS[error.outcome].grpc
     return error_body(code, error.message, field, reason=error.outcome.name, retry_after_s=error.retry_after_s)

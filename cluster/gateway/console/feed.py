@@ -1,6 +1,6 @@
 """The console's endpoints for data that lives in the gateway: the events of the overview, and the history.
 
-A stream begins with the event `state`, which holds the whole document, and goes on with `delta` about once a second and
+A stream begins with the event `state`, which holds the whole document. Then it sends `delta` about once a second, and
 `ping` every PING_S. It ends with the event `end` when the viewer's session is no longer valid or the gateway stops.
 """
 
@@ -33,13 +33,13 @@ _NO_STORE: Final = [(b"cache-control", b"no-store")]
 
 
 def always() -> bool:
-    """Return True. Used as `is_valid` if the caller of `events` ends the stream itself when the session ends."""
+    """Return True. Used as `is_valid` by a caller of `events` that ends the stream itself when the session ends."""
     return True
 
 
 class FeedEndpoints:
-    """The endpoints, as ASGI functions. Whatever calls an endpoint must have authenticated the viewer. `viewer_tenant`:
-    the only tenant that the viewer may see, "" for all tenants."""
+    """The endpoints, as ASGI functions. The code that calls an endpoint must have authenticated the viewer.
+    `viewer_tenant`: the only tenant that the viewer may see, "" for all tenants."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class FeedEndpoints:
     async def events(
         self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str, is_valid: Callable[[], bool] = always
     ) -> None:
-        """Stream the overview. `is_valid` returns whether the viewer's session is still valid; it is called every
+        """Stream the overview. `is_valid`: returns whether the viewer's session is still valid. It is called every
         CHECK_S."""
         exchange = Exchange(FORM, scope, receive, send)
         subscriber = self._live.subscribe(viewer_tenant)
@@ -98,7 +98,7 @@ class FeedEndpoints:
     # ---- history
 
     async def history(self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str) -> None:
-        """Answer with series of the last hour, for a model, a tenant or the whole cluster."""
+        """Answer with the values of the last hour, for a model, a tenant or the whole cluster."""
         exchange = Exchange(FORM, scope, receive, send)
         try:
             answer = await self._history(scope.get("query_string", b""), viewer_tenant)

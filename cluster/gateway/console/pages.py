@@ -1,4 +1,4 @@
-"""The page and its static files, from the package's own folder `static`.
+"""The console's page and its static files, from the package's own folder `static`.
 
 The files are read once, when the endpoints are made, and each file gets an endpoint of its own. So no request can reach
 any other file.
@@ -67,13 +67,13 @@ class StaticFile:
         self.etag = b'"%b"' % hashlib.sha256(self.content).hexdigest()[:32].encode()
 
     async def zipped(self) -> bytes:
-        """Return the compressed content, which is made once, in a thread."""
+        """Return the compressed content. It is made once, in a thread."""
         if self._zipped is None:
             self._zipped = await asyncio.to_thread(gzip.compress, self.content, 9, mtime=0)
         return self._zipped
 
     async def respond(self, exchange: Exchange) -> None:
-        """Answer a request for the file, with 304 if the browser has it."""
+        """Answer a request for the file. If the browser already has the file, answer 304."""
         headers = [*HEADERS, (b"etag", self.etag), (b"vary", b"accept-encoding")]
         if self.etag.decode() in exchange.header(b"if-none-match").split(", "):
             await exchange.start(304, headers)

@@ -1,8 +1,8 @@
 """The live data of the console: event streams and history, limited to what the viewer may see.
 
-A stream could outlive its session, so the gateway ends the stream when the session expires, or when a change of tenants
-or keys ends the session or changes what it may see. The page then requests its session. If the session has ended, the
-page shows the sign-in, else it reconnects.
+A stream could outlive its session. So the gateway ends the stream when the session expires, and when a change of
+tenants or keys ends the session or changes what it may see. The page then requests its session. If the session has
+ended, the page shows the sign-in, else it reconnects.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ViewerFeed(Protocol):
 
 
 class _Response:
-    """The state of a response that an application sends."""
+    """The state of a response while an ASGI application sends it."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -60,7 +60,8 @@ class ViewerStreams:
         on_change.add(self._recheck)
 
     async def events(self, exchange: Exchange, viewer: Viewer) -> None:
-        """Answer with the events of a viewer until the client, the session or the gateway ends them."""
+        """Answer with the events for a viewer. The stream ends when the client disconnects, the session ends or the
+        gateway stops."""
         response = _Response(exchange.send)
         work = self._feed.events(exchange.scope, exchange.receive, response.send, viewer.scope)
         task = asyncio.ensure_future(work)
@@ -85,13 +86,13 @@ class ViewerStreams:
         await self._feed.history(exchange.scope, exchange.receive, exchange.send, viewer.scope)
 
     def close(self) -> None:
-        """End all event streams, since the gateway stops."""
+        """End all event streams, because the gateway stops."""
         self._closing = True
         for task in list(self._open):
             task.cancel()
 
     def _recheck(self) -> None:
-        """End the streams whose session has ended or may now see other tenants than before."""
+        """End the streams whose session has ended or may now see another tenant than before."""
         for task, viewer in list(self._open.items()):
             try:
                 has_ended = self._access.check(viewer.session).scope != viewer.scope

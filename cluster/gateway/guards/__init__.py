@@ -1,1 +1,1 @@
-"""Guards: filters of the prompts and outputs of calls, set in the policy of a tenant (docs/guards.md)."""
+"""Guards: filters of the prompts and outputs of calls. A tenant's policy sets them (docs/guards.md)."""

@@ -1,5 +1,5 @@
-"""The decisions of guards, which are counted and audited at the end of a call, with one event for each guard and
-outcome."""
+"""The decisions of guards about one call. At the end of the call the decisions are counted, and the audit log gets one
+event for each guard and outcome."""
 
 from __future__ import annotations
 
@@ -58,12 +58,13 @@ class GuardDecisions:
             kept += texts[: max(MAX_AUDIT_TEXTS - len(kept), 0)]
 
     def add_outcome(self, rule: GuardRule, outcome: str, name: str, count: int = 1) -> None:
-        """Add an outcome of a guard. `name`: what led to the outcome, such as a pattern or a guard server's finding."""
+        """Add an outcome of a guard. `name`: the cause of the outcome, such as a pattern or a guard server's
+        finding."""
         self._counts.setdefault((guard_name(rule), outcome), Counter())[name] += count
 
     def add_failure(self, rule: GuardRule, error: Exception) -> bool:
-        """Add and log the failure of a guard. Returns whether the guard fails open, so that the call goes on without
-        it."""
+        """Add and log the failure of a guard. Returns True if the guard fails open, so the call continues without this
+        guard."""
         fails_open = rule.fail == "open"
         why = str(error) if isinstance(error, ValueError | OSError) else type(error).__name__
         log.warning("guard.failed", **self._log_fields, tenant=self._policy.name, guard=guard_name(rule), error=why)
@@ -81,5 +82,6 @@ class GuardDecisions:
 
 
 def guard_name(rule: GuardRule) -> str:
-    """Return the name of a guard for metrics, audit and errors. The name does not hold a guard server's address."""
+    """Return the name of a guard for metrics, audit and errors. The address of a guard server is not part of the
+    name."""
     return f"{rule.on}_{rule.builtin or 'server'}"

@@ -1,8 +1,8 @@
-"""Pattern files of guards. A pattern file has a line `name: expression` for each pattern and is reloaded when it
+"""Pattern files of guards. A pattern file has a line `name: expression` for each pattern. The file is reloaded when it
 changes.
 
 If a changed file is invalid, the last valid patterns stay in force and an error is logged. For a file that has never
-been valid, `get` raises PatternError; the guard then fails open or closed, as the setting `fail` of the guard says.
+been valid, `get` raises PatternError; the guard then fails open or closed, as its setting `fail` says.
 """
 
 from __future__ import annotations

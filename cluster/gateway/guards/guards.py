@@ -1,9 +1,9 @@
 """Application of a tenant's guards to a call: to the prompt before tokenization, and to the outputs while they stream.
 
 Each guard has a time limit (`timeout_s`) and a failure mode (`fail`). If a guard with the mode `closed` fails, the call
-is refused or the output ends. If a guard with the mode `open` fails, everything passes that guard. At the end of a call
-the decisions of the guards are counted and audited, with one event for each guard and outcome. Matched texts are kept
-only if the tenant's policy sets `log_prompts`.
+is refused or the output ends. If a guard with the mode `open` fails, the text passes without this guard. At the end of
+a call the decisions of the guards are counted and audited, with one event for each guard and outcome. Matched texts are
+kept only if the tenant's policy sets `log_prompts`.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class CallGuards:
     # ---- input
 
     async def prompt(self, prompt: Prompt, text: TextModel) -> Prompt:
-        """Apply the input guards to a prompt. Returns the filtered prompt, or the same object if nothing changes.
-        Raises CallError; its outcome is GUARD_REFUSED if a guard refuses the prompt."""
+        """Apply the input guards to a prompt. Returns the filtered prompt, or the same object if nothing changes. If a
+        guard refuses the prompt, raises CallError with the outcome GUARD_REFUSED."""
         if not self._inputs:
             return prompt
         if not isinstance(prompt, IdsPrompt):
@@ -147,7 +147,8 @@ class CallGuards:
 
     async def _check_texts(self, texts: Sequence[str], prompt: Prompt | None, field: str = "") -> Sequence[str]:
         """Apply all input guards to texts and return the filtered texts. `prompt`: the prompt that holds the texts;
-        None for the inputs of a pooling request, which are in its field `field`."""
+        None for the inputs of a pooling request. `field`: the request field that errors name; by default the field of
+        the prompt."""
         field = field or ("messages" if isinstance(prompt, ChatPrompt) else "prompt")
         for rule in self._inputs:
             try:
@@ -224,15 +225,15 @@ class CallGuards:
         return text, None if logprobs is None else GuardedLogprobs(logprobs, text)
 
     def parts(self) -> GuardedParts | None:
-        """Return the output guards for a sequence whose output the worker parses; None if the call has no output
-        guards. Raises CallError as `output` does."""
+        """Return the output guards for a sequence whose output the worker parses into parts; None if the call has no
+        output guards. Raises CallError as `output` does."""
         first = self._stages()
         if not first:
             return None
 
         def new_chain() -> GuardChain:
-            """Return the guards of a new channel. A size limit counts the characters of all channels; the search for
-            patterns begins anew with each channel."""
+            """Return the guards of a new channel (content, reasoning or the arguments of a tool call). A size limit
+            counts the characters of all channels together. The search for patterns begins anew with each channel."""
             return self._chain(
                 [(rule, stage if isinstance(stage, SizeStage) else self._stage(rule)) for rule, stage in first]
             )
@@ -269,8 +270,8 @@ class CallGuards:
 
 
 class _Findings:
-    """The matches of a search that runs in a thread: the counts, keyed by name of the pattern, and the first matched
-    texts."""
+    """The matches of a search that runs in a thread: the number of matches, keyed by the name of the pattern, and the
+    first matched texts."""
 
     def __init__(self) -> None:
         self.cancelled = False

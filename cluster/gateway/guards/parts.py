@@ -1,7 +1,7 @@
 """Output guards for an output that the worker parses into content, reasoning and tool calls.
 
 Each channel (the content, the reasoning, the arguments of one tool call) is a text of its own: no match spans two
-channels. A channel ends when another one begins. At its end, all text of the channel is decided, and none is held back.
+channels. A channel ends when another one begins. Then the guards decide about all of its text and hold back nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class GuardedParts:
     """A filter that passes each channel of one sequence's output through a chain of guards."""
 
     def __init__(self, new_chain: Callable[[], GuardChain]) -> None:
-        """`new_chain` returns the guards of a channel."""
+        """`new_chain`: returns the guards of a new channel (content, reasoning or the arguments of a tool call)."""
         self._new_chain = new_chain
         self._chain: GuardChain | None = None
         self._channel = OutputPart(PartKind.CONTENT, "")
@@ -24,7 +24,7 @@ class GuardedParts:
 
     def feed(self, parts: Sequence[OutputPart], last: bool) -> list[OutputPart]:
         """Add parts of the output. Returns the filtered parts, without text that is still held back. `last`: whether
-        the output ends here. A refusal ends the output, too, and nothing after the refused text is returned."""
+        the output ends here. A refusal also ends the output: nothing after the refused text is returned."""
         out: list[OutputPart] = []
         for part in parts:
             if self.refused:
@@ -39,7 +39,7 @@ class GuardedParts:
         return out
 
     def _filter(self, text: str, last: bool, out: list[OutputPart]) -> None:
-        """Filter text of the current channel. `last`: whether the channel ends here."""
+        """Filter text of the current channel and append the result to `out`. `last`: whether the channel ends here."""
         if self.refused or not (text or self._chain):
             return
         self._chain = self._chain or self._new_chain()

@@ -1,8 +1,8 @@
-"""Extraction and replacement of the texts in a prompt that guards must search, because the texts reach the model.
+"""Extraction and replacement of the texts in a prompt that guards must search, because they reach the model.
 
 In a chat prompt these are all texts that a caller writes: the contents, names, reasoning and tool calls of messages,
-the tools, the documents, and the values of template arguments. The keys in tool call arguments are such texts too. Each
-text is searched by itself: a template inserts other text between two texts, so no match can span two texts.
+the tools, the documents, and the values of template arguments. The keys in tool call arguments are also such texts.
+Each text is searched by itself: a template inserts other text between two texts, so no match can span two texts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def texts_of(prompt: ChatPrompt | TextPrompt) -> list[str]:
 
 
 def with_texts(prompt: ChatPrompt | TextPrompt, texts: Sequence[str]) -> ChatPrompt | TextPrompt:
-    """Return the prompt with other texts. `texts`: the replacements, in the order of `texts_of`."""
+    """Return a copy of the prompt with its texts replaced. `texts`: the replacements, in the order of `texts_of`."""
     rest = iter(texts)
     return _rewritten(prompt, lambda text: next(rest))
 

@@ -25,7 +25,7 @@ _OUTCOMES = {
 @dataclass(frozen=True, slots=True)
 class GuardReply:
     """A guard server's answer. `outcome`: "" (allowed), refused, redacted or flagged. `texts`: the texts of the prompt,
-    redacted if the outcome is redacted. `finding`: the name of what the guard server found."""
+    redacted if the outcome is "redacted". `finding`: a name for what the guard server found."""
 
     outcome: str
     texts: Sequence[str]

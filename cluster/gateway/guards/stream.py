@@ -2,8 +2,8 @@
 
 Text is decided once no later text can change what the guard does with it. Invariants: however a text is cut into
 chunks, the joined outputs equal the output for the whole text. No character of a redacted or refused match is ever
-returned. A stage holds back only text that may still become part of a match: at most as many characters as the longest
-possible match of any pattern.
+returned. A stage (the filter of one guard) holds back only text that may still become part of a match: at most as many
+characters as the longest possible match of any pattern.
 
 Marks travel with the text. A mark belongs to one token and holds the positions [start, end) of the characters that the
 token added. A mark is returned when the last of these characters is decided, and is hidden if a redaction touched any
@@ -44,8 +44,8 @@ class GuardStage(Protocol):
         """Number of characters that are held back."""
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
-        """Add text and its marks. Returns the text and marks that are decided now. `last`: whether the text ends here,
-        so that all of it is decided. A refusal ends the text too."""
+        """Add text and its marks. Returns the text and marks that are decided now. `last`: whether the text ends here;
+        then all of it is decided. A refusal also ends the text."""
 
     def give_up(self) -> tuple[str, Sequence[GuardMark]]:
         """Return the text that is held back, unfiltered, and its marks. Called after the guard has failed open."""
@@ -120,7 +120,7 @@ class PatternStage:
 
     def _decided_marks(self, all_marks: bool) -> Sequence[GuardMark]:
         """Remove and return the marks whose last character is decided. The returned marks hold positions in the output.
-        `all_marks`: whether the undecided marks are returned too."""
+        If `all_marks` is set, the other marks are returned too."""
         marks, edits, out = self._marks, self._edits, []
         decided = self._base + self._at
         while marks and (all_marks or marks[0].end <= decided):

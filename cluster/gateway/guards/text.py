@@ -3,7 +3,7 @@
 Stop strings apply before the guards, so the guards see the text that would be delivered without guards. Guards and stop
 strings each hold back text. A token counts as returned when its text is returned. Until then the token is neither
 billed nor reported in log probabilities. A token whose text a redaction touched is never reported. The state lives as
-long as the sequence, also when the sequence moves to another worker.
+long as the sequence, even when the sequence moves to another worker.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class GuardedText:
         return self.pop_text(False)
 
     def push_back(self, text: str) -> None:
-        """Take back the text that `text_of` returned last, because it could not be sent. `pop_text` returns the text
-        again."""
+        """Take back the text that `text_of` returned last, because it could not be sent. The next call of `pop_text`
+        returns this text again."""
         self._ready = text + self._ready
 
     def pop_text(self, finished: bool) -> str:

@@ -1,4 +1,4 @@
-"""A helper process, as the gateway sees it: the process and the socket on which jobs and answers are sent."""
+"""The gateway's side of a helper process: the process, and the socket on which jobs and answers are sent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NOTHING: Final[Job] = ("__repr__", (), {})
 
 
 class HelperProcess:
-    """A helper process, and the socket to the process. A helper runs one job at a time."""
+    """A helper process, and the socket to it. A helper runs one job at a time."""
 
     def __init__(self, setup: Setup) -> None:
         ours, theirs = socket.socketpair()
@@ -122,7 +122,7 @@ class HelperProcess:
 
 
 async def start_helper(setup: Setup, cpu_s: float) -> HelperProcess:
-    """Start a helper and return it once it has created its object. `cpu_s`: CPU limit of a small job, in seconds.
+    """Start a helper, wait until it is ready for jobs, and return it. `cpu_s`: CPU limit of a small job, in seconds.
     Raises OSError if the process does not start or has ended."""
     helper = await asyncio.to_thread(HelperProcess, setup)
     try:

@@ -9,7 +9,7 @@ from cluster.gateway.helpers.helper_process import HelperProcess
 
 
 class HelperQueue:
-    """The jobs that wait for a helper. Tenants take turns."""
+    """The jobs that wait for a free helper. Tenants take turns."""
 
     def __init__(self) -> None:
         self._futures: OrderedDict[str, deque[asyncio.Future[HelperProcess | None]]] = OrderedDict()

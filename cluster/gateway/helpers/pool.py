@@ -59,11 +59,11 @@ class TooMuchCpu(Exception):
 
 
 class JobLost(Exception):
-    """The error of a job whose helper was lost MAX_LOSSES times, or that has raised an unexpected exception."""
+    """The error of a job that lost MAX_LOSSES helpers or raised an unexpected exception."""
 
 
 class HelperPool:
-    """A pool of helpers that serve the same kind of object. A pool belongs to one event loop."""
+    """A pool of helper processes for one kind of job. A pool belongs to one event loop."""
 
     def __init__(self, setup: Setup, size: int | None = None, patience_s: float = PATIENCE_S) -> None:
         """`size`: maximum number of helpers; by default the number of cores, up to MAX_HELPERS."""
@@ -103,9 +103,10 @@ class HelperPool:
         work itself.
 
         `size`: number of bytes that the job works on. `local_fallback`: False if the caller cannot do the work itself;
-        `run` then waits even for a helper that gets no core. `then`: makes a second job from the result of the first
-        job; returns None for no second job. The same helper runs the second job next, and the result of the second job
-        is returned. Raises the job's CallError, TooMuchCpu or JobLost."""
+        then `run` waits even for a helper that gets no CPU time. `then`: takes the result of the first job, and returns
+        a second job, or None for no second job. The same helper runs the second job next, and its result is returned.
+        Raises the job's CallError, TooMuchCpu or JobLost.
+        """
         for _ in range(MAX_LOSSES):
             helper = await self._acquire(tenant)
             if helper is None:
@@ -188,8 +189,8 @@ class HelperPool:
         return answer
 
     def _replace_stopped(self, helper: HelperProcess, method: str, cpu_s: float) -> None:
-        """Replace a helper that ended because its job exceeded the CPU limit. Such an end does not count as a
-        failure."""
+        """Replace a helper that ended because its job exceeded the CPU limit. This end does not count as a failure of
+        the helper."""
         log.warning("helper.stopped", **call_fields(), job=method, cpu_s=round(cpu_s, 1))
         self._helpers.discard(helper)
         helper.end()
@@ -221,7 +222,7 @@ class HelperPool:
         self._release_waiting()
 
     def _release_waiting(self) -> None:
-        """If no helper may soon become free, let the waiting callers do the work themselves."""
+        """If no helper may soon become free, let the callers of waiting jobs do the work themselves."""
         while not self._may_become_free and (future := self._queue.pop()) is not None:
             future.set_result(None)
 

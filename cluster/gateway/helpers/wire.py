@@ -1,9 +1,9 @@
-"""The protocol between a HelperPool and its processes. A message is a pickle and the large buffers that the pickle
-refers to, each with its length.
+"""The protocol between a HelperPool and its processes. A message is a pickle, followed by the large buffers that the
+pickle refers to. Each of them is sent with its length.
 
-Pickle is safe here, because the socket pair has no name and only the pool and the helper process write to the pair.
-Buffers are bytes, arrays and PickleBuffers of any size. Buffers are sent and received in pieces and never copied into
-the pickle, so no step blocks the event loop for long.
+Pickle is safe here, because the socket pair has no name, and only the pool and the helper process write to it. Buffers
+are bytes, arrays and PickleBuffers of any size. Buffers are sent and received in pieces and never copied into the
+pickle, so no step blocks the event loop for long.
 """
 
 from __future__ import annotations

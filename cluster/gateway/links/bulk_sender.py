@@ -1,5 +1,5 @@
-"""The large data that a gateway sends to one worker: long prompts and chats, in chunks on the Bulk stream, so that no
-large message delays a token."""
+"""Sender of large data from a gateway to one worker. Long prompts and chats are sent in chunks on a stream of their own
+(Bulk), so that no large message delays a token."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ TURN_PROMPT_BYTES: Final = 32_768
 
 
 class BulkSender:
-    """The Bulk stream of one link. Until the worker has opened this stream, everything is sent in the messages of the
-    link."""
+    """The Bulk stream of one link. Until the worker has opened this stream, large data is sent in the ordinary messages
+    of the link."""
 
     def __init__(self) -> None:
         self._blobs: asyncio.Queue[pb.Blob] | None = None
@@ -27,8 +27,8 @@ class BulkSender:
         self._blobs = blobs
 
     def extract_prompt(self, message: pb.Submit) -> Sequence[pb.Blob]:
-        """Replace a long prompt in a Submit by the key of its chunks. Returns the chunks, which the caller must `send`
-        before the message."""
+        """Replace a long prompt in a Submit message by a key. Returns the chunks of the prompt, which the caller must
+        `send` before the message."""
         if self._blobs is None or len(message.prompt_ids) <= TURN_PROMPT_BYTES:
             return ()
         key, data = f"prompt:{message.slot}:{message.attempt}", message.prompt_ids
@@ -37,7 +37,7 @@ class BulkSender:
         return _chunks(key, data)
 
     def send_chat(self, render: pb.Render) -> None:
-        """If the chat in a Render is long, send the chat in chunks, and replace the chat in the Render by the key of
+        """If the chat in a Render message is long, send the chat in chunks, and replace it in the message by the key of
         the chunks."""
         if self._blobs is not None and len(render.chat) > INLINE_CHAT_BYTES:
             key, data = f"chat:{render.number}", render.chat

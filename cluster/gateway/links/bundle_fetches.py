@@ -16,8 +16,8 @@ class BundleFetches:
     def __init__(
         self, holder_of: Callable[[str], WorkerLink | None], request_from_controller: Callable[[str], bool]
     ) -> None:
-        """`holder_of` returns the link of a worker that has the bundle with this digest, None if there is no such
-        worker. `request_from_controller` requests a bundle by its digest, and returns False if no controller is
+        """`holder_of(digest)`: returns the link of a worker that has the bundle; None if no worker has it.
+        `request_from_controller(digest)`: requests the bundle from the controller; returns False if no controller is
         connected."""
         self._holder_of = holder_of
         self._request_from_controller = request_from_controller
@@ -55,14 +55,15 @@ class BundleFetches:
         return True
 
     def request_again(self) -> None:
-        """Repeat each request that was sent to a worker whose link has ended. Must be called after each start and end
-        of a link."""
+        """Repeat the requests that were sent to a worker whose link has ended. Must be called after each start and each
+        end of a link."""
         for digest, holder in list(self._holders.items()):
             if holder is not None and holder.ended:
                 self._request(digest)
 
     def receive(self, parts: dict[str, bytearray], blob: pb.Blob) -> None:
-        """Apply a blob from a Bulk stream. `parts`: the bytes received so far on this stream, keyed by blob key."""
+        """Add a chunk of a bundle, received on a Bulk stream. After the last chunk, the tasks that wait for the bundle
+        get it. `parts`: the bytes received so far on this stream, keyed by the key of the bundle."""
         digest = blob.key.removeprefix("bundle:")
         waiting = self._bundles.get(digest)
         if waiting is None or waiting.done():

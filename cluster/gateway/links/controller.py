@@ -38,8 +38,8 @@ class _Stream:
 
 
 class CurrentController:
-    """The connected controller, and the last catalog that a controller has sent. If several controllers are connected,
-    requests go to the one that has connected last."""
+    """The connected controller, and the last catalog that any controller has sent. If several controllers are
+    connected, requests go to the one that connected last."""
 
     def __init__(
         self,
@@ -47,7 +47,8 @@ class CurrentController:
         report: Callable[[], pb.GatewayControlFrame],
         keep_operator_state: Callable[[pb.OperatorState], None],
     ) -> None:
-        """`report` returns the current demand and fleet report."""
+        """`report`: returns the current demand and fleet report. `apply_catalog`: called with the entries and the
+        revision of each new catalog. `keep_operator_state`: called with each operator state that a controller sends."""
         self._apply_catalog = apply_catalog
         self._report = report
         self._keep_operator_state = keep_operator_state
@@ -64,7 +65,7 @@ class CurrentController:
         return self._stream is not None
 
     async def serve(self, hello: pb.ControllerHello, context: Any) -> None:
-        """Serve a controller's stream, after the Welcome, until the stream ends."""
+        """Serve a controller's stream, after the Welcome message, until the stream ends."""
         stream = self._stream = _Stream(hello)
         log.info("controller.connected", controller=stream.controller_id)
         writer = asyncio.create_task(self._write(stream, context))
@@ -111,7 +112,8 @@ class CurrentController:
         return True
 
     async def ask(self, verb: str, body: bytes, actor: str, timeout_s: float = ANSWER_S) -> bytes:
-        """Forward an admin verb to the controller and return its answer. Raises CallError."""
+        """Forward an admin request to the controller and return the answer. `verb`: name of the request. `actor`: who
+        made the request, for the audit log. Raises CallError."""
         if self._stream is None:
             raise CallError(Outcome.NO_WORKER, NO_CONTROLLER_LINK, retry_after_s=2.0)
         return await self._stream.requests.ask(verb, body, actor, timeout_s)

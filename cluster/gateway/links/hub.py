@@ -35,7 +35,7 @@ log = structlog.get_logger("hub")
 
 @dataclass(frozen=True, slots=True)
 class HubStatistics:
-    """Counts of a hub: the number of worker links, of requests that run on these links, and of controllers."""
+    """Counts of a hub: worker links, requests that run on these links, and controllers."""
 
     workers: int
     running: int
@@ -43,8 +43,8 @@ class HubStatistics:
 
 
 class Hub(pb_grpc.LinkServicer):
-    """Server of cluster.link.v1.Link. The methods read and write through `context`. Their signatures differ from the
-    generated stubs, which are typed for generators."""
+    """Server of the gRPC service cluster.link.v1.Link. The methods read and write messages through `context`. Their
+    signatures therefore differ from the generated stubs, in which a method is a generator."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Hub(pb_grpc.LinkServicer):
     # ---- the service
 
     async def Turn(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
-        """Serve one epoch of one worker, from the worker's Hello to the end of the link."""
+        """Serve one connection (epoch) of a worker, from the worker's Hello message to the end of the link."""
         first = await self._first_message(context)
         if first is None or not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must hold hello")
@@ -178,7 +178,7 @@ class Hub(pb_grpc.LinkServicer):
             writer.cancel()
 
     async def Starting(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
-        """Receive the reports of a worker that starts, until the stream ends."""
+        """Receive the reports of a worker that is still starting, until the stream ends."""
         stream = self.starting.new_stream()
         peer = LinkPeer(context, self._peer_identity)
         try:
@@ -201,7 +201,7 @@ class Hub(pb_grpc.LinkServicer):
         await self.controller.serve(first.hello, context)
 
     async def ReadOperatorState(self, request: object, context: Any) -> pb.OperatorState:
-        """Return the operator state that a controller last sent. Only a controller may read it."""
+        """Return the operator state that a controller sent last. Only a controller may read this state."""
         await LinkPeer(context, self._peer_identity).require_controller()
         return self._operator_state.newest
 

@@ -16,7 +16,8 @@ FILE = "operator-state.bin"
 
 
 class KeptOperatorState:
-    """The newest operator state that any controller has sent. The gateway does not parse the state's document."""
+    """The newest operator state (the stored changes of operators) that any controller has sent. The gateway does not
+    parse it."""
 
     def __init__(self, folder: Path | None = None) -> None:
         """`folder`: the gateway's folder; None: keep the state in memory only."""
@@ -24,7 +25,7 @@ class KeptOperatorState:
         self.newest = self._load()
 
     def keep(self, state: pb.OperatorState) -> None:
-        """Keep a state, unless it is older than the newest or too large."""
+        """Keep a state. A state that is too large, or not newer than the kept state, is ignored."""
         if state.revision <= self.newest.revision or len(state.document) > MAX_BYTES:
             return
         self.newest = pb.OperatorState()

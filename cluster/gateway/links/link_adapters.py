@@ -1,4 +1,4 @@
-"""The adapters of one worker: the adapters that the gateway has sent to be loaded, and the states that the worker
+"""The adapters (LoRA weights) of one worker: those that the gateway wants on the worker, and the states that the worker
 reports."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from cluster.wire.codecs.adapter_codec import AdapterSet, adapter_report_from_pb
 
 
 class LinkAdapters:
-    """The adapters of the worker of one link."""
+    """The adapters of one link's worker."""
 
     def __init__(
         self,
@@ -22,9 +22,10 @@ class LinkAdapters:
         mark_changed: Callable[[], None],
         states_changed: Callable[[], None],
     ) -> None:
-        """`send` sends the adapters to the worker. `mark_changed` is called when routing must read the adapters again.
-        `states_changed` is called after `mark_changed` if the worker's adapters, their digests or their states have
-        changed. It is not called if an adapter has only entered or left a slot of the engine."""
+        """`supported`: whether the worker can load adapters. `send`: sends the wanted adapters to the worker.
+        `mark_changed`: called when routing must read the adapters again. `states_changed`: called after `mark_changed`
+        if the worker's adapters, their digests or their states have changed, but not if an adapter has only entered or
+        left a slot of the engine."""
         self.supported = supported
         """Whether the worker loads the adapters that its gateways send."""
         self.statuses: Mapping[str, AdapterStatus] = {}
@@ -39,7 +40,8 @@ class LinkAdapters:
     def send(self, revision: int, adapters: tuple[AdapterSpec, ...]) -> None:
         """Send the adapters that the worker should load, if they differ from the adapters that were sent before. The
         same adapters are sent again if the catalog's `revision` is new and the worker reports other adapters, because
-        another gateway may have sent the worker an older catalog. Does nothing if the worker loads no adapters."""
+        another gateway may have sent the worker an older catalog. Does nothing for a worker that cannot load
+        adapters."""
         if not self.supported:
             return
         sent = self._sent
@@ -63,9 +65,9 @@ class LinkAdapters:
         )
 
     def apply(self, report: pb.AdapterReport) -> bool:
-        """Apply a worker's report. Returns whether the adapters, their digests or their states have changed; a change
-        of the engine's slots alone does not count. Raises ValueError for a report that cannot be read. A report of a
-        worker that loads no adapters is ignored."""
+        """Apply a worker's report of its adapters. Returns whether the adapters, their digests or their states have
+        changed; a change of the engine's slots alone does not count. Raises ValueError for a report that cannot be
+        read. Reports of a worker that cannot load adapters are ignored."""
         return self.supported and self._set(adapter_report_from_pb(report))
 
     def _set(self, statuses: Iterable[AdapterStatus]) -> bool:

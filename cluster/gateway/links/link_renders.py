@@ -1,5 +1,5 @@
-"""The chats that one worker renders for this gateway. A chat is outstanding from its sending until the worker's
-answer."""
+"""The chats that one worker turns into prompts for this gateway. A chat is outstanding from the time when it is sent
+until the worker's answer arrives."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MAX_MESSAGE = 500
 
 
 class RendererLost(Exception):
-    """The worker's link has ended before the worker answered."""
+    """Raised when a worker's link has ended before the worker returned the rendered chat."""
 
 
 @dataclass(slots=True, eq=False)
 class RenderedPrompt:
-    """A prompt that a worker has rendered. `tokens`: its length. `max_tokens`: the limit that the gateway requested. If
-    the prompt is longer than this limit, `ids` is empty."""
+    """A prompt that a worker has rendered. `tokens`: its length in tokens. `max_tokens`: the largest length that the
+    gateway accepts. `ids` is empty for a longer prompt."""
 
     ids: array[int]
     tokens: int
@@ -38,7 +38,8 @@ class _Outstanding:
 
 
 class LinkRenders:
-    """The outstanding renders of one link. An answer whose render number is unknown is ignored."""
+    """The outstanding chats of one link: sent to the worker, but not yet rendered. An answer with an unknown render
+    number is ignored."""
 
     def __init__(self, send: Callable[[pb.Render], None]) -> None:
         """`send` sends a message to the worker."""
@@ -55,10 +56,10 @@ class LinkRenders:
         return len(self._outstanding) < MAX_OUTSTANDING
 
     def start(self, chat: bytes, max_tokens: int, timeout_s: float) -> asyncio.Future[RenderedPrompt]:
-        """Send a chat. Returns a future that gets the rendered prompt, or raises CallError or RendererLost.
+        """Send a chat to the worker. Returns a future that gets the rendered prompt, or raises CallError or
+        RendererLost.
 
-        The chat stays outstanding until its answer arrives, also if the future is cancelled.
-        """
+        The chat stays outstanding until its answer arrives, even if the future is cancelled."""
         number = next(self._numbers)
         answer = asyncio.get_running_loop().create_future()
         self._outstanding[number] = _Outstanding(answer, JoinedPieces(max_tokens), max_tokens)
@@ -67,11 +68,10 @@ class LinkRenders:
         return answer
 
     def apply(self, piece: pb.Rendered) -> bool:
-        """Apply a piece of an answer. Returns whether the answer is now complete. If so, the worker has room for
+        """Apply a piece of an answer. Returns True if the answer is now complete, so that the worker has room for
         another chat.
 
-        Raises ValueError for an answer that does not fit its request.
-        """
+        Raises ValueError for an answer that does not fit its request."""
         outstanding = self._outstanding.get(piece.number)
         if outstanding is None:
             return False
@@ -84,7 +84,7 @@ class LinkRenders:
         return True
 
     def lose(self) -> None:
-        """Fail all outstanding renders with RendererLost, since the link has ended."""
+        """Fail all outstanding chats with RendererLost, because the link has ended."""
         outstanding, self._outstanding = list(self._outstanding.values()), {}
         for render in outstanding:
             if not render.answer.done():

@@ -1,8 +1,8 @@
 """The link port, bound before the rest of a gateway is imported.
 
 Workers redial while a gateway starts. Their connections wait in the socket's backlog and are accepted as soon as the
-link is served. If the port were unbound, each connection would be refused, and the worker would wait up to two seconds
-before its next attempt.
+gateway serves the port. If the port were unbound, each connection would be refused, and the worker would wait up to two
+seconds before its next attempt.
 """
 
 from __future__ import annotations

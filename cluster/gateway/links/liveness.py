@@ -4,12 +4,12 @@ and message counts.
 Problem: the link stays up when the worker's process is stopped, its engine is stuck or the connection is cut in one
 direction. Callers must not wait until TCP detects such a failure. Yet a long prefill, a grammar compilation or a busy
 machine must not count as a failure. Invariant: a worker is never suspected while these three conditions hold: the
-worker sends beats, its engine steps or reports why it is busy, and messages are acknowledged in both directions. A
-wrong suspicion costs the worker's calls one prefill on another worker. Epochs keep later messages of the suspected
-worker from being applied.
+worker sends heartbeats, its engine steps or reports why it is busy, and messages are acknowledged in both directions.
+After a wrong suspicion, the worker's calls must be prefilled again on other workers. Later messages of the suspected
+worker are not applied, because they have the number (epoch) of an ended connection.
 
-Time is the gateway's *waking* time (`Waking`), which excludes seconds in which the gateway was due to run and did not
-run. Otherwise a pause of the gateway, or a machine that is too busy for gateway and workers, would look like the
+Time is the gateway's *waking* time (`Waking`), which excludes the seconds in which the gateway was due to run and did
+not run. Otherwise a pause of the gateway, or a machine that is too busy for gateway and workers, would look like the
 failure of all workers. This module reads no clock.
 """
 
@@ -47,10 +47,10 @@ class Suspicion:
 
 
 class Waking:
-    """A clock that excludes the time for which its owner overslept.
+    """A clock that does not count the time for which its owner overslept.
 
-    The owner announces each sleep. Oversleeping beyond LATE_S does not count: on a machine where every process waits
-    for a CPU, heartbeats arrive as late as the owner's checks for heartbeats.
+    The owner announces each sleep. If a sleep lasts more than LATE_S longer than announced, the excess is not counted:
+    on a machine where every process waits for a CPU, heartbeats arrive as late as the owner's checks for heartbeats.
     """
 
     def __init__(self, now: float, rest_s: float) -> None:
@@ -68,11 +68,11 @@ class Waking:
 
 
 class LinkLiveness:
-    """Failure detection for one epoch of one worker. `now` is always waking time."""
+    """Failure detection for one connection (epoch) of one worker. `now` is always waking time."""
 
     def __init__(self, now: float, hang_s: float, silence_s: float) -> None:
         """`hang_s`: minimum time, in seconds, before an inactive worker is suspected. `silence_s`: seconds of silence
-        that are allowed before the first beat, because beats need a connection of their own."""
+        that are allowed before the first heartbeat, because heartbeats need a connection of their own."""
         self._hang_s = hang_s
         self._silence_s = silence_s
         self._heard = now
@@ -104,7 +104,8 @@ class LinkLiveness:
         self._stuck_with = load
 
     def record_beat(self, load: EngineLoad, acked_seq: int, sent_seq: int, now: float) -> None:
-        """Record a beat. `sent_seq`: number of the last message that the worker says it has sent."""
+        """Record a heartbeat. `acked_seq`: number of the last message that the worker has received. `sent_seq`: number
+        of the last message that the worker has sent."""
         self._heard, self._beats = now, True
         self.record_load(load, now)
         self._acked(acked_seq)
@@ -112,7 +113,8 @@ class LinkLiveness:
         self._compare(now)
 
     def record_received(self, seq: int, acked_seq: int, now: float) -> None:
-        """Record a message that the worker has sent."""
+        """Record the arrival of the worker's message with the number `seq`. `acked_seq`: number of the last message
+        that the worker has received."""
         self._heard = now
         if seq > self._received:
             self._received, self._missing_since = seq, None
@@ -120,7 +122,7 @@ class LinkLiveness:
         self._compare(now)
 
     def record_sent(self, seq: int, now: float) -> None:
-        """Record a message that was sent to the worker. The worker must acknowledge this message."""
+        """Record that the message with the number `seq` was sent to the worker, which must acknowledge it."""
         self._unacked.append((seq, now))
 
     def suspicion(self, now: float) -> Suspicion | None:
@@ -132,12 +134,12 @@ class LinkLiveness:
 
     @property
     def due(self) -> float:
-        """Waking time at which the worker will be suspected if nothing more arrives from the worker."""
+        """Waking time at which the worker will be suspected if nothing more arrives from it."""
         return min(since + bound_s for _, since, bound_s in self._obligations())
 
     def _obligations(self) -> Iterator[tuple[str, float, float]]:
-        """Yield the worker's obligations as tuples: the reason of the suspicion if the obligation is not met, the time
-        since which the obligation exists, and the seconds allowed for it."""
+        """Yield what the worker must do, as tuples: the reason of the suspicion if it is not done, the waking time
+        since which it is due, and the seconds allowed."""
         bound_s = self.bound_s
         yield "silent", self._heard, bound_s if self._beats else self._silence_s
         if self._stuck_with.running:

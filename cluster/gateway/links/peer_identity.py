@@ -1,9 +1,10 @@
-"""Authorization of peers at the link port. Beyond TLS, a peer's certificate must name the role of the peer.
+"""Authorization of peers at the link port. TLS is not enough: a peer's certificate must also name the role of the peer.
 
 The names are URIs among the subject alternative names: `headrace://model/<name>` for a worker of that model,
-`headrace://model/*` for a worker of any model, `headrace://controller` for the controller. Without TLS, on loopback,
-every peer is accepted. Each Hello is accepted once: the epochs of an incarnation only increase, so a replayed Hello
-cannot end the link of another connection.
+`headrace://model/*` for a worker of any model, `headrace://controller` for the controller. Without TLS, which is
+possible only on loopback, every peer is accepted. A Hello message is accepted only once. It carries an epoch, the
+number of the connection, which must increase while the worker's process lives. A replayed Hello therefore cannot end
+another peer's link.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def uris_of(certificate: Mapping[str, Any] | None) -> frozenset[str]:
 
 
 class PeerIdentity:
-    """Checker of the peers at one gateway's link port. The checker remembers the epochs that were accepted."""
+    """Checker of the peers at one gateway's link port. It remembers the epochs (numbers of connections) that were
+    accepted."""
 
     def __init__(self, by_certificate: bool) -> None:
         """`by_certificate`: whether the port has TLS. Certificates are checked only with TLS."""
@@ -52,7 +54,8 @@ class PeerIdentity:
         return not self._by_certificate or CONTROLLER in uris_of(certificate)
 
     def is_replayed(self, identity: WorkerIdentity, epoch: int) -> bool:
-        """Return whether the worker's incarnation has already used this epoch or a later epoch. Remembers the epoch."""
+        """Return whether this start of the worker's process has already used this epoch or a later one. Also remembers
+        the epoch."""
         last = self._epochs.pop(identity.incarnation, -1)
         self._epochs[identity.incarnation] = max(last, epoch)
         if len(self._epochs) > MOST_REMEMBERED:
@@ -61,9 +64,10 @@ class PeerIdentity:
 
 
 class LinkPeer:
-    """The peer of one stream of the link service. The methods abort the stream if the peer may not act as it claims.
+    """The peer of one stream of the link service. Each method aborts the stream if the certificate does not permit the
+    peer's role.
 
-    A peer with a wrong certificate learns only that the certificate is wrong.
+    The error reveals only that the certificate is wrong.
     """
 
     def __init__(self, context: Any, identity: PeerIdentity) -> None:
@@ -72,20 +76,21 @@ class LinkPeer:
         self._certificate = context.peer_certificate()
 
     async def require_controller(self, wanted: str = CONTROLLER) -> None:
-        """Require that the peer may be a controller. `wanted`: what the error says that the certificate does not
-        name."""
+        """Abort the stream if the peer may not be a controller. `wanted`: the name that the error reports as missing in
+        the certificate."""
         if not self._identity.may_control(self._certificate):
             await self._refuse(wanted)
 
     async def require_model(self, model: str, wanted: str = "") -> None:
-        """Require that the peer may be a worker of the model. `wanted`: what the error says that the certificate does
-        not name; by default the URI of the model."""
+        """Abort the stream if the peer may not be a worker of the model. `wanted`: the name that the error reports as
+        missing in the certificate; by default the URI of the model."""
         if not self._identity.may_serve(self._certificate, model):
             await self._refuse(wanted or model_uri(model))
 
     async def require_worker(self, worker: WorkerIdentity, epoch: int, linked: WorkerIdentity | None) -> None:
-        """Require that the peer may begin an epoch of the worker. `linked`: the worker with the same id that is linked
-        now, which the peer must be permitted to replace."""
+        """Abort the stream if the peer may not begin this epoch (connection) of the worker. `linked`: the connected
+        worker with the same id, None if there is none. The new connection replaces it, so the peer must be permitted to
+        serve its model too."""
         for model in {worker.model, worker.model if linked is None else linked.model}:
             await self.require_model(model, model_uri(worker.model))
         if self._identity.is_replayed(worker, epoch):

@@ -3,13 +3,18 @@
 Problem: when a worker dies, its calls move to the other workers all at once, and all tokens of each call must be
 recomputed. If these calls are sent together, one step becomes so long that every sequence's next token is late. The
 prompts of new calls in the same step make the step even longer. If the calls are sent one by one, each after the first
-token of the previous call, every second step has no prefill. Invariants: a request is counted from its submission until
-a step that computes it has begun. Requests that have ended are not counted. A step begins when the previous step ends,
-and computes the requests that the engine has accepted by then, up to the step's token capacity. The upper bound is
-called the budget. It is the number of tokens that makes a step STRETCH times as long as the 95th percentile of the step
-lengths. The budget follows from the cost of a prompt token at this worker, which is learned from steps that produced a
-first token. Before the cost is known, the budget is half a step's token capacity. The prompts of other gateways are
-invisible to this gateway and make its own prompts look more expensive, so the budget has a minimum."""
+token of the previous call, every second step is wasted: it has no prefill.
+
+Invariants: a request is counted from its submission until a step that computes it has begun. Requests that have ended
+are not counted. A step begins when the previous step ends, and computes the requests that the engine has accepted by
+then, up to the step's token capacity.
+
+The upper bound is called the budget. It is the number of tokens that makes a step STRETCH times as long as the 95th
+percentile of the step lengths. The budget follows from the cost of a prompt token at this worker, which is learned from
+steps that produced a first token. Before the cost is known, the budget is half a step's token capacity. This gateway
+does not see the prompts of other gateways, which make its own prompts look more expensive; therefore the budget has a
+minimum.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +64,7 @@ class PrefillPacing:
         return f"PrefillPacing({self.resumed_tokens} resumed and {self.new_tokens} new tokens wait)"
 
     def add(self, slot: int, tokens: int, resumed: bool) -> None:
-        """Count the tokens of a request that has been sent."""
+        """Count the tokens of a request that has been sent. `slot`: number of the request on the link."""
         self._waiting[slot] = (tokens, resumed)
         self._count(tokens, resumed)
 
@@ -80,8 +85,8 @@ class PrefillPacing:
         self._count(-tokens, resumed)
 
     def begin_step(self) -> bool:
-        """Stop counting the tokens that the next step will compute: tokens of accepted requests, up to the step's
-        capacity. Returns whether there were accepted requests."""
+        """Stop counting the tokens that the next step will compute: tokens of requests that the engine has accepted, up
+        to the step's capacity. Returns False if no request was accepted."""
         if not self._accepted:
             return False
         capacity = self._max_tokens
@@ -108,7 +113,7 @@ class PrefillPacing:
             self._per_token_s = cost_s if old_s is None else old_s + SMOOTH * (cost_s - old_s)
 
     def budget(self) -> int:
-        """Return the number of tokens that may wait for a step."""
+        """Return the largest number of prompt tokens that may wait for a step."""
         if self._budget is None:
             self._budget = self._new_budget()
         return self._budget

@@ -1,8 +1,8 @@
-"""The requests that run on one link, keyed by slot: the sink of each request, and the prompts that the engine has not
-computed yet.
+"""The requests that run on one link, keyed by slot (the request's number on the link). Each request has a sink, the
+object that receives its events. The table also has the prompts that the engine has not computed yet.
 
-When a link ends, for whatever reason, `lost` is called once on each slot's sink, and no message of that epoch is
-applied afterwards. Slots are not reused within a link.
+When a link ends, for whatever reason, `lost` is called once on each sink, and no later message of the link is applied.
+Slots are not reused within a link.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ log = structlog.get_logger("link")
 
 
 class Sink(Protocol):
-    """The receiver of the events of one slot.
+    """The receiver of the events of one request.
 
-    The link's reader calls the methods, which must be short and must not block. An exception from a method is passed to
-    `failed`, and affects neither the link nor the other slots."""
+    The task that reads the link calls the methods, which must be short and must not block. An exception from a method
+    is passed to `failed`, and affects neither the link nor the other requests.
+    """
 
     def accepted(self) -> None:
-        """Handle the acceptance of the request by the engine."""
+        """Handle that the engine has accepted the request."""
 
     def refused(self, reason: str, message: str, field: str) -> None:
-        """Handle the refusal of the request by the engine. No further method is called."""
+        """Handle that the engine has refused the request. No further method is called."""
 
     last_token_at: float
     """Monotonic time of the last token, which the sink records in `token` and `output`."""
@@ -44,8 +45,8 @@ class Sink(Protocol):
         token. `now`: the monotonic time at which the token arrived."""
 
     def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
-        """Handle an output that consists of one token and the parts that the worker's parser made of it. Otherwise like
-        `token`."""
+        """Handle an output that consists of one token and the parsed parts (such as content or reasoning) that the
+        worker's parser made of it. Otherwise like `token`."""
 
     def output(self, output: TokenOutput) -> None:
         """Handle the tokens of one step. If the output has `finish`, no further method is called."""
@@ -63,8 +64,8 @@ MAX_SAMPLES = 64
 
 
 class PrefillSample(NamedTuple):
-    """A measurement of prefill: the engine has worked for `seconds` on `tokens` prompt tokens. `at`: monotonic time of
-    the measurement."""
+    """A measurement of prefill: `seconds` of work of the engine on `tokens` prompt tokens. `at`: monotonic time of the
+    measurement."""
 
     tokens: int
     seconds: float
@@ -81,7 +82,7 @@ class _Prompt(NamedTuple):
 
 
 class SlotTable:
-    """The requests that run on one link. A request is in the table from its Submit to its end, and its prompt counts as
+    """The requests that run on one link. A request is in the table from its submission to its end. Its prompt counts as
     waiting for prefill until its first output."""
 
     def __init__(
@@ -91,7 +92,7 @@ class SlotTable:
         send_aborts: Callable[[Sequence[int]], None],
         count_gaps: Callable[[float, int], None],
     ) -> None:
-        """`send_aborts` sends the slots of aborted requests to the worker. `count_gaps`: see
+        """`send_aborts`: sends the slots of aborted requests to the worker. `count_gaps`: see
         LinkListener.token_gaps."""
         self._worker_id = worker_id
         self._pacing = pacing
@@ -122,7 +123,7 @@ class SlotTable:
         self, slot: int, sink: Sink, tokens: int, paced: int, resumed: bool, to_compute: int = 0, now: float = 0.0
     ) -> None:
         """Add a request that is being sent. `tokens`: number of the request's tokens. `paced`: number of tokens that
-        count for prefill pacing. `to_compute`: number of tokens that the engine is likely to compute; 0 means that it
+        PrefillPacing counts. `to_compute`: number of tokens that the engine is likely to compute; 0 means that it
         equals `paced`. `now`: monotonic time."""
         prompt = _Prompt(tokens, to_compute or paced, now)
         self._sinks[slot], self._prefilling[slot] = sink, prompt
@@ -136,8 +137,8 @@ class SlotTable:
         return samples
 
     def unfinished(self, now: float) -> PrefillSample:
-        """Return the number of prompt tokens that the engine is likely to compute for the requests without output, and
-        how long it has worked on them so far."""
+        """Return a sample for the requests without output: the number of prompt tokens that the engine is likely to
+        compute, and the seconds for which the engine has worked on them so far."""
         since = next((prompt.sent_at for prompt in self._prefilling.values()), now)
         return PrefillSample(self.prefill_tokens, max(now - max(since, self._first_at), 0.0), now)
 
@@ -154,7 +155,7 @@ class SlotTable:
             self._send_aborts([slot])
 
     def accept(self, slot: int) -> None:
-        """Apply the engine's acceptance of a request."""
+        """Record that the engine has accepted a request, and call `accepted` on its sink."""
         if (sink := self._sinks.get(slot)) is not None:
             self._pacing.mark_accepted(slot)
             try:
@@ -163,7 +164,7 @@ class SlotTable:
                 self._sink_failed(slot, sink, error)
 
     def refuse(self, refused: pb.Refused) -> None:
-        """Apply the engine's refusal of a request."""
+        """Remove a request that the engine has refused, and call `refused` on its sink."""
         if (sink := self._sinks.pop(refused.slot, None)) is not None:
             self._prefilled(refused.slot)
             try:
@@ -246,8 +247,8 @@ class SlotTable:
     def _apply_tokens(
         self, step: pb.StepOutputs, without: Container[int], parts: Mapping[int, Sequence[OutputPart]], now: float
     ) -> float:
-        """Deliver the tokens of a step to the slots that got exactly one token. `parts`: the parts of a slot's token,
-        if its worker parses the output. Slots in `without` are skipped.
+        """Deliver the tokens of a step to the slots that got exactly one token. `without`: slots to skip. `parts`: the
+        parsed parts of a slot's token, for slots whose output the worker parses.
 
         Returns the duration of the step in seconds, measured at slots that also got a token in the previous step; 0 if
         there are no such slots."""

@@ -29,8 +29,8 @@ class StartingWorker:
 
 
 class StartingWorkers:
-    """The starting workers of one gateway, keyed by the number of the stream on which a worker sends its reports. One
-    worker may have two streams: a restarted worker may report before the stream of its previous start has ended."""
+    """The starting workers of one gateway, keyed by the number of the stream on which each worker sends its reports.
+    One worker may have two streams: after a restart, its first report may arrive before the old stream has ended."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()

@@ -1,5 +1,5 @@
-"""Fields of a gateway's log lines that name a worker and its place. In the same lines, the fields `pod` and `node` name
-the place of the gateway."""
+"""Log fields that describe a worker and its place. In the same log lines of a gateway, the fields `pod` and `node`
+describe the place of the gateway."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from cluster.api.types import WorkerIdentity
 
 
 def worker_fields(worker: WorkerIdentity) -> dict[str, str]:
-    """Return fields with the worker's id and node, and with its pod and type of GPU if these are known."""
+    """Return log fields with the worker's id and node, and with its pod and GPU type if they are known."""
     fields = {"worker": worker.worker_id, "worker_node": worker.host or worker.node}
     if worker.pod:
         fields["worker_pod"] = worker.pod

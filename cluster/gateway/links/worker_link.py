@@ -1,4 +1,5 @@
-"""The gateway's state of one epoch of one worker: the credit, the worker's reports, and the requests that run on it."""
+"""The gateway's state of one connection (epoch) of one worker: the credit (capacity that the worker has granted), the
+worker's reports, and the requests that run on the worker."""
 
 from __future__ import annotations
 
@@ -49,8 +50,8 @@ MAX_REASON_CHARS = 2_000
 
 class LinkStream(NamedTuple):
     """Name under which a client may resume a sequence. `generation`: number of the last resume, 0 before the first.
-    `begun_at`: incarnation of the gateway from which the sequence was resumed, if that gateway's state decides who pays
-    for the prompt; else ""."""
+    `begun_at`: incarnation (one start of the process) of the gateway from which the sequence was resumed. It is set if
+    the payment for the prompt depends on whether that gateway is still alive; else ""."""
 
     name: str
     generation: int = 0
@@ -58,7 +59,8 @@ class LinkStream(NamedTuple):
 
 
 class SubmittedRequest(NamedTuple):
-    """A request for a worker, with the other fields of its Submit and what this gateway counts by."""
+    """A request to a worker. It holds the engine's request, the other fields of the Submit message, and
+    `cached_tokens`, which is not sent."""
 
     request: EngineRequest
     attempt: int = 1
@@ -82,7 +84,7 @@ class SubmittedRequest(NamedTuple):
 
     @property
     def paced_tokens(self) -> int:
-        """Number of tokens that count for prefill pacing."""
+        """Number of tokens that PrefillPacing counts for this request."""
         expected = self.tokens - self.turn.value.cached_tokens if self.turn is not None else self.tokens
         return self.fresh_tokens or max(expected, 1)
 
@@ -106,11 +108,11 @@ class SubmittedRequest(NamedTuple):
 
 
 class LinkListener(Protocol):
-    """The receiver of workers' reports. The methods are called by a link's reader and must not block."""
+    """The receiver of workers' reports. The task that reads a link calls the methods, which must not block."""
 
     def token_gaps(self, model: str) -> Callable[[float, int], None]:
-        """Return a function that records gaps between tokens. Its arguments are a gap in seconds and the number of
-        tokens that came after this gap."""
+        """Return a function that records gaps between tokens. Its arguments: a gap in seconds, and the number of tokens
+        that arrived after this gap."""
 
     def step_begun(self, link: WorkerLink, resumed: bool) -> None:
         """Handle the beginning of a step that computes prompts of this gateway. `resumed`: whether prompts of resumed
@@ -123,7 +125,7 @@ class LinkListener(Protocol):
         """Handle a worker's report of the service (weighted tokens) that the worker has counted for each tenant."""
 
     def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
-        """Handle another gateway's backlog for the worker's model."""
+        """Handle a report of what waits at another gateway for the worker's model."""
 
     def kv_blocks(self, link: WorkerLink, message: pb.KvBlocks) -> None:
         """Handle a worker's report of its KV blocks. Raises ValueError for a malformed report."""
@@ -136,7 +138,7 @@ class LinkListener(Protocol):
 
 
 class WorkerLink:
-    """The gateway's state of one epoch of one worker."""
+    """The gateway's state of one connection (epoch) of one worker."""
 
     def __init__(
         self,
@@ -147,7 +149,7 @@ class WorkerLink:
         liveness: LinkLiveness,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`liveness`: failure detection for this epoch, which the hub updates. `clock`: monotonic seconds."""
+        """`liveness`: failure detection for this connection; the hub updates it. `clock`: returns monotonic seconds."""
         self._clock = clock
         self._listener = listener
         self.identity = identity
@@ -209,7 +211,7 @@ class WorkerLink:
 
     @property
     def draining(self) -> bool:
-        """Whether the worker has announced a drain, so that the end of the link is expected."""
+        """Whether the worker has announced a drain. The end of its link is then expected."""
         return self.drain_state in (DrainState.DRAINING, DrainState.DRAINED)
 
     @property
@@ -219,7 +221,8 @@ class WorkerLink:
 
     @property
     def free(self) -> Capacity:
-        """Credit that the worker has granted to this gateway and that is not used yet; zero once the link has ended."""
+        """Unused credit: capacity that the worker has granted to this gateway and that no request uses. Zero once the
+        link has ended."""
         return self._credit.free if not self.ended else Capacity(0, 0)
 
     @property
@@ -238,7 +241,8 @@ class WorkerLink:
         self._changes.add(self.identity.worker_id)
 
     def submit(self, submitted: SubmittedRequest, sink: Sink) -> int:
-        """Send a request to the worker and return the request's slot. The caller must have checked `free`."""
+        """Send a request to the worker and return its slot (its number on the link). The caller must have checked
+        `free`."""
         slot = next(self._numbers)
         message = submitted.to_pb(slot)  # first, so that a failed encoding uses no credit
         self.last_sent = self._clock()
@@ -272,16 +276,17 @@ class WorkerLink:
         self.mark_changed()
 
     def close(self, why: str, reason: str = "closed") -> None:
-        """End this link from the gateway's side. `reason`: one word, used as a metric label."""
+        """End this link from the gateway's side. `why`: a text for people. `reason`: one word, used as a metric
+        label."""
         self.why, self.reason = why, reason
         self.closed.set()
 
     # ---- called by the hub
 
     def apply(self, message: pb.WorkerTurn) -> bool:
-        """Apply a message from the worker. Returns whether the worker's credit, drain state or adapters have changed,
-        or whether the worker has room for another chat to render. Raises ValueError for a message that cannot be
-        applied."""
+        """Apply a message from the worker. Returns whether waiting work may be sent now: the worker's credit, drain
+        state or adapters have changed, or the worker has room for another chat to render. Raises ValueError for a
+        message that cannot be applied."""
         now = self._clock()
         running, prefill_tokens = len(self.slots), self.slots.prefill_tokens
         changed = False

@@ -1,4 +1,4 @@
-"""The links of all workers that are connected, from each worker's Hello to the end of its link."""
+"""The links of all connected workers, from each worker's Hello message to the end of its link."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ class HubListener(LinkListener, Protocol):
         """Whether the usage of ended requests is recorded."""
 
     def link_up(self, link: WorkerLink) -> None:
-        """Handle a worker's link coming up."""
+        """Handle the beginning of a worker's link."""
 
     def link_down(self, link: WorkerLink, why: str) -> None:
-        """Handle the end of a worker's link. `lost` has already been called on the link's sinks."""
+        """Handle the end of a worker's link. At this time `lost` has already been called on the sinks of all
+        requests."""
 
     def link_changed(self, link: WorkerLink) -> None:
         """Handle a change of a worker's credit or drain state."""
@@ -57,8 +58,8 @@ class HubListener(LinkListener, Protocol):
 
 
 class WorkerLinks:
-    """The links of all workers, keyed by worker id, and the detection of lost workers. A worker has one link: a
-    reconnect ends its earlier link."""
+    """The links of all workers, keyed by worker id, and the detection of lost workers. A worker has only one link: when
+    it reconnects, its earlier link ends."""
 
     def __init__(self, listener: HubListener, timing: Timing, on_change: Callable[[], None]) -> None:
         """`on_change` is called when a link has begun or ended."""
@@ -82,7 +83,8 @@ class WorkerLinks:
     async def serve(
         self, identity: WorkerIdentity, info: EngineInfo, epoch: int, context: Any, welcome: pb.Welcome
     ) -> WorkerLink:
-        """Serve one epoch of one worker, from the Welcome to the end of the link. Returns the link, which has ended."""
+        """Serve one connection (epoch) of a worker, from the Welcome message to the end of the link. Returns the ended
+        link."""
         liveness = LinkLiveness(self._now(), self._timing.hang_s - NOTICING_S, self._timing.silence_s)
         link = WorkerLink(identity, info, epoch, self._listener, liveness)
         self._attach(link)  # before the Welcome: once the worker has read the Welcome, it may open Bulk
@@ -126,7 +128,7 @@ class WorkerLinks:
             await context.write(message)
 
     def apply_beat(self, link: WorkerLink, beat: pb.WorkerBeat) -> None:
-        """Apply a heartbeat of the link's epoch. Heartbeats of other epochs are ignored."""
+        """Apply a heartbeat of this connection. Heartbeats of other connections are ignored."""
         if (link.identity.incarnation, link.epoch) == (beat.incarnation, beat.epoch):
             link.apply_beat(beat, self._now())
 
@@ -176,8 +178,8 @@ class WorkerLinks:
             await asyncio.sleep(rest_s)
 
     def _rest_s(self, left_s: float) -> float:
-        """Return the seconds until the next check. `left_s`: seconds until the first worker would be suspected. The
-        less time is left, the sooner the next check."""
+        """Return the seconds until the next check, which are fewer the sooner a worker may be suspected. `left_s`:
+        seconds until the first worker would be suspected."""
         if left_s > max(CALM * self._timing.hang_s, 2 * CHECK_S):
             return CHECK_S
         return min(self._timing.hang_s / CHECKS, left_s)

@@ -45,8 +45,9 @@ class ModelAccess:
         return any(map(principal.tenant.allows, self._names))
 
     def allows_adapter(self, name: str, principal: Principal) -> bool:
-        """Return whether there is an adapter with this name that the caller may use: the adapter must not be private to
-        other tenants, and the policy of the caller's tenant must allow the model or the adapter (`model:adapter`)."""
+        """Return whether the caller may use the adapter with this name. Three conditions: the adapter exists, it is not
+        private to other tenants, and the policy of the caller's tenant allows the model or the adapter
+        (`model:adapter`)."""
         # The same steps for missing and for private adapters, so that timing does not reveal which exist.
         spec, tenant = self._adapters.find(name) or _NO_ADAPTER, principal.tenant
         is_own = not spec.tenants or tenant.name in spec.tenants
@@ -65,8 +66,8 @@ class ModelAccess:
         return found
 
     def _find_adapters_of(self, tenant: TenantPolicy) -> Sequence[AdapterSpec]:
-        """Return the adapters that a tenant may use. Only patterns that any adapter of the model could match are
-        compared with the adapters' names."""
+        """Return the adapters that a tenant may use. To save time, adapter names are compared only with those patterns
+        of the policy that an adapter of this model could match."""
         own = [spec for spec in self._adapters.specs if not spec.tenants or tenant.name in spec.tenants]
         if any(map(tenant.allows, self._names)):
             return own
@@ -79,8 +80,8 @@ class ModelAccess:
         return self.allows(principal) or any(True for _ in self._likely_patterns(principal.tenant))
 
     def _likely_patterns(self, tenant: TenantPolicy) -> Iterator[tuple[str, str]]:
-        """Yield pairs of a prefix and a pattern. The prefix is one of the model's names with `:`. The pattern is from
-        the tenant's policy and could match an adapter's full name with this prefix."""
+        """Yield pairs of a prefix and a pattern of the tenant's policy. The prefix is one of the model's names followed
+        by `:`. A pattern is yielded only if it could match an adapter's full name with this prefix."""
         for name in self._names:
             start = f"{name}{SEPARATOR}"
             yield from ((start, pattern) for pattern in tenant.models if _may_match(pattern, start))

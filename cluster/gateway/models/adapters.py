@@ -1,4 +1,4 @@
-"""The adapters of one model as a gateway knows them: what the catalog has, and what the workers report.
+"""The adapters of one model as a gateway knows them: what the catalog lists, and what the workers report.
 
 An adapter is ready on a worker that reports the adapter as READY with the right digest. The right digest is the one in
 the catalog. If the catalog has no digest for the adapter, the right digest is the first that a worker reports as READY.
@@ -34,10 +34,11 @@ MODEL_STATES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class AdapterView:
-    """State of an adapter over all workers that should have it; FAILED if none of them could load it.
+    """State of an adapter over all workers that should have it. FAILED if none of them could load the adapter.
 
-    `ready`: number of workers that take the adapter's calls. `workers`: number of workers that should have it.
-    `failures`: (worker id, reason) of each worker that could not load it, or has loaded other files."""
+    `ready`: number of workers that take the adapter's calls. `workers`: number of workers that should have the adapter.
+    `failures`: (worker id, reason) for each worker that could not load the adapter, or has loaded other files.
+    """
 
     state: AdapterState
     ready: int = 0
@@ -59,7 +60,7 @@ def pending_key(name: str) -> str:
 
 
 def name_of(key: str) -> str:
-    """Return the adapter's name from a key that `pending_key` has made; "" if the key is a digest."""
+    """Return the adapter's name if the key was made by `pending_key`; "" if the key is a digest."""
     return key[1:] if key.startswith(SEPARATOR) else ""
 
 
@@ -71,7 +72,8 @@ class ModelAdapters:
     """The adapters of one model."""
 
     def __init__(self, links: Mapping[str, WorkerLink], takes_calls: Callable[[WorkerLink], bool]) -> None:
-        """`links`: the model's workers, a mapping that the owner changes. `takes_calls`: see KnownModel.takes_calls."""
+        """`links`: the links of the model's workers; the owner changes this mapping. `takes_calls`: see
+        KnownModel.takes_calls."""
         self._links = links
         self._takes_calls = takes_calls
         self._catalog: tuple[AdapterSpec, ...] = ()
@@ -146,8 +148,8 @@ class ModelAdapters:
             del self._ready[name]
 
     def _learn(self, names: Iterable[str]) -> bool:
-        """For each of these adapters without a digest in the catalog, choose one of the digests that workers have
-        reported. Returns whether any digest has changed."""
+        """For each named adapter without a digest in the catalog, choose one of the digests that workers have reported.
+        Returns whether any digest has changed."""
         has_changed = False
         for name in names:
             spec, ready = self._specs.get(name), self._ready.get(name)
@@ -169,12 +171,13 @@ class ModelAdapters:
         return "" if spec is None else spec.digest or self._digests.get(name, "")
 
     def key(self, name: str) -> str:
-        """Return the key under which routing knows an adapter: its digest, or its pending key."""
+        """Return the key under which routing knows an adapter: its digest, or `pending_key` of its name while the
+        digest is unknown."""
         return self.digest(name) or pending_key(name)
 
     def view(self, name: str) -> AdapterView:
-        """Return the state of an adapter over the workers that take calls. For an adapter that the catalog no longer
-        has, the state is LOADING without workers."""
+        """Return the state of an adapter over the workers that take calls. An adapter that the catalog no longer has is
+        reported as LOADING, without workers."""
         view = self._views.get(name)
         if view is None:
             spec = self._specs.get(name)
@@ -205,14 +208,15 @@ class ModelAdapters:
         return AdapterView(state, ready, workers, tuple(failures))
 
     def is_ready(self, key: str) -> bool:
-        """Return whether any linked worker takes calls for an adapter. `key`: the result of the method `key`."""
+        """Return whether any linked worker takes calls for an adapter. `key`: the key of the adapter, as the method
+        `key` returns it."""
         name = name_of(key)
         digest = self.digest(name) if name else key
         return digest in (self._ready.get(name, ()) if name else self._ready_digests)
 
     def keys_on(self, link: WorkerLink) -> Keys:
         """Return two sets of adapter keys: the adapters whose calls the worker takes, and the subset that lies in slots
-        of the worker's engine. An adapter can have two keys, its digest and its pending key."""
+        of the worker's engine. An adapter can have two keys, its digest and its `pending_key`."""
         if not link.adapters.statuses:
             return _NONE, _NONE
         worker_id = link.identity.worker_id
@@ -249,8 +253,8 @@ class ModelAdapters:
         return wanted
 
     def refusal_of(self, model: str, name: str) -> CallError | None:
-        """Return the error for calls for an adapter that no worker could load, or that has been removed; None if the
-        adapter may be served."""
+        """Return the error for calls for an adapter that no worker could load or that was removed. None if the adapter
+        may be served."""
         if name not in self._specs:
             return CallError(Outcome.MODEL_NOT_FOUND, f"adapter {model}:{name} has been removed")
         view = self.view(name)

@@ -14,7 +14,8 @@ class ModelCapabilities:
     """The parsers, pooling tasks and context length of one model."""
 
     def __init__(self, entry: CatalogEntry, links: Mapping[str, WorkerLink]) -> None:
-        """`links`: the model's workers, a mapping that the owner changes before it calls `joined` or `left`."""
+        """`links`: the links of the model's workers; the owner changes this mapping before it calls `joined` or
+        `left`."""
         self._entry = entry
         self._links = links
         self.parsers: frozenset[str] = frozenset()
@@ -36,8 +37,8 @@ class ModelCapabilities:
         self._linked_tasks |= link.tasks
 
     def left(self, link: WorkerLink) -> None:
-        """Remove the capabilities of a worker that has left, unless another worker has them too. If no worker remains,
-        the engine info of the last one is kept."""
+        """Remove the capabilities that only a departed worker had. If no worker remains, the engine info of the last
+        worker is kept."""
         self.parsers = frozenset().union(*(other.parsers for other in self._links.values()))
         self._linked_tasks = frozenset().union(*(other.tasks for other in self._links.values()))
         if not self._links:
@@ -64,8 +65,8 @@ class ModelCapabilities:
 
     @property
     def max_model_len(self) -> int:
-        """Context length of the model in tokens; 0 if unknown. The smallest length of all workers is used, so that a
-        call fits every worker.
+        """Context length of the model in tokens; 0 if unknown. It is the smallest length that a worker reports, so that
+        a call fits every worker.
 
         Workers that do not report a length are ignored."""
         lengths = [length for link in self._links.values() if (length := link.info.max_model_len)]

@@ -1,4 +1,4 @@
-"""The models that a gateway knows. The sources are the controller's catalog and the workers' Hellos.
+"""The models that a gateway knows. The sources are the controller's catalog and the Hello messages of the workers.
 
 A gateway that starts before the controller knows the models of its workers. A gateway that starts before its workers
 knows the last catalog, which every gateway keeps on disk for its next start.
@@ -111,8 +111,8 @@ class ModelDirectory:
         return [self._models[name] for name in sorted(self._models)]
 
     def starts_in_s(self, name: str) -> float:
-        """Return the seconds by which the maximum wait of a call is extended while no worker serves the model: twice
-        the expected duration of the model's start. 0 if a worker serves the model or the model is unknown."""
+        """Return the seconds by which the maximum wait of a call is extended while the model starts: twice the expected
+        duration of the start. 0 if a worker serves the model or if the model is unknown."""
         model = self._models.get(name)
         return 0.0 if model is None or model.served else 2 * model.entry.cold_start_s
 

@@ -1,4 +1,5 @@
-"""A gateway's knowledge of a model, from the controller's catalog and from the Hellos of the model's workers."""
+"""A gateway's knowledge of a model, from the controller's catalog and from the Hello messages of the model's
+workers."""
 
 from __future__ import annotations
 
@@ -49,8 +50,8 @@ class KnownModel:
 
     @property
     def leaving(self) -> bool:
-        """Whether the model is being removed from the catalog. Meanwhile accepted calls are served and new calls are
-        refused."""
+        """Whether the model is being removed from the catalog. In this state, accepted calls are still served and new
+        calls are refused."""
         return self.in_catalog and self.entry.state is ModelState.DRAINING
 
     @property
@@ -66,14 +67,14 @@ class KnownModel:
         return self.entry.state
 
     def takes_calls(self, link: WorkerLink) -> bool:
-        """Return whether a worker gets new calls: the worker takes new requests, is not retired, and its version is not
-        quarantined."""
+        """Return whether the worker gets new calls. It does if it takes new requests, is not retired, and its version
+        is not quarantined."""
         entry = self.entry
         return link.takes_new_requests and not ((entry.retired or entry.versions) and self.retired(link))
 
     def retired(self, link: WorkerLink) -> bool:
-        """Return whether a worker must get no new calls, because the catalog has retired its generation or quarantined
-        its version. Running calls may continue."""
+        """Return whether a worker must get no new calls, because the catalog has retired its deployment generation or
+        quarantined its version. Running calls may continue."""
         generation, retired = link.identity.generation, self.entry.retired
         return (bool(retired) and bool(generation) and generation in retired) or self.versions.is_quarantined(link)
 
@@ -103,7 +104,8 @@ class KnownModel:
         self._retired.joined(link)
 
     def remove_link(self, link: WorkerLink, gone: ModelState) -> None:
-        """Remove a link that has ended. `gone`: new state if this was the last link and the model is in no catalog."""
+        """Remove a link that has ended. `gone`: new state of the model if this was its last link and the catalog does
+        not have the model."""
         del self.links[link.identity.worker_id], self.by_incarnation[link.identity.incarnation]
         link.mark_changed()
         if self.adapters.report(link, is_gone=True):
@@ -119,8 +121,8 @@ class KnownModel:
         self._set_entry(replace(self.entry, aliases=()))
 
     def is_replaced(self, key: CompatibilityKey | None) -> bool:
-        """Return whether a sequence with this compatibility key can no longer resume: its compatible workers were
-        retired and have left, and only incompatible workers serve the model. False if `key` is None."""
+        """Return whether a sequence with this compatibility key can no longer resume. This is so if its compatible
+        workers were retired and have left, and only incompatible workers serve the model. False if `key` is None."""
         if key is None or not self.served or not self._retired.had_compatible(key):
             return False
         return not any(link.compatibility_key.can_resume(key) for link in self.links.values())

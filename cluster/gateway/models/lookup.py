@@ -24,7 +24,7 @@ class ModelLookup:
     """The names of all models: their own names, and the aliases in the catalog."""
 
     def __init__(self, models: Mapping[str, KnownModel]) -> None:
-        """`models`: the models by their own names, a mapping that the owner changes before it calls `rebuild`."""
+        """`models`: the models, keyed by their own names; the owner changes this mapping before it calls `rebuild`."""
         self._models = models
         self._names: dict[str, str] = {}
         """The own name of each model, keyed by this name and by each of the model's aliases in the catalog."""
@@ -141,8 +141,8 @@ class ModelLookup:
         suits: Callable[[KnownModel], bool] = lambda other: True,
     ) -> KnownModel | None:
         """Return the first of the model's fallbacks that is served, that the caller may use and for which `suits`
-        returns True; None if there is no such fallback. `adapter`: name of the call's adapter, else ""; the fallback
-        must serve an adapter of the same name."""
+        returns True. None if there is no such fallback. `adapter`: name of the call's adapter, "" for none; the
+        fallback must serve an adapter of the same name."""
         for name in model.entry.fallback:
             other = self.find(name)
             if other is None or other.leaving or not suits(other):

@@ -1,5 +1,5 @@
-"""The deployment generations of one model that the catalog has retired, and the compatibility keys of departed workers
-of these generations."""
+"""The deployment generations of one model that the catalog has retired, and the compatibility keys of their departed
+workers. A sequence can resume only on a worker with a compatible key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ departed workers."""
 
 
 class RetiredGenerations:
-    """Remembers the retired generations of one model, to end sequences that can no longer resume."""
+    """The remembered retired generations of one model. They show which sequences can no longer resume and must end."""
 
     def __init__(self) -> None:
         self._retired: dict[str, None] = {}
@@ -26,9 +26,9 @@ class RetiredGenerations:
         """Compatibility keys of departed workers whose generation was retired, oldest first."""
 
     def update(self, retired: Iterable[str], links: Iterable[WorkerLink]) -> None:
-        """Remember the generations that a new catalog retires. Forget a generation that the new catalog does not retire
-        if one of the generation's workers takes new requests. Such a generation is in use again, because its
-        replacement was rolled back. `links`: the model's workers."""
+        """Remember the generations that a new catalog retires. A remembered generation is forgotten if the new catalog
+        does not retire it and one of its workers takes new requests: it is in use again, because its replacement was
+        rolled back. `links`: the links of the model's workers."""
         retired = tuple(retired)
         _remember(self._retired, *retired)
         for link in links:
@@ -45,7 +45,7 @@ class RetiredGenerations:
             _remember(self._departed, link.compatibility_key)
 
     def had_compatible(self, key: CompatibilityKey) -> bool:
-        """Return whether a worker on which a sequence with this key could resume was retired and has left."""
+        """Return whether a sequence with this key could have resumed on a retired worker that has left."""
         return any(departed.can_resume(key) for departed in self._departed)
 
 

@@ -1,4 +1,5 @@
-"""The tokenizers and chat templates of all models, keyed by the digest of the tokenizer bundle."""
+"""The tokenizers and chat templates of all models. They come from tokenizer bundles and are keyed by the digest of the
+bundle."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ log = structlog.get_logger("directory")
 
 
 class TextModels:
-    """The TextModels of one gateway. A bundle is read from disk, else fetched and written there."""
+    """The tokenizers and chat templates (TextModel) of one gateway. A bundle is read from disk; a missing bundle is
+    fetched and written to disk."""
 
     def __init__(self, folder: Path, fetch: Callable[[str], Awaitable[Bundle]]) -> None:
         """`folder`: the gateway's folder. `fetch` returns a bundle by its digest, or raises LookupError."""

@@ -21,7 +21,7 @@ class ModelVersions:
         takes_calls: Callable[[WorkerLink], bool],
         capabilities: ModelCapabilities,
     ) -> None:
-        """`links`: the model's workers, a mapping that the owner changes. `takes_calls`: see KnownModel."""
+        """`links`: the links of the model's workers; the owner changes this mapping. `takes_calls`: see KnownModel."""
         self._entry = entry
         self._links = links
         self._takes_calls = takes_calls
@@ -42,8 +42,8 @@ class ModelVersions:
         return share is not None and share.quarantined
 
     def choose(self, call_id: str, bundle_digest: str = "", only: str = "") -> Versions:
-        """Choose a version for a call, and the versions with the same tokenizer that may be used if the chosen version
-        has no capacity left.
+        """Choose a version for a call. The result also lists the versions with the same tokenizer, which may be used if
+        the chosen version has no capacity left.
 
         `bundle_digest`: for a resumed call, digest of the tokenizer with which the call began. `only`: the version to
         which the call's adapter belongs; "" if the adapter does not belong to one version. Raises CallError."""

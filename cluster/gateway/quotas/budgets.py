@@ -1,10 +1,10 @@
-"""Periodic check of the budgets of all tenants in the ledger. The check updates the metric `budget_used_ratio`, calls
-the webhook, and provides the token sums from which a restarted gateway continues.
+"""Periodic check of all tenants' budgets against the usage in the ledger. The check updates the metric
+`budget_used_ratio`, calls the webhook, and provides the token sums from which a restarted gateway continues.
 
 Calls never wait for the check: a thread queries the database every INTERVAL_S, or less often if queries are slow. While
-the database is unreachable, the metric keeps its last ratios and no notices are sent. Notices of thresholds that are
-crossed meanwhile are sent afterwards. Valkey is not needed, because budgets are measured by the usage that the ledger
-has recorded, not by reservations.
+the database is unreachable, the metric keeps its last ratios and no notices are sent. If a threshold is crossed during
+this time, its notice is sent afterwards. Valkey is not needed, because budgets are measured by the usage that the
+ledger has recorded, not by reservations.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class BudgetWatch:
         interval_s: float = INTERVAL_S,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`policies` returns the policies of all tenants and may raise CallError. `on_sums` gets the tokens of the day
-        and of the month, both keyed by tenant, and the time in seconds since the Unix epoch. `max_tenants`: the metric
-        has at most twice as many samples. If there are more budgets, the metric has those with the highest use."""
+        """`policies`: returns the policies of all tenants and may raise CallError. `on_sums`: gets the tokens of the
+        day and of the month, both keyed by tenant, and the time in seconds since the Unix epoch. `max_tenants`: the
+        metric has at most twice this number of samples, and prefers the budgets with the highest use."""
         self._cluster = cluster
         self._ledger = ledger
         self._policies = policies
@@ -74,7 +74,7 @@ class BudgetWatch:
 
     @property
     def uses(self) -> Sequence[BudgetUse]:
-        """The uses of all budgets as last read, the highest first."""
+        """The use of each budget at the last check, highest first."""
         return self._uses
 
     async def run(self) -> None:
@@ -88,7 +88,7 @@ class BudgetWatch:
             await asyncio.sleep(max(self._interval_s, PART_OF_TIME * took_s))
 
     def check(self) -> tuple[Mapping[str, int], Mapping[str, int], float] | None:
-        """Sum the usage, record crossed thresholds and send due notices. Everything runs in the calling thread.
+        """Sum the usage, record crossed thresholds and send due notices. Blocks until all of this is done.
 
         Returns the sums of the day, the sums of the month and the time; None while the database is unreachable."""
         try:

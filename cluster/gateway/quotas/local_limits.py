@@ -1,5 +1,5 @@
-"""The interface to tenants' limits, and the implementation that keeps the limits in this process. valkey_limits.py has
-the implementation with shared limits."""
+"""The interface to tenants' limits, and the implementation that keeps the limits in this process. The implementation
+with shared limits is in valkey_limits.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 
 class LimitsPort(Protocol):
-    """Interface for reservations against tenants' limits, whether the limits are kept in this process or in a store."""
+    """Interface for reservations against tenants' limits. The limits are kept in this process or in a shared store."""
 
     @property
     def degraded(self) -> bool:
@@ -25,8 +25,8 @@ class LimitsPort(Protocol):
         """Reserve the tokens and the concurrency slot of a call, or refuse the call."""
 
     async def charge(self, policy: TenantPolicy, requests: int, tokens: int) -> LimitRefusal | None:
-        """Count requests, and tokens that are processed outside of any call. Returns None if they were counted. If a
-        limit does not allow them, nothing is counted and the refusal is returned."""
+        """Count requests, and tokens that are processed outside of any call. Returns None if both were counted. If a
+        limit does not allow both, counts nothing and returns the refusal."""
 
     async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
         """Extend a call's reservation to at least `output_tokens`. Returns False if the call must stop."""
@@ -38,7 +38,7 @@ class LimitsPort(Protocol):
         """Raise each tenant's budget sums to the tokens that the ledger has recorded for this day and this month, if
         the ledger's sums are higher. `epoch_s`: the time of the sums, in seconds since the Unix epoch.
 
-        A store that outlives the gateway does not need these sums."""
+        An implementation whose store outlives the gateway does not need these sums."""
 
     def sweep(self) -> None:
         """Forget tenants whose sums are all zero. Must be called once a minute."""

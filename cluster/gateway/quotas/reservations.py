@@ -2,9 +2,8 @@
 settled when the call ends.
 
 Every reservation is settled, even if the call is cancelled while the reservation is being made. With a remote store,
-reserving and settling run in separate tasks, which a cancellation of the call does not stop. The token path does no
-accounting. Instead, a pass over the running calls, a few times a second, tops up the reservations of calls that have
-grown.
+reserving and settling run in separate tasks, which a cancellation of the call does not stop. Nothing is counted per
+token. Instead, a pass over the running calls, a few times a second, tops up the reservations of calls that have grown.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ NEVER = 2**62
 
 @dataclass(slots=True)
 class _Reservation:
-    """The reservation of one call. `due`: number of output tokens at which it must be topped up. `seen`: number of
-    output tokens at the last pass."""
+    """The reservation of one call. `due`: number of output tokens at which the reservation must be topped up. `seen`:
+    number of output tokens at the last pass over the running calls."""
 
     call: Call
     due: int
@@ -59,9 +58,9 @@ class QuotaReservations:
         clock: Callable[[], float] = time.monotonic,
         max_tenants: int = 500,
     ) -> None:
-        """`learnt`: the lengths of earlier outputs, from which the size of a reservation is estimated. `cut` ends a
-        call whose tenant's budget is spent; the call keeps its output so far. `max_tenants`: maximum number of tenants
-        in the metrics."""
+        """`learnt`: the lengths of earlier outputs, from which the size of a reservation is estimated. `cut`: ends a
+        call whose tenant has spent its budget; the call keeps its output so far. `max_tenants`: maximum number of
+        tenants in the metrics."""
         self._limits = limits
         self._learnt = learnt
         self._metrics = metrics
@@ -78,7 +77,7 @@ class QuotaReservations:
         return len(self._held)
 
     async def admit(self, call: Call) -> None:
-        """Reserve the tokens that the call is likely to use, and add the call's rate-limit headers. Raises
+        """Reserve the tokens that the call is likely to use, and add rate-limit headers to the call. Raises
         CallError."""
         policy = call.policy
         if policy.limits == NO_LIMITS:
@@ -157,8 +156,8 @@ class QuotaReservations:
             raise
 
     def _is_due(self, held: _Reservation) -> bool:
-        """Return whether a reservation must be topped up now. The reservation is topped up early if the call gained
-        more than half a quantum of tokens since the last pass."""
+        """Return whether a reservation must be topped up now. It is topped up early if the call gained more than half
+        of QUANTUM_TOKENS since the last pass."""
         tokens = new_tokens(held.call)
         early = tokens - held.seen - QUANTUM_TOKENS // 2
         held.seen = tokens

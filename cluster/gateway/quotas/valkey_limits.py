@@ -1,13 +1,14 @@
 """Limits that several gateways share in Valkey or Redis, with a local fallback while the store is unreachable.
 
 Problem: a tenant's limits hold for the whole cluster, yet a failed store must not fail requests. So a script in the
-store makes each reservation, and a mirror in this process repeats the reservation. While the store is unreachable, each
-gateway uses its mirror to enforce its share of each limit.
+store makes each reservation, and a mirror of the store in this process makes the same reservation. While the store is
+unreachable, each gateway uses its mirror to enforce its share of each limit.
+
 Invariants: a call is settled once in the store and once in the mirror. Tokens that were counted while the store was
 unreachable are added to the store afterwards. The running calls of a dead gateway count for at most ALIVE_S.
 
-Not guaranteed: in the first minute after the loss of the store, the gateways together may exceed a limit that one of
-them had used up alone. The excess is at most the shares of the other gateways.
+Not guaranteed: if one gateway had used up a limit alone and the store is then lost, the other gateways may exceed this
+limit in the first minute. The excess is at most the shares of the other gateways.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ class ValkeyStore:
         beat_s: float = BEAT_S,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        """`gateway`: instance id of this process. `on_return`: called when the store is reachable again, to add what
-        was counted meanwhile; may raise UNREACHABLE. `clock`: a clock for tests; None for the store's own clock."""
+        """`gateway`: instance id of this process. `on_return`: called when the store is reachable again, to add to the
+        store what was counted in the meantime; may raise UNREACHABLE. `clock`: a clock for tests; None for the store's
+        own clock."""
         self._redis: Redis = Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
         self._gateway = gateway
         self._on_return = on_return
@@ -79,8 +81,8 @@ class ValkeyStore:
         """Whether the store is unreachable."""
 
     async def start(self) -> None:
-        """Register this gateway in the store and start the heartbeat. If the store is unreachable, the method waits for
-        one timeout."""
+        """Register this gateway in the store and start the heartbeat. If the store is unreachable, the method returns
+        after one timeout."""
         await self._beat()
         self._heartbeat = asyncio.create_task(self._beat_periodically(), name="limits heartbeat")
 
@@ -95,7 +97,7 @@ class ValkeyStore:
 
     async def ask(self, tenant: str, operation: str, *arguments: float) -> Sequence[float] | None:
         """Run an operation of the script for a tenant and return the numbers in the reply. Returns None while the store
-        is unreachable, without waiting if the store is known to be unreachable."""
+        is unreachable; if this is known already, returns at once."""
         if self.degraded:
             return None
         try:
@@ -119,8 +121,8 @@ class ValkeyStore:
         return [float(x) for x in reply]
 
     async def first(self, name: str, expires_s: float) -> bool | None:
-        """Claim a name for `expires_s` seconds. Returns True if no gateway had claimed the name, False otherwise; None
-        while the store is unreachable."""
+        """Claim a name for `expires_s` seconds. Returns True if this is the first claim on the name, False if it is
+        not, None while the store is unreachable."""
         if self.degraded:
             return None
         try:
@@ -172,8 +174,8 @@ class ValkeyStore:
 @dataclass(slots=True)
 class _HeldReservation:
     """The reservation of one call. `taken`: pairs (second, weighted tokens) that the store has counted for the call.
-    `day`, `month`: numbers of the day and month in which the reservation counts. `in_store`: False for a reservation
-    that was made while the store was unreachable, until the store is reachable again."""
+    `day`, `month`: numbers of the day and month in which the reservation counts. `in_store`: whether the store has the
+    reservation; False while it was made only in this process, because the store was unreachable."""
 
     tenant: str
     prompt_tokens: int
@@ -324,7 +326,7 @@ class ValkeyLimits:
         self._owed[tenant] = self._owed.get(tenant, 0) + tokens
 
     async def _resynchronize(self) -> None:
-        """Add to the store the tokens and running calls that so far only this process has counted. Raises
+        """Add to the store the tokens and running calls that only this process has counted so far. Raises
         UNREACHABLE."""
         for tenant in {*self._owed, *(held.tenant for held in self._held.values())}:
             owed = self._owed.pop(tenant, 0)
@@ -339,13 +341,13 @@ class ValkeyLimits:
 
 
 def _in_order(limits: TenantLimits) -> list[int]:
-    """Return the limits in the order that the script expects, -1 for no limit."""
+    """Return a tenant's limits in the order that the script expects; -1 means no limit."""
     values = [cast("int | None", getattr(limits, limit.value)) for limit in _ORDER]
     return [-1 if value is None else value for value in values]
 
 
 def _uses(limits: TenantLimits, sums: Sequence[float]) -> tuple[LimitUse | None, LimitUse | None]:
-    """Return the use of two limits: requests per minute and tokens per minute. `sums`: the used requests and the
+    """Return how far two limits are used: requests per minute and tokens per minute. `sums`: the used requests and the
     seconds until they are reset, then the used tokens and the seconds until they are reset."""
 
     def use(limit: int | None, used: float, reset_s: float) -> LimitUse | None:
@@ -356,8 +358,8 @@ def _uses(limits: TenantLimits, sums: Sequence[float]) -> tuple[LimitUse | None,
 
 def _refusal(limits: TenantLimits, reply: Sequence[float], plain: int, weighted: int, epoch_s: float) -> LimitRefusal:
     """Return the refusal that the script's reply describes. `reply`: index of the limit in _ORDER, from 1; how much of
-    it is used; seconds until a retry; seconds until the reset; then the `sums` that `_uses` takes. `plain`: the call's
-    number of tokens. `weighted`: the same with the weights of prompt and output tokens applied."""
+    the limit is used; seconds until a retry; seconds until the reset; then the `sums` that `_uses` takes. `plain`: the
+    call's number of tokens. `weighted`: the same number with the weights of prompt and output tokens applied."""
     name = _ORDER[int(reply[0]) - 1]
     limit = cast(int, getattr(limits, name.value))
     used, retry_s, reset_s = int(reply[1]), reply[2], reply[3]

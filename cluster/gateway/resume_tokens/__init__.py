@@ -1,2 +1,2 @@
-"""Resume of streams after the loss of their gateway. Chunks carry resume tokens, and a call can continue from these
-tokens at another gateway."""
+"""Resume of streams after the loss of their gateway. Each chunk of a stream carries a resume token, and a client can
+continue its call at another gateway by presenting these tokens."""

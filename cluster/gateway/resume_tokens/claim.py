@@ -1,8 +1,9 @@
-"""Claims on resumes of a call. A claim decides, once for all gateways, the generation of the resume and who pays for
-the prompt.
+"""Claims on resumes of a call. A claim decides, once for all gateways, the number of the resume (its generation) and
+who pays for the prompt.
 
 Problem: a client may present any prefix of a stream's resume tokens, at any gateway, while the stream still runs. If
 every such resume were served, a client could get many streams for the price of one prompt.
+
 Invariants: an atomic write gives each resume of a call a separate generation, which is higher than the generation of
 the presented tokens. Only the highest generation is served. The prompt is computed again free of charge only once per
 generation, and only if the gateway of that generation was lost or gave the call up. In all other cases the client pays
@@ -52,15 +53,15 @@ class ResumeClaim:
 
 
 class ResumeClaims:
-    """The resume claims that one gateway makes, in the store that all gateways share."""
+    """Makes the resume claims of one gateway, in the store that all gateways share."""
 
     def __init__(self, first_claims: FirstClaims, gateway: str) -> None:
         self._first_claims = first_claims
         self._gateway = gateway
 
     async def claim(self, chain: TokenChain, lasts_s: float) -> ResumeClaim:
-        """Claim the call's continuation after `chain`, for `lasts_s` seconds. Raises CallError if the call was already
-        resumed after the same tokens, or was resumed too often."""
+        """Claim the right to continue a call after the tokens of `chain`. The claim lasts `lasts_s` seconds. Raises
+        CallError if the call was already resumed after the same tokens, or was resumed too often."""
         call_id, maker = chain.call_head.call_id, chain.maker
         first_claims, after = self._first_claims, maker.generation
         # All three claims at once: each of them waits for the store, and all streams of a lost gateway resume at the
@@ -86,8 +87,9 @@ class ResumeClaims:
         raise CallError(Outcome.RESUME_EXPIRED, f"the call {TOO_OFTEN}")
 
     def _terms(self, maker: Maker, first: bool, given_up: bool) -> ResumeTerms:
-        """Return the terms of a resume. `maker`: the origin of the presented tokens. `first`: whether this is the first
-        resume from the tokens of this generation. `given_up`: whether the gateway in `maker` has given the call up."""
+        """Return the terms of a resume (who pays for the prompt). `maker`: the gateway that made the presented tokens.
+        `first`: whether this is the first resume from tokens of this generation. `given_up`: whether that gateway has
+        given the call up."""
         if not maker.gateway:
             return ResumeTerms.FREE
         if not first:
@@ -97,8 +99,8 @@ class ResumeClaims:
         return ResumeTerms.PAID if maker.gateway == self._gateway else ResumeTerms.IF_ALIVE
 
     async def give_up(self, call_id: str, generation: int, lasts_s: float) -> None:
-        """Record that this gateway ends a call through no fault of the client, so that the cluster pays for the prompt
-        of the next resume. Raises CallError."""
+        """Record that this gateway ends a call through no fault of the client. The cluster then pays for the prompt of
+        the next resume. Raises CallError."""
         await self._first_claims.claim_first(_given_up_name(call_id, generation), lasts_s)
 
     async def close(self, call_id: str, generation: int, lasts_s: float) -> None:

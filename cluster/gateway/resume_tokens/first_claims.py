@@ -1,8 +1,8 @@
 """First claims. Of all resumes with the same tokens, at whatever gateway, only the first succeeds.
 
-An atomic write decides. The write goes to the limits store, if one is configured. The write goes to the ledger's
-database if there is no limits store or the limits store does not answer. Without a ledger, a file in the folder of the
-secret that sealed the tokens is used in place of the database. So every gateway that can open the tokens sees the
+An atomic write to a store decides which resume is the first. The store is the limits store, if one is configured. If
+there is none, or if it does not answer, the store is the ledger's database. Without a ledger, a file in the folder of
+the secret that sealed the tokens is used in place of the database. So every gateway that can open the tokens sees the
 claims on them. If no store answers, nothing is resumed. If a store loses its data, or only one of two gateways reaches
 it, a second resume may succeed.
 """
@@ -32,7 +32,7 @@ Requested = tuple[str, float]
 
 
 class FirstClaims(Protocol):
-    """A store of first claims."""
+    """A store in which only the first claim on a name succeeds."""
 
     async def claim_first(self, name: str, expires_s: float) -> bool:
         """Claim a name for `expires_s` seconds. Returns whether this is the first claim on the name. Raises
@@ -40,7 +40,7 @@ class FirstClaims(Protocol):
 
 
 def stores_unavailable() -> CallError:
-    """Return the error for the case that no store can decide a claim."""
+    """Return the error for a claim that no store can decide, because none answers."""
     return CallError(
         Outcome.STORE_UNAVAILABLE, "neither the limits store nor the database answers: resume after the given delay"
     )
@@ -84,8 +84,8 @@ class LedgerFirstClaims:
         claim: Callable[[Sequence[tuple[str, float]], float], Sequence[bool]],
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`claim([(name, expires_at_s)], now_s)` claims the names and returns, for each name, whether the claim was the
-        first; raises StoreUnavailable."""
+        """`claim([(name, expires_at_s)], now_s)`: claims the names. Returns, for each name, whether the claim was the
+        first. Raises StoreUnavailable."""
         self._claim = claim
         self._wall = wall
         self._batcher = Batcher(self._claim_all)
@@ -106,11 +106,11 @@ class LedgerFirstClaims:
 
 
 class StoreFirstClaims:
-    """First claims in the limits store, with another store for the time in which the limits store is unavailable."""
+    """First claims in the limits store, or in another store while the limits store is unavailable."""
 
     def __init__(self, first: Callable[[str, float], Awaitable[bool | None]], otherwise: FirstClaims) -> None:
-        """`first(name, expires_s)` claims a name in the limits store, and returns whether the claim was the first; None
-        if that store does not answer. `otherwise`: the store that is used if the limits store does not answer."""
+        """`first(name, expires_s)`: claims a name in the limits store. Returns whether the claim was the first; None if
+        the limits store does not answer. `otherwise`: the store that is used in this case."""
         self._first = first
         self._otherwise = otherwise
 

@@ -71,10 +71,10 @@ class ResumeService:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`secrets` returns the cluster's secrets and may raise ValueError. The first secret seals tokens; every secret
-        opens tokens. `on_taken_over(call, generation)`: called after a resume at this gateway; it makes all workers end
-        the call's sequences of earlier generations. `expires_s`: seconds after which tokens expire. `gateway`:
-        incarnation of this gateway."""
+        """`secrets`: returns the cluster's secrets and may raise ValueError. The first secret seals tokens; every
+        secret opens tokens. `on_taken_over(call, generation)`: called after a resume at this gateway; it makes all
+        workers end the sequences of earlier resumes of the call. `expires_s`: seconds after which tokens expire.
+        `gateway`: incarnation of this gateway."""
         self._secrets = secrets
         self._gateway = gateway
         self._claims = ResumeClaims(first_claims, gateway)
@@ -87,8 +87,8 @@ class ResumeService:
         self._cannot_seal = False
 
     def _sealer(self) -> Envelopes | None:
-        """Return the sealer of tokens. Returns None if there is no secret and no secret can be made; then streams carry
-        no tokens."""
+        """Return the object that seals and opens tokens. None if there is no secret and no secret can be made; then
+        streams carry no tokens."""
         if self._envelopes is None and not self._cannot_seal:
             from cluster.ledger.usage.sealed_records import Envelopes  # imported only by gateways that seal
 
@@ -104,8 +104,8 @@ class ResumeService:
     def begin(
         self, call: Call, request: GenerationRequest, meta: CallMeta, bundle_digest: str, chain: TokenChain | None
     ) -> None:
-        """Make a call resumable. If `chain` is given, the call is a resumed call and continues after the tokens of
-        `chain`. `bundle_digest`: digest of the tokenizer bundle. Raises CallError."""
+        """Make a call resumable. `chain`: the tokens after which a resumed call continues; None for a new call.
+        `bundle_digest`: digest of the tokenizer bundle. Raises CallError."""
         envelopes = self._sealer()
         if envelopes is None:
             return
@@ -183,8 +183,8 @@ class ResumeService:
         return chain
 
     def deadline(self, chain: TokenChain, requested: float | None) -> float | None:
-        """Return the deadline of a resumed call: the deadline of the call's first request or the deadline requested
-        now, whichever is earlier. Deadlines are times of the service's clock."""
+        """Return the deadline of a resumed call. It is the earlier of two: the deadline of the call's first request,
+        and the deadline requested now. Deadlines are times of the service's clock."""
         until_s = chain.call_head.deadline_s
         if not until_s:
             return requested
@@ -192,7 +192,7 @@ class ResumeService:
         return first if requested is None else min(first, requested)
 
     async def take_over(self, call: Call, chain: TokenChain) -> None:
-        """Claim a resumed call for this gateway, and end the call's earlier stream, if it is at this gateway. Raises
+        """Claim a resumed call for this gateway. If the call's earlier stream is at this gateway too, end it. Raises
         CallError."""
         lasts_s = max(chain.expires_s - self._wall(), 0) + CLOCK_SKEW_S
         claim = await self._claims.claim(chain, lasts_s)
@@ -215,8 +215,8 @@ class ResumeService:
         self._on_taken_over(call, claim.generation)
 
     def taken_over(self, model: str) -> Sequence[tuple[str, int]]:
-        """Return the ids of a model's calls that were resumed at this gateway and are still open, each with its
-        generation."""
+        """Return the open calls of a model that were resumed at this gateway: for each, the call id and the number of
+        the resume (generation)."""
         return [
             (call_id, call.resume_tokens.generation)
             for call_id, call in self._live.items()
@@ -257,8 +257,8 @@ def _restore(call: Call, tokens: ResumeTokens, chain: TokenChain, bundle_digest:
 
 def _tokens_to_take_over(sequence: CallSequence, older: CallSequence) -> Sequence[int]:
     """Return the tokens of `older` that follow the restored tokens of `sequence`. `older`: the same sequence in the
-    call's earlier stream at this gateway. Returns no tokens if the output has ended. Returns none either if the output
-    is parsed or has log probabilities, because parts and log probabilities are not kept."""
+    call's earlier stream at this gateway. Returns no tokens if the output has ended. Also returns no tokens if the
+    output is parsed or has log probabilities, because parsed parts and log probabilities are not kept."""
     needs_more_than_ids = sequence.logprob_texts is not None or sequence.parsed_text is not None
     if sequence.finish_reason or older.finish_reason or needs_more_than_ids:
         return ()
@@ -266,7 +266,7 @@ def _tokens_to_take_over(sequence: CallSequence, older: CallSequence) -> Sequenc
 
 
 def unsupported(why: str) -> CallError:
-    """Return the error for a call that cannot be continued exactly."""
+    """Return the error for a call that cannot be continued exactly. `why`: the reason."""
     return CallError(Outcome.RESUME_UNSUPPORTED, f"the call cannot be resumed: {why}; send a new call")
 
 

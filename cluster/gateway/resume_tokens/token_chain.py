@@ -5,12 +5,13 @@ only for the stream's own caller. So each chunk carries a sealed record of the m
 first record also names caller, model and request. Invariant: a list of resume tokens is accepted only if it is the
 complete list of one call in the right order. Each resume token holds the digest of the sealed bytes of the previous
 resume token.
-So that a client need not keep thousands of resume tokens, a resume token is *whole* now and then. A whole token repeats
-everything that was delivered before, and a list may begin with a whole token.
 
-A choice is recorded as far as its text was delivered. `token_ids` are the ids of which at least one character was
-delivered. `chars` is the total number of delivered characters of the choice. Text that may begin a stop string is held
-back; the ids of such text belong to the next resume token.
+Now and then a resume token is *whole*: it repeats everything that was delivered before. A list may begin with a whole
+token. A client therefore need not keep thousands of resume tokens.
+
+A choice (one output of the call) is recorded as far as its text was delivered. `token_ids` are the ids of which at
+least one character was delivered. `chars` is the total number of delivered characters of the choice. Text that may
+begin a stop string is held back; the ids of such text belong to the next resume token.
 
 Layout, little-endian: number (8 bytes), expiry in seconds since the epoch (8), digest of the previous token (16), count
 of choices (2); for each choice: index (2), finish (1), chars (8), count of ids (4), the ids (4 each); then, if needed,
@@ -65,9 +66,10 @@ class CallHead:
 
 
 class Maker(NamedTuple):
-    """The origin of a resume token. `gateway`: incarnation of the gateway. `generation`: generation of the call at that
-    gateway. `silent`: number of resumes in a row, directly before the resume at that gateway, that delivered no new
-    model token. `progressed`: whether that gateway has delivered a new model token."""
+    """The gateway that made a resume token. `gateway`: incarnation of this gateway. `generation`: number of the resume
+    after which the call ran at this gateway, 0 if the call began there. `silent`: number of resumes in a row, directly
+    before that resume, that delivered no new model token. `progressed`: whether this gateway has delivered a new model
+    token."""
 
     gateway: str = ""
     generation: int = 0
@@ -82,8 +84,8 @@ _HEAD_FIELDS = tuple(head_field.name for head_field in fields(CallHead))
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The record of one choice in one resume token: the token ids that the resume token adds to the choice, and the
-    choice's state after them."""
+    """The record of one choice (one output of the call) in one resume token: the token ids that the resume token adds
+    to the choice, and the choice's state after them."""
 
     index: int
     token_ids: Sequence[int]
@@ -94,7 +96,7 @@ class Choice:
 
 @dataclass(slots=True)
 class ChoiceState:
-    """The state of a choice after all tokens of a chain."""
+    """The state of a choice (one output of the call) after all tokens of a chain."""
 
     token_ids: list[int] = field(default_factory=list)
     chars: int = 0
@@ -180,13 +182,13 @@ class TokenChain:
 
 
 def digest_of(sealed: bytes) -> bytes:
-    """Return the digest of a token, which the next token holds. The digest is short: only gateways make tokens, so a
+    """Return the digest of a token, which the next token holds. A short digest is safe: only gateways make tokens, so a
     caller cannot search for two tokens with the same digest."""
     return hashlib.sha256(sealed).digest()[:DIGEST_BYTES]
 
 
 def encode_one(number: int, expires_s: int, before: bytes, chars: int, token_id: int) -> bytes:
-    """Return the content of a resume token that adds one id to choice 0. The choice must not have finished. This is a
+    """Return the content of a resume token that adds one token id to choice 0, which must not have finished. This is a
     fast path of `encode`."""
     return _SINGLE_ID.pack(number, expires_s, before, 1, 0, 0, chars, 1, token_id)
 
@@ -194,8 +196,8 @@ def encode_one(number: int, expires_s: int, before: bytes, chars: int, token_id:
 def encode(
     number: int, expires_s: int, before: bytes, choices: Sequence[Choice], more: Mapping[str, Any] | None = None
 ) -> bytes:
-    """Return the content of a resume token, which must then be sealed. `before`: digest of the previous token. `more`:
-    the fields of the JSON object."""
+    """Return the content of a resume token, which the caller must then seal. `before`: digest of the previous token.
+    `more`: the fields of the JSON object."""
     parts = [_HEAD.pack(number, expires_s, before, len(choices))]
     for choice in choices:
         count = len(choice.token_ids)

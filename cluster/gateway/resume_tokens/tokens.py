@@ -103,8 +103,8 @@ class ResumeTokens:
             self.begun.add(index)
 
     def stream(self, index: int) -> LinkStream:
-        """Return the name under which workers know a choice. Every gateway that continues the choice uses the same
-        name."""
+        """Return the name by which workers know a choice (one output of the call). Every gateway that continues the
+        choice uses the same name."""
         return LinkStream(f"{self.head.call_id}#{index}", self.generation, self.begun_at)
 
     def _maker(self) -> Maker:
@@ -132,8 +132,8 @@ class ResumeTokens:
         return self._sealed(encode_one(self.number, expires_s, self._before, self._chars[0], ids[delivered]))
 
     def chunk(self, pieces: Sequence[Piece]) -> bytes:
-        """Return the token for a chunk with these pieces. Without pieces, the token only records how far the call has
-        got."""
+        """Return the token for a chunk with these pieces of output. Without pieces, the token only records how far the
+        call has got."""
         more: dict[str, Any] = {} if self.number else {"call": head_json(self.head)}
         keys, workers = {}, {}
         choices = []

@@ -1,1 +1,1 @@
-"""Queueing a gateway's sequences and sending them to workers, as the scheduling policy decides."""
+"""Queues a gateway's sequences and sends them to workers, as the scheduling policy decides."""

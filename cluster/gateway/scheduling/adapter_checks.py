@@ -1,8 +1,8 @@
-"""A check of all queued sequences that use an adapter, after each change of the adapters.
+"""A check of all queued sequences that use an adapter. It begins after each change of the adapters and runs in slices.
 
 Problem: while a thousand adapters are loaded on many workers, there are many changes a second, and twenty thousand
-sequences may be queued. Invariants: after a change, and in each period of the scheduler's upkeep, at most MOST
-sequences are checked. After the last change, every sequence is checked once more. Until its check, a sequence waits as
+sequences may be queued. Invariants: at most MOST sequences are checked after a change and in each period of the
+scheduler's upkeep. After the last change, every sequence is checked once more. Until a sequence is checked, it waits as
 before the change.
 """
 
@@ -28,7 +28,8 @@ class AdapterChecks:
     def __init__(
         self, queued: Callable[[], Sequence[CallSequence]], check: Callable[[CallSequence], None], most: int = MOST
     ) -> None:
-        """`queued` returns the queued sequences; `check` checks one of them."""
+        """`queued`: returns the queued sequences. `check`: checks one sequence. `most`: number of sequences in a
+        slice."""
         self._queued = queued
         self._check = check
         self._most = most
@@ -37,14 +38,14 @@ class AdapterChecks:
         self._is_stale = False
 
     def changed(self) -> None:
-        """Check the first sequences now and the others a little later. If the checks after an earlier change are not
-        finished, they are finished first, and then all sequences are checked again."""
+        """Handle a change of the adapters: check the first slice of sequences now and the others a little later. Checks
+        after an earlier change are finished first; then all sequences are checked again."""
         self._is_stale = True
         if not self._left:
             self.go_on()
 
     def go_on(self) -> None:
-        """Check the next sequences. Called a few times a second."""
+        """Check the next slice of sequences. Called a few times a second."""
         if self._is_stale and not self._left:
             self._is_stale = False
             self._left = [sequence for sequence in self._queued() if sequence.call.adapter]
@@ -66,8 +67,8 @@ class QueuedAdapters:
         self._find = find
 
     def check(self, sequence: CallSequence) -> None:
-        """End the call of a sequence if no worker could load its adapter, or if the adapter is gone. Otherwise update
-        the adapter's digest in the sequence."""
+        """End the call of a sequence if its adapter was removed or no worker could load it. Otherwise update the
+        adapter's key in the sequence."""
         call, model = sequence.call, self._find(sequence.call.model)
         if model is None:
             return
@@ -82,9 +83,9 @@ class QueuedAdapters:
 
 
 def current_adapter(sequence: CallSequence, model: KnownModel) -> str | None:
-    """Return the new key of a sequence's adapter; None if the sequence keeps the key that its request has. A sequence
-    keeps this key in four cases: the adapter's key has not changed, the sequence has output, a worker takes calls for
-    the old key, or the adapter is gone."""
+    """Return the new key of a sequence's adapter; None if the sequence keeps its key. A sequence keeps its key in four
+    cases: the adapter's key has not changed, the sequence has output, a worker takes calls for the old key, or the
+    adapter was removed."""
     now, key = sequence.request.adapter, model.adapters.key(sequence.call.adapter)
     is_stale = bool(now) and now != key and not sequence.emitted and not model.adapters.is_ready(now)
     return key if is_stale and model.adapters.find(sequence.call.adapter) is not None else None

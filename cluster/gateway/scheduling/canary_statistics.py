@@ -1,4 +1,5 @@
-"""Statistics of a model's two versions, by which the controller judges the canary (policy/catalog/canary.py).
+"""Statistics of a model's stable version and its canary (the new version on trial). The controller judges the canary by
+them (policy/catalog/canary.py).
 
 The counts of a model restart at zero when the model's versions change.
 """
@@ -19,8 +20,8 @@ FAULTS = (Outcome.INTERNAL, Outcome.WORKER_LOST)
 
 @dataclass(slots=True)
 class _Trial:
-    """The trial of a model's canary, with its counts. `key` identifies the trial. `first_s` is the stable version's
-    last time from Submit to first token, in seconds; None once this time has been paired with a call of the canary."""
+    """The trial of a model's canary, with its counts. `key` identifies the trial. `first_s`: seconds from submission to
+    first token in the stable version's last call; None once a call of the canary was compared with this time."""
 
     key: tuple[object, ...]
     stable: str
@@ -38,7 +39,7 @@ class CanaryStatistics:
         self._trials: dict[str, _Trial] = {}
 
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
-        """Apply a new catalog. A model with two versions has a trial, which begins anew when a version changes."""
+        """Apply a new catalog. Each model with two versions has a trial, which begins anew when a version changes."""
         trials = {}
         for entry in entries:
             if len(entry.versions) < 2:

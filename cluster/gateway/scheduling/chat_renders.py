@@ -1,7 +1,8 @@
-"""The chats that workers render for this gateway. Each chat waits for a worker, which returns the prompt's token ids.
+"""The chats that workers render for this gateway. Each chat waits for a worker, which returns the token ids of the
+prompt.
 
 Some models have no chat template; their prompts are made by vLLM's own code, which only workers have. A call for such a
-model waits here before its admission, since its limits and its place in the queue depend on the number of its tokens.
+model waits here before its admission, because its limits and its place in the queue depend on its number of tokens.
 Chats wait in a waiting room, in the order of a fair queue, each with an estimated number of tokens. A chat whose model
 has no worker counts as demand for the controller, as other waiting calls do.
 """
@@ -46,8 +47,8 @@ def small_room(order_of: Callable[[str], Order]) -> WaitingRoom:
 
 @dataclass(frozen=True, slots=True)
 class ChatToRender:
-    """A chat that a worker of `model` with the tokenizer bundle `bundle_digest` must render. `chat`: a JSON object, see
-    text/chat/chat_json.py."""
+    """A chat that must be rendered by a worker of `model` that has the tokenizer bundle `bundle_digest`. `chat`: a JSON
+    object, see text/chat/chat_json.py."""
 
     model: KnownModel
     bundle_digest: str
@@ -62,7 +63,7 @@ class ChatToRender:
 
 @dataclass(slots=True, eq=False)
 class _Wait:
-    """A chat that waits for its prompt. `entry`: its entry in the waiting room."""
+    """A chat that waits until it is rendered. `entry`: its entry in the waiting room."""
 
     ask: ChatToRender
     entry: WaitingSequence
@@ -104,8 +105,7 @@ class ChatRenders:
         self._numbers = itertools.count(1)
 
     def waiting(self, model: str) -> tuple[int, int]:
-        """Return the number of a model's chats that no worker has yet, and an estimate of the number of their
-        tokens."""
+        """Return the number of a model's chats that were not sent to a worker yet, and an estimate of their tokens."""
         return self._room.waiting(model)
 
     async def render(self, ask: ChatToRender) -> RenderedPrompt:
@@ -214,7 +214,7 @@ class ChatRenders:
             self._waits[entry.call_id].fail(queue_errors.too_late(entry.model, self._find(entry.model), late))
 
     def sweep(self, models: Iterable[str], now: float) -> None:
-        """Forget the service accounts of idle tenants and of models that are gone. Called once a second."""
+        """Forget the fairness accounts of idle tenants and of models that no longer exist. Called once a second."""
         self._orders.sweep(now)
         self._orders.retain_models(models)
 
@@ -226,13 +226,14 @@ class ChatRenders:
                 wait.fail(error)
 
     def end_suspended(self, tenant_error: Callable[[str], CallError | None]) -> None:
-        """End the chats of tenants that may no longer make calls. `tenant_error(tenant)`: see OpenCalls."""
+        """End the chats of tenants that may no longer make calls. `tenant_error(tenant)`: returns the error for such a
+        tenant, else None."""
         for wait in list(self._waits.values()):
             if (error := tenant_error(wait.ask.policy.name)) is not None:
                 wait.fail(error)
 
     def close(self) -> None:
-        """End the chats that no worker has yet, since this gateway is stopping."""
+        """End the chats that were not sent to a worker yet, because this gateway is stopping."""
         for wait in list(self._waits.values()):
             if wait.timer is None:
                 wait.fail(CallError(Outcome.NO_WORKER, "this gateway is stopping; call another", retry_after_s=0.1))
@@ -242,9 +243,8 @@ def needs_worker(model: KnownModel, bundle_digest: str, renderer: str, *, has_te
     """Return whether a worker must render the chats of a model. `renderer`: the renderer that the tokenizer bundle
     names, "" for none.
 
-    A model with both a renderer and a chat template uses the template while workers are linked but none of them can
-    load the renderer.
-    """
+    A model with both a renderer and a chat template uses the template if workers are linked and none of them can load
+    the renderer."""
     if not renderer:
         return False
     return not (has_template and model.links and _no_renderer(model, bundle_digest) is not None)
@@ -283,7 +283,8 @@ def _free_link(model: KnownModel, bundle_digest: str) -> WorkerLink | None:
 
 
 def ids_in_vocabulary(prompt: RenderedPrompt, vocab_size: int) -> array[int]:
-    """Return the ids of a prompt that a worker has made. Raises CallError for an id that the model does not have."""
+    """Return the token ids of a prompt that a worker has rendered. Raises CallError if an id is outside the model's
+    vocabulary."""
     if prompt.ids and max(prompt.ids) >= vocab_size:
         raise CallError(Outcome.INTERNAL, "the worker's renderer made token ids that the model does not have")
     return prompt.ids

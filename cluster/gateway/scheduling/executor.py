@@ -58,7 +58,8 @@ class Executor:
         self._clock = clock
 
     def carry_out(self, instructions: Iterable[Instruction]) -> None:
-        """Carry out instructions one by one. The iterator is advanced only after the instruction is carried out."""
+        """Carry out instructions one by one. The next instruction is read only after the previous one is carried
+        out."""
         for instruction in instructions:
             match instruction:
                 case Send():

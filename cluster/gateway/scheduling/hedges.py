@@ -1,7 +1,8 @@
-"""The hedges of one gateway: sequences without output are watched, and late ones are sent to a second worker.
+"""The hedges of one gateway. Sequences without output are watched, and a sequence whose first token is late is also
+sent to a second worker.
 
-policy/scheduling/hedging.py decides. This module carries the decisions out, and reports to the policy what becomes of
-each sequence. A sequence of a model with one worker is not watched, since there is no second worker.
+policy/scheduling/hedging.py decides. This module carries the decisions out, and reports the end of each hedge to the
+policy. A sequence of a model with one worker is not watched, because there is no second worker.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ LOOK_S = 0.01
 
 
 class Hedges:
-    """The hedges of one gateway, for all models."""
+    """The hedges (second submissions of late sequences) of one gateway, for all models."""
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class Hedges:
         accounts: Callable[[], OpenAccounts | None],
         clock: Callable[[], float],
     ) -> None:
-        """`place` returns the waiting room's entry of a sequence. `accounts` returns the gateway's open accounts, or
+        """`place`: returns the waiting room's entry of a sequence. `accounts`: returns the gateway's open accounts, or
         None if the gateway keeps no accounts."""
         self.policy = policy
         self._queues = queues
@@ -100,7 +101,8 @@ class Hedges:
             self.policy.forget(sequence.key)
 
     def ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:
-        """Count a hedge that has ended. See CallEvents.hedge_ended."""
+        """Count a hedge that has ended. `won`: whether the second worker keeps the sequence. `computed_by`: see
+        CallEvents.hedge_ended."""
         model, accounts = sequence.call.model, self._accounts()
         if accounts is not None:
             accounts.hedge_ended(sequence, computed_by)
@@ -115,7 +117,7 @@ class Hedges:
     # ---- time
 
     async def watch(self) -> None:
-        """Send late sequences to second workers, until cancelled."""
+        """Send late sequences to second workers. Runs until cancelled."""
         while True:
             self._earlier.clear()
             self._wakes_at = self.policy.next_due
@@ -126,8 +128,8 @@ class Hedges:
             self.send_late()
 
     def send_late(self) -> None:
-        """Record the workers of the sequences that are late now, so that routing picks these workers less often. Send
-        the late sequences to second workers too, as far as the policy allows."""
+        """Handle the sequences whose first token is late now. Record their workers, so that routing picks these workers
+        less often. Also send the sequences to second workers, as far as the policy allows."""
         now = self._clock()
         for key in self.policy.late(now):
             sequence = self._sequences[key]
@@ -168,7 +170,7 @@ class Hedges:
         self._caches.expect(link, sequence.key, sequence.request, now)
 
     def _candidates(self, sequence: CallSequence, now: float) -> list[Candidate]:
-        """Return the workers on which a sequence gives the same answer as on its first worker."""
+        """Return the workers on which a sequence would give the same answer as on its first worker."""
         begun, model = sequence.life.compatibility, sequence.call.model
         return [
             candidate

@@ -1,12 +1,14 @@
 """Reports of a gateway's queues to workers. Every worker gets the gateway's claim on capacity, and some workers also
 get the backlogs of the gateway's tenants.
 
-A claim is the gateway's share of the next turns (ModelBacklogs.claimed_turns); each worker divides its capacity among
-the gateways in proportion to their claims. So a queue that becomes empty or non-empty is reported at once, and other
-changes a few times a second. Workers forward the backlogs to the other gateways. Two forwarding workers suffice, since
-the next report replaces a lost report. If workers connect to some gateways only, each report is forwarded by more
-workers, and the next report is forwarded by other workers. Backlogs are repeated every half second, since gateways
-forget the backlogs of a gateway that does not report.
+A claim is this gateway's share of the sequences that would be sent next if all gateways had one queue
+(ModelBacklogs.claimed_turns). Each worker divides its capacity among the gateways in proportion to their claims. A
+queue that becomes empty or non-empty is therefore reported at once, and other changes a few times a second.
+
+Workers forward the backlogs to the other gateways. Two forwarding workers suffice, because the next report replaces a
+lost report. If workers connect to some gateways only, each report is forwarded by more workers, and the next report is
+forwarded by other workers. Backlogs are repeated every half second, because gateways forget the backlogs of a gateway
+that does not report.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ proportion to their number."""
 
 @dataclass(slots=True)
 class _Reported:
-    """The last report for one model."""
+    """The last report about one model."""
 
     claim: int = 0
     cached: Mapping[str, int] = field(default_factory=dict)
@@ -48,7 +50,7 @@ _NOTHING = _Reported()
 
 
 class BacklogReports:
-    """Reporter of one gateway's claims and backlogs, for all models."""
+    """Reporter of one gateway's claims on capacity and of its backlogs, for all models."""
 
     def __init__(
         self,
@@ -59,9 +61,9 @@ class BacklogReports:
         gateways: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`waiting` returns the number of a model's waiting sequences and the number of their tokens. Both numbers
-        include the sequences in the queue `resumed`. `links` returns the links to a model's workers, ordered by worker
-        id. `gateways` returns the number of gateways; 0 if it is unknown."""
+        """`waiting`: returns the number of a model's waiting sequences and the number of their tokens; both include the
+        queue `resumed`. `links`: returns the links to a model's workers, ordered by worker id. `gateways`: returns the
+        number of gateways; 0 if it is unknown."""
         self._charges = charges
         self._waiting = waiting
         self._resumed = resumed

@@ -1,4 +1,4 @@
-"""Sends waiting sequences after each change that may let a worker take more sequences."""
+"""Sending of waiting sequences, after each change that may let a worker take more sequences."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SequencePump:
         directory: Callable[[], ModelDirectory],
         clock: Callable[[], float],
     ) -> None:
-        """`backlogs` is notified after each change of a model's queues. `directory` returns the gateway's models."""
+        """`backlogs`: gets each change of a model's queues. `directory`: returns the gateway's models."""
         self._policy = policy
         self._executor = executor
         self._backlogs = backlogs
@@ -38,33 +38,33 @@ class SequencePump:
         self._backlogs.changed(name)
 
     def send_resumed(self, name: str, sequences: Sequence[ResumingSequence]) -> None:
-        """Try to send only `sequences` of a model, since nothing else has changed. After the loss of a gateway or
-        worker many sequences are requeued. If the whole queue were tried for each of these sequences, the cost would be
-        the square of their number."""
+        """Try to send only these sequences of a model, because nothing else has changed. After the loss of a gateway or
+        worker many sequences are requeued one by one. If each of them made the whole queue be tried, the cost would be
+        quadratic."""
         self._executor.carry_out(self._policy.assign_resumed(name, sequences, self._clock()))
         self._backlogs.changed(name)
 
     def step_begun(self, name: str, resumed: bool) -> None:
-        """Send further sequences after a worker's step has begun, since prefill pacing now allows more. `resumed`:
-        whether the step computes resumed sequences. If so, new sequences are tried too, since they may have waited
-        behind the resumed sequences."""
+        """Send further sequences after a worker has begun a step, because prefill pacing (the bound on prompt tokens
+        that wait for a worker) now allows more. `resumed`: whether the step computes resumed sequences. If so, new
+        sequences are tried too, because they may have waited behind the resumed ones."""
         if resumed or self._policy.resuming.waiting(name)[0]:
             self.send_waiting(name)
 
 
 class UnservedModels:
-    """The models that no worker serves and for which calls wait. The demand for each is reported at once, not with the
-    next periodic report."""
+    """The models for which calls wait and that no worker serves. Demand for such a model is reported at once, not with
+    the next periodic report."""
 
     def __init__(self, report: Callable[[], None]) -> None:
-        """`report` reports the demand. It is called when the first call waits for a model that no worker serves. For
+        """`report`: reports the demand. It is called when the first call waits for a model that no worker serves. For
         the same model it is called again only after `retain` has forgotten the model."""
         self._report = report
         self._names: set[str] = set()
 
     def note(self, model: KnownModel) -> None:
-        """Report the demand for a model for which a call waits, if no worker serves the model and the demand was not
-        reported yet."""
+        """Report the demand for a model for which a call waits. Does nothing if a worker serves the model or if the
+        demand was already reported."""
         if model.name not in self._names and not model.served:
             self._names.add(model.name)
             self._report()

@@ -25,8 +25,8 @@ def shed() -> CallError:
 
 
 def not_servable(model: KnownModel, adapter: str = "") -> CallError | None:
-    """Return the error for calls to a model, or to its adapter `adapter` if given. None if such calls can be served,
-    now or later."""
+    """Return the error for calls to a model or, if `adapter` is given, to this adapter of the model. None if such calls
+    can be served now or later."""
     if model.state not in (ModelState.FAILED, ModelState.GONE):
         return model.adapters.refusal_of(model.name, adapter) if adapter else None
     reason = model.entry.state_reason or "no reason known"
@@ -41,8 +41,9 @@ def no_adapter(name: str) -> CallError:
 
 
 def too_late(name: str, model: KnownModel | None, deadline_passed: bool, adapter: str = "") -> CallError:
-    """Return the error for a call that has waited the longest allowed time for a worker of the model `name` or, if
-    given, of the model's adapter `adapter`. `deadline_passed`: whether the call's own deadline has passed."""
+    """Return the error for a call that has waited the longest allowed time for a worker. `name`: name of the model.
+    `adapter`: the model's adapter for which the call waited, "" for none. `deadline_passed`: whether the call's own
+    deadline has passed."""
     if deadline_passed:
         return CallError(Outcome.DEADLINE_EXCEEDED, "the deadline passed while the call waited for a worker")
     if adapter and model is not None and model.links and not model.serves(adapter):

@@ -1,5 +1,5 @@
-"""The sequences that wait for a worker at one gateway, and the tally of demand. The scheduling policy orders only the
-keys of sequences; this module holds the sequences."""
+"""The sequences that wait for a worker at one gateway, and the demand tally. The scheduling policy orders only the keys
+of sequences; this module maps the keys to the sequences."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 
 @dataclass(frozen=True, slots=True)
 class QueueAdmission:
-    """Result of an admission: the sequences that were shed in favour of the new sequence, and the outcome with which
-    the new sequence was refused, None if it was admitted."""
+    """Result of an admission. It holds the sequences that were shed in favour of the new sequence, and the outcome with
+    which the new sequence was refused; None if the new sequence was admitted."""
 
     shed: Sequence[CallSequence]
     refusal: Outcome | None
@@ -30,7 +30,7 @@ class Queues:
     """The waiting sequences of one gateway, with the demand tally."""
 
     def __init__(self, policy: SchedulingPolicy, charges: ServiceCharges, clock: Callable[[], float]) -> None:
-        """`policy` orders sequences by `charges`."""
+        """`policy`: orders the waiting sequences. `charges`: the service charges by which it orders them."""
         self._policy = policy
         self._charges = charges
         self._clock = clock
@@ -47,8 +47,8 @@ class Queues:
         self.arrived_tokens[model] += sum(len(sequence.request.prompt_token_ids) for sequence in sequences)
 
     def admit(self, sequence: CallSequence, starts_in_s: float) -> QueueAdmission:
-        """Offer a new sequence to the waiting room, which queues or refuses it. `starts_in_s`: seconds until the
-        earliest possible start, 0 if unknown."""
+        """Offer a new sequence to the waiting room, which queues or refuses it. `starts_in_s`: lower bound on the
+        sequence's wait, in seconds; 0 if unknown."""
         entry = self._charges.waiting(sequence)
         self.tally.arrived(entry)
         admission = self._policy.admit(entry, self._clock(), starts_in_s, sequence.call.versions)
@@ -59,27 +59,27 @@ class Queues:
         return QueueAdmission(shed, admission.outcome)
 
     def put_back(self, sequence: CallSequence) -> None:
-        """Queue a sequence that starts over. The sequence is put ahead of all sequences that were never sent."""
+        """Queue a sequence that must start over. It is put ahead of all sequences that were never sent."""
         entry = self._entry(sequence)
         self._sequences[sequence.key] = sequence
         self._policy.put_back(entry, self._clock(), sequence.call.versions)
         self.tally.enqueue(entry)
 
     def _entry(self, sequence: LinkedSequence[Call]) -> WaitingSequence:
-        """Return the waiting room's entry of a sequence that was queued before, with the current key of the sequence's
-        adapter."""
+        """Return the waiting room's entry of a sequence that was queued before. The entry has the sequence's current
+        adapter key."""
         entry, adapter = self._charges.waiting(sequence), sequence.request.adapter
         return entry if entry.adapter == adapter else replace(entry, adapter=adapter)
 
     def set_adapter(self, sequence: CallSequence, key: str) -> None:
-        """Set the adapter of a sequence. A sequence in the waiting room is queued again, as by `put_back`. `key`: see
-        ModelAdapters."""
+        """Set the adapter key of a sequence. If the sequence is in the waiting room, it is queued again, as by
+        `put_back`. `key`: see ModelAdapters."""
         sequence.call.set_adapter(sequence, key)
         if self._policy.remove(sequence.key):
             self._policy.put_back(self._entry(sequence), self._clock(), sequence.call.versions)
 
     def resume(self, sequence: CallSequence) -> ResumingSequence:
-        """Queue a sequence to be resumed, and count the sequence as demand from now on. Returns the queue's entry."""
+        """Put a sequence into the resume queue, and count it as demand from now on. Returns the queue's entry."""
         now, entry = self._clock(), self.resuming(sequence)
         self._sequences[sequence.key] = sequence
         self._policy.resume(entry, now)
@@ -103,13 +103,14 @@ class Queues:
         )
 
     def settle(self, sequence: CallSequence) -> None:
-        """Settle the service account of a sequence that has ended, and count its output as demand. Idempotent."""
+        """Correct the service charge of a sequence that has ended to its actual cost, and count its output as demand.
+        Idempotent."""
         if (place := self._charges.place(sequence)) is not None:
             self.tally.ended(place, len(sequence.emitted), sequence.life.computed)
         self._charges.settle(sequence)
 
     def versions_changed(self, call: Call) -> None:
-        """Apply a change of the versions on which the call's queued sequences may begin."""
+        """Handle a change of the model versions on which the call's queued sequences may begin."""
         for sequence in call.sequences:
             if sequence.key in self._sequences and sequence.key not in self._policy.resuming:
                 self._policy.set_versions(sequence.key, call.versions)
@@ -119,7 +120,8 @@ class Queues:
         return self._sequences[key]
 
     def left(self, key: str) -> CallSequence | None:
-        """Forget a sequence that has left the policy's queues, and return it; None if no such sequence waited."""
+        """Forget a sequence that the policy has removed from its queues, and return it; None if no sequence with this
+        key waited."""
         self.tally.dequeue(key)
         return self._sequences.pop(key, None)
 

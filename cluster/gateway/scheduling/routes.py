@@ -1,4 +1,5 @@
-"""The routes of one gateway's calls: a history of the newest routes, and the metrics of predicted cached tokens."""
+"""The routes (decisions to send a sequence to a worker) of one gateway's calls: a history of the newest routes, and the
+metrics of predicted cached tokens."""
 
 from __future__ import annotations
 
@@ -44,11 +45,11 @@ class Routes:
     def create_hedge(
         decision: RoutingDecision, cached: Mapping[str, int], sequence: CallSequence, link: WorkerLink, now: float
     ) -> Route:
-        """Return the route of a late sequence that is sent to a second worker too. `cached`: see RouteCall."""
+        """Return the route of a late sequence that is also sent to a second worker. `cached`: see RouteCall."""
         return _route(sequence, link, decision.reason, decision, cached, "late", now)
 
     def sent(self, call: Call, route: Route) -> None:
-        """Add a route to the history, because its sequence was sent."""
+        """Add a route to the history after its sequence was sent."""
         known = self.history.call(call.id)
         if known is None:
             known = RoutedCall(call.id, call.shown_id, call.request_id, call.tenant, call.shown_model, call.arrived)
@@ -59,8 +60,8 @@ class Routes:
             self.on_resent(links[-1])
 
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:
-        """Count the predicted cached tokens of a sequence whose first output has arrived, and the error of the
-        prediction. `cached_tokens`: number of tokens that the engine found in its KV cache."""
+        """Count the predicted cached tokens of a sequence whose first output has arrived, and how far the prediction
+        was wrong. `cached_tokens`: number of tokens that the engine found in its KV cache."""
         route = sequence.route
         predicted = None if route is None else route.predicted_cached_tokens
         if route is None or predicted is None:
@@ -88,7 +89,7 @@ def _route(
     now: float,
 ) -> Route:
     """Return a route to a worker. Cached tokens are predicted only for a worker that reports its KV blocks. `again`:
-    the reason of a further Submit; "" for the first."""
+    why the sequence is sent to another worker; "" for the first worker of the sequence."""
     capabilities = link.info.capabilities
     return Route(
         sequence.index,

@@ -1,5 +1,5 @@
-"""The scheduler, which queues the sequences of calls, sends sequences to workers, and queues sequences again after the
-loss of a worker.
+"""The scheduler of a gateway. It queues the sequences of calls, sends sequences to workers, and queues sequences again
+after the loss of a worker.
 
 policy/scheduling decides which sequence goes to which worker. The scheduler asks the policy when something has changed,
 and the executor carries out the policy's instructions.
@@ -54,7 +54,7 @@ SLICE = 64
 
 
 class SchedulerHost(Protocol):
-    """The part of a gateway that the scheduler uses."""
+    """The parts of a gateway that the scheduler uses."""
 
     @property
     def accounting(self) -> Accounting | None:
@@ -68,14 +68,15 @@ class SchedulerHost(Protocol):
         """Return the number of the cluster's gateways; 0 if it is unknown."""
 
     def model_unserved(self) -> None:
-        """Handle the first waiting call for a model that no worker serves. The controller may have to start the
-        model."""
+        """Handle the first waiting call for a model that no worker serves. The controller may have to start a worker of
+        the model."""
 
     def state_changed(self) -> None:
         """Handle a change of the models that the gateway can serve."""
 
     def claimed_calls(self, model: str) -> Sequence[tuple[str, int]]:
-        """Return the ids of a model's calls that were resumed at this gateway, each with its generation."""
+        """Return the ids of a model's calls that were resumed at this gateway, each with the number of its last resume
+        (generation)."""
 
 
 def _open_accounts(host: SchedulerHost) -> OpenAccounts | None:
@@ -193,8 +194,8 @@ class Scheduler:
         )
 
     async def enter_in_slices(self, call: Call, model: KnownModel) -> None:
-        """Queue the sequences of a call as `enter` does, but in slices between which other tasks run. For calls with
-        many sequences."""
+        """Like `enter`, for a call with many sequences: the sequences are queued in slices, and other tasks run between
+        two slices."""
         starts_in_s = self._starts_in_s(call)
         for at in range(0, len(call.sequences), SLICE):
             if at:
@@ -212,8 +213,8 @@ class Scheduler:
     ) -> None:
         """Queue every sequence of a call, and send the sequences for which a worker has capacity. Raises CallError if
         the model cannot be served or the waiting room refuses a sequence; then no sequence of the call is queued.
-        `some`: the sequences to queue, if not all. `starts_in_s`: seconds until the earliest possible start, if it is
-        known."""
+        `some`: the sequences to queue; None for all. `starts_in_s`: lower bound on the wait, in seconds; None to
+        compute it."""
         not_servable = queue_errors.not_servable(model, call.adapter)
         if not_servable is not None:
             raise not_servable
@@ -241,8 +242,8 @@ class Scheduler:
         self._unserved.note(model)
 
     def _starts_in_s(self, call: Call) -> float:
-        """Return a lower bound on the wait of a new call in seconds; 0 for a call without a deadline, whose wait does
-        not matter."""
+        """Return a lower bound, in seconds, on the wait of a new call. For a call without a deadline the wait does not
+        matter, and 0 is returned."""
         if call.deadline is None:
             return 0.0
         return self.charges.statistics.starts_in_s(call.model, call.policy.flow, call.rank)
@@ -253,7 +254,8 @@ class Scheduler:
         self._unserved.note(model)
 
     def leave(self, call: Call) -> None:
-        """End the sequences of a call, remove the sequences from the queues, and settle their service accounts."""
+        """End the sequences of a call, remove them from the queues, and correct their service charges to the actual
+        cost."""
         waited = [self.queues.remove(sequence) for sequence in call.sequences]
         call.release()
         for sequence in call.sequences:
@@ -285,7 +287,7 @@ class Scheduler:
                 self.queues.tally.record_output(place, len(sequence.emitted))
 
     def take_over(self, call: Call, generation: int) -> None:
-        """Send all workers the new generation of a call that was resumed at this gateway, so that they end the call's
-        sequences of earlier generations."""
+        """Send all workers the number of a resume (generation) that this gateway has taken over. The workers then end
+        the call's sequences of earlier generations."""
         for link in self._links(call.model):
             link.box.takeover(call.shown_id, generation)

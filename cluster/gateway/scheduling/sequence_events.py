@@ -1,4 +1,4 @@
-"""The scheduler's handler of the events of sequences, from a sequence's first output to its end or its return to a
+"""The scheduler's handler of sequence events: from the first output of a sequence to its end or its return to a
 queue."""
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class SequenceEvents:
         accounts: Callable[[], OpenAccounts | None],
         clock: Callable[[], float],
     ) -> None:
-        """`find` returns a model by name, `links` the links of a model's workers. `accounts` returns the gateway's
-        accounts, or None if the gateway keeps no accounts."""
+        """`find`: returns a model by name. `links`: returns the links of a model's workers. `accounts`: returns the
+        gateway's accounts, or None if the gateway keeps no accounts."""
         self._find = find
         self._queues = queues
         self._charges = charges
@@ -61,8 +61,8 @@ class SequenceEvents:
         self._clock = clock
 
     def requeue(self, sequence: CallSequence) -> None:
-        """Queue a sequence that has left its worker. A sequence that starts over is put ahead of all sequences that
-        were never sent. Any other sequence is put into the resume queue."""
+        """Queue a sequence that has left its worker. A sequence that must start over is put ahead of all sequences that
+        were never sent. A sequence that can continue is put into the resume queue."""
         if sequence.state not in WAITING:  # the call has ended in the meantime
             return
         model = self._find(sequence.call.model)
@@ -85,8 +85,8 @@ class SequenceEvents:
             self._unserved.note(model)
 
     def _choose_versions(self, call: Call, model: KnownModel | None) -> None:
-        """Allow a call that has delivered nothing to begin on any version with the same tokenizer, because the call's
-        own version may have lost its last worker."""
+        """Allow a call without output to begin on any version with the same tokenizer, because the last worker of the
+        call's own version may be lost."""
         begun = any(sequence.emitted or sequence.link or sequence.finish_reason for sequence in call.sequences)
         if model is None or not call.versions.all or begun:
             return
@@ -97,36 +97,37 @@ class SequenceEvents:
             self._queues.versions_changed(call)
 
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:
-        """Handle the first output of a sequence: correct the sequence's charge, compare the predicted cached tokens
-        with `cached_tokens`, and stop watching the sequence for a hedge."""
+        """Handle the first output of a sequence: correct the sequence's service charge, compare the predicted cached
+        tokens with `cached_tokens`, and end the watch for a late first token."""
         self._charges.began(sequence, cached_tokens)
         self._routes.began(sequence, cached_tokens)
         self._hedges.answered(sequence, cached_tokens)
 
     def answered(self, link: WorkerLink) -> None:
-        """Record a success of a worker, which has sent the first output of a sequence."""
+        """Record a success of the worker: it has sent the first output of a sequence."""
         self._breakers.record_success(link.identity.incarnation)
 
     def worker_failed(self, link: WorkerLink) -> None:
-        """Record a failure of a worker whose engine could not continue a sequence."""
+        """Record a failure of the worker: its engine could not continue a sequence."""
         others = (other.identity.incarnation for other in self._links(link.identity.model) if other is not link)
         self._breakers.record_failure(link.identity.incarnation, others, self._clock())
 
     def resumed(self, model: str, reason: str, gap_s: float) -> None:
-        """Count a resume that came `gap_s` seconds after the sequence's last token."""
+        """Count a resume. `reason`: why the sequence was resumed. `gap_s`: seconds since the sequence's last token."""
         self._metrics.count("resumes_total", model, reason)
         self._metrics.histogram("resume_gap_seconds", model).observe(gap_s)
 
     def submission_refused(self, sequence: CallSequence) -> None:
-        """Stop waiting for the usage of a Submit that a worker refused. A refused Submit costs nothing."""
+        """Stop waiting for the usage of a sequence at a worker that has refused the sequence. A refused sequence costs
+        nothing there."""
         if (accounts := self._accounts()) is not None:
             accounts.refused(sequence)
 
     def finished(self, sequence: CallSequence) -> None:
-        """Settle the service account of a finished sequence now, since other sequences of its call may run for a long
-        time."""
+        """Correct the service charge of a finished sequence to its actual cost. This is done now, because other
+        sequences of its call may run for a long time."""
         self._queues.settle(sequence)
 
     def hedge_ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:
-        """Record that only one of the two workers of a hedged sequence still has the sequence. See CallEvents."""
+        """Record that one of the two workers of a hedged sequence has dropped out. See CallEvents."""
         self._hedges.ended(sequence, won, computed_by)

@@ -1,6 +1,7 @@
-"""Service charges for a gateway's sequences: first the predicted cost, later the actual cost.
+"""Service charges for a gateway's sequences: first the predicted cost, later the actual cost. Fairness between tenants
+is measured by these charges.
 
-policy/fairness/fair_queue.py keeps the service accounts, and this module applies the accounts to the gateway's calls.
+policy/fairness/fair_queue.py keeps the tenants' accounts. This module enters the charges for the gateway's calls.
 Nothing runs per token. A charge is made when a sequence is sent. The charge is corrected at the sequence's first
 output, a few times a second while the output exceeds the prediction, and at the sequence's end.
 """
@@ -38,7 +39,8 @@ class _Charge:
 
 
 class ServiceCharges:
-    """The service charges of one gateway. A tenant is named by the handle under which workers know the tenant."""
+    """The service charges of one gateway. Tenants are identified by their handles, the names by which workers know
+    them."""
 
     def __init__(self, ranks: Mapping[str, int], metrics: Metrics) -> None:
         """`ranks`: the rank of each priority class. An unknown class gets the last rank."""
@@ -70,8 +72,8 @@ class ServiceCharges:
     # ---- one sequence
 
     def waiting(self, sequence: LinkedSequence[Call]) -> WaitingSequence:
-        """Return the waiting room's entry for a sequence. A sequence that is put back keeps its first entry and its
-        charge."""
+        """Return the waiting room's entry for a sequence. A sequence that was queued before keeps its first entry and
+        its charge."""
         if (place := self.place(sequence)) is not None:
             return place
         call, tokens, parsing = sequence.call, len(sequence.request.prompt_token_ids), sequence.request.parsing
@@ -121,7 +123,7 @@ class ServiceCharges:
         return charge.place
 
     def settle(self, sequence: CallSequence) -> None:
-        """Settle the service charged for a sequence that has ended. Idempotent."""
+        """Correct the charge of a sequence that has ended to its actual cost. Idempotent."""
         charge = self._charges.get(sequence.key)
         if charge is None or charge.settled:
             return
@@ -155,7 +157,8 @@ class ServiceCharges:
         self._gone[worker.model, worker.worker_id] = now
 
     def served(self, worker: WorkerIdentity, totals: Sequence[WeightedValue[ServedTotal]], now: float) -> None:
-        """Apply a worker's report of the service that it has given to each tenant, summed over all gateways."""
+        """Apply a worker's report of the service (weighted tokens) that it has given to each tenant, summed over all
+        gateways."""
         for total in totals:
             self._weights[total.value.tenant] = total.weight
         self.fair.order(worker.model).worker_totals.apply(
@@ -165,7 +168,7 @@ class ServiceCharges:
     def replace_peer_backlog(
         self, model: str, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]], now: float
     ) -> None:
-        """Replace what is known of another gateway's backlog for a model."""
+        """Replace the known backlog of another gateway for a model."""
         for flow in waiting:
             self._weights[flow.value.flow.tenant] = flow.weight
         flows = {flow.value.flow: flow.value.backlog for flow in waiting}
@@ -174,8 +177,8 @@ class ServiceCharges:
     # ---- time
 
     def sweep(self, models: Mapping[str, bool], now: float) -> None:
-        """Update `statistics`, and forget workers that left GONE_S ago. Called once a second. `models`: for each model,
-        whether a worker is linked."""
+        """Update `statistics`, and forget workers whose links ended at least GONE_S ago. Called once a second.
+        `models`: for each model, whether a worker is linked."""
         for (model, worker), when in list(self._gone.items()):
             if now - when >= GONE_S:
                 del self._gone[model, worker]

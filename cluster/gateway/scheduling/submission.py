@@ -1,9 +1,10 @@
 """Submission of one sequence to the worker that routing picked. A sequence is submitted completely or not at all.
 
-Problem: the code runs in a link's reader, while all waiting calls are sent or the calls of a lost worker are requeued.
-An exception of one call would end that link, and with the link the calls of every tenant on that worker.
-Invariant: no error that one call causes leaves `submit`. A sequence that could not be sent holds no slot, credit, open
-record or probe, and its call ends with INTERNAL.
+Problem: this code runs in the task that reads a link, in loops over all waiting calls or over the calls of a lost
+worker. An exception of one call would end that link, and with the link the calls of every tenant on that worker.
+
+Invariant: `submit` raises no error that one call causes. If a sequence could not be sent, everything that was taken for
+it is given back (slot, credit, open record, probe), and its call ends with INTERNAL.
 """
 
 from __future__ import annotations
@@ -61,10 +62,10 @@ def submit(
     fresh_tokens: int = 0,
     cached_tokens: int = 0,
 ) -> bool:
-    """Send a sequence to a worker. The sequence must have been removed from its queue. Returns False if the sequence
-    could not be sent; then its call has ended. `fresh_tokens`: number of tokens of a resumed sequence that the worker
-    is likely to compute, 0 for all. `cached_tokens`: number of tokens of a new sequence that are expected in the
-    worker's cache."""
+    """Send a sequence to a worker. The caller must have removed the sequence from its queue. Returns False if the
+    sequence could not be sent; then its call has ended. `fresh_tokens`: number of tokens of a resumed sequence that the
+    worker is likely to compute; 0 means all tokens. `cached_tokens`: number of tokens of a new sequence that are
+    expected in the worker's cache."""
     call = sequence.call
     if call.error is not None:  # another sequence has ended the call, and the API is about to close it
         return False
@@ -90,9 +91,9 @@ def submit(
 def submit_hedge(
     sequence: CallSequence, link: WorkerLink, route: Route, waiting: WaitingSequence, accounts: OpenAccounts | None
 ) -> bool:
-    """Send a sequence that has no output yet to a second worker too. `route`: the decision for this worker. Returns
-    False if the sequence could not be sent; then it stays on its first worker only. The second Submit adds no service
-    charge, because the first Submit carries the charge for the prompt."""
+    """Send a sequence that has no output yet to a second worker too. `route`: the decision for the second worker.
+    Returns False if the sequence could not be sent; then it stays on its first worker only. The service charge does not
+    increase, because the prompt is already charged for the first worker."""
     call, traced = sequence.call, _traced(sequence, route, link, is_hedge=True)
     hedge = Hedge(sequence, link, route, traced)
     weighted = WeightedValue(replace(waiting, output_tokens=0), call.policy.weight)
@@ -118,7 +119,7 @@ def submit_hedge(
 
 
 def _traced(sequence: CallSequence, route: Route | None, link: WorkerLink, *, is_hedge: bool = False) -> Attempt | None:
-    """Return the record of an attempt that begins; None if the call is not sampled."""
+    """Return the record of an attempt that begins now; None if the call is not sampled."""
     trace = sequence.call.trace
     if trace is None or route is None:
         return None
@@ -126,7 +127,8 @@ def _traced(sequence: CallSequence, route: Route | None, link: WorkerLink, *, is
 
 
 def _with_context(request: EngineRequest, traced: Attempt | None) -> EngineRequest:
-    """Return the request with the trace context of an attempt, by which the worker knows that the call is sampled."""
+    """Return a copy of the request with the trace context of an attempt. The worker learns from it that the call is
+    sampled."""
     return request if traced is None else replace(request, traceparent=traced.context.traceparent)
 
 
@@ -139,7 +141,7 @@ def _send(
     cached_tokens: int,
     traced: Attempt | None,
 ) -> int:
-    """Send the request of a sequence and return the request's slot."""
+    """Send the request of a sequence and return its slot (its number on the link)."""
     call = sequence.call
     if sequence.life.reason == "moved":  # the last worker has given back the charge for tokens that were not generated
         waiting = replace(waiting, output_tokens=len(sequence.emitted))

@@ -1,5 +1,5 @@
-"""The scheduler's periodic work: end calls that have waited too long, move sequences away from draining workers, and
-forget state that is no longer needed."""
+"""The scheduler's periodic work: it ends calls that have waited too long, moves sequences away from draining workers,
+and forgets state that is no longer needed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ class Upkeep:
         self._swept = clock()
 
     def expire(self) -> None:
-        """End calls that have waited too long, and do the other work that is due. Called a few times a second."""
+        """End calls that have waited too long, and do the other periodic work that is due. Called a few times a
+        second."""
         now, directory = self._clock(), self._directory()
         if now - self._swept >= SWEEP_S:
             self._swept = now
@@ -81,7 +82,7 @@ class Upkeep:
                 self._pump.send_waiting(model.name)
 
     def _sweep(self, now: float) -> None:
-        """Forget the state of models and workers that are gone, and move sequences away from workers that drain or
+        """Forget the state of models and workers that no longer exist. Move sequences away from workers that drain or
         whose version is quarantined."""
         models = self._directory().models
         self._queues.tally.retain_models(model.name for model in models)
@@ -97,8 +98,8 @@ class Upkeep:
                     self._move(link, now)
 
     def _move(self, link: WorkerLink, now: float) -> None:
-        """Move sequences from a worker to other workers, as many as the other workers have capacity for now. The
-        remaining sequences are moved by later calls."""
+        """Move sequences from a worker to other workers, as many as the others have capacity for now. Later calls move
+        the remaining sequences."""
         sequences = {sink.key: sink for sink in link.slots.sinks if isinstance(sink, LinkedSequence)}
         running = [self._queues.resuming(sequence) for sequence in sequences.values()]
         for key in self._policy.movable(running, link.identity.worker_id, now):

@@ -53,7 +53,7 @@ _IndexKey = tuple[str, int]
 
 @dataclass(slots=True)
 class _Unapplied:
-    """Reports of a worker that are not in the index yet. `size`: total bytes of their hashes."""
+    """Reports of a worker that are not in the index yet. `size`: total size in bytes of the hashes in these reports."""
 
     link: WorkerLink
     messages: deque[pb.KvBlocks] = field(default_factory=deque)
@@ -148,8 +148,8 @@ class WorkerCaches:
         index.store(worker, change.stored)
 
     def _apply_small(self, model: str) -> None:
-        """Apply the small reports of some workers of a model now, and let the next passes of the event loop apply the
-        model's other reports."""
+        """Apply the small reports of some workers of a model now. The next passes of the event loop apply the other
+        reports."""
         if "numpy" not in sys.modules:
             return
         waiting = [each for each in self._unapplied.values() if each.link.identity.model == model]
@@ -169,9 +169,9 @@ class WorkerCaches:
                 del self._indexes[key]
 
     def cached_tokens(self, model: str, key: str, request: EngineRequest) -> Mapping[str, int] | None:
-        """Return how many leading tokens of a prompt each worker of a model holds, by worker id. Workers that hold none
-        are left out, and the last token of a prompt does not count, since it is always computed. None for a short
-        prompt, and if no worker of the model reports its blocks. `key`: key of the sequence."""
+        """Return, by worker id, how many leading tokens of a prompt each worker of a model holds. Workers that hold
+        none are left out. The last token of a prompt does not count, because it is always computed. Returns None for a
+        short prompt, and if no worker of the model reports its blocks. `key`: key of the sequence."""
         out: dict[str, int] | None = None
         if len(request.prompt_token_ids) < MIN_TOKENS:
             return out
@@ -193,12 +193,12 @@ class WorkerCaches:
         return out
 
     def sharing(self, key: str, now: float) -> float:
-        """Return how many recently sent sequences begin with the longest cached prefix of a waiting sequence."""
+        """Return about how many recently sent sequences share the longest cached prefix of a waiting sequence."""
         prefix = self._prefixes.get(key)
         return 0.0 if prefix is None else self._hot.recent(prefix, now)
 
     def forget_prompt(self, key: str) -> None:
-        """Forget the hashes of a waiting sequence's prompt. The hashes depend on the sequence's adapter, which has
+        """Forget the hashes of a waiting sequence's prompt. They depend on the sequence's adapter, which has
         changed."""
         for known in [known for known in self._hashes if known[0] == key]:
             del self._hashes[known]
@@ -216,7 +216,7 @@ class WorkerCaches:
             self._hashes.pop((key, block_size), None)
 
     def maintain(self, now: float) -> None:
-        """Do a part of the indexes' maintenance. Takes about a millisecond for each index with much to do."""
+        """Do a part of the maintenance of the indexes. Takes about a millisecond for each index with much to do."""
         if "numpy" in sys.modules:
             for name, unapplied in self._unapplied.items():
                 if unapplied.size >= BATCH_BYTES and name not in self._due:  # arrived before numpy was imported
@@ -225,8 +225,8 @@ class WorkerCaches:
             index.maintain(now, SEGMENTS)
 
     def _prompt_hashes(self, key: str, block_size: int, request: EngineRequest) -> Hashes:
-        """Return the hashes of all whole blocks of a prompt. If the last token ends a block, that block is included.
-        The worker will hold the block, although the block cannot be reused for this prompt."""
+        """Return the hashes of all whole blocks of a prompt. A block that ends with the last token is included: the
+        worker will hold this block, although it cannot be reused for this prompt."""
         from cluster.policy.kv_cache.prefix_hashes import seed_of  # not at the start: deferred_imports.py
         from cluster.policy.kv_cache.prompt_hashes import PromptHashes
 

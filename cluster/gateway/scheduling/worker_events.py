@@ -24,10 +24,10 @@ PROVEN_BY_STEPS = ("silent", "hung")
 
 
 class LinkObserver(Protocol):
-    """An object that is notified when workers' links come up and end. The methods must not block."""
+    """An object that is notified when the links of workers begin and end. The methods must not block."""
 
     def link_up(self, link: WorkerLink) -> None:
-        """Handle a worker's link coming up."""
+        """Handle the beginning of a worker's link."""
 
     def link_down(self, link: WorkerLink, why: str, now: float) -> None:
         """Handle the end of a worker's link. `now`: monotonic seconds."""
@@ -47,7 +47,7 @@ class WorkerEvents:
         """The objects that are notified when workers' links come up and end."""
 
     def link_up(self, link: WorkerLink) -> None:
-        """Handle a worker's link coming up: add the worker, and send waiting sequences to it."""
+        """Handle the beginning of a worker's link: add the worker, and send waiting sequences to it."""
         identity, scheduler = link.identity, self._scheduler
         for call_id, generation in self._host.claimed_calls(identity.model):
             link.box.takeover(call_id, generation)
@@ -62,7 +62,8 @@ class WorkerEvents:
         self._host.state_changed()
 
     def link_down(self, link: WorkerLink, why: str) -> None:
-        """Handle the end of a worker's link: remove the worker. The worker's sequences have already been requeued."""
+        """Handle the end of a worker's link: remove the worker. At this time the worker's sequences have already been
+        requeued."""
         identity, now = link.identity, self._clock()
         self._host.directory.remove_link(link)
         self._scheduler.worker_caches.forget(link)
@@ -125,11 +126,11 @@ class WorkerEvents:
             self._host.accounting.usage(link, ended)
 
     def served(self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
-        """Handle a worker's report of the service that the worker has counted for each tenant."""
+        """Handle a worker's report of the service (weighted tokens) that it has counted for each tenant."""
         self._charges.served(link.identity, totals, self._clock())
 
     def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
-        """Handle another gateway's backlog, which a worker has forwarded."""
+        """Handle a report of what waits at another gateway. A worker has forwarded the report."""
         self._charges.replace_peer_backlog(link.identity.model, gateway, waiting, self._clock())
 
     def kv_blocks(self, link: WorkerLink, message: pb.KvBlocks) -> None:

@@ -52,7 +52,7 @@ class ModelFleets:
         self._models: WeakKeyDictionary[KnownModel, _ModelState] = WeakKeyDictionary()
 
     def fleet(self, known: KnownModel, now: float) -> Fleet:
-        """Read the changed workers of a model again, and return all workers of the model."""
+        """Update the state of those workers of a model that have changed, and return all workers of the model."""
         state = self._models.get(known)
         if state is None:
             state = self._models[known] = _ModelState(Fleet(self._settings))
@@ -81,7 +81,7 @@ class ModelFleets:
             link.mark_changed()
 
     def record_late_lost(self, model: str, worker_id: str, now: float) -> None:
-        """Record that a worker was late with a first token and lost the sequence to another worker."""
+        """Record that a worker was late with the first token of a sequence, and that another worker answered first."""
         known = self._owner.directory.find(model)
         state = None if known is None else self._models.get(known)
         if known is not None and state is not None:
@@ -89,8 +89,8 @@ class ModelFleets:
             known.changed_workers.add(worker_id)
 
     def age(self, now: float) -> None:
-        """Mark the workers whose slowdown has changed with time alone, so that routing reads them again. Called once a
-        second."""
+        """Mark the workers whose slowdown (relative prefill time) has changed only because time has passed. Routing
+        then reads them again. Called once a second."""
         for known, state in self._models.items():
             for worker_id in state.times.known():
                 worker = state.fleet.find(worker_id)
@@ -110,8 +110,8 @@ class LinkedWorkers:
         request_of: Callable[[str], EngineRequest],
         settings: RoutingSettings,
     ) -> None:
-        """`request_of` returns the request of a waiting sequence by the sequence's key. `settings`: how workers are
-        picked for new calls."""
+        """`request_of`: returns the request of a waiting sequence, given the sequence's key. `settings`: how workers
+        are picked for new calls."""
         self._owner = owner
         self._fleets = fleets
         self._breakers = breakers
@@ -132,15 +132,16 @@ class LinkedWorkers:
         return fleet.pick(call, self._breakers.rejecting(now))
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
-        """Return all workers of a model as candidates for a sequence. `resumed`: whether the sequence is resumed. The
-        state of a worker is read when its candidate is first accessed."""
+        """Return all workers of a model as candidates for a sequence. The state of a worker is read when its candidate
+        is first accessed. `resumed`: whether the sequence is resumed."""
         known = self._owner.directory.find(model)
         if known is None:
             return ()
         return _Candidates(known.links.values(), lambda link: self._candidate(known, link, now, resumed))
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
-        """Return one worker of a model for a sequence that is to be resumed; None if the worker is not linked."""
+        """Return one worker of a model as candidate for a sequence that must be resumed; None if the worker is not
+        linked. `incarnation`: identifies the worker."""
         known = self._owner.directory.find(model)
         if known is None:
             return None
@@ -148,20 +149,19 @@ class LinkedWorkers:
         return None if link is None else self._candidate(known, link, now, resumed=True)
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int] | None:
-        """Return how many leading tokens of a waiting sequence's prompt the workers of a model hold, by worker id. None
-        if that is not known, or the model has only one worker."""
+        """Return, by worker id, how many leading tokens of a waiting sequence's prompt each worker of a model holds.
+        None if this is not known, or if the model has only one worker."""
         known = self._owner.directory.find(model)
         if known is None or len(known.links) < 2:  # nothing to choose
             return None
         return self._caches.cached_tokens(model, key, self._request_of(key))
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return the same as `cached_tokens`, but also for a model with one worker, and an empty mapping instead of
-        None."""
+        """Like `cached_tokens`, but also for a model with one worker. Returns an empty mapping instead of None."""
         return self._caches.cached_tokens(model, key, self._request_of(key)) or {}
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
-        """Return how many prompt tokens a worker can take now in a new sequence; 0 if it can take no sequence now, None
+        """Return how many prompt tokens of a new sequence a worker can take now; 0 if it can take no sequence now. None
         if the worker is not linked or takes no new sequences."""
         link = self.link(model, worker_id)
         if link is None or not link.takes_new_requests:
@@ -175,13 +175,14 @@ class LinkedWorkers:
         return known is not None and known.adapters.is_ready(adapter)
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
-        """Return whether a worker runs a suspect sequence to which it has not added a token yet."""
+        """Return whether a worker runs a suspect sequence (one that may have crashed its earlier workers) to which it
+        has not added a token yet."""
         known = self._owner.directory.find(model)
         link = None if known is None else known.by_incarnation.get(incarnation)
         return link is not None and any(isinstance(sink, LinkedSequence) and sink.suspect for sink in link.slots.sinks)
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
-        """Return whether a sequence with this key can no longer resume. See KnownModel.is_replaced."""
+        """Return whether a sequence with this compatibility key can no longer resume. See KnownModel.is_replaced."""
         known = self._owner.directory.find(model)
         return known is not None and known.is_replaced(compatibility)
 
@@ -201,15 +202,16 @@ class LinkedWorkers:
         return [] if known is None else [known.links[worker] for worker in sorted(known.links)]
 
     def _candidate(self, known: KnownModel, link: WorkerLink, now: float, resumed: bool) -> Candidate:
-        """Return the present state of a worker, with its circuit breaker. The worker's slowdown is set only if
-        `resumed` is False."""
+        """Return the present state of a worker, including its circuit breaker. `resumed`: whether the state is for a
+        resumed sequence; only if not, the worker's slowdown is set."""
         row = None if resumed else self._fleets.fleet(known, now).find(link.identity.worker_id)
         healthy = self._breakers.allows(link.identity.incarnation, now)
         return _read_candidate(known, link, 1.0 if row is None else row.slowdown, healthy, resumed)
 
 
 class _Candidates(Sequence[Candidate]):
-    """Candidates that are made when they are first accessed, since of a thousand workers few are accessed."""
+    """A sequence of candidates, each of which is made when it is first accessed. Of a thousand workers only few are
+    accessed."""
 
     def __init__(self, links: Iterable[WorkerLink], read: Callable[[WorkerLink], Candidate]) -> None:
         self._links = list(links)
@@ -233,7 +235,7 @@ class _Candidates(Sequence[Candidate]):
 
 
 def _prefix_hash(request: EngineRequest) -> int:
-    """Return a hash of the beginning of a prompt, in [0, 2**64), equal on all gateways."""
+    """Return a hash of the beginning of a prompt, in [0, 2**64). The hash is the same on all gateways."""
     return hash64(f"{request.cache_salt}\0{request.adapter}\0{list(request.prompt_token_ids[:PREFIX_TOKENS])}")
 
 
@@ -241,7 +243,7 @@ def _read_candidate(
     known: KnownModel, link: WorkerLink, slowdown: float, healthy: bool = True, resumed: bool = False
 ) -> Candidate:
     """Return the present state of a worker. `slowdown`: see PrefillTimes. `healthy`: whether the worker's circuit
-    breaker allows sequences. `resumed`: whether the state is read for a sequence that is to be resumed."""
+    breaker lets sequences through. `resumed`: whether the state is for a sequence that must be resumed."""
     free, identity = link.free, link.identity
     adapters, resident = known.adapters.keys_on(link)
     return Candidate(

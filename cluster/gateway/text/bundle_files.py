@@ -26,7 +26,7 @@ SPECIAL_TOKEN_NAMES: Final = (
 
 
 class BundleFiles:
-    """The tokenizer, the chat templates and the settings in a bundle."""
+    """The tokenizer, the chat templates and the settings in a tokenizer bundle."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Read the files. Raises ValueError, which names the file, if a file is missing or invalid."""
@@ -55,14 +55,13 @@ class BundleFiles:
 
     @property
     def control_tokens(self) -> ControlTokens | None:
-        """The tokens that are escaped in the contents of messages; None if there are none."""
+        """The control tokens that are escaped in the contents of messages; None if there are none."""
         tokens = self.config.get(ESCAPED_TOKENS)
         return ControlTokens(tokens, self.config[ESCAPE_SEPARATOR]) if tokens else None
 
     @property
     def renderer(self) -> str:
-        """Name of the renderer with which workers make the prompts of chats; "" if chats are rendered only with the
-        chat template."""
+        """Name of vLLM's renderer with which workers make prompts of chats; "" if only the chat template makes them."""
         return str(self.config.get(RENDERER, ""))
 
     @property

@@ -9,9 +9,9 @@ The text of a token depends on the tokens around it (token_stream.py). Two rules
 
 A stop token that ends a sequence (EOS included) counts as a token, but has no text.
 
-If a tokenizer's decoder only joins bytes (byte-level BPE: LLaMA 3, Qwen, Falcon, GPT), a token that consists of whole
-characters has the same text wherever it begins a new character. A table (WholeTexts) then gives the text of such a
-token, ten times as fast as a stream does.
+Some tokenizers have a decoder that only joins bytes (byte-level BPE: LLaMA 3, Qwen, Falcon, GPT). There, a token of
+whole characters always has the same text, unless it comes in the middle of a character. A table (WholeTexts) gives the
+text of such a token ten times faster than a stream (token_stream.py).
 """
 
 from __future__ import annotations
@@ -46,32 +46,33 @@ class TextSource(Protocol):
         """Number of characters that `pop_text` has not returned yet."""
 
     def pending_tokens(self) -> int:
-        """Count the tokens at the end for which `pop_text` has returned no text yet."""
+        """Return the number of tokens at the end of the sequence for which `pop_text` has returned no text yet."""
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """Add the tokens of a step. Returns the stop string or guard that has ended the text, None while the text goes
-        on. Do not call again after the text has ended."""
+        """Add the tokens of a step. Returns None while the text continues. If a stop string or a guard has ended the
+        text, returns the stop string or GUARD; `push` must not be called after that."""
 
     def text_of(self, token_id: int) -> str:
-        """Add one token and return its text. `pop_text` does not return this text again. Not allowed while
-        `searches_text` is True."""
+        """Add one token and return its text, which `pop_text` then does not return. Not allowed while `searches_text`
+        is True."""
 
     def push_back(self, text: str) -> None:
-        """Take back the text that `text_of` returned last, because it could not be sent. `pop_text` returns the text
-        later."""
+        """Take back the text that `text_of` returned last, because it could not be sent. `pop_text` then returns the
+        text."""
 
     def pop_text(self, finished: bool) -> str:
         """Return the text since the last call of `pop_text`. `finished`: whether the text has ended."""
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """Start with the state of another source that has processed `token_ids` and returned `chars` characters.
+        """Begin in the state that another source had after it processed `token_ids` and returned `chars` characters.
 
-        Raises ValueError if that is impossible."""
+        Raises ValueError if that is impossible.
+        """
 
 
 class WholeTexts(dict[int, str | None]):
-    """Table of the token texts of a byte-level tokenizer. The entry is None for a token that is not made of complete
-    characters. Each entry is computed when the token is first looked up."""
+    """Table from token ids to texts, for a byte-level tokenizer. The entry of a token that does not consist of complete
+    characters is None. Each entry is computed when the token is first looked up."""
 
     def __init__(self, tokenizer: Tokenizer, unsafe_ids: Collection[int]) -> None:
         """`unsafe_ids`: ids of added tokens, which may be skipped and do not stand for bytes."""
@@ -126,8 +127,9 @@ class Detokenizer:
         whole_texts: WholeTexts | None = None,
         unseen: UnseenTokens | None = None,
     ) -> None:
-        """`prompt_ids`: the ids that prime the stream (see `priming_ids`). `stop`: stop strings, none of them empty.
-        `unseen`: a table made for this tokenizer and `skip_special_tokens`; None for a new table."""
+        """`prompt_ids`: the last ids of the prompt, after which decoding starts (see `priming_ids`). `stop`: stop
+        strings, none of them empty. `unseen`: table of the tokens without text, made for this tokenizer and
+        `skip_special_tokens`; None for a new table."""
         if any(not text for text in stop):
             raise ValueError("stop: an empty string would stop every call: leave it out")
         self.token_ids: list[int] = []
@@ -147,8 +149,8 @@ class Detokenizer:
         self._text = ""
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """Add the tokens of a step. Returns the stop string that is completed by the text of the tokens, or None. Do
-        not call again after a stop string.
+        """Add the tokens of a step. Returns the stop string that the text of the tokens completes, or None. Must not be
+        called after a stop string.
 
         `stop_terminated`: whether the last token is the stop token that ended the sequence.
         """
@@ -161,7 +163,7 @@ class Detokenizer:
         return None
 
     def text_of(self, token_id: int) -> str:
-        """Add one token that is not a stop token, and return its text. `pop_text` does not return this text again. Not
+        """Add one token that is not a stop token, and return its text, which `pop_text` then does not return. Not
         allowed if there are stop strings."""
         if self._whole:
             text = self._whole_texts[token_id]  # type: ignore[index]
@@ -182,8 +184,8 @@ class Detokenizer:
         return len(self._text)
 
     def pending_tokens(self) -> int:
-        """Count the tokens at the end for which `pop_text` has returned no text yet. If there are no stop strings, the
-        count is computed here by decoding."""
+        """Return the number of tokens at the end of the sequence for which `pop_text` has returned no text yet. If
+        there are no stop strings, the number is computed here by decoding."""
         if self._stop:
             return len(self._lengths)
         if not self._text:
@@ -205,14 +207,16 @@ class Detokenizer:
         return False
 
     def push_back(self, text: str) -> None:
-        """Take back the text that `text_of` returned last, because it could not be sent. `pop_text` returns the text
-        later."""
+        """Take back the text that `text_of` returned last, because it could not be sent. `pop_text` then returns the
+        text."""
         self._text += text
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """Start with the state of another Detokenizer that has processed `token_ids` and returned `chars` characters.
+        """Begin in the state that another Detokenizer had after it processed `token_ids` and returned `chars`
+        characters.
 
-        Call before any `push`. Raises ValueError if the text of the tokens has fewer characters."""
+        Must be called before any `push`. Raises ValueError if the text of the tokens has fewer than `chars` characters.
+        """
         step = self._stream.decode if self._stop else self.text_of
         text = "".join([step(token_id) for token_id in token_ids])
         if len(text) < chars:
@@ -268,8 +272,8 @@ class Detokenizer:
         return stop
 
     def _first_stop(self, new_chars: int) -> tuple[str, int] | None:
-        """Return the stop string that ends first within the last `new_chars` characters, and the start of that stop
-        string in the text; None if no stop string ends there."""
+        """Return the stop string that ends first within the last `new_chars` characters, and its start in the text;
+        None if no stop string ends there."""
         if not new_chars:
             return None
         hits = [(self._text.find(stop, 1 - new_chars - len(stop)), stop) for stop in self._stop]

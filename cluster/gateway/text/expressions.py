@@ -2,8 +2,8 @@
 
 Problem: the regex engine of the tokenizers library backtracks, so for `(a+)+$` the time doubles with each character.
 Expressions that may be slow are recognized by their form: a repeated group that contains a repetition or a choice, a
-back reference, or many repetitions in sequence. The test is conservative. A tokenizer with such an expression runs only
-in helper processes, which have a CPU limit.
+back reference, or many repetitions in sequence. The test may also reject a fast expression. A tokenizer with a rejected
+expression runs only in helper processes, which have a CPU limit.
 """
 
 from __future__ import annotations

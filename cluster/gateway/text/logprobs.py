@@ -1,8 +1,8 @@
 """Log probabilities of one sequence with the text and bytes of each token, as vLLM's server returns them.
 
-A token by itself may be only a part of a character. The text of such a token is then what the token adds to the sampled
-tokens before it: the whole character for the token that completes the character, nothing for the other tokens. Each
-alternative at a position is decoded after the same sampled tokens, independently of the other alternatives.
+A token may be only a part of a character. The text of such a token is then what the token adds to the sampled tokens
+before it. The token that completes the character has the whole character as its text, and the other tokens have no
+text. Each alternative at a position is decoded after the same sampled tokens, independently of the other alternatives.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class TokenTexts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The log probability of one token. `top`: the most likely tokens at the same position, with the sampled token
-    first."""
+    """The log probability of one token. `top`: the most likely tokens at the same position; the first is the sampled
+    token."""
 
     token_id: int
     token: str
@@ -46,7 +46,7 @@ class LogprobSource(Protocol):
     """The source of a sequence's log probabilities with texts: LogprobTexts, or guards wrapped around LogprobTexts."""
 
     def push(self, positions: Iterable[PositionLogprobs]) -> list[TokenLogprob]:
-        """Add the positions of a step. Returns the log probabilities that may be sent by now."""
+        """Add the positions of a step. Returns the log probabilities that may be sent now."""
 
     def restore(self, token_ids: Sequence[int]) -> None:
         """Continue after tokens that were sampled and sent earlier. Raises ValueError if that is impossible."""
@@ -67,7 +67,7 @@ class LogprobTexts:
         self._context.extend(token_ids[-CONTEXT_TOKENS:])
 
     def push(self, positions: Iterable[PositionLogprobs]) -> list[TokenLogprob]:
-        """Return the positions of a step as TokenLogprobs. A position without tokens is left out."""
+        """Return the positions of a step as TokenLogprobs. Positions without tokens are skipped."""
         return [self._position(position) for position in positions if position.token_ids]
 
     def _position(self, position: PositionLogprobs) -> TokenLogprob:
@@ -92,8 +92,8 @@ class LogprobTexts:
     def _completed(self, token_id: int, context: Sequence[int]) -> str:
         """Return the character that the token completes; "" if the token completes no character.
 
-        The token is decoded with the fewest sampled tokens before it that yield a character. All these tokens are then
-        parts of the character.
+        The token is decoded together with sampled tokens before it, as few as are needed for a complete character. So
+        each of these tokens is a part of that character.
         """
         for length in range(1, len(context) + 1):
             text = self._texts.decode([*context[-length:], token_id], skip_special_tokens=False)

@@ -1,4 +1,6 @@
-"""The texts of a model's tokens: whole outputs, incremental detokenizers, and single tokens for logprobs."""
+"""The texts of a model's tokens: of whole outputs, of outputs token by token, and of single tokens for log
+probabilities.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ class OutputTexts:
     """The decoding side of one model's tokenizer. The only state is caches."""
 
     def __init__(self, tokenizer: Tokenizer, layout: Mapping[str, Any]) -> None:
-        """`layout`: the tokenizer as JSON, which may lack the vocabulary."""
+        """`layout`: the contents of tokenizer.json; the vocabulary may be missing."""
         self._tokenizer = tokenizer
         self._space_mark = _space_mark(layout.get("pre_tokenizer"))
         self._tail_primes = _kinds(layout.get("decoder"), "decoders") <= TAIL_SAFE_DECODERS
@@ -27,9 +29,7 @@ class OutputTexts:
         self._token_texts: dict[int, str] = {}
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of token ids without a prompt before them. Ids beyond the tokenizer's vocabulary have no
-        text.
-        """
+        """Return the text of token ids that follow no prompt. Ids beyond the tokenizer's vocabulary have no text."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def detokenizer(
@@ -56,8 +56,8 @@ class OutputTexts:
         )
 
     def token_text(self, token_id: int) -> str:
-        """Return the text of one token, special or not, with leading spaces that a decoder would strip. The texts are
-        cached."""
+        """Return the text of one token, special or not. Leading spaces, which a decoder would strip, are kept. The
+        texts are cached."""
         text = self._token_texts.get(token_id)
         if text is None:
             text = self._token_texts[token_id] = self._text_of(token_id)
@@ -74,8 +74,8 @@ class OutputTexts:
 
 
 def _space_mark(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
-    """Return the character that stands for a space in a Metaspace tokenizer, whose decoder strips the first space; None
-    for any other tokenizer."""
+    """Return the character that stands for a space in a Metaspace tokenizer; None for any other tokenizer. The decoder
+    of a Metaspace tokenizer strips the first space."""
     parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
     return next((part.get("replacement", "▁") for part in parts if part.get("type") == "Metaspace"), None)
 

@@ -1,11 +1,11 @@
 """The output of one sequence, which the worker has parsed into content, reasoning and tool calls. The interface is that
-of the detokenizer, and `pop_parts` returns the parts of the text that was popped last.
+of the detokenizer, with one addition: `pop_parts` returns the parts of the text that was popped last.
 
 A worker without a parser sends no parts. Then the tokens go through the plain detokenizer, and the output is one text.
 The first output of the sequence decides this for the whole sequence.
 
-A worker that continues a sequence repeats the parts of all emitted tokens. All workers make the same parts of the same
-tokens, so the parts that were received before are skipped by their number of characters.
+A worker that continues a sequence sends the parts of all emitted tokens again. All workers make the same parts of the
+same tokens. So the gateway skips as many characters of these parts as it has received before.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ GUARD = "guard"
 
 
 class PartFilter(Protocol):
-    """The guards of a parsed output."""
+    """The guards of a parsed output: checks that may change or end the output."""
 
     refused: bool
     """Whether a guard has ended the output."""
 
     def feed(self, parts: Sequence[OutputPart], last: bool) -> list[OutputPart]:
         """Add parts. Returns the parts that the guards release. `last`: whether the output ends here, so that the
-        guards hold nothing back."""
+        guards must hold back nothing."""
 
 
 class ParsedText:
-    """The text and the parts of one sequence. `inner`: the source of the text if the worker does not parse."""
+    """The text and the parts of one sequence. `inner`: the source of the text if the worker does not parse the
+    output."""
 
     __slots__ = (
         "_filter",
@@ -74,9 +75,9 @@ class ParsedText:
     def push_parsed(
         self, token_ids: Sequence[int], parsed: ParsedOutput | None, stop_terminated: bool, begins: bool
     ) -> str | None:
-        """Add the tokens of a step, with `parsed`, which the worker's parser made of them. Returns the stop string that
-        ended the output, GUARD if a guard ended the output, else None. `begins`: whether this is the first output that
-        a worker sends for the sequence."""
+        """Add the tokens of a step. `parsed`: what the worker's parser made of the tokens, None without a parser.
+        `begins`: whether this is the first output that a worker sends for the sequence. If a stop string has ended the
+        output, returns that stop string; if a guard has ended it, returns GUARD; else None."""
         if self._parsed is None:
             self._choose(parsed is not None)
         if not self._parsed:
@@ -93,7 +94,7 @@ class ParsedText:
         return GUARD if self.refused else parsed.stop_string or None
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """Add the tokens of a step without parts. See TextSource."""
+        """Add the tokens of a step for which the worker has sent no parts. Implements TextSource."""
         return self.push_parsed(token_ids, None, stop_terminated, False)
 
     def _choose(self, parsed: bool) -> None:
@@ -114,8 +115,8 @@ class ParsedText:
             self._new.append(part)
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """Continue after these tokens. `chars`: number of characters of their text or parts that were delivered. Raises
-        ValueError if the output has guards."""
+        """Continue an output that another gateway has begun. `token_ids`: the tokens so far. `chars`: number of
+        characters of their text or parts that were delivered. Raises ValueError if the output has guards."""
         if self._filter is not None:
             raise ValueError("its tenant's guards hold its text")
         self._restored = tuple(token_ids), chars
@@ -147,8 +148,8 @@ class ParsedText:
         return "".join(part.text for part in self._last_popped if part.kind is PartKind.CONTENT)
 
     def pop_parts(self) -> Sequence[OutputPart]:
-        """Return all parts of the output that belong to the last call of `pop_text`; empty if the output is not
-        parsed."""
+        """Return all parts that the last call of `pop_text` has popped, including the content; empty if the output is
+        not parsed."""
         parts, self._last_popped = self._last_popped, []
         return parts
 
@@ -168,18 +169,19 @@ class ParsedText:
         return sum(len(part.text) for part in self._new) if self._parsed else self._inner.pending_chars
 
     def pending_tokens(self) -> int:
-        """Count the tokens at the end whose text or parts `pop_text` has not returned yet."""
+        """Return the number of tokens at the end of the sequence for which `pop_text` has returned no text or part
+        yet."""
         if self._parsed is False:
             return self._inner.pending_tokens()
         return len(self.token_ids) - self._popped_tokens
 
     def text_of(self, token_id: int) -> str:
-        """Add one token and return its text. Only for an output that is not parsed."""
+        """Add one token and return its text. Allowed only for an output that is not parsed."""
         return self._inner.text_of(token_id)
 
     @property
     def passes_content(self) -> bool:
-        """Whether `pass_content` may be called: nothing waits for `pop_text`, and no guard reads the parts."""
+        """Whether `pass_content` may be called, because nothing waits for `pop_text` and no guard reads the parts."""
         return bool(self._parsed) and self._filter is None and not self._new
 
     def pass_content(self, token_id: int, text: str) -> None:
@@ -190,8 +192,8 @@ class ParsedText:
         self._popped_tokens = len(self.token_ids)
 
     def push_back(self, text: str) -> None:
-        """Take back the text of the last token, which `text_of` returned or `pass_content` got, because it could not be
-        sent."""
+        """Take back the text of the last token, because it could not be sent. `text_of` has returned this text, or
+        `pass_content` was called with it."""
         if self._parsed:
             self._new.append(OutputPart(PartKind.CONTENT, text))
             self._popped_tokens -= 1

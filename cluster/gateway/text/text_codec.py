@@ -92,8 +92,8 @@ class TextCodec:
         )
 
     def chat_json(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> bytes:
-        """Return a chat as the JSON that a worker's renderer gets. `options`: the further arguments of render_chat.
-        Raises CallError."""
+        """Return a chat as JSON for the renderer of a worker. `options`: the further arguments of render_chat. Raises
+        CallError."""
         if self._control_tokens is not None:
             messages = self._control_tokens.in_messages(messages)
             arguments = dict(options.get("template_kwargs") or {})
@@ -109,8 +109,9 @@ class TextCodec:
         return self.chat_json(unpacked.messages, **unpacked.template_options)
 
     def prompt_ids(self, tenant: str, text: str, max_tokens: int = ANY_LENGTH, cache_salt: str = "") -> array[int]:
-        """Return the token ids of a plain prompt as a packed array. The ids equal those of encode_prompt. Blocks of
-        long texts that the tenant has sent before with the same `cache_salt` are not tokenized again.
+        """Return the token ids of a plain prompt as a packed array. The ids equal those of encode_prompt. A long text
+        is cut into blocks, and blocks that the tenant has sent before with the same `cache_salt` are not tokenized
+        again.
 
         Raises CallError, before tokenizing, if the text certainly has more than `max_tokens` tokens.
         """
@@ -124,8 +125,8 @@ class TextCodec:
         cache_salt: str = "",
         **options: Any,
     ) -> array[int]:
-        """Return the token ids of messages, as encode_chat does, but as a packed array. Known blocks are reused and
-        `max_tokens` is checked as in `prompt_ids`."""
+        """Return the token ids of messages as a packed array. The ids equal those of encode_chat. Known blocks are
+        reused and `max_tokens` is checked as in `prompt_ids`."""
         return self.prompts.ids(self.chat_text(messages, max_tokens, **options), tenant, cache_salt)
 
     def prompt_text(self, text: str, max_tokens: int = ANY_LENGTH) -> PromptText:
@@ -149,17 +150,18 @@ class TextCodec:
         return self.chat_text(unpacked.messages, max_tokens, **unpacked.template_options)
 
     def begin(self, job: Job) -> bytes | array[int]:
-        """Begin to tokenize a prompt in a helper process, see PromptEncoder.begin. `job`: the method of this object
+        """Begin to tokenize a prompt in a helper process (see PromptEncoder.begin). `job`: the method of this object
         that returns the PromptText, and its arguments."""
         method, positional, named = job
         return self.prompts.begin(getattr(self, method)(*positional, **named))
 
     def finish(self, missing: array[int], field: str) -> list[bytes]:
-        """See PromptEncoder.finish."""
+        """Return the packed ids of some blocks of the prompt that was last passed to `begin`. `missing`: the numbers of
+        these blocks. `field`: the request field that errors name."""
         return self.prompts.finish(missing, field)
 
     def encode_inputs(self, inputs: TextInputs | PairInputs, most: int, keep: int | None = None) -> EncodedInputs:
-        """Return the ids of the inputs of a pooling request, see InputEncoder.encode."""
+        """Return the ids of the inputs of a pooling request. The parameters are those of InputEncoder.encode."""
         if most and keep is None:
             self._lengths.refuse_long_inputs(inputs, most)
         try:

@@ -1,9 +1,9 @@
-"""Conversion of a sequence's tokens into text, token by token. The search for stop strings comes afterwards.
+"""Conversion of a sequence's tokens into text, token by token. Stop strings are searched for later, in detokenizer.py.
 
 The text of a token depends on the tokens around it: a character may be split over tokens, and sentencepiece models drop
-the first space of a text. So the stream (DecodeStream of the tokenizers library) is primed with the prompt, and emits
-only complete characters. As in vLLM, the stream is restarted without priming if a decode contradicts the emitted text
-(invalid bytes after valid bytes).
+the first space of a text. So the stream (DecodeStream of the tokenizers library) starts after the tokens of the prompt,
+and emits only complete characters. As in vLLM, the stream is restarted without the prompt if a decode contradicts the
+emitted text (invalid bytes after valid bytes).
 
 At each new token, DecodeStream decodes again all tokens that have no text yet. For a sequence that never completes a
 character, or that ends in special tokens only, the cost would grow with the square of the length. Therefore two cases
@@ -32,8 +32,8 @@ character."""
 
 
 class UnseenTokens(dict[int, bool]):
-    """Table that says for each token whether the token is skipped before decoding. Each entry is computed when the
-    token is first looked up."""
+    """Table that says of each token whether it is skipped before decoding. Each entry is computed when the token is
+    first looked up."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         super().__init__()
@@ -51,14 +51,15 @@ class UnseenTokens(dict[int, bool]):
 
 
 class TokenStream:
-    """The decoding of one sequence. A token that completes no character has no text until a later token does."""
+    """The decoding of one sequence. A token that completes no character has no text of its own; the token that
+    completes the character has the whole character as its text."""
 
     __slots__ = ("_open", "_skip_special", "_stream", "_tokenizer", "_unseen")
 
     def __init__(
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int], unseen: UnseenTokens, *, skip_special_tokens: bool
     ) -> None:
-        """Start after the tokens `prompt_ids`. `unseen`: the UnseenTokens of the same tokenizer and the same
+        """Start after the tokens `prompt_ids`. `unseen`: the UnseenTokens of the same tokenizer, made with the same
         `skip_special_tokens`."""
         self._tokenizer = tokenizer
         self._unseen = unseen
@@ -68,7 +69,7 @@ class TokenStream:
         self.restart(prompt_ids)
 
     def restart(self, token_ids: Sequence[int]) -> None:
-        """Continue after the tokens `token_ids`, as if they were the whole text so far."""
+        """Continue as after a text that consists only of the tokens `token_ids`."""
         self._stream = DecodeStream(ids=list(token_ids), skip_special_tokens=self._skip_special)
 
     def decode(self, token_id: int) -> str:
@@ -88,15 +89,16 @@ class TokenStream:
 
     def _flush_open(self) -> str:
         """Return the text of the open tokens, which are too many to be one incomplete character. All but the last few
-        are decoded in one piece; the last few pass through a new stream, which keeps those that have no text yet."""
+        are decoded in one piece. The last few pass through a new stream, and those without text stay open there."""
         tokens, self._open = self._open, []
         cut = self._cut(tokens)
         self._stream = DecodeStream(skip_special_tokens=self._skip_special)
         return self.text_of(tokens[:cut]) + "".join(map(self.decode, tokens[cut:]))
 
     def _cut(self, tokens: list[int]) -> int:
-        """Return an index near the end at which `tokens` can be cut: the texts of the two parts, joined, equal the text
-        of all tokens. If no tried index has this property, return the latest tried index."""
+        """Return an index near the end at which `tokens` can be cut without changing the text: the texts of the two
+        parts, joined, equal the text of all tokens. If no tried index has this property, return the latest tried
+        index."""
         whole, latest = self.text_of(tokens), len(tokens) - KEPT_TOKENS
         for cut in range(latest, latest - KEPT_TOKENS, -1):
             if self.text_of(tokens[:cut]) + self.text_of(tokens[cut:]) == whole:
@@ -123,12 +125,13 @@ class TokenStream:
 def priming_ids(
     tokenizer: Tokenizer, prompt_ids: Sequence[int], unsafe_ids: Collection[int], *, skip_special_tokens: bool = True
 ) -> Sequence[int]:
-    """Return a part of the prompt that primes a stream as the whole prompt would: usually at most the last TAIL_TOKENS.
+    """Return the last ids of a prompt after which a stream gives the same text as after the whole prompt: usually at
+    most TAIL_TOKENS ids.
 
-    Reason: DecodeStream decodes the priming ids twice at the first token, which takes milliseconds for a long prompt.
-    The text after a prompt depends only on the tail of the prompt if three conditions hold: the tail begins with a
-    token outside `unsafe_ids`, the tail has text, and the tail does not end inside a character. `unsafe_ids` are the
-    byte tokens, since runs of byte tokens are decoded together, and the added tokens, which may be skipped.
+    Reason: DecodeStream decodes these ids twice at the first token, which takes milliseconds for a long prompt. The
+    text after a prompt depends only on the tail of the prompt if three conditions hold: the tail begins with a token
+    outside `unsafe_ids`, the tail has text, and the tail does not end inside a character. `unsafe_ids`: the byte
+    tokens, since runs of byte tokens are decoded together, and the added tokens, which may be skipped.
     """
     if len(prompt_ids) <= TAIL_TOKENS:
         return prompt_ids

@@ -1,5 +1,6 @@
-"""A model's tokenizer and chat templates as the gateway's event loop uses them. So that the loop is not blocked, long
-texts are tokenized in a thread or in a helper process."""
+"""A model's tokenizer and chat templates for the gateway's event loop. Long texts are tokenized in a thread or in a
+helper process, so that they do not block the loop.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ CHARS_PER_INPUT: Final = 64
 
 class TextModel:
     """The tokenizer and chat templates of one model. Create with `from_bundle`. The methods of `codec` do the work at
-    once; the coroutines of this class do the same work, for long texts off the event loop."""
+    once. The coroutines of this class do the same work, but off the event loop if the text is long."""
 
     def __init__(self, files: BundleFiles, codec: TextCodec, pool: EncodingPool | None = None) -> None:
         """`files`: the bundle of `codec`. `pool`: the helper processes for long texts. If None, long texts are
@@ -55,7 +56,8 @@ class TextModel:
     def from_bundle(
         cls, bundle: Bundle, *, now: Callable[[], datetime] = datetime.now, memory: PromptMemory | None = None
     ) -> TextModel:
-        """Return the TextModel of a bundle. `now`, `memory`: see TextCodec.
+        """Return the TextModel of a bundle. `now`: the clock of strftime_now in chat templates. `memory`: the memory of
+        encoded prompts, which several models may share.
 
         Raises ValueError, which names the file, if a file is missing or invalid.
         """
@@ -96,8 +98,7 @@ class TextModel:
         **options: Any,
     ) -> array[int]:
         """Return the result of chat_ids. If messages and options together are long, the work is done off the event
-        loop.
-        """
+        loop."""
         chars = _chars(messages) + _chars(options)
         if self._jobs.is_short(chars):
             return self.codec.chat_ids(tenant, messages, max_tokens, cache_salt, **options)
@@ -116,7 +117,8 @@ class TextModel:
     async def encode_inputs_async(
         self, tenant: str, inputs: TextInputs | PairInputs, most: int, keep: int | None = None
     ) -> EncodedInputs:
-        """Return the result of encode_inputs. The work on long texts, or on many, is done off the event loop."""
+        """Return the result of encode_inputs. If there are many texts or long texts, the work is done off the event
+        loop."""
         chars = inputs.chars + CHARS_PER_INPUT * len(inputs)
         if self._jobs.is_short(chars):
             return self.codec.encode_inputs(inputs, most, keep)
@@ -131,13 +133,14 @@ class TextModel:
         return text
 
     async def _ids(self, tenant: str, cache_salt: str, chars: int, job: Job, field: str) -> array[int]:
-        """Return the ids of the PromptText that `job` makes."""
+        """Return the token ids of a prompt. `job`: the method of TextCodec that returns the PromptText, and its
+        arguments. `chars`: length of the text. `field`: the request field that errors name."""
         prompts = self.codec.prompts
         recall = prompts.recall(tenant, cache_salt, field)
 
         def missing(answer: bytes | array[int]) -> Job | None:
-            """Return the job that encodes the prompt's missing blocks, given the digests of all blocks. None if
-            `answer` already holds the prompt's ids."""
+            """Return the job that encodes the missing blocks. `answer`: the digests of all blocks. If `answer` holds
+            the ids of the whole prompt instead, return None."""
             return ("finish", (recall.missing(answer), field), {}) if recall and isinstance(answer, bytes) else None
 
         def here() -> array[int]:
@@ -156,8 +159,8 @@ class TextModel:
 
 
 def _chars_of_packed(prompt: PackedPrompt) -> int:
-    """Return a length in characters for a packed prompt, by which TextJobs decides where to tokenize it. The length is
-    always large enough for a helper process, since the prompt must be unpacked there."""
+    """Return a length in characters for a packed prompt, by which TextJobs decides where to tokenize the prompt. The
+    length is always large enough for a helper process, since the prompt must be unpacked there."""
     return max(memoryview(prompt.packed).nbytes, ENCODE_HELPER_CHARS + 1)
 
 

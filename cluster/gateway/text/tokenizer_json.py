@@ -1,9 +1,11 @@
 """A reader of tokenizer.json that blocks the event loop less than the tokenizers library does, with the same result.
 
-Problem: for a file of 128,000 pieces the library holds the GIL for a quarter of a second, so a gateway that loads
-another model stalls. Here pydantic's parser reads the file, the BPE model is built from the parts, and the library
-reads the small rest. That takes a tenth less time, in several steps between which an event loop can run. Files that are
-unusual or not of a BPE model are left to the library, which also reports all errors.
+Problem: for a file with 128,000 pieces the library holds the GIL for a quarter of a second, so a gateway that loads
+another model stalls.
+
+Method: pydantic's parser reads the file, the BPE model is built from the parts, and the library reads the small rest.
+That takes a tenth less time, in several steps between which an event loop can run. The library alone reads files that
+are unusual or not of a BPE model, and reports all errors.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ _TOKEN: Final = ("content", "single_word", "lstrip", "rstrip", "normalized", "sp
 
 
 def read_tokenizer(data: bytes, whole: Callable[[bytes], Tokenizer] = Tokenizer.from_buffer) -> Tokenizer:
-    """Return the tokenizer for the contents of a tokenizer.json. `whole`: function of the library that reads unusual
-    contents. Raises the library's Exception for invalid contents."""
+    """Return the tokenizer for the contents of a tokenizer.json. `whole`: the function of the library that reads
+    unusual contents. Raises the library's Exception for invalid contents."""
     try:
         tokenizer = from_parts(from_json(data, cache_strings="none"))
     except Exception:  # the library's error message is better

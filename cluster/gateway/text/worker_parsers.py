@@ -1,4 +1,4 @@
-"""The parsers with which the workers of a sequence parse the sequence's output."""
+"""The parsers with which the workers of one sequence parse its output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class WorkerParsers:
         """Return whether a worker has the same parsers as the earlier workers of the output. If no earlier worker has
         begun to parse the output, record the parsers of this worker and return True. `capabilities`: the worker's
         capabilities; empty if the worker does not parse the output. `is_parsed`: whether an earlier worker has begun to
-        parse it."""
+        parse the output."""
         parsers = tuple(word for word in capabilities if word.startswith(PARSER_KINDS))
         if not is_parsed:
             self._capabilities = parsers
@@ -29,5 +29,5 @@ class WorkerParsers:
 
     @property
     def tool_parser(self) -> str:
-        """The parser of tool calls, by vLLM's name; "" if there is none."""
+        """Name in vLLM of the parser of tool calls; "" if there is none."""
         return next((word.removeprefix(TOOL_PARSER) for word in self._capabilities if word.startswith(TOOL_PARSER)), "")

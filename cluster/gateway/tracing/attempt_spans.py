@@ -1,8 +1,8 @@
 """The spans of one attempt of a call: the attempt, its routing decision, and the work on the worker.
 
-The worker reports durations and no points in time, since clocks of two machines differ. The reported durations up to
-the first output are placed in the middle between the Submit and the arrival of the first output, as if the request and
-the output took equally long on the link. Durations that do not fit are shortened.
+The worker reports durations, not points in time, because the clocks of two machines differ. The durations up to the
+first output are placed in the middle of the time from the Submit to the arrival of the first output, on the assumption
+that request and output took equally long on the link. Durations that do not fit are shortened.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class AttemptSpans:
     """Makes the spans of the attempts of one call."""
 
     def __init__(self, factory: SpanFactory, call_ended_at: float) -> None:
-        """`call_ended_at`: monotonic time of the call's end, which ends attempts that have no end of their own."""
+        """`call_ended_at`: monotonic time of the call's end. Attempts without an end of their own end at this time."""
         self._factory = factory
         self._call_ended_at = call_ended_at
 
     def spans(
         self, attempt: Attempt, before: Attempt | None, tokens: int, known: SequenceFacts
     ) -> Iterator[SpanRecord]:
-        """Yield the spans of an attempt, the attempt's own span first. `before`: the attempt before it, to which it is
-        linked. `tokens`: number of tokens of the attempt. `known`: facts of the attempt's sequence."""
+        """Yield the spans of an attempt, the attempt's own span first. `before`: the sequence's previous attempt, to
+        which the span links. `tokens`: number of tokens of the attempt. `known`: facts about the attempt's sequence."""
         ends_at, reason = attempt.end_time(self._call_ended_at), attempt.end_reason or "aborted"
         worker, first_at = attempt.worker, attempt.route.first_output_at
         attributes: dict[str, Value] = {
@@ -74,8 +74,8 @@ class AttemptSpans:
     def _engine(
         self, attempt: Attempt, first_at: float | None, ends_at: float, known: SequenceFacts
     ) -> Iterator[SpanRecord]:
-        """Yield the spans of the work on the worker. A span has the duration that the worker has reported; without one,
-        its times are those at which the gateway sent the request and received output."""
+        """Yield the spans of the work on the worker. A span has the duration that the worker has reported. Without a
+        reported duration, a span begins and ends at the times that the gateway measured."""
         times = attempt.times or RequestTimes()
         parent_id, sent_at = attempt.context.span_id, attempt.submitted_at or attempt.sent_at
         resource = worker_resource(attempt.worker, self._factory.resource)
@@ -114,8 +114,8 @@ class AttemptSpans:
 
 
 def route_attributes(route: Route) -> Attributes:
-    """Return the attributes of a routing decision, without the scores of the workers, which `headrace explain request`
-    shows."""
+    """Return the attributes of a routing decision. The scores of the workers are left out; `headrace explain request`
+    shows them."""
     attributes: dict[str, Value] = {names.ROUTE_REASON: route.reason, names.ROUTE_PROMPT: route.tokens}
     if route.again:
         attributes[names.ROUTE_AGAIN] = route.again
@@ -131,7 +131,7 @@ def route_attributes(route: Route) -> Attributes:
 
 
 def worker_attributes(worker: WorkerIdentity) -> Attributes:
-    """Return the attributes of an attempt that name the attempt's worker, with its version, GPU, pod and node."""
+    """Return the attributes that describe the worker of an attempt: its id, version, GPU, pod and node."""
     attributes = {names.WORKER: worker.worker_id, names.VERSION: worker.version, names.GPU: worker.gpu}
     attributes |= {names.POD: worker.pod, names.NODE: worker.host or worker.node}
     return {name: value for name, value in attributes.items() if value}

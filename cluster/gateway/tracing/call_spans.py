@@ -130,7 +130,7 @@ class SpanBuilder:
 
     def _wait(self, index: int, before: Attempt | None, attempt: Attempt) -> SpanRecord:
         """Return the span of the wait before an attempt: in the queue, or for another worker after a loss. The span of
-        a resume ends with the first token after the loss, since then the caller gets text again."""
+        a resume ends with the first token after the loss, because only then the caller gets text again."""
         attributes: dict[str, Value] = {names.SEQUENCE: index}
         if before is not None:
             since = attempt.sent_at if before.ended_at is None else before.ended_at
@@ -150,7 +150,8 @@ class SpanBuilder:
         )
 
     def _unserved(self, index: int, before: Attempt, known: SequenceFacts) -> SpanRecord:
-        """Return the span of a sequence's last wait, during which the call ended."""
+        """Return the span of the last wait of a sequence. During this wait the call ended, before another worker got
+        the sequence."""
         since = before.end_time(self._facts.ended_at)
         name = names.RESUME if known.tokens else names.QUEUE
         attributes: dict[str, Value] = {names.SEQUENCE: index, names.WAIT_REASON: before.end_reason}

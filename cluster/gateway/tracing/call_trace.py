@@ -27,7 +27,8 @@ FINISHED: Final = "finished"
 
 @dataclass(eq=False, slots=True)
 class Attempt:
-    """One Submit of a sequence to one worker, until the sequence has left the worker."""
+    """The record of one attempt: a sequence was sent to one worker in a Submit message, and ran there until it left the
+    worker."""
 
     clock: Callable[[], float]
     context: TraceContext
@@ -69,7 +70,7 @@ class Attempt:
             self.last_token_at = last_token_at or self.ended_at
 
     def end_time(self, call_ended_at: float) -> float:
-        """Return the time of the attempt's end: the call's end if nothing has ended the attempt before."""
+        """Return the time at which the attempt ended, or `call_ended_at` if no end of the attempt was recorded."""
         return call_ended_at if self.ended_at is None else self.ended_at
 
 
@@ -126,7 +127,8 @@ class CallTrace:
 
 @dataclass(frozen=True, slots=True)
 class SequenceFacts:
-    """Facts of one output, or of one input of a pooling call, when the call has ended."""
+    """What the trace records about one sequence of an ended call. A sequence is one output, or one input of a pooling
+    call."""
 
     tokens: int = 0
     """Number of tokens, on all workers."""
@@ -137,7 +139,7 @@ class SequenceFacts:
 
 @dataclass(frozen=True, slots=True)
 class CallFacts:
-    """Facts of a call that has ended, without any text of it."""
+    """What the trace records about an ended call. Texts of the call are not recorded."""
 
     operation: str
     outcome: str

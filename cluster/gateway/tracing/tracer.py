@@ -26,9 +26,9 @@ class Tracer:
         wall: Callable[[], float] = time.time,
         random_bits: Callable[[int], int] = secrets.randbits,
     ) -> None:
-        """`export` gets the spans of an ended call and must not block. `resource`: attributes of this process.
-        `follow_caller`: if True, a call with a traceparent is sampled as the flag in the traceparent says.
-        `sample_ratio`: the share of all other calls that is sampled."""
+        """`export`: gets the spans of an ended call; it must not block. `resource`: attributes of this process.
+        `follow_caller`: if True, the traceparent header of a call, if there is one, decides whether the call is
+        sampled. `sample_ratio`: the share of all other calls that is sampled."""
         self._export = export
         self._resource = resource
         self._ratio = sample_ratio
@@ -39,7 +39,7 @@ class Tracer:
 
     def begin(self, traceparent: str, trace_state: str, arrived: float) -> CallTrace | None:
         """Return the trace of a call that has arrived; None if the call is not sampled. `traceparent`, `trace_state`:
-        the caller's headers, "" without them."""
+        the caller's headers of these names, "" for a missing header."""
         parent = parse_traceparent(traceparent) if traceparent else None
         if parent is None:
             trace_id, trace_state = f"{self._random_bits(128) or 1:032x}", ""

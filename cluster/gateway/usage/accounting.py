@@ -1,9 +1,9 @@
 """Accounting, which writes exactly one usage record for each admitted sequence, whichever process dies.
 
-A record is opened with the sequence's Submit and written when the sequence ends. A call of n sequences has n records,
-segments 0 to n-1, since the sequences run and end independently, perhaps on different workers. The prompt is counted in
-segment 0 alone; each input of a pooling call is counted in its own segment. The parts of a call after a client's resume
-have segments from SEGMENTS_PER_RESUME on.
+A record is opened when the sequence is submitted and written when the sequence ends. A call of n sequences has n
+records, numbered as segments 0 to n-1, because the sequences run and end independently, perhaps on different workers.
+The prompt is counted in segment 0 alone; each input of a pooling call is counted in its own segment. When a client
+resumes a call, the continued sequences have records of their own, with segments from SEGMENTS_PER_RESUME on.
 
 Counts: the gateway knows how many tokens were delivered. The engine knows how many tokens were generated and what they
 cost. A record is written once the counts of both are known. If the engine's counts do not arrive in time, because the
@@ -69,8 +69,8 @@ class Accounting:
         grace_s: float = GRACE_S,
         gateway: str = "",
     ) -> None:
-        """`incarnation`: the prefix of record ids. `gateway`: the name that is written into records. `folder`: the
-        folder of the spool. `insert`: see RecordDelivery."""
+        """`incarnation`: the prefix of record ids. `gateway`: the gateway's name in records. `folder`: the folder of
+        the spool (records that wait for the database). `insert`: see RecordDelivery."""
         self.accounts = OpenAccounts(incarnation=incarnation, sealer=sealer, gateway=gateway, clock=clock, wall=wall)
         """Accounts of the submitted sequences whose records are not being written yet."""
         self._sealer = sealer
@@ -128,8 +128,8 @@ class Accounting:
     # ---- ended sequences
 
     def ended(self, call: Call, outcome: Outcome) -> None:
-        """Close the account of each submitted sequence of an ended call. The record is written now, or later if the
-        engine's counts are still missing. The records of many sequences are written in slices. Idempotent."""
+        """Close the account of each submitted sequence of an ended call. A record whose engine counts are still missing
+        is written later. The records of many sequences are written in slices. Idempotent."""
         now, pays = self._clock(), call.pays_prompt
         ended: list[CallAccount] = []
         for sequence in call.sequences:
@@ -154,8 +154,8 @@ class Accounting:
             self._finish(ended[at : at + SLICE], now)
 
     def _finish(self, ended: Sequence[CallAccount], now: float) -> None:
-        """Close the accounts of sequences that ended at `now`. An account without all of the engine's counts stays open
-        until the counts arrive, at most for the grace period."""
+        """Close the accounts of sequences that ended at `now`. An account stays open while counts of the engine are
+        missing, at most for the grace period."""
         for account in ended:
             if account.written:
                 continue
@@ -165,7 +165,7 @@ class Accounting:
                 self._late.append((now + self._grace_s, account))
 
     def _give_up(self, account: CallAccount) -> None:
-        """Close an account for which the engine's counts have not arrived in time, if the account is still open."""
+        """Close an account if it is still open, because the engine's counts have not arrived in time."""
         if not account.written:
             self._close(account)
 
@@ -181,8 +181,7 @@ class Accounting:
     # ---- reports of workers
 
     def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
-        """Apply a worker's usage reports for ended requests. The requests are those of this gateway or of lost
-        gateways."""
+        """Apply a worker's usage reports for ended requests of this gateway or of lost gateways."""
         refused = []
         for report in ended:
             try:
@@ -207,8 +206,8 @@ class Accounting:
             self._close(account)
 
     def _write_unopened(self, link: WorkerLink, report: EndedUsage) -> None:
-        """Write the record for a report without an open account at this gateway. The report is of a replica's idle time
-        or of a call of a lost gateway."""
+        """Write the record for a report without an open account at this gateway. The report is about a replica's idle
+        time or about a call of a lost gateway."""
         if report.idle_id:
             record = _idle_record(link.identity, report)
         else:
@@ -236,8 +235,8 @@ def _idle_record(worker: WorkerIdentity, report: EndedUsage) -> UsageRecord:
 
 
 def _estimated_record(opened: OpenRecord, worker: WorkerIdentity, report: EndedUsage) -> UsageRecord:
-    """Return the record of a call whose gateway was lost. The tokens that this worker and earlier workers wrote to the
-    lost gateway's link count as delivered. The number of reasoning tokens among them is not known."""
+    """Return the record of a call whose gateway was lost. Tokens that its workers sent to the lost gateway count as
+    delivered. The number of reasoning tokens among them is not known."""
     return opened.to_usage_record(
         outcome=report.outcome,
         cached_tokens=report.cached_tokens if counts_prompt(opened) else 0,

@@ -16,7 +16,8 @@ from cluster.wire.ended_requests import EndedUsage
 
 @dataclass(eq=False, slots=True)
 class CallAccount:
-    """The account of one submitted sequence. `awaited`: number of Submits whose counts have not been reported yet."""
+    """The account of one submitted sequence. `awaited`: number of submissions to workers whose counts have not been
+    reported yet."""
 
     record: OpenRecord
     sealed: bytes
@@ -45,7 +46,7 @@ class CallAccount:
 
     @property
     def complete(self) -> bool:
-        """Whether the sequence has ended and the engine's counts of all Submits are known."""
+        """Whether the sequence has ended and the engine's counts of all its submissions are known."""
         return self.counts is not None and self.awaited <= 0
 
     def apply_report(self, incarnation: str, report: EndedUsage) -> bool:
@@ -97,14 +98,15 @@ class CallAccount:
         )
 
     def _cached_counts(self) -> dict[str, Any]:
-        """Return the record's fields for cached tokens; an empty mapping for a record that counts no prompt."""
+        """Return the record's fields for cached tokens. Empty for a record that counts no prompt."""
         if not counts_prompt(self.record):
             return {}
         return {"cached_tokens": self.cached_tokens, "predicted_cached_tokens": self.predicted_cached_tokens}
 
 
 def counts_prompt(record: OpenRecord) -> bool:
-    """Return whether a record counts a prompt: the first output of a call does, and each input of a pooling call."""
+    """Return whether a record counts a prompt. The record of a call's first output does, and so does every record of a
+    pooling call."""
     return record.prompt_tokens > 0 or record.segment % SEGMENTS_PER_RESUME == 0
 
 
@@ -120,14 +122,14 @@ def worker_fields(worker: WorkerIdentity | None) -> dict[str, Any]:
 
 
 def fit_text(text: str) -> str:
-    """Return a text from a caller or worker, cut and cleaned so that a record accepts the text."""
+    """Return a text from a caller or worker, shortened and cleaned so that it fits into a record."""
     if text.isascii() and len(text) <= MAX_ID and "\0" not in text:
         return text
     return text[:MAX_ID].replace("\0", "").encode("utf-8", "replace").decode()
 
 
 def _ttft_s(call: Call) -> float | None:
-    """Return the time to the first token of a call; None without one."""
+    """Return the time to the first token of a call, in seconds; None if the call has no first token."""
     if call.is_pooling or call.first_token_at is None:
         return None
     return max(call.first_token_at - call.arrived, 0.0)

@@ -1,7 +1,8 @@
-"""Usage records on their way into the database, and the acknowledgements to the workers that offered them.
+"""Delivery of usage records into the database, and acknowledgements to the workers that offered records.
 
-A record is appended to the local spool and moved from the spool into the database. The worker's copy is acknowledged
-only after the database has committed. So a record is lost only if the gateway's disk *and* the worker are lost.
+A record is appended to the spool on local disk, and moved from the spool into the database. The worker's copy is
+acknowledged only after the database has committed. So a record is lost only if the gateway's disk *and* the worker are
+lost.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ LAST_MOVE_S = 5.0
 
 
 class RecordDelivery:
-    """The usage records that are not in the database yet, and the acknowledgements to send to workers once the records
+    """The usage records that are not in the database yet, and the acknowledgements that workers get once the records
     are in the database."""
 
     def __init__(self, folder: Path, insert: Callable[[Sequence[UsageRecord]], None]) -> None:
-        """`folder`: the folder of the spool. `insert` writes records to the database and raises StoreUnavailable while
+        """`folder`: the folder of the spool. `insert`: writes records to the database; raises StoreUnavailable while
         the database is unavailable."""
         self._folder = folder
         self._insert = insert
@@ -75,7 +76,7 @@ class RecordDelivery:
             log.warning("usage.record_late", record=record.record_id)
 
     def _move(self, records: Sequence[UsageRecord]) -> None:
-        """Insert records into the database. This method runs in the replayer's thread."""
+        """Insert records into the database. Called in the thread that empties the spool."""
         try:
             self._insert(records)
         except StoreUnavailable:
@@ -93,7 +94,7 @@ class RecordDelivery:
                 loop.call_soon_threadsafe(self._acknowledge, [record.record_id for record in records])
 
     def _acknowledge(self, record_ids: Sequence[str]) -> None:
-        """Acknowledge committed records to the workers that offered them. A worker may then forget these records."""
+        """Acknowledge records to the workers that offered them. A worker may then forget these records."""
         keys: dict[WorkerLink, list[int]] = {}
         for record_id in record_ids:
             for link, key in self._acks.pop(record_id, ()):

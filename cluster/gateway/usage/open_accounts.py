@@ -1,7 +1,7 @@
-"""The open accounts of a gateway. An account is opened with a sequence's first Submit and stays open until its usage
-record is written.
+"""The open accounts of a gateway. An account is opened when a sequence is first submitted to a worker, and stays open
+until its usage record is written.
 
-The id of a record is fixed before the first Submit and stays the same over retries.
+The id of a record is fixed before the first submission and stays the same over retries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ log = structlog.get_logger("ledger")
 
 
 class OpenAccounts:
-    """The accounts of all submitted sequences at one gateway process whose records are not being written yet."""
+    """The open accounts of one gateway process: those of all submitted sequences whose usage records are not written
+    yet."""
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class OpenAccounts:
         clock: Callable[[], float],
         wall: Callable[[], float],
     ) -> None:
-        """`incarnation`: the prefix of record ids. `gateway`: the name that is written into records."""
+        """`incarnation`: the prefix of record ids. `gateway`: the gateway's name in records."""
         self._incarnation = incarnation
         self._sealer = sealer
         self._gateway = fit_text(gateway)
@@ -54,8 +55,8 @@ class OpenAccounts:
     # ---- Submits of a sequence
 
     def open(self, sequence: CallSequence, link: WorkerLink) -> bytes:
-        """Open the account of a sequence that is about to be submitted on this link. A retry uses the sequence's open
-        account. Returns the sealed record for the Submit."""
+        """Open the account of a sequence that is about to be submitted on this link. A retry uses the account that the
+        sequence already has. Returns the sealed record, which the worker gets with the sequence."""
         account = self._by_sequence.get(sequence.key)
         if account is None:
             record = self._record(sequence, link)
@@ -69,15 +70,15 @@ class OpenAccounts:
         return account.sealed
 
     def hedged(self, sequence: CallSequence) -> bytes:
-        """Expect the counts of one more Submit, because a sequence is also sent to a second worker. Returns the sealed
-        record for this Submit. Raises KeyError for a sequence without an open account."""
+        """Expect the counts of one more submission, because a sequence is also sent to a second worker. Returns the
+        sealed record for this worker. Raises KeyError for a sequence without an open account."""
         account = self._by_sequence[sequence.key]
         account.awaited += 1
         return account.sealed
 
     def hedge_ended(self, sequence: CallSequence, computed_by: str) -> None:
-        """Record that only one of the two workers of a hedged sequence still has the sequence. `computed_by`:
-        incarnation of the worker that no longer has the sequence; "" if this worker refused the sequence."""
+        """Record that one of the two workers of a hedged sequence has dropped out. `computed_by`: incarnation of that
+        worker; "" if that worker refused the sequence."""
         account = self._by_sequence.get(sequence.key)
         if account is not None and sequence.link is not None:
             account.worker = sequence.link.identity
@@ -85,19 +86,19 @@ class OpenAccounts:
             account.in_vain.append(computed_by)
 
     def refused(self, sequence: CallSequence) -> None:
-        """Stop waiting for the counts of a Submit that the worker refused. A refused Submit costs nothing."""
+        """Stop waiting for the counts of a worker that refused the sequence. A refused sequence costs nothing there."""
         if (account := self._by_sequence.get(sequence.key)) is not None:
             account.awaited -= 1
 
     # ---- end of a sequence
 
     def pop_ended(self, sequence: CallSequence) -> CallAccount | None:
-        """Return the account of a sequence that has ended, which stays open until `remove`. None for a sequence without
-        an account, and for a sequence whose account was returned before."""
+        """Return the account of a sequence that has ended. The account stays open until `remove`. Returns None if the
+        sequence has no account, or if its account was returned before."""
         return self._by_sequence.pop(sequence.key, None)
 
     def find(self, sealed: bytes) -> CallAccount | None:
-        """Return the open account with this sealed record; None if there is none."""
+        """Return the open account with this sealed record; None if no open account has it."""
         return self._by_seal.get(sealed)
 
     def remove(self, account: CallAccount) -> None:

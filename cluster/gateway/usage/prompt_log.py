@@ -1,9 +1,10 @@
 """Prompt log, with prompts and outputs as JSON lines. Only calls of tenants whose policy sets `log_prompts` are logged.
 
-The log has one folder for each tenant, under the gateway's folder, and in it one file for each day (UTC). So old days
+The log is under the gateway's folder. It has one folder for each tenant, with one file for each day (UTC). So old days
 and erased tenants are removed as whole files. Only the owner can read the files. A thread writes the log, and calls
 never wait for this thread: if its queue is full, a call is not logged and is counted as lost. Texts that look like keys
-or tokens are hidden, as in the audit log."""
+or tokens are hidden, as in the audit log.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +55,8 @@ class PromptLog:
     def __init__(
         self, folder: Path, policies: Policies, days: int, metrics: Metrics, wall: Callable[[], float] = time.time
     ) -> None:
-        """`policies` returns the policies of all tenants and may raise CallError. `days`: retention in days for tenants
-        whose policy sets no retention."""
+        """`policies`: returns the policies of all tenants and may raise CallError. `days`: retention in days for
+        tenants whose policy sets none."""
         self._folder = folder
         self._policies = policies
         self._days = days
@@ -76,8 +77,8 @@ class PromptLog:
             self._thread.join(timeout_s)
 
     def ended(self, call: Call, prompt: request.Prompt | PoolingInputs, text: TextModel, outcome: Outcome) -> None:
-        """Log an ended call, if the policy of the call's tenant asks for prompt logging. For a pooling call, the inputs
-        are logged but not the vectors."""
+        """Log an ended call if the policy of the call's tenant asks for it. For a pooling call, the inputs are logged
+        but not the vectors."""
         if not call.policy.log_prompts or call.policy.retention.prompts_days == 0:
             return
         try:
@@ -100,7 +101,7 @@ class PromptLog:
             self._run_logged(lambda ended=ended: self._write(ended))  # type: ignore[misc]
 
     def _run_logged(self, work: Callable[[], None]) -> None:
-        """Run `work`. Each exception is counted. A series of equal exceptions is logged once."""
+        """Run `work`. Each exception is counted. If an exception repeats, only the first is logged."""
         error = ""
         try:
             work()

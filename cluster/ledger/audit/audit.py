@@ -1,8 +1,8 @@
 """Audit events: admin actions, failed authentications and policy decisions.
 
-Each event is a JSON line in a file. If there is a database, each event is also a row. `scrub` hides parts that look
-like a key or token in every text of an event, since callers may paste a key into a name or a reason. This module
-imports only the standard library and `cluster.process.private_files`.
+Each event is a JSON line in a file. If there is a database, each event is also a row. Callers may paste a key into a
+name or a reason, so `scrub` hides the parts of an event's texts that look like a key or token. This module imports only
+the standard library and `cluster.process.private_files`.
 """
 
 from __future__ import annotations

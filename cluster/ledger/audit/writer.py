@@ -2,8 +2,8 @@
 
 A caller that guesses keys causes one failure event per request. So `write` does not block, and the list of waiting
 events is bounded. At most `per_second` authentication failures and policy decisions are written per second. Further
-events of the same second are only counted, in one summary event per kind, action and outcome. Admin actions are never
-rate-limited.
+events of the same second are only counted: one summary event is written per kind, action and outcome. Admin actions are
+never rate-limited.
 """
 
 from __future__ import annotations

@@ -128,7 +128,8 @@ def _insert(connection: Connection, table: Table, columns: Sequence[str], rows: 
 
 
 def _advance_sequence(connection: Connection) -> None:
-    """Continue the change sequence far above every number in the backup, and make readers read all rows again.
+    """Set the change sequence, which numbers the changes of tenants and keys, far above every number in the backup.
+    Make all readers read all rows again.
 
     A reader may have seen numbers in the lost database that are higher than all numbers in the backup. No new change
     may get one of these numbers.

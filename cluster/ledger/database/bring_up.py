@@ -1,8 +1,8 @@
 """Prepare a database for this release: migrate SQLite, check PostgreSQL, or report why the database cannot be used.
 
 The module can also run as a program, which reads the database's URL from standard input. A gateway that already serves
-calls runs the program instead of calling `prepare_database` in a thread. The check imports alembic and compares every
-table, which takes 0.2 s of CPU time. In a thread, the check has blocked the gateway's event loop for 60 ms.
+calls runs the program instead of calling `prepare_database` in a thread: the check imports alembic and compares every
+table, which takes 0.2 s of CPU time. In a thread, the check blocked the gateway's event loop for 60 ms.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The change sequence, and an INSERT statement with ON CONFLICT for each SQL dialect."""
+"""The change sequence, which numbers the changes of tenants and keys. Also an INSERT statement that supports ON
+CONFLICT.
+"""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def parse_url(database_url: str, password: str = "") -> URL:
 def make_engine(database_url: str, password: str | None = None) -> Engine:
     """Create an engine without connecting to the database.
 
-    If `password` is None, the environment variable HEADRACE_DATABASE_PASSWORD has the password.
+    If `password` is None, the password is read from the environment variable HEADRACE_DATABASE_PASSWORD.
     """
     url = parse_url(database_url, os.environ.get("HEADRACE_DATABASE_PASSWORD", "") if password is None else password)
     if url.drivername == "sqlite":
@@ -102,7 +102,7 @@ def _sqlite(url: URL) -> Engine:
 def _enable_wal(connection: sqlite3.Connection) -> None:
     """Switch a database to write-ahead logging.
 
-    The switch is retried, because busy_timeout does not apply when two processes switch at the same time.
+    The switch is retried, because SQLite's busy_timeout does not apply when two processes switch at the same time.
     """
     give_up_at = time.monotonic() + SQLITE_BUSY_MS / 1000
     while True:

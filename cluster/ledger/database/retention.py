@@ -1,4 +1,6 @@
-"""Retention of usage and audit rows. A tenant's policy may override the cluster's number of days."""
+"""Removal of usage and audit rows that are older than the retention. A tenant's policy may override the cluster's
+retention in days.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ class Expired:
 def expire(ledger: Ledger, now_s: float, *, usage_days: int, audit_days: int) -> Expired:
     """Remove usage and audit rows that are older than the retention.
 
-    `usage_days` and `audit_days`: the retention of the cluster. A tenant's own `retention` overrides these values.
+    `usage_days` and `audit_days`: the cluster's retention in days. A tenant's own `retention` overrides these values.
     """
     own: dict[str, Retention] = {}
     after = ""

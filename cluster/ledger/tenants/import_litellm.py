@@ -172,7 +172,7 @@ def _source_of(ledger: Ledger, name: str) -> str:
 
 
 class _TenantPlan:
-    """The tenants to create, by name. `note` is called with a row's name and a message about the row."""
+    """The tenants to create, by name. `note`: called with the name of a LiteLLM row and a message about the row."""
 
     def __init__(self, tokens_per_dollar: float | None, note: Callable[[str, str], None]) -> None:
         self._tokens_per_dollar = tokens_per_dollar
@@ -180,8 +180,8 @@ class _TenantPlan:
         self.planned: dict[str, PlannedTenant] = {}
 
     def add(self, where: str, wanted_name: Any, row: Row, aliases: Mapping[str, Any], source: str) -> str:
-        """Plan a tenant with a row's limits and models. Returns the tenant's name: `wanted_name`, or a variant of it
-        that no other tenant has."""
+        """Plan a tenant with the limits and models of `row`. Returns the tenant's name, which is `wanted_name` or, if
+        another tenant has that name, a variant of it."""
         name = self._free_name(str(wanted_name))
         limits = self._limits(where, row)
         models = _models(row)
@@ -336,7 +336,7 @@ class _Planner:
         )
 
     def _own_restrictions(self, row: Row) -> list[str]:
-        """Return the columns, such as `models`, in which a key has settings of its own."""
+        """Return the columns, such as `models`, in which the row of a key restricts the key."""
         words = []
         if [m for m in _list(row.get("models")) if m not in ALL_MODELS]:
             words.append("models")
@@ -377,7 +377,7 @@ class _Planner:
         return {**row, **{name: budget[name] for name in names if row.get(name) is None and name in budget}}
 
     def _plan_old_key(self, row: Row) -> None:
-        """Plan the old key of a rotation if the old key is still valid. The old key expires when it would expire in
+        """If the old key of a rotation is still valid, plan to import it. It then expires at the same time as in
         LiteLLM."""
         tenant, until = self._by_token.get(str(row["active_token_id"])), _seconds(row["revoke_at"])
         digest = _sha256(str(row["token"]))

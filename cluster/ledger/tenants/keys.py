@@ -37,7 +37,7 @@ class Keys:
         request_id: str = "",
         validate_only: bool = False,
     ) -> NewKey:
-        """Create a key for a tenant of either origin, `file` or `api`. Raises LedgerError, NotFound, AlreadyExists.
+        """Create a key for a tenant. Raises LedgerError, NotFound, AlreadyExists.
 
         With `request_id`, the key's id is derived from `request_id`, so that a repeated request creates no second key.
         """
@@ -87,7 +87,8 @@ class Keys:
             return [_stored(row) for row in connection.execute(query)]
 
     def get(self, tenant: str, key_id: str) -> StoredKey:
-        """Return a key of a tenant. Raises NotFound, even if another tenant has a key with this id."""
+        """Return a key of a tenant. Raises NotFound if the tenant has no key with this id, even if another tenant has
+        one."""
         with reading(self._engine) as connection:
             return _stored(_row(connection, tenant, key_id))
 

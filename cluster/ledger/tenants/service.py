@@ -1,9 +1,9 @@
 """The tenant service: operations on tenants and keys for the admin API and the command line.
 
 `TenantService` is the interface. `LedgerTenantService` implements the interface on a database. The CLI's
-`RemoteTenantService` implements the interface over the admin API. Every attempted change is audited, even if the
-change fails. Suspending a tenant, deleting a tenant and revoking a key need a reason. Reads of usage and of the audit
-log are in ledger/usage/reports.py.
+`RemoteTenantService` implements the interface over the admin API. Every attempted change is audited, even if the change
+fails. Suspending a tenant, deleting a tenant and revoking a key need a reason. Usage and the audit log are read with
+ledger/usage/reports.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PolicyOf = Callable[[str, Mapping[str, Any]], TenantPolicy]
 class TenantService(Protocol):
     """Operations on tenants and keys. Every operation may raise LedgerError or a subclass of LedgerError.
 
-    `changes` and `own` have field names of the configuration as keys. The value None removes a field.
+    The keys of `changes` and `own` are field names of the configuration. The value None removes a field.
     """
 
     def create_tenant(self, name: str, own: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
@@ -96,7 +96,8 @@ class _OperationAudit:
         details: Mapping[str, Any] | None = None,
         quiet: bool = False,
     ) -> T:
-        """Run an operation and audit the outcome. `quiet`: the operation is a dry run and is not audited."""
+        """Run an operation and write one audit event about its outcome. `quiet`: write no event, because the operation
+        is a dry run."""
         outcome, result = "internal", None
         try:
             result = operation()

@@ -1,4 +1,4 @@
-"""Incremental reader of access snapshots. The tenants and keys of a snapshot are read in one transaction."""
+"""Incremental reader of access snapshots: the tenants and keys of the database at one time, read in one transaction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 
 class Snapshots:
-    """Reader of access snapshots."""
+    """Reader of access snapshots, which contain all tenants and keys."""
 
     def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
         self._engine = engine
@@ -25,9 +25,8 @@ class Snapshots:
     def read(self, before: AccessSnapshot | None = None) -> AccessSnapshot:
         """Return the newest snapshot. Raises StoreUnavailable.
 
-        With `before`, only rows that were changed after the snapshot `before` are read. If rows were deleted since, all
-        rows are read. If no row was changed, the result is a copy of `before` with a new `taken_at_s` and the same
-        maps.
+        `before`: an earlier snapshot; only the rows that were changed after it are read, or all rows if rows were
+        deleted since. If no row was changed, the result has the same maps as `before` and a new `taken_at_s`.
         """
         taken_at_s = self._clock()  # before the read, so that the snapshot is at least as recent as taken_at_s
         with reading(self._engine) as connection:

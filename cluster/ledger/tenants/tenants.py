@@ -23,7 +23,7 @@ from cluster.policy.tenants.policy import PolicyError, TenantPolicy
 
 
 def digest_of_name(tenant: str) -> str:
-    """Return the digest of a tenant's name, which is all that is kept of an erased tenant."""
+    """Return the digest of a tenant's name. After a tenant is erased, only this digest is kept."""
     return hashlib.sha256(b"headrace/erased\0" + tenant.encode()).hexdigest()
 
 

@@ -1,6 +1,6 @@
 """Access snapshots of a gateway: tenants and keys, polled from the database every half second, with a copy on disk.
 
-While the database is unreachable, the gateway uses the last snapshot, so that an outage locks no caller out. The last
+While the database is unreachable, the gateway uses the last snapshot, so that callers can still authenticate. The last
 snapshot is used for at most `stale_after_s` seconds, because it still accepts keys that were revoked during the outage.
 The age of a snapshot counts from the last successful poll. Within a process, the monotonic clock measures the age, so a
 step of the wall clock does not change the age. Across a restart, the wall clock measures the age. A daemon thread polls
@@ -71,7 +71,7 @@ class WatchStatistics:
 
 
 class Watcher:
-    """Poller of the newest snapshot. `read` is `Ledger.snapshots.read`.
+    """Thread that polls the database for the newest snapshot. `read` is `Ledger.snapshots.read`.
 
     `declared` has the tenants of the configuration file. Declared tenants override the database's tenants, even while
     the database is unreachable. `on_change` is called with every changed snapshot, in the poller's thread.
@@ -137,8 +137,7 @@ class Watcher:
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """End the thread. If the thread still waits for the database after `timeout_s` seconds, the thread is left
-        running."""
+        """End the thread. A thread that still waits for the database after `timeout_s` seconds is left running."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout_s)

@@ -3,8 +3,8 @@
 Both records have a form in plain JSON. The `record_id` is chosen once, when the call opens, and is sent to the worker
 in the sealed open record. Gateways and workers may report the end of a call several times and in any order. Every
 report writes the same row of the database, found by `record_id`. An exact row is final. An estimated row is replaced by
-an exact report or by a larger estimate. Estimates have `delivered_unknown` set: the gateway was lost, and the number of
-delivered tokens is what the worker had written to the gateway's link.
+an exact report or by a larger estimate. An estimate has `delivered_unknown` set: the call's gateway was lost, so the
+tokens that the worker had written to the gateway's link count as delivered.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _build(kind: type[R], value: Mapping[str, Any]) -> R:
 def _check(record: OpenRecord | UsageRecord) -> None:
     """Raise RecordError for values that a database would reject.
 
-    A record is checked when the record is made, while the error can still reach the caller.
+    The constructors call this function, so that the error reaches the caller that makes the record.
     """
     fields = _fields(record)
     texts, counts, seconds = fields.texts_of(record), fields.counts_of(record), fields.seconds_of(record)
@@ -227,7 +227,7 @@ def _check(record: OpenRecord | UsageRecord) -> None:
 def _are_plain(texts: Sequence[Any]) -> bool:
     """Return whether all texts are short ASCII texts without NUL.
 
-    The result is nearly always True. If the result is True, no text has to be checked individually.
+    The result is nearly always True, and then no text has to be checked individually.
     """
     try:
         joined = "".join(texts)

@@ -1,4 +1,4 @@
-"""The usage reports: reads of usage, of the SLOs and of the audit log for the admin API and the command line.
+"""The usage reports: read operations on usage, SLOs and the audit log, for the admin API and the command line.
 
 `UsageReports` is the interface. `LedgerUsageReports` implements the interface on a database. The CLI's
 `RemoteUsageReports` implements the interface over the admin API.
@@ -21,7 +21,7 @@ PAGE = 1000
 
 
 class UsageReports(Protocol):
-    """Reads of usage, of the SLOs and of the audit log. Every read may raise LedgerError or a subclass of it."""
+    """Read operations on usage, SLOs and the audit log. Every operation may raise LedgerError or a subclass of it."""
 
     def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
         """Return usage sums by group. With `cost`, each group also has a cost.
@@ -45,7 +45,7 @@ class UsageReports(Protocol):
 
 
 class LedgerUsageReports:
-    """UsageReports on a database. Reads run in the caller's thread."""
+    """UsageReports on a database. The operations run in the caller's thread."""
 
     def __init__(
         self, ledger: Ledger, *, rates: Prices | None = None, objectives: Callable[[], SloObjectives] = dict

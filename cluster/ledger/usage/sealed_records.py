@@ -36,7 +36,7 @@ class UnknownSecret(SealError):
 
 
 class Envelopes:
-    """Encryption of bytes. `seal` uses the first secret, and `open` accepts any of the secrets.
+    """Encryption of bytes. `seal` uses the first secret. `open` accepts data that was sealed with any of the secrets.
 
     Data that was sealed for one `purpose` does not open for another purpose. `what` names the data in error messages.
     Sealed data longer than `max_bytes` does not open.

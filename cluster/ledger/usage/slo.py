@@ -1,7 +1,7 @@
-"""Count the usage records that met and missed the SLOs of their models, in one query over an indexed range of days.
+"""Count the calls that met and missed the SLOs of their models, in one query over an indexed range of days.
 
-Calls are judged as for the metric `headrace_slo_calls_total` (cluster/gateway/calls/records/end_metrics.py). A record
-lacks the time of the last token, so the end of the call is used instead.
+Calls are judged as for the metric `headrace_slo_calls_total` (cluster/gateway/calls/records/end_metrics.py). A usage
+record lacks the time of the last token, so the end of the call is used instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cluster.ledger.usage.usage import IDLE_TENANT, conditions
 
 
 class SloTable:
-    """Judges the usage records of one database."""
+    """Judges the calls in the usage table of one database."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -27,7 +27,7 @@ class SloTable:
     def query(self, usage_query: UsageQuery, objectives: SloObjectives) -> list[SloSum]:
         """Return how many of the query's calls met or missed the SLO, sorted by tenant and model.
 
-        Each call is judged by one usage record: the record of the call's first output before any resume.
+        Each call is judged by one usage record: that of the call's first output, before any resume.
         `usage_query.group_by` is ignored. Raises StoreUnavailable.
         """
         result = _result(objectives)
@@ -73,5 +73,6 @@ def _result(objectives: SloObjectives) -> ColumnElement[str]:
 
 
 def _by_model(bounds_s: dict[str, float]) -> ColumnElement[float]:
-    """Return the SQL expression that selects the bound of a record's model from `bounds_s`."""
+    """Return the SQL expression that selects the time limit of a record's model. `bounds_s`: time limits in seconds, by
+    model."""
     return case({model: cast(literal(bound_s), Double) for model, bound_s in bounds_s.items()}, value=usage.c.model)

@@ -120,8 +120,8 @@ class UsageTable:
 def _best_per_id(records: Sequence[UsageRecord]) -> list[UsageRecord]:
     """Return the best record of each id, ordered by id: an exact record if there is one, else the largest estimate.
 
-    There is one record per id because an SQL statement may change a row only once. With the order, gateways that
-    report the same calls lock rows in the same order.
+    An SQL statement may change a row only once, so there is one record per id. Gateways that report the same calls lock
+    the rows in the same order, because the records are ordered.
     """
     best: dict[str, UsageRecord] = {}
     for record in records:
@@ -142,7 +142,8 @@ def _row(record: UsageRecord) -> dict[str, Any]:
 def _request_count() -> ColumnElement[Any]:
     """Return the SQL expression for the number of requests.
 
-    Only segment 0 counts as a request. Further outputs, resumed segments and records of idle GPUs do not count.
+    A request is counted once, by its record with segment 0. Further outputs of the request, its resumed parts, and
+    records of idle GPUs do not count.
     """
     return func.sum(case((and_(usage.c.segment == 0, usage.c.tenant != IDLE_TENANT), 1), else_=0))
 
@@ -169,7 +170,8 @@ def conditions(usage_query: UsageQuery) -> list[ColumnElement[bool]]:
 
 
 def _fold(usage_query: UsageQuery, rows: Sequence[Mapping[str, Any]], rates: Prices | None) -> list[dict[str, Any]]:
-    """Sum rows by group. With `rates`, the sums have costs, and `rows` must have one row per group and accelerator."""
+    """Sum rows by group. If `rates` are given, the sums have costs, and `rows` must have one row per group and
+    accelerator."""
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
         key = tuple(str(row[f"d{at}"]) for at in range(len(usage_query.group_by)))

@@ -1,9 +1,11 @@
-"""Choice of one set of adapters, the desired set, among the sets that several gateways send.
+"""Choice of the desired set of adapters among the sets that several gateways send to a worker.
 
 Problem: gateways learn of a new catalog at different times. A gateway that lags behind or ends must not undo what
-another gateway has sent. Invariant: the desired set is the one with the highest revision among the sets that the
-connected gateways sent last. It changes only when a gateway sends a set. So if a controller starts its revisions from
-the beginning again, its set becomes the desired set once all gateways have sent it.
+another gateway has sent.
+
+Invariant: of the sets that the connected gateways sent last, the one with the highest revision is the desired set. It
+changes only when a gateway sends a set. So if a controller starts its revisions from the beginning again, its set
+becomes the desired set once all gateways have sent it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The adapters in an engine's memory, and the choice of the adapter that is dropped for another one.
+"""The adapters in an engine's memory, and the choice of the adapter that is dropped to make room for another.
 
 Problem: an engine holds a bounded number of adapters, and a catalog may have more. Invariants: at most `capacity`
 adapters are held. An adapter that is in use or pinned is never dropped; of the others, the least recently used one is
@@ -15,12 +15,12 @@ from collections.abc import Collection, Set
 
 
 class AdapterMemory:
-    """The adapters in one engine's memory, by digest. An adapter counts as in use even while it waits for memory and is
-    not held yet."""
+    """The adapters in one engine's memory, by digest. An adapter counts as in use from the first request that needs it,
+    even while it is not loaded yet."""
 
     def __init__(self, slots: int, capacity: int) -> None:
-        """`slots`: number of adapters that one step can compute; `capacity`: number of adapters that the memory can
-        hold."""
+        """`slots`: number of adapters that the engine can use in one step. `capacity`: number of adapters that its
+        memory can hold."""
         self.slots = slots
         self.capacity = capacity
         self.pinned: Set[str] = frozenset()
@@ -48,12 +48,12 @@ class AdapterMemory:
 
     @property
     def residents(self) -> Set[str]:
-        """The held adapters that lie in the engine's slots: the `slots` most recently used ones."""
+        """The held adapters in the slots of the engine: the `slots` most recently used ones."""
         return set(list(self._recent)[-self.slots :]) if self.slots else frozenset()
 
     def pin(self, digests: Set[str]) -> None:
-        """Set the adapters that are never dropped for others. A pin has no effect until the adapter is held, so there
-        may be more pins than `capacity`."""
+        """Replace the set of pinned adapters, which are never dropped. Digests of adapters that are not held yet are
+        allowed, so there may be more pins than `capacity`."""
         self.pinned = digests
 
     def uses(self, digest: str) -> int:
@@ -94,8 +94,8 @@ class AdapterMemory:
         return next((digest for digest in self._held if digest not in self.pinned), None)
 
     def has_place_for(self, digest: str) -> bool:
-        """Return whether the adapter is held, or could be held once no other adapter is in use. Pinned adapters are
-        never dropped: if they fill the memory, no other adapter has a place."""
+        """Return whether the adapter is held, or could be held once the other adapters are no longer in use. Only
+        pinned adapters, which are never dropped, can leave no place."""
         kept = sum(held in self.pinned for held in self._held)
         return digest in self._held or kept < self.capacity
 

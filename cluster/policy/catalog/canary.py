@@ -37,8 +37,8 @@ MIN_ERRORS = 3
 class CanaryTally:
     """Counts of one version, as reported by the gateways.
 
-    `pairs`: number of TTFT pairs. `slower`: number of pairs in which the TTFT of this version was more than
-    `ttft_ratio` times that of the other version.
+    `pairs`: number of pairs of calls, one of each version, whose TTFT was compared. `slower`: number of pairs in which
+    the TTFT of this version was more than `ttft_ratio` times that of the other version.
     """
 
     calls: int = 0
@@ -64,11 +64,12 @@ class CanaryVerdict:
 
 
 def log_evidence(losses: int, wins: int, chance: float) -> float:
-    """Natural logarithm of the evidence that these losses and wins give against the hypothesis "each trial is lost with
-    a probability of at most `chance`".
+    """Return the natural logarithm of the evidence against the hypothesis "each trial is lost with a probability of at
+    most `chance`".
 
-    `chance` is in (0, 1). The evidence is the wealth of a bet that starts with 1. If the hypothesis is true, the
-    probability that the logarithm ever exceeds log(1/a) is at most a.
+    The evidence is the wealth of a bettor who starts with 1 and bets against the hypothesis. `losses` and `wins` are
+    the results of the trials. `chance` is in (0, 1). If the hypothesis is true, the probability that the evidence ever
+    exceeds 1/a is at most a.
     """
     terms = []
     for degradation in GRID:
@@ -80,8 +81,8 @@ def log_evidence(losses: int, wins: int, chance: float) -> float:
 
 
 def judge(stable: CanaryTally, canary: CanaryTally, *, error_ratio: float, ttft_ratio: float) -> CanaryVerdict:
-    """Return the verdict: whether the canary must be rolled back, and why. A ratio of 0 disables the test with that
-    ratio."""
+    """Return whether the canary must be rolled back, and why. Errors are not tested if `error_ratio` is 0, and TTFT is
+    not tested if `ttft_ratio` is 0."""
     threshold = -math.log(ALPHA)
     if error_ratio and canary.errors >= MIN_ERRORS and canary.calls and stable.calls:
         allowed = error_ratio * canary.calls

@@ -19,7 +19,8 @@ HELD_REASON = "its entry in the controller's file is wrong, so what runs of it i
 
 
 def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[WorkerReport]) -> CatalogEntry:
-    """Catalog entry of a held model for the gateways.
+    """Return the entry that gateways get for a held model. A model is held while its entry in the catalog file is
+    invalid.
 
     `spec` supplies only the name, the aliases and the fallbacks. `apps`: the model's applications on Ray. All calls go
     to the version with the most running replicas.

@@ -45,10 +45,10 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def apply_entries(now: Sequence[Entry], given: Sequence[Entry], *, prune: bool) -> tuple[dict[str, Any], ...]:
-    """Return the catalog after the entries `given` are applied.
+    """Return the catalog `now` with the entries `given` applied.
 
-    A given entry replaces the current entry of the same name. Other current entries stay, or are removed if `prune` is
-    set.
+    A given entry replaces the current entry of the same name. The other current entries are kept, or removed if `prune`
+    is set.
     """
     new = {str(entry["name"]): dict(entry) for entry in given}
     kept = {str(entry["name"]): dict(entry) for entry in now if not prune or entry["name"] in new}
@@ -67,7 +67,7 @@ def promote_canary(entry: Entry) -> dict[str, Any]:
 def diff(now: Mapping[str, Entry], then: Mapping[str, Entry], restarts: Mapping[str, str]) -> tuple[Change, ...]:
     """Differences between two catalogs, sorted by model name.
 
-    `restarts`: by model, the reason why the model's replicas restart. Models whose replicas keep running are absent.
+    `restarts`: the reason why a model's replicas restart, by model. Models whose replicas keep running are absent.
     """
     listed = []
     for name in sorted(now.keys() | then.keys()):

@@ -19,7 +19,7 @@ from cluster.policy.catalog.versions import ReplicaShare
 
 
 class ModelObservation(enum.StrEnum):
-    """Observation of a model in one pass of the controller."""
+    """What the controller observes of a model in one pass."""
 
     ABSENT = "wanted, and Ray has no application for it"
     RESTING = "wanted with zero replicas, and none is left"
@@ -65,10 +65,10 @@ def next_state(state: ModelState, observation: ModelObservation) -> ModelState:
 
 
 def observe(wanted: bool, seen: Observed | None, unplaceable: str = "") -> ModelObservation:
-    """Return the observation of one model in this pass. `seen`: the merged observation of the model's applications, or
-    None if there are none.
+    """Return the controller's observation of one model in this pass.
 
-    `unplaceable`: the reason why no replica can be placed on the nodes, or "".
+    `wanted`: whether the model should run. `seen`: the merged observation of the model's applications; None if there
+    are none. `unplaceable`: the reason why no replica can be placed on the nodes, or "".
     """
     if not wanted:
         return ModelObservation.ENDED if seen is None else ModelObservation.WITHDRAWN
@@ -88,7 +88,7 @@ def observe(wanted: bool, seen: Observed | None, unplaceable: str = "") -> Model
 def merge_applications(wanted: Sequence[Observed], before: Sequence[Observed]) -> Observed | None:
     """Merge the applications of one version into one observation. Return None if there are no applications.
 
-    `wanted` are the wanted applications; `before` are older applications that still serve in place of the wanted ones.
+    `wanted`: the wanted applications. `before`: older applications, which serve until the wanted ones are ready.
     Failures of wanted applications are reported even while older applications serve.
     """
     there = [app for app in wanted if not app.deleting]
@@ -281,8 +281,8 @@ def _reason(state: ModelState, seen: Observed | None, known: SourceFacts, unplac
 
 
 def fill_from_earlier(entry_before: CatalogEntry | None, now: CatalogEntry) -> CatalogEntry:
-    """Return the entry `now` with empty fields filled from an earlier entry. So gateways can tokenize for a model
-    without workers."""
+    """Return the entry `now`, with empty fields filled from the earlier entry `entry_before`. With these fields,
+    gateways can tokenize for a model that has no workers."""
     if entry_before is None:
         return now
     return dataclasses.replace(

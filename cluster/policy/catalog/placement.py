@@ -1,11 +1,12 @@
-"""Placement of the processes of a replica: the placement group, and the checks before and after Ray places the group.
-Pure.
+"""Placement of a replica's processes on nodes: the Ray placement group to request, and checks before and after Ray
+places the group. Pure.
 
-A replica with one GPU is one bundle, since the engine runs in the process tree of the replica and must see the GPU. A
-larger replica has one CPU bundle for the replica itself and one bundle for each GPU, since vLLM rejects bundles of
-several GPUs. The group is packed strictly onto one node. With pipeline parallelism or
-`allow_cross_node_tensor_parallel` it may use several nodes. On machines without GPUs, the groups are the same and use
-Ray's logical GPUs.
+A placement group is a list of bundles; each bundle is a set of resources on one node. A replica with one GPU has one
+bundle, because the engine runs in the replica's process tree and must see the GPU. A larger replica has one CPU bundle
+for the replica itself and one bundle for each GPU, because vLLM rejects bundles of several GPUs.
+
+All bundles of a group are placed on one node. With pipeline parallelism or `allow_cross_node_tensor_parallel`, several
+nodes are allowed. On machines without GPUs, the groups are the same and use Ray's logical GPUs.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def may_spread(spec: ModelSpec) -> bool:
 
 
 def placement(spec: ModelSpec) -> Placement:
-    """The placement group of one replica."""
+    """Return the placement group of one replica."""
     strategy = "PACK" if may_spread(spec) else "STRICT_PACK"
     if is_simulated(spec):
         return Placement(({"CPU": SIMULATED_CPUS},), strategy, SIMULATED_CPUS, 0.0)
@@ -71,11 +72,11 @@ def placement(spec: ModelSpec) -> Placement:
 
 
 def why_unplaceable(spec: ModelSpec, nodes: Sequence[Mapping[str, float]]) -> str:
-    """Reason why these nodes cannot hold one replica even if all nodes are idle, or "" if they can.
+    """Return the reason why these nodes cannot hold one replica even while all of them are idle; "" if they can.
 
-    `nodes` has the total resources of each node. If the group may use several nodes, its Ray bundles are placed
-    greedily, on the node with the most GPUs first. The greedy choice is exact here, because all GPU bundles of a group
-    are alike.
+    `nodes` has the total resources of each node. If the group may use several nodes, its bundles are placed one after
+    the other, on the node with the most GPUs first. This greedy choice is exact, because all GPU bundles of a group are
+    alike.
     """
     if not nodes:
         return "cannot be placed: Ray has no node"
@@ -100,11 +101,11 @@ def why_unplaceable(spec: ModelSpec, nodes: Sequence[Mapping[str, float]]) -> st
 def capacity(
     spec: ModelSpec, nodes: Sequence[Mapping[str, float]], others: Sequence[tuple[ModelSpec, int]] = ()
 ) -> int:
-    """Estimated number of replicas that fit on the GPUs of the type in `spec`.
+    """Estimate how many replicas fit on the GPUs of the type in `spec`.
 
-    `others`: other models with their numbers of replicas. Only GPUs of models with the same `gpu` as `spec` are
-    subtracted. So if `spec` names a type, models that accept any type are assumed to run elsewhere. Fragmentation of
-    GPUs over nodes is ignored.
+    `others`: other models with their numbers of replicas. Their GPUs are subtracted only if their `gpu` equals that of
+    `spec`. So if `spec` names a type, models that accept any type are assumed to run elsewhere. Fragmentation of GPUs
+    over nodes is ignored.
     """
     if is_simulated(spec):
         return 1_000_000
@@ -126,10 +127,11 @@ def _strict_reason(spec: ModelSpec, need: Bundle, nodes: Sequence[Mapping[str, f
 
 
 def why_split(spec: ModelSpec, gpu_nodes: Sequence[str], driver_node: str) -> str:
-    """Reason why the group must not start on the nodes that Ray chose, or "" if the group may start.
+    """Return the reason why a replica must not start on the nodes that Ray chose; "" if it may start.
 
-    `gpu_nodes`: the nodes of the GPU bundles, in the order of the bundles. vLLM orders ranks by node: first the node of
-    the driver, then by node id. Every tensor_parallel_size consecutive ranks form a tensor-parallel group.
+    A tensor-parallel group must lie on one node, except with `allow_cross_node_tensor_parallel`. Every
+    `tensor_parallel_size` consecutive ranks form such a group. vLLM orders ranks by node: the node of the driver first,
+    then by node id. `gpu_nodes`: the nodes of the GPU bundles, in the order of the bundles.
     """
     if spec.allow_cross_node_tensor_parallel or spec.tensor_parallel_size == 1:
         return ""
@@ -159,9 +161,9 @@ def _fits(need: Mapping[str, float], node: Mapping[str, float]) -> bool:
 
 
 def _say(have: Mapping[str, float], need: Mapping[str, float]) -> str:
-    """Resources as text, for example `2 GPUs of type H100 and 1 CPU`.
+    """Return the resources `have` as text, for example `2 GPUs of type H100 and 1 CPU`.
 
-    The text is restricted to the kinds of resources in `need`.
+    GPUs and their type are named only if `need` contains them.
     """
     types = [name.split(":", 1)[1] for name in need if name.startswith("accelerator_type:")]
     kind = f" of type {types[0]}" if types and f"accelerator_type:{types[0]}" in have else ""

@@ -31,8 +31,8 @@ _APP = re.compile(r"(?P<model>[^@]+)@(?P<version>[^+]+)\+(?P<digest>[0-9a-f]+)")
 
 
 def app_name(model: str, version: str, digest: str) -> str:
-    """Name of the application for this model, version and digest. Applications with equal names have replicas with
-    equal settings."""
+    """Return the name of the application for this model, version and digest. All replicas of applications with this
+    name have equal settings."""
     return f"{model}@{version}+{digest}"
 
 
@@ -50,8 +50,8 @@ class Observed:
     """Observed state of one of the cluster's applications on Ray.
 
     `running`, `placed` and `leaving`: numbers of replicas that serve, start and stop. `gave_up`: the deployment failed.
-    `refused`: Ray rejected the settings. `trouble`: the reason why the last start failed, or "". `digest` is "" from
-    the deployment until Ray shows the application.
+    `refused`: Ray rejected the settings. `trouble`: the reason why the last start failed, or "". `digest` is "" after a
+    deployment until Ray shows the application.
     """
 
     model: str
@@ -156,10 +156,10 @@ def reconcile(
 ) -> Plan:
     """Plan the next steps. The plan has no steps if everything is as wanted.
 
-    The first wanted application of a model replaces applications of versions that are no longer wanted. `empty`:
-    applications that may be deleted: they have no call, or their drain time is over. `frozen`: models for which nothing
-    new is started and nothing is replaced. `dropped`: (model, version) pairs that get no calls, so their applications
-    are retired at once. `now_s` is wall-clock time, like the `deployed_at_s` of Ray.
+    Applications of versions that are no longer wanted are replaced by the first wanted application of their model.
+    `empty`: applications that may be deleted, because they have no call left or their drain time is over. `frozen`:
+    models for which nothing new is started and nothing is replaced. `dropped`: (model, version) pairs that get no
+    calls; their applications are retired at once. `now_s` is wall-clock time, like the `deployed_at_s` of Ray.
     """
     actions: list[Action] = []
     retired: set[str] = set()
@@ -186,10 +186,10 @@ def reconcile(
 
 
 def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
-    """Return the applications that replace `old`. `wanted`: the wanted applications of the same model.
+    """Return the applications that replace the application `old`. `wanted`: the wanted applications of the same model.
 
-    The replacements have the version of `old`, or the first wanted version if the version of `old` is no longer wanted.
-    If one of these applications has the GPU type of `old` and wants replicas, it alone replaces `old`.
+    Applications with the version of `old` replace it. If this version is no longer wanted, those with the first wanted
+    version do. Among them, applications that have the GPU type of `old` and want replicas are preferred.
     """
     versions = [want.version for want in wanted]
     version = old.version if old.version in versions else next(iter(versions), "")
@@ -198,7 +198,7 @@ def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
 
 
 def _serves_as_many(heir: Wanted, seen: Observed | None) -> bool:
-    """Whether the new application serves with all its wanted replicas, so that the old application is not needed.
+    """Return whether all wanted replicas of the new application `heir` serve. The old application is then not needed.
 
     The old application's number of replicas does not matter, because it may have given up replicas to make room.
     """
@@ -206,7 +206,10 @@ def _serves_as_many(heir: Wanted, seen: Observed | None) -> bool:
 
 
 def _makes_room(heir: Wanted, seen: Observed | None, old: Observed, now_s: float) -> int:
-    """Number of replicas that the old application keeps until the new application serves."""
+    """Return the number of replicas that the application `old` should have until its replacement `heir` serves.
+
+    `old` gives up one replica at a time while Ray has no room for a replica of `heir`.
+    """
     if seen is None or seen.deleting or not seen.digest or old.ray != heir.ray:
         return old.target
     if seen.failed:

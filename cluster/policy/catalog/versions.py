@@ -1,9 +1,10 @@
 """The versions of one model: which versions run, their shares of the calls, and their numbers of replicas. Pure.
 
 A mark overrides what the catalog file says about a version. An operator sets a mark to roll back a canary or to change
-the canary's share of the calls. A canary that performs badly gets a mark automatically. The digest of a version covers
-everything that its replicas are started with, and a mark applies only to one digest. So a corrected version, which has
-another digest, is tried again without removing the mark.
+the canary's share of the calls. A canary that performs badly gets a mark automatically.
+
+The digest of a version covers everything that its replicas are started with, and a mark applies only to one digest. A
+corrected version has another digest. So it is tried again, and the mark need not be removed.
 """
 
 from __future__ import annotations
@@ -100,15 +101,16 @@ def replicas_of(total: int, parts: Sequence[ReplicaShare]) -> dict[str, int]:
 
 
 def total_for(replicas: int, parts: Sequence[ReplicaShare]) -> int:
-    """Return the smallest total for which `replicas_of` gives all versions together at least `replicas` replicas."""
+    """Return the smallest `total` for which the numbers from `replicas_of` add up to at least `replicas`."""
     return next((n for n in range(replicas + 1) if sum(replicas_of(n, parts).values()) >= replicas), replicas)
 
 
 def over_types(replicas: int, capacities: Sequence[int], there: Sequence[int] = ()) -> tuple[int, ...]:
-    """Number of replicas on each type of GPU, the preferred type first.
+    """Divide `replicas` over the types of GPU, which are in order of preference. Returns the number for each type.
 
-    `capacities` and `there`: capacity and existing replicas of each type. Existing replicas keep their type. Other
-    replicas go to the first type with capacity. Replicas that fit on no type are added to the preferred type.
+    `capacities`: number of replicas that fit on each type. `there`: number of existing replicas on each type. Existing
+    replicas keep their type. Other replicas go to the first type with capacity. Replicas that fit on no type are added
+    to the preferred type.
     """
     room = [max(capacity, 0) for capacity in capacities]
     counts, left = [], replicas

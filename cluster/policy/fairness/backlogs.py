@@ -1,4 +1,4 @@
-"""Backlogs of one model: the requests that wait on this gateway, and the backlogs that other gateways (peers) report.
+"""Backlogs of one model: the sequences that wait on this gateway, and the backlogs that other gateways (peers) report.
 
 Problem: a tenant that waits on another gateway is not idle, and workers must divide their capacity among the gateways
 as if all gateways had one queue.
@@ -24,17 +24,18 @@ CLAIM_SCALE = 16
 
 
 class ModelBacklogs:
-    """Backlogs of one model's flows, on this gateway and on every other gateway."""
+    """Backlogs of one model by tenant and class, on this gateway and on every other gateway."""
 
     def __init__(self, flows: FlowTable, put_back: PutBackSequences) -> None:
-        """`put_back`: the sequences that wait on this gateway and have their turn before all others."""
+        """`flows`: the queues of the model. `put_back`: sequences that lost their worker and wait ahead of all others
+        on this gateway."""
         self._flows = flows
         self._put_back = put_back
         self._peers: dict[str, tuple[float, Mapping[FlowKey, Backlog]]] = {}
         """Time and content of the last report of every other gateway."""
 
     def replace_peer(self, gateway: str, waiting: Mapping[FlowKey, Backlog], now: float) -> None:
-        """Replace the backlog of another gateway by a new report."""
+        """Replace the backlog of another gateway by its new report."""
         flows, none = self._flows, Backlog(0, 0.0)
         flows.advance(now)
         _, before = self._peers.get(gateway, (now, {}))
@@ -49,7 +50,7 @@ class ModelBacklogs:
                 flows.flow(*key).last_waiting = flows.now
 
     def drop_silent(self, when: float) -> None:
-        """Drop the backlogs of gateways without a report since `when`."""
+        """Drop the backlogs of gateways that have sent no report since `when`."""
         sums: dict[FlowKey, Backlog] = {}
         for gateway, (reported_at, waiting) in list(self._peers.items()):
             if reported_at < when:
@@ -61,15 +62,17 @@ class ModelBacklogs:
             self._flows.change_elsewhere(self._flows.flow(*key), change)
 
     def own(self) -> dict[FlowKey, Backlog]:
-        """Backlog of this gateway by flow, to report to the other gateways."""
+        """Return the backlog of this gateway by tenant and class, to report to the other gateways."""
         return {flow.key: Backlog(flow.here, flow.here_service) for flow in self._flows.waiting_here()}
 
     def claimed_turns(self, picks: int = CLAIM_PICKS) -> int:
-        """Return the share of this gateway in the next `picks` turns, as if all gateways had one queue.
+        """Return this gateway's share of the next `picks` turns (choices of the next sequence), as if all gateways had
+        one queue.
 
         The gateway reports this share to workers as its backlog. The unit is 1/CLAIM_SCALE of a turn; the share is at
         least 1 if anything waits here. `picks` should be about the number of turns between two reports. The cost is
-        O(tenants + picks), so the method is meant for reports and not for every call."""
+        O(tenants + picks), so the method is meant for reports and not for every call.
+        """
         classes = self._flows.classes()
         if not any(len(turns.here) for turns in classes):
             return 0
@@ -84,9 +87,9 @@ class ModelBacklogs:
         return max(1, round(CLAIM_SCALE * mine))
 
     def service_ahead(self, tenant: str, rank: int = 0) -> float:
-        """Return a lower bound of the weighted tokens ahead of a new sequence of this tenant on this gateway.
+        """Return a lower bound on the weighted tokens that are ahead of a new sequence of a tenant on this gateway.
 
-        The bound is the expected cost of the waiting sequences of higher classes and of the tenant's own queue.
+        The bound is the expected cost of the sequences that wait in higher classes and in the tenant's own queue.
         """
         own = self._flows.known(tenant, rank)
         return self._flows.service_above(rank) + (own.here_service if own is not None else 0.0)
@@ -96,8 +99,8 @@ class ModelBacklogs:
 
 
 def _share_of_turns(flows: Sequence[Flow], turns: int) -> tuple[float, int]:
-    """Simulate up to `turns` turns among these flows. Returns this gateway's part of the simulated turns, and the
-    number of simulated turns.
+    """Simulate up to `turns` turns among these flows. Returns this gateway's part of the turns, and the number of
+    simulated turns.
 
     Each turn goes to the flow with the least counter. This gateway's part of a turn is the fraction of the flow's
     waiting sequences that wait here.

@@ -3,10 +3,13 @@
 Problem: tenants that do not trust each other share workers. A tenant that sends a hundred times its share must not make
 other tenants wait, and no capacity may stay idle for the sake of fairness.
 
-Invariants: the next turn goes to the highest class with a waiting sequence on this gateway. Within the class, the turn
-goes to the waiting tenant with the least counter (service divided by weight). A counter falls only when an unused
-charge is refunded. A tenant that returns from idle starts at the least counter of the backlogged tenants, so being idle
-earns no credit. A call is charged once, however many workers are lost while the call runs.
+Method: each tenant has a counter for each class: the weighted tokens that it was served, divided by the tenant's
+weight. A turn is the choice of the next sequence. It goes to the highest class with a waiting sequence on this gateway,
+and within the class to the waiting tenant with the least counter.
+
+Invariants: a counter falls only when an unused charge is refunded. A tenant that returns from idle starts at the least
+counter of the backlogged tenants, so being idle earns no credit. A call is charged once, however many workers are lost
+while the call runs.
 
 Source: VTC (Sheng et al., OSDI 2024) for the counters, and for the raise of a counter after an idle time (lift).
 docs/tenancy.md says how the counters become cluster-wide.
@@ -38,16 +41,16 @@ most this limit divided by the tenant's weight."""
 
 
 def equal(tenant: str) -> float:
-    """Return the weight 1 for every tenant."""
+    """Return the weight 1, for any tenant."""
     return 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class FairStatistics:
-    """Counts of one order.
+    """Current numbers of one fair order.
 
-    `spread` is the largest difference between the counters of two backlogged tenants of one class, in weighted tokens
-    divided by weight.
+    `spread`: largest difference between the counters of two backlogged tenants of one class. A counter is in weighted
+    tokens divided by the tenant's weight.
     """
 
     flows: int
@@ -59,10 +62,10 @@ class FairStatistics:
 
 
 class FairOrder:
-    """Weighted fair `Order` whose counters persist while nothing waits.
+    """Weighted fair order of one model's sequences. Its counters persist while nothing waits.
 
-    Reports of other gateways are applied through `backlogs`, and reports of workers through `worker_totals`.
-    Every operation takes O(log tenants + log queue length), amortised.
+    Reports of other gateways are applied through `backlogs`, and reports of workers through `worker_totals`. Every
+    operation takes O(log tenants + log queue length), amortised.
     """
 
     def __init__(
@@ -75,8 +78,9 @@ class FairOrder:
     ) -> None:
         """Create an order without sequences.
 
-        A tenant that was idle for less than `idle_s` may start below the least counter, by at most `deficit_tokens`
-        divided by its weight.
+        When an idle tenant sends again, its counter is raised to the least counter of the backlogged tenants. If it was
+        idle for less than `idle_s`, its counter may stay below this value, by at most `deficit_tokens` divided by its
+        weight.
         """
         self._service = service or ServiceWeights()
         self._idle_s = idle_s
@@ -91,8 +95,8 @@ class FairOrder:
     # ---- Order
 
     def push(self, waiting: WaitingSequence, now: float = 0.0) -> None:
-        """Append a sequence to the queue of its tenant. If the tenant was idle and its counter is too low, the counter
-        is raised first (see `__init__`)."""
+        """Append a sequence to the queue of its tenant. If the tenant was idle, its counter is first raised to the
+        least allowed value (see `__init__`)."""
         flows = self._flows
         flows.advance(now)
         flow = flows.flow(waiting.rank, waiting.tenant)
@@ -101,7 +105,7 @@ class FairOrder:
         flows.change_here(flow, 1, charge.amount)
 
     def put_back(self, waiting: WaitingSequence) -> None:
-        """Insert a sequence that lost its worker, ahead of all sequences that were never taken.
+        """Put back a sequence that was sent and lost its worker. It waits ahead of all sequences that were never sent.
 
         Sequences that were put back are ordered by class, the highest first, then by arrival.
         """
@@ -114,20 +118,23 @@ class FairOrder:
         self._flows.change_here(flow, 1, 0.0)
 
     def head(self, loss_of: LossOf | None = None) -> WaitingSequence | None:
-        """The next sequence, or None if nothing waits.
+        """Return the next sequence, or None if nothing waits.
 
-        Sequences that were put back come first. After them comes a sequence of the tenant with the least counter in the
-        highest waiting class: the first one, or with `loss_of` the one that warm_order.py chooses.
+        Sequences that were put back come first. After them, it is the turn of the tenant with the least counter in the
+        highest waiting class. The tenant's first sequence is returned, or with `loss_of` the one that warm_order.py
+        chooses.
         """
         return (self._put_back.head() if self._put_back else None) or self._flows.head(loss_of)
 
     def remove(self, call_id: str) -> None:
-        """Remove a waiting sequence. If it was charged before it was put back, the unused charge is refunded."""
+        """Remove a sequence that will not be sent. If it was charged and then put back, the unused charge is
+        refunded."""
         self._remove_waiting(call_id)
         self.ended(call_id)
 
     def mark_taken(self, call_id: str, now: float = 0.0) -> None:
-        """Remove a sequence that is sent to a worker, and charge its predicted cost if it was never charged before."""
+        """Remove a sequence that is being sent to a worker. Its predicted cost is charged, except if it was charged
+        before."""
         self._flows.advance(now)
         flow, charge = self._remove_waiting(call_id, taken=True)
         if charge is not None:
@@ -135,15 +142,15 @@ class FairOrder:
             self._flows.add_service(flow, charge.amount)
 
     def position(self, call_id: str) -> int:
-        """Number of sequences of the same tenant and class ahead of a waiting sequence. Other tenants' sequences are
-        not revealed."""
+        """Return how many sequences of the same tenant and class are ahead of a waiting sequence. Sequences of other
+        tenants are not counted, so nothing is revealed about them."""
         flow, _, serial = self._where[call_id]
         if serial < 0:
             return self._put_back.position(call_id)
         return self._put_back.count(flow.key) + flow.position(serial)
 
     def slots_to_keep_free(self, waiting: WaitingSequence) -> int:
-        """Number of slots that must stay free for quiet tenants when this waiting sequence takes its turn."""
+        """Return how many slots must stay free for tenants that send little, if this waiting sequence is sent next."""
         flow, _, serial = self._where[waiting.call_id]
         if serial < 0 or flow.since > self._flows.now - self._idle_s:
             return 0
@@ -152,19 +159,19 @@ class FairOrder:
     # ---- calls that had their turn
 
     def cached(self, call_id: str, cached_tokens: int) -> None:
-        """At the first output, correct the charge: `cached_tokens` is the number of prompt tokens that were really
-        cached. Ignores unknown ids."""
+        """Correct the charge of a call at its first output. `cached_tokens`: number of prompt tokens that were really
+        in the worker's cache. Unknown ids are ignored."""
         if (entry := self._open.get(call_id)) is not None:
             self._flows.add_service(entry[0], entry[1].cached(cached_tokens))
 
     def generated(self, call_id: str, output_tokens: int) -> None:
-        """Record the total number of output tokens so far. Cheap while the total is within the prediction. Ignores
-        unknown ids."""
+        """Record the number of output tokens of a call so far. This is cheap while the number is within the prediction.
+        Unknown ids are ignored."""
         if (entry := self._open.get(call_id)) is not None and (delta := entry[1].generated(output_tokens)):
             self._flows.add_service(entry[0], delta)
 
     def ended(self, call_id: str) -> None:
-        """End a call, and refund the charge for predicted tokens that were not generated. Ignores unknown ids.
+        """End a call, and refund the charge for predicted tokens that were not generated. Unknown ids are ignored.
 
         The refund does not depend on how the call ended.
         """
@@ -172,18 +179,17 @@ class FairOrder:
             self._flows.add_service(entry[0], entry[1].ended())
 
     def revoked(self, call_id: str) -> None:
-        """Refund the whole charge of a call, because no worker accepted the call. Ignores unknown ids."""
+        """Refund the whole charge of a call, because no worker accepted it. Unknown ids are ignored."""
         if (entry := self._open.pop(call_id, None)) is not None:
             self._flows.add_service(entry[0], entry[1].revoked())
 
     # ---- time
 
     def sweep(self, now: float) -> None:
-        """Forget gateways that are silent for `idle_s`, and idle tenants whose counters are at or below
-        ClassTurns.floor.
+        """Forget gateways that are silent for `idle_s`, and idle tenants as FlowTable.forget_idle describes.
 
-        The caller runs this method once a second. The method also records which classes have guests, the tenants for
-        which slots are reserved (reserved_slots.py).
+        The caller runs this method once a second. It also records the classes for which slots are reserved
+        (reserved_slots.py).
         """
         self._flows.advance(now)
         self.backlogs.drop_silent(now - self._idle_s)
@@ -193,13 +199,13 @@ class FairOrder:
     # ---- reading
 
     def counter(self, tenant: str, rank: int = 0) -> float:
-        """Counter of a tenant: weighted service divided by weight, plus the raises after idle times. 0 for an unknown
-        tenant."""
+        """Return the counter of a tenant: weighted service divided by weight, plus the raises after idle times. 0 for
+        an unknown tenant."""
         flow = self._flows.known(tenant, rank)
         return 0.0 if flow is None else flow.counter
 
     def statistics(self) -> FairStatistics:
-        """Return the current counts as a frozen value."""
+        """Return the current numbers. They do not change later."""
         return FairStatistics(
             flows=len(self._flows),
             backlogged=sum(len(turns.anywhere) for turns in self._flows.classes()),
@@ -213,8 +219,8 @@ class FairOrder:
         return f"FairOrder({len(self._where)} waiting, {len(self._flows.classes())} classes, {len(self._open)} charged)"
 
     def _remove_waiting(self, call_id: str, *, taken: bool = False) -> tuple[Flow, Charge | None]:
-        """Remove a waiting sequence. `taken`: because it is sent. Returns the sequence's flow, and the charge to count
-        when the sequence is sent: None if the sequence was charged before."""
+        """Remove a waiting sequence. Returns its flow, and the charge to count when it is sent; None if it was charged
+        before. `taken`: whether it is removed because it is sent."""
         flow, charge, serial = self._where.pop(call_id)
         if serial >= 0:
             if taken:
@@ -233,7 +239,7 @@ def _spread(turns: ClassTurns) -> float:
 
 
 class FairOrders:
-    """Fair orders of one gateway, by model. The orders and their counters persist while nothing waits."""
+    """Fair orders of one gateway, by model. They and their counters persist while nothing waits."""
 
     def __init__(self, make: Callable[[], FairOrder] = FairOrder) -> None:
         self._make = make
@@ -250,13 +256,13 @@ class FairOrders:
         return order
 
     def sweep(self, now: float) -> None:
-        """Forget silent gateways and idle tenants in the order of each model, as FairOrder.sweep does. The caller runs
-        this method once a second."""
+        """Call FairOrder.sweep for each model. The caller runs this method once a second."""
         for order in self._orders.values():
             order.sweep(now)
 
     def retain_models(self, models: Iterable[str]) -> None:
-        """Forget the orders of models outside `models`. Orders with a waiting sequence or an open charge are kept."""
+        """Forget the orders of models that are not in `models`. An order with a waiting sequence or an open charge is
+        kept."""
         known = set(models)
         for model, order in list(self._orders.items()):
             statistics = order.statistics()

@@ -1,4 +1,6 @@
-"""The flows of one model by class and tenant: which flows wait, and how their counters change.
+"""The flows of one model: which flows wait, and how their counters change. A flow is the queue of one tenant in one
+class. Its counter is the weighted tokens that it was served, divided by its weight. It is backlogged if it has a
+waiting sequence on any gateway.
 
 Invariants: a counter falls only when an unused charge is refunded. A flow that returns from idle starts at the least
 counter of the backlogged flows, so being idle earns no credit. A flow that was idle for less than `idle_s` may start
@@ -17,7 +19,8 @@ from cluster.policy.fairness.warm_order import LossOf, next_of
 
 
 class FlowTable:
-    """Flows of one model. `now` is the latest time that was passed to `advance`; all times are monotonic seconds."""
+    """Flows of one model (the queue of one tenant in one class is a flow). `now`: the latest time that was passed to
+    `advance`. All times are monotonic seconds."""
 
     def __init__(self, weight_of: Callable[[str], float], idle_s: float, deficit_tokens: float) -> None:
         self._weight_of = weight_of
@@ -33,12 +36,13 @@ class FlowTable:
         return sum(len(turns.flows) for turns in self._classes.values())
 
     def advance(self, now: float) -> None:
-        """Set the current time. A time before the current time is ignored."""
+        """Set the current time. An earlier time than the current one is ignored."""
         if now > self.now:
             self.now = now
 
     def flow(self, rank: int, tenant: str) -> Flow:
-        """Return the flow of a tenant with its current weight. A flow is created at first use."""
+        """Return the queue of a tenant in a class, with the current weight of the tenant. It is created at first
+        use."""
         turns = self._classes.get(rank)
         if turns is None:
             turns = self._classes[rank] = ClassTurns()
@@ -50,7 +54,7 @@ class FlowTable:
         return flow
 
     def known(self, tenant: str, rank: int) -> Flow | None:
-        """Return the flow of a tenant, or None if there is no such flow."""
+        """Return the queue of a tenant in a class, or None if there is none."""
         turns = self._classes.get(rank)
         return None if turns is None else turns.flows.get(tenant)
 
@@ -59,18 +63,21 @@ class FlowTable:
         return [self._classes[rank] for rank in self._ranks]
 
     def waiting_here(self) -> Iterator[Flow]:
-        """Yield the flows with sequences that wait on this gateway."""
+        """Yield the flows that have waiting sequences on this gateway."""
         for turns in self._classes.values():
             yield from turns.here.flows()
 
     def service_above(self, rank: int) -> float:
-        """Expected cost of the sequences that wait here in classes higher than `rank`, in weighted tokens."""
+        """Return the expected cost of the sequences that wait here in classes above the class `rank`, in weighted
+        tokens."""
         return sum(flow.here_service for r, turns in self._classes.items() if r < rank for flow in turns.here.flows())
 
     def head(self, loss_of: LossOf | None = None) -> WaitingSequence | None:
-        """The next sequence, or None if nothing waits. It belongs to the flow with the least counter in the highest
-        waiting class. With `loss_of`, warm_order.py chooses among the flow's sequences; without it, the first one is
-        next."""
+        """Return the next sequence, or None if nothing waits.
+
+        In the highest waiting class, the flow with the least counter has its turn. Its first sequence is returned, or
+        with `loss_of` the one that warm_order.py chooses.
+        """
         for rank in self._ranks:
             flow = self._classes[rank].here.least()
             if flow is not None:
@@ -78,14 +85,15 @@ class FlowTable:
         return None
 
     def add_service(self, flow: Flow, service: float) -> None:
-        """Add service to a flow's counter, in weighted tokens. A negative number is a refund."""
+        """Add served tokens to a flow's counter. `service`: weighted tokens; a negative number is a refund."""
         self.charged += service
         flow.counter += service / flow.weight
         if service < 0:
             self._classes[flow.key.rank].note_decrease(flow)
 
     def change_here(self, flow: Flow, change: int, service: float) -> None:
-        """Change the number and the expected cost of a flow's sequences that wait on this gateway."""
+        """Update a flow after a change of its sequences on this gateway. `change`: change of their number. `service`:
+        change of their expected cost."""
         before = flow.here
         flow.here = here = before + change
         if before and here:
@@ -95,14 +103,16 @@ class FlowTable:
         self._update_backlogged(flow, before > 0 or flow.elsewhere > 0)
 
     def change_elsewhere(self, flow: Flow, change: Backlog) -> None:
-        """Change the number and the expected cost of a flow's sequences that wait on other gateways."""
+        """Update a flow after a change of its sequences on other gateways. `change`: change of their number and of
+        their expected cost."""
         before, flow.elsewhere = flow.elsewhere, flow.elsewhere + change.requests
         flow.elsewhere_service = flow.elsewhere_service + change.service if flow.elsewhere else 0.0
         if (before > 0) != (flow.elsewhere > 0):
             self._update_backlogged(flow, before > 0 or flow.here > 0)
 
     def _update_backlogged(self, flow: Flow, waited: bool) -> None:
-        """Update a flow that starts or stops waiting, on this gateway or on other gateways."""
+        """Update a flow when sequences begin or stop waiting, here or on other gateways. `waited`: whether the flow had
+        any waiting sequence before; if not, its counter may be raised."""
         turns = self._classes[flow.key.rank]
         if not waited:
             floor = turns.floor()
@@ -114,11 +124,11 @@ class FlowTable:
         turns.update(flow)
 
     def forget_idle(self, charged: Collection[int]) -> list[int]:
-        """Forget flows that were idle for `idle_s` with a counter at or below the floor (ClassTurns.floor). Flows in
-        `charged` are kept.
+        """Forget flows that were idle for `idle_s`, have no open charges, and have a counter of at most
+        ClassTurns.floor. When such a flow waits again, its counter would be raised to this value anyway.
 
-        `charged`: `id()` of each flow with open charges. Returns the ranks of the guests (reserved_slots.py), which are
-        flows at or below the floor that were idle for less than `idle_s`.
+        `charged`: `id()` of each flow with open charges. Returns the ranks of the classes with guests
+        (reserved_slots.py): flows with such a counter that have been idle for less than `idle_s`.
         """
         guests = []
         for rank, turns in self._classes.items():

@@ -1,4 +1,4 @@
-"""Interface between the waiting room and an ordering rule.
+"""Interface between the waiting room and the order in which its sequences are sent.
 
 Problem: the waiting room enforces bounds and deadlines. The order of the waiting sequences is a separate rule, and
 there are several such rules.
@@ -21,7 +21,7 @@ from cluster.api.frozen import frozen_dataclass
 
 @dataclass(frozen=True, slots=True)
 class HolderWait:
-    """The wait of a sequence for the worker that holds its prompt; see policy/scheduling/set_aside.py."""
+    """How long a sequence has waited for the worker that holds its prompt; see policy/scheduling/set_aside.py."""
 
     worker_id: str
     wait_s: float
@@ -29,14 +29,14 @@ class HolderWait:
 
 @frozen_dataclass
 class WaitingSequence:
-    """Sequence that waits for a worker.
+    """A sequence that waits for a worker.
 
-    `tokens` is the number of prompt tokens. `cached_tokens` is the number of prompt tokens that are expected in the
-    cache of a worker. `output_tokens` is the expected number of output tokens. `deadline` and `arrived` are times;
-    `deadline` is None without a deadline. `rank` is the rank of the priority class; rank 0 is served first and shed
-    last. `needs_tools`: whether the worker must have a parser for tool calls. `affinity`: hash of the tenant and the
-    affinity key, in [1, 2**64), or 0 for none. `holder_wait`: how long the sequence has waited in vain for the worker
-    that holds its prompt; None if it has not. `adapter`: see RouteCall.
+    `tokens`: number of prompt tokens. `cached_tokens`: number of prompt tokens that are expected in the cache of a
+    worker. `output_tokens`: expected number of output tokens. `arrived`: time of arrival. `deadline`: latest time for
+    the start, or None. `rank`: rank of the priority class; rank 0 is served first and shed last. `needs_tools`: whether
+    the worker must have a parser for tool calls. `affinity`: hash of the tenant and the affinity key, in [1, 2**64), or
+    0 for none. `holder_wait`: how long the sequence has waited in vain for the worker that holds its prompt; None if it
+    has not. `adapter`: see RouteCall.
     """
 
     call_id: str
@@ -56,31 +56,31 @@ class WaitingSequence:
 
 
 class Order(Protocol):
-    """Order of the sequences that wait for one model. A call id is unique within one order."""
+    """Order in which the waiting sequences of one model are sent. A call id is unique within one order."""
 
     def push(self, waiting: WaitingSequence, now: float = 0.0) -> None:
-        """Append a sequence."""
+        """Append a new sequence."""
 
     def put_back(self, waiting: WaitingSequence) -> None:
-        """Put back a sequence that was taken and lost its worker.
+        """Put back a sequence that was sent and lost its worker.
 
-        The sequence is placed before all sequences that were never taken.
+        It is placed before all sequences that were never sent.
         """
 
     def head(self, loss_of: Callable[[WaitingSequence], float] | None = None) -> WaitingSequence | None:
-        """The next sequence, or None if nothing waits. `loss_of(sequence)`: expected loss if the sequence is not sent
-        now (warm_order.py); an order may prefer sequences by their loss."""
+        """Return the next sequence, or None if nothing waits. `loss_of(sequence)`: expected loss if the sequence is not
+        sent now (warm_order.py). An order may prefer sequences with a greater loss."""
 
     def remove(self, call_id: str) -> None:
         """Remove a waiting sequence that will not be sent, such as a cancelled one. Raises KeyError for an unknown
         id."""
 
     def mark_taken(self, call_id: str, now: float) -> None:
-        """Remove a waiting sequence because it is sent to a worker. Raises KeyError for an unknown id."""
+        """Remove a waiting sequence because it is being sent to a worker. Raises KeyError for an unknown id."""
 
     def position(self, call_id: str) -> int:
-        """Number of sequences ahead. An order may leave out other tenants' sequences. Raises KeyError for an unknown
-        id."""
+        """Return the number of sequences ahead. Sequences of other tenants may be left out. Raises KeyError for an
+        unknown id."""
 
     def slots_to_keep_free(self, waiting: WaitingSequence) -> int:
-        """Number of slots that must stay free for other tenants when this waiting sequence takes its turn."""
+        """Return how many slots must stay free for other tenants if this waiting sequence is sent next."""

@@ -1,11 +1,12 @@
-"""Learnt output lengths by tenant and model. Fair queuing and scaling use an expectation; limits use a high quantile.
+"""Learnt output lengths by tenant and model. Fair queuing and scaling use the expected length; limits use a high
+quantile.
 
 Many outputs end at max_tokens, so only a lower bound of their length is known (censored data). The mean of the observed
-lengths is therefore too low for a call with a larger max_tokens. The expectation is the restricted mean of the
+lengths is therefore too low for a call with a larger max_tokens. The expected length is the restricted mean of the
 Kaplan-Meier estimate: the area under the survival curve up to max_tokens. If all outputs of a tenant run to their
 max_tokens, the next outputs are expected to do so too.
 
-If a (tenant, model) pair has no observations, its expectation comes from all outputs of the model, else from all
+If a (tenant, model) pair has no observations, its expected length comes from all outputs of the model, else from all
 outputs, else from a default.
 
 Invariant: memory is bounded, in outputs per pair and in number of pairs. The least recently used pair is dropped first.
@@ -54,7 +55,7 @@ class _Lengths:
     def expected(self, default_tokens: int, max_tokens: int) -> float:
         """Expected length of the next output: the area under the survival curve up to `max_tokens`.
 
-        Beyond the longest observed length the curve is taken as flat, for at most `default_tokens`.
+        Beyond the longest observed length, the curve is assumed to stay flat for at most `default_tokens` tokens.
         """
         if self._new_since_curve * RELEARNT_PART >= len(self.last):
             self._curve()
@@ -96,7 +97,7 @@ class _Lengths:
 
 
 class LearntOutputs:
-    """Lengths of the last outputs in tokens, by (tenant, model)."""
+    """Lengths of recent outputs in tokens, by (tenant, model)."""
 
     def __init__(self, *, default_tokens: int = DEFAULT_TOKENS, max_pairs: int = 50_000) -> None:
         self._default_tokens = default_tokens
@@ -106,7 +107,8 @@ class LearntOutputs:
         self._all: _Lengths | None = None
 
     def observe(self, tenant: str, model: str, tokens: int, *, cut: bool = False) -> None:
-        """Record the output length of an ended sequence. `cut`: the sequence was cut off at max_tokens."""
+        """Record the output length of a sequence that has ended. `cut`: whether the output was cut off at
+        max_tokens."""
         tokens = max(tokens, 0)
         _used(self._pairs, (tenant, model), _Lengths, self._max_pairs).add(tokens, cut)
         _used(self._models, model, _Lengths, self._max_pairs).add(tokens, cut)
@@ -115,15 +117,15 @@ class LearntOutputs:
         self._all.add(tokens, cut)
 
     def expected(self, tenant: str, model: str, max_tokens: int) -> int:
-        """Expected length of the next output, between 1 and `max_tokens`."""
+        """Return the expected length of the next output in tokens, between 1 and `max_tokens`."""
         lengths = self._pairs.get((tenant, model)) or self._models.get(model) or self._all
         if lengths is None:
             return max(min(self._default_tokens, max_tokens), 1)
         return max(min(round(lengths.expected(self._default_tokens, max_tokens)), max_tokens), 1)
 
     def p95(self, tenant: str, model: str, max_tokens: int) -> int:
-        """95th percentile of the observed lengths, between 1 and `max_tokens`; the default if there are no
-        observations."""
+        """Return the 95th percentile of the observed lengths, at least 1 and at most `max_tokens`. Without
+        observations, the default length is used."""
         lengths = self._pairs.get((tenant, model))
         return max(min(self._default_tokens if lengths is None else lengths.high, max_tokens), 1)
 
@@ -140,7 +142,7 @@ class _Recent:
 
 
 class LearntMeans:
-    """Means of the most recent token counts, for each (tenant, model) pair. At most `max_pairs` pairs are kept."""
+    """Means of recent token counts, one mean for each (tenant, model) pair. At most `max_pairs` pairs are kept."""
 
     def __init__(self, max_pairs: int = 50_000) -> None:
         self._max_pairs = max_pairs
@@ -155,7 +157,7 @@ class LearntMeans:
             recent.total -= recent.last.pop(0)
 
     def mean(self, tenant: str, model: str, max_tokens: int) -> int:
-        """Return the mean, between 1 and `max_tokens`; 1 without observations."""
+        """Return the mean of a pair, at least 1 and at most `max_tokens`; 1 without observations."""
         recent = self._pairs.get((tenant, model))
         return 1 if recent is None else max(min(round(recent.total / len(recent.last)), max_tokens), 1)
 
@@ -164,8 +166,8 @@ class LearntMeans:
 
 
 def _used(kept: OrderedDict[Key, Value], key: Key, make: Callable[[], Value], most: int) -> Value:
-    """Return the value that `kept` has for a key, made if there is none, and mark the key as the most recently used. If
-    `kept` has more than `most` keys then, the least recently used key is dropped."""
+    """Return the value of a key in `kept`, and mark the key as the most recently used. A missing value is made with
+    `make`. If `kept` then has more than `most` keys, the least recently used key is dropped."""
     value = kept.get(key)
     if value is None:
         value = kept[key] = make()

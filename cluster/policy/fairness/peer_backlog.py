@@ -1,5 +1,4 @@
-"""Values of the reports about other gateways: the backlog of a flow on a gateway, and the service of a tenant at a
-worker."""
+"""Values in reports: what waits on another gateway, and the service that a tenant has received at a worker."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from typing import NamedTuple
 
 
 class Backlog(NamedTuple):
-    """Waiting requests of one flow: their number, and their expected cost in weighted tokens."""
+    """Waiting requests of one tenant in one class: their number, and their expected cost in weighted tokens."""
 
     requests: int
     service: float
@@ -18,7 +17,8 @@ class Backlog(NamedTuple):
 class ServedTotal:
     """Service of one tenant at one worker since the worker's start: weighted tokens charged, less refunds.
 
-    `total`: calls of all gateways. `by_this_link`: calls that came over the link on which the report is sent.
+    `total`: service for calls of all gateways. `by_this_link`: service for calls that came over the link on which the
+    report is sent.
     """
 
     rank: int

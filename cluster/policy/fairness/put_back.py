@@ -1,4 +1,4 @@
-"""Sequences that lost their worker and start over. These sequences have their turn before all other sequences.
+"""Sequences that were sent, lost their worker, and must start over. They are sent before all other sequences.
 
 Invariant: the order is by class, the highest first, then by arrival, then in the order in which they were put back.
 """
@@ -12,7 +12,7 @@ from cluster.policy.fairness.service_counters import FlowKey
 
 
 class PutBackSequences:
-    """The sequences that were put back in one order. Every operation takes O(number of sequences)."""
+    """The sequences of one model that were put back. Every operation takes O(number of sequences)."""
 
     def __init__(self) -> None:
         self._entries: list[tuple[int, float, int, WaitingSequence]] = []  # (rank, arrived, number, sequence)
@@ -29,7 +29,7 @@ class PutBackSequences:
         insort(self._entries, (*key, waiting))
 
     def head(self) -> WaitingSequence | None:
-        """The first sequence, or None without sequences."""
+        """Return the first sequence, or None if there is none."""
         return self._entries[0][3] if self._entries else None
 
     def remove(self, call_id: str) -> None:
@@ -37,13 +37,13 @@ class PutBackSequences:
         del self._entries[bisect_left(self._entries, self._keys.pop(call_id))]
 
     def position(self, call_id: str) -> int:
-        """Number of sequences of the same tenant and class ahead. Raises KeyError for an unknown id."""
+        """Return how many sequences of the same tenant and class are ahead. Raises KeyError for an unknown id."""
         end = bisect_left(self._entries, self._keys[call_id])
         waiting = self._entries[end][3]
         return self._count(FlowKey(waiting.rank, waiting.tenant), end)
 
     def count(self, flow: FlowKey) -> int:
-        """Number of sequences of a tenant and class."""
+        """Return the number of sequences of a tenant in a class."""
         return self._count(flow, len(self._entries))
 
     def _count(self, flow: FlowKey, end: int) -> int:

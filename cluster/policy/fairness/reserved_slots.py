@@ -1,13 +1,14 @@
 """Slots kept free for tenants that send little, while other tenants always have sequences waiting.
 
 Problem: in a full cluster, each slot that becomes free is filled at once by a tenant that always has sequences waiting.
-Even when its turn is next, a call of a quiet tenant must wait until a worker grants a free slot to the call's gateway.
-If there are G gateways, each is granted only one in G of the free slots.
+A call of a quiet tenant must then wait until a worker grants a free slot to the call's gateway, even when the call is
+next. With G gateways, each gateway is granted only one in G of the free slots.
 
-Invariants: slots are kept free only if a guest was seen in the last GUEST_S seconds. A guest is a tenant that has had
-no more than its share and has no sequence waiting now. Slots are withheld only from tenants that have waited without a
-pause for at least `idle_s` of FairOrder. At most one slot per KEPT_OF running calls of this gateway is kept, and at
-most KEPT_MOST.
+Method: a guest is a tenant that has had no more than its share and has no sequence waiting now. Slots are kept free if
+a guest was seen in the last GUEST_S seconds.
+
+Invariants: slots are withheld only from tenants that have waited without a pause for at least `idle_s` of FairOrder. At
+most one slot per KEPT_OF running calls of this gateway is kept, and at most KEPT_MOST.
 
 Source: trunk reservation (Kelly, Loss Networks, 1991): a few circuits that are kept for the rarer class cost the other
 class little.
@@ -21,7 +22,8 @@ GUEST_S = 30.0
 
 
 class ReservedSlots:
-    """Reserved slots of one model. The caller notes guests once a second, and reads `reserved` at each turn."""
+    """Reserved slots of one model. The caller calls `note_guest` once a second for each class with guests, and reads
+    `reserved` before each choice of a sequence."""
 
     __slots__ = ("_until",)
 
@@ -29,13 +31,14 @@ class ReservedSlots:
         self._until: dict[int, float] = {}
 
     def note_guest(self, rank: int, now: float) -> None:
-        """Record that a guest of this class was seen: a tenant within its share that has no sequence waiting."""
+        """Record that this class has a guest now: a tenant that has had no more than its share and has no sequence
+        waiting."""
         self._until[rank] = now + GUEST_S
 
     def reserved(self, rank: int, filled: int, now: float) -> int:
-        """Number of slots to keep free when a sequence of class `rank` takes its turn.
+        """Return how many slots to keep free if a sequence of class `rank` is sent next.
 
-        `filled` is the number of running calls of this gateway.
+        `filled`: number of running calls of this gateway.
         """
         kept = min(filled // KEPT_OF, KEPT_MOST)
         if kept and any(now < until and guest <= rank for guest, until in self._until.items()):

@@ -1,7 +1,9 @@
-"""Account of a worker: the service that each flow received. `Served` reports are made from this account.
+"""Account of a worker: the service (weighted tokens) that each tenant received in each class. `Served` reports are made
+from this account.
 
-Invariant: the total of a flow is the sum of the charges of all accepted calls of the flow. Workers and gateways compute
-a call's charge in the same way, so all gateways that have all reports have equal accounts. The meter uses no clock.
+Invariant: the total of a tenant in a class is the sum of the charges of all its accepted calls. Workers and gateways
+compute a call's charge in the same way, so all gateways that have all reports have equal accounts. The account uses no
+clock.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from cluster.policy.fairness.token_cost import Charge
 
 
 class ServedMeter:
-    """Service by flow, and by the link on which the calls came. The number of a link is never reused."""
+    """Service by tenant and class, and by the link on which the calls came. The number of a link is never reused."""
 
     def __init__(self) -> None:
         self._totals: dict[FlowKey, float] = {}
@@ -24,19 +26,20 @@ class ServedMeter:
         self._resumed: set[str] = set()
 
     def attach(self, link: int) -> None:
-        """Add a new link. The first report on this link will contain every flow."""
+        """Add a new link. The first report on it will contain every tenant and class."""
         self._by_link[link] = {}
         self._changed[link] = set(self._totals)
 
     def detach(self, link: int) -> None:
-        """Remove a link that has ended. Later corrections of calls from this link still count in the totals."""
+        """Remove a link that has ended. Later corrections for calls from this link still count in the totals."""
         self._by_link.pop(link, None)
         self._changed.pop(link, None)
 
     def accepted(self, request_id: str, link: int, flow: FlowKey, charge: Charge, *, again: bool = False) -> None:
-        """Record an accepted call.
+        """Record a call that the worker has accepted.
 
-        `again`: another worker has counted the call's first charge, so this meter adds only later changes.
+        `again`: the call was resumed, and another worker has counted its first charge. Only later changes of the charge
+        are counted here.
         """
         self._open[request_id] = (link, flow, charge)
         if again:
@@ -45,7 +48,7 @@ class ServedMeter:
             self._add(link, flow, charge.amount)
 
     def revoked(self, request_id: str) -> None:
-        """Refund the charge of a call that the engine did not accept after all."""
+        """Refund the charge of a call that the engine has refused in the end."""
         if (entry := self._open.pop(request_id, None)) is None:
             return
         if request_id not in self._resumed:
@@ -53,24 +56,24 @@ class ServedMeter:
         self._resumed.discard(request_id)
 
     def cached(self, request_id: str, cached_tokens: int) -> None:
-        """At the first output, correct the charge: `cached_tokens` is the number of prompt tokens that were really
-        cached."""
+        """Correct the charge of a call at its first output. `cached_tokens`: number of prompt tokens that were really
+        in the engine's cache."""
         if (entry := self._open.get(request_id)) is not None:
             self._add(entry[0], entry[1], entry[2].cached(cached_tokens))
 
     def generated(self, request_id: str, output_tokens: int) -> None:
-        """Record the total number of output tokens of a call so far."""
+        """Record the number of output tokens of a call so far."""
         if (entry := self._open.get(request_id)) is not None and (delta := entry[2].generated(output_tokens)):
             self._add(entry[0], entry[1], delta)
 
     def ended(self, request_id: str) -> None:
-        """End a call for any reason, and refund the charge for predicted tokens that were not generated."""
+        """End a call, whatever the reason, and refund the charge for predicted tokens that were not generated."""
         if (entry := self._open.pop(request_id, None)) is not None:
             self._resumed.discard(request_id)
             self._add(entry[0], entry[1], entry[2].ended())
 
     def report(self, link: int) -> Sequence[ServedTotal]:
-        """Return the totals of the flows whose totals changed since the last report on this link."""
+        """Return the totals that have changed since the last report on this link."""
         mine = self._by_link[link]
         changed, self._changed[link] = self._changed[link], set()
         return [ServedTotal(key.rank, key.tenant, self._totals[key], mine.get(key, 0.0)) for key in sorted(changed)]

@@ -1,10 +1,10 @@
-"""Service counters of tenants within one model, with a fast lookup of the flow with the least counter.
+"""Service counters of tenants within one model, with a fast lookup of the tenant with the least counter.
 
 Problem: among ten thousand tenants the least counter must be found in microseconds, while each report changes thousands
 of counters.
 
-Method: flows are kept in buckets by their counters, each bucket QUANTUM wide. A flow is moved to another bucket only
-when its counter falls, or when the lookup finds that its counter has risen.
+Method: flows (queues of tenants) are kept in buckets by their counters, each bucket QUANTUM wide. A flow is moved to
+another bucket only when its counter falls, or when the lookup finds that its counter has risen.
 
 Invariant: `least` returns a flow from the lowest bucket, as if every flow were moved at once whenever its counter
 changes. So the counter of the returned flow is at most QUANTUM above the least counter.
@@ -26,7 +26,7 @@ QUANTUM = 32.0
 
 
 class FlowKey(NamedTuple):
-    """A tenant within a priority class. Rank 0 is the highest class, which is served first."""
+    """A tenant and the rank of a priority class. Rank 0 is the highest class, which is served first."""
 
     rank: int
     tenant: str
@@ -50,17 +50,17 @@ class FifoQueue:
         return len(self._line) - len(self._gone or ()) + self._skipped
 
     def push(self, waiting: WaitingSequence) -> int:
-        """Append an entry. Returns the serial number that identifies the entry."""
+        """Append an entry. Returns the serial number of the entry."""
         line = self._line
         line.append(waiting)
         return self._first + len(line) - 1
 
     def head(self) -> WaitingSequence | None:
-        """The first entry, or None if the queue is empty."""
+        """Return the first entry, or None if the queue is empty."""
         return self._line[0] if self._line else None
 
     def first(self, count: int) -> list[WaitingSequence]:
-        """Return the first `count` waiting entries, or fewer if fewer wait."""
+        """Return the first `count` entries, or all entries if there are fewer."""
         out: list[WaitingSequence] = []
         gone, at = self._gone or (), self._skipped
         for serial, waiting in enumerate(self._line, self._first):
@@ -73,7 +73,7 @@ class FifoQueue:
         return out
 
     def remove(self, serial: int) -> None:
-        """Remove an entry at any position. The caller must remove each serial number only once."""
+        """Remove an entry at any position. Each serial number must be removed only once."""
         if serial != self._first:
             self._gone = self._gone or []
             insort(self._gone, serial)
@@ -84,10 +84,10 @@ class FifoQueue:
             self._skip(self._gone)
 
     def _skip(self, gone: list[int]) -> None:
-        """Drop the removed entries at the front, so that the first entry is a waiting one.
+        """Drop entries at the front that are already marked as removed. The first entry is then a waiting one.
 
-        `gone`: serial numbers of removed entries. The numbers of dropped entries are cut off only when they are more
-        than half of the list, so that few calls copy the list.
+        `gone`: serial numbers of removed entries. The numbers of dropped entries are deleted only when they are more
+        than half of the list, so that the list is seldom copied.
         """
         while self._skipped < len(gone) and gone[self._skipped] == self._first:
             self._line.popleft()
@@ -110,8 +110,8 @@ class Flow(FifoQueue):
     """Queue of one tenant for one model and class. `counter`: weighted tokens served, divided by the tenant's weight.
 
     `here` and `here_service`: number and expected cost of the sequences that wait on this gateway. `elsewhere` and
-    `elsewhere_service`: the same for all other gateways together. Queue and counter are one object, so that a turn
-    among ten thousand tenants touches little uncached memory.
+    `elsewhere_service`: the same for all other gateways together. Queue and counter are one object, because a choice
+    among ten thousand tenants should touch little uncached memory.
     """
 
     __slots__ = (
@@ -138,12 +138,12 @@ class Flow(FifoQueue):
         """Number of turns in a row in which another sequence than the first one was sent."""
 
     def record_turn(self, serial: int) -> None:
-        """Record that the sequence with this serial number is sent. Call before `remove`."""
+        """Record that the sequence with this serial number is being sent. Call this method before `remove`."""
         self.overtaken = 0 if serial == self._first else self.overtaken + 1
 
     @property
     def waits(self) -> bool:
-        """Whether the flow is backlogged on any gateway."""
+        """Whether any sequence of the flow waits, on this gateway or on another."""
         return self.here > 0 or self.elsewhere > 0
 
     def __repr__(self) -> str:
@@ -153,7 +153,7 @@ class Flow(FifoQueue):
 
 
 class LeastFirst:
-    """Flows by the bucket of their counter, the lowest bucket first. Within a bucket: first in, first out."""
+    """Flows in buckets by their counter, the lowest bucket first. Within a bucket: first in, first out."""
 
     def __init__(self, quantum: float = QUANTUM) -> None:
         self._per_token = 1.0 / quantum
@@ -168,7 +168,7 @@ class LeastFirst:
         return flow in self._at
 
     def add(self, flow: Flow) -> None:
-        """Add a flow, or move the flow to the bucket of its counter."""
+        """Add a flow. A flow that is present already is moved to the bucket of its counter."""
         self._add(flow, int(flow.counter * self._per_token))
 
     def _add(self, flow: Flow, number: int) -> None:
@@ -185,13 +185,13 @@ class LeastFirst:
         self._at.pop(flow, None)
 
     def note_decrease(self, flow: Flow) -> None:
-        """Move a flow whose counter has fallen."""
+        """Move a flow to a lower bucket after its counter has fallen. A flow that is not present is ignored."""
         number = self._at.get(flow)
         if number is not None and (lower := int(flow.counter * self._per_token)) < number:
             self._add(flow, lower)
 
     def least(self) -> Flow | None:
-        """A flow of the lowest bucket by current counters, or None without flows."""
+        """Return a flow from the lowest bucket, by the current counters; None if there are no flows."""
         order, at, per_token = self._order, self._at, self._per_token
         while order:
             number = order[0]
@@ -209,7 +209,7 @@ class LeastFirst:
         return None
 
     def flows(self) -> list[Flow]:
-        """All flows."""
+        """Return all flows."""
         return list(self._at)
 
     def __repr__(self) -> str:
@@ -217,7 +217,7 @@ class LeastFirst:
 
 
 class ClassTurns:
-    """Flows of one class: flows that wait on this gateway, and flows that wait on any gateway."""
+    """All flows of one class. `here`: those that wait on this gateway. `anywhere`: those that wait on any gateway."""
 
     def __init__(self) -> None:
         self.flows: dict[str, Flow] = {}
@@ -228,8 +228,8 @@ class ClassTurns:
     def floor(self) -> float:
         """Return the counter to which a flow is raised when it waits again after a long idle time (the lift of VTC).
 
-        This is the least counter of all backlogged flows. If none is backlogged, it is the counter of the flow that was
-        backlogged last.
+        This is the least counter of all backlogged flows. If no flow is backlogged, it is the counter of the flow that
+        was backlogged last.
         """
         least = self.anywhere.least()
         if least is None:
@@ -237,7 +237,7 @@ class ClassTurns:
         return 0.0 if least is None else least.counter
 
     def update(self, flow: Flow) -> None:
-        """Apply a change of the flow's waiting counts."""
+        """Update the lists of waiting flows after the waiting counts of a flow have changed."""
         _keep(self.here, flow, flow.here > 0)
         was = flow in self.anywhere
         _keep(self.anywhere, flow, flow.waits)
@@ -245,7 +245,7 @@ class ClassTurns:
             self._last = flow
 
     def note_decrease(self, flow: Flow) -> None:
-        """Move a flow whose counter has fallen."""
+        """Update the lists of waiting flows after the counter of a flow has fallen."""
         self.here.note_decrease(flow)
         self.anywhere.note_decrease(flow)
 

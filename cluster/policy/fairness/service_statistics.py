@@ -1,5 +1,6 @@
-"""Statistics of the service that a gateway gives to each model's tenants. They are updated every second from the
-models' fair orders (fair_queue.py)."""
+"""Statistics of the service that a gateway gives to each model's tenants. They are computed every second from the
+models' fair orders (fair_queue.py).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ SPEED_DECAY = 0.98
 
 @dataclass(slots=True)
 class _Speed:
-    """Best recent speed of one model. `per_s`: weighted tokens a second that this gateway sent while calls waited for
-    the model."""
+    """Best recent speed of one model. `per_s`: weighted tokens per second that this gateway sent to workers while calls
+    waited for the model."""
 
     charged: float = 0.0
     waited: bool = False
@@ -23,7 +24,8 @@ class _Speed:
 
 
 class ServiceStatistics:
-    """The statistics of one gateway, by model: the best recent speed, and how unequal the tenants' service is."""
+    """Statistics of one gateway, by model: the best recent speed, and the largest difference between the service of two
+    tenants."""
 
     def __init__(self, order_of: Callable[[str], FairOrder]) -> None:
         """`order_of` returns the fair order of a model."""
@@ -33,8 +35,8 @@ class ServiceStatistics:
         """Largest difference between the service accounts of two backlogged tenants, by model."""
 
     def update(self, models: Mapping[str, bool]) -> None:
-        """Update the statistics, and forget all other models. Called once a second. `models`: for each model, whether a
-        worker is linked."""
+        """Update the statistics of `models`, and forget all other models. Called once a second. The value of a model
+        says whether a worker is linked."""
         self._speeds = {model: speed for model, speed in self._speeds.items() if model in models}
         self.spreads = {}
         for model, served in models.items():
@@ -46,9 +48,11 @@ class ServiceStatistics:
             speed.charged, speed.waited = statistics.charged, statistics.waiting > 0
 
     def starts_in_s(self, model: str, tenant: str, rank: int) -> float:
-        """Return a lower bound on the wait of a tenant's call in seconds: the service that certainly comes before the
-        call, divided by the model's best recent speed. 0 if no speed is known. `rank`: rank of the call's priority
-        class."""
+        """Return a lower bound on the wait of a tenant's new call, in seconds; 0 if no speed is known. `rank`: rank of
+        the call's priority class.
+
+        The bound is the service that certainly comes before the call, divided by the model's best recent speed.
+        """
         speed = self._speeds.get(model)
         if speed is None or speed.per_s <= 0:
             return 0.0

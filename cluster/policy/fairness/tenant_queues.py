@@ -1,5 +1,5 @@
-"""Waiting requests and tokens by tenant and class, the bounds of each tenant, and the choice of the victim that a full
-waiting room sheds.
+"""Waiting requests and tokens by tenant and class, and the bounds of each tenant. If the waiting room is full, this
+module chooses the sequence to shed (the victim).
 
 Problem: a full waiting room must shed the lowest class first. Within a class, a flooding tenant must not take the
 places of other tenants.
@@ -23,15 +23,18 @@ class _TenantQueue:
     waiting: dict[str, WaitingSequence] = field(default_factory=dict)  # by call id, in the order of entry
 
     def last(self) -> WaitingSequence:
-        """The sequence that entered last. Takes O(1), amortised: `popitem` drops the places of deleted entries at the
-        end of the dict, which an iterator would pass each time."""
+        """Return the sequence that entered last. Takes O(1), amortised.
+
+        `popitem` frees the places of deleted entries at the end of the dict. An iterator would pass these places each
+        time.
+        """
         call_id, waiting = self.waiting.popitem()
         self.waiting[call_id] = waiting
         return waiting
 
 
 class TenantQueues:
-    """Queues of waiting sequences over all models, one queue for each tenant and class."""
+    """Queues of the waiting sequences of all models together, one queue for each tenant and class."""
 
     def __init__(
         self, weight_of: Callable[[str], float], max_requests: int | None = None, max_tokens: int | None = None
@@ -48,7 +51,7 @@ class TenantQueues:
         self._adds_unasked = 0
 
     def has_room(self, waiting: WaitingSequence) -> bool:
-        """Whether the tenant of a new sequence stays within the bounds of a tenant if the sequence is added."""
+        """Whether a new sequence fits the bounds of its tenant."""
         most, most_tokens, tenant = self._max_requests, self._max_tokens, waiting.tenant
         if most is None and most_tokens is None:
             return True
@@ -80,8 +83,7 @@ class TenantQueues:
             del queues[waiting.tenant]
 
     def last_of_longest(self, below: WaitingSequence) -> WaitingSequence | None:
-        """Return the waiting sequence to shed so that the new sequence `below` can enter; None if `below` must not
-        replace any sequence."""
+        """Return the waiting sequence to shed for the new sequence `below`; None if no sequence may be shed for it."""
         longest = self._longest = self._longest if self._longest is not None else self._all_lengths()
         self._adds_unasked = 0
         for rank in sorted(longest, reverse=True):

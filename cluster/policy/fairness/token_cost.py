@@ -1,6 +1,6 @@
 """Cost of a call in weighted tokens, first predicted, then corrected.
 
-Problem: the next call is chosen before its output is known.
+Problem: a call must be charged when it is sent, before its output is known.
 
 Method: a call is charged its predicted cost, and the charge is corrected later. The charge is raised as soon as the
 output exceeds the prediction, and lowered at the end.
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ServiceWeights:
-    """Weights of a prompt token, a cached prompt token and an output token. VTC uses 1 for input and 2 for output."""
+    """Weights of a prompt token that is not cached, a cached prompt token and an output token. VTC uses 1 for input and
+    2 for output."""
 
     input: float = 1.0
     cached: float = 0.1
@@ -32,18 +33,19 @@ class ServiceWeights:
             raise ValueError("cached must lie between 0 and input")
 
     def prompt(self, tokens: int, cached_tokens: int) -> float:
-        """Number of weighted tokens of a prompt."""
+        """Return the number of weighted tokens of a prompt."""
         cached = cached_tokens if cached_tokens < tokens else tokens
         return self.input * (tokens - cached) + self.cached * cached
 
 
 class Charge:
-    """Charge of one call. Methods return the change of the charge in weighted tokens, negative for a refund."""
+    """Charge of one call. Each method returns the change of the charge in weighted tokens; a negative change is a
+    refund."""
 
     __slots__ = ("_generated", "_paid_output", "_prompt", "_prompt_tokens", "_weights", "amount")
 
     def __init__(self, weights: ServiceWeights, prompt_tokens: int, cached_tokens: int, output_tokens: int) -> None:
-        """Create a charge with the predicted cost. `cached_tokens` and `output_tokens` are predictions."""
+        """Create a charge of the predicted cost. `cached_tokens` and `output_tokens` are predictions."""
         self._weights = weights
         self._prompt_tokens = prompt_tokens
         self._prompt = prompt = weights.prompt(prompt_tokens, cached_tokens)
@@ -53,14 +55,16 @@ class Charge:
         """Current charge in weighted tokens."""
 
     def cached(self, cached_tokens: int) -> float:
-        """Charge the prompt with the number of cached tokens that the engine reported, in place of the prediction."""
+        """Correct the charge for the prompt. `cached_tokens`: number of cached tokens that the engine reported, in
+        place of the prediction."""
         before = self._prompt
         self._prompt = self._weights.prompt(self._prompt_tokens, cached_tokens)
         self._update_amount()
         return self._prompt - before
 
     def generated(self, tokens: int) -> float:
-        """Record the number of output tokens so far, over all workers that ran the call. A lower number is ignored."""
+        """Record the number of output tokens so far, from all workers that ran the call together. A lower number than
+        before is ignored."""
         if tokens > self._generated:
             self._generated = tokens
         more = self._generated - self._paid_output

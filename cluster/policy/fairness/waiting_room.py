@@ -1,12 +1,13 @@
-"""Waiting room: admitted sequences that wait for capacity of a worker. Each model has its own order.
+"""Waiting room: admitted sequences that wait for capacity of a worker. The order of the sequences is kept for each
+model.
 
 Problem: calls must wait in the gateway and not in an engine, so that the next call is chosen at the last moment. The
 wait must be bounded in number, tokens and time, or overload ends in congestion collapse.
 
-Invariants: a sequence that enters leaves exactly once: it is bound by `pop_next`, cancelled by `cancel`, returned by
-`pop_expired`, or shed for another sequence. Only the head of an order may be bound, so shorter prompts cannot overtake
-a long prompt for ever. A sequence is shed only to admit a sequence of a higher class, or a sequence of the same class
-whose tenant has a shorter queue relative to its weight.
+Invariants: a sequence that enters leaves exactly once: it is removed by `pop_next` to be sent, cancelled by `cancel`,
+returned by `pop_expired`, or shed to make room for another sequence. Only the first sequence of an order may be sent,
+so shorter prompts cannot overtake a long prompt for ever. A sequence is shed only to admit a sequence of a higher
+class, or a sequence of the same class whose tenant has a shorter queue relative to its weight.
 
 Source: late binding as in Pegasus/Sparrow (Ousterhout et al., SOSP 2013); shedding from the longest queue as in longest
 queue drop (McKenney, Stochastic Fairness Queueing, 1990).
@@ -29,9 +30,9 @@ __all__ = ["Order", "RoomAdmission", "RoomStatistics", "WaitingRoom", "WaitingSe
 
 @dataclass(frozen=True, slots=True)
 class RoomStatistics:
-    """Current contents of the room, and counts of events.
+    """Current contents of the waiting room, and counts of events.
 
-    `models` has (requests, tokens) for each model with a waiting sequence.
+    `models`: (requests, tokens) of each model with a waiting sequence.
     """
 
     requests: int
@@ -48,7 +49,7 @@ class RoomStatistics:
 
 @dataclass(frozen=True, slots=True)
 class RoomAdmission:
-    """Result of an admission. `shed`: the sequences that were shed to make room.
+    """Result of `WaitingRoom.admit`. `shed`: waiting sequences that were removed to make room.
 
     `outcome`: None if the sequence was admitted, else the reason of the refusal: QUEUE_FULL (the room is full),
     RATE_LIMITED (the tenant's own queue is full) or DEADLINE_UNREACHABLE (no start before the deadline is possible).
@@ -69,7 +70,8 @@ class _ModelQueue:
 
 
 class WaitingRoom:
-    """All sequences that wait in one gateway. There are bounds over all models together, and bounds for each tenant."""
+    """All sequences that wait in one gateway. Their number and tokens are bounded, for all models together and for each
+    tenant."""
 
     def __init__(
         self,
@@ -83,10 +85,10 @@ class WaitingRoom:
         weight_of: Callable[[str], float] = lambda tenant: 1.0,
         longer_s: Callable[[str], float] = lambda model: 0.0,
     ) -> None:
-        """Create an empty room.
+        """Create an empty waiting room.
 
-        `order_of(model)` returns the order of a model. The room calls it when the first sequence of the model waits.
-        `longer_s(model)` returns the seconds to add to `max_wait_s` for a sequence that begins to wait now.
+        `order_of(model)`: returns the order of a model. It is called when the first sequence of the model waits.
+        `longer_s(model)`: seconds to add to `max_wait_s` for a sequence that begins to wait now.
         """
         self._max_requests = max_requests
         self._max_tokens = max_tokens
@@ -105,8 +107,8 @@ class WaitingRoom:
     def admit(self, waiting: WaitingSequence, now: float, starts_in_s: float = 0.0) -> RoomAdmission:
         """Admit a sequence, or return the reason of the refusal. A full room may shed other sequences first.
 
-        The result names the sequences that were shed, which wait no longer even if the new one is refused.
-        `starts_in_s`: seconds until the earliest possible start; a sequence with an earlier deadline is refused at
+        The result names the sequences that were shed. They no longer wait, even if the new sequence is refused after
+        all. `starts_in_s`: seconds until the earliest possible start; a sequence with an earlier deadline is refused at
         once. Raises ValueError for a call id that already waits.
         """
         if waiting.call_id in self._entries:
@@ -121,15 +123,15 @@ class WaitingRoom:
         return self._admit_by_shedding(waiting, now, outcome)
 
     def put_back(self, waiting: WaitingSequence, now: float) -> None:
-        """Put back a sequence that lost its worker. The sequence waits at the head for up to max_wait_s; the room's
-        bounds do not apply. Raises ValueError for a call id that already waits."""
+        """Put back a sequence that was sent and lost its worker. It waits at the head for up to max_wait_s, and the
+        room's bounds do not apply to it. Raises ValueError for a call id that already waits."""
         if waiting.call_id in self._entries:
             raise ValueError(f"call_id {waiting.call_id!r} already waits")
         self._add(waiting, now).put_back(waiting)
         self._put_back += 1
 
     def head(self, model: str) -> WaitingSequence | None:
-        """The next sequence of a model, or None if nothing waits."""
+        """Return the next sequence of a model, or None if nothing waits."""
         queue = self._queues.get(model)
         return queue.order.head() if queue is not None else None
 
@@ -140,7 +142,8 @@ class WaitingRoom:
         now: float | None = None,
         loss_of: LossOf | None = None,
     ) -> WaitingSequence | None:
-        """Remove and return the next sequence if it fits. Returns None if nothing waits or the head does not fit.
+        """Remove and return the next sequence of a model, to be sent to a worker. Returns None if nothing waits, or if
+        the next sequence does not fit.
 
         `fits(sequence)`: whether a worker can take the sequence. `now` None: the latest time that was passed to the
         room. `loss_of`: see Order.head.
@@ -156,7 +159,7 @@ class WaitingRoom:
         return head
 
     def slots_to_keep_free(self, waiting: WaitingSequence) -> int:
-        """Number of slots that must stay free for other tenants when this waiting sequence takes its turn."""
+        """Return how many slots must stay free for other tenants if this waiting sequence is sent next."""
         return self._queues[waiting.model].order.slots_to_keep_free(waiting)
 
     def cancel(self, call_id: str) -> bool:
@@ -169,7 +172,8 @@ class WaitingRoom:
         return True
 
     def pop_expired(self, now: float) -> list[WaitingSequence]:
-        """Remove and return all sequences past their deadline or max_wait_s, the longest overdue sequence first."""
+        """Remove and return all sequences that are past their deadline or have waited for max_wait_s. The one that
+        expired first comes first."""
         gone: list[WaitingSequence] = []
         while self._expiries and self._expiries[0][0] <= now:
             _, stay, call_id = heapq.heappop(self._expiries)
@@ -181,24 +185,24 @@ class WaitingRoom:
         return gone
 
     def position(self, call_id: str) -> int | None:
-        """Number of sequences ahead of a sequence in the order of its model, as counted by `Order.position`; None if no
-        sequence with this id waits."""
+        """Return the number of sequences ahead of a waiting sequence, see `Order.position`. None if no sequence with
+        this id waits."""
         entry = self._entries.get(call_id)
         return None if entry is None else self._queues[entry[0].model].order.position(call_id)
 
     def waiting(self, model: str) -> tuple[int, int]:
-        """Numbers of waiting requests and prompt tokens of a model."""
+        """Return the number of waiting requests of a model, and the number of their prompt tokens."""
         queue = self._queues.get(model)
         return (0, 0) if queue is None else (queue.requests, queue.tokens)
 
     def latest(self, waiting: WaitingSequence, now: float) -> float:
-        """Return the time until which a sequence that begins to wait now may wait."""
+        """Return the latest time until which a sequence may wait if it begins to wait now."""
         latest = now + self._max_wait_s + self._longer_s(waiting.model)
         deadline = waiting.deadline
         return latest if deadline is None or deadline > latest else deadline
 
     def statistics(self) -> RoomStatistics:
-        """Return the current counts as a frozen value."""
+        """Return the current contents and counts. They do not change later."""
         return RoomStatistics(
             requests=len(self._entries),
             tokens=self._tokens,
@@ -216,8 +220,11 @@ class WaitingRoom:
         return f"WaitingRoom({len(self._entries)} requests, {self._tokens} tokens, {len(self._queues)} models)"
 
     def _admit_by_shedding(self, waiting: WaitingSequence, now: float, outcome: Outcome | None) -> RoomAdmission:
-        """Shed other sequences until this one has room, then admit it. Refuse it if that is not possible, or with
-        `outcome` if this is given."""
+        """Shed other sequences until there is room for this one, then admit it. It is refused if shedding cannot make
+        enough room.
+
+        `outcome`: if not None, the sequence is refused with this reason.
+        """
         shed: list[WaitingSequence] = []
         while outcome is None and not self._has_room(waiting):
             victim = self._tenant_queues.last_of_longest(below=waiting) if waiting.tokens <= self._max_tokens else None
@@ -238,7 +245,8 @@ class WaitingRoom:
         return len(self._entries) < self._max_requests and self._tokens + waiting.tokens <= self._max_tokens
 
     def _add(self, waiting: WaitingSequence, now: float) -> Order:
-        """Add a sequence to the room but not to the order of its model. Returns that order."""
+        """Add a sequence to the room. Returns the order of its model; the caller must add the sequence to this
+        order."""
         if now > self._now:
             self._now = now
         self._stays = stay = self._stays + 1
@@ -255,7 +263,8 @@ class WaitingRoom:
         return queue.order
 
     def _remove(self, waiting: WaitingSequence) -> Order:
-        """Remove a sequence from the room but not from the order of its model. Returns that order."""
+        """Remove a sequence from the room. Returns the order of its model; the caller must remove the sequence from
+        this order."""
         entries, queues, expiries = self._entries, self._queues, self._expiries
         del entries[waiting.call_id]
         self._tenant_queues.remove(waiting)

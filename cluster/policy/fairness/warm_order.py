@@ -1,19 +1,19 @@
-"""Order within the turn of one tenant: a sequence whose prompt is in a worker's KV cache may be sent before older
+"""Order within the queue of one tenant: a sequence whose prompt is in a worker's KV cache may be sent before older
 sequences.
 
 Problem: while calls wait, the workers evict the KV blocks of prompts that will soon be sent. If sequences are sent in
 the order of arrival, each goes to whichever worker has room. That worker seldom holds the blocks of the sequence's
 prompt, so the prompt is computed again.
 
-Method: among the tenant's first MAX_CHOICES sequences, the one with the greatest expected loss goes first. The loss is
-the number of cached tokens that would have to be computed again after an eviction, times the probability of the
+Method: among the tenant's first MAX_CHOICES sequences, the one with the greatest expected loss is sent first. The loss
+is the number of cached tokens that would have to be computed again after an eviction, times the probability of the
 eviction. The caller passes a function that computes the loss (policy/scheduling/warm_sequences.py).
 
 Invariants: the tenant is chosen first, and then a sequence of its queue. So the order within a queue does not change
 how service is shared among tenants, and two bounds hold as with any other order. (1) While two tenants wait, their
 counters differ by at most the largest charge divided by its tenant's weight, plus the corrections of charges whose
-predictions were wrong. (2) Take two turns of a tenant A that waits all the time, and another tenant B. Between the two
-turns, B is served at most as much as A was charged in the first turn, plus one charge of B.
+predictions were wrong. (2) Let a tenant A wait all the time. Between one turn of A and its next turn, another tenant B
+is served at most as much as A was charged in the first of these turns, plus one charge of B.
 
 The first sequence of a queue is overtaken at most MAX_OVERTAKEN times. So a sequence with p sequences ahead is sent in
 one of the next (p + 1) * (MAX_OVERTAKEN + 1) turns of its tenant. Only the chosen sequence may be sent: if it fits on
@@ -43,9 +43,12 @@ matters."""
 
 
 def next_of(flow: Flow, loss_of: LossOf) -> WaitingSequence | None:
-    """Return the sequence of a flow to send in the flow's turn, or None without sequences. Of sequences with equal
-    losses, the first one is returned. `loss_of` is called for at most MAX_CHOICES sequences, and for none if only one
-    waits."""
+    """Return the sequence to send when it is the turn of this flow (the queue of one tenant); None if nothing waits.
+
+    Among the first MAX_CHOICES sequences, the one with the greatest loss is returned; of equal losses, the first one.
+    The first sequence is returned without a call of `loss_of` if only one waits, or if it was overtaken MAX_OVERTAKEN
+    times.
+    """
     if len(flow) < 2 or flow.overtaken >= MAX_OVERTAKEN:
         return flow.head()
     return max(flow.first(MAX_CHOICES), key=loss_of)

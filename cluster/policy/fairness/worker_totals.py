@@ -1,13 +1,15 @@
-"""Service of the calls of other gateways, which workers report.
+"""Service that workers report for the calls of other gateways.
 
-Problem: the accounts of tenants must be cluster-wide without another store.
+Problem: the service accounts of tenants must cover all gateways, but there is no store for them that all gateways
+share.
 
-Method: workers see all service, so workers report the service. A report has two numbers for each tenant: the service
-since the worker's start, and the part of that service for calls of the gateway that gets the report. The gateway counts
-its own part itself, more exactly and sooner, so it adds only the growth of the difference between the two.
+Method: workers see the calls of all gateways, so workers report the service. A report has two numbers for each tenant:
+the service since the worker's start, and the part of it for calls of the gateway that gets the report. The gateway
+counts its own part itself, more exactly and sooner. So it adds only the growth of the difference between the two
+numbers.
 
-Invariants: a repeated report changes nothing. The next report makes up for a lost report. Service before the first
-report from a worker to a gateway is not added, because the start of that service is unknown.
+Invariants: a repeated report changes nothing. The next report makes up for a lost report. The first report from a
+worker to a gateway adds nothing, because it is unknown when its service began.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ from cluster.policy.fairness.service_counters import FlowKey
 
 
 class WorkerTotals:
-    """Last reported totals of every worker of one model. Each report is added to the counters of the model's flows."""
+    """Totals that the workers of one model have reported last. Each report is added to the counters of the model's
+    tenants."""
 
     def __init__(self, flows: FlowTable) -> None:
         self._flows = flows
         self._workers: dict[str, tuple[str, dict[FlowKey, tuple[float, float]]]] = {}
 
     def apply(self, worker: str, incarnation: str, totals: Iterable[ServedTotal], now: float) -> None:
-        """Apply a report of a worker: add the service for calls of other gateways since the worker's last report.
+        """Apply a report of a worker: add to the counters the service since the worker's last report, for calls of
+        other gateways.
 
         The first report of a worker adds nothing; it only sets the starting point.
         """
@@ -48,15 +52,15 @@ class WorkerTotals:
                 self._flows.add_service(self._flows.flow(*key), difference)
 
     def link_ended(self, worker: str) -> None:
-        """Record that the link to a worker has ended. The worker's next report comes over a new link, on which
-        `by_this_link` starts at zero."""
+        """Record that the link to a worker has ended. On the next link to the worker, the reported `by_this_link`
+        starts at zero."""
         known = self._workers.get(worker)
         if known is not None:
             for key, (total, _) in known[1].items():
                 known[1][key] = (total, 0.0)
 
     def forget(self, worker: str) -> None:
-        """Forget the totals of a worker that will not come back. The counters keep the service of that worker."""
+        """Forget the totals of a worker that will not come back. The counters are not changed."""
         self._workers.pop(worker, None)
 
     def __repr__(self) -> str:

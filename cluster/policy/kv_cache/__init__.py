@@ -1,1 +1,1 @@
-"""Knowledge of the KV blocks that each worker holds: prefix hashes of token ids, an index from hashes to workers."""
+"""Which worker holds which KV blocks: prefix hashes of token ids, and an index from hashes to workers."""

@@ -6,16 +6,17 @@ stops the process while it grows.
 Method. The table has segments of 256 rows with eight places each. The top bits of a hash choose the segment, through a
 directory. Two other bytes choose two rows of the segment, and a new hash goes to the emptier row (Azar et al.,
 "Balanced Allocations", 1994). A place holds the mark of a hash, which is the top 32 bits of the hash. The entries of a
-full segment are divided over two segments by the next bit of their hashes (extendible hashing, Fagin et al., 1979).
-Each entry keeps its row number, so a division takes some ten microseconds, and the table never grows as a whole. Hashes
-are multiplied by a random odd number first, so that no caller can choose hashes that fall into one row.
+full segment are divided over two segments by the next bit of their hashes (extendible hashing, Fagin et al., 1979). An
+entry keeps its row number when its segment is divided. So a division takes some ten microseconds, and the table never
+grows as a whole. Hashes are multiplied by a random odd number first, so that no caller can choose hashes that fall into
+one row.
 
 Two hashes are confused if they have the same mark and a row in common. For a random hash that is not in the table, the
 probability is about 1 in 25,000 at ten million entries, and a tenth of that at one million. Users of the table must
 tolerate such errors, as cache routing does.
 
-The number of numpy calls determines the time of a lookup of some hundred hashes. So the code computes both rows at once
-instead of choosing one.
+A lookup of some hundred hashes takes time in proportion to the number of numpy calls. So the code looks at both rows of
+all hashes at once.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _BYTE_SUM, _BYTE_SUM_SHIFT = np.uint64(0x0101010101010101), np.uint64(56)
 
 
 class BlockTable:
-    """A table from hashes to words that are not 0, with room for `max_hashes` entries."""
+    """Hash table from prefix hashes to 64-bit words other than 0, with room for `max_hashes` entries."""
 
     def __init__(self, max_hashes: int, multiplier: int) -> None:
         """`multiplier`: random number in [0, 2**64)."""
@@ -99,14 +100,14 @@ class BlockTable:
         return words
 
     def leading_words(self, hashes: Hashes) -> Words:
-        """Return the words of the hashes before the first one that is not in the table."""
+        """Return the words of the leading hashes, up to the first hash that is not in the table."""
         places, products = self._locate(*self._keys(hashes))
         if not products.all():
             places = places[: (products == 0).argmax()]
         return self._flat_words.take(places)
 
     def get(self, places: Places) -> Words:
-        """Return the words at places that `find` or `insert` has returned for hashes in the table."""
+        """Return the words at places. `places`: results of `find` or `insert` without -1."""
         return self._flat_words[places]
 
     def set(self, places: Places, words: Words) -> None:
@@ -141,15 +142,16 @@ class BlockTable:
         return used, segment + 1 < len(self._depths)
 
     def _keys(self, hashes: Hashes) -> tuple[Marks, Places]:
-        """Return each hash's mark, and the two rows of each hash as an array of shape (2, hashes)."""
+        """Return the mark of each hash, and the two rows where the hash may be, as an array of shape (2, number of
+        hashes)."""
         keys = hashes * self._multiplier
         first_rows = self._directory.take((keys >> np.uint64(64 - self._depth)).view(np.int64))
         rows = first_rows + keys.view(np.uint8).reshape(-1, 8)[:, _ROW_BYTES].T
         return keys.view(np.uint32)[_HIGH_HALF::2] | _ONE_MARK, rows
 
     def _locate(self, marks: Marks, rows: Places) -> tuple[Places, _Flags]:
-        """Return two values for each mark: its place in one of its two rows, and a number that is 0 if the mark is in
-        neither row. In this case the place is meaningless."""
+        """Look up each mark in its two rows. Returns the place of each mark, and a number that is 0 if the mark is in
+        neither row; the place is then meaningless."""
         products = (self._marks.take(rows, axis=0) == marks[:, None]).view(np.uint64)[..., 0]
         products *= _COLUMNS
         places = np.where(products[0], rows[0], rows[1])
@@ -165,8 +167,8 @@ class BlockTable:
         return places
 
     def _claim(self, rows: Places, marks: Marks) -> Places:
-        """Write each mark into a free place of the emptier of its two rows. Returns the places; -1 for a mark whose
-        rows are full."""
+        """Write each mark into a free place of one of its two rows, the emptier one. Returns the places; -1 for a mark
+        whose rows are full."""
         places = np.full(len(marks), -1, np.int64)
         left = np.arange(len(marks))
         while left.size:
@@ -193,11 +195,12 @@ class BlockTable:
         return places
 
     def _count(self, places: Places, by: int) -> None:
-        """Change the counts of the places' segments. `by`: 1 for filled places, -1 for freed places."""
+        """Update the number of used places of the segments. `places`: the changed places. `by`: 1 if they were filled,
+        -1 if they were freed."""
         np.add.at(self._counts, places // SEGMENT, by)
 
     def _divide(self, segment: int) -> bool:
-        """Divide a segment in two. Returns False if the table may not grow any more."""
+        """Divide a segment in two. Returns False if the table cannot grow further."""
         depth, new = self._depths[segment], len(self._depths)
         if new == self._most or depth == _MAX_DEPTH:
             return False
@@ -220,7 +223,7 @@ class BlockTable:
 
 
 def _zeros_on_lines(rows: int) -> Marks:
-    """Return rows of zeros, each of them within one line of the processor's cache."""
+    """Return rows of zeros. Each row lies within one line of the processor's cache."""
     per_line = _LINE_BYTES // 4
     buffer = np.zeros(rows * WIDTH + per_line, np.uint32)
     start = -(buffer.ctypes.data // 4) % per_line

@@ -11,8 +11,8 @@ from cluster.policy.kv_cache.prefix_hashes import Hashes
 
 @dataclass(frozen=True, slots=True)
 class KvChange:
-    """Blocks that a worker has removed, and blocks that it has stored after that. `is_reset`: whether the worker holds
-    no blocks other than the stored ones."""
+    """Blocks that a worker has removed, and blocks that it has stored after that. `is_reset`: the worker now holds only
+    the stored blocks."""
 
     is_reset: bool = False
     stored: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))

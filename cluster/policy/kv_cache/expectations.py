@@ -1,4 +1,4 @@
-"""The blocks that workers are expected to hold soon, because a prompt with these blocks was sent to them.
+"""KV blocks that workers are expected to hold soon, because prompts with these blocks were sent to them.
 
 All times are monotonic seconds.
 """
@@ -25,8 +25,7 @@ class _Expectation:
 
 
 class ExpectedBlocks:
-    """The expected blocks of the workers of one model, in the order in which their times pass. A worker is named by its
-    number in the cache index."""
+    """Expected blocks of one model's workers, ordered by expiry. A worker is named by its number in the cache index."""
 
     def __init__(self) -> None:
         self._expectations: deque[_Expectation] = deque()
@@ -39,19 +38,19 @@ class ExpectedBlocks:
         return (worker for worker, _ in self._alike)
 
     def add(self, worker: int, hashes: Hashes, until: float) -> None:
-        """Add the first blocks of a prompt, at least one, which are expected until the time `until`. `until` must not
+        """Add the first blocks of a prompt, at least one. They are expected until the time `until`, which must not
         decrease from call to call."""
         expectation = _Expectation(until, worker, hashes)
         self._expectations.append(expectation)
         self._alike.setdefault(expectation.key, deque()).append(expectation)
 
     def is_due(self, now: float) -> bool:
-        """Return whether the time of any expected block has passed."""
+        """Return whether any expected block has expired."""
         return bool(self._expectations) and self._expectations[0].until <= now
 
     def pop_due(self, now: float, at_most: int) -> Mapping[int, list[Hashes]]:
-        """Forget up to `at_most` prompts whose time has passed. Returns the blocks that are no longer expected, keyed
-        by worker number."""
+        """Forget the expected blocks of up to `at_most` expired prompts. Returns the blocks that are no longer
+        expected, by worker number."""
         ended: dict[int, list[Hashes]] = {}
         while at_most and self.is_due(now):
             at_most -= 1
@@ -60,9 +59,11 @@ class ExpectedBlocks:
         return ended
 
     def _forget(self, expectation: _Expectation) -> Hashes:
-        """Forget an expectation, and return its blocks that no later expectation for the same worker contains. Only
-        expectations with the same first block are compared, since prompts that share a block share all blocks before
-        it."""
+        """Forget the oldest expectation among those for its worker with the same first block. Returns its blocks that
+        none of the others contains.
+
+        Expectations with another first block need no comparison: prompts that share a block share all blocks before it.
+        """
         others = self._alike[expectation.key]
         others.popleft()
         if not others:

@@ -1,9 +1,11 @@
 """Sets of workers as 64-bit words, so that one array gives the workers of many KV blocks.
 
-The word of a set of up to four workers has four fields of 16 bits: 15 bits for a worker's number, and one bit that is 1
-if the worker is only expected to hold the block soon. Most blocks are held by few workers. A larger set is stored in a
-table; its word is the number of its table entry, with the top bit set. The table stays small, since all blocks of a
-shared prompt are held by the same workers. The number of an entry is reused when no block has the entry's set any more.
+Most blocks are held by few workers. The word of a set of up to four workers has four fields of 16 bits: 15 bits for a
+worker's number, and one bit that is 1 if the worker is only expected to hold the block soon.
+
+A larger set is stored in a table. Its word is the number of its table entry, with the top bit set. The table stays
+small, since all blocks of a shared prompt are held by the same workers. The number of an entry is reused once no block
+has the set of this entry.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ Members = tuple[int, int]
 
 
 def members_of_word(word: int) -> Members:
-    """Return the workers in the four fields of a word. `word` must not be a number in the table of larger sets."""
+    """Return the workers in the four fields of a word. The word of a set in the table is not allowed."""
     held = expected = 0
     while word:
         field = word & _FIELD
@@ -40,7 +42,7 @@ def members_of_word(word: int) -> Members:
 
 
 class HolderSets:
-    """The table of the larger sets, and operations that change the sets of many blocks at once."""
+    """Table of the sets with more than four workers, and operations that change the sets of many blocks at once."""
 
     def __init__(self) -> None:
         self._sets: list[Members] = []
@@ -61,7 +63,7 @@ class HolderSets:
         return held | expected
 
     def add(self, words: Words, worker: int, expected: bool = False) -> Words:
-        """Return the sets with a worker added as a holder, or as an expected holder if `expected`. A worker that
+        """Return the sets with a worker added: as an expected holder if `expected`, else as a holder. A worker that
         already holds a block stays its holder."""
         bit = 1 << worker
 
@@ -74,8 +76,7 @@ class HolderSets:
         return self._changed(words, added)
 
     def remove(self, words: Words, worker: int, only_expected: bool = False) -> Words:
-        """Return the sets without a worker. `only_expected`: the worker is removed only from sets in which it is an
-        expected holder."""
+        """Return the sets without a worker. `only_expected`: remove the worker only where it is an expected holder."""
         bit = 1 << worker
 
         def removed(members: Members) -> Members:
@@ -85,11 +86,12 @@ class HolderSets:
         return self._changed(words, removed)
 
     def keep(self, words: Words, workers: int) -> Words:
-        """Return the sets, each reduced to its workers in the bit mask `workers`."""
+        """Return the sets without the workers that are not in the bit mask `workers`."""
         return self._changed(words, lambda members: (members[0] & workers, members[1] & workers))
 
     def _changed(self, words: Words, change: Callable[[Members], Members]) -> Words:
-        """Apply a change to each set. A batch of blocks mostly has few different sets, and each is changed once."""
+        """Apply a change to the set of each block. Each different set is changed only once, since the blocks of a batch
+        mostly have few different sets."""
         if len(words) and (words == words[0]).all():
             return np.full(len(words), self._change(int(words[0]), len(words), change), np.uint64)
         old, positions, counts = np.unique(words, return_inverse=True, return_counts=True)
@@ -97,7 +99,7 @@ class HolderSets:
         return np.array(new, np.uint64)[positions]
 
     def _change(self, word: int, count: int, change: Callable[[Members], Members]) -> int:
-        """Change the set of `count` blocks; return its new word."""
+        """Change the set with this word, which is the set of `count` blocks. Returns the word of the new set."""
         before = self.members(word)
         after = change(before)
         if after == before:

@@ -1,12 +1,12 @@
-"""The cache index: which worker holds which KV block, and how much of a prompt each worker holds.
+"""Cache index: which worker holds which KV block, and how much of a prompt each worker holds.
 
 Problem. A worker that holds the beginning of a prompt need not compute it. A gateway learns from the workers' KV events
 which blocks they hold, for up to a thousand workers and ten million pairs of block and worker.
 
-Invariants. An entry that is wrong or missing costs a cache miss and nothing else. Memory is bounded by `max_hashes`. A
-worker that has left matches nothing from that moment; its entries are removed later, one segment at a time. Blocks that
-are being computed are expected: they match like held blocks, and are dropped if their time passes before an event of
-the worker confirms them.
+Invariants. A wrong or missing entry costs a cache miss and nothing else. Memory is bounded by `max_hashes`. A worker
+that has left matches nothing from that moment; its entries are removed later, one segment at a time. Blocks that a
+worker is computing are recorded as expected. An expected block matches like a held block. It is dropped when it
+expires, if no event of the worker has confirmed it.
 
 All times are monotonic seconds.
 """
@@ -35,7 +35,7 @@ _BATCH: Final = 1024
 
 
 class CacheIndex:
-    """The KV blocks that workers hold, for the workers of one model."""
+    """The KV blocks that one model's workers hold."""
 
     def __init__(self, max_hashes: int, multiplier: int) -> None:
         """`max_hashes`: bound on the number of different blocks. `multiplier`: random number in [0, 2**64)."""
@@ -104,16 +104,16 @@ class CacheIndex:
             self._remove(number, hashes, only_expected=False)
 
     def expect(self, worker_id: str, hashes: Hashes, until: float) -> None:
-        """Record that a worker will soon hold the first blocks of a prompt. The blocks are forgotten at `until` unless
-        the worker has reported them. `until` must not decrease from call to call."""
+        """Record that a worker will soon hold the first blocks of a prompt. At the time `until`, the blocks that the
+        worker has not reported are forgotten. `until` must not decrease from call to call."""
         number = self._numbers.get(worker_id)
         if number is not None and len(hashes):
             self._add(number, hashes, expected=True)
             self._expected.add(number, hashes, until)
 
     def match(self, hashes: Hashes) -> Mapping[str, int]:
-        """Return the number of leading blocks of a prompt that each worker holds or is expected to hold; workers
-        without the first block are left out. `hashes`: the prefix hashes of the prompt."""
+        """Return how many leading blocks of a prompt each worker holds or is expected to hold. Workers without the
+        first block are left out. `hashes`: the prefix hashes of the prompt."""
         out: dict[str, int] = {}
         alive = self._live
         starts, words, end = self._runs(hashes)
@@ -129,8 +129,8 @@ class CacheIndex:
         return out
 
     def maintain(self, now: float, segments: int = 1) -> bool:
-        """Drop expectations whose time has passed, and the blocks of departed workers in some segments of the table.
-        Returns whether there is more to do now."""
+        """Drop expired expectations, and remove departed workers from up to `segments` segments of the table. Returns
+        whether there is more to do now."""
         for worker, hashes in self._expected.pop_due(now, _EXPIRED_AT_ONCE).items():
             self._remove(worker, np.concatenate(hashes), only_expected=True)
         for _ in range(segments):
@@ -138,8 +138,12 @@ class CacheIndex:
         return self._expected.is_due(now) or self._next_segment is not None or bool(self._departed)
 
     def _runs(self, hashes: Hashes) -> tuple[list[int], list[int], int]:
-        """Divide the leading blocks that some worker holds into runs of blocks with equal words (equal sets of
-        workers). Returns the first block of each run, the word of each run, and the number of leading blocks."""
+        """Divide the leading blocks of a prompt into runs: consecutive blocks that are held by the same workers. The
+        first block that no worker holds ends the last run.
+
+        Returns the index of the first block of each run, the word of each run (the set of its workers), and the number
+        of blocks in all runs.
+        """
         if len(hashes) <= _SHORT:
             words = self._table.leading_words(hashes)
             if not len(words):
@@ -155,12 +159,12 @@ class CacheIndex:
         return starts[:first], kinds[:first], starts[first]
 
     def _sampled(self, hashes: Hashes) -> tuple[npt.NDArray[np.int64], Words]:
-        """Look up some blocks of a long prompt. Return their positions and their words, where 0 is the word of a block
-        that no worker holds. Each block that is not looked up has the same word as the block before it.
+        """Look up some blocks of a long prompt. Returns the positions and the words of these blocks; the word of a
+        block that no worker holds is 0. Every other block has the same word as the last returned block before it.
 
-        Every 16th block is looked up first, up to the first one that no worker holds. If two of these blocks that
-        follow each other have different words, all blocks between them are looked up too. Otherwise the blocks between
-        them have the same word, since an engine evicts the last blocks of a prefix first.
+        First, every 16th block is looked up, up to the first one that no worker holds. If two neighbours among these
+        have different words, all blocks between them are looked up too. If they have the same word, the blocks between
+        them have this word as well, since an engine evicts the last blocks of a prefix first.
         """
         count = len(hashes)
         coarse = np.append(np.arange(0, count - 1, _STRIDE), count - 1)
@@ -195,7 +199,7 @@ class CacheIndex:
             self._table.set(places, self._sets.remove(self._table.get(places), number, only_expected))
 
     def _sweep(self) -> None:
-        """Remove the departed workers from one segment. The workers' numbers can be reused after a pass over all
+        """Remove departed workers from the next segment of the table. Their numbers can be reused after a pass over all
         segments."""
         if self._next_segment is None:
             if not self._departed:

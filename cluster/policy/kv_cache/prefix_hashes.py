@@ -75,15 +75,17 @@ def prefix_hashes(
 
 
 def next_prefix(token_ids: Sequence[int], seed: int, after: Prefix) -> Prefix:
-    """Return the prefix with one more block, whose tokens are `token_ids`. `prefix_hashes` gives the same hash, and is
-    slower for one small block."""
+    """Return the prefix that is one block longer than `after`. `token_ids`: tokens of the added block.
+
+    For one small block this function is faster than `prefix_hashes`, which gives the same hash.
+    """
     block = sum(map(mul, token_ids, _weight_numbers(len(token_ids))))
     number = after.blocks + 1
     return Prefix(_mixed(_unmixed(after.hash) + _mixed(block + seed + number * int(_STEP))), number)
 
 
 def _mix(values: Hashes) -> None:
-    """Mix each value in place: an invertible function that spreads each bit over all bits."""
+    """Mix each value in place. The mixing function is invertible and spreads each input bit over all output bits."""
     values ^= values >> _SHIFT
     values *= _FIRST
     values ^= values >> _SHIFT
@@ -99,7 +101,7 @@ def _mixed(value: int) -> int:
 
 
 def _unmixed(value: int) -> int:
-    """Return the number whose `_mixed` is `value`."""
+    """Return the number that `_mixed` turns into `value`."""
     value = (value ^ value >> 32) * _SECOND_INVERSE & _MASK
     value = (value ^ value >> 32) * _FIRST_INVERSE & _MASK
     return value ^ value >> 32

@@ -1,13 +1,13 @@
-"""Memory of the prefix hashes of recent prompts, so that only the new blocks of a longer conversation are hashed.
+"""Memory of the prefix hashes of recent prompts. When a conversation continues, only the new blocks are hashed.
 
-Problem. Each turn of a conversation is sent with all earlier turns, and hashing 128,000 tokens takes a gateway about a
-quarter of a millisecond. Comparing the tokens with those of the turn before takes a fraction of that time.
+Problem. A conversation is sent again with each new message, and hashing 128,000 tokens takes a gateway about a quarter
+of a millisecond. Comparing the tokens with those of the previous prompt takes a fraction of that time.
 
-Method. The key of a remembered prompt contains the last position in the prompt that is a multiple of STEP, and the 64
-tokens before this position. A new prompt may continue an earlier prompt of any length. So the last _TRIES multiples of
-STEP in the new prompt are looked up, each with the 64 tokens before it. The prompt that is found is compared token by
-token with the new one, so the hashes are always right. Memory is bounded by the number of tokens; the oldest prompts
-are forgotten first.
+Method. Take the last position in a prompt that is a multiple of STEP. The prompt is remembered under this position and
+the 64 tokens before it. A new prompt may continue an earlier prompt of any length, so the last _TRIES multiples of STEP
+in the new prompt are looked up, each with the 64 tokens before it. A prompt that is found is compared with the new one
+token by token, so the hashes are always right. Memory is bounded by the number of tokens; the oldest prompts are
+forgotten first.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class PromptHashes:
         """Number of blocks that were hashed, without those whose hashes were remembered."""
 
     def hashes(self, token_ids: Sequence[int] | _Ids, block_size: int, seed: int) -> Hashes:
-        """Return the prefix hashes of the whole blocks of `token_ids`; see `prefix_hashes`. The ids must not change
-        later."""
+        """Return the prefix hashes of the whole blocks of `token_ids`; see `prefix_hashes`. The caller must not change
+        the ids later."""
         ids = np.asarray(token_ids, np.uint32)
         ids = ids[: len(ids) // block_size * block_size]
         known = self._known(ids, block_size, seed)

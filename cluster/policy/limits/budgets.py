@@ -1,4 +1,4 @@
-"""Use of the daily and monthly token budgets of tenants, and the thresholds that the use has crossed.
+"""Daily and monthly token budgets of tenants: the tokens used, and notices when a threshold is crossed.
 
 Invariant: the id of a notice depends only on the tenant, the budget, the period and the threshold. So every process
 creates the same id for the same crossing, every time. Days and months are in UTC.
@@ -16,7 +16,7 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 @dataclass(frozen=True, slots=True)
 class BudgetUse:
-    """Use of one budget in the current period of the budget.
+    """Tokens that a tenant has used of one budget in the current period.
 
     `period` is a day (`2026-11-25`) for daily_tokens, and a month (`2026-11`) for monthly_tokens.
     """
@@ -29,7 +29,7 @@ class BudgetUse:
 
     @property
     def ratio(self) -> float:
-        """Used tokens divided by the limit; above 1 after running calls were allowed to finish beyond the limit."""
+        """Used tokens divided by the limit. It can exceed 1, because running calls may finish beyond the limit."""
         return self.used_tokens / self.limit_tokens
 
 
@@ -69,5 +69,5 @@ def budgets(
 
 
 def crossed(uses: Iterable[BudgetUse], thresholds: Sequence[float]) -> list[BudgetNotice]:
-    """Notices for all thresholds that the budgets have reached."""
+    """Return a notice for each threshold that a budget has reached."""
     return [BudgetNotice(use, part) for use in uses for part in thresholds if use.ratio >= part]

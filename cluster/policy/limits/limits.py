@@ -1,13 +1,12 @@
 """Tenant limits. An amount is reserved when a call is admitted, topped up while the call runs, and settled at the end.
 
 Problem: the cost of a call is known only at the end of the call, when many other calls have been admitted. So the
-likely cost is reserved: the prompt and the tenant's 95th percentile of output. If the output becomes longer, more is
-reserved in quanta of tokens. At the end the unused rest is returned.
+likely cost is reserved: the prompt and the tenant's 95th percentile of output. If the output becomes longer, more
+tokens are reserved, one quantum at a time. At the end the unused rest is returned.
 
-Invariants: no call is admitted that would bring any one-minute window, or a daily or monthly budget, over its limit.
+Invariants: a call is refused if it would bring a one-minute window, or a daily or monthly budget, over its limit.
 However a call ends, `running` decreases by one, and the reservation of the call is replaced by the tokens that the
-engine counted. If the policy of a tenant stops calls on an empty budget, a call exceeds the budget by less than one
-quantum.
+engine counted. If a tenant's policy stops calls on an empty budget, a call exceeds the budget by less than one quantum.
 
 A limit per minute never ends a running call. A budget ends a running call only if the policy says stop.
 
@@ -100,7 +99,7 @@ class LimitUse:
 
 @frozen_dataclass
 class Granted:
-    """Result for an admitted call, whose reservation is held.
+    """Result for an admitted call. Its amounts are now reserved.
 
     `requests` and `tokens` are the states of the limits per minute, or None for a limit that the tenant does not have.
     """
@@ -111,7 +110,7 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class LimitRefusal:
-    """Result for a refused call, for which nothing was counted.
+    """Result for a refused call. Nothing was counted for the call.
 
     `retry_after_s` None: the call alone exceeds the limit, so a retry cannot succeed.
     """
@@ -138,9 +137,10 @@ class LimitRefusal:
 
 @dataclass(slots=True)
 class _HeldAmounts:
-    """Amounts held by the reservation of one call.
+    """Amounts that are reserved for one call.
 
-    `taken` lists (bucket, weighted tokens): the first pair is the admission, each later pair is one top-up.
+    `taken`: pairs of (bucket of the one-minute window, weighted tokens). The first pair is the admission; each later
+    pair is one top-up.
     """
 
     tenant: str
@@ -151,7 +151,8 @@ class _HeldAmounts:
     month: int
 
     def spend(self, use: TenantUse, tokens: int) -> None:
-        """Add tokens to the budgets of the day and the month in which the call was admitted."""
+        """Add tokens to the use of the day and of the month in which the call was admitted. A period that is over is
+        not changed."""
         if use.day.number == self.day:
             use.day.used += tokens
         if use.month.number == self.month:
@@ -160,8 +161,10 @@ class _HeldAmounts:
 
 @frozen_dataclass
 class _Wanted:
-    """Amounts to check against the limits. `plain`: tokens for the budgets; `weighted`: tokens for the limit per
-    minute. An amount of 0 is not checked."""
+    """Amounts to check against the limits. An amount of 0 is not checked.
+
+    `plain`: unweighted tokens, for the budgets. `weighted`: weighted tokens, for the limit per minute.
+    """
 
     plain: int
     running: int
@@ -183,9 +186,9 @@ class LimitStore(Protocol):
     def charge(
         self, policy: TenantPolicy, requests: int, tokens: int, now: float, epoch_s: float
     ) -> LimitRefusal | None:
-        """Count requests and tokens outside any reservation. `tokens` count as input tokens.
+        """Count requests and tokens that belong to no reservation. `tokens` count as input tokens.
 
-        If they do not fit the limits, nothing is counted and the refusal is returned.
+        If they would exceed a limit, nothing is counted and the refusal is returned.
         """
 
     def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int, now: float, epoch_s: float) -> bool:
@@ -195,9 +198,10 @@ class LimitStore(Protocol):
         """
 
     def settle(self, call_id: str, prompt_tokens: int, output_tokens: int, now: float, epoch_s: float) -> None:
-        """Replace the reservation of an ended call by the engine's token counts; both are 0 if the call never ran.
+        """Replace the reservation of an ended call by the engine's token counts; both counts are 0 if the call never
+        ran.
 
-        A call without a reservation, such as a call that is settled already, is ignored.
+        A call without a reservation, such as a settled call, is ignored.
         """
 
 
@@ -304,7 +308,7 @@ class Limiter:
         held.spend(use, prompt_tokens + output_tokens - held.prompt_tokens - held.output_tokens)
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
-        """Raise the counted use of the current day's and month's budgets to at least the given use.
+        """Raise the used tokens of the current day and of the current month to at least the given numbers.
 
         `today` and `month`: used tokens by tenant.
         """
@@ -358,7 +362,7 @@ class Limiter:
         held.spend(use, ask.prompt_tokens + ask.output_tokens)
 
     def _take(self, use: TenantUse, held: _HeldAmounts, tokens: int, now: float) -> None:
-        """Reserve more output tokens for a call. The tokens are counted in the current bucket."""
+        """Reserve more output tokens for a call. They are counted in the current bucket of the one-minute window."""
         before = self._weights.sum(held.prompt_tokens, held.output_tokens)
         held.output_tokens += tokens
         more = self._weights.sum(held.prompt_tokens, held.output_tokens) - before
@@ -367,8 +371,7 @@ class Limiter:
 
 
 def _refusal(limits: TenantLimits, use: TenantUse, ask: _Wanted, now: float, epoch_s: float) -> LimitRefusal | None:
-    """Return the refusal that names the first limit that the amounts do not fit, budgets first; None if they fit all
-    limits."""
+    """Return a refusal that names the first exceeded limit, budgets first; None if the amounts fit all limits."""
     if _fits(limits, use, ask):
         return None
     rows = (
@@ -396,8 +399,10 @@ def _refusal(limits: TenantLimits, use: TenantUse, ask: _Wanted, now: float, epo
 
 
 def _fits(limits: TenantLimits, use: TenantUse, ask: _Wanted) -> bool:
-    """Return whether the amounts certainly fit all limits that `_refusal` checks. The result is nearly always True for
-    an admitted call. If it is False, `_refusal` checks the limits one by one."""
+    """Quick check: True if the amounts certainly fit all limits, as the amounts of nearly every admitted call do.
+
+    If the result is False, they may still fit; `_refusal` then checks the limits one by one.
+    """
     monthly, daily, running = limits.monthly_tokens, limits.daily_tokens, limits.concurrent_requests
     requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
     return (
@@ -410,7 +415,7 @@ def _fits(limits: TenantLimits, use: TenantUse, ask: _Wanted) -> bool:
 
 
 def _ends_in_s(name: Limit, use: TenantUse, over: int, now: float, epoch_s: float) -> tuple[float, float]:
-    """Return two times in seconds: until the amount `over` of the use has expired, and until the whole limit is
+    """Return two times in seconds: until an amount of `over` has expired from the use, and until the whole limit is
     free."""
     if name is Limit.MONTHLY or name is Limit.DAILY:
         ends_in_s = month_ends_in_s(epoch_s) if name is Limit.MONTHLY else day_ends_in_s(epoch_s)

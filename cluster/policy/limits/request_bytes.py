@@ -45,7 +45,8 @@ class ByteBounds:
 
     @classmethod
     def for_messages(cls, max_message_bytes: int) -> ByteBounds:
-        """Bounds that allow two of the largest bodies for each tenant and sixteen for the process.
+        """Return bounds for bodies of up to `max_message_bytes`: two such bodies for each tenant, sixteen for the
+        process.
 
         The bounds are at least 32 MiB for a tenant and 256 MiB for the process.
         """
@@ -156,7 +157,7 @@ class RequestBytes:
     def full(self, tenant: str) -> bool:
         """Whether another body of the tenant must be refused because too many bodies wait.
 
-        The bound exists because each waiting body holds memory for its head start.
+        The number of waiting bodies is bounded because the first bytes of each waiting body are already in memory.
         """
         return sum(map(len, self._waiting.get(tenant, {}).values())) >= MAX_WAITING or self.waiting >= 8 * MAX_WAITING
 
@@ -170,8 +171,8 @@ class RequestBytes:
     ) -> Reservation:
         """Reserve the whole size of one body.
 
-        The returned reservation is already granted if the bounds allow the grant now. Otherwise `on_grant` is called
-        once, when another reservation is released or shrunk. `too_slow`: see slow().
+        The returned reservation is already granted if the bounds allow it now. Otherwise `on_grant` is called once,
+        when the release or shrinking of other reservations has made room. `too_slow`: see slow().
         """
         reservation = Reservation(self, tenant, connection, size, on_grant, too_slow)
         if not self._waiting and self._fits(reservation):
@@ -204,10 +205,10 @@ class RequestBytes:
         self._grant_all()
 
     def slow(self) -> list[Reservation]:
-        """Granted reservations whose bodies arrive too slowly. The list is empty if no reservation waits.
+        """Return the granted reservations whose bodies arrive too slowly. None are returned if no reservation waits.
 
-        A body is too slow if it has received fewer than MIN_BYTES_PER_S bytes for each second after the first GRACE_S.
-        The caller must call `too_slow` of each returned reservation.
+        After GRACE_S seconds, a body must have received MIN_BYTES_PER_S bytes for each further second. The caller must
+        call `too_slow` of each returned reservation.
         """
         if not self._waiting:
             return []

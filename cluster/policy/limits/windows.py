@@ -59,7 +59,7 @@ class SlidingSum:
             self.total -= self._amounts.pop(first)
 
     def add(self, amount: int, now: float) -> int:
-        """Add an amount. Returns the number of the amount's bucket, for a later `correct`."""
+        """Add an amount to the current bucket. Returns the bucket's number, for a later `correct`."""
         bucket = math.floor(now)
         self._amounts[bucket] = self._amounts.get(bucket, 0) + amount
         self.total += amount
@@ -72,7 +72,7 @@ class SlidingSum:
             self.total += amount
 
     def frees_in_s(self, amount: int, now: float) -> float:
-        """Seconds until at least `amount` of the sum has expired, at most WINDOW_S."""
+        """Seconds until at least `amount` of the sum has expired. The result is at most WINDOW_S."""
         freed = 0
         for bucket, expiring in self._amounts.items():
             if freed >= amount:
@@ -99,7 +99,7 @@ class SlidingSum:
 
 @dataclass(slots=True)
 class Period:
-    """Tokens used in one UTC day or month. `number`: serial number of the period, as `day_of` or `month_of` returns."""
+    """Tokens used in one UTC day or month. `number`: serial number of the period, from `day_of` or `month_of`."""
 
     number: int = -1
     used: int = 0

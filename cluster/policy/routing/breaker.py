@@ -63,7 +63,7 @@ class Breakers:
         return breaker.trial_at is None or now - breaker.trial_at >= TRIAL_S
 
     def rejecting(self, now: float) -> Collection[str]:
-        """Return the incarnations to which no call may be sent. Usually there are none."""
+        """Return the incarnations to which no call may be sent now. Usually there are none."""
         if not self._breakers:
             return ()
         return [incarnation for incarnation in self._breakers if not self.allows(incarnation, now)]
@@ -96,9 +96,12 @@ class Breakers:
         breaker.unseen = unseen
 
     def record_steps(self, incarnation: str, now: float, steps: int) -> None:
-        """Record the step count of an engine. If the worker's breaker opened because the engine could not be observed,
-        the breaker closes once the pause is over and the engine has done SHOWN_STEPS steps. `steps`: the count reported
-        on the new link; 0 before the first report."""
+        """Record the number of steps that a worker's engine has done. `steps`: the number reported on the worker's new
+        link after a reconnect; 0 before the first report.
+
+        If the breaker opened because the engine could not be observed, it closes once its pause is over and the engine
+        has done SHOWN_STEPS further steps.
+        """
         breaker = self._breakers.get(incarnation)
         if breaker is None or not breaker.unseen:
             return
@@ -107,7 +110,7 @@ class Breakers:
             breaker.seen = True
 
     def retain(self, incarnations: Iterable[str]) -> None:
-        """Keep only open breakers and the breakers of these incarnations."""
+        """Forget the closed breakers of all incarnations that are not in `incarnations`."""
         kept = set(incarnations)
         self._breakers = {
             name: breaker for name, breaker in self._breakers.items() if name in kept or not breaker.closed

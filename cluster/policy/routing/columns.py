@@ -1,8 +1,8 @@
 """The rows of a fleet as columns in numpy arrays, so that a decision over a thousand workers takes a few vector
-operations.
+operations. A row has the values of one worker (rows.py).
 
 The decisions are the same as those of Fleet.pick without numpy, since each cost is computed by the same operations in
-the same order. Rows are ordered by worker id, so that the first of several equal workers is the first by id.
+the same order. Rows are ordered by worker id. So of several equal workers, the first one by id is chosen.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Columns:
         return passes
 
     def _costs(self, call: RouteCall) -> Floats:
-        """Return the costs of all workers for a call, without the advantage of affinity."""
+        """Return the cost of each worker for a call. The advantage of affinity is not subtracted."""
         costs: Floats
         if self._settings.policy == "consistent_hash":
             costs = -self._preferences(call.affinity or call.prefix)
@@ -122,8 +122,8 @@ class Columns:
         return costs
 
     def _of_adapter(self, adapter: str) -> tuple[npt.NDArray[np.bool_], Floats]:
-        """Return for each worker whether it has the adapter, and the cost of copying the adapter into a slot of its
-        engine."""
+        """Return two columns for an adapter: whether each worker has it, and the cost of copying it into a slot of the
+        worker's engine."""
         known = self._with_adapter.get(adapter)
         if known is None:
             if len(self._with_adapter) >= MAX_ADAPTERS:
@@ -151,7 +151,7 @@ class Columns:
         return places, np.fromiter(cached.values(), np.float64, len(cached))
 
     def _preferences(self, key: int) -> Floats:
-        """Return how much the hash `key` prefers each worker, see rendezvous.py."""
+        """Return how much the hash `key` prefers each worker; see rendezvous.py."""
         mixed = self._hashes ^ np.uint64(key)
         mixed = (mixed ^ (mixed >> _SHIFTS[0])) * _MULTIPLIERS[0]
         mixed = (mixed ^ (mixed >> _SHIFTS[1])) * _MULTIPLIERS[1]
@@ -160,8 +160,8 @@ class Columns:
         return preferences
 
     def _first(self, best: npt.NDArray[np.intp]) -> int:
-        """Return the row index of the worker that is chosen among workers with equal costs. `best`: their row
-        indexes."""
+        """Return the row index of the worker to choose among workers with equal costs. `best`: row indexes of these
+        workers."""
         if len(best) > 1:
             free = self._fields[_FREE][best]
             best = best[free == free.max()]

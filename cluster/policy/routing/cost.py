@@ -1,4 +1,5 @@
-"""The predicted cost of a new call at each worker, in prompt tokens of prefill at a usual worker. The lowest cost wins.
+"""The predicted cost of a new call at each worker. The unit is the time in which a usual worker computes one prompt
+token. The worker with the lowest cost gets the call.
 
 Problem: a call may go to the worker that holds most of its prompt, or to the worker with the least load. Both save
 time, so both must be expressed in one unit. A sum of scores in [0, 1] has no such unit: its trade-off between tokens
@@ -18,7 +19,8 @@ the time that a usual worker needs for a prompt token:
   hot_prefixes.py.
 - `running / slots`: decoding. Each further sequence makes the engine's steps longer and delays all running sequences,
   so its cost is proportional to their number. `full` is the cost of a worker without a free slot. `slots` are the slots
-  of the engine. The granted credit is no measure of load, since the engine's admission of prompts keeps it small.
+  of the engine. The credit (capacity granted to this gateway) does not measure the load, since the engine's admission
+  of prompts keeps it small.
   Engines with more slots are faster, so a sequence costs less there. Engines with few slots are not slower than others;
   most of them have little memory. So if no worker of a model has MIN_SLOTS slots, `full` is lower: see `settings_for`.
 - `queue`: sequences of other gateways in the engine's queue. Their prompts are not known here, so each counts `queued`
@@ -86,8 +88,11 @@ class RoutingSettings:
 
 
 def settings_for(settings: RoutingSettings, largest: int) -> RoutingSettings:
-    """Return the settings for a model whose largest worker has `largest` slots. If `largest` is below MIN_SLOTS, `full`
-    is reduced, so that a sequence at the largest worker costs as much as at one with MIN_SLOTS slots."""
+    """Return the settings for a model whose largest worker has `largest` slots.
+
+    If `largest` is below MIN_SLOTS, `full` is reduced. A sequence then costs as much at the largest worker as it costs
+    elsewhere at a worker with MIN_SLOTS slots.
+    """
     if largest >= MIN_SLOTS:
         return settings
     weights = settings.weights
@@ -95,7 +100,7 @@ def settings_for(settings: RoutingSettings, largest: int) -> RoutingSettings:
 
 
 def _load_share(c: Candidate) -> float:
-    """Share of the slots that are in use once the call runs."""
+    """Share of the worker's slots that are in use if it gets the call."""
     return (c.running + 1) / _slots(c)
 
 
@@ -109,7 +114,7 @@ def _foreign_queue(c: Candidate) -> int:
 
 
 def standing_parts(settings: RoutingSettings, c: Candidate) -> tuple[tuple[str, float], ...]:
-    """Return the parts of a worker's cost that are equal for all calls."""
+    """Return the parts of a worker's cost that are equal for all calls, as pairs of name and value."""
     weights, share = settings.weights, _load_share(c)
     match settings.policy:
         case "cost":
@@ -129,8 +134,8 @@ def standing_parts(settings: RoutingSettings, c: Candidate) -> tuple[tuple[str, 
 
 
 def own_wait(settings: RoutingSettings, c: Candidate, uncached: float) -> float:
-    """Return the predicted time to the first token of a call at a worker. One unit is the time in which a usual worker
-    computes one prompt token. `uncached`: number of tokens of the call that the worker must compute."""
+    """Return the predicted time to the first token of a call at a worker, in units of the time that a usual worker
+    takes for one prompt token. `uncached`: number of tokens of the call that the worker must compute."""
     return c.slowdown * (c.prefill_tokens + settings.weights.queued * _foreign_queue(c) + uncached)
 
 
@@ -148,5 +153,5 @@ def standing_cost(settings: RoutingSettings, c: Candidate) -> float:
 
 
 def cost_per_token(settings: RoutingSettings, c: Candidate) -> float:
-    """Return the cost of each prompt token that the worker must compute."""
+    """Return the cost of one prompt token that the worker must compute."""
     return c.slowdown * settings.weights.computed if settings.policy == "cost" else 0.0

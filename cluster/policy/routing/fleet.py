@@ -53,10 +53,10 @@ _counted = attrgetter("candidate.slots", "candidate.parses_tools")
 
 
 class Fleet:
-    """The workers of one model."""
+    """The workers of one model. `pick` chooses one of them for a new call."""
 
     def __init__(self, settings: RoutingSettings | None = None, vector_from: int = VECTOR_FROM) -> None:
-        """`vector_from`: number of workers from which decisions use numpy, provided that numpy is imported."""
+        """`vector_from`: number of workers from which on decisions use numpy, provided that numpy is imported."""
         self._model_settings = settings or RoutingSettings()
         self.settings = self._model_settings
         """`_model_settings`, changed for the size of the largest worker by `settings_for`."""
@@ -130,7 +130,8 @@ class Fleet:
         self.busy.discard(worker_id)
 
     def _fit_settings(self) -> None:
-        """If the largest worker has another size now, compute all rows with the settings for that size."""
+        """If the number of slots of the largest worker has changed, compute all rows again with the settings for this
+        number."""
         largest = max(self._sizes, default=MIN_SLOTS)
         if largest == self._largest:
             return
@@ -174,8 +175,8 @@ class Fleet:
         return RoutingDecision(worker, self._reason(call, at, passed), scores, call.cached.get(worker, 0), full)
 
     def _full_holders(self, call: RouteCall, chosen: Row, rejecting: Collection[str]) -> Sequence[FullHolder]:
-        """Return workers without room that cost less than the chosen worker. Only workers that hold at least as much of
-        the prompt as the chosen worker are considered, and at most MAX_HOLDERS of them."""
+        """Return the workers without room that cost less than the chosen worker. At most MAX_HOLDERS workers are
+        considered, and only those that hold at least as much of the prompt as the chosen worker."""
         here = call.cached.get(chosen.worker_id, 0)
         if self.settings.policy != "cost":
             return ()
@@ -200,7 +201,7 @@ class Fleet:
         return out
 
     def _written_columns(self) -> Columns | None:
-        """Return the rows as columns; None if a loop is faster, or if numpy is not imported yet."""
+        """Return the rows as columns. None if a loop over the rows is faster, or if numpy is not imported yet."""
         if len(self._rows) < self._vector_from or "numpy" not in sys.modules:
             return None
         if self._columns is None:
@@ -253,7 +254,7 @@ class Fleet:
 
 
 def _fits(call: RouteCall, row: Row, rejecting: Collection[str]) -> bool:
-    """Return whether a worker passes the filters that depend on the call, apart from the size of the prompt."""
+    """Return whether a worker passes the filters that depend on the call. The size of the prompt is not checked."""
     c = row.candidate
     return (
         (not call.versions or c.version in call.versions)
@@ -267,8 +268,8 @@ def _fits(call: RouteCall, row: Row, rejecting: Collection[str]) -> bool:
 def _scores(
     call: RouteCall, rows: Sequence[Row], settings: RoutingSettings, rejecting: Collection[str]
 ) -> tuple[Score, ...]:
-    """Return the scores of all workers: first those that pass the filters, by cost, then the dropped ones, by worker
-    id."""
+    """Return the scores of all workers: first the workers that pass the filters, ordered by cost, then the dropped
+    workers, ordered by worker id."""
     passed: list[tuple[float, int, float, str, Score]] = []
     dropped: list[Score] = []
     for row in rows:
@@ -304,7 +305,7 @@ def _call_parts(call: RouteCall, row: Row, settings: RoutingSettings, cost: floa
 def choose(
     call: RouteCall, candidates: Iterable[Candidate], settings: RoutingSettings | None = None
 ) -> RoutingDecision:
-    """Pick one of the candidates for a new call, as a fleet of these workers does. Candidates of other models are
+    """Pick one of the candidates for a new call, in the same way as Fleet.pick. Candidates of other models are
     ignored."""
     fleet = Fleet(settings)
     for candidate in candidates:

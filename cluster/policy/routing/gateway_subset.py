@@ -4,9 +4,8 @@ Problem. A link costs both sides CPU even while nothing runs, so with many worke
 connects to some gateways only. Every gateway still needs workers of each model.
 
 Invariants. Each worker chooses by itself, from the names of the gateways alone. All gateways get about the same number
-of workers. A gateway that comes or goes changes at most one link of a worker, unless the number of links of each worker
-changes with the number of gateways. A gateway gets LEAST_WORKERS workers of a model on average, or all workers of a
-model that has fewer.
+of workers. If a gateway comes or goes and the number of links of each worker stays the same, at most one link of a
+worker changes. A gateway gets LEAST_WORKERS workers of a model on average, or all workers of a model that has fewer.
 
 Source: rendezvous hashing, see rendezvous.py.
 """
@@ -28,8 +27,8 @@ LEAST_WORKERS: Final = 16
 @dataclass(frozen=True, slots=True)
 class GatewaySubset:
     """The rule by which one worker chooses its gateways. `most`: usual number of gateways to which a worker connects.
-    `replicas`: minimum number of workers of the worker's model. If a model has few workers, each of them connects to
-    more than `most` gateways."""
+    `replicas`: the worker's model has at least this many workers. If this number is small, each worker connects to more
+    than `most` gateways."""
 
     worker_id: str
     most: int = ALL_UP_TO

@@ -30,7 +30,7 @@ class HotPrefixes:
         return len(self._counts)
 
     def recent(self, prefix: int, now: float) -> float:
-        """Return the number of calls that were sent with a prefix, older ones with less weight."""
+        """Return the number of recent calls that were sent with a prefix. Older calls count less."""
         count, at = self._counts.get(prefix, (0.0, now))
         return count * exp(min(at - now, 0.0) / MEMORY_S)
 

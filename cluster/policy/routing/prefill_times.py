@@ -5,8 +5,8 @@ worker must get fewer calls within seconds, and its full share again once it has
 
 Method. A sample is the number of prompt tokens that a worker has computed and the seconds that this took. A line of
 seconds by tokens is fitted to the samples of all workers by least squares. The line predicts the seconds that a usual
-worker needs. It includes the fixed time of an engine step, so that workers with short prompts do not look slow. Samples
-of slow workers have a small weight in the fit. A worker's slowdown is the sum of its seconds divided by the sum of the
+worker needs, with the fixed time of an engine step, so that workers with short prompts do not look slow. Samples of
+slow workers have a small weight in the fit. A worker's slowdown is the sum of its seconds divided by the sum of the
 seconds that the line predicts. The seconds of PRIOR usual samples, at least PRIOR_S, are added to both sums. A sample
 counts with at most CLIP times the seconds that the slowdown so far predicts, so that a single pause changes little.
 
@@ -17,7 +17,7 @@ next calls show whether it is one.
 
 Ratios up to NOISE count as 1, because the times of equal workers vary as well. Ratios from NOISE to NOISE squared count
 in part, because a jump at NOISE would drive all new calls away from a worker that is as fast as the others. Ratios
-below 1 are treated like their inverses. A ratio of late prompts that is above NOISE counts in whole.
+below 1 are treated like their inverses. A ratio of late prompts that is above NOISE counts in full.
 
 Invariants: a slowdown is within [FASTEST, SLOWEST]; it is 1 for an unknown worker. If all workers become equally
 slower, the slowdowns change for a short time only.
@@ -52,7 +52,8 @@ FASTEST, SLOWEST = 0.25, 100.0
 
 @dataclass(slots=True)
 class _Sums:
-    """Sums of one worker's seconds and predicted seconds, as of the time `at`."""
+    """Sums over one worker's samples: seconds taken (`taken_s`) and seconds predicted for a usual worker (`usual_s`),
+    decayed to the time `at`."""
 
     at: float
     taken_s: float = 0.0
@@ -69,7 +70,7 @@ class _Sums:
 
 
 class PrefillTimes:
-    """Learned prefill times of the workers of one model."""
+    """Learnt prefill times of the workers of one model: how long they need to compute prompts."""
 
     def __init__(self) -> None:
         self._workers: dict[str, _Sums] = {}
@@ -102,15 +103,18 @@ class PrefillTimes:
         sums.usual_s = KEPT * sums.usual_s + self.usual_s(tokens)
 
     def record_unfinished(self, worker_id: str, tokens: int, seconds: float, now: float) -> None:
-        """Record that a worker has worked for `seconds` on late prompts without finishing them. `tokens`: number of
-        tokens of these prompts together. The record counts for the next `seconds` seconds, but at most until the
-        worker's next sample or report of unfinished prompts."""
+        """Record that a worker has worked for `seconds` on late prompts and has not finished them. `tokens`: number of
+        tokens of all these prompts.
+
+        The record counts for the next `seconds` seconds. It ends earlier with the worker's next sample or next such
+        record.
+        """
         sums = self._workers.setdefault(worker_id, _Sums(now))
         sums.late_tokens, sums.late_s, sums.late_until = tokens, seconds, now + seconds
 
     def record_unfinished_lost(self, worker_id: str, now: float) -> None:
-        """Record that a worker no longer has the prompts of the last `record_unfinished`. Their tokens and seconds
-        become a sample, although the worker would have needed even longer."""
+        """Record that a worker no longer has the prompts of its last `record_unfinished`. Their tokens and seconds
+        become a sample, although the worker would have needed even more seconds."""
         sums = self._workers.get(worker_id)
         if sums is not None and now < sums.late_until:
             self.record(worker_id, sums.late_tokens, sums.late_s, now)
@@ -153,8 +157,8 @@ class PrefillTimes:
 
 
 def _without_noise(ratio: float) -> float:
-    """Return 1 for ratios up to NOISE, the ratio itself from NOISE squared on, and values on a line in between. `ratio`
-    is at least 1."""
+    """Return 1 for ratios up to NOISE, and the ratio itself from NOISE squared on. In between, the result grows
+    linearly. `ratio` is at least 1."""
     if ratio >= NOISE * NOISE:
         return ratio
     return max(1 + (ratio - NOISE) * (NOISE * NOISE - 1) / (NOISE * NOISE - NOISE), 1.0)

@@ -1,4 +1,5 @@
-"""Rendezvous hashing: each key prefers one worker, and when a worker leaves, only its keys move to others.
+"""Rendezvous hashing: each key prefers one worker. When a worker leaves, only the keys that preferred it move to
+others.
 
 Source: Thaler and Ravishankar, "Using name-based mappings to increase hit rates", IEEE/ACM ToN 6(1), 1998. The mixing
 function is the finalizer of SplitMix64 (Steele, Lea and Flood 2014), which numpy computes for many workers at once.

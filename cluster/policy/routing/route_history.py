@@ -1,13 +1,14 @@
 """Bounded memory of a gateway's routing decisions, for explanations of single calls.
 
 Problem: an operator asks only afterwards why a call was sent to a worker, often when the call has ended. Each decision
-has a score for each worker, so keeping all scores would fill the memory, and formatting them would cost each call more
+has a score for each worker. Keeping all scores would fill the memory, and formatting them would cost each call more
 than the routing itself.
 
 Invariants: the estimated size of the memory never exceeds `max_bytes`, and the oldest calls are forgotten first. In a
 fleet of up to MAX_CANDIDATES workers, the scores of a decision are read only when its call is explained. In a larger
-fleet the best scores are kept and the others are counted, for as many decisions as SCORES_PER_S allows, since reading a
-thousand scores takes milliseconds. Of the other decisions, only the choice and its reason are kept.
+fleet, reading a thousand scores takes milliseconds. So at most SCORES_PER_S scores a second are read there; the best
+scores of such a decision are kept and the others are counted. Of the other decisions, only the choice and its reason
+are kept.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Counts = Mapping[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The workers that a decision compared. `best`: scores of at most MAX_CANDIDATES workers, the best first.
+    """Workers that a routing decision compared. `best`: scores of at most MAX_CANDIDATES workers, the best first.
     `dropped`: number of workers that each filter dropped, by the filter's reason. `total`: number of all workers."""
 
     best: Sequence[Score]
@@ -100,8 +101,8 @@ class Route:
         return Candidates.of(() if decision is None else decision.scores)
 
     def keep(self, candidates: Candidates) -> None:
-        """Keep only these candidates of the decision, and the numbers of cached tokens of the best candidates and the
-        chosen worker."""
+        """Keep only `candidates` of the decision. Numbers of cached tokens are kept only for the best candidates and
+        for the chosen worker."""
         self.decision = candidates
         if self.cached is not None:
             kept = {self.worker_id, *(score.worker_id for score in candidates.best)}
@@ -115,7 +116,7 @@ class Route:
 
 @dataclass(eq=False, slots=True)
 class RoutedCall:
-    """A call and its routes, in order of time. `shown_id`: id that the answer to the caller has. Times are monotonic
+    """A call and its routes, the oldest first. `shown_id`: id in the answer to the caller. Times are monotonic
     seconds."""
 
     call_id: str
@@ -161,8 +162,8 @@ class RouteHistory:
         return self._calls.get(call_id)
 
     def add(self, call: RoutedCall, route: Route, workers: int) -> None:
-        """Add a route to a call. The oldest calls are forgotten while the memory exceeds `max_bytes`. `call`: the
-        remembered call, or a new one if this is its first route. `workers`: number of workers of the model."""
+        """Add a route to a call, and forget the oldest calls while the memory exceeds `max_bytes`. `call`: the
+        remembered call, or a new one for a first route. `workers`: number of workers of the model."""
         if workers > MAX_CANDIDATES:
             self._shorten(route, workers)
         route.size = ROUTE_BYTES + CANDIDATE_BYTES * min(workers, MAX_CANDIDATES)
@@ -175,7 +176,8 @@ class RouteHistory:
             self.size -= oldest.size
 
     def _shorten(self, route: Route, workers: int) -> None:
-        """Keep the best scores of a large fleet, or none if the scores of another decision were kept just before."""
+        """Keep only the best scores of a decision in a large fleet. Keep none if the scores of another decision were
+        kept just before."""
         if (route.sent_at - self._kept_at) * SCORES_PER_S >= workers:
             self._kept_at = route.sent_at
             route.keep(route.candidates)

@@ -1,8 +1,8 @@
 """Choice of a worker for one call: the filters, and the scores of resumed calls. The decision contains the reasons.
 
 Problem: the call at the head of its queue may go to any worker of its model that has granted enough capacity. The load
-should even out, and a human must be able to ask why a call went to a worker. New calls pass the same filters and are
-then routed by their cost, see fleet.py.
+should be spread evenly, and an operator must be able to see why a call went to a worker. New calls pass the same
+filters and are then routed by their cost, see fleet.py.
 
 Invariants: the chosen worker passed every filter, and no other worker that passed has a higher score. Equal inputs give
 equal decisions, whatever the order of the candidates. The decision lists every candidate, with its scores or with the
@@ -22,14 +22,14 @@ from cluster.api.types import CompatibilityKey
 
 @frozen_dataclass
 class Candidate:
-    """Worker as seen by the gateway that routes a call.
+    """A worker as seen by the gateway that routes a call.
 
-    `free_sequences` and `free_tokens` are the unspent credit that the worker has granted to this gateway. `running`
-    counts the sequences of this gateway on the worker; `waiting` counts the sequences in the queue of the engine.
-    `kv_usage` is in [0, 1].
+    `free_sequences` and `free_tokens`: capacity that the worker has granted to this gateway and that is still unused.
+    `running`: number of this gateway's sequences on the worker. `waiting`: number of sequences in the engine's queue.
+    `kv_usage`: used share of the KV memory, in [0, 1].
 
-    `resumed_prefill` and `new_prefill` count prompt tokens of this gateway's resumed calls and of its new calls that
-    wait on the worker for the next engine step. While `resumed_prefill` is above 0, the sum of both must stay within
+    `resumed_prefill` and `new_prefill`: prompt tokens of this gateway's resumed calls, and of its new calls, that wait
+    on the worker for the next engine step. While `resumed_prefill` is above 0, the sum of both must stay within
     `prefill_budget`.
     """
 
@@ -110,14 +110,14 @@ class RouteCall:
 
 @dataclass(frozen=True, slots=True)
 class FullHolder:
-    """A worker without room whose cost for a call is lower than that of the chosen worker, since it holds more of the
-    prompt.
+    """A worker without room that would cost less for a call than the chosen worker, since it holds more of the prompt.
 
     `gain`: how much lower the cost is. `per_sequence`: how much each further sequence on this worker adds to the cost.
     `wait`: expected time to the call's first token on this worker, as the number of prompt tokens that a usual worker
     computes in this time. `limit`: largest allowed `wait`: the expected time to the first token on the chosen worker,
     or CostWeights.patience if that is longer. `uncached`: prompt tokens of the call that this worker must compute.
-    `slowdown`: see Candidate."""
+    `slowdown`: see Candidate.
+    """
 
     worker_id: str
     gain: float
@@ -138,7 +138,8 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """Function that scores a worker for a call, in [0, 1] with 1 as the best score. `weight` is above 0."""
+    """Function that scores a worker for a call. A score is in [0, 1], and 1 is best. `weight`: weight of the score,
+    above 0."""
 
     name: str
     score: Callable[[RouteCall, Candidate], float]
@@ -170,7 +171,7 @@ class RoutingDecision:
     """Result of routing: the chosen worker, or None, and the reason.
 
     `reason` is one of a few words, used as a metric label. With a worker the reason is only_choice, cached_prefix,
-    affinity, least_loaded, or the name of a simpler policy (RoutingSettings). Without a worker the reason is no_worker,
+    least_loaded, or the name of a simpler policy (RoutingSettings). Without a worker the reason is no_worker,
     kept_free, or the reason of the last filter in FILTERS that dropped a candidate.
 
     The scores of a thousand workers take milliseconds, so they are computed when they are first read. The decision
@@ -205,8 +206,8 @@ class RoutingDecision:
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        """Scores of all candidates: those that passed all filters, the best first, then the dropped ones by worker
-        id."""
+        """Scores of all candidates: those that passed all filters, the best first, then the dropped candidates, ordered
+        by worker id."""
         if callable(self._scores):
             self._scores = self._scores()
         return self._scores
@@ -222,14 +223,14 @@ class RoutingDecision:
         return f"RoutingDecision({self.worker_id!r}, {self.reason!r})"
 
     def explain(self) -> str:
-        """Decision as one line for humans: the choice, then every candidate, the best candidate first."""
+        """Return the decision as one line for humans: the choice, then every candidate, the best one first."""
         where = f"to {self.worker_id}" if self.worker_id is not None else "nowhere"
         candidates = "; ".join(str(score) for score in self.scores) or "no candidates"
         return f"{where}, {self.reason}: {candidates}"
 
 
 def _replays_fit(call: RouteCall, c: Candidate) -> bool:
-    """Whether the prompt of the call fits the prefill pacing of the worker.
+    """Whether the worker can take the prompt of the call now, within its budget for resumed prompts (prefill pacing).
 
     Resumed calls come in bursts. If all resumed prompts are computed at once, or together with new prompts, the next
     token of every stream is late. A single resumed prompt may be computed alone, however long the prompt is.
@@ -246,7 +247,7 @@ def uncached_tokens_at(call: RouteCall, c: Candidate) -> int:
 def may_take_resumed(c: Candidate) -> bool:
     """Cheap check before routing: False if the worker has no capacity for any resumed call.
 
-    While many resumed calls wait, most of them need not be routed, thanks to this check.
+    While many resumed calls wait, this check makes it unnecessary to route most of them.
     """
     return c.free_sequences > 0 and (not c.resumed_prefill or c.resumed_prefill + c.new_prefill < c.prefill_budget)
 
@@ -280,7 +281,7 @@ def _kept(call: RouteCall, c: Candidate) -> float:
 
 
 def is_compatible(call: RouteCall, candidate: Candidate) -> bool:
-    """Whether the candidate's compatibility key allows the candidate to run the call. True for every new call."""
+    """Whether the candidate can continue the call, by their compatibility keys. True for every new call."""
     likeness = candidate.compatibility_key
     return call.compatibility_key is None or (likeness is not None and likeness.can_resume(call.compatibility_key))
 
@@ -288,8 +289,8 @@ def is_compatible(call: RouteCall, candidate: Candidate) -> bool:
 def needs_parser(needs_tools: bool, candidates: Iterable[Candidate]) -> bool:
     """Whether a call that needs tools must go to a worker with a parser for tool calls.
 
-    False if no worker has such a parser. The call then goes to any worker, and that worker refuses it with an error
-    that says why. If the call waited instead, it would stay at the head of its queue and hold back all calls behind it.
+    False if no worker has such a parser. The call then goes to any worker, which refuses it with an error that says
+    why. If the call waited instead, it would stay at the head of its queue and hold back all calls behind it.
     """
     return needs_tools and any(c.parses_tools for c in candidates)
 
@@ -321,7 +322,8 @@ def dropped_by(call: RouteCall, candidate: Candidate, filters: Iterable[Filter] 
 
 
 def why_nobody(scores: Iterable[Score]) -> str:
-    """Return the reason why no candidate was picked: the reason of the last filter in FILTERS that dropped one."""
+    """Return the reason why no candidate was picked: the reason of the last filter in FILTERS that dropped a candidate;
+    `no_worker` if all candidates are of other models."""
     dropped = {score.dropped for score in scores}
     furthest = next((f.reason for f in reversed(FILTERS) if f.reason in dropped), "no_worker")
     return "no_worker" if furthest == "other_model" else furthest
@@ -346,7 +348,8 @@ queue lengths are as old as the last heartbeat.
 
 
 class Router:
-    """Pipeline of filters and scorers. Scorers may rely on what the filters guarantee (free_sequences > 0)."""
+    """Pipeline of filters and scorers. Scorers see only workers that passed the filters, so free_sequences is above
+    0."""
 
     def __init__(self, filters: Sequence[Filter] = FILTERS, scorers: Sequence[Scorer] = SCORERS) -> None:
         """Create a pipeline. Raises ValueError if there are no scorers or a weight is not above 0."""
@@ -395,9 +398,9 @@ _NEW, _ONWARD = Router(), Router(scorers=ONWARD_SCORERS)
 
 
 def pick(call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
-    """Pick a worker by scores. A resumed call is scored by load, waiting prompts and held KV blocks, any other call by
-    load.
+    """Pick a worker by scores. The scores of a resumed call are its load, waiting prompts and held KV blocks; those of
+    another call are the load.
 
-    New calls of the waiting room are routed by cost, see fleet.py.
+    New calls of the waiting room are routed by cost instead, see fleet.py.
     """
     return (_NEW if call.compatibility_key is None else _ONWARD).pick(call, candidates)

@@ -1,4 +1,4 @@
-"""The row of a worker: the values that decisions about new calls use, computed when the worker has changed."""
+"""The row of a worker: values for decisions about new calls. A row is computed when its worker has changed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from cluster.policy.routing.router import Candidate, RouteCall
 class Row(NamedTuple):
     """The values of a worker that decisions use.
 
-    `is_open`: whether the worker passes the filters that are the same for all calls. `is_serving`: likewise, but the
-    worker may have no free slot for a sequence. `max_tokens`: the largest prompt that fits. `standing` and `per_token`:
-    see cost.py. `hashed`: hash of the worker's id. `shared_slots`: the worker's free slots that count towards
-    RouteCall.reserved_slots."""
+    `is_open`: whether the worker passes the filters that are the same for all calls. `is_serving`: the same, but
+    without the filter for a free slot. `max_tokens`: number of tokens of the largest prompt that fits. `standing` and
+    `per_token`: see cost.py. `hashed`: hash of the worker's id. `shared_slots`: the worker's free slots that count
+    towards RouteCall.reserved_slots.
+    """
 
     candidate: Candidate
     worker_id: str
@@ -48,7 +49,7 @@ def row_of(candidate: Candidate, settings: RoutingSettings, hashed: int | None =
 
 
 def cost_of(call: RouteCall, row: Row, settings: RoutingSettings) -> float:
-    """Return the cost of a worker for a call, without the advantage of affinity."""
+    """Return the cost of a worker for a call. The advantage of affinity is not subtracted."""
     if settings.policy == "consistent_hash":
         return -preference(call.affinity or call.prefix, row.hashed)
     cost = row.per_token * uncached_of(call, call.cached.get(row.worker_id, 0)) + row.standing
@@ -56,18 +57,19 @@ def cost_of(call: RouteCall, row: Row, settings: RoutingSettings) -> float:
 
 
 def switch_of(call: RouteCall, row: Row, settings: RoutingSettings) -> float:
-    """Return the cost of copying the call's adapter into a slot of the worker's engine; 0 if the adapter lies in
-    one."""
+    """Return the cost of copying the call's adapter into a slot of the worker's engine; 0 if it is already in a
+    slot."""
     if not call.adapter or settings.policy != "cost" or call.adapter in row.candidate.resident:
         return 0.0
     return settings.weights.adapter * row.candidate.slowdown
 
 
 def uncached_of(call: RouteCall, cached: float) -> float:
-    """Return how many tokens of a call count as uncached at a worker that holds `cached` tokens.
+    """Return how many tokens of a call count as uncached at a worker that holds `cached` of its tokens.
 
-    The number of tokens that only other workers hold is divided by 1 + `call.sharing`: recent calls with the same
-    prefix need these tokens too, so the call counts only its share."""
+    Tokens that only other workers hold count only in part: their number is divided by 1 + `call.sharing`. Recent calls
+    with the same prefix need these tokens too, so each call counts its share.
+    """
     uncached = call.tokens - min(cached, call.tokens)
     if not call.sharing or not call.cached:
         return uncached

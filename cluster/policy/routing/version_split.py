@@ -1,5 +1,5 @@
-"""Choice of a version of a model for a call, by the weights of the versions. All gateways choose the same version for
-the same call. Pure.
+"""Choice of a model's version for a call, by the weights of the versions. All gateways choose the same version for the
+same call. Pure.
 
 Invariants: while the weights do not change, a call id gets the same version on every gateway and in every repetition.
 Over many ids each version gets its share. When the weight of one version grows, some calls move to that version, and

@@ -13,7 +13,8 @@ KEPT = 200
 
 
 class DecisionLog:
-    """The newest decisions on one model. Consecutive decisions to hold, for the same reason, are kept as one."""
+    """The newest decisions on one model. A decision to hold that follows a decision to hold with the same reason is
+    kept together with it."""
 
     def __init__(self) -> None:
         self._decisions: deque[ScalingDecision] = deque(maxlen=KEPT)
@@ -32,26 +33,27 @@ class DecisionLog:
             self._decisions.append(decision)
 
     def add_uncounted(self, decision: ScalingDecision) -> None:
-        """Keep a decision that was made without the policy."""
+        """Keep a decision that was not made by the policy, without counting it."""
         self._decisions.append(decision)
 
     def newest(self, limit: int = 0) -> Sequence[ScalingDecision]:
-        """Return up to `limit` decisions, the newest last; with 0 all that are kept."""
+        """Return up to `limit` decisions, or all kept decisions if `limit` is 0. The newest is last."""
         return list(self._decisions)[-limit if limit else 0 :]
 
     @property
     def why(self) -> str:
-        """Reason of the newest decision; empty before the first."""
+        """Reason of the newest decision; empty if there is no decision."""
         return self._decisions[-1].why if self._decisions else ""
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Number of the policy's decisions by action, since creation."""
+        """Number of the policy's decisions of each action, since the log was created."""
         return dict(self._counts)
 
 
 def action_of(before: int, after: int) -> str:
-    """Return the action of a decision that changes the number of replicas from `before` to `after`."""
+    """Return the name of the action that changes the number of replicas from `before` to `after`: up, down, hold,
+    from_zero or to_zero."""
     if after == before:
         return "hold"
     if after > before:

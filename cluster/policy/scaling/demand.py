@@ -1,4 +1,4 @@
-"""Demand of all gateways, summed. Pure.
+"""Sum of the demand that all gateways report. Pure.
 
 Problem: gateways and the controller start and stop, and each arrival must count once. So each gateway reports its
 incarnation, its counters since its start, and the seconds since its start.
@@ -54,8 +54,8 @@ class DemandTotals:
     def record_report(self, gateway: str, demand: Sequence[ModelDemand], counting_s: float, now: float) -> bool:
         """Record a report of a gateway incarnation that has counted for `counting_s` seconds.
 
-        Returns True if scaling should be decided at once: for some model and class, calls now wait because no replica
-        is ready, and in the gateway's previous report none did.
+        Returns True if scaling should be decided at once: calls of some model and class wait because no replica is
+        ready, and no such calls waited in the gateway's previous report.
         """
         report = {(d.model, c.priority_class): c for d in demand for c in d.classes}
         known = self._gateways.get(gateway)
@@ -71,15 +71,15 @@ class DemandTotals:
         return any(c.held_requests and not (key in before and before[key].held_requests) for key, c in report.items())
 
     def record_disconnect(self, gateway: str) -> None:
-        """Record the end of the link of a gateway. The calls that wait on the gateway no longer count."""
+        """Record that the link to a gateway has ended. Calls that wait on this gateway no longer count."""
         known = self._gateways.get(gateway)
         if known is not None:
             known.connected = False
             known.reported = {key: _counters_only(c) for key, c in known.reported.items()}
 
     def pop_demand(self, now: float) -> Mapping[str, Mapping[str, ClassDemand]]:
-        """Return the demand by model and class: arrivals since the last call of `pop_demand`, and the calls that wait
-        now."""
+        """Return the demand by model and class: the arrivals since the last call of this method, and the calls that
+        wait now."""
         sums: dict[str, dict[str, ClassDemand]] = {}
         for name, gateway in list(self._gateways.items()):
             for key, counts in gateway.reported.items():
@@ -96,7 +96,7 @@ class DemandTotals:
 
 
 def _counters_only(c: ClassCounts) -> ClassCounts:
-    """Return a copy with the counters alone, without the fields for waiting calls."""
+    """Return a copy with only the counters. The fields for waiting calls are empty."""
     return ClassCounts(c.priority_class, c.rank, **{name: getattr(c, name) for name in _COUNTED})
 
 

@@ -15,7 +15,7 @@ Kind = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class ScalingSettings:
-    """Values of the `scaling` section of the configuration."""
+    """Values from the section `scaling` of the configuration."""
 
     gpu_budget: Mapping[str, int] = field(default_factory=dict)
     cold_start_s: float = 60.0
@@ -24,7 +24,7 @@ class ScalingSettings:
 
 @dataclass(frozen=True, slots=True)
 class OperatorRequest:
-    """Scaling requests of operators.
+    """Requests of operators about scaling. The number of replicas of a frozen model is not changed.
 
     `manual`: number of replicas by model. `frozen`: names of frozen models. `all_frozen`: every model is frozen,
     including models that are added later.
@@ -35,7 +35,7 @@ class OperatorRequest:
     all_frozen: bool = False
 
     def is_frozen(self, model: str) -> bool:
-        """Return whether a model is frozen, alone or with all models."""
+        """Return whether a model is frozen, by its name or because all models are."""
         return self.all_frozen or model in self.frozen
 
 
@@ -63,9 +63,9 @@ class RayReplicas:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSeen:
-    """Worker that is connected to at least one gateway.
+    """A worker that is connected to at least one gateway.
 
-    `serves`: whether the worker accepts new calls. `gpu`: type of GPU that the worker was made for; a type that the
+    `serves`: whether the worker accepts new calls. `gpu`: type of GPU for which the worker was started; a type that the
     model does not have counts as the model's first type.
     """
 
@@ -82,7 +82,8 @@ class WorkerSeen:
 
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
-    """Inputs of one pass about one model. `types`: specs of the model, one for each type of GPU, the preferred first.
+    """Inputs of the scaler about one model, for one pass. `types`: specs of the model, one for each type of GPU, the
+    preferred type first.
 
     The keys of the mappings are types of GPU. `rays`: replicas on Ray. `workers`: connected workers, with an entry for
     each type. `room`: number of replicas that fit; a type without an entry has enough capacity.
@@ -100,8 +101,8 @@ def inputs_by_model(
     workers: Sequence[WorkerSeen],
     room: Mapping[Kind, int],
 ) -> dict[str, ModelInputs]:
-    """Return the inputs of one pass by model. Several `specs` with one name describe one model on several types of GPU.
-    Replicas and workers of other models are left out."""
+    """Return the inputs of one pass, by model name. Several `specs` with one name describe one model on several types
+    of GPU. Replicas and workers of models without a spec are left out."""
     types: dict[str, tuple[ModelSpec, ...]] = {}
     for spec in specs:
         types[spec.name] = (*types.get(spec.name, ()), spec)

@@ -1,4 +1,4 @@
-"""Learnt rates of one model on each of its types of GPU."""
+"""Learnt throughput of one model's replicas on each type of GPU."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cluster.policy.scaling.replica_rates import LearntCosts, ReplicaLimits
 
 @dataclass(slots=True)
 class _Learnt:
-    """Learnt costs and newest limits of replicas on one type of GPU."""
+    """Learnt costs of steps, and newest batch limits, of the replicas on one type of GPU."""
 
     costs: LearntCosts = field(default_factory=LearntCosts)
     limits: ReplicaLimits = field(default_factory=lambda: ReplicaLimits(0, 0, 0))
 
 
 class LearntRates:
-    """Learnt rates of one model. Call `observe` once per pass."""
+    """Learnt throughput (rates) of the replicas of one model. Call `observe` once per pass."""
 
     def __init__(self) -> None:
         self._by_gpu: dict[str, _Learnt] = {}
@@ -30,7 +30,8 @@ class LearntRates:
         return f"LearntRates({', '.join(self._by_gpu) or 'nothing seen'})"
 
     def observe(self, workers: Mapping[str, Sequence[WorkerSeen]]) -> None:
-        """Add the reports of all workers of the model, by type of GPU. A type that is no longer listed is forgotten."""
+        """Add the reports of all workers of the model. The keys of `workers` are types of GPU; a type without a key is
+        forgotten."""
         self._by_gpu = {gpu: self._by_gpu.get(gpu) or _Learnt() for gpu in workers}
         for gpu, learnt in self._by_gpu.items():
             learnt.costs.observe({worker.incarnation: worker.work for worker in workers[gpu]})
@@ -39,12 +40,12 @@ class LearntRates:
                     learnt.limits = worker.limits
 
     def rates(self, spec: ModelSpec) -> Rates:
-        """Return the rates of a replica on the type of GPU in `spec`, which was listed in the last pass."""
+        """Return the rates of a replica on the type of GPU in `spec`. The last pass must have had this type."""
         learnt = self._by_gpu[spec.gpu]
         return learnt.costs.rates(learnt.limits, spec.slo_itl_s, world_size(spec))
 
     def numbers(self) -> dict[str, float]:
-        """Return the learnt costs. The keys are the names under which an explanation shows the costs."""
+        """Return the learnt costs, with the names that an explanation of scaling shows."""
         numbers: dict[str, float] = {}
         for gpu, learnt in self._by_gpu.items():
             costs = learnt.costs.costs()

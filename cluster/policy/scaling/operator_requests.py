@@ -13,11 +13,10 @@ from cluster.policy.scaling.scaler import Scaler
 
 
 class ScalingRequests:
-    """Implementation of api.scaling.ScalingService over a Scaler."""
+    """Implementation of api.scaling.ScalingService by a Scaler."""
 
     def __init__(self, scaler: Scaler, changed: Callable[[], None]) -> None:
-        """Create the service. `changed` is called after a change of the requests, to store the requests and to start a
-        pass."""
+        """`changed`: function to call after each change of the requests. It stores the requests and starts a pass."""
         self._scaler = scaler
         self._changed = changed
 

@@ -1,13 +1,16 @@
 """Throughput of one replica, learnt from the durations of the steps of its engine. Pure.
 
 Model: a step takes `fixed` seconds, plus `decode` seconds for each sequence that gets a token, plus `prefill` seconds
-for each prompt token. So over a span between two reports of an engine,
-time spent in steps = fixed * steps + decode * generated tokens + prefill * prompt tokens.
+for each prompt token. So over a span between two reports of an engine:
+
+    time spent in steps = fixed * steps + decode * generated tokens + prefill * prompt tokens
 
 Method: the three costs are found by least squares over the spans of all replicas together; the weight of older spans
 fades. Costs cannot be negative. So least squares is solved for each of the seven subsets of costs, with the other costs
-0, and the best non-negative solution is used. The decode rate is extrapolated to at most BEYOND_SEEN times the observed
-batch, because a small batch does not show how many streams a replica can hold.
+set to 0, and the best solution without a negative cost is used.
+
+The decode rate is extrapolated to at most BEYOND_SEEN times the observed batch, because a small batch does not show how
+many streams a replica can hold.
 
 Source: Lawson & Hanson, Solving Least Squares Problems (1974), ch. 23. All subsets are tried, because there are so few
 unknowns.
@@ -42,7 +45,7 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLimits:
-    """Bounds of the batch of a replica."""
+    """Upper bounds on the batch of a replica."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -62,10 +65,10 @@ class LearntCosts:
     _batch: float = 0.0
 
     def observe(self, reports: Mapping[str, ComputedWork]) -> None:
-        """Add the reports of the engines, by incarnation.
+        """Add the newest reports of the engines, by incarnation.
 
-        An incarnation that is no longer listed is forgotten. The first report of a new incarnation only sets the
-        starting point.
+        An incarnation without a report is forgotten. The first report of a new incarnation only sets the starting
+        point.
         """
         for engine, work in reports.items():
             before = self._before.get(engine)
@@ -96,7 +99,7 @@ class LearntCosts:
         self._batch = max(self._batch * keep, x[1] / x[0])
 
     def costs(self) -> Costs | None:
-        """Return the learnt costs; None until the observed engine steps add up to TRUSTED_S seconds."""
+        """Return the learnt costs; None until steps with a total duration of TRUSTED_S seconds were observed."""
         if self._busy_s < TRUSTED_S:
             return None
         best, least = None, float("inf")
@@ -112,10 +115,10 @@ class LearntCosts:
         return best
 
     def rates(self, limits: ReplicaLimits, itl_s: float, gpus: int = 1) -> Rates:
-        """Return the rates of a replica, derived from the learnt costs.
+        """Return the throughput of a replica, derived from the learnt costs.
 
         The prefill rate is for steps that are full of prompt tokens. The decode rate is for the largest batch whose
-        steps take at most `itl_s`. `gpus`: number of GPUs of one replica.
+        steps take at most `itl_s` seconds. `gpus`: number of GPUs of one replica.
         """
         costs = self.costs()
         if costs is None:
@@ -147,7 +150,7 @@ def _largest_batch(costs: Costs, limits: ReplicaLimits, itl_s: float) -> float:
 
 
 def _solve(a: list[list[float]], b: list[float]) -> list[float] | None:
-    """Solution x of a x = b by Gaussian elimination; None if the matrix is singular."""
+    """Solve the linear equations a x = b by Gaussian elimination. Returns x, or None if the matrix is singular."""
     n = len(b)
     rows = [[*a[i], b[i]] for i in range(n)]
     for i in range(n):

@@ -3,8 +3,8 @@
 Replicas that serve are ready, up to the decided number. If fewer serve, the missing replicas are starting. All other
 connected replicas, and replicas that Ray stops, are draining.
 
-The cold-start time is learnt from the decisions that add replicas: when a replica first serves, it is matched with the
-oldest such decision that has no replica yet.
+The cold-start time is the time from a decision to add a replica until a replica serves. When a replica serves for the
+first time, it is matched with the oldest such decision that has no replica yet.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class ReplicaStates:
 
     @property
     def cold_start_s(self) -> float:
-        """Learnt time from a decision until its replica serves; 0 if not yet known."""
+        """Learnt time from a decision to add a replica until a replica serves, in seconds; 0 if not known yet."""
         return self._cold_start_s
 
     @property
     def starting_since_s(self) -> float:
-        """Time at which the current start of the model began, in seconds since the epoch; 0 if a replica serves or none
+        """Time since which the model has been starting, in seconds since the epoch. 0 if a replica serves or none
         starts."""
         return self._starting_since_s
 
@@ -81,10 +81,10 @@ class ReplicaStates:
         ]
 
     def record_change(self, changes: Sequence[int], now: float) -> None:
-        """Record a decision. `changes`: change of the number of replicas, for each type of GPU.
+        """Record a decision. `changes`: change of the number of replicas on each type of GPU.
 
-        If a decision removes replicas, it cancels starts before it stops running replicas: the starts that were decided
-        last and have not ended yet.
+        Replicas that have not served yet are removed first. So a decision to remove replicas cancels the latest
+        decisions to add replicas.
         """
         fewer = -sum(min(change, 0) for change in changes)
         del self._ordered_at[max(len(self._ordered_at) - fewer, 0) :]
@@ -94,7 +94,7 @@ class ReplicaStates:
         self, spec: ModelSpec, desired: int, leaving: int, workers: Sequence[WorkerSeen], now: float
     ) -> dict[str, ReplicaState]:
         """Return the states of the replicas on one type of GPU, by the name of the replica. `leaving`: number of
-        replicas that Ray stops."""
+        replicas that Ray is stopping."""
         serving = sorted((w for w in workers if w.serves), key=lambda w: self._since.get(w.worker_id, ("", now))[1])
         states: dict[str, ReplicaState] = {w.worker_id: "ready" for w in serving[:desired]}
         states |= {w.worker_id: "draining" for w in workers if w.worker_id not in states}
@@ -104,8 +104,8 @@ class ReplicaStates:
         return states | {f"{kind}-leaving-{number}": "draining" for number in range(unlinked)}
 
     def _learn_cold_start(self, started: int, now: float) -> None:
-        """Learn the cold-start time from `started` replicas, which serve for the first time. Replicas without an open
-        decision, such as those that served before a restart, are not counted."""
+        """Learn the cold-start time from `started` replicas, which serve for the first time. Replicas that no decision
+        of this process has added, such as those from before a restart, are not counted."""
         for ordered_at in self._ordered_at[:started]:
             took_s = now - ordered_at
             self._cold_start_s += (took_s - self._cold_start_s) * (NEWEST if self._cold_start_s else 1.0)

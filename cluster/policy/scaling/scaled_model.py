@@ -1,7 +1,7 @@
-"""One model as the scaler knows it: the decided number of replicas, the learnt rates, and the reasons of decisions.
+"""One model as the scaler sees it: the decided number of replicas, the learnt rates, and the reasons of decisions.
 
-A model may have several types of GPU, each with its own spec. Rates are learnt, and numbers of replicas are decided,
-for each type.
+A model may have several types of GPU, each with its own spec. Rates are learnt for each type, and the number of
+replicas is decided for each type.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ PLENTY = 1_000_000
 
 
 class ScaledModel:
-    """The scaling of one model. In each pass, call `observe`. Then call `apply` with the policy's decision, if there is
-    one, or `hold` if the demand is unknown.
+    """Scaling state of one model. In each pass, call `observe`. Then call `apply` if the policy has decided, or `hold`
+    if the demand is unknown.
 
     `now` is monotonic, in seconds; `wall_s` is the same time in seconds since the epoch. In the operators' requests,
-    `all_frozen` is set if an operator or the configuration freezes all models.
+    `all_frozen` must be set if an operator or the configuration freezes all models.
     """
 
     def __init__(self, inputs: ModelInputs, cold_start_s: float) -> None:
@@ -78,8 +78,8 @@ class ScaledModel:
         )
 
     def apply(self, decision: ReplicaDecision, requests: OperatorRequest, now: float, wall_s: float) -> ScalingDecision:
-        """Apply a decision of the policy, but keep the number of replicas of a frozen model. Returns the decision as it
-        was applied."""
+        """Apply a decision of the policy. The number of replicas of a frozen model stays the same. Returns the decision
+        as it was applied."""
         last = self._desired or {}
         desired = last
         if not requests.is_frozen(decision.model):
@@ -96,7 +96,8 @@ class ScaledModel:
         return made
 
     def hold(self, requests: OperatorRequest, wall_s: float) -> ScalingDecision | None:
-        """Keep the number of replicas while the demand is unknown; only bounds and operators' requests change it.
+        """Keep the number of replicas while the demand is unknown. Only the model's bounds and operators' requests can
+        change it.
 
         Returns the change, or None.
         """
@@ -119,8 +120,8 @@ class ScaledModel:
     def _first_desired(self) -> dict[str, int]:
         """Return the number of replicas at the beginning of a pass, for each current type of GPU.
 
-        The numbers are those of the last decision, else the target on Ray, else (a new model) the initial number in the
-        catalog entry.
+        The numbers are those of the last decision. Without a decision they are the targets on Ray; for a new model,
+        they are the initial number in the catalog entry.
         """
         types, rays, last = self._inputs.types, self._inputs.rays, self._desired
         if last is None and rays:
@@ -176,7 +177,7 @@ class ScaledModel:
         return spec.replicas if self._desired is None else self._desired.get(spec.gpu, 0)
 
     def with_scaling_fields(self, entry: CatalogEntry) -> CatalogEntry:
-        """Return the model's catalog entry with the scaling fields."""
+        """Return the model's catalog entry with its scaling fields set."""
         spec = self._spec
         return dataclasses.replace(
             entry,
@@ -189,16 +190,16 @@ class ScaledModel:
         )
 
     def explain(self, limit: int = 0) -> ScalingExplanation:
-        """Return the current scaling state and the newest decisions; with `limit` 0 all that are kept."""
+        """Return the scaling state and up to `limit` of the newest decisions; with 0 all that are kept."""
         return ScalingExplanation(self._scaling, self._log.newest(limit), {**self._numbers, **self._rates.numbers()})
 
     def counters(self) -> tuple[Mapping[str, int], float]:
-        """Return the number of decisions for each action, and the GPU-seconds used. Both count since creation."""
+        """Return the number of decisions of each action, and the GPU-seconds used, since this object was created."""
         return self._log.counts, self._gpu_seconds
 
 
 def _spread(inputs: ModelInputs, replicas: int, there: Mapping[str, int]) -> dict[str, int]:
-    """Spread replicas over the types of GPU. Existing replicas (`there`) stay on their type where possible."""
+    """Divide replicas over the types of GPU. Existing replicas (`there`) stay on their type where possible."""
     gpus = [spec.gpu for spec in inputs.types]
     room = [inputs.room.get(gpu, PLENTY) for gpu in gpus]
     counts = over_types(replicas, room, [there.get(gpu, 0) for gpu in gpus])

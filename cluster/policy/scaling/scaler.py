@@ -3,7 +3,7 @@
 The policy (`portfolio`) decides. Each ScaledModel assembles the observation of one model for the policy, and keeps the
 data that explains the decisions. Only the requests of operators (`OperatorRequest`) have to be stored. After a restart,
 a new scaler takes the targets on Ray as the last decisions, learns rates and cold starts again, and counts demand as
-the growth of the gateways' counters from now on.
+the growth of the gateways' counters since the restart.
 
 While no gateway is connected, the demand is unknown, and all numbers of replicas stay the same.
 """
@@ -33,10 +33,11 @@ catalog entry causes an earlier decision."""
 
 
 class Scaler:
-    """Scaler of all models. The controller calls `run_pass` in each pass; a decision follows every `decide_s` seconds.
+    """Scaler of all models. The controller calls `run_pass` in each pass, and a pass decides if `decide_s` seconds have
+    passed since the last decision.
 
-    After `decide_next_pass` the next pass decides at once. Times are of one monotonic clock in seconds; `wall_s` is in
-    seconds since the epoch.
+    After `decide_next_pass` the next pass decides at once. Times are monotonic seconds; `wall_s` is in seconds since
+    the epoch.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Scaler:
         return self._operator_requests
 
     def set_operator_requests(self, requests: OperatorRequest) -> None:
-        """Replace the requests of operators. The next pass decides by the new requests."""
+        """Replace the requests of operators. The next pass decides, by the new requests."""
         self._operator_requests = requests
         self.decide_next_pass()
 
@@ -89,9 +90,9 @@ class Scaler:
     ) -> Sequence[tuple[str, ScalingDecision]]:
         """Run one pass. Returns the new decisions, each with the name of the model.
 
-        Several `specs` with one name describe one model on several types of GPU, the preferred type first. `blind`: no
-        gateway is connected. `room`: number of replicas that fit, by model and type of GPU; a type without an entry has
-        enough capacity.
+        Several `specs` with one name describe one model on several types of GPU, the preferred type first. `blind`:
+        whether no gateway is connected. `room`: number of replicas that fit, by model and type of GPU; a type without
+        an entry has enough capacity.
         """
         passed_s = 0.0 if self._passed_at is None else now - self._passed_at
         self._passed_at = now
@@ -135,7 +136,7 @@ class Scaler:
         return [(name, decision) for name, decision in made if decision.action != "hold"]
 
     def decide_next_pass(self) -> None:
-        """Make the next pass decide, even before the interval of decisions is over."""
+        """Make the next pass decide, even if `decide_s` seconds have not passed yet."""
         self._decide_at = float("-inf")
 
     # ---- reading
@@ -149,7 +150,7 @@ class Scaler:
         return spec.replicas if model is None else model.replicas(spec)
 
     def with_scaling_fields(self, entry: CatalogEntry) -> CatalogEntry:
-        """Return the catalog entry with the scaling fields.
+        """Return the catalog entry with its scaling fields set.
 
         Gateways need these fields to judge calls by the SLO and to estimate waiting times.
         """
@@ -161,13 +162,13 @@ class Scaler:
         return self._models[name].scaling
 
     def explain(self, name: str, limit: int = 0) -> ScalingExplanation:
-        """Return the current scaling state of a model and its last decisions, the newest last. Raises KeyError for an
-        unknown model."""
+        """Return the scaling state of a model and up to `limit` of its newest decisions, the newest last; with 0 all
+        that are kept. Raises KeyError for an unknown model."""
         return self._models[name].explain(limit)
 
     def counters(self) -> Mapping[str, tuple[Mapping[str, int], float]]:
-        """Return for each model the number of decisions for each action, and the GPU-seconds used. Both count since
-        creation."""
+        """Return the number of decisions of each action, and the GPU-seconds used, for each model. Both count since the
+        scaler got the model."""
         return {name: model.counters() for name, model in self._models.items()}
 
     @property
@@ -176,7 +177,7 @@ class Scaler:
         return list(self._models)
 
     def find(self, name: str) -> ModelSpec | None:
-        """Find a model by name or alias. Returns the spec of the first type of GPU of the model, or None."""
+        """Find a model by name or alias. Returns its spec for its preferred type of GPU, or None."""
         if name in self._types:
             return self._types[name][0]
         return next((types[0] for types in self._types.values() if name in types[0].aliases), None)

@@ -1,1 +1,1 @@
-"""Choice of the next sequence and its worker, for sequences that begin and for sequences that resume."""
+"""Which waiting sequence is sent next and to which worker, for new and for resumed sequences."""

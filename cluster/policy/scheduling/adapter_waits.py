@@ -1,16 +1,16 @@
-"""New sequences that have had their turn and wait for a worker that has loaded their adapter.
+"""New sequences that have left their queue and wait for a worker that has loaded their adapter.
 
-Problem: an adapter may be loaded on no worker yet, or on few. A sequence that needs it would wait at the head of its
-queue and hold back all sequences behind it, although workers without the adapter have room for them.
+Problem: an adapter may be loaded on few workers or on none. At the head of its queue, a sequence for this adapter would
+hold back all sequences behind it, although workers without the adapter have room for them.
 
-Method: when its turn comes, such a sequence leaves the queue, waits here, and counts in the fair order as if it were
-sent. Once a worker with the adapter has room, sequences that wait here are sent in the order of their turns, before
+Method: when its turn comes, such a sequence leaves the queue and waits here. The fair order of tenants counts it as
+sent. Once a worker with the adapter has room, the sequences that wait here are sent in the order of their turns, before
 those in the queue.
 
-Invariants: a sequence waits here only if a worker without the adapter would have had room for it; if no worker has
-room, it stays in the queue like all others. A sequence that waits here holds back no other sequence. At most
-MAX_PER_MODEL sequences of a model wait, at most MAX_PER_TENANT of them of one tenant; the calls of further sequences
-are ended. A sequence waits here once, and no longer than it may wait in a queue.
+Invariants: a sequence comes here only if a worker without the adapter has room for it. If no worker has room, it stays
+in the queue. A sequence that waits here holds back no sequence of the queue. At most MAX_PER_MODEL sequences of a model
+wait here, and at most MAX_PER_TENANT of these belong to one tenant; the call of a sequence beyond these bounds is
+ended. A sequence waits here only once, and no longer than it may wait in a queue.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MAX_PER_TENANT: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class AdapterWait:
-    """A sequence that waits for its adapter. `call`: the sequence's routing request. `since` and `until`: monotonic
-    times at which the wait began and must end."""
+    """A sequence that waits for its adapter. `entry`: the sequence as it waited in the queue. `call`: its routing
+    request. `since` and `until`: monotonic times in seconds; the wait began at `since` and must end at `until`."""
 
     entry: WaitingSequence
     call: RouteCall
@@ -38,7 +38,7 @@ class AdapterWait:
 
 
 class AdapterWaits:
-    """The sequences of one gateway that wait for adapters. `now` is monotonic, in seconds."""
+    """Sequences of one gateway that wait for adapters. `now` is monotonic, in seconds."""
 
     def __init__(self) -> None:
         self._by_key: dict[str, AdapterWait] = {}
@@ -58,16 +58,16 @@ class AdapterWaits:
 
     @property
     def models(self) -> Collection[str]:
-        """Names of the models with sequences that wait."""
+        """Names of the models that have sequences here."""
         return tuple(self._by_model)
 
     def waiting(self, model: str) -> tuple[int, int]:
-        """Return the number of a model's sequences that wait, and the number of their prompt tokens."""
+        """Return the number of a model's sequences that wait here, and the sum of their prompt tokens."""
         waits = [wait for of_adapter in self._by_model.get(model, {}).values() for wait in of_adapter.values()]
         return len(waits), sum(wait.entry.tokens for wait in waits)
 
     def add(self, entry: WaitingSequence, call: RouteCall, now: float, until: float) -> bool:
-        """Let a sequence wait until `until`. Returns False if too many wait already."""
+        """Add a sequence, which may wait until the time `until`. Returns False if too many sequences wait already."""
         counts, model = self._counts, entry.model
         if counts.get((model, ""), 0) >= MAX_PER_MODEL or counts.get((model, entry.tenant), 0) >= MAX_PER_TENANT:
             return False
@@ -101,8 +101,8 @@ class AdapterWaits:
         return tuple(self._by_model.get(model, ()))
 
     def in_order(self, model: str, adapter: str) -> Iterator[AdapterWait]:
-        """Yield the sequences that wait for an adapter, in the order of their turns. The caller may remove each yielded
-        sequence."""
+        """Yield the sequences of a model that wait for an adapter, in the order in which they were added. The caller
+        may remove each yielded sequence."""
         yield from list(self._by_model.get(model, {}).get(adapter, {}).values())
 
     def expired(self, now: float) -> list[AdapterWait]:

@@ -4,9 +4,9 @@ Problem: a first token counts as late after a time that only 1 % of the calls on
 must not raise this time, since their calls must still count as late.
 
 Method: the workers of a model are spread over GROUPS groups. Each group has a sketch (latency_sketch.py) for each size
-class of prompts. The time is the lower median of the groups' quantiles, so that slow workers in a minority of the
-groups do not change it. A size class with too few observations uses the next larger class, whose first tokens come
-later.
+class of prompts, from which a high quantile is read. The result is the lower median of these quantiles, so slow workers
+in a minority of the groups do not change it. A size class with too few observations uses the next larger class, whose
+first tokens come later.
 
 Invariant: memory is bounded, in models, in workers per model and in observations.
 
@@ -37,7 +37,7 @@ anew."""
 
 
 def size_class(uncached_tokens: int) -> int:
-    """Return the size class of a prompt, from 1 to SIZES. `uncached_tokens`: number of tokens to compute."""
+    """Return the size class of a prompt, from 1 to SIZES. `uncached_tokens`: number of prompt tokens to compute."""
     return min(max(uncached_tokens, 1).bit_length(), SIZES)
 
 
@@ -76,14 +76,15 @@ class _Model:
 
 
 class FirstTokenTimes:
-    """Times to the first token that one gateway has observed, from the Submit to the first output. `now` is monotonic,
-    in seconds."""
+    """Times to the first token that one gateway has observed. Each time runs from the Submit request to the first
+    output. `now` is monotonic, in seconds."""
 
     def __init__(self) -> None:
         self._models: OrderedDict[str, _Model] = OrderedDict()
 
     def observe(self, model: str, worker: str, uncached_tokens: int, duration_s: float, now: float) -> None:
-        """Record that a worker's first token came after `duration_s` seconds."""
+        """Record that a worker's first token came after `duration_s` seconds. `uncached_tokens`: number of prompt
+        tokens that the worker computed."""
         known = self._models.get(model)
         if known is None:
             known = self._models[model] = _Model()
@@ -92,7 +93,8 @@ class FirstTokenTimes:
         known.observe(worker, size_class(uncached_tokens), duration_s, now)
 
     def high(self, model: str, uncached_tokens: int, now: float) -> float | None:
-        """Return the time in seconds after which a first token is late; None if too little is known."""
+        """Return the time in seconds after which a first token is late; None if too few times were observed.
+        `uncached_tokens`: number of prompt tokens to compute."""
         known = self._models.get(model)
         return None if known is None else known.high(size_class(uncached_tokens), now)
 

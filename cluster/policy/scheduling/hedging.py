@@ -1,18 +1,19 @@
-"""Hedging before the first token: a sequence whose worker is late is sent to a second worker, and the first to answer
-keeps the sequence.
+"""Hedging before the first token: a sequence whose worker is late is also sent to a second worker. The first of the two
+workers to answer keeps the sequence.
 
 Problem: a worker may be slow without failing any check. A caller should not wait for such a worker while another one is
-free, and the Submits to second workers must add little load.
+free, but the second workers must get little additional load.
 
 Method: a sequence is late once it has waited longer than the QUANTILE of the model's times to the first token for
-prompts of its size (first_token_times.py). A late sequence that is not hedged is checked again each time its wait has
-grown by the factor GROWTH. At the first check, a sequence is hedged only if at least BURST / 2 hedges are saved up, so
-that hedges are left for sequences that have waited longer. A sequence that is a little late is likely to be answered
-soon, but a sequence on a slow worker is not.
+prompts of its size (first_token_times.py). Each sequence that is sent adds `share` to the number of hedges that its
+model may make, and each hedge takes 1 from it. A late sequence that is not hedged is checked again each time its wait
+has grown by the factor GROWTH. At its first check, a sequence is hedged only if at least BURST / 2 hedges are
+available. So hedges are left for sequences that have waited longer: a sequence that is a little late is likely to be
+answered soon, but a sequence on a slow worker is not.
 
 Invariants: the hedges of a model never exceed `share` of the model's sequences that were sent so far, and at most BURST
-hedges are saved up. A sequence is hedged at most once before its first output. No sequence is hedged while sequences of
-its model wait, or while less than MIN_FREE of the capacity of the other workers is free.
+hedges are available at once. A sequence is hedged at most once before its first output. A sequence is hedged only if no
+sequence of its model waits, and if at least MIN_FREE of the capacity of the other workers is free.
 
 Source: hedged requests of Dean and Barroso, "The Tail at Scale" (CACM 56(2), 2013).
 """
@@ -48,7 +49,7 @@ class _Hedge:
 @dataclass(slots=True)
 class _Sent:
     """A sequence that was sent and has no output yet. `wait_s`: seconds from `sent_at` until the next check; at first,
-    until the sequence is late. `hedge`: the Submit to a second worker, while both workers have the sequence."""
+    until the sequence is late. `hedge`: the second worker, while both workers have the sequence; else None."""
 
     model: str
     worker: str
@@ -63,11 +64,12 @@ class _Sent:
 
 
 class HedgingPolicy:
-    """Decides for one gateway which sequences are hedged. `now` is monotonic, in seconds."""
+    """Decides which late sequences of one gateway are hedged: sent to a second worker too. `now` is monotonic, in
+    seconds."""
 
     def __init__(self, share: float) -> None:
-        """`share`: largest part of a model's sequences that are hedged, in [0, 1]. 0: nothing is hedged and nothing
-        learnt."""
+        """`share`: largest fraction of a model's sequences that may be hedged, in [0, 1]. With 0, no sequence is hedged
+        and no times are learnt."""
         self.share = share
         self._times = FirstTokenTimes()
         self._sent: dict[str, _Sent] = {}
@@ -82,7 +84,7 @@ class HedgingPolicy:
 
     @property
     def next_due(self) -> float:
-        """Time at which `late` is to be called next; infinity if no call is needed."""
+        """Time at which the caller must call `late` next; infinity if no call is needed."""
         return self._due[0][0] if self._due else math.inf
 
     def sent(self, key: str, model: str, worker_id: str, uncached_tokens: int, now: float) -> None:
@@ -106,7 +108,7 @@ class HedgingPolicy:
         return self._times.high(model, uncached_tokens, now) is not None
 
     def late(self, now: float) -> Iterator[str]:
-        """Yield the keys of the sequences that are late now. The caller asks `may_hedge` for each of them."""
+        """Yield the keys of the sequences that are late now. The caller calls `may_hedge` for each of them."""
         while self._due:
             due, number, key = self._due[0]
             sent = self._sent.get(key)
@@ -125,20 +127,25 @@ class HedgingPolicy:
             yield key
 
     def worker_of(self, key: str) -> str:
-        """Return the first worker, not the worker of the hedge, of a sequence without output; "" if it is unknown."""
+        """Return the worker of a sequence that has no output yet; "" for an unknown sequence. While two workers have
+        the sequence, the first one is returned."""
         return sent.worker if (sent := self._sent.get(key)) is not None else ""
 
     def may_hedge(self, key: str, waiting: int) -> bool:
-        """Return whether a sequence may be hedged now. The caller must still find a second worker. `waiting`: number of
-        sequences of its model that wait for a worker."""
+        """Return whether a sequence may be hedged now. A second worker must still be found (`second_worker`).
+        `waiting`: number of sequences of the same model that wait for a worker."""
         sent = self._sent.get(key)
         if sent is None or sent.was_hedged or waiting:
             return False
         return self._saved.get(sent.model, 0.0) >= (1.0 if sent.looks > 1 else BURST / 2)
 
     def second_worker(self, call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
-        """Return the routing decision for the second worker of a sequence that may be hedged. `call` excludes the first
-        worker. `candidates`: all workers of the model that are compatible with the first."""
+        """Choose the second worker of a sequence that may be hedged. The decision has no worker if too little capacity
+        is free.
+
+        `call`: routing request that excludes the first worker. `candidates`: all workers of the model that are
+        compatible with the first worker.
+        """
         others = [c for c in candidates if c.healthy and not c.draining and not c.retired]
         others = [c for c in others if c.incarnation not in call.excluded]
         slots = [c.slots or c.free_sequences + c.running for c in others]
@@ -147,15 +154,15 @@ class HedgingPolicy:
         return choose(call, [c for c in others if not c.waiting])
 
     def hedged(self, key: str, worker_id: str, uncached_tokens: int, now: float) -> None:
-        """Record that a sequence that may be hedged was sent to a second worker. `uncached_tokens`: number of prompt
-        tokens that this worker is expected to compute. Raises KeyError if the sequence is not known."""
+        """Record that a sequence was sent to a second worker. `uncached_tokens`: number of prompt tokens that the
+        second worker is expected to compute. Raises KeyError for an unknown sequence."""
         sent = self._sent[key]
         self._saved[sent.model] -= 1.0
         sent.was_hedged, sent.hedge = True, _Hedge(worker_id, uncached_tokens, now)
 
     def hedge_ended(self, key: str, won: bool, now: float) -> int:
         """Record that only one of a sequence's two workers keeps the sequence: the second worker if `won`, else the
-        first. Returns the number of prompt tokens that the other worker was expected to compute."""
+        first. Returns the number of prompt tokens that the worker without the sequence was expected to compute."""
         sent = self._sent.get(key)
         if sent is None or sent.hedge is None:
             return 0

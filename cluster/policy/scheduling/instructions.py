@@ -1,4 +1,4 @@
-"""Values that the scheduling policy gets and returns: sequences that resume, and instructions for the gateway."""
+"""Values that the scheduling policy takes and returns: sequences that resume, and instructions for the gateway."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cluster.policy.routing.router import RoutingDecision
 
 @dataclass(frozen=True, slots=True)
 class ResumingSequence:
-    """A sequence without a worker, to be resumed after its emitted tokens. Times are monotonic seconds.
+    """A sequence that has lost its worker and is to be resumed after its emitted tokens. Times are monotonic seconds.
 
-    `entry`: the sequence's entry in the waiting room, with which it was charged. `tokens`: number of prompt tokens and
-    emitted tokens together. `compatibility`: key of the worker that computed the first token. `excluded`: incarnations
-    of workers to which the sequence must not be sent. `cached_on`: incarnation of the worker that holds the sequence's
-    KV blocks, "" if none does. `silent_since`: time of the first loss of a worker since the sequence's last token;
-    None: no worker was lost since that token.
+    `entry`: the sequence as it was in the waiting room, when its tenant was charged. `tokens`: number of prompt tokens
+    and emitted tokens together. `compatibility`: key of the worker that computed the first token. `excluded`:
+    incarnations of workers to which the sequence must not be sent. `cached_on`: incarnation of the worker that holds
+    the sequence's KV blocks; "" if there is none. `silent_since`: time of the first loss of a worker since the
+    sequence's last token; None if no worker was lost since that token.
 
     `suspect`: whether the sequence has lost so many workers in a row that it may be the cause. `lost_links`: names of
     the links to these workers. `lost_at` and `lost_node`: time of the last loss, and node of the lost worker.
@@ -49,7 +49,7 @@ class ResumingSequence:
 
 
 class Ending(enum.Enum):
-    """The reason why a waiting sequence is not sent to a worker any more."""
+    """Reason for which the call of a waiting sequence is ended."""
 
     TOO_LATE = "too_late"
     """A new sequence waited too long."""
@@ -65,12 +65,16 @@ class Ending(enum.Enum):
 
 @frozen_dataclass
 class Send:
-    """Send a sequence, which has left its queue, to a worker. `reason` and `cached_tokens`: see RoutingDecision;
-    `cached_tokens` is set for new sequences only. `uncached_tokens`: number of tokens of a resumed sequence that the
-    worker is likely to compute; 0 means all tokens. `decision`: the decision, for explanations. `cached`: number of
-    leading tokens of a new sequence that workers hold in their KV caches, by worker id; None if the caches were not
-    looked up. `holder_wait`: how long a new sequence has waited for the worker that holds its prompt, even if it is now
-    sent to another worker; None if it has not waited."""
+    """Send a sequence to a worker. The sequence has left its queue.
+
+    `decision`: the routing decision, for explanations. `reason`: see RoutingDecision. `holder_wait`: how long a new
+    sequence has waited for the worker that holds its prompt, even if it is now sent to another worker; None if it has
+    not waited.
+
+    For a resumed sequence, `uncached_tokens` is the number of tokens that the worker is likely to compute; 0 means all
+    tokens. For a new sequence, `cached_tokens` is as in RoutingDecision, and `cached` is the number of its leading
+    tokens that each worker holds in its KV cache, by worker id; None if the caches were not looked up.
+    """
 
     entry: WaitingSequence
     worker_id: str
@@ -92,7 +96,8 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """End the call of a sequence, which has left its queue, because routing the sequence raised `error`."""
+    """End the call of a sequence, because the routing of the sequence raised `error`. The sequence has left its
+    queue."""
 
     key: str
     error: Exception
@@ -100,7 +105,8 @@ class Fail:
 
 @dataclass(frozen=True, slots=True)
 class Acquit:
-    """Forget the losses of a waiting sequence. Other workers were lost too, so the sequence is not the cause."""
+    """Forget that a waiting sequence has lost workers. It is not the cause, because workers that did not run it were
+    lost too."""
 
     key: str
 

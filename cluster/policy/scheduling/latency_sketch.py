@@ -1,8 +1,8 @@
-"""Quantiles of durations in which recent durations count most.
+"""Quantiles of durations. Recent durations count more than old ones.
 
-Problem: a quantile of millions of durations must follow changes of the load, in little memory.
+Problem: a quantile of millions of durations must follow changes of the load, and must need little memory.
 
-Invariants: a quantile is within a relative ACCURACY of a duration that was added, as long as the duration lies between
+Invariants: a quantile is within a relative ACCURACY of a duration that was added, if the duration lies between
 SHORTEST_S and LONGEST_S. After each half-life a duration counts half as much. Memory is bounded: about 140 counters.
 
 Source: DDSketch (Masson, Rim, Lee, VLDB 2019) for the buckets, forward decay (Cormode, Shkapenyuk, Srivastava, Xu, ICDE
@@ -48,8 +48,8 @@ class LatencySketch:
         return self._total / self._growth(now)
 
     def quantile(self, part: float) -> float:
-        """Return the duration in seconds below which this part of the durations lies, `part` in [0, 1]. Raises
-        ValueError if no duration was added."""
+        """Return a quantile of the durations, in seconds. `part`: share of the durations that are shorter, in [0, 1].
+        Raises ValueError if no duration was added."""
         if not self._buckets:
             raise ValueError("a quantile needs a duration")
         left = part * self._total

@@ -1,8 +1,9 @@
-"""The assignment of new sequences: which waiting sequence is sent to which worker.
+"""Assignment of new sequences: which waiting sequence is sent to which worker.
 
-Sequences that were set aside come first, then sequences that wait for adapters, then the others in the order of the
-waiting room. A sequence whose turn has come is sent if a worker has room for it. Otherwise it may wait for its adapter
-or for the worker that holds its prompt, and then holds back nobody.
+Sequences that were set aside (set_aside.py) come first, then sequences that wait for an adapter (adapter_waits.py),
+then the others in the order of the waiting room. When a worker has room for the first sequence of the waiting room,
+this sequence leaves the room. It is sent, or set aside for the worker that holds its prompt, or waits for its adapter.
+In the last two cases, later sequences need not wait for it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cluster.policy.scheduling.workers import Workers
 
 
 class NewAssignment:
-    """Assigns the new sequences of one gateway, for all models. `now` is monotonic, in seconds."""
+    """Assigns the new sequences of one gateway to workers, for all models. `now` is monotonic, in seconds."""
 
     def __init__(self, queues: NewSequences, workers: Workers) -> None:
         self._queues = queues
@@ -33,9 +34,8 @@ class NewAssignment:
         self._warm = WarmSequences(workers)
 
     def assign(self, model: str, now: float) -> Iterator[Instruction]:
-        """Yield the instructions for new sequences: those that were set aside, those that wait for adapters, then the
-        others in the order of the waiting room. A sequence at the head that fits on no worker holds back those behind
-        it."""
+        """Yield the instructions for a model's new sequences, in the order of the module's description. If no worker
+        has room for the first sequence of the waiting room, all sequences behind it wait too."""
         for aside in self._aside.in_order(model):
             yield from self._assign_aside(aside, now)
         yield from self._assign_with_adapters(model, now)
@@ -79,14 +79,17 @@ class NewAssignment:
                 yield Send(entry, where, decision.reason, 0, there, decision, cached, entry.holder_wait)
 
     def _awaited(self, decision: RoutingDecision, entry: WaitingSequence) -> FullHolder | None:
-        """Return the full worker that a sequence should wait for, or None. A sequence that may begin on several
-        versions does not wait: meanwhile another sequence of its call could begin on another version, but all sequences
-        of a call must begin on the same version."""
+        """Return the full worker for which a sequence should be set aside, or None.
+
+        A sequence that may begin on several versions is not set aside. All sequences of a call must begin on the same
+        version, and while this sequence waited, another sequence of its call could begin on another version.
+        """
         has_choice = len(self._versions.get(entry.call_id, ANY_VERSION).all) > 1
         return None if has_choice else self._aside.best(entry, decision.full_holders)
 
     def _assign_aside(self, aside: Aside, now: float) -> Iterator[Instruction]:
-        """Yield the instruction for a sequence that is set aside; none if it goes on waiting."""
+        """Yield the instruction for a sequence that was set aside; none if it must wait longer, or returns to the
+        waiting room."""
         entry, key = aside.entry, aside.entry.call_id
         if key not in self._aside:
             return
@@ -110,8 +113,8 @@ class NewAssignment:
             self._room.put_back(replace(entry, holder_wait=aside.wait(now)), now)
 
     def _assign_with_adapters(self, model: str, now: float) -> Iterator[Instruction]:
-        """Yield the instructions for sequences that wait for adapters. A sequence that fits on no worker with its
-        adapter holds back those behind it that wait for the same adapter."""
+        """Yield the instructions for sequences that wait for adapters. If no worker with an adapter has room for a
+        sequence, all later sequences that wait for this adapter wait too."""
         for adapter in self._adapter_waits.adapters(model):
             if not self._workers.has_adapter(model, adapter):
                 continue
@@ -155,8 +158,8 @@ class NewAssignment:
         )
 
     def _route(self, call: RouteCall, entry: WaitingSequence, now: float) -> RoutingDecision:
-        """Pick a worker for a new sequence. Workers of the sequence's first version are tried first, then workers of
-        all versions on which the sequence may begin."""
+        """Pick a worker for a new sequence. Workers of the sequence's preferred version (Versions.first) are tried
+        first, then workers of all versions on which the sequence may begin."""
         versions = self._versions.get(entry.call_id, ANY_VERSION)
         decision = self._workers.route(call, now)
         if decision.worker_id is None and len(versions.all) > 1:

@@ -1,8 +1,8 @@
 """The new sequences of one gateway, from their admission until they are sent.
 
-A new sequence waits in the waiting room. After its turn, it may also be set aside (set_aside.py) or wait for its
-adapter (adapter_waits.py); the fair order then counts it as sent. If such a sequence leaves the queues without being
-sent, it returns to the waiting room first, so that its charge is given back.
+A new sequence waits in the waiting room. When its turn comes, it may be set aside (set_aside.py) or wait for its
+adapter (adapter_waits.py). The fair order of tenants then counts it as sent and charges its tenant. If such a sequence
+ends without being sent, it is first put back into the waiting room, so that the charge is refunded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cluster.policy.scheduling.set_aside import SetAside
 
 
 class NewSequences:
-    """Queues of the new sequences, and the versions on which each sequence may begin. `now` is monotonic, in
+    """Queues of the new sequences, and the model versions on which each sequence may begin. `now` is monotonic, in
     seconds."""
 
     def __init__(self, room: WaitingRoom) -> None:
@@ -28,8 +28,8 @@ class NewSequences:
 
     @property
     def versions(self) -> Mapping[str, Versions]:
-        """Versions on which the queued sequences may begin, by key; without an entry, any version. The mapping follows
-        later changes."""
+        """Model versions on which the queued sequences may begin, by the key of the sequence. A sequence without an
+        entry may begin on any version. The mapping is a live view."""
         return self._versions
 
     def admit(
@@ -45,13 +45,14 @@ class NewSequences:
         return admission
 
     def put_back(self, entry: WaitingSequence, now: float, versions: Versions = ANY_VERSION) -> None:
-        """Queue a sequence that starts over, ahead of all sequences of the model that were never sent."""
+        """Queue a sequence that was sent before and must start over. It waits ahead of all sequences of the model that
+        were never sent."""
         self.room.put_back(entry, now)
         self.set_versions(entry.call_id, versions)
 
     def set_versions(self, key: str, versions: Versions) -> None:
-        """Set the versions on which a queued sequence may begin. Once a sequence of a call has begun, the other
-        sequences of the call may begin only on its version."""
+        """Set the versions on which a queued sequence may begin. Once one sequence of a call has begun, the other
+        sequences of the call may begin only on the same version."""
         self._return_to_room(key)
         if versions.all:
             self._versions[key] = versions
@@ -69,16 +70,17 @@ class NewSequences:
         return self.room.cancel(key)
 
     def _return_to_room(self, key: str) -> None:
-        """Put a sequence back into the waiting room if it has had its turn and was not sent."""
+        """Put a sequence that is set aside or waits for its adapter back into the waiting room."""
         if (turn := self.aside.pop(key) or self.adapter_waits.pop(key)) is not None:
             self.room.put_back(turn.entry, turn.since)
 
     def position(self, key: str) -> int | None:
-        """Return the number of the tenant's new sequences ahead of a queued new sequence; None if it is not queued."""
+        """Return how many new sequences of the same tenant are ahead of a queued new sequence; None if it is not
+        queued."""
         return 0 if key in self.aside or key in self.adapter_waits else self.room.position(key)
 
     def waiting(self, model: str) -> tuple[int, int]:
-        """Return the number of a model's new sequences, and the number of their prompt tokens."""
+        """Return the number of a model's new sequences, and the sum of their prompt tokens."""
         sequences, tokens = self.room.waiting(model)
         for queue in (self.aside, self.adapter_waits):
             if queue:

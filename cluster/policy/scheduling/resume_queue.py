@@ -1,12 +1,12 @@
 """Queue of sequences that lost their worker after their first token. These sequences are sent before all new sequences.
 
-A separate queue is needed because such a sequence can resume only on a compatible worker. At the head of the waiting
-room the sequence would block new sequences, which other workers could run. The sequence was charged when it was first
-sent, so the fair queue and the service accounts are not involved again.
+Such a sequence can resume only on a compatible worker, so it needs a separate queue. At the head of the waiting room,
+it would hold back new sequences that other workers could run. Its tenant was charged when the sequence was first sent,
+so the fair queue and the service accounts are not involved again.
 
 Invariant: a sequence in the queue has emitted a token and has no worker. The sequence leaves the queue when it resumes,
-when its call ends or when it has waited too long. Order: higher classes first; first come, first served within a
-class."""
+when its call ends or when it has waited too long. Order: higher classes first; first come, first served within a class.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Place:
 
 
 class ResumeQueue:
-    """The resume queue of one gateway, for all models."""
+    """Queue of the sequences of one gateway that lost their worker and wait to resume, for all models."""
 
     def __init__(self, max_wait_s: float) -> None:
         self._max_wait_s = max_wait_s
@@ -54,7 +54,7 @@ class ResumeQueue:
             self._cached_counts.setdefault(model, Counter())[sequence.cached_on] += 1
 
     def acquit(self, key: str) -> None:
-        """Record that a queued sequence is no longer suspected of having caused its losses."""
+        """Record that a queued sequence is not the cause of its losses, so it is no longer suspect."""
         places = self._places[self._models[key]]
         place = places[key]
         places[key] = replace(place, sequence=replace(place.sequence, suspect=False, lost_links=()))
@@ -89,8 +89,8 @@ class ResumeQueue:
         return sorted((place.sequence for place in places.values()), key=lambda sequence: sequence.entry.rank)
 
     def expired(self, now: float, longer_s: Callable[[str], float] = lambda _: 0.0) -> Sequence[str]:
-        """Remove the sequences that have waited too long, and return their keys. `longer_s(model)`: seconds that a
-        model's sequences may wait beyond `max_wait_s`. At most another `max_wait_s` is added."""
+        """Remove the sequences that have waited too long, and return their keys. `longer_s(model)`: additional seconds
+        that a model's sequences may wait beyond `max_wait_s`, but at most another `max_wait_s`."""
         longest_s = {model: min(longer_s(model), self._max_wait_s) for model in self._places}
         gone = [
             key
@@ -108,13 +108,13 @@ class ResumeQueue:
         return (len(places), self._tokens[model]) if places else (0, 0)
 
     def cached_counts(self, model: str) -> Mapping[str, int]:
-        """Return the number of a model's queued sequences for each worker that holds their KV blocks, keyed by the
-        worker's incarnation."""
+        """Return how many of a model's queued sequences have their KV blocks on each worker, by the worker's
+        incarnation."""
         return self._cached_counts.get(model, {})
 
     def waits_for(self, key: str, now: float) -> str:
-        """Return the incarnation of the worker that the sequence must wait for, or "" if the sequence may be sent to
-        any worker."""
+        """Return the incarnation of the worker for which the sequence must still wait; "" if it may be sent to any
+        worker."""
         model = self._models.get(key)
         if model is None:
             return ""

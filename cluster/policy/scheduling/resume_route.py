@@ -14,8 +14,10 @@ def resumed_request(sequence: ResumingSequence, candidates: Collection[Candidate
     """Return the routing request for a sequence that resumes on one of these workers.
 
     Two groups of workers are excluded. First, the workers in `sequence.excluded`, which failed the sequence. Second,
-    the workers on the node where the sequence lost a worker just now: a lost host loses its workers one after the
-    other. An exclusion that leaves no compatible worker is dropped, because the excluded workers may be healthy."""
+    the workers on the node where the sequence lost a worker just now, since the workers of a lost host are lost one
+    after the other. An exclusion that leaves no compatible worker is dropped, because the excluded workers may be
+    healthy.
+    """
     holder = None
     if sequence.cached_on:
         holder = next((worker for worker in candidates if worker.incarnation == sequence.cached_on), None)
@@ -42,7 +44,7 @@ def resumed_request(sequence: ResumingSequence, candidates: Collection[Candidate
 
 
 def suits(sequence: ResumingSequence, worker: Candidate, now: float) -> bool:
-    """Return whether a worker has capacity for a sequence that resumes, and meets all conditions of the sequence."""
+    """Return whether a worker has capacity for a sequence that resumes, and is compatible and allowed for it."""
     return (
         may_take_resumed(worker)
         and worker.healthy
@@ -58,14 +60,15 @@ def suits(sequence: ResumingSequence, worker: Candidate, now: float) -> bool:
 
 
 def has_adapter(adapter: str, worker: Candidate) -> bool:
-    """Return whether a worker takes calls for an adapter; "" is the base model."""
+    """Return whether a worker takes calls for an adapter. The adapter "" is the base model; each worker takes it."""
     return not adapter or adapter in worker.adapters
 
 
 def tokens_to_recompute(tokens: int, block_size: int) -> int:
-    """Return the number of tokens to compute before the next token, if the engine holds the KV blocks of all `tokens`.
+    """Return how many tokens the engine must compute before the next token, if it holds the KV blocks of all `tokens`.
 
-    The engine reuses only full blocks of `block_size` tokens, without the block that holds the last token."""
+    The engine reuses only full blocks of `block_size` tokens, and never the block of the last token.
+    """
     size = max(block_size, 1)
     return tokens - max(tokens - 1, 0) // size * size
 

@@ -1,7 +1,8 @@
-"""The assignment of resumed sequences: each goes to a compatible worker, waits, or ends.
+"""Assignment of resumed sequences: each sequence is sent to a compatible worker, keeps waiting, or has its call ended.
 
-A sequence waits for the worker that holds its KV blocks as long as the resume queue says, and then takes any compatible
-worker. A suspect sequence, which may have stopped its worker, is resumed only as worker_losses.py allows.
+A sequence first waits for the worker that holds its KV blocks, for as long as the resume queue says. Then it may be
+sent to any compatible worker. A suspect sequence, which may have caused the loss of its workers, is resumed only as
+worker_losses.py allows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ tried first."""
 
 
 class ResumedAssignment:
-    """Assigns the resumed sequences of one gateway, for all models. `now` is monotonic, in seconds."""
+    """Assigns the resumed sequences of one gateway to workers, for all models. `now` is monotonic, in seconds."""
 
     def __init__(self, queue: ResumeQueue, losses: WorkerLosses, workers: Workers) -> None:
         self._queue = queue
@@ -30,7 +31,7 @@ class ResumedAssignment:
         self._workers = workers
 
     def assign(self, model: str, sequences: Iterable[ResumingSequence], now: float) -> Iterator[Instruction]:
-        """Yield the instructions for `sequences`, which are sequences of the model in the resume queue."""
+        """Yield the instructions for `sequences`. They must be sequences of the model in the resume queue."""
         view = WorkersView(self._workers, model, now)
         for sequence in sequences:
             if sequence.key not in self._queue:  # an earlier instruction has ended its call
@@ -75,9 +76,12 @@ class ResumedAssignment:
             yield End(sequence.key, Ending.REPLACED)
 
     def _offered(self, sequence: ResumingSequence, view: WorkersView, now: float) -> Iterator[Sequence[Candidate]]:
-        """Yield the groups of workers to try, in order. While the sequence must wait for the worker that holds its KV
-        blocks, that worker is the only group. Otherwise the last group is all workers; if there are many, a sample of
-        them, with the worker that holds the KV blocks, is tried first."""
+        """Yield groups of workers to try, one after the other. While the sequence must wait for the worker that holds
+        its KV blocks, this worker is the only group.
+
+        Otherwise the last group is all workers. If there are many, the first group is a sample of them, with the worker
+        that holds the KV blocks.
+        """
         holder = view.one(sequence.cached_on) if sequence.cached_on else None
         cached_on = self._queue.waits_for(sequence.key, now)
         waits = cached_on and cached_on not in sequence.excluded
@@ -90,8 +94,8 @@ class ResumedAssignment:
         yield view.all()
 
     def movable(self, sequences: Iterable[ResumingSequence], worker_id: str, now: float) -> Iterator[str]:
-        """Yield the keys of the sequences for which another worker has capacity. `sequences` run on the draining worker
-        `worker_id`. The caller must move each sequence before it takes the next key."""
+        """Yield the keys of the sequences for which another worker has capacity. `sequences`: sequences on the draining
+        worker `worker_id`. The caller must move each sequence before it takes the next key."""
         for sequence in sequences:
             view = WorkersView(self._workers, sequence.model, now)
             request = RouteCall(

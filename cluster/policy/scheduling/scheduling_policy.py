@@ -1,12 +1,13 @@
 """The scheduling policy of one gateway: which waiting sequence goes to which worker, and when a wait ends.
 
-Problem: the order of the sequences, the choice of workers, the resume of sequences that lost a worker and the bounds of
-all waits together decide what a tenant gets. These decisions must be testable without a network, and the simulator must
-make the same decisions as a gateway.
+Problem: the service of a tenant depends on the order of the sequences, the choice of workers, the resume of sequences
+that lost a worker, and the bounds of all waits. These decisions must be testable without a network, and the simulator
+must make the same decisions as a gateway.
 
 Method: the policy keeps the queues and returns instructions. The caller carries out each instruction before it takes
-the next one, because a sequence that is sent uses credit of its worker. Resumed sequences are sent before new
-sequences, each to a compatible worker. The inputs are `now`, in monotonic seconds, and the state of `Workers`.
+the next one, because a sequence that is sent uses credit (granted capacity) of its worker. Resumed sequences are sent
+before new sequences, each to a compatible worker. The inputs are `now`, in monotonic seconds, and the state of
+`Workers`.
 """
 
 from __future__ import annotations
@@ -49,12 +50,13 @@ class SchedulingPolicy:
         return self._new.admit(entry, now, starts_in_s, versions)
 
     def put_back(self, entry: WaitingSequence, now: float, versions: Versions = ANY_VERSION) -> None:
-        """Queue a sequence that starts over, ahead of all sequences of the model that were never sent."""
+        """Queue a sequence that was sent before and must start over. It waits ahead of all sequences of the model that
+        were never sent."""
         self._new.put_back(entry, now, versions)
 
     def set_versions(self, key: str, versions: Versions) -> None:
-        """Set the versions on which a queued sequence may begin. Once a sequence of a call has begun, the other
-        sequences of the call may begin only on its version."""
+        """Set the versions on which a queued sequence may begin. Once one sequence of a call has begun, the other
+        sequences of the call may begin only on the same version."""
         self._new.set_versions(key, versions)
 
     def resume(self, sequence: ResumingSequence, now: float) -> None:
@@ -69,7 +71,8 @@ class SchedulingPolicy:
         return self.resuming.remove(key) or was_new
 
     def position(self, key: str) -> int | None:
-        """Return the number of the tenant's new sequences ahead of a queued new sequence; None if it is not queued."""
+        """Return how many new sequences of the same tenant are ahead of a queued new sequence; None if it is not
+        queued."""
         return self._new.position(key)
 
     def waiting(self, model: str) -> tuple[int, int]:

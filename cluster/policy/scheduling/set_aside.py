@@ -1,23 +1,23 @@
-"""New sequences that have had their turn and wait for the worker that holds their prompt.
+"""New sequences that have left their queue and wait for the worker that holds their prompt in its KV cache.
 
-Problem: the worker that holds a prompt often has no free credit for a moment, since it admits few prompts at a time.
-Another worker would have to compute the prompt again, and would evict other blocks. A sequence that waits at the head
-of its queue holds back all sequences behind it.
+Problem: the worker that holds a prompt often has no free credit (granted capacity) for a moment, since it admits few
+prompts at a time. Another worker would have to compute the prompt again, and would evict other blocks. If the sequence
+waited at the head of its queue, it would hold back all sequences behind it.
 
-Method: when its turn comes, such a sequence is set aside, and counts in the fair order as if it were sent. The queue
-goes on. Once the worker has room, the sequences that wait for it are sent in the order of their turns, before those in
-the queue.
+Method: when its turn comes, such a sequence is set aside, and the next sequence takes its turn. The fair order of
+tenants counts a sequence that is set aside as sent. Once the worker has room, the sequences that wait for it are sent
+in the order of their turns, before those in the queue.
 
 A sequence waits for the worker with the lowest cost (cost.py) on two conditions. First, the cost of this worker is
 lower than that of the best worker with room. Second, the first token from this worker is expected earlier than from the
 best worker with room, or within the time in which a usual worker computes CostWeights.patience prompt tokens. For both
 conditions, the sequences that are set aside for a worker count as if they were sent to it.
 
-Invariants: no other call waits for a sequence that is set aside. A sequence is set aside at most once, for at most
+Invariants: a sequence that is set aside holds back no other call. A sequence is set aside at most once, for at most
 MAX_WAIT_S, and only while the worker takes new sequences. After that, it is sent to any worker, or returns to the head
 of its queue. At most MAX_PER_MODEL sequences of a model are set aside.
 
-Source: delay scheduling (Zaharia et al., EuroSys 2010), with a bound in work instead of a number of skipped turns.
+Source: delay scheduling (Zaharia et al., EuroSys 2010). Here the wait is bounded in work, not in skipped turns.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ MAX_PER_MODEL: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Aside:
-    """A sequence that is set aside. `call`: its routing request. `worker_id`: the worker for which it waits.
+    """A sequence that is set aside. `entry`: the sequence as it waited in the queue. `call`: its routing request.
+    `worker_id`: the worker for which it waits.
 
-    `uncached`: number of prompt tokens that this worker must compute. `since` and `until`: monotonic times at which the
-    wait began and must end."""
+    `uncached`: number of prompt tokens that this worker must compute. `since` and `until`: monotonic times in seconds;
+    the wait began at `since` and must end at `until`.
+    """
 
     entry: WaitingSequence
     call: RouteCall
@@ -48,20 +50,21 @@ class Aside:
     until: float
 
     def wait(self, now: float) -> HolderWait:
-        """Return how long the sequence has waited at the time `now`."""
+        """Return the worker for which the sequence waits, and how long it has waited at the time `now`."""
         return HolderWait(self.worker_id, now - self.since)
 
 
 @dataclass(slots=True)
 class _Before:
-    """Number of sequences that wait for a worker, and number of their prompt tokens that the worker must compute."""
+    """Totals of the sequences that wait for one worker: their number, and the prompt tokens that the worker must
+    compute for them."""
 
     count: int = 0
     uncached: float = 0.0
 
 
 class SetAside:
-    """The sequences of one gateway that are set aside. `now` is monotonic, in seconds."""
+    """Sequences of one gateway that are set aside. `now` is monotonic, in seconds."""
 
     def __init__(self) -> None:
         self._by_key: dict[str, Aside] = {}
@@ -84,13 +87,13 @@ class SetAside:
         return tuple(self._by_model)
 
     def waiting(self, model: str) -> tuple[int, int]:
-        """Return the number of a model's sequences that are set aside, and the number of their prompt tokens."""
+        """Return the number of a model's sequences that are set aside, and the sum of their prompt tokens."""
         asides = self._by_model.get(model, {}).values()
         return len(asides), sum(aside.entry.tokens for aside in asides)
 
     def best(self, entry: WaitingSequence, holders: Iterable[FullHolder]) -> FullHolder | None:
-        """Return the worker for which a sequence should wait; None if it should wait for none. `holders`: workers
-        without room that hold its prompt."""
+        """Return the worker for which a sequence should wait; None if it should not wait. `holders`: workers that hold
+        the sequence's prompt but have no room."""
         if entry.holder_wait is not None or len(self._by_model.get(entry.model, ())) >= MAX_PER_MODEL:
             return None
         most, best = 0.0, None
@@ -132,6 +135,6 @@ class SetAside:
         return aside
 
     def in_order(self, model: str) -> Sequence[Aside]:
-        """Return a model's sequences in the order of their turns."""
+        """Return a model's sequences that are set aside, in the order in which they were set aside."""
         asides = self._by_model.get(model)
         return list(asides.values()) if asides else ()

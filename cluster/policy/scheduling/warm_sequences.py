@@ -1,15 +1,15 @@
-"""The expected loss if a waiting sequence is not sent now, as policy/fairness/warm_order.py needs it.
+"""Expected loss if a waiting sequence is not sent now, for the order of policy/fairness/warm_order.py.
 
-Suppose that a worker with room for a sequence holds tokens of its prompt in the KV cache. If the worker gets another
-sequence instead, it may evict these tokens, and they are lost. An engine evicts the blocks that were used longest ago
-first, so the probability of a loss grows with the wait. It is assumed to be proportional to 1 + wait / WAIT_S. (In the
-simulation of loadtests/sim/sessions.py this does about as well as the true order of eviction, which a gateway does not
-know.)
+Suppose that a worker with room for a sequence holds tokens of its prompt in the KV cache. If another sequence is sent
+first, the worker may evict these tokens, and they must be computed again. The loss is the number of these tokens times
+the probability of the eviction. An engine evicts the least recently used blocks first, so this probability grows with
+the wait. It is taken as proportional to 1 + wait / WAIT_S. In the simulation of loadtests/sim/sessions.py, this does
+about as well as the true order of eviction, which a gateway does not know.
 
-While all workers are full, the queues are read again and again, and only the free room of the workers changes fast. So
-the free room is read for each decision, but the workers that hold a prompt (its holders) are looked up only once in
-FRESH_S seconds. One decision looks up at most MAX_LOOKUPS prompts; for the other prompts it uses the remembered
-holders.
+While all workers are full, the queues are read again and again, and only the free capacity of the workers changes fast.
+So the free capacity is read for each decision. The workers that hold a prompt (its holders) are looked up at most once
+in FRESH_S seconds. One decision looks up the holders of at most MAX_LOOKUPS prompts; for the other prompts it uses the
+remembered holders.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_PROMPTS: Final = 1024
 
 
 class HolderView(Protocol):
-    """The workers as this module needs them; see workers.Workers."""
+    """The methods of workers.Workers that this module uses."""
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
         """Return how many leading tokens of a waiting sequence's prompt the workers hold, by worker id."""
@@ -45,7 +45,7 @@ class HolderView(Protocol):
 
 
 class WarmSequences:
-    """A gateway's memory of which workers hold the prompts of waiting sequences. Times are monotonic seconds."""
+    """Memory of which workers hold the prompts of a gateway's waiting sequences. Times are monotonic seconds."""
 
     def __init__(self, workers: HolderView) -> None:
         self._workers = workers
@@ -53,8 +53,8 @@ class WarmSequences:
         """By call id: time of the lookup, and the holders as (held tokens, worker id), the most tokens first."""
 
     def loss_of(self, model: str, now: float) -> LossOf:
-        """Return a function that computes the expected loss if a given sequence of the model is not sent at `now`. The
-        function must be used for one decision only."""
+        """Return a function for one decision at the time `now`. The function takes a waiting sequence of the model and
+        returns the expected loss if this sequence is not sent."""
         free: dict[str, int] = {}
         lookups = 0
 

@@ -1,15 +1,18 @@
 """Verdict on sequences that lost workers. A sequence that lost two workers in a row, without a token in between, is not
-sent to a third worker, unless other sequences lost the same workers.
+sent to a third worker, with the exceptions below.
 
 Problem: a request that crashes or blocks every engine would be passed from worker to worker and break all other streams
 on these workers. The gateway sees that a worker is lost, but not why.
 
-Invariant: the call of a sequence ends if the sequence lost `most` workers unexpectedly, with no token in between. Two
-exceptions. First, the sequence resumes if, within WINDOW_S, the gateway lost more workers that did not run the sequence
-than workers that did. The verdict is given SETTLE_S after the sequence's last loss, since the losses of one host or
-network are detected one after the other. Second, if several sequences lost their last `most` workers together, only one
-of these sequences may be the cause. Each of them is then sent once more, to a worker that runs no other suspect
-sequence. So the sequence that causes the losses takes down one more worker, and no other sequence fails with it.
+Invariant: the call of a sequence ends if the sequence lost `most` workers unexpectedly, with no token in between. There
+are two exceptions:
+
+- Within WINDOW_S, the gateway lost more workers that did not run the sequence than workers that did. Then the sequence
+  resumes. The verdict is given SETTLE_S after the sequence's last loss, since the losses of one host or network are
+  detected one after the other.
+- Several suspect sequences lost their last worker together. Only one of them may be the cause. Each of them is then
+  sent once more, to a worker that runs no other suspect sequence. So the sequence that causes the losses takes down
+  one more worker, and no other sequence fails with it.
 
 A loss is expected, and does not count, in two cases: the worker was draining, or the worker was only unreachable and
 the same process has reconnected before the verdict.
@@ -51,26 +54,25 @@ class WorkerLosses:
         last."""
 
     def lost(self, link: str, now: float, unreachable: str = "") -> None:
-        """Record an unexpected end of the link with this name. `unreachable`: the worker's incarnation if the worker's
-        process may still live, else ""."""
+        """Record an unexpected end of a link. `unreachable`: the worker's incarnation if its process may still live,
+        else ""."""
         self._lost.append((now, link, unreachable))
         self._forget(now)
 
     def returned(self, incarnation: str) -> None:
-        """Forget the loss of a worker that has reconnected with the same process. Such a worker was only
-        unreachable."""
+        """Forget the loss of a worker whose process has reconnected, since the worker was only unreachable."""
         if any(name == incarnation for *_, name in self._lost):
             self._lost = deque(loss for loss in self._lost if loss[2] != incarnation)
 
     def suspect(self, key: str, own: Sequence[str], now: float) -> None:
-        """Record that the sequence `key` is suspect. `own`: see `verdict`."""
+        """Record that the sequence `key` may be the cause of its losses. `own`: see `verdict`."""
         if own[-1] != CARRIED:
             self._suspects.setdefault(own[-1], (now, set()))[1].add(key)
         self._forget(now)
 
     def verdict(self, own: Sequence[str], since: float, now: float) -> LossVerdict:
-        """Return the verdict on a sequence. `own`: the losses of the sequence, the oldest first, each as the name of
-        the ended link, or as CARRIED for a loss at another gateway. `since`: time of the last of these losses."""
+        """Return the verdict on a sequence. `own`: its losses, the oldest first. A loss is the name of the link that
+        ended, or CARRIED for a loss at another gateway. `since`: time of its last loss."""
         if now - since < SETTLE_S:
             return LossVerdict.WAIT
         self._forget(now)

@@ -16,28 +16,29 @@ class Workers(Protocol):
         """Pick a worker for a new sequence, see policy/routing/fleet.py."""
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
-        """Return all workers of a model. `resumed`: whether the workers are for a sequence that resumes. The result may
-        be lazy: it then reads the state of a worker when the caller accesses the worker."""
+        """Return all workers of a model. `resumed`: whether they are for a sequence that resumes. The result may be
+        lazy: the state of a worker is then read when the caller accesses the worker."""
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
         """Return one worker of a model for a sequence that resumes, or None if the worker is not linked."""
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int] | None:
-        """Return how many leading tokens of a new sequence's prompt the workers of a model hold in their KV caches, by
+        """Return how many leading tokens of a new sequence's prompt each worker of a model holds in its KV cache, by
         worker id. Workers that hold none are left out. None if the numbers are not known or make no difference."""
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return the same numbers as `cached_tokens`, even if there is only one worker and so no choice."""
+        """Return the numbers of `cached_tokens`, but also if there is only one worker to choose from."""
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
         """Return the number of tokens of the largest prompt that a worker can take now; 0 if it can take no sequence
         now, None if the worker is not linked or takes no new sequences."""
 
     def has_adapter(self, model: str, adapter: str) -> bool:
-        """Return whether any worker of a model takes calls for an adapter, see RouteCall. The call is cheap."""
+        """Return whether any worker of a model takes calls for an adapter (see RouteCall). This check is cheap."""
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
-        """Return whether a worker runs a suspect sequence that has got no token there yet, see worker_losses.py."""
+        """Return whether a worker runs a suspect sequence (worker_losses.py) that has got no token from this worker
+        yet."""
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
         """Return whether incompatible workers have replaced all workers that could resume a sequence with this key."""

@@ -1,9 +1,9 @@
 """The workers of one model, read at most once while a batch of resumed sequences is assigned.
 
-Problem: reading all workers for each sequence would be slow, and looking at a thousand workers takes milliseconds.
+Problem: a model may have a thousand workers. Reading or checking all of them for each sequence takes milliseconds.
 
-Method: the workers are read once. After a sequence is sent, only its worker is read again. Of many workers, a sample is
-looked at; the best of a few is nearly as good as the best of all (Mitzenmacher 2001).
+Method: the workers are read once. After a sequence is sent, only its worker is read again. If there are many workers,
+only a sample is checked; the best of a few is nearly as good as the best of all (Mitzenmacher 2001).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class WorkersView:
         return [worker for worker in newest if worker is not None]
 
     def sample(self, sequence: ResumingSequence, now: float) -> Sequence[Candidate]:
-        """Return up to MAX_SAMPLE workers that suit a sequence. Only LOOKED_AT consecutive workers are checked; a hash
-        of the sequence's key selects where they begin."""
+        """Return up to MAX_SAMPLE workers that suit a sequence. Only LOOKED_AT consecutive workers are checked, from a
+        position that depends on a hash of the sequence's key."""
         workers, found = self._candidates(), list[Candidate]()
         start = hash64(sequence.key)
         for step in range(min(LOOKED_AT, len(workers))):
@@ -78,8 +78,7 @@ class WorkersView:
         return self._with_suspect[worker.incarnation]
 
     def refresh(self, worker: Candidate, is_suspect: bool) -> None:
-        """Read a worker again after a sequence was sent to the worker. `is_suspect`: whether the sequence is
-        suspect."""
+        """Read a worker again after a sequence was sent to it. `is_suspect`: whether this sequence is suspect."""
         self._single.pop(worker.incarnation, None)
         if is_suspect:
             self._with_suspect[worker.incarnation] = True

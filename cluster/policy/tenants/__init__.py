@@ -1,1 +1,1 @@
-"""Policy and identity of a tenant, and the patterns of its guards."""
+"""Policies and identities of tenants, and the patterns of their guards (checks of prompts and outputs)."""

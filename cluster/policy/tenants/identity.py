@@ -1,14 +1,15 @@
-"""Authentication. Keys, claims and certificates are mapped to a tenant. A tenant is mapped to a handle and a cache
-salt.
+"""Authentication: API keys, JWTs and certificates are mapped to a tenant. A tenant is mapped to a handle (its pseudonym
+for workers) and a cache salt.
 
 Problem: tenants do not trust each other, and guessing a key must reveal nothing, not even by timing.
 
 Method: every key is looked up in the same way: HMAC-SHA256(pepper, SHA-256(whole key)) for each pepper, one table
 lookup, and one decision that combines the results of all checks. An unknown key is replaced by an entry that can never
 pass, so that unknown, expired, revoked and suspended keys run the same statements. Only the reason in the audit log
-differs. The caller gets the reason only for a suspended tenant, because the caller has then presented a valid key. The
-pepper keeps the table position of a key unpredictable. The inner SHA-256 allows the import of keys from systems that
-store only a key's SHA-256.
+differs. The caller gets the reason only for a suspended tenant, because the caller has then presented a valid key.
+
+The pepper makes the table position of a key unpredictable. The inner SHA-256 allows the import of keys from systems
+that store only a key's SHA-256.
 
 This module uses no clock and no randomness: `now_s` (seconds since the epoch) and random bytes are arguments.
 """
@@ -47,7 +48,7 @@ def _base62(value: bytes, length: int) -> str:
 
 
 def make_key(key_id: str, secret: bytes) -> str:
-    """Format a key as `hr_<id>_<secret>`; the owner sees the key in this form once.
+    """Format a key as `hr_<id>_<secret>`. The owner sees the key in this form only once.
 
     `secret` is 32 random bytes. Raises ValueError for a secret of another length or an invalid key id.
     """
@@ -59,7 +60,7 @@ def make_key(key_id: str, secret: bytes) -> str:
 
 
 def key_id_of(token: str) -> str:
-    """Return the key id that a token names, for humans and logs. The key is not verified.
+    """Return the key id in a token, for humans and logs. The key is not verified.
 
     Returns "" if the token has another format or is cut short.
     """
@@ -71,15 +72,15 @@ def key_id_of(token: str) -> str:
 
 
 def sha256_of(token: str) -> bytes:
-    """SHA-256 of a key, the input of `digest_of`. Accepts lone surrogates.
+    """Return the SHA-256 of a key, the input of `digest_of`. Keys with lone surrogates are accepted.
 
-    Keys can be imported in this form from systems that store only the SHA-256.
+    Keys from systems that store only the SHA-256 can be imported in this form.
     """
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
 def digest_of(sha256: bytes, pepper: bytes) -> bytes:
-    """Stored digest of a key, 32 bytes. `sha256` is the result of `sha256_of` for the whole key."""
+    """Return the digest under which a key is stored, 32 bytes. `sha256`: the result of `sha256_of` for the key."""
     return hmac.digest(pepper, sha256, "sha256")
 
 
@@ -120,8 +121,8 @@ _NO_TENANT = TenantEntry(TenantPolicy("nobody", suspended=True))
 class AccessSnapshot:
     """All tenants and keys at one point in the history of the database. A snapshot is never changed.
 
-    `sequence`: number of the last database change that the snapshot contains. `taken_at_s`: last time, in seconds since
-    the epoch, at which the snapshot was up to date.
+    `sequence`: number of the last database change in the snapshot. `taken_at_s`: latest time at which the snapshot was
+    known to be up to date, in seconds since the epoch.
     """
 
     sequence: int = 0
@@ -138,8 +139,8 @@ class AccessSnapshot:
         return cls(sequence, taken_at_s, by_name, {key.digest: key for key in keys})
 
     def with_declared(self, policies: Iterable[TenantPolicy]) -> AccessSnapshot:
-        """Return a copy with the tenants that the configuration file declares. A declared tenant replaces a stored
-        tenant of the same name."""
+        """Return a copy with the tenants that the configuration file declares. They replace stored tenants of the same
+        name."""
         tenants = dict(self.tenants)
         for policy in policies:
             known = tenants.get(policy.name)
@@ -237,7 +238,8 @@ _REASONS = ("unknown", "unknown", "unknown", "unknown", "expired", "expired", "s
 def authenticate(snapshot: AccessSnapshot, token: str, peppers: Sequence[bytes], now_s: float) -> AuthVerdict:
     """Authenticate the API key `token`.
 
-    A key is valid if it is stored with any of `peppers`. All peppers are always tried, to take constant time.
+    A stored key is found if its digest was made with any of `peppers`. All peppers are always tried, to take constant
+    time.
     """
     if len(token) > MAX_KEY_BYTES:
         return AuthVerdict(None, Outcome.UNAUTHENTICATED_KEY, "too_long")
@@ -250,7 +252,7 @@ def authenticate(snapshot: AccessSnapshot, token: str, peppers: Sequence[bytes],
 
 
 def key_of(snapshot: AccessSnapshot, token: str, peppers: Sequence[bytes]) -> KeyEntry | None:
-    """Return the entry of the API key `token`, whether it is valid or not; None for an unknown key."""
+    """Return the entry of the API key `token`, even if the key is expired or revoked; None for an unknown key."""
     if len(token) > MAX_KEY_BYTES:
         return None
     inner = sha256_of(token)
@@ -259,7 +261,7 @@ def key_of(snapshot: AccessSnapshot, token: str, peppers: Sequence[bytes]) -> Ke
 
 
 def authenticate_again(snapshot: AccessSnapshot, digest: bytes, now_s: float) -> AuthVerdict:
-    """Return the verdict for a key that was presented before. `digest`: the stored digest of the key."""
+    """Return the present verdict for a key that was presented earlier. `digest`: stored digest of the key."""
     return _key_verdict(snapshot, snapshot.keys.get(digest, _NO_KEY), now_s)
 
 
@@ -312,12 +314,13 @@ class CertificateOwner:
 
 
 def owner_of_certificate(names: Iterable[str], rules: Sequence[CertificateRule]) -> CertificateOwner | None:
-    """Owner of a verified certificate with the subject alternative names `names`, or None.
+    """Return the owner of a verified certificate. `names`: subject alternative names of the certificate, each with its
+    kind as a prefix (`URI:...` or `DNS:...`).
 
-    Each name has its kind as a prefix: `URI:...` or `DNS:...`. The owner is None if no rule matches, or if the matching
-    rules name different owners. A name matches only rules of its own kind, because an authority that checks DNS names
-    may let certificate holders choose their URIs. URIs are compared exactly, DNS names without case. Wildcards are not
-    supported, because a wildcard certificate would then belong to every tenant below the wildcard.
+    The result is None if no rule matches, or if the matching rules name different owners. A name matches only rules of
+    its own kind, because an authority that checks DNS names may let certificate holders choose their URIs. URIs are
+    compared exactly, DNS names without case. Wildcards are not supported: a wildcard certificate would belong to every
+    tenant whose name the wildcard covers.
     """
     owners = {_canonical(_with_kind(rule.san)): (rule.tenant, rule.role) for rule in rules}
     matches = [name for name in map(_canonical, names) if name in owners]
@@ -341,8 +344,8 @@ MAX_SUBJECT_CHARACTERS = 512
 
 
 def is_subject(text: str) -> bool:
-    """Whether a subject from an issuer is safe for logs, audit and terminals: printable and at most
-    MAX_SUBJECT_CHARACTERS long."""
+    """Whether a subject that an issuer has set is safe for logs, audit and terminals: printable, with at most
+    MAX_SUBJECT_CHARACTERS characters."""
     return len(text) <= MAX_SUBJECT_CHARACTERS and text.isprintable()
 
 
@@ -356,23 +359,24 @@ _GRANTS: Mapping[str, tuple[frozenset[str], bool]] = {
 
 
 def is_allowed(principal: Principal, what: str, tenant: str = "") -> bool:
-    """Whether the principal may do `what` (read, keys, tenants, fleet) to a tenant; "" means the cluster as a whole."""
+    """Whether the principal may do `what` (read, keys, tenants or fleet). `tenant`: the tenant concerned; "" for the
+    whole cluster."""
     granted, own_only = _GRANTS[principal.role]
     return what in granted and (not own_only or tenant == principal.tenant.name)
 
 
 def may_manage_keys(principal: Principal, role: str) -> bool:
-    """Whether a principal may create, replace or revoke keys of this role.
+    """Whether a principal may create, replace or revoke keys of a role.
 
-    A tenant administrator must not manage keys of operators: with such a key the administrator would become an
-    operator.
+    A tenant administrator must not manage keys with the role operator, because with such a key the administrator would
+    become an operator.
     """
     return principal.role == "operator" or (principal.role == "tenant_admin" and role in ("caller", "tenant_admin"))
 
 
 def admin_token(secret: bytes) -> str:
-    """Credential for the admin port, derived from the secret of the cluster. The commands of a local cluster use this
-    token."""
+    """Return the credential for the admin port, derived from the cluster's secret. The commands of a local cluster use
+    it."""
     return f"{KEY_PREFIX}admin_{derive(secret, 'admin-token').hex()}"
 
 
@@ -389,29 +393,30 @@ def derive(secret: bytes, purpose: str, *parts: str | bytes) -> bytes:
 
 
 def key_number(secret: bytes) -> str:
-    """Public identifier of a secret, to pick the secret from a list: 8 hex digits that do not reveal the secret."""
+    """Return the public number of a secret, by which the secret is found in a list. It has 8 hex digits and does not
+    reveal the secret."""
     return derive(secret, "key-number")[:4].hex()
 
 
 def tenant_handle(secrets: Sequence[bytes], tenant: str) -> str:
-    """Pseudonym of a tenant for workers, 32 hex digits. The pseudonym is equal on all gateways with the same first
-    secret."""
+    """Return the pseudonym of a tenant for workers, 32 hex digits. Gateways with the same first secret return the same
+    pseudonym."""
     return derive(secrets[0], "tenant-handle", tenant)[:16].hex()
 
 
 def cache_salt(secrets: Sequence[bytes], policy: TenantPolicy, client_salt: str = "") -> str:
-    """Prefix-cache salt for the calls of a tenant, 64 hex digits. The salt is never sent to clients.
+    """Return the prefix-cache salt for the calls of a tenant, 64 hex digits. The salt is never sent to clients.
 
-    Two tenants share a prefix only if an operator has given both tenants the same cache_group. A group and a tenant of
+    Two tenants share cached prefixes only if an operator has given both the same cache_group. A group and a tenant of
     the same name have different salts. `client_salt` divides the cache of the client's own tenant or group further; it
-    never opens another cache.
+    gives no access to another cache.
     """
     owner = ("group", policy.cache_group) if policy.cache_group else ("tenant", policy.name)
     return derive(secrets[0], "cache-salt", *owner, key_number(secrets[0]), client_salt).hex()
 
 
 def verify_any(secrets: Sequence[bytes], purpose: str, tag: bytes, *parts: str | bytes) -> bool:
-    """Whether `tag` was derived from any secret of the list. All secrets are tried."""
+    """Whether `tag` was derived from any of the secrets. All secrets are tried, to take constant time."""
     good = False
     for secret in secrets:
         good |= hmac.compare_digest(derive(secret, purpose, *parts), tag)

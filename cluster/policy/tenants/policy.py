@@ -141,7 +141,7 @@ class GuardRule:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Retention of the records of a tenant in days. None means the default of the cluster; 0 means that nothing is
+    """Number of days for which the records of a tenant are kept. None: the default of the cluster. 0: nothing is
     kept."""
 
     usage_days: int | None = None
@@ -202,7 +202,7 @@ class TenantPolicy:
 
     @property
     def flow(self) -> str:
-        """Key of the tenant in fair queues: the handle, or the name while there is no handle."""
+        """Name of the tenant in fair queues: the handle, or the tenant's name while there is no handle."""
         return self.handle or self.name
 
     def allows(self, model: str) -> bool:
@@ -210,8 +210,8 @@ class TenantPolicy:
         return any(fnmatchcase(model, pattern) for pattern in self.models)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the policy as plain values, with the field names of the configuration (`class` for `priority_class`);
-        `from_json` is the inverse."""
+        """Return the policy as plain values; `from_json` is the inverse. The keys are the field names of the
+        configuration, such as `class` for `priority_class`."""
         out = _plain(dataclasses.asdict(self))
         out["class"] = out.pop("priority_class")
         return typing.cast(dict[str, Any], out)

@@ -29,13 +29,13 @@ class Revocation:
     note: str = ""
 
     def line(self) -> str:
-        """Return the line of the file for this entry."""
+        """Return the entry as a line of the file."""
         return "\t".join((f"{self.serial:X}", self.issuer, self.note)).rstrip("\t")
 
 
 @dataclass(frozen=True, slots=True)
 class RevocationList:
-    """All certificates of one revocation list."""
+    """The revoked certificates of one list."""
 
     entries: tuple[Revocation, ...] = ()
     _serials: frozenset[tuple[int, str]] = field(default=frozenset(), repr=False)

@@ -1,1 +1,1 @@
-"""Conversion between the types of this project and protobuf messages."""
+"""Conversion between the types of this project and protobuf messages, in both directions."""

@@ -30,8 +30,8 @@ _STATE_OF = {value: state for state, value in _STATES.items()}
 
 @dataclass(frozen=True, slots=True)
 class AdapterSet:
-    """The adapters that a worker should have. If its gateways send different sets, the set with the highest `revision`
-    applies."""
+    """The adapters that a worker should have loaded. If its gateways send different sets, the set with the highest
+    `revision` applies."""
 
     revision: int
     adapters: tuple[AdapterSpec, ...] = ()
@@ -45,7 +45,8 @@ def adapter_to_pb(spec: AdapterSpec) -> pb.Adapter:
 
 
 def adapters_from_pb(messages: Sequence[pb.Adapter]) -> tuple[AdapterSpec, ...]:
-    """Decode adapters. Raises ValueError for more or longer values than allowed, and for a name that occurs twice."""
+    """Decode adapters. Raises ValueError if there are too many adapters, a value is too long, or a name occurs
+    twice."""
     if len(messages) > MAX_ADAPTERS:
         raise ValueError(f"adapters: {len(messages)} adapters, at most {MAX_ADAPTERS} are allowed")
     if (tenants := sum(len(m.tenants) for m in messages)) > MAX_TENANTS:
@@ -57,12 +58,12 @@ def adapters_from_pb(messages: Sequence[pb.Adapter]) -> tuple[AdapterSpec, ...]:
 
 
 def adapter_set_to_pb(adapter_set: AdapterSet) -> pb.AdapterSet:
-    """Encode the adapters for a worker. Tenants are left out: workers know no tenant's name."""
+    """Encode the adapters for a worker. Their tenants are left out, because workers must not know tenants' names."""
     return pb.AdapterSet(revision=adapter_set.revision, adapters=map(_without_tenants, adapter_set.adapters))
 
 
 def adapter_set_from_pb(m: pb.AdapterSet) -> AdapterSet:
-    """Decode the adapters that a worker should have. Raises ValueError as `adapters_from_pb` does."""
+    """Decode the adapters that a worker should have. Raises ValueError in the same cases as `adapters_from_pb`."""
     return AdapterSet(m.revision, adapters_from_pb(m.adapters))
 
 
@@ -84,7 +85,8 @@ def adapter_report_to_pb(statuses: Iterable[AdapterStatus]) -> pb.AdapterReport:
 
 
 def adapter_report_from_pb(m: pb.AdapterReport) -> tuple[AdapterStatus, ...]:
-    """Decode the states of a worker's adapters. Raises ValueError for more or longer values than allowed.
+    """Decode the states of a worker's adapters. Raises ValueError if there are too many adapters or a value is too
+    long.
 
     A state that this release does not know counts as LOADING, so that the worker gets no requests for the adapter.
     """

@@ -7,7 +7,7 @@ from cluster.api.adapters import AdapterSpec
 
 
 def admin_adapter(model: str, spec: AdapterSpec) -> pb.Adapter:
-    """Return the admin API's message for a model's adapter, without its state on workers."""
+    """Return the admin API's message for an adapter of a model. The message lacks the adapter's state on workers."""
     return pb.Adapter(
         model=model,
         name=spec.name,

@@ -139,8 +139,8 @@ _POOLING_SAMPLING = sampling_to_pb(POOLING_SAMPLING)
 
 
 def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
-    """Encode a request with its prompt ids. `slot`: the request's number on the link. `attempt`: 1 for the request's
-    first Submit."""
+    """Encode a request with its prompt ids as a Submit. `slot`: the request's number on the link. `attempt`: 1 for the
+    request's first Submit."""
     return pb.Submit(
         slot=slot,
         attempt=attempt,
@@ -167,8 +167,8 @@ def _parsing_from_pb(m: pb.OutputParsing) -> OutputParsing:
 
 
 def max_submit_bytes(request: EngineRequest) -> int:
-    """Return an upper bound for the sum of `submit_bytes`. The bound is computed faster than the sum, and suffices for
-    nearly all requests."""
+    """Return an upper bound for the sum of the sizes that `submit_bytes` returns. The bound is faster to compute than
+    the sum, and is low enough for nearly all requests."""
     sampling = request.sampling
     characters = len(request.cache_salt) + len(request.traceparent) + len(request.adapter)
     if sampling.grammar is not None:
@@ -179,7 +179,8 @@ def max_submit_bytes(request: EngineRequest) -> int:
 
 
 def submit_bytes(request: EngineRequest) -> Mapping[str, int]:
-    """Return the sizes in bytes of the fields of a Submit that can be large, by field name, except the token ids."""
+    """Return by field name the sizes in bytes of the fields of a Submit that can be large. The token ids are left
+    out."""
     sampling = sampling_to_pb(request.sampling)
     return {
         "stop_token_ids": pb.Sampling(stop_token_ids=sampling.stop_token_ids).ByteSize(),
@@ -192,8 +193,8 @@ def submit_bytes(request: EngineRequest) -> Mapping[str, int]:
 
 
 def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRequest:
-    """Decode a request, the inverse of `submit_to_pb`. `prompt_ids`: from the Submit or, for a long prompt, from the
-    bulk stream. Raises ValueError for invalid fields."""
+    """Decode a request, the inverse of `submit_to_pb`. `prompt_ids`: the ids in the Submit or, for a long prompt, from
+    the bulk stream. Raises ValueError for invalid fields."""
     if m.priority < 0:
         raise ValueError(f"priority is {m.priority}, but must be 0 or more")
     return EngineRequest(
@@ -211,16 +212,17 @@ def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRe
 
 
 def wire_text(text: str) -> str:
-    """Return an error text cut to MAX_TEXT characters. Lone surrogates, which protobuf rejects, are replaced."""
+    """Return an error text, cut to MAX_TEXT characters. Lone surrogates are replaced, because protobuf rejects them."""
     return text[:MAX_TEXT].encode("utf-8", "replace").decode()
 
 
 class StepColumns:
-    """A builder of one StepOutputs message: the outputs of one or more engine steps for one link, stored as columns
-    (slots, counts, token ids)."""
+    """A builder of one StepOutputs message: the outputs of one or more engine steps for one link. The outputs are
+    stored as columns (slots, counts, token ids)."""
 
     def __init__(self, part_columns: bool = True) -> None:
-        """`part_columns`: whether the gateway reads parts as columns, as its Welcome says."""
+        """`part_columns`: whether the gateway can read the parts of parsed outputs as columns, which its Welcome
+        says."""
         self._part_columns = part_columns
         self.slots: list[int] = []
         self.counts: list[int] = []
@@ -312,8 +314,8 @@ def _parsed_to_pb(slot: int, parsed: ParsedOutput, *, with_parts: bool) -> pb.Sl
 
 
 def parts_by_slot(step: pb.StepOutputs) -> dict[int, list[OutputPart]]:
-    """Decode the parts in a step's columns; return a list of parts for each slot that has any. Parts of an unknown kind
-    are left out. Raises ValueError if the columns differ in length."""
+    """Decode the parts of parsed outputs in a step's columns. Returns a list of parts for each slot that has parts.
+    Parts of an unknown kind are left out. Raises ValueError if the columns differ in length."""
     out: dict[int, list[OutputPart]] = {}
     for slot, tag, text in zip(step.part_slots, step.part_tags, step.part_texts, strict=True):
         kind = _KIND_OF.get(tag & _KIND_MASK)
@@ -329,7 +331,7 @@ def parts_by_slot(step: pb.StepOutputs) -> dict[int, list[OutputPart]]:
 def _parsed_from_pb(
     messages: Iterable[pb.SlotParts], columns: Mapping[int, Sequence[OutputPart]]
 ) -> dict[int, ParsedOutput]:
-    """Return the parsed output of each slot, merged over the slot's messages. `columns`: the result of
+    """Return the parsed output of each slot, merged from all messages of the slot. `columns`: the result of
     parts_by_slot."""
     out = {slot: ParsedOutput(tuple(parts)) for slot, parts in columns.items()}
     for m in messages:
@@ -344,7 +346,7 @@ def _parsed_from_pb(
 
 
 def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterator[pb.SlotLogprobs]:
-    """Yield one message for each run of consecutive positions with equally many log probabilities."""
+    """Yield one message for each run of consecutive positions that have the same number of log probabilities."""
     start = 0
     while start < len(positions):
         width = len(positions[start].token_ids)
@@ -359,8 +361,8 @@ def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterato
 
 
 def check_kv_blocks(message: pb.KvBlocks) -> int:
-    """Check a report of KV blocks and return the size of its hashes in bytes. Raises ValueError if the hashes are not
-    64-bit numbers or there are more than MAX_KV_BLOCKS."""
+    """Check a report of KV blocks. Returns the size of its hashes in bytes. Raises ValueError if the hashes are not
+    64-bit numbers or the report has more than MAX_KV_BLOCKS hashes."""
     stored, removed = len(message.stored), len(message.removed)
     if stored % 8 or removed % 8 or stored + removed > 8 * MAX_KV_BLOCKS:
         raise ValueError(f"kv_blocks: must be lists of 64-bit hashes, at most {MAX_KV_BLOCKS} in a message")
@@ -368,10 +370,12 @@ def check_kv_blocks(message: pb.KvBlocks) -> int:
 
 
 def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
-    """Return the slots that have other data besides one token: a First, a Finish, log probabilities, SlotParts or a
-    vector. If any slot has several entries in the message, all slots with parts in columns are returned too, because
-    parts must stay with their tokens. Returns None for a message with `counts`, in which any slot may have no token or
-    several."""
+    """Return the slots that have more data than one token: a First, a Finish, log probabilities, SlotParts or a vector.
+
+    If any slot has several entries in the message, all slots with parts in columns are returned too, because parts must
+    stay with their tokens. Returns None for a message with `counts`, because its slots may have no token or several
+    tokens.
+    """
     if step.counts:
         return None
     more = {first.slot for first in step.firsts}
@@ -395,9 +399,10 @@ def outputs_from_pb(
 ) -> Iterator[tuple[int, TokenOutput]]:
     """Yield (slot, output) once for each slot of the message; if `only` is given, only for the slots in `only`.
 
-    A slot may have several entries in the message. They are merged into one output, with the slot's First, Finish, log
+    If a slot has several entries in the message, they are merged into one output, with the slot's First, Finish, log
     probabilities, parts and vector. Slots are yielded in the order of their last entries. `columns`: the result of
-    parts_by_slot(step), if the caller has it. Raises ValueError for a malformed vector, before the first output.
+    parts_by_slot(step), if the caller has it. Raises ValueError for a malformed vector, before the first output is
+    yielded.
     """
     if columns is None:
         columns = parts_by_slot(step)
@@ -427,8 +432,8 @@ def outputs_from_pb(
 
 
 def _tokens_by_slot(step: pb.StepOutputs, only: Collection[int] | None) -> Iterator[tuple[int, list[int]]]:
-    """Yield each slot, or each slot in `only`, with the token ids of all its entries. Slots are yielded in the order of
-    their last entries."""
+    """Yield (slot, token ids) once for each slot; if `only` is given, only for the slots in `only`. The token ids of a
+    slot's entries are joined. Slots are yielded in the order of their last entries."""
     slots, ids = list(step.slots), list(step.token_ids)
     last = dict(zip(slots, range(len(slots)), strict=True))
     if only is not None and not step.counts and len(last) == len(slots):  # nearly always: one token for each slot
@@ -454,7 +459,7 @@ def _positions(block: pb.SlotLogprobs) -> Iterator[PositionLogprobs]:
 
 
 def usage_to_pb(u: EndedUsage) -> pb.Usage:
-    """Encode an ended request's usage."""
+    """Encode the usage of an ended request."""
     return pb.Usage(
         key=u.key,
         sealed_record=u.sealed,
@@ -473,7 +478,7 @@ def usage_to_pb(u: EndedUsage) -> pb.Usage:
 
 
 def usage_from_pb(m: pb.Usage) -> EndedUsage:
-    """Decode an ended request's usage, the inverse of `usage_to_pb`."""
+    """Decode the usage of an ended request, the inverse of `usage_to_pb`."""
     return EndedUsage(
         sealed=m.sealed_record,
         prompt_tokens=m.prompt_tokens,
@@ -522,7 +527,7 @@ def load_from_pb(m: pb.Load) -> EngineLoad:
 
 
 def hello_to_pb(identity: WorkerIdentity, info: EngineInfo, epoch: int) -> pb.Hello:
-    """Encode a worker's Hello."""
+    """Encode a worker's Hello, the first message that it sends on a link."""
     return pb.Hello(
         protocol_min=PROTOCOL_MIN,
         protocol_max=PROTOCOL_MAX,
@@ -560,7 +565,7 @@ def hello_to_pb(identity: WorkerIdentity, info: EngineInfo, epoch: int) -> pb.He
 
 def hello_from_pb(m: pb.Hello) -> tuple[WorkerIdentity, EngineInfo]:
     """Decode a worker's Hello, the inverse of `hello_to_pb`. Raises ValueError if the sampling defaults are not a JSON
-    object, or if a vector length or a number of adapters is out of range."""
+    object, or if the length of vectors or a number of adapters is out of range."""
     identity = WorkerIdentity(
         worker_id=m.worker_id,
         incarnation=m.incarnation,
@@ -684,8 +689,8 @@ def drain_state_from_pb(standing: pb.Standing) -> DrainState:
 
 
 def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
-    """Decode a catalog entry, the inverse of `entry_to_pb`. Raises ValueError for an unknown state, and for adapters
-    that exceed the limits."""
+    """Decode a catalog entry, the inverse of `entry_to_pb`. Raises ValueError if its state is unknown or its adapters
+    exceed the limits."""
     return CatalogEntry(
         name=m.name,
         aliases=tuple(m.aliases),

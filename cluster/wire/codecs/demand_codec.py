@@ -1,4 +1,6 @@
-"""Conversion of demand and computed work between the types of cluster.api and the messages of link.v1."""
+"""Conversion of gateways' demand reports, and of the work that engines have computed, between cluster.api and
+link.v1.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from cluster.link.v1 import link_pb2 as pb
 
 
 def demand_to_pb(demand: Iterable[ModelDemand], counting_s: float) -> pb.Demand:
-    """Encode a gateway's demand report. `counting_s`: the period that the report covers, in seconds."""
+    """Encode a gateway's demand report. `counting_s`: the length in seconds of the period that the report covers."""
     models = [
         pb.ModelDemand(
             model=d.model,
@@ -26,7 +28,7 @@ def demand_to_pb(demand: Iterable[ModelDemand], counting_s: float) -> pb.Demand:
 
 
 def demand_from_pb(demand: pb.Demand) -> Sequence[ModelDemand]:
-    """Decode a gateway's demand report, the inverse of `demand_to_pb`. The period is not decoded."""
+    """Decode a gateway's demand report, the inverse of `demand_to_pb`. The length of the period is not decoded."""
     return [
         ModelDemand(
             d.model,

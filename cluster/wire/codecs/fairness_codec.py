@@ -1,5 +1,6 @@
-"""Conversion of fair-queue and tenant types between cluster.policy and link.v1. The types of cluster.api are in
-codec.py."""
+"""Conversion of the types for fair queues and tenants between cluster.policy and link.v1. codec.py converts the types
+of cluster.api.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +19,22 @@ T = TypeVar("T")
 
 @frozen_dataclass
 class WeightedValue(Generic[T]):
-    """A value of one tenant, with the tenant's weight, which the receiver may not know."""
+    """A value that belongs to one tenant, with the tenant's weight, because the receiver may not know the weight."""
 
     value: T
     weight: float
 
 
 class FlowBacklog(NamedTuple):
-    """The backlog of one tenant in one priority class."""
+    """The backlog (waiting sequences) of one tenant in one priority class."""
 
     flow: FlowKey
     backlog: Backlog
 
 
 def add_charge(message: pb.Submit, turn: WeightedValue[WaitingSequence]) -> None:
-    """Set in a Submit the sequence's tenant, the tenant's weight, and the numbers of tokens that are expected to be
-    cached and generated. The priority class is already in the Submit, as the request's priority."""
+    """Set the fields of a Submit by which its tenant is charged: the tenant, the tenant's weight, and the expected
+    numbers of cached and generated tokens. The Submit already has the priority class, as the request's priority."""
     waiting = turn.value
     message.tenant_handle, message.tenant_weight = waiting.tenant, turn.weight
     message.expected_cached_tokens, message.expected_output_tokens = waiting.cached_tokens, waiting.output_tokens
@@ -42,9 +43,9 @@ def add_charge(message: pb.Submit, turn: WeightedValue[WaitingSequence]) -> None
 def backlog_to_pb(
     waiting: int, tokens: int, claim: int, kept: int, flows: Sequence[WeightedValue[FlowBacklog]] | None
 ) -> pb.Backlog:
-    """Encode a backlog of `waiting` sequences with `tokens` tokens. `claim`: the gateway's share of the sequences to be
-    served next. `kept`: number of waiting sequences whose KV blocks are on this worker. `flows`: the backlogs of
-    tenants; None leaves the last reported backlogs valid."""
+    """Encode a gateway's backlog of `waiting` sequences with `tokens` tokens. `claim`: the gateway's share of the
+    sequences that are served next. `kept`: number of waiting sequences whose KV blocks are on this worker. `flows`: the
+    backlogs of the tenants; None: those in the last message stay valid."""
     return pb.Backlog(
         waiting=waiting,
         waiting_tokens=tokens,
@@ -74,12 +75,12 @@ def flows_from_pb(flows: Iterable[pb.FlowBacklog]) -> list[WeightedValue[FlowBac
 
 
 def peer_backlogs_to_pb(waiting: Mapping[str, Sequence[WeightedValue[FlowBacklog]]]) -> Iterator[pb.Elsewhere]:
-    """Encode the backlogs of other gateways. `waiting`: each gateway's backlogs, keyed by gateway."""
+    """Encode the backlogs of other gateways. `waiting`: by gateway, the backlogs of its tenants."""
     return (pb.Elsewhere(gateway=gateway, flows=_flows(flows)) for gateway, flows in waiting.items())
 
 
 def peer_backlogs_from_pb(messages: Iterable[pb.Elsewhere]) -> Iterator[tuple[str, list[WeightedValue[FlowBacklog]]]]:
-    """Decode other gateways' backlogs, the inverse of `peer_backlogs_to_pb`."""
+    """Decode the backlogs of other gateways, the inverse of `peer_backlogs_to_pb`."""
     return ((m.gateway, flows_from_pb(m.flows)) for m in messages)
 
 
@@ -115,8 +116,8 @@ def _weight(weight: float) -> float:
 
 
 def _amount(value: float) -> float:
-    """Return `value`, a number of weighted tokens. Raises ValueError if it is not finite, since it would make all sums
-    not finite."""
+    """Return `value`, a number of weighted tokens. Raises ValueError if it is infinite or NaN, which would spoil every
+    sum."""
     if not isfinite(value):
         raise ValueError(f"weighted tokens must be a finite number, got {value}")
     return value

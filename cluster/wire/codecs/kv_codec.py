@@ -17,7 +17,7 @@ event loop is blocked meanwhile."""
 
 
 def kv_blocks_to_pb(change: KvChange) -> Iterator[pb.KvBlocks]:
-    """Split a change into messages, which the receiver applies in order. Yields at least one message."""
+    """Encode a change as one or more messages, which the receiver must apply in order."""
     removed, stored, is_reset = change.removed, change.stored, change.is_reset
     while True:
         part = removed[:BLOCKS_PER_MESSAGE]
@@ -29,12 +29,12 @@ def kv_blocks_to_pb(change: KvChange) -> Iterator[pb.KvBlocks]:
 
 
 def kv_blocks_from_pb(message: pb.KvBlocks) -> KvChange:
-    """Return the change of one message, which `check_kv_blocks` has checked."""
+    """Decode the change in a message. The caller must have checked the message with `check_kv_blocks`."""
     return KvChange(message.is_reset, _unpacked(message.stored), _unpacked(message.removed))
 
 
 def joined_changes(changes: Sequence[KvChange]) -> KvChange:
-    """Return one change with the effect of all changes in order."""
+    """Return one change that has the same effect as all the given changes in order."""
     if len(changes) == 1:
         return changes[0]
     held: dict[int, bool] = {}

@@ -1,4 +1,6 @@
-"""Conversion of pooling requests, vectors and properties of pooling models between cluster.api and link.v1."""
+"""Conversion of pooling requests, their vectors, and the properties of pooling models between cluster.api and
+link.v1.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,15 @@ def pooling_from_pb(m: pb.Pooling) -> PoolingOptions:
 
 
 def pooler_to_pb(info: PoolingInfo) -> pb.Pooler:
-    """Encode the properties of a pooling model, except its tasks: the worker's capabilities contain the tasks."""
+    """Encode the properties of a pooling model. Its tasks are left out, because the worker's capabilities contain
+    them."""
     return pb.Pooler(
         dimensions=info.dimensions, shorter_dimensions=info.shorter_dimensions, any_shorter=info.any_shorter
     )
 
 
 def pooler_from_pb(m: pb.Pooler, capabilities: Iterable[str]) -> PoolingInfo:
-    """Decode the properties of a pooling model; its tasks are taken from the worker's `capabilities`. Tasks that this
+    """Decode the properties of a pooling model. Its tasks are taken from the worker's `capabilities`; tasks that this
     release does not know are left out. Raises ValueError if a length of vectors is out of range."""
     if not 1 <= m.dimensions <= MAX_DIMENSIONS:
         raise ValueError(f"pooler.dimensions is {m.dimensions}, but must be 1 to {MAX_DIMENSIONS}")
@@ -44,7 +47,7 @@ def pooler_from_pb(m: pb.Pooler, capabilities: Iterable[str]) -> PoolingInfo:
 
 
 def vectors_by_slot(vectors: Sequence[pb.SlotVector]) -> Mapping[int, bytes]:
-    """Return the vector of each slot that has one. Raises ValueError for a vector that is empty, longer than
+    """Return the vectors of the slots that have one, by slot. Raises ValueError for a vector that is empty, longer than
     MAX_DIMENSIONS, or not a whole number of float32 values."""
     out: dict[int, bytes] = {}
     for vector in vectors:

@@ -13,7 +13,7 @@ MAX_S = 86_400.0
 
 
 def times_to_pb(slot: int, times: RequestTimes) -> pb.SlotTimes:
-    """Encode the times of the request in a slot."""
+    """Encode the durations of the request with this slot number."""
     return pb.SlotTimes(
         slot=slot,
         wait_s=times.wait_s,
@@ -25,7 +25,7 @@ def times_to_pb(slot: int, times: RequestTimes) -> pb.SlotTimes:
 
 
 def times_by_slot(messages: Iterable[pb.SlotTimes]) -> dict[int, RequestTimes]:
-    """Decode the times of each slot, merged over the slot's messages. Invalid durations become 0."""
+    """Decode the durations of each slot, merged from all messages of the slot. Invalid durations become 0."""
     out: dict[int, RequestTimes] = {}
     for m in messages:
         durations = (m.wait_s, m.queue_s, m.prefill_s, m.decode_s, m.parse_s)

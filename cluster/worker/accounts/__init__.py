@@ -1,2 +1,3 @@
-"""A worker's accounts: the GPU time and token usage of requests, the durations of their stages, and reports of served
-tokens for fair queueing."""
+"""Accounting in a worker: the GPU time, token usage and stage durations of requests, and reports of served tokens for
+fair queueing.
+"""

@@ -1,17 +1,17 @@
 """Attribution of GPU time to requests: the GPU time of each step is divided among the tokens of the step.
 
-The GPU time of a step is its duration times the replica's GPUs. A step's price is its GPU time divided by its tokens.
-Problem: a step has hundreds of requests, and charging each of them in every step would cost as much as the step's own
-bookkeeping. So only C, the sum of all steps' prices, is kept. A request that got one token in each step of a period
-owes the growth of C in that period. A request with more or fewer tokens owes that growth times its tokens per step. A
-step costs O(1), a request O(1) at its first token and O(1) at its end.
+The GPU time of a step is its duration times the replica's number of GPUs. A step's price is its GPU time per token.
+Problem: a step has hundreds of requests. Charging each of them in every step would cost as much as the rest of the
+step's bookkeeping. So only C, the sum of the prices of all steps, is kept. A request that gets one token per step owes
+the growth of C since its first token. A request that gets k tokens per step on average owes k times that growth. The
+bookkeeping takes O(1) time per step, and O(1) time at the first token and at the end of a request.
 
-A prompt is charged when its first token arrives, because only then does the engine report how many prompt tokens were
-cached. A prompt that needed several steps is divided evenly over the last ceil(tokens / max_num_batched_tokens) steps.
-In these steps the other requests were overcharged; the excess is subtracted from C.
+A prompt is charged when the request's first token arrives, because only then does the engine report how many prompt
+tokens were cached. If a prompt needed several steps, its tokens are divided evenly over the last ceil(tokens /
+max_num_batched_tokens) steps. The price of these earlier steps becomes lower, and C is lowered by the difference.
 
-Idle time is lifetime x GPUs minus all charges. So the sum of all charges and the idle time is exact, although a single
-charge is approximate. A request aborted before its first token owes nothing.
+Idle GPU time is the replica's lifetime times its number of GPUs, minus all charges. So the sum of all charges and the
+idle time is exact, although a single charge is approximate. A request aborted before its first token owes nothing.
 
 Pure: no clock; `now` is monotonic seconds.
 """
@@ -27,7 +27,10 @@ REMEMBERED_STEPS = 256
 
 @dataclass(slots=True)
 class GpuShare:
-    """The data from which one request's GPU time is computed. `first_step` is -1 before the request's first token."""
+    """The data from which one request's GPU time is computed.
+
+    `first_step`: number of the step with the request's first token; -1 before that step.
+    """
 
     from_step: int
     prefill_s: float = 0.0
@@ -43,7 +46,7 @@ class _MeteredStep:
 
 
 class GpuMeter:
-    """The GPU time of one replica, measured from `now` on.
+    """The GPU time of one replica. The measurement begins at `now`.
 
     `max_step_tokens`: the most tokens that the replica's engine computes in a step.
     """
@@ -70,10 +73,10 @@ class GpuMeter:
         self._busy_since = None
 
     def step(self, now: float, emitted: int, firsts: Sequence[tuple[GpuShare, int, int]] = ()) -> None:
-        """Charge a step that emitted `emitted` tokens in all.
+        """Divide the GPU time of a step that ends at `now` among the tokens of the step.
 
-        `firsts`: share, computed prompt tokens and emitted tokens of each request that got its first output in this
-        step.
+        `emitted`: number of output tokens in the step. `firsts`: the requests that got their first output in this step,
+        each with its share, computed prompt tokens and output tokens.
         """
         since = now if self._busy_since is None else self._busy_since
         self._busy_since = now
@@ -107,7 +110,7 @@ class GpuMeter:
     def _add_tokens(self, step: _MeteredStep, tokens: float) -> float:
         """Add `tokens` of a prompt to an earlier step, and lower the step's price accordingly.
 
-        Returns the GPU-seconds that these tokens owe.
+        Returns the GPU-seconds of these tokens.
         """
         before = step.gpu_s / step.tokens
         step.tokens += tokens
@@ -116,7 +119,7 @@ class GpuMeter:
         return after * tokens
 
     def owed(self, share: GpuShare, generated: int) -> float:
-        """Return the GPU-seconds owed by a request for which `generated` tokens were generated."""
+        """Return the GPU-seconds that a request owes after `generated` tokens were generated for it."""
         steps = self._steps - share.first_step
         if share.first_step < 0 or not steps:
             return share.prefill_s
@@ -132,7 +135,7 @@ class GpuMeter:
     def idle(self, now: float, running: Iterable[tuple[GpuShare, int]] = ()) -> float:
         """Return the idle GPU-seconds since the previous call of this method.
 
-        `running`: share and generated tokens of each request that is not charged yet.
+        `running`: the requests that are not charged yet, each with its share and number of generated tokens.
         """
         outstanding = sum(self.owed(share, generated) for share, generated in running)
         whole = (now - self._started) * self.gpus - self._charged - outstanding

@@ -9,7 +9,7 @@ from cluster.api.request_times import RequestTimes
 
 @dataclass(slots=True)
 class RequestTiming:
-    """Points in time of one request, in monotonic seconds; 0 for a point that has not come."""
+    """Times of the events of one request, in monotonic seconds; 0 for an event that has not happened yet."""
 
     received_at: float
     first_output_at: float = 0.0
@@ -17,9 +17,11 @@ class RequestTiming:
     _first: RequestTimes | None = None
 
     def record_first(self, engine: RequestTimes | None, now: float) -> None:
-        """Record the engine's first output. `engine`: the durations that the engine has measured, if any. The rest of
-        the time since the request was received counts as `wait_s`. Without measured durations, all of that time counts
-        as `prefill_s`."""
+        """Record the engine's first output.
+
+        `engine`: durations that the engine has measured, or None. The rest of the time since the request was received
+        counts as `wait_s`. Without measured durations, the whole time counts as `prefill_s`.
+        """
         self.first_output_at = self.last_output_at = now
         total_s = max(now - self.received_at, 0.0)
         if engine is None or engine.first_output_s <= 0:
@@ -33,13 +35,15 @@ class RequestTiming:
         self.last_output_at = now
 
     def pop_first(self) -> RequestTimes | None:
-        """Return the durations up to the first output, once. Returns None before that output and in later calls."""
+        """Return the durations up to the first output. Before that output, and from the second call on, return None."""
         first, self._first = self._first, None
         return first
 
     def pop_all(self, now: float, *, is_parsed: bool = False) -> RequestTimes:
-        """Return the durations up to the request's end at `now`, without the durations that `pop_first` has returned.
-        `is_parsed`: whether the output was parsed, so that `parse_s` is measured."""
+        """Return the durations up to the request's end at `now`, except those that `pop_first` has already returned.
+
+        `is_parsed`: whether the output was parsed. If so, the time since the engine's last output counts as `parse_s`.
+        """
         times = self.pop_first() or RequestTimes()
         if self.first_output_at:
             last = self.last_output_at if is_parsed and self.last_output_at > self.first_output_at else now

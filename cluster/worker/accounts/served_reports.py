@@ -1,8 +1,9 @@
-"""A worker's reports to gateways for fair queueing: the worker's own service, and the other gateways' backlogs.
+"""A worker's reports to gateways for fair queueing: the tokens that the worker has served each tenant, and the other
+gateways' backlogs.
 
-Gateways have no connections to each other, but a worker is linked to all gateways. So the worker forwards each
-gateway's backlog to the other gateways, and reports to all of them the tokens that it has served each tenant. Nothing
-here is done for each token.
+Gateways have no connections to each other, but a worker is linked to many gateways. So the worker forwards the backlog
+of each of these gateways (its waiting sequences) to the others. It also reports to all of them the tokens that it has
+served each tenant. No work is done per token.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class ServedReports:
         self._links: dict[int, tuple[str, Outbox]] = {}
 
     def attach(self, number: int, gateway: str, outbox: Outbox) -> None:
-        """Add a link and send it the current totals at once, even an empty list."""
+        """Add a link, and send the current totals to its gateway at once. An empty list is sent, too."""
         self._links[number] = (gateway, outbox)
         self._meter.attach(number)
         outbox.served(self._report(number))
@@ -62,8 +63,10 @@ class ServedReports:
         self._meter.ended(request_id)
 
     def report(self, running: Iterable[tuple[str, int]]) -> None:
-        """Send every gateway the totals that have changed since the last report to that gateway. `running`: request
-        ids, each with the tokens generated so far."""
+        """Send each gateway the totals that have changed since the last report to that gateway.
+
+        `running`: the running requests, each with its id and the number of tokens generated so far.
+        """
         for request_id, generated_tokens in running:
             self._meter.generated(request_id, generated_tokens)
         for number, (_, outbox) in self._links.items():

@@ -1,7 +1,7 @@
-"""A worker's usage accounts: its replica's GPU time, and records of ended requests, which are kept until a gateway
-acknowledges them.
+"""A worker's usage accounts: its replica's GPU time, and records of ended requests. A record is kept until a gateway
+acknowledges it.
 
-The rules are in ended_requests.py and gpu_meter.py; this module adds the clock, the links and the times of reports.
+The rules are in ended_requests.py and gpu_meter.py. This module adds the clock, the links and the timing of reports.
 """
 
 from __future__ import annotations
@@ -63,14 +63,18 @@ class WorkerUsage:
     def detach(self, link: int, outbox: Outbox) -> None:
         """Remove a link that has ended. Records that the link has not acknowledged go to another link.
 
-        A request's tokens that were never written to the ended link are subtracted from `written_tokens` in its record.
+        If output tokens of a request were never written to the ended link, `written_tokens` in the request's record is
+        lowered by their number.
         """
         self._outboxes.pop(link, None)
         self._keeper.detach(link, outbox.unwritten())
         self._flush_due()
 
     def keep(self, usage: EndedUsage, link: int, slot: int) -> None:
-        """Keep the usage record of an ended request of this link until a gateway acknowledges the record."""
+        """Keep the usage record of an ended request until a gateway acknowledges the record.
+
+        `link`, `slot`: those of the request.
+        """
         self._keeper.keep(usage, link, slot)
         if (outbox := self._outboxes.get(link)) is not None:
             outbox.flush()
@@ -81,7 +85,8 @@ class WorkerUsage:
         self._acked.set()
 
     async def run(self) -> None:
-        """Until cancelled, report idle time, and assign records that were not acknowledged in time to other links."""
+        """Until cancelled, report idle time regularly, and reassign records to other links if they are not acknowledged
+        in time."""
         dropped = 0
         while True:
             await asyncio.sleep(self._idle_report_s)

@@ -1,1 +1,4 @@
-"""The adapters (LoRA) of one worker: fetched, checked and loaded as its gateways want, and reported to all of them."""
+"""The LoRA adapters of one worker.
+
+They are fetched, checked and loaded as the gateways request, and their states are reported to all gateways.
+"""

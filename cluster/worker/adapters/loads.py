@@ -1,10 +1,12 @@
-"""The adapters in the memory of a worker's engine: their loading, their removal to make room, and the requests that use
-them.
+"""The adapters in the memory of a worker's engine: how they are loaded, how they are removed to make room, and which
+requests use them.
 
-The first request for an adapter that is not in memory loads it, in place of the least recently used adapter. The
-request waits at most HOLD_S. If the load takes longer, the request is refused, and further requests for the adapter
-stay at the gateways until the load ends. They delay no other requests there. Meanwhile the adapter that is to be
-replaced takes no new requests, so that steady requests for the adapters in memory do not keep others out.
+The first request for an adapter that is not in memory starts its load. If the memory is full, the least recently used
+adapter is removed first. The request waits at most HOLD_S seconds. If the load takes longer, the request is refused.
+Further requests for the adapter then wait at the gateways until the load ends; they delay no other requests there.
+
+If every adapter in memory is in use, the least recently used one takes no new requests until it is removed. Otherwise
+steady requests for the adapters in memory could delay a load forever.
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ HOLD_S: Final = 2.0
 
 
 class AdapterLoads:
-    """The adapters in one engine's memory. Without `engine` there are no adapters, and requests for adapters are
-    refused."""
+    """The adapters in one engine's memory.
+
+    If `engine` is None, there are no adapters, and requests for adapters are refused.
+    """
 
     def __init__(
         self,
@@ -43,11 +47,11 @@ class AdapterLoads:
         mark_refused: Callable[[str, str], None],
         hold_s: float = HOLD_S,
     ) -> None:
-        """Create the loads of an empty memory.
+        """Create the object for an engine in whose memory there is no adapter.
 
-        `report_dead`: is called if the engine must be replaced. `mark_corrupting(digest, reason)`: is called in a
-        thread with the adapter whose load has corrupted the engine. `mark_refused(digest, reason)`: is called if the
-        engine refuses an adapter. `hold_s`: longest time for which a request waits.
+        `report_dead`: is called if the engine must be replaced. `mark_corrupting(digest, reason)`: is called, in a
+        thread, if loading the adapter has corrupted the engine. `mark_refused(digest, reason)`: is called if the engine
+        refuses to load the adapter. `hold_s`: longest time in seconds for which a request waits.
         """
         self.memory = memory
         self._engine = engine
@@ -72,8 +76,9 @@ class AdapterLoads:
     def set_wanted(self, folders: Mapping[str, str], pinned: Set[str], wanted: Set[str]) -> None:
         """Set the adapters that are to be served.
 
-        `folders`: folders of the adapters that are ready, by digest; only for these are requests accepted. `pinned`:
-        digests of the adapters that are never dropped to make room. `wanted`: digests of all adapters, ready or not.
+        `folders`: folder of each adapter that is ready, by digest; requests for other adapters are refused. `pinned`:
+        digests of the adapters that are never removed to make room. `wanted`: digests of all adapters to serve, ready
+        or not.
         """
         self._folders, self._wanted = folders, wanted
         self.memory.pin(pinned)
@@ -82,14 +87,17 @@ class AdapterLoads:
     # ---- requests
 
     def is_held(self, digest: str) -> bool:
-        """Return whether the engine has the adapter in memory, so that a request need not wait. True for ""."""
+        """Return whether the engine has the adapter in memory, so that a request need not wait.
+
+        True for "", the base model.
+        """
         return not digest or digest in self.memory
 
     async def hold(self, digest: str) -> None:
-        """Make sure that the engine holds the adapter until `release`, and load it first if need be.
+        """Load the adapter if it is not in the engine's memory, and keep it there until `release`.
 
         Does nothing for the base model (""). Raises EngineRefused ADAPTER_INVALID if the adapter is not ready here,
-        takes no requests now, or has not been loaded in HOLD_S seconds. Raises EngineDead if the engine must be
+        takes no requests now, or is not loaded within `hold_s` seconds. Raises EngineDead if the engine must be
         replaced.
         """
         if not digest:
@@ -116,8 +124,11 @@ class AdapterLoads:
             raise
 
     def why_waiting(self, digest: str) -> str:
-        """Return why a ready adapter takes no requests now: it waits to be loaded, or to be replaced; "" if it takes
-        requests."""
+        """Return why a ready adapter takes no requests now; "" if it takes requests.
+
+        An adapter takes no requests while its load takes longer than a request may wait, or while it is about to be
+        removed.
+        """
         waits = digest in self._overdue or (bool(digest) and digest == self._closing)
         return self._all_in_use if waits else ""
 
@@ -181,7 +192,7 @@ class AdapterLoads:
             raise
 
     async def _make_room(self, engine: AdapterEngine, digest: str) -> None:
-        """Wait until the memory has a place for this adapter, and drop another adapter if necessary."""
+        """Wait until the memory has room for this adapter. Remove another adapter if necessary."""
         try:
             while self.memory.is_full:
                 self.check_place(digest)
@@ -207,7 +218,10 @@ class AdapterLoads:
             )
 
     def _close(self, digest: str) -> None:
-        """Refuse new requests for this adapter in memory, so that it can be replaced; "" ends the refusal."""
+        """Refuse new requests for this adapter, so that it can be removed from memory.
+
+        The digest "" ends the refusal.
+        """
         self._closing = digest
         self._reports.mark_changed()
 

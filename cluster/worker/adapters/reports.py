@@ -1,7 +1,7 @@
 """Reports of the states of a worker's adapters to its gateways.
 
-A change of a state is reported at once. Which adapters are in the engine's slots may change with each request, so such
-changes are collected and reported later.
+A changed state is reported at once. The adapters in the engine's slots can change with each request, so changes of the
+slots are collected and reported later.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class AdapterReports:
         self._timer: asyncio.TimerHandle | None = None
 
     def attach(self, link: int, outbox: Outbox) -> None:
-        """Report the adapters' states to a new link, now and at each change."""
+        """Add a link, and send its gateway the states of all adapters. `run` sends later changes."""
         self._links[link] = outbox
         outbox.adapters(self._statuses())
 
@@ -45,11 +45,11 @@ class AdapterReports:
         self._links.pop(link, None)
 
     def mark_changed(self) -> None:
-        """Record that the state of an adapter has changed, which `run` then reports at once."""
+        """Record that an adapter's state has changed. `run` then reports all states at once."""
         self._changed.set()
 
     def mark_moved(self) -> None:
-        """Record that the adapters in the engine's slots have changed, which `run` then reports after a while."""
+        """Record that the adapters in the engine's slots have changed. `run` then reports all states after a delay."""
         if self._timer is None and not self._changed.is_set():
             self._timer = asyncio.get_running_loop().call_later(MOVES * self._pause_s, self._changed.set)
 
@@ -70,7 +70,7 @@ class AdapterReports:
 
     @property
     def _pause_s(self) -> float:
-        """Seconds between two reports."""
+        """Least time between two reports, in seconds."""
         return max(self._report_s, REPORT_S_EACH * self._adapters)
 
     def _cancel_timer(self) -> None:

@@ -1,9 +1,9 @@
-"""The adapters that a worker's gateways want: they are prepared and loaded, and their states are reported.
+"""The adapters that a worker's gateways want. The worker prepares and loads these adapters, and reports their states.
 
-Each adapter is prepared in a task of its own: fetched and checked in a thread, then loaded into the engine while there
-is room. An adapter that is checked but not loaded, for lack of room, is ready, too: the next request for it loads it
-(loads.py). A failed adapter is tried again after a while and reported with the reason. An adapter that is no longer
-wanted refuses new requests, and leaves the engine when its last request has ended.
+Each adapter is prepared in its own task. A thread fetches and checks the adapter's files. Then the engine loads the
+adapter, if its memory has room. Without room, the checked adapter is ready, too, and the next request for it loads it
+(loads.py). A failed adapter is reported with the reason, and is tried again after a while. An adapter that is no longer
+wanted takes no new requests, and is removed from the engine when its last request has ended.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ PARALLEL_FETCHES: Final = 2
 
 @dataclass(eq=False, slots=True)
 class WantedAdapter:
-    """An adapter that the worker is to have, and the progress of its preparation. `digest`: "" until its files are
-    checked."""
+    """An adapter that the worker is to serve, and the progress of its preparation.
+
+    `digest`: "" until the files are checked.
+    """
 
     spec: AdapterSpec
     digest: str = ""
@@ -50,16 +52,21 @@ class WantedAdapter:
     work: asyncio.Task[None] | None = None
 
     def is_same(self, spec: AdapterSpec) -> bool:
-        """Return whether this adapter's files also serve `spec`: only pinning and tenants may differ, and the digest in
-        `spec` must be empty or that of these files."""
+        """Return whether this adapter's files can serve `spec`, too.
+
+        This holds if the two specs differ at most in `pinned` and `tenants`, and the digest in `spec` is empty or that
+        of these files.
+        """
         plain = {"pinned": False, "tenants": (), "digest": ""}
         is_other = replace(self.spec, **plain) != replace(spec, **plain)  # type: ignore[arg-type]
         return not is_other and spec.digest in ("", self.digest or self.spec.digest)
 
 
 class WorkerAdapters:
-    """The adapters of one worker. Without `engine` and `files` the worker has no adapters, and refuses requests for
-    them."""
+    """The adapters of one worker.
+
+    If `engine` or `files` is None, the worker has no adapters and refuses requests for them.
+    """
 
     def __init__(
         self,
@@ -73,7 +80,11 @@ class WorkerAdapters:
         report_s: float = REPORT_S,
         hold_s: float = HOLD_S,
     ) -> None:
-        """`report_dead`: is called if the engine must be replaced. `version`: the model's version that runs here."""
+        """Create the object without adapters; gateways send the adapters that they want.
+
+        `report_dead`: is called if the engine must be replaced. `version`: the version of the model that this worker
+        runs.
+        """
         has_adapters = bool(info.adapter_slots) and engine is not None and files is not None
         self._files = files if has_adapters else None
         self._version = version
@@ -96,18 +107,20 @@ class WorkerAdapters:
         """The adapters in the engine's memory, which requests hold."""
 
     def attach(self, link: int, outbox: Outbox) -> None:
-        """Report the adapters' states to a new link, now and at each change."""
+        """Add a link, and send its gateway the states of all adapters. `run` sends later changes."""
         if self._files is not None:
             self._reports.attach(link, outbox)
 
     def detach(self, link: int) -> None:
-        """Forget a link that has ended. The adapters that its gateway wanted stay in effect until another gateway sends
-        a set."""
+        """Forget a link that has ended.
+
+        The adapters that its gateway wanted are served until another gateway sends a list of adapters.
+        """
         self._reports.detach(link)
         self._desired.forget(link)
 
     def receive(self, link: int, adapters: AdapterSet) -> None:
-        """Apply the set of adapters that a gateway has sent, if it is the newest."""
+        """Record the list of adapters that a gateway has sent, and apply the newest list of all gateways."""
         if self._files is not None and self._desired.receive(link, adapters.revision, adapters.adapters):
             self._apply(self._desired.value)
 
@@ -148,7 +161,7 @@ class WorkerAdapters:
         self._tasks.spawn(self.loads.drop_unwanted())
 
     def _index(self) -> None:
-        """Update `loads` and the reports after a wanted adapter has changed."""
+        """Update `loads` and the reports after a change of the wanted adapters."""
         adapters = self._wanted.values()
         served = [adapter for adapter in adapters if adapter.folder]
         self.loads.set_wanted(
@@ -197,7 +210,8 @@ class WorkerAdapters:
         return delay_s
 
     def _retry_refused(self, digest: str, reason: str) -> None:
-        """Prepare the ready adapters with this digest again, because the engine has refused to load them."""
+        """Prepare the ready adapters with this digest again after a delay, because the engine has refused to load
+        them."""
         for adapter in self._wanted.values():  # the tasks of adapters that are not ready try again themselves
             if adapter.digest == digest and adapter.state is AdapterState.READY:
                 adapter.work = self._tasks.spawn(self._prepare(adapter, self._fail(adapter, reason)))

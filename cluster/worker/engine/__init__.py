@@ -1,1 +1,1 @@
-"""Implementations of the port `Engine`: vLLM and a simulation."""
+"""Implementations of the interface `Engine`: vLLM and a simulation."""

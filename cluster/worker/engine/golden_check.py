@@ -1,19 +1,21 @@
 """Golden check: run a fixed prompt at start and after every error, and end an engine whose answer becomes wrong.
 
 Problem: an engine on a GPU with a broken memory cell, or with a half-loaded checkpoint, keeps serving nonsense.
-`CheckedEngine` wraps an engine. At start it runs a fixed prompt greedily and keeps the answer as the reference. If the
-engine can resume a request with the emitted tokens installed as its output (`resume:exact` or `resume:state`), the
-wrapper also cuts the answer at a few positions and lets the engine continue it. So a rank that lacks the resume plugin
-is detected before the first call arrives. If an engine with `resume:exact` continues with different tokens (greedy or
-seeded), its capability becomes `resume:state`. After the start, every request that ends in ERROR (for example by NaN
-logits) starts another check while other requests run. A wrong answer raises EngineCorrupt from `step`, which ends the
-worker like a dead engine.
+`CheckedEngine` wraps an engine. At start it runs a fixed prompt greedily and keeps the answer as the reference.
+
+Some engines can resume a request with the emitted tokens installed as its output (`resume:exact` or `resume:state`).
+For such an engine, the wrapper also cuts the answer at a few positions and lets the engine continue it. So a rank that
+lacks the resume plugin is detected before the first call arrives. If an engine with `resume:exact` continues with
+different tokens (greedy or seeded), its capability becomes `resume:state`.
+
+After the start, every request that ends in ERROR (for example by NaN logits) starts another check while other requests
+run. If the answer is wrong, `step` raises EngineCorrupt, which ends the worker like a dead engine.
 
 The golden prompt of a pooling model is a pooling request, whose vector is compared (golden_vectors.py).
 
 An error alone does not end a worker, because a caller can provoke an error. A correct answer need not be bit-identical:
-batches differ, and in 16-bit numbers the two most likely tokens may swap. So log probabilities are compared, within the
-precision of such numbers. If the comparison does not prove an answer wrong, the answer counts as correct.
+batches differ, and in 16-bit numbers the two most likely tokens may swap. So log probabilities are compared, with a
+tolerance for the precision of such numbers. An answer counts as correct unless the comparison proves it wrong.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class GoldenAnswer:
     """Answer of a pooling model."""
 
     def add(self, output: TokenOutput) -> None:
-        """Append an output."""
+        """Append an output of the engine to the answer."""
         self.positions += output.logprobs or ()
         self.vector = output.vector or self.vector
         if output.finish is FinishReason.ERROR:
@@ -82,12 +84,12 @@ class GoldenAnswer:
 
 
 def why_wrong(reference: GoldenAnswer, answer: GoldenAnswer, tolerance: float) -> str:
-    """Return the reason why an answer is wrong; empty when nothing proves that it is wrong.
+    """Return the reason why an answer is wrong; empty if nothing proves that it is wrong.
 
     An answer is wrong if a token's log probability differs from the reference by more than `tolerance`, or if another
-    token is likelier than the sampled token by more than `tolerance`. For a token that is not listed among the most
-    likely tokens only a bound is known: its log probability is at most the smallest listed value. Positions after the
-    first different token are not compared.
+    token is likelier than the sampled token by more than `tolerance`. A token that is not listed among the most likely
+    tokens has a log probability of at most the smallest listed value. After the first token that differs from the
+    reference, positions are not compared.
     """
     if answer.error:
         return answer.error
@@ -102,7 +104,8 @@ def why_wrong(reference: GoldenAnswer, answer: GoldenAnswer, tolerance: float) -
 
 
 def _difference(expected: PositionLogprobs, actual: PositionLogprobs, tolerance: float) -> str:
-    """Return the difference at one position, in words, if it exceeds `tolerance`; otherwise ""."""
+    """Return in words how one position of the answer differs from the reference by more than `tolerance`; "" if it does
+    not."""
     sampled, likeliest, value = actual.token_ids[0], expected.token_ids[0], actual.logprobs[0]
     if any(map(math.isnan, actual.logprobs)) or not math.isfinite(value):
         return f"has the log probability {value}"
@@ -119,7 +122,10 @@ def _difference(expected: PositionLogprobs, actual: PositionLogprobs, tolerance:
 
 
 def _bounds(position: PositionLogprobs, token: int) -> tuple[float, float]:
-    """Return the smallest and the largest log probability that a token can have, given the values of one position."""
+    """Return the smallest and the largest log probability that a token can have at a position.
+
+    Both equal the listed value if the position lists the token.
+    """
     for candidate, value in zip(position.token_ids, position.logprobs, strict=True):
         if candidate == token:
             return value, value
@@ -129,9 +135,10 @@ def _bounds(position: PositionLogprobs, token: int) -> tuple[float, float]:
 def golden_request(
     info: EngineInfo, name: str, emitted: Sequence[int] = (), top: int = TOPS[0], seed: int | None = None
 ) -> EngineRequest:
-    """Return the request for the golden prompt, greedy or sampled with `seed`.
+    """Return the golden request, greedy or sampled with `seed`.
 
-    The ids of the prompt are from the middle of the vocabulary, where every tokenizer has ordinary text.
+    `emitted`: tokens that count as already emitted. `top`: number of log probabilities per position. The ids of the
+    prompt are from the middle of the vocabulary, where every tokenizer has ordinary text.
     """
     room = max(2, min(PROMPT_TOKENS + ANSWER_TOKENS, info.max_model_len))
     prompt = [info.vocab_size // 3 + i * info.vocab_size // (4 * PROMPT_TOKENS) for i in range(PROMPT_TOKENS)]
@@ -154,8 +161,10 @@ def golden_request(
 
 
 class CheckedEngine:
-    """An engine (cluster.api.ports) that wraps another engine and checks its answers. EngineCorrupt messages contain
-    `node`."""
+    """An engine (cluster.api.ports) that wraps another engine and checks its answers.
+
+    `node`: the node's name, for errors.
+    """
 
     def __init__(self, engine: Engine, *, node: str = "") -> None:
         self._engine = engine
@@ -173,9 +182,10 @@ class CheckedEngine:
         return f"CheckedEngine({self._engine!r})"
 
     async def start(self) -> EngineInfo:
-        """Start the wrapped engine and record the reference answer.
+        """Start the wrapped engine, record the reference answer, and check that the engine continues a cut answer
+        correctly.
 
-        Raises EngineCorrupt if the engine refuses or fails the prompt, or if a continued answer is wrong.
+        Raises EngineCorrupt if the engine refuses the prompt or fails on it, or if a continued answer is wrong.
         """
         self._info = info = await self._engine.start()
         continues = not {RESUME_EXACT, RESUME_STATE}.isdisjoint(info.capabilities)
@@ -191,10 +201,10 @@ class CheckedEngine:
         return info
 
     async def _resume_difference(self, wholes: Sequence[tuple[GoldenAnswer, int | None]]) -> str:
-        """Cut each answer, let the engine continue it, and return the first difference in tokens.
+        """Cut each answer, let the engine continue it, and return the first difference in tokens; "" if there is none.
 
-        The result is empty if there is no difference. `wholes`: complete answers with their seeds (None: greedy). A
-        refused continuation is no difference. Raises EngineCorrupt if a greedy continuation is wrong.
+        `wholes`: complete answers, each with its seed (None: greedy). A continuation that the engine refuses is not a
+        difference. Raises EngineCorrupt if a greedy continuation is wrong.
         """
         cuts = [
             (whole, seed, cut)
@@ -234,8 +244,8 @@ class CheckedEngine:
     async def _submit_golden(self, emitted: Sequence[int], seed: int | None) -> str:
         """Submit a golden request with as many log probabilities as the engine allows; return the request's id.
 
-        The id is empty if the engine refuses a seeded request, since support of seeds is optional. Raises EngineCorrupt
-        if the engine refuses any other golden request.
+        Returns "" if the engine refuses a seeded request, since support of seeds is optional. Raises EngineCorrupt if
+        the engine refuses any other golden request.
         """
         assert self._info is not None
         golden = golden_request(self._info, uuid.uuid4().hex, emitted, self._tops[0], seed)
@@ -262,7 +272,10 @@ class CheckedEngine:
             raise self._sick_error(f"it refuses the golden prompt: {refused.message}") from refused
 
     async def step(self) -> Sequence[TokenOutput]:
-        """Return the next step's outputs for callers, at least one. Raises EngineDead or its subclass EngineCorrupt."""
+        """Return the next step's outputs without those of golden requests; wait until there is at least one.
+
+        Raises EngineDead, or its subclass EngineCorrupt if a golden answer is wrong.
+        """
         while True:
             golden_id = self._golden_id
             outputs = self._remove_golden_output(await self._engine.step())
@@ -274,7 +287,7 @@ class CheckedEngine:
                 return outputs
 
     def _remove_golden_output(self, outputs: Sequence[TokenOutput]) -> Sequence[TokenOutput]:
-        """Keep the golden request's output, record errors of other requests, and return the other requests' outputs."""
+        """Record the golden request's output and errors of other requests; return the outputs of the other requests."""
         golden_output = None
         for output in outputs:
             if output.request_id == self._golden_id:

@@ -16,8 +16,10 @@ TOLERANCE_16_BIT = 0.2
 
 
 def golden_pooling(info: EngineInfo) -> PoolingOptions | None:
-    """Return the parameters of the golden request; None for an engine that generates. Raises ValueError for a pooling
-    model without a task."""
+    """Return the pooling parameters of the golden request; None for an engine that generates tokens.
+
+    Raises ValueError for a pooling model without a task.
+    """
     if info.pooling is None:
         return None
     if not info.pooling.tasks:
@@ -26,7 +28,10 @@ def golden_pooling(info: EngineInfo) -> PoolingOptions | None:
 
 
 def why_vector_wrong(reference: bytes, vector: bytes, info: EngineInfo) -> str:
-    """Return the reason why a vector (little-endian float32) is wrong; empty when nothing proves that it is wrong."""
+    """Return the reason why a vector is wrong; empty if nothing proves that it is wrong.
+
+    `reference`, `vector`: little-endian float32 values.
+    """
     expected, actual = floats(reference), floats(vector)
     if len(actual) != len(expected) or not actual:
         return f"a vector of {len(actual)} numbers instead of {len(expected)}"

@@ -1,4 +1,4 @@
-"""Work that explains why an engine's current step takes long; `EngineLoad.busy` reports the work."""
+"""Choice of the work that explains why an engine's current step takes long. `EngineLoad.busy` reports this work."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ def reported_work(
     loads_adapter: bool,
     starvation: Starvation | None,
 ) -> str:
-    """Return the work that explains the age of the current step: "grammar", "adapter", "prefill", "cpu", or "" if none
-    does.
+    """Return the work that explains the age of the current step: "grammar", "adapter", "prefill" or "cpu"; "" if
+    nothing explains it.
 
-    `running`: number of requests that run. `prefill_tokens`: prompt tokens of requests without an output.
-    `has_grammars`: whether a grammar may be compiled now. `loads_adapter`: whether an adapter is loaded now.
+    `pace`: durations of the engine's steps. `running`: number of requests that run. `prefill_tokens`: prompt tokens of
+    requests that have no output yet. `has_grammars`: whether the engine may be compiling a grammar now.
+    `loads_adapter`: whether the engine is loading an adapter now. `starvation`: the engine's CPU starvation, if it is
+    measured.
     """
     age_s = pace.age_s(now)
     if has_grammars and age_s <= (GRAMMAR_BESIDE_S if running else GRAMMAR_ALONE_S):

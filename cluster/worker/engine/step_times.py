@@ -1,12 +1,13 @@
 """Durations of an engine's steps, which distinguish a hung step from a step with much work.
 
-Problem: a process that waits for a step cannot tell the two apart. Invariant: waiting prompt tokens explain a step's
-duration only up to a bound, so that a queue of prompts cannot hide a hang for a long time. The bound is the number of
-prompt tokens times the time per prompt token. That time is learned from the slowest steps so far (a quantile); before
-that, a high value is assumed.
+Problem: a process that waits for a step cannot tell whether the step hangs. Invariant: waiting prompt tokens explain a
+step's duration only up to a bound, so that a queue of prompts cannot hide a hang for a long time. The bound is the
+number of prompt tokens times the time per prompt token. The time per prompt token is a high quantile of the times in
+the steps so far. Before the first such step, a high value is assumed.
 
-Quantiles come from a histogram whose buckets grow by a tenth. Its counts are halved now and then, so that old durations
-lose weight. To add a duration takes one logarithm. One thread adds durations; any thread may read.
+Quantiles come from a histogram in which each bucket is a tenth larger than the one before. Its counts are halved now
+and then, so that old durations lose weight. Adding a duration takes one logarithm. One thread adds durations; any
+thread may read.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SAMPLE_TOKENS = 8
 
 
 class Quantile:
-    """The quantile `order` (between 0 and 1) of the last few thousand durations."""
+    """A quantile of the last few thousand durations. `order`: which quantile, between 0 and 1."""
 
     __slots__ = ("_counts", "_order", "_total", "_value")
 
@@ -79,7 +80,7 @@ class StepTimes:
     __slots__ = ("_most_tokens", "_per_token", "_since", "last_s", "times")
 
     def __init__(self, most_tokens: int = 1 << 30) -> None:
-        """Create empty step times. `most_tokens`: the most tokens that one step computes."""
+        """Create the object without durations. `most_tokens`: the most tokens that one step computes."""
         self._most_tokens = most_tokens
         self._per_token = Quantile(0.9)  # not the maximum: a step delayed for another reason must not count for ever
         self._since: float | None = None
@@ -87,7 +88,7 @@ class StepTimes:
         self.times = Quantile()
 
     def set_limit(self, most_tokens: int) -> None:
-        """Set the most tokens that one step computes, if the number is known only after construction."""
+        """Set the most tokens that one step computes. Used if the number is not known at construction."""
         self._most_tokens = most_tokens
 
     def began(self, now: float) -> None:
@@ -102,7 +103,10 @@ class StepTimes:
         self._since = now if goes_on else None
 
     def prefilled(self, tokens: int) -> None:
-        """Record that the last step completed prompts with `tokens` computed tokens in all."""
+        """Record that prompts were completed in the last step.
+
+        `tokens`: number of tokens of these prompts that were computed.
+        """
         tokens = min(tokens, self._most_tokens)
         if tokens >= SAMPLE_TOKENS:
             self._per_token.add(self.last_s / tokens)
@@ -117,7 +121,7 @@ class StepTimes:
         return max(0.0, now - since) if since is not None else 0.0
 
     def explains(self, now: float, prompt_tokens: int) -> bool:
-        """Return whether `prompt_tokens` waiting prompt tokens explain the age of the current step."""
+        """Return whether waiting prompt tokens explain the age of the current step. `prompt_tokens`: their number."""
         if prompt_tokens <= 0:
             return False
         tokens = min(prompt_tokens, self._most_tokens)

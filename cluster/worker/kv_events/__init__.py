@@ -1,1 +1,4 @@
-"""KV blocks that a worker's engine holds: the engine's events become prefix hashes, which gateways route by."""
+"""The KV blocks that a worker's engine holds.
+
+The engine's events are converted to prefix hashes, by which gateways route.
+"""

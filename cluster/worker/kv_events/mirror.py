@@ -1,10 +1,11 @@
-"""The KV mirror: a list of the KV blocks that an engine holds, kept from the engine's events.
+"""The KV mirror: a list of the KV blocks that an engine holds, kept up to date with the engine's events.
 
-Problem. Gateways route by prefix hashes, and an engine reports its own block hashes, once when a block is stored and
-once when it is removed. No call of the engine lists its blocks, but a new gateway needs all of them.
+Problem: gateways route by prefix hashes, but an engine reports its own block hashes, once when a block is stored and
+once when it is removed. The engine has no call that lists its blocks, but a new gateway needs all of them.
 
-An engine may hold one block several times, and reports each copy. A block counts as held until the last copy is gone.
-Events that do not fit are counted and otherwise ignored: a wrong mirror costs cache misses, never a wrong answer.
+An engine may hold several copies of a block, and reports each copy. A block counts as held until its last copy is
+removed. Events that contradict the mirror are counted and otherwise ignored. A wrong mirror costs cache misses, but
+never causes a wrong answer.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class KvMirror:
     """The KV blocks that one engine holds."""
 
     def __init__(self, block_size: int) -> None:
-        """`block_size`: tokens in a block. Blocks of another size are ignored."""
+        """Create an empty mirror. `block_size`: tokens in a block; blocks of another size are ignored."""
         self._block_size = block_size
         self._blocks: dict[BlockId, _Block] = {}
         self._stored: dict[int, None] = {}
@@ -47,7 +48,7 @@ class KvMirror:
         return len(self._blocks)
 
     def apply(self, events: Iterable[KvEvent]) -> None:
-        """Apply events in the engine's order."""
+        """Apply events, which must be in the engine's order."""
         for event in events:
             if isinstance(event, BlocksStored):
                 self._store(event)
@@ -59,9 +60,12 @@ class KvMirror:
                 self._was_cleared = True
 
     def pop_change(self) -> KvChange:
-        """Return the change since the last call: the blocks that were removed, and the blocks that were stored and are
-        still held. A block that was stored and then removed is in `removed`, since a gateway may expect it. A block
-        that was removed and then stored is in both, so that a gateway can tell why a call did not find it."""
+        """Return the change since the last call: the blocks that were removed, and the blocks that were stored.
+
+        A block that was stored and then removed is only in `removed`, since a gateway may expect this block. A block
+        that was removed and then stored again is in both, so that a gateway can tell why a call did not find it. If the
+        engine has cleared its cache since the last call, the change is a `snapshot`.
+        """
         stored, removed, was_cleared = self._stored, self._removed, self._was_cleared
         self._stored, self._removed, self._was_cleared = {}, {}, False
         if was_cleared:
@@ -69,7 +73,7 @@ class KvMirror:
         return KvChange(False, np.array(list(stored), np.uint64), np.array(list(removed), np.uint64))
 
     def snapshot(self) -> KvChange:
-        """Return all blocks that are held, as the change for a gateway that knows none of them."""
+        """Return all blocks that are held, as a change for a gateway that knows no blocks yet."""
         return KvChange(True, self.hashes_of(self._blocks))
 
     def block_ids(self) -> Sequence[BlockId]:
@@ -77,7 +81,7 @@ class KvMirror:
         return list(self._blocks)
 
     def hashes_of(self, block_ids: Iterable[BlockId]) -> Hashes:
-        """Return the prefix hashes of the given blocks that are still held."""
+        """Return the prefix hashes of those of the given blocks that are still held."""
         held = self._blocks
         return np.array([held[block_id].prefix.hash for block_id in block_ids if block_id in held], np.uint64)
 

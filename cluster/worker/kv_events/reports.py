@@ -1,13 +1,13 @@
-"""Reports of a worker's KV blocks to its gateways: all blocks on a new link, then the changes.
+"""Reports of a worker's KV blocks to its gateways: first all blocks on a new link, then the changes.
 
-Changes are collected for INTERVAL_S and sent to all links. A decoding engine fills some blocks in every step, and one
-message per step would cost each gateway more than the reports are worth. The gateway that sent a prompt expects its
-blocks anyway and needs no early report. So changes wait for a message that is sent in any case, with outputs of a step
-or after a heartbeat.
+Changes are collected for INTERVAL_S seconds and sent to all links. A decoding engine fills some blocks in every step,
+and one message per step would cost each gateway more than the reports are worth. The gateway that sent a prompt expects
+the prompt's blocks anyway, so it needs no early report. So changes are added to the next message that is sent for
+another reason, such as the outputs of a step or a heartbeat.
 
-All blocks of a large engine are sent in pieces, between which other work runs. A piece contains only blocks that the
-engine still holds when the piece is made. So a gateway has the right blocks if it applies pieces and changes in the
-order in which they were sent.
+On a new link, the blocks are sent in several messages, and other work runs between these. Each message contains only
+blocks that the engine still holds when the message is made. So a gateway has the right blocks if it applies all
+messages in the order in which they were sent.
 """
 
 from __future__ import annotations
@@ -24,24 +24,27 @@ INTERVAL_S = 0.1
 
 
 class KvReports:
-    """Reports the blocks of one engine to all links of a worker."""
+    """The reports of one engine's KV blocks to all links of a worker."""
 
     def __init__(self, source: KvEventSource | None, block_size: int) -> None:
-        """`source`: the engine's events; None for an engine without events, for which nothing is reported."""
+        """Create the reports without links.
+
+        `source`: the engine's events; None for an engine without events, for which nothing is reported.
+        """
         self._source = source
         self._mirror = KvMirror(block_size)
         self._outboxes: dict[int, Outbox] = {}
         self._snapshots: dict[int, asyncio.Task[None]] = {}
 
     def attach(self, number: int, outbox: Outbox) -> None:
-        """Report all blocks on a new link, then the changes."""
+        """Add a link: report all blocks to its gateway now, and changes later."""
         if self._source is not None:
             self._send({number: outbox}, KvChange(is_reset=True))
             self._outboxes[number] = outbox
             self._snapshots[number] = asyncio.create_task(self._send_snapshot(number, outbox))
 
     def detach(self, number: int) -> None:
-        """Stop reporting on a link."""
+        """Stop reporting to a link that has ended."""
         self._outboxes.pop(number, None)
         if (task := self._snapshots.pop(number, None)) is not None:
             task.cancel()
@@ -57,7 +60,10 @@ class KvReports:
             await asyncio.sleep(INTERVAL_S)
 
     async def _send_snapshot(self, number: int, outbox: Outbox) -> None:
-        """Send all blocks on a new link, on which `attach` has sent a reset."""
+        """Send all blocks over a new link.
+
+        `attach` has sent a reset before, after which the gateway knows no blocks.
+        """
         block_ids = self._mirror.block_ids()
         for at in range(0, len(block_ids), BLOCKS_PER_MESSAGE):
             hashes = self._mirror.hashes_of(block_ids[at : at + BLOCKS_PER_MESSAGE])

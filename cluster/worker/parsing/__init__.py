@@ -1,4 +1,4 @@
-"""Parsing of outputs at the worker: tokens become reasoning, content and tool calls, by vLLM's own parsers.
+"""Parsing of outputs at the worker: vLLM's parsers divide the tokens into reasoning, content and tool calls.
 
-The parsers run in one process of their own (parser_process.py), so that no parse delays the links or the engine.
+The parsers run in a separate process (parser_process.py), so that parsing delays neither the links nor the engine.
 """

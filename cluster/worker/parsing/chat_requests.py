@@ -1,4 +1,7 @@
-"""vLLM's ChatCompletionRequest for a session, made from OutputParsing.request, and the grammar in such a request."""
+"""vLLM's ChatCompletionRequest for a parsed output.
+
+It is made from OutputParsing.request, and may contain a grammar.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ MAX_MESSAGE = 500
 
 
 class WrongRequest(Exception):
-    """A request that vLLM's parsers refuse. `field` is the wrong field of the chat."""
+    """An error for a request that vLLM's parsers refuse. `field`: the wrong field of the chat."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -30,7 +33,7 @@ class WrongRequest(Exception):
 
 
 def chat_request(text: str, grammar: GrammarText | None) -> Any:
-    """Return vLLM's request with the fields of `text`, a JSON object, and with the caller's grammar.
+    """Return vLLM's ChatCompletionRequest with the fields in `text`, a JSON object, and with the caller's grammar.
 
     Raises WrongRequest.
     """
@@ -59,7 +62,7 @@ def chat_request(text: str, grammar: GrammarText | None) -> Any:
 
 
 def _located(location: tuple[int | str, ...], message: str) -> tuple[str, str]:
-    """Return the field of a pydantic error, and its message with the path inside of the field."""
+    """Return the field in which pydantic found an error, and the message, preceded by the path inside the field."""
     path = [str(part) for part in location]
     field = path[0] if path and path[0] in FIELDS else "tools"
     inside = ".".join(path[1:])
@@ -67,8 +70,11 @@ def _located(location: tuple[int | str, ...], message: str) -> tuple[str, str]:
 
 
 def chat_error(error: Exception, field: str, what: str) -> WrongRequest:
-    """Return the error for a chat that vLLM's code refuses or fails on. `field`: the wrong field, unless vLLM names
-    one. `what`: the message for an exception that is a failure of vLLM's code and not a refusal."""
+    """Return the error for a chat that vLLM's code refuses, or on which vLLM's code fails.
+
+    `field`: the wrong field, if vLLM names none. `what`: beginning of the message if vLLM's code fails without refusing
+    the chat.
+    """
     from vllm.exceptions import VLLMError
 
     text = _short(error)
@@ -108,10 +114,9 @@ def is_forced(request: Any) -> bool:
 
 
 def adjust(parser: Any, request: Any) -> None:
-    """Let vLLM's parser change the request in place (`skip_special_tokens` and the grammar) if vLLM's server would do
-    so.
+    """Let vLLM's parser change the request in place, if vLLM's server would do the same.
 
-    Raises WrongRequest.
+    The parser may change `skip_special_tokens` and the grammar. Raises WrongRequest.
     """
     wanted = parser.always_adjust_request or parser.reasoning_parser is not None or request.tool_choice != "none"
     if not wanted:
@@ -129,18 +134,20 @@ def adjust(parser: Any, request: Any) -> None:
 
 
 def _reads_no_forced_call(parser: Any) -> bool:
-    """Return whether a forced tool call would be parsed as content.
+    """Return whether this parser would take a forced tool call for content.
 
-    For a Mistral tokenizer of version 11 or newer in transformers' form, vLLM 0.32 forces the output to be a bare JSON
-    array, which vLLM's parser reads as a tool call only with older tokenizers.
+    This happens with a Mistral tokenizer of version 11 or newer in transformers' form. vLLM 0.32 then forces the output
+    to be a bare JSON array, but its parser reads such an array as a tool call only with older tokenizers.
     """
     inner = getattr(getattr(parser, "_tool_parser", None), "_parser_engine", parser)
     return getattr(inner, "_is_pre_v11", None) is False
 
 
 def changed_grammar(request: Any, before: Any) -> GrammarText | None:
-    """Return the grammar of an adjusted request; None if it equals `before`, the StructuredOutputsParams that the
-    request had before the adjustment."""
+    """Return the grammar of an adjusted request; None if the adjustment has not changed the grammar.
+
+    `before`: the request's StructuredOutputsParams before the adjustment.
+    """
     after = request.extract_structured_outputs()
     if after is None or after is before or after == before:
         return None
@@ -158,10 +165,10 @@ def changed_grammar(request: Any, before: Any) -> GrammarText | None:
 
 
 def reasoning_ended(parser: Any, request: Any, prompt: list[int]) -> bool | None:
-    """Return whether the reasoning has ended before the output begins, so that a grammar applies from the first token.
+    """Return whether the reasoning has ended before the output begins. If so, a grammar applies from the first token.
 
-    The value is that of vLLM's server: True if the caller wants no reasoning or the grammar covers the reasoning, None
-    without a reasoning parser.
+    The result equals that of vLLM's server. It is True if the caller wants no reasoning or the grammar covers the
+    reasoning, and None if there is no reasoning parser.
     """
     if not request.include_reasoning or request._grammar_from_parser:
         return True
@@ -169,6 +176,6 @@ def reasoning_ended(parser: Any, request: Any, prompt: list[int]) -> bool | None
 
 
 def template_kwargs(request: Any) -> dict[str, Any]:
-    """Return the arguments of the chat template, which also control some parsers, as vLLM's server makes them."""
+    """Return the arguments of the chat template, as vLLM's server makes them. They also control some parsers."""
     chat = request.build_chat_params(None, "auto").with_defaults({})
     return dict(chat.chat_template_kwargs)

@@ -1,9 +1,9 @@
-"""Coalescing of a tool call's arguments, for parsers that read the whole tool call again for each token.
+"""Coalescing of tokens within a tool call, for parsers that read the whole tool call again for each token.
 
-Such a parser costs O(n) per token, so a tool call with thousands of tokens would cost seconds. Once a call is long, its
-parser gets several tokens at a time, and their number grows with the call, which makes the cost of a token constant.
-Invariant: where a parse happens depends only on the tokens so far, never on how the engine's steps delivered them. So
-all splits of an output, and its replay on another worker, give the same parts.
+Such a parser takes O(n) time per token, so a tool call with thousands of tokens would take seconds. Once a tool call is
+long, its parser gets several tokens at a time. Their number grows with the tool call, so that the time per token stays
+constant. Invariant: where a parse happens depends only on the tokens so far, never on how the engine's steps delivered
+them. So the parts of an output are the same on another worker, which replays the tokens in other groups.
 """
 
 from __future__ import annotations
@@ -65,22 +65,24 @@ REPLAYED_TOGETHER = frozenset(
 
 @dataclass(slots=True)
 class Coalescing:
-    """The state from which one session decides when to parse. `long_call`: see LONG_CALL; 0 to parse after every
-    token."""
+    """The state by which a session decides when to parse. `long_call`: see LONG_CALL; 0 to parse after every token."""
 
     long_call: int = LONG_CALL
     _began: int = -1
     """Position at which the latest tool call began; -1 outside a call."""
 
     def is_due(self, position: int) -> bool:
-        """Return whether the tokens up to `position`, counted from the output's first token, must be parsed now."""
+        """Return whether the tokens up to `position` must be parsed now.
+
+        Positions count from the output's first token.
+        """
         length = position - self._began
         if self._began < 0 or not self.long_call or length < self.long_call:
             return True
         return position % (1 << (max(length // PARSES_A_DOUBLING, 1).bit_length() - 1)) == 0
 
     def record(self, position: int, *, in_call: bool) -> None:
-        """Record that the parts of the tokens up to `position` end within a tool call, or outside of one."""
+        """Record that the tokens up to `position` are parsed. `in_call`: whether they end within a tool call."""
         if not in_call:
             self._began = -1
         elif self._began < 0:

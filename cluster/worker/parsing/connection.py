@@ -11,7 +11,7 @@ from cluster.worker.parsing.parser_process import ParserHost
 
 @dataclass(slots=True)
 class ParserConnection:
-    """A connected parser process. `is_ready`: whether it has loaded its parsers."""
+    """The connection to a running parser process. `is_ready`: whether the process has loaded its parsers."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -23,16 +23,19 @@ class ParserConnection:
         return cls(*await asyncio.open_connection(sock=host.connection))
 
     def send(self, message: wire.Request) -> None:
-        """Send a message. It is buffered if the process does not read."""
+        """Send a message. If the process does not read, the message is buffered."""
         self.writer.write(wire.encode(message))
 
     async def receive(self) -> wire.Reply:
-        """Wait for the next message. Raises EOFError at the end, and OSError or ValueError for a broken connection."""
+        """Wait for the next message and return it.
+
+        Raises EOFError if the process has closed the connection, OSError or ValueError if the connection is broken.
+        """
         (size,) = wire.LENGTH.unpack(await self.reader.readexactly(wire.LENGTH.size))
         if size > wire.MAX_MESSAGE_BYTES:
             raise ValueError(f"a message of {size} bytes")
         return wire.decode_reply(await self.reader.readexactly(size))
 
     def close(self) -> None:
-        """Close the connection, which ends the process unless it hangs."""
+        """Close the connection. The process then ends."""
         self.writer.close()

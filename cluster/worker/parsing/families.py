@@ -1,9 +1,9 @@
-"""The parsers of a model's family: vLLM's parsers of tool calls and of reasoning, by config.json and chat template.
+"""Choice of vLLM's parsers for tool calls and reasoning, from a model's config.json and chat template.
 
-A family alone decides nothing: fine-tuned models of one architecture write tool calls in different formats, and vLLM's
-reasoning parsers read every output as reasoning until the mark that ends the reasoning. So a parser is chosen only if
-the chat template contains the parser's marks. A model that matches no row gets no parser; `engine.tool_call_parser` and
-`engine.reasoning_parser` override the choice.
+The model family alone is not enough. Fine-tuned models of one architecture write tool calls in different formats, and
+vLLM's reasoning parsers take every output for reasoning until the mark that ends the reasoning. So a parser is chosen
+only if the chat template contains the parser's marks. A model that matches no row of the tables gets no parser.
+`engine.tool_call_parser` and `engine.reasoning_parser` override the choice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from cluster.worker.rendering.families import PARSERS
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A parser for models whose `model_type` and chat template match these expressions. "" matches everything."""
+    """A parser, and the regular expressions that a model's `model_type` and chat template must match. "" matches
+    everything."""
 
     parser: str
     model_type: str
@@ -93,7 +94,7 @@ REASONING = (
 
 
 def family_parsers(model_type: str, template: str) -> ParserNames:
-    """Return the parsers of a model's family. `template`: the source of the model's chat template."""
+    """Return the parsers for a model, chosen by its family. `template`: the source of the model's chat template."""
     return ParserNames(_match(TOOLS, model_type, template), _match(REASONING, model_type, template))
 
 
@@ -105,13 +106,13 @@ def _match(rows: tuple[_Row, ...], model_type: str, template: str) -> str:
 
 
 def _renderer_parsers(bundle: Bundle) -> ParserNames | None:
-    """Return the parsers of the renderer that a bundle names; None if gateways render the model's chat template."""
+    """Return the parsers that belong to the bundle's renderer; None if gateways render the model's chat template."""
     parsers = PARSERS.get(str(json.loads(bundle.files.get("tokenizer_config.json", b"{}")).get(RENDERER, "")))
     return None if parsers is None else ParserNames(*parsers)
 
 
 def chosen_parsers(bundle: Bundle, engine: Mapping[str, Any]) -> tuple[ParserNames, frozenset[str]]:
-    """Return the parsers of a model, and the PARSER_KEYS that the entry's `engine:` section sets."""
+    """Return the parsers of a model, and those of the PARSER_KEYS that the catalog entry's `engine:` section sets."""
     given = {key: str(engine[key]) for key in PARSER_KEYS if engine.get(key)}
     config = json.loads(bundle.files.get("config.json", b"{}"))
     template = bundle.files.get("chat_template.jinja", b"").decode(errors="replace")

@@ -1,7 +1,8 @@
 """Detection of hanging parses: whether a parser process works on one session for too long.
 
-A process that waits for a CPU does not hang, so the CPU time of the process decides. A process that sleeps uses no CPU
-time, so there is also a bound on the wall time. The bound is so long that a busy machine does not reach it.
+The process's CPU time is measured, so that time in which the process waits for a CPU does not count. A hanging process
+that sleeps uses no CPU time, so there is also a bound on the wall time. This bound is so long that a busy machine does
+not reach it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ WALL_LIMIT_S = 20.0
 
 @dataclass(slots=True)
 class HangWatch:
-    """The watch over one process. `progress` returns the same as ParserProgress.read; `cpu_s` returns the CPU seconds
-    that the process has used."""
+    """Detects whether one process hangs.
+
+    `progress`: returns the same values as ParserProgress.read. `cpu_s`: returns the CPU seconds that the process has
+    used.
+    """
 
     progress: Callable[[], tuple[int, int]]
     cpu_s: Callable[[], float]
@@ -33,11 +37,11 @@ class HangWatch:
 
     @classmethod
     def of(cls, host: ParserHost) -> HangWatch:
-        """Return the watch over a started process."""
+        """Return the HangWatch of a started process."""
         return cls(host.progress.read, lambda: cpu_seconds(host.pid))
 
     def hung(self, now: float) -> int:
-        """Return the session on which the process hangs; NONE if it does not hang. `now`: monotonic seconds."""
+        """Return the session at which the process hangs; NONE if it does not hang. `now`: monotonic seconds."""
         seen = self.progress()
         if seen != self._seen or seen[0] == NONE:
             self._seen, self._since = seen, (self.cpu_s(), now)

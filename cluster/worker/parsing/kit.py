@@ -1,4 +1,7 @@
-"""The parsers of one model, loaded once: vLLM's parser class and the tokenizer, from which sessions are opened."""
+"""The parsers of one model: vLLM's parser class and the model's tokenizer.
+
+They are loaded once; sessions are opened from them.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ log = structlog.get_logger("parser")
 
 @dataclass(frozen=True, slots=True)
 class KitSettings:
-    """Settings of a parser process: the model's folder with its tokenizer, and the parsers' names.
+    """Settings of a parser process: the model's folder, which has its tokenizer, and the names of the parsers.
 
     `plugin`: path of a Python file that registers further reasoning parsers; "" for none. `long_call`: see LONG_CALL.
     """
@@ -65,8 +68,10 @@ class ParserKit:
     def open(
         self, opening: wire.Open, working: Callable[[], None] = lambda: None
     ) -> tuple[ParserSession | None, wire.Opened]:
-        """Open a session. Returns the session and the reply; if the request is refused, None and a reply with the
-        reason. `working`: see ParserSession."""
+        """Open a session; return the session and the reply to the worker. `working`: see ParserSession.
+
+        If the request is refused, return None and a reply with the reason.
+        """
         try:
             return self._open(opening, working)
         except WrongRequest as wrong:
@@ -102,14 +107,18 @@ def _as_json(values: dict[str, Any]) -> str:
 
 
 def load_kit(settings: KitSettings) -> ParserKit:
-    """Load the tokenizer and the parsers. Raises ValueError if vLLM has no such parser, or if the parser cannot be used
-    with the tokenizer."""
+    """Load the tokenizer and the parsers.
+
+    Raises ValueError if vLLM has no parser of this name, or if the parser cannot be used with the tokenizer.
+    """
     return kit_of(_tokenizer(settings), settings)
 
 
 def _tokenizer(settings: KitSettings) -> Any:
-    """Return the model's tokenizer, wrapped in the cache that vLLM's server uses. Without the cache, each parser would
-    read the vocabulary anew."""
+    """Return the model's tokenizer, wrapped in the same cache as in vLLM's server.
+
+    Without the cache, each parser would read the vocabulary again.
+    """
     from cluster.worker.weights.vocabulary import load_tokenizer
 
     try:
@@ -124,10 +133,10 @@ def _tokenizer(settings: KitSettings) -> Any:
 
 
 def usable_parsers(settings: KitSettings, given: Container[str]) -> ParserNames:
-    """Return the parsers of `settings` that can be used with the model's tokenizer.
+    """Return those of the parsers in `settings` that can be used with the model's tokenizer.
 
-    `given`: keys of the parsers that the model's entry names; other parsers were chosen by the model's family. Raises
-    ValueError if a parser that the entry names cannot be used.
+    `given`: keys of the parsers that the catalog entry names; the other parsers were chosen by the model's family.
+    Raises ValueError if a parser that the entry names cannot be used.
     """
     tokenizer = _tokenizer(settings)
     kept = settings.names
@@ -148,7 +157,7 @@ def usable_parsers(settings: KitSettings, given: Container[str]) -> ParserNames:
 
 
 def kit_of(tokenizer: Any, settings: KitSettings) -> ParserKit:
-    """Return the kit of a loaded tokenizer. Raises ValueError as `load_kit` does."""
+    """Return the ParserKit for a tokenizer that is already loaded. Raises ValueError as `load_kit` does."""
     try:
         from vllm.parser import ParserManager
     except ImportError as error:
@@ -183,9 +192,9 @@ def kit_of(tokenizer: Any, settings: KitSettings) -> ParserKit:
 
 
 def _load_harmony() -> None:
-    """Load the vocabulary of the harmony format. Raises ValueError if that is impossible.
+    """Load the vocabulary of the harmony format now. Raises ValueError if that is impossible.
 
-    Otherwise vLLM would load the vocabulary with the first request, and the request would fail.
+    vLLM would otherwise load it during the first request, and an error would fail that request.
     """
     from vllm.entrypoints.openai.parser.harmony_utils import get_encoding
 

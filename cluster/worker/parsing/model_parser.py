@@ -26,10 +26,11 @@ log = structlog.get_logger("parser")
 
 
 def model_parser(spec: ModelSpec, folder: Path, bundle: Bundle) -> OutputParser | None:
-    """Return the output parser of a model on vLLM; None if the model has no parsers. Blocks; imports vLLM's parsers.
+    """Return the output parser of a model on vLLM; None if the model has no parsers. Blocks, and imports vLLM's
+    parsers.
 
-    A family's parser that cannot be used with the model's tokenizer is left out. Raises ValueError if a parser that the
-    entry names cannot be used.
+    If a parser was chosen by the model's family and cannot be used with the model's tokenizer, it is left out. Raises
+    ValueError if a parser that the catalog entry names cannot be used.
     """
     names, given = chosen_parsers(bundle, spec.engine)
     if not names:
@@ -39,10 +40,11 @@ def model_parser(spec: ModelSpec, folder: Path, bundle: Bundle) -> OutputParser 
 
 
 def model_renderer(spec: ModelSpec, folder: Path, bundle: Bundle) -> PromptRenderer | None:
-    """Return the renderer of a model on vLLM. Blocks, and imports vLLM.
+    """Return the renderer of a model on vLLM; None if gateways must render the model's chat template. Blocks; imports
+    vLLM.
 
-    Returns None if gateways must render the model's chat template: the model has no renderer, or its renderer cannot be
-    loaded but a chat template exists. Raises ValueError if the renderer cannot be loaded and there is no chat template.
+    Gateways must render the template if the model has no renderer, or if the renderer cannot be loaded but a chat
+    template exists. Raises ValueError if the renderer cannot be loaded and there is no chat template.
     """
     name = renderer_in(bundle)
     if not name:
@@ -58,21 +60,25 @@ def model_renderer(spec: ModelSpec, folder: Path, bundle: Bundle) -> PromptRende
 
 
 def requested_renderer(spec: ModelSpec, folder: Path, bundle: Bundle) -> PromptRenderer | None:
-    """Return the renderer that the entry names, for a simulated engine; None if it names none or vLLM is missing."""
+    """Return the renderer for a model on a simulated engine, if the catalog entry asks for one.
+
+    Returns None if the entry asks for none, or if vLLM is missing.
+    """
     name = renderer_in(bundle)
     named = "tokenizer_mode" in spec.engine and importlib.util.find_spec("vllm") is not None
     return _renderer(spec, folder, name) if name and named else None
 
 
 def renderer_in(bundle: Bundle) -> str:
-    """Return the name of the renderer that a bundle names; "" if gateways render the model's chat template."""
+    """Return the name of the bundle's renderer; "" if gateways render the model's chat template."""
     return str(json.loads(bundle.files.get("tokenizer_config.json", b"{}")).get(RENDERER, ""))
 
 
 def requested_parser(spec: ModelSpec, folder: Path, bundle: Bundle) -> OutputParser | None:
-    """Return an output parser with the parsers that the entry names, for a simulated engine; None if it names none.
+    """Return the output parser for a model on a simulated engine, with the parsers that the catalog entry names.
 
-    The family's parsers are not used: they need vLLM, which a machine with simulated engines may lack.
+    Returns None if the entry names no parser. Parsers of the model's family are not used: they need vLLM, which a
+    machine with simulated engines may lack.
     """
     names, given = chosen_parsers(bundle, spec.engine)
     own = ParserNames(*(name if key in given else "" for key, name in zip(PARSER_KEYS, names.values, strict=True)))
@@ -94,7 +100,7 @@ def _parser(settings: KitSettings) -> OutputParser | None:
 
 
 def with_parsers(info: EngineInfo, parser: OutputParser | None, renderer: PromptRenderer | None = None) -> EngineInfo:
-    """Return an engine's properties with the capabilities of the worker's parsers and renderer."""
+    """Return `info` with the capabilities of the worker's parsers and renderer added."""
     words = () if parser is None else parser.names.capabilities
     renders = () if renderer is None else (RENDERER_CAPABILITY + renderer.name,)
     return replace(info, capabilities=(*info.capabilities, *words, *renders))

@@ -1,4 +1,4 @@
-"""The request for the engine: the caller's request with the grammar that the parser has made from its tools."""
+"""The request that the engine gets: the caller's request, with the grammar that the parser has made from its tools."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ MAX_GRAMMAR_BYTES = 256 << 10
 
 
 def refused(field: str, reason: str) -> EngineRefused:
-    """Return the refusal of a request. With a `field`, the caller's request is wrong; otherwise the worker failed."""
+    """Return the error that refuses a request.
+
+    `field`: the wrong field of the caller's request; "" if the worker has failed.
+    """
     if not field:
         return EngineRefused(Outcome.INTERNAL.name, reason)
     return EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {reason}", field)
 
 
 def with_grammar(request: EngineRequest, opened: wire.Opened) -> EngineRequest:
-    """Return a request with the grammar of its session, and with the values that decide from which token on the grammar
-    applies.
+    """Return the request with the grammar that its session's reply `opened` contains.
 
-    Raises EngineRefused for a grammar that is too large.
+    The reply's values also determine from which token on the grammar applies. Raises EngineRefused for a grammar that
+    is too large.
     """
     sampling, text = request.sampling, opened.grammar
     grammar = sampling.grammar

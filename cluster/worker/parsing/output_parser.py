@@ -1,8 +1,8 @@
 """The worker's side of its parser process: sessions, and the replacement of a process that has ended or hangs.
 
-A new process begins all sessions anew and replays their tokens. Parts that were returned before are not returned again,
-so callers do not notice the replacement. A request whose parse hangs fails, and so does a request on which a process
-has died twice.
+A session is the parsing of one request's output. A new process begins all sessions anew and replays their tokens. Parts
+that were already returned are not returned again, so callers do not notice the replacement. A request fails if its
+parse hangs, or if a process has ended twice while it worked on the request.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OPEN_S = 60.0
 
 
 class OutputParser(ReplacedProcess):
-    """The output parser of a worker with parsers; see OutputParsers."""
+    """The output parser of a worker that has parsers. It implements OutputParsers."""
 
     def __init__(
         self,
@@ -41,7 +41,11 @@ class OutputParser(ReplacedProcess):
         start: Callable[[], ParserHost],
         watch: Callable[[ParserHost], HangWatch] = HangWatch.of,
     ) -> None:
-        """`start` starts a parser process and blocks until it exists."""
+        """Create the parser; `run` starts its process.
+
+        `names`: the parsers. `start`: starts a parser process and blocks until the process exists. `watch`: returns the
+        HangWatch of a process.
+        """
         super().__init__(start, watch)
         self.names = names
         self._numbers: dict[str, int] = {}
@@ -92,7 +96,7 @@ class OutputParser(ReplacedProcess):
         return record
 
     def divert(self, outputs: Sequence[TokenOutput]) -> tuple[Sequence[TokenOutput], Sequence[TokenOutput]]:
-        """Take the outputs of requests with a session out of a step; see OutputParsers."""
+        """Remove the outputs of requests with a session from a step's outputs; see OutputParsers."""
         if not self._numbers:
             return outputs, ()
         passed, taken, items = [], [], []
@@ -146,13 +150,13 @@ class OutputParser(ReplacedProcess):
                 self._begin_sessions(connection)
 
     def _refuse_all(self, reason: str) -> None:
-        """Refuse the requests that wait for their session."""
+        """Refuse all requests whose sessions are not open yet."""
         for record in self._sessions.values():
             if not record.opened.done():
                 record.opened.set_result(wire.Opened(record.number, error=reason))
 
     def _begin_sessions(self, connection: ParserConnection) -> None:
-        """Begin all sessions in a new process, and send the unanswered outputs again."""
+        """Begin all sessions in a new process, and send it the outputs that the last process did not answer."""
         connection.is_ready = True
         for record in self._sessions.values():
             if record.has_ended:
@@ -173,14 +177,20 @@ class OutputParser(ReplacedProcess):
         self._has_done.set()
 
     def _fail(self, record: SessionRecord, reason: str) -> None:
-        """Fail one request: refuse it if its session is not open yet, otherwise end its output with an error."""
+        """Fail one request.
+
+        If its session is not open yet, refuse the request; otherwise end its output with an error.
+        """
         if not record.opened.done():
             record.opened.set_result(wire.Opened(record.number, error=reason, field="tools"))
         elif not record.has_ended:
             self._return(record, failed(record.request.request_id, f"the output could not be parsed: {reason}"))
 
     def _record_death(self, number: int) -> None:
-        """Count the death of a process for the session on which it worked. The session fails after MAX_DEATHS."""
+        """Record that the process has ended while it worked on session `number`.
+
+        If this has happened MAX_DEATHS times, the session's request fails.
+        """
         record = self._sessions.get(number)
         if record is None:
             return

@@ -1,9 +1,9 @@
-"""The parser process: one process of a worker that parses the outputs of all its requests. A worker that also renders
-chats does so in a second process of the same kind, so that no render delays tokens.
+"""The parser process: one process of a worker that parses the outputs of all its requests. If the worker also renders
+chats, a second process of the same kind renders them, so that rendering does not delay tokens.
 
-Each process is a fork of the fork server, which has imported vLLM, or a new interpreter where there is no fork server.
-The process answers the worker's messages in order, and ends when the worker closes the connection. If a parse hangs at
-that time, a thread ends the process.
+Each process is a fork of the fork server, which has already imported vLLM. Without a fork server, it is a new
+interpreter. The process answers the worker's messages in order, and ends when the worker closes the connection. If a
+parse hangs at that time, a thread ends the process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Kit = ParserKit | RendererKit
 
 
 class ParserSessions:
-    """The sessions of the process. Every message gets at most one reply."""
+    """The sessions of the parser process. Each message of the worker gets at most one reply."""
 
     def __init__(self, kit: Kit, progress: ParserProgress) -> None:
         self._kit = kit
@@ -50,7 +50,7 @@ class ParserSessions:
         self._sessions: dict[int, ParserSession] = {}
 
     def answer(self, request: wire.Request) -> wire.Reply | None:
-        """Carry out a message and return the reply."""
+        """Carry out a message of the worker; return the reply, or None for a message without a reply."""
         match request:
             case wire.Open():
                 return self._open(request)
@@ -103,7 +103,10 @@ class ParserSessions:
 
 
 def _place(error: Exception) -> str:
-    """Return an error's type and the line that raised it, without the message, which may contain a caller's text."""
+    """Return an error's type and the line that raised it.
+
+    The error's message is left out, since it may contain a caller's text.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     return f"{type(error).__name__} at {frames[-1].filename}:{frames[-1].lineno}" if frames else type(error).__name__
 
@@ -124,9 +127,9 @@ def serve(connection: socket.socket, load: Callable[[], Kit], progress: ParserPr
 
 
 class ParserHost:
-    """A started parser, as the worker sees it: the worker's end of the connection, and the parser's progress.
+    """The worker's view of a started parser: the worker's end of the connection, and the parser's progress.
 
-    `kill` ends the process and waits until it is gone. `pid` is None if the parser has no process of its own.
+    `kill`: ends the process and waits until it is gone. `pid`: None if the parser has no process of its own.
     """
 
     def __init__(
@@ -139,7 +142,7 @@ class ParserHost:
 
 
 def start_process(settings: KitSettings) -> ParserHost:
-    """Start a parser process. Blocks until the process exists; the process then loads its parsers."""
+    """Start a parser process. Blocks until the process exists. The process itself then loads its parsers."""
     ours, theirs = socket.socketpair()
     memory = new_memory()
     try:
@@ -187,7 +190,10 @@ def _from_json(text: str) -> KitSettings:
 
 
 def _main(connection: socket.socket, settings: KitSettings) -> None:
-    """Run the process. The first bytes on the connection bring the descriptor of the shared memory."""
+    """Run the parser process.
+
+    The first message on the connection passes the descriptor of the shared memory for progress.
+    """
     # Some parsers log an error with a traceback for every token of a malformed call, with the output in it.
     logging.getLogger("vllm").setLevel(logging.CRITICAL)
     configure_as_parent()
@@ -207,7 +213,7 @@ def _load(settings: KitSettings) -> Kit:
 
 
 def _end_with_worker(connection: socket.socket) -> None:
-    """End the process when the worker has closed the connection, even while a parse hangs."""
+    """Wait until the worker has closed the connection, then end this process, even if a parse hangs."""
     poll = select.poll()
     poll.register(connection, _CLOSED)
     poll.poll()

@@ -41,7 +41,7 @@ tool call even from such an answer."""
 
 @dataclass(frozen=True, slots=True)
 class ParserNames:
-    """The parsers of a model by vLLM's names; "" for none."""
+    """The parsers of a model, by their names in vLLM; "" for none."""
 
     tools: str = ""
     reasoning: str = ""
@@ -51,7 +51,7 @@ class ParserNames:
 
     @property
     def leave_text_unchanged(self) -> bool:
-        """Whether an answer to a request without tools consists of the output's unchanged text and needs no parsing."""
+        """Whether an answer to a request without tools is the output's unchanged text, so that it needs no parsing."""
         return not self.reasoning and self.tools in LEAVE_TEXT_UNCHANGED
 
     @property
@@ -67,38 +67,45 @@ class ParserNames:
 
 
 class OutputParsers(Protocol):
-    """The parser of a worker's outputs.
+    """Interface of the parser of a worker's outputs.
 
-    A request with `parsing` is opened before the engine gets it, and then has a session until `close`. The session
-    takes the request's outputs from the steps and gives them back parsed, in order.
+    `open` begins a session for a request with `parsing`, before the engine gets the request. The session lasts until
+    `close`. `divert` takes the request's outputs from the steps, and `parsed` returns them parsed, in order.
     """
 
     async def run(self) -> None:
-        """Parse until cancelled."""
+        """Parse outputs until cancelled."""
 
     async def open(self, request: EngineRequest) -> EngineRequest:
         """Open a session for a request with `parsing`; return the request with the grammar that its tools require.
 
-        If nothing needs to be parsed, there is no session and the returned request has no `parsing`. Raises
+        If nothing needs to be parsed, no session is opened, and the returned request has no `parsing`. Raises
         EngineRefused if the request cannot be parsed.
         """
 
     def divert(self, outputs: Sequence[TokenOutput]) -> tuple[Sequence[TokenOutput], Sequence[TokenOutput]]:
-        """Take the outputs of requests with a session out of a step. Returns the other outputs and the taken outputs.
-        `parsed` later returns the taken outputs."""
+        """Divide a step's outputs: return the outputs that need no parsing, and the outputs that will be parsed.
+
+        `parsed` later returns the outputs of the second kind.
+        """
 
     async def parsed(self) -> Sequence[TokenOutput]:
-        """Wait for parsed outputs. Each has `parsed`, or `finish` ERROR and `message` if its request failed.
+        """Wait for parsed outputs; return them. An output has `parsed`, or `finish` ERROR and a `message` if its
+        request failed.
 
-        The output that has a stop string is the request's last, has `finish` STOP and no tokens after the stop string.
+        If an output contains a stop string, it is the request's last output. It then has `finish` STOP, and no tokens
+        after the stop string.
         """
 
     def close(self, request_id: str) -> None:
-        """End a session. Outputs of the request that are not parsed yet are dropped. Unknown ids are ignored."""
+        """End a request's session. Outputs that are not parsed yet are dropped. An unknown id is ignored."""
 
 
 class NoParsers:
-    """The output parser of a worker without parsers. It ignores `parsing`, and refuses requests that need tools."""
+    """The implementation of OutputParsers for a worker without parsers.
+
+    It removes `parsing` from requests, and refuses requests that need tools.
+    """
 
     async def run(self) -> None:
         """Wait until cancelled."""
@@ -110,7 +117,7 @@ class NoParsers:
         return replace(request, parsing=None)
 
     def divert(self, outputs: Sequence[TokenOutput]) -> tuple[Sequence[TokenOutput], Sequence[TokenOutput]]:
-        """Return all outputs as not taken."""
+        """Return all outputs as outputs that need no parsing."""
         return outputs, ()
 
     async def parsed(self) -> Sequence[TokenOutput]:
@@ -119,7 +126,7 @@ class NoParsers:
         return ()
 
     def close(self, request_id: str) -> None:
-        """Do nothing."""
+        """Do nothing, since there are no sessions."""
 
 
 def refuse_tools(request: EngineRequest) -> None:

@@ -24,15 +24,20 @@ CHECK_S = 0.25
 
 
 class _Hung(Exception):
-    """The process works on one session for too long."""
+    """An error for a process that works on one session for too long."""
 
 
 class ReplacedProcess(ABC):
-    """A connected process that is replaced when it ends or hangs. A subclass defines the process's work, and repeats
-    unfinished work in the new process."""
+    """A connected helper process that is replaced when it ends or hangs.
+
+    A subclass defines the process's work, and gives unfinished work to the new process again.
+    """
 
     def __init__(self, start: Callable[[], ParserHost], watch: Callable[[ParserHost], HangWatch]) -> None:
-        """`start` starts a process and blocks until it exists. `watch` returns the HangWatch of a process."""
+        """Create the object; `run` starts the process.
+
+        `start`: starts a process and blocks until the process exists. `watch`: returns the HangWatch of a process.
+        """
         self._start = start
         self._watch = watch
         self._connection: ParserConnection | None = None
@@ -45,14 +50,14 @@ class ReplacedProcess(ABC):
 
     @abstractmethod
     def _fail_hung(self, number: int) -> None:
-        """Fail the session on which the process hangs."""
+        """Fail the session at which the process hangs."""
 
     @abstractmethod
     def _record_death(self, number: int) -> None:
-        """Record that the process has ended. `number`: the session on which it worked; 0 for none."""
+        """Record that the process has ended. `number`: the session on which the process worked; 0 for none."""
 
     async def run(self) -> None:
-        """Run the process, and replace it when it ends, until cancelled."""
+        """Until cancelled, run the process, and replace it whenever it ends."""
         while True:
             began, answered = time.monotonic(), False
             try:
@@ -64,13 +69,15 @@ class ReplacedProcess(ABC):
                 await asyncio.sleep(RESTART_S)
 
     def _send(self, message: wire.Request) -> None:
-        """Send a message to the process. Without a loaded process, do nothing: the next process begins the work
-        anew."""
+        """Send a message to the process.
+
+        If no process is loaded, do nothing: the next process gets all unfinished work anyway.
+        """
         if self._connection is not None and self._connection.is_ready:
             self._connection.send(message)
 
     async def _run_process(self) -> bool:
-        """Run one process until it ends. Returns whether it had loaded its parsers or renderer."""
+        """Run one process until it ends; return whether it had loaded its parsers or its renderer."""
         host = await asyncio.to_thread(self._start)
         connection: ParserConnection | None = None
         parts: list[asyncio.Task[None]] = []
@@ -100,7 +107,10 @@ class ReplacedProcess(ABC):
             self._apply(connection, await connection.receive())
 
     async def _check(self, host: ParserHost) -> None:
-        """Raise _Hung when the work on a session takes too long; the session then fails."""
+        """Check regularly whether the process hangs.
+
+        If it does, fail the session at which it hangs, and raise _Hung.
+        """
         watch = self._watch(host)
         while True:
             await asyncio.sleep(CHECK_S)

@@ -1,8 +1,8 @@
 """One request in the parser process: its tokens go through vLLM's detokenizer and parser, one token at a time.
 
-The parts of a streamed answer equal those that vLLM's own server makes if each step gives one token. An answer that is
-not streamed is parsed as a whole, as in vLLM's own server. So the joined parts depend on the tokens alone, and a
-resumed request replays its tokens.
+For a streamed answer, the parts are those that vLLM's own server would make if each step gave one token. An answer that
+is not streamed is parsed as a whole, as in vLLM's own server. So the joined parts depend on the tokens alone, and the
+parsing of a resumed request can begin with a replay of its tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CONTENT, _REASONING, _TOOL_NAME, _TOOL_ARGUMENTS = map(
 class ParserSession:
     """The parsing of one request's output.
 
-    `parser`: vLLM's Parser, made for this request. `request`: vLLM's ChatCompletionRequest, adjusted by the parser.
+    `parser`: vLLM's Parser, made for this request. `request`: vLLM's ChatCompletionRequest, as `adjust` has changed it.
     """
 
     def __init__(
@@ -46,8 +46,11 @@ class ParserSession:
         working: Callable[[], None] = lambda: None,
         replays_together: bool = False,
     ) -> None:
-        """Begin a session and replay its emitted tokens. `working` is called from time to time during long work.
-        `replays_together`: whether several emitted tokens may be replayed in one parse."""
+        """Begin a session and replay its emitted tokens.
+
+        `coalescing`: decides when to parse. `working`: is called from time to time during long work.
+        `replays_together`: whether several emitted tokens may be replayed in one parse.
+        """
         self._parser = parser
         self._request = request
         self._coalescing = coalescing
@@ -68,7 +71,7 @@ class ParserSession:
         self._replay(wire.unpack_ids(opening.emitted))
 
     def _replay(self, emitted: Sequence[int]) -> None:
-        """Take the emitted tokens, and keep their parts for the first answer."""
+        """Parse the tokens that were emitted before the session, and keep their parts for the first answer."""
         together = REPLAYED_TOKENS if self._replays_together else 1
         for token_id in emitted:
             if self._is_whole or self._reasons or together == 1:
@@ -83,7 +86,11 @@ class ParserSession:
             self._parse(False)
 
     def feed(self, number: int, ids: Sequence[int], state: int) -> wire.Parsed:
-        """Parse the next tokens. `number`: the session's number. `state`: RUNS, STOPPED, ENDED or FAILED."""
+        """Parse the next tokens; return the result for the worker.
+
+        `number`: the session's number. `state`: state of the output after these tokens (RUNS, STOPPED, ENDED or
+        FAILED).
+        """
         kept = len(ids)
         if state == wire.FAILED:
             return wire.Parsed(number, [], kept)
@@ -105,7 +112,7 @@ class ParserSession:
         return bool(self._stop)
 
     def _take_all(self, ids: Sequence[int], state: int) -> int:
-        """Take tokens until a stop string is found; return the number of tokens taken."""
+        """Parse tokens until a stop string is found; return the number of tokens used."""
         last = len(ids) - 1
         for at, token_id in enumerate(ids):
             self._take(token_id, state if at == last else wire.RUNS)
@@ -114,7 +121,7 @@ class ParserSession:
         return len(ids)
 
     def _take(self, token_id: int, state: int) -> None:
-        """Detokenize and parse one token."""
+        """Detokenize one token, and parse it if a parse is due."""
         ended = self._decode(token_id, state)
         if self._is_whole:
             if ended:
@@ -123,7 +130,7 @@ class ParserSession:
             self._parse(ended)
 
     def _decode(self, token_id: int, state: int) -> bool:
-        """Detokenize one token, and search its text for stop strings. Returns whether the output has ended."""
+        """Detokenize one token, and search its text for stop strings; return whether the output has ended."""
         self._ids.append(token_id)
         if not len(self._ids) % REPLAYED_TOKENS:
             self._working()
@@ -140,7 +147,7 @@ class ParserSession:
         return ended
 
     def _finish(self) -> None:
-        """Parse what is left at the end of the output."""
+        """At the end of the output, parse the tokens that are not parsed yet."""
         if self._is_whole:
             self._parse_whole()
         else:
@@ -193,7 +200,7 @@ class ParserSession:
 
 
 def _delta_parts(delta: Any, single: bool) -> Sequence[Part]:
-    """Return the parts of vLLM's DeltaMessage. `single`: whether only the first tool call counts."""
+    """Return the parts in vLLM's DeltaMessage. `single`: whether to leave out all tool calls except the first."""
     parts: list[Part] = []
     if delta.reasoning:
         parts.append((_REASONING, delta.reasoning, 0))

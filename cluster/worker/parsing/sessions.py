@@ -1,5 +1,6 @@
-"""The worker's records of the sessions of its parsed requests, from which each session can begin anew in another
-process.
+"""The worker's records of the sessions of its parsed requests.
+
+From its record, a session can begin anew in another process.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ _NOTHING = ParsedOutput()
 
 @dataclass(slots=True, eq=False)
 class SessionRecord:
-    """A request whose output is parsed. `ids`: all tokens of the output, emitted ones included.
+    """A request whose output is parsed.
 
-    `answered`: number of `ids` whose parts have come back. `sent`: number of `ids` that the parser has got or will get.
-    `pending`: outputs that are sent and not answered, each with the number of `ids` up to its end.
+    `ids`: all tokens of the output, including those emitted earlier. `answered`: number of `ids` whose parts the parser
+    has returned. `sent`: number of `ids` that were sent to the parser or will be. `pending`: outputs that were sent and
+    are not answered yet, each with the number of `ids` up to its end.
     """
 
     number: int
@@ -51,7 +53,10 @@ class SessionRecord:
         return record
 
     def opening(self) -> wire.Open:
-        """Return the message that begins the session, or begins it anew after the answers so far."""
+        """Return the message that begins the session.
+
+        A new process gets it, too, and continues after the answers so far.
+        """
         sampling = self.request.sampling
         self.repeated_chars = self.delivered_chars
         return wire.Open(
@@ -66,7 +71,7 @@ class SessionRecord:
         )
 
     def take(self, output: TokenOutput) -> tuple[int, bytes, int] | None:
-        """Record an output of the engine, and return its feed item with all tokens that are not sent yet.
+        """Record an output of the engine; return the item of a Feed message with all tokens that are not sent yet.
 
         Returns None if the output needs no parsing yet: the answer is parsed as a whole, has no stop strings and does
         not end with this output. `output` then has no parts and can be sent to the gateway.
@@ -80,7 +85,10 @@ class SessionRecord:
         return self._item(output, begin, self.sent)
 
     def again(self) -> list[tuple[int, bytes, int]]:
-        """Return the feed items of the unanswered outputs, for a new process."""
+        """Return the items of a Feed message for the outputs that are not answered yet.
+
+        They are sent to a new process.
+        """
         items, begin = [], self.answered
         for output, end in self.pending:
             items.append(self._item(output, begin, end))
@@ -91,7 +99,7 @@ class SessionRecord:
         return self.number, self.ids[begin:end].tobytes(), _state(output.finish)
 
     def answer(self, parsed: wire.Parsed) -> TokenOutput:
-        """Complete the oldest output that is not answered, and return it."""
+        """Complete the oldest output that is not answered yet with the parser's result, and return the output."""
         output, self.answered = self.pending.popleft()
         if parsed.error:
             return failed(output.request_id, f"the output could not be parsed: {parsed.error}")
@@ -106,9 +114,9 @@ class SessionRecord:
         return output
 
     def _new_parts(self, given: Sequence[OutputPart]) -> Sequence[OutputPart]:
-        """Return the parts without the text that was delivered before the session began anew.
+        """Return the parts without the text that was already delivered before the session began anew.
 
-        The repeated tokens give the same text, but it may be divided into parts in another way. So characters are
+        The repeated tokens give the same text, but the text may be divided into parts differently. So characters are
         counted.
         """
         if not self.repeated_chars:
@@ -127,7 +135,7 @@ class SessionRecord:
 
 
 def failed(request_id: str, message: str) -> TokenOutput:
-    """Return the last output of a request that cannot be parsed."""
+    """Return the last output of a request whose output cannot be parsed: an error with `message`."""
     return TokenOutput(request_id, (), FinishReason.ERROR, message=message)
 
 

@@ -1,7 +1,8 @@
-"""Messages between the worker and its parser process: a length and msgpack, on a stream socket.
+"""Messages between the worker and its parser process, sent over a stream socket: the length, then the message in
+msgpack.
 
-Both sides are processes of one worker, so a message that cannot be decoded is a fault and ends the process. Token ids
-are packed, four bytes each.
+Both sides are processes of one worker. So if a message cannot be decoded, this is a bug, and the process ends. Token
+ids are packed with four bytes each.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Part = tuple[int, str, int]
 
 
 class GrammarText(msgspec.Struct, array_like=True, frozen=True):
-    """A grammar. `values`: the strings of a choice."""
+    """A grammar as text. `values`: the allowed strings of a grammar of kind `choice`."""
 
     kind: str
     value: str = ""
@@ -35,9 +36,10 @@ class GrammarText(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Open(msgspec.Struct, array_like=True, tag=1, frozen=True):
-    """Begin session `number`. `request`, `stop` and `is_whole`: see OutputParsing. `prompt`, `emitted`: packed ids.
+    """Message to the parser: begin session `number`, which parses the output of one request.
 
-    The session's first answer also has the parts of the emitted tokens.
+    `request`, `stop`, `is_whole`: see OutputParsing. `prompt`, `emitted`: packed ids. The session's first answer
+    includes the parts of the emitted tokens.
     """
 
     number: int
@@ -51,19 +53,25 @@ class Open(msgspec.Struct, array_like=True, tag=1, frozen=True):
 
 
 class Feed(msgspec.Struct, array_like=True, tag=2, frozen=True):
-    """Outputs of a step: each one's session, packed ids and state (RUNS, STOPPED, ENDED or FAILED)."""
+    """Message to the parser with outputs of a step.
+
+    An item is a session's number, packed ids, and the output's state (RUNS, STOPPED, ENDED or FAILED).
+    """
 
     items: list[tuple[int, bytes, int]]
 
 
 class Close(msgspec.Struct, array_like=True, tag=3, frozen=True):
-    """End a session."""
+    """Message to the parser: end a session."""
 
     number: int
 
 
 class Render(msgspec.Struct, array_like=True, tag=4, frozen=True):
-    """Render a chat. `chat`: JSON with the FIELDS of rendering/kit.py. `max_tokens`: see Rendered."""
+    """Message to the renderer: render a chat.
+
+    `chat`: JSON with the FIELDS of rendering/kit.py. `max_tokens`: most ids that the reply may have.
+    """
 
     number: int
     chat: bytes
@@ -71,13 +79,13 @@ class Render(msgspec.Struct, array_like=True, tag=4, frozen=True):
 
 
 class Ready(msgspec.Struct, array_like=True, tag=1, frozen=True):
-    """The process has loaded its parsers; or `error` says why it cannot."""
+    """Message of the process after its start: its parsers or its renderer are loaded, or `error` says why not."""
 
     error: str = ""
 
 
 class Opened(msgspec.Struct, array_like=True, tag=2, frozen=True):
-    """The session has begun, or `error` says why it has not. `field`: the wrong field of the request.
+    """Reply to Open: the session has begun, or `error` says why not. `field`: the wrong field of the request.
 
     `grammar`: the grammar that replaces the request's own grammar; None to keep the request's own. `reasoning_ended`:
     whether the reasoning has ended before the output begins; None if the session has no parser for reasoning.
@@ -92,8 +100,10 @@ class Opened(msgspec.Struct, array_like=True, tag=2, frozen=True):
 
 
 class Parsed(msgspec.Struct, array_like=True, frozen=True):
-    """Result of a session for one feed item. `kept`: number of the item's ids up to the end of the stop string `stop`;
-    all ids if `stop` is empty."""
+    """The result of a session for one item of a Feed.
+
+    `kept`: number of the item's ids up to the end of the stop string `stop`; the number of all ids if `stop` is empty.
+    """
 
     number: int
     parts: Sequence[OutputPart]
@@ -104,13 +114,14 @@ class Parsed(msgspec.Struct, array_like=True, frozen=True):
 
 
 class ParsedStep(msgspec.Struct, array_like=True, tag=3, frozen=True):
-    """The answer to a Feed, with one entry for each item of a known session, in order."""
+    """Reply to Feed, with one result for each item whose session is known, in order."""
 
     items: list[Parsed]
 
 
 class Rendered(msgspec.Struct, array_like=True, tag=4, frozen=True):
-    """The prompt of a chat: packed ids, and their number. `ids` is empty if there are more than Render.max_tokens.
+    """Reply to Render: the prompt's packed ids, and their number. `ids` is empty if there are more than
+    Render.max_tokens.
 
     `error`: why there is no prompt. `field`: the wrong field of the chat; "" if no field is wrong.
     """
@@ -130,19 +141,19 @@ _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 
 def pack_ids(token_ids: Sequence[int]) -> bytes:
-    """Pack token ids."""
+    """Return token ids as bytes, four bytes for each id."""
     return array("I", token_ids).tobytes()
 
 
 def unpack_ids(packed: bytes) -> list[int]:
-    """Unpack token ids."""
+    """Return the token ids that `pack_ids` has packed."""
     ids = array("I")
     ids.frombytes(packed)
     return ids.tolist()
 
 
 def encode(message: Request | Reply) -> bytes:
-    """Return a message with its length in front."""
+    """Encode a message, and put its length before it."""
     body = _encoder.encode(message)
     return LENGTH.pack(len(body)) + body
 
@@ -153,7 +164,7 @@ def decode_reply(body: bytes) -> Reply:
 
 
 def receive_request(sock: socket.socket) -> Request | None:
-    """Wait for the worker's next message; None if the worker has closed the connection."""
+    """Wait for the worker's next message and return it; None if the worker has closed the connection."""
     head = _read(sock, LENGTH.size)
     if head is None:
         return None

@@ -1,5 +1,6 @@
-"""Rendering of chats at the worker: messages become prompt ids, by vLLM's own renderers.
+"""Rendering of chats at the worker: vLLM's own renderers turn messages into prompt ids.
 
-A gateway renders a model's Jinja template itself. Some families have none: their prompts are made by Python code that
-only vLLM has (families.py). A process of its own runs that code, so that no render delays tokens (prompt_renderer.py).
+A gateway renders a model's Jinja template itself. Some model families have no template: only Python code in vLLM makes
+their prompts (families.py). A separate process runs this code, so that rendering does not delay tokens
+(prompt_renderer.py).
 """

@@ -1,10 +1,10 @@
-"""The renderer of a model: which code of vLLM makes the prompts of its chats, and which parsers read its outputs.
+"""Choice of a model's renderer: which code of vLLM makes the prompts of its chats, and which parsers read its outputs.
 
 Source: vLLM 0.32, `config/model.py` (modes by architecture), `tokenizers/registry.py` (Mistral's own tokenizers) and
 `renderers/online_renderer.py` (harmony, whatever the tokenizer's mode).
 
-One difference from vLLM: if a folder has both Mistral's own tokenizer and a Jinja template, a gateway renders the
-template, which needs no worker. `engine.tokenizer_mode: mistral` chooses Mistral's own renderer.
+There is one difference from vLLM. If a folder has both Mistral's own tokenizer and a Jinja template, a gateway renders
+the template, because this needs no worker. `engine.tokenizer_mode: mistral` chooses Mistral's own renderer instead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BY_ARCHITECTURE: Final = MappingProxyType(
 
 
 class FamilyParsers(NamedTuple):
-    """Names of vLLM's parsers for the outputs of one family."""
+    """Names of vLLM's parsers for the outputs of one model family."""
 
     tools: str
     reasoning: str
@@ -49,10 +49,11 @@ PARSERS: Final[Mapping[str, FamilyParsers]] = MappingProxyType(
 def renderer_of(
     tokenizer_mode: str, model_type: str, architectures: Collection[str], *, has_template: bool, has_tekken: bool
 ) -> str:
-    """Return the name of a model's renderer; "" for a model whose chat template a gateway renders.
+    """Return the name of a model's renderer; "" if gateways render the model's chat template.
 
-    `tokenizer_mode`: the entry's `engine.tokenizer_mode`. `model_type`, `architectures`: from config.json.
-    `has_tekken`: whether the folder has Mistral's own tokenizer.
+    `tokenizer_mode`: the catalog entry's `engine.tokenizer_mode`. `model_type`, `architectures`: from config.json.
+    `has_template`: whether the folder has a chat template. `has_tekken`: whether the folder has Mistral's own
+    tokenizer.
     """
     if model_type == "gpt_oss":
         return HARMONY
@@ -65,5 +66,5 @@ def renderer_of(
 
 
 def tokenizer_mode_of(renderer: str) -> str:
-    """Return vLLM's tokenizer mode for a renderer; "" for the mode that vLLM chooses itself."""
+    """Return vLLM's tokenizer mode for a renderer; "" if vLLM is to choose the mode itself."""
     return renderer if renderer in MODES else ""

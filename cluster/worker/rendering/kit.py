@@ -1,8 +1,8 @@
-"""vLLM's renderer of one model, loaded once in the renderer's process, which turns chats into prompt ids.
+"""vLLM's renderer of one model, which turns chats into prompt ids. It is loaded once, in the renderer's process.
 
-The whole of vLLM's server path runs (`OnlineRenderer.render_chat`), so the ids are those of vLLM's server. The renderer
-reads few fields of vLLM's configuration. `_config` provides these fields alone, since vLLM's whole configuration takes
-seconds to make and needs the weights.
+A chat takes the same path as in vLLM's server (`OnlineRenderer.render_chat`), so its ids are the same. The renderer
+reads only a few fields of vLLM's configuration. `_config` provides only these fields, since vLLM's whole configuration
+takes seconds to make and needs the weights.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ class RendererKit:
     """A model's tokenizer and vLLM's renderer for it."""
 
     def __init__(self, renderer: str, tokenizer: Any, folder: str) -> None:
-        """`renderer`: a name of families.py. `tokenizer`: the model's tokenizer, loaded as vLLM loads it. Raises
-        ValueError if vLLM cannot render with it."""
+        """Create vLLM's renderer. Raises ValueError if vLLM cannot render with this tokenizer.
+
+        `renderer`: a name of families.py. `tokenizer`: the model's tokenizer, as `renderer_tokenizer` returns it.
+        """
         self._loop = asyncio.new_event_loop()
         self._renderer = _online_renderer(renderer, tokenizer, folder)
 
     def render(self, request: wire.Render) -> wire.Rendered:
-        """Render a chat. A chat that vLLM refuses gives an answer with `error`."""
+        """Render a chat. If vLLM refuses the chat, the result has `error`."""
         try:
             ids = self._ids(request.chat)
         except WrongRequest as wrong:
@@ -47,7 +49,7 @@ class RendererKit:
         return wire.Rendered(request.number, packed, len(ids))
 
     def close(self) -> None:
-        """Close the event loop, on which vLLM's renderer runs."""
+        """Close the event loop that runs vLLM's renderer."""
         self._loop.close()
 
     def _ids(self, chat: bytes) -> list[int]:
@@ -67,7 +69,7 @@ class RendererKit:
 
 
 def chat_of(chat: bytes) -> Any:
-    """Return vLLM's request for a chat, a JSON object with FIELDS. Raises WrongRequest."""
+    """Return vLLM's ChatCompletionRequest for a chat. `chat`: a JSON object with FIELDS. Raises WrongRequest."""
     from pydantic import ValidationError
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.exceptions import VLLMError
@@ -93,7 +95,7 @@ def load_renderer(renderer: str, folder: str, *, trust_remote_code: bool = False
 
 
 def renderer_tokenizer(renderer: str, folder: str, *, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer of a model with a renderer, as vLLM's server loads it. Raises ValueError."""
+    """Return the tokenizer that vLLM's server would load for a model with this renderer. Raises ValueError."""
     from cluster.worker.weights.vocabulary import load_tokenizer
 
     try:
@@ -133,9 +135,9 @@ def _online_renderer(renderer: str, tokenizer: Any, folder: str) -> Any:
 
 
 def _config(renderer: str, folder: str) -> Any:
-    """Return the fields of vLLM's configuration that its text renderers read.
+    """Return those fields of vLLM's configuration that its text renderers read.
 
-    The fields allow a prompt of any length, since the gateway checks the number of ids.
+    The configured context allows a prompt of any length, since the gateway checks the number of ids.
     """
     hf_config = SimpleNamespace(model_type="gpt_oss" if renderer == HARMONY else "")
     model = SimpleNamespace(

@@ -1,8 +1,8 @@
-"""The worker's side of its renderer's process: chats that wait for it, and the replacement of a process that has ended
-or hangs.
+"""The worker's side of its renderer's process: the chats that wait to be rendered, and the replacement of a process
+that has ended or hangs.
 
-The process gets one chat at a time, so a chat that is withdrawn before its turn costs nothing, and the chat that makes
-a process hang or end is known.
+The process gets one chat at a time. So a chat that is withdrawn while it waits costs nothing. If the process hangs or
+ends, it is known which chat has caused this.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _UNSENT = 0
 
 
 def render_watch(host: ParserHost) -> HangWatch:
-    """Return the watch over a renderer's process."""
+    """Return the HangWatch of a renderer's process."""
     return HangWatch(host.progress.read, lambda: cpu_seconds(host.pid), CPU_LIMIT_S, WALL_LIMIT_S)
 
 
@@ -46,12 +46,16 @@ class _Chat:
 
 
 class PromptRenderer(ReplacedProcess):
-    """The renderer of a worker, which makes the prompts of chats. `name`: a renderer of families.py."""
+    """The renderer of a worker, which makes the prompts of chats. `name`: name of the renderer in families.py."""
 
     def __init__(
         self, name: str, start: Callable[[], ParserHost], watch: Callable[[ParserHost], HangWatch] = render_watch
     ) -> None:
-        """`start` starts a process with the renderer, and blocks until it exists."""
+        """Create the renderer; `run` starts its process.
+
+        `start`: starts a process with the renderer, and blocks until the process exists. `watch`: returns the HangWatch
+        of a process.
+        """
         super().__init__(start, watch)
         self.name = name
         self._waiting: dict[int, _Chat] = {}
@@ -65,9 +69,10 @@ class PromptRenderer(ReplacedProcess):
         return len(self._waiting)
 
     async def render(self, chat: bytes, max_tokens: int) -> wire.Rendered:
-        """Render a chat, a JSON object with the FIELDS of kit.py. Returns its prompt, or the reason why it has none.
+        """Render a chat, a JSON object with the FIELDS of kit.py; return its prompt, or the reason why it has none.
 
-        The ids are left out if there are more than `max_tokens`. Waits for other chats and for the process.
+        Waits until earlier chats are rendered and the process is loaded. If the prompt has more than `max_tokens` ids,
+        the ids are left out.
         """
         self._last += 1
         waiting = _Chat(wire.Render(self._last, chat, max_tokens), asyncio.get_running_loop().create_future())
@@ -113,8 +118,11 @@ class PromptRenderer(ReplacedProcess):
             chat.fail("the render takes too long: send a shorter or simpler chat", "messages")
 
     def _record_death(self, number: int) -> None:
-        """Count the end of the process for the chat on which it worked. The next process begins with this chat, unless
-        MAX_DEATHS processes have ended on it or the chat was withdrawn."""
+        """Record that the process has ended while it worked on a chat. The next process begins with this chat.
+
+        The chat is not rendered again if it was withdrawn. It fails if MAX_DEATHS processes have ended while they
+        worked on it.
+        """
         in_work = self._in_work
         if not in_work:
             return

@@ -1,1 +1,1 @@
-"""A model's weights and tokenizer: sources, downloads, digests, checks."""
+"""A model's weights and tokenizer: sources, downloads, digests and checks."""

@@ -1,12 +1,13 @@
 """Checks of an adapter's files (LoRA in PEFT's form) against the base model, in pure Python, before an engine reads
 them.
 
-Problem: vLLM accepts an adapter of another model and answers nonsense. It finds damage in the middle of a step, which
-ends the engine for all callers, and with several ranks even a failed load leaves the ranks' replies in disorder. So an
-adapter must not reach an engine if the engine could refuse it, or would interpret it differently than the adapter's
-author. Only two files are read, adapter_config.json and adapter_model.safetensors, and both completely. The limits
-below bound the time and the memory of the checks. Every fault raises AdapterError, which names file, key, value and
-remedy.
+Problem: vLLM accepts an adapter of another model, and its answers are then nonsense. vLLM finds damage only in the
+middle of a step, which ends the engine for all callers. With several ranks, even a failed load leaves the ranks'
+replies in disorder. So an adapter must not reach an engine if the engine could refuse it, or would interpret it
+differently than the adapter's author.
+
+Only two files are read, adapter_config.json and adapter_model.safetensors, but both completely. The limits below bound
+the time and the memory of the checks. Every fault raises AdapterError, which names file, key, value and remedy.
 """
 
 from __future__ import annotations
@@ -97,7 +98,10 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CheckedAdapter:
-    """The result of a check. `digest`: SHA-256 of the files as hex. `modules`: number of changed layers."""
+    """The result of a check.
+
+    `digest`: SHA-256 of the files, in hexadecimal. `modules`: number of layers that the adapter changes.
+    """
 
     digest: str
     rank: int
@@ -118,9 +122,9 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 def check_adapter(folder: Path, base: Shapes, max_rank: int) -> CheckedAdapter:
-    """Check an adapter's files against the base model's layers (`base_shapes`); return digest, rank and sizes. Blocks.
+    """Check an adapter's files against the base model's layers; return the files' digest, rank and sizes. Blocks.
 
-    `max_rank`: the engine's max_lora_rank. Raises AdapterError and nothing else.
+    `base`: the result of `base_shapes`. `max_rank`: the engine's max_lora_rank. Raises only AdapterError.
     """
     with _guarded(folder):
         content, config_hash = _read_config(folder)
@@ -135,7 +139,10 @@ def check_adapter(folder: Path, base: Shapes, max_rank: int) -> CheckedAdapter:
 
 
 def adapter_digest(folder: Path) -> str:
-    """Return the SHA-256 over an adapter's files, as hex, without checking them. Blocks. Raises AdapterError."""
+    """Return the SHA-256 of an adapter's files in hexadecimal, without checking the files. Blocks.
+
+    Raises AdapterError.
+    """
     with _guarded(folder):
         hashes = []
         for name, most in ((CONFIG, MAX_CONFIG_BYTES), (WEIGHTS, MAX_WEIGHT_BYTES)):
@@ -154,7 +161,7 @@ def _digest(config_hash: str, weights_hash: str) -> str:
 def base_shapes(folder: Path) -> Shapes:
     """Return the shapes of a base model's linear layers, from the headers of its safetensors files. Blocks.
 
-    Layers whose weights are packed in a form that does not show their shape are left out. Raises AdapterError.
+    A layer is left out if its weights are packed in a form that does not show their shape. Raises AdapterError.
     """
     names = sorted(file.name for file in folder.glob("*.safetensors"))[:MAX_BASE_FILES]
     if not names:
@@ -179,7 +186,7 @@ def base_shapes(folder: Path) -> Shapes:
 
 
 def most_weight_bytes(base: Shapes, max_rank: int) -> int:
-    """Return the size of the largest adapter that an engine with this `max_lora_rank` can hold, in bytes."""
+    """Return the size in bytes of the largest adapter that an engine with this `max_lora_rank` can hold."""
     weights = sum(outputs + inputs for outputs, inputs in base.values()) * max_rank
     return min(4 * weights + MAX_HEADER_BYTES + 8, MAX_WEIGHT_BYTES)
 
@@ -197,8 +204,10 @@ def _guarded(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def open_regular(folder: Path, name: str, most_bytes: int) -> Iterator[BinaryIO]:
-    """Open a regular file of a folder. Symbolic links and other kinds of files are refused, and opening never blocks.
-    Raises AdapterError, OSError."""
+    """Open a regular file of a folder, without ever blocking. Symbolic links and special files are refused.
+
+    Raises AdapterError, OSError.
+    """
     try:
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -306,7 +315,7 @@ def _why_no_embedding(name: str) -> str:
 
 
 def _layers(where: str, values: Mapping[str, Any]) -> frozenset[int] | None:
-    """Return the numbers of the layers in layers_to_transform; None for all."""
+    """Return the layer numbers in `layers_to_transform`; None if all layers are transformed."""
     layers = values.get("layers_to_transform")
     if layers is None:
         return None
@@ -325,7 +334,7 @@ def _read_tensors(folder: Path, stream: BinaryIO) -> Mapping[str, Tensor]:
 
 
 def _check_names(folder: Path, tensors: Mapping[str, Tensor], config: _Config) -> Mapping[str, Mapping[str, Tensor]]:
-    """Check the tensors' names; return the tensors `A` and `B` of each changed layer."""
+    """Check the tensors' names; return the tensors `A` and `B` of each layer that the adapter changes."""
     where = f"{folder}/{WEIGHTS}"
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -390,7 +399,7 @@ def _why_no_layer(module: str, base: Shapes) -> str:
 
 
 def _check_values(folder: Path, stream: BinaryIO, tensors: Mapping[str, Tensor], config: _Config) -> str:
-    """Read and check all values, in the file's order, and return the file's SHA-256."""
+    """Read and check all values in the order of the file; return the file's SHA-256."""
     digest = hashlib.sha256()
     stream.seek(0)
     begin = min(tensor.start for tensor in tensors.values())
@@ -409,8 +418,10 @@ def _check_values(folder: Path, stream: BinaryIO, tensors: Mapping[str, Tensor],
 
 
 def _pieces(stream: BinaryIO, length: int) -> Iterator[bytes]:
-    """Yield the next `length` bytes in pieces. No number is split between two pieces. Raises AdapterError if the file
-    has become shorter."""
+    """Yield the next `length` bytes in pieces, none of which ends within a number.
+
+    Raises AdapterError if the file has become shorter.
+    """
     while length > 0:
         piece = stream.read(min(length, PIECE_BYTES))
         if len(piece) < min(length, PIECE_BYTES):

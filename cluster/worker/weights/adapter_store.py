@@ -1,9 +1,10 @@
-"""The adapters on a node's disk: each is fetched from its source, copied, checked, and kept in a folder of its own.
+"""The adapters on a node's disk. Each adapter is fetched from its source, copied, checked, and kept in its own folder.
 
-An adapter's folder is `adapters/<digest>` below the cache folder. The engine's prefix cache knows an adapter by its
-name and its path, so equal paths must mean equal weights. Invariants: an adapter is copied before it is checked, so
-that its source cannot change between the check and the engine's reading; a folder appears under its digest complete or
-not at all; only this user can read and write it. The folders stay, since other replicas of the node may use them.
+An adapter's folder is `adapters/<digest>` below the cache folder. The engine's prefix cache distinguishes adapters by
+name and path, so equal paths must mean equal weights. Invariants: an adapter is copied before it is checked, so that a
+change of its source after the check has no effect; a folder gets its digest as name only when it is complete; only this
+user can read and write the folder. The folders are never removed after use, since other replicas of the node may use
+them.
 """
 
 from __future__ import annotations
@@ -57,8 +58,11 @@ class StoredAdapter:
 
 @dataclass(eq=False, slots=True)
 class AdapterStore:
-    """The adapters of one model on this node. `base`: folder of the base model; None for a simulated engine, which
-    reads no weights, so that only digest and license are checked. `max_rank`: the engine's max_lora_rank."""
+    """The adapters of one model on this node.
+
+    `base`: folder of the base model. It is None for a simulated engine, which reads no weights; then only digest and
+    license are checked. `max_rank`: the engine's max_lora_rank.
+    """
 
     rules: SourceRules
     base: Path | None
@@ -67,12 +71,14 @@ class AdapterStore:
 
     @property
     def root(self) -> Path:
-        """The folder with all adapters."""
+        """The folder that contains the folders of all adapters."""
         return self.rules.cache_dir / "adapters"
 
     def fetch(self, spec: AdapterSpec) -> StoredAdapter:
-        """Fetch an adapter unless it is on this node's disk, and check it. Blocks. Raises AdapterError, SourceError or
-        OSError."""
+        """Fetch an adapter if it is not on this node's disk yet, and check it.
+
+        Blocks. Raises AdapterError, SourceError or OSError.
+        """
         if not is_allowed_source(spec.source, self.rules.allowed_sources):
             raise AdapterError(f"adapters[{spec.name}].source: {spec.source!r} is not among weights.allow.sources")
         if self.base is not None and not self._shapes:
@@ -98,7 +104,10 @@ class AdapterStore:
             shutil.rmtree(part, ignore_errors=True)
 
     def _is_whole(self, digest: str) -> bool:
-        """Return whether the adapter's folder is there. A folder whose files have changed is removed."""
+        """Return whether the store has this adapter with unchanged files.
+
+        If the files have changed, the folder is removed.
+        """
         folder = self.root / digest
         if not folder.is_dir():
             return False
@@ -109,11 +118,11 @@ class AdapterStore:
         return False
 
     def mark_refused(self, digest: str, reason: str) -> None:
-        """Record that an engine failed when it loaded this adapter, so that the next replica does not try again."""
+        """Record that loading this adapter has corrupted an engine, so that no other replica of this node loads it."""
         (self.root / f"{digest}{_REFUSED}").write_text(reason[:2000], errors="replace")
 
     def _check(self, spec: AdapterSpec, folder: Path) -> str:
-        """Check the files in a folder of the store and return their digest."""
+        """Check the adapter in a folder of the store; return the digest of its files."""
         where = f"adapters[{spec.name}]"
         try:
             if self.base is None:
@@ -139,8 +148,10 @@ class AdapterStore:
 
     @contextmanager
     def _source_folder(self, spec: AdapterSpec, part: Path) -> Iterator[Path]:
-        """Yield a folder with the adapter's files as the source has them. `part`: folder below which files may be
-        downloaded."""
+        """Yield a folder with the adapter's files from its source.
+
+        `part`: folder below which files may be downloaded.
+        """
         where = f"adapters[{spec.name}].source"
         scheme, separator, rest = spec.source.partition("://")
         if not separator:
@@ -165,13 +176,15 @@ class AdapterStore:
             raise AdapterError(f"{where}: {spec.source!r} is unknown; use a folder, hf://org/name or {known}")
 
     def _most_bytes(self) -> Mapping[str, int]:
-        """Return the largest allowed size of each file that is copied, in bytes."""
+        """Return the largest allowed size, in bytes, of each file that is copied."""
         weights = most_weight_bytes(self._shapes, self.max_rank) if self._shapes else 1 << 30
         return {CONFIG: MAX_CONFIG_BYTES, WEIGHTS: weights, CARD: MAX_CARD_BYTES}
 
     def _copy(self, source: Path, target: Path) -> None:
-        """Copy the adapter's two files and its card, and nothing else. Symbolic links are followed only in the hub's
-        cache."""
+        """Copy the adapter's two files and its model card, and nothing else.
+
+        Only links in the hub's cache are followed.
+        """
         hub = (self.rules.cache_dir / "hub").resolve()
         for name, most in self._most_bytes().items():
             file = source / name

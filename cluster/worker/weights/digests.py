@@ -1,6 +1,6 @@
 """Digest of a model's weights. Replicas with equal digests have the same model.
 
-To compute the digest, all weights are read once per node, and checked for NaN at the same time (finite.py).
+For the digest, all weights are read once per node. At the same time they are checked for NaN (finite.py).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ PIECE_BYTES = 4 << 20
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Return the files that are hashed, by their names in the folder, in order."""
+    """Return the files that are hashed, in order, by their path within the folder."""
     files = {file for pattern in _HASHED for file in folder.glob(pattern)} | set(module_files(folder))
     return dict(sorted((file.relative_to(folder).as_posix(), file) for file in files))
 
 
 def _file_digest(file: Path, problems: list[str], piece_bytes: int) -> str:
-    """Return the SHA-256 of a file. For each tensor that is not finite, add a text to `problems`."""
+    """Return the SHA-256 of a file. For each tensor that has NaN or infinite numbers, add a message to `problems`."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(piece_bytes))
     with file.open("rb", buffering=0) as stream:
@@ -51,7 +51,10 @@ def _file_digest(file: Path, problems: list[str], piece_bytes: int) -> str:
 
 
 def _pieces(stream: FileIO, length: int, buffer: memoryview) -> Iterator[memoryview]:
-    """Yield `length` bytes piece by piece in the same buffer. Raises OSError if the file has fewer bytes."""
+    """Yield the next `length` bytes in pieces. All pieces use the same buffer.
+
+    Raises OSError if the file has fewer bytes.
+    """
     while length > 0:
         piece = buffer[: min(length, len(buffer))]
         have = 0
@@ -65,10 +68,11 @@ def _pieces(stream: FileIO, length: int, buffer: memoryview) -> Iterator[memoryv
 
 
 def weight_digest(folder: Path, cache_dir: Path, *, piece_bytes: int = PIECE_BYTES) -> str:
-    """Return `sha256:<hex>` over the names and contents of weights and configuration.
+    """Return `sha256:<hex>`, a digest of the names and contents of the weights and the configuration.
 
-    The first call reads every byte; later calls compare sizes and modification times with the record in `cache_dir`.
-    Raises ValueError if there is nothing to hash or a tensor has NaN, OSError if a file cannot be read.
+    The first call reads every byte, and keeps a record in `cache_dir`. Later calls only compare sizes and modification
+    times with the record. Raises ValueError if there is nothing to hash or a tensor has NaN, OSError if a file cannot
+    be read.
     """
     files = _files(folder)
     if not files:
@@ -109,7 +113,7 @@ def _read_record(record: Path, stamps: dict[str, list[int]]) -> str:
 
 
 def _write_record(record: Path, content: dict[str, object]) -> None:
-    """Write the record atomically. Errors are ignored, since a missing record only makes the next call slower."""
+    """Write the record atomically. Errors are ignored, since without a record the next call is only slower."""
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=record.parent, delete=False) as file:

@@ -1,7 +1,8 @@
-"""Comparison of a checkpoint's tensors with its architecture's tensors, by name and shape, without reading weights.
+"""Comparison of a checkpoint's tensors with the tensors that its architecture needs, by name and shape.
 
-transformers builds the model on torch's device `meta`, which allocates no memory, and loads tensors that have only a
-shape. So transformers' own rules for names and formats of checkpoints apply. 70 billion parameters take 0.3 s.
+No weights are read. transformers builds the model on torch's device `meta`, which allocates no memory, and loads
+tensors that have only a shape. So transformers' own rules for names and formats of checkpoints apply. For 70 billion
+parameters this takes 0.3 s.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ _quiet_lock = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """The result of a comparison. `expected`: number of tensors of the architecture. `misshapen`: name, shape in the
-    checkpoint and shape in the architecture."""
+    """The result of a comparison.
+
+    `expected`: number of tensors that the architecture needs. `misshapen`: name, shape in the checkpoint and shape in
+    the architecture of each tensor with a wrong shape.
+    """
 
     expected: int = 0
     missing: tuple[str, ...] = ()
@@ -34,7 +38,7 @@ class Differences:
 
 
 def differences(folder: Path, shapes: Mapping[str, Shape]) -> Differences:
-    """Return how tensors with these shapes differ from the architecture's tensors.
+    """Return how a checkpoint differs from its architecture. `shapes`: the checkpoint's tensors.
 
     The result is empty if transformers does not know the architecture.
     """

@@ -1,4 +1,4 @@
-"""Progress of the fetching of a model's weights. One thread writes, others read."""
+"""Progress of a download of a model's weights. One thread writes, others read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ MIN_S = 1e-3
 
 
 class FetchProgress:
-    """The number of bytes of a model's weights on this node and in all, and the rate of the download."""
+    """How many bytes of a model's weights are on this node, how many there are in total, and the rate of the
+    download."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -22,7 +23,7 @@ class FetchProgress:
         self.total_bytes = 0
 
     def report(self, fetched: int, total: int, _what: str = "") -> None:
-        """Record the progress. This method is a callback of type fetching.Progress."""
+        """Record the progress. This method can be used as a callback of type fetching.Progress."""
         now = self._clock()
         self.fetched_bytes, self.total_bytes = fetched, total
         self._seen.append((now, fetched))
@@ -31,7 +32,8 @@ class FetchProgress:
 
     @property
     def bytes_per_s(self) -> float:
-        """Mean rate over the last WINDOW_S; 0 before the second report, and after WINDOW_S without a report."""
+        """Mean rate over the last WINDOW_S seconds; 0 before the second report, and after WINDOW_S seconds without a
+        report."""
         seen = list(self._seen)
         if len(seen) < 2 or seen[-1][0] < self._clock() - WINDOW_S:
             return 0.0

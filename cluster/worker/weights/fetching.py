@@ -1,9 +1,9 @@
 """Download of weights from object stores and web servers (s3://, gs://, https://, http://), once per node.
 
 Problem: several replicas of a node may start at once, a process may be killed in the middle of forty gigabytes, and the
-disk may be full. Invariants: only one process of a node fetches a model, and the others wait for it. Bytes that have
-arrived are not fetched again if the server supports ranges. A folder is complete only when every file has the size that
-the server reported; a complete folder is used without network access.
+disk may be full. Invariants: only one process of a node fetches a model, and the others wait for it. If the server
+supports ranges, bytes that have arrived are not fetched again. A folder is complete only when every file has the size
+that the server reported. A complete folder is used without network access.
 """
 
 from __future__ import annotations
@@ -69,11 +69,12 @@ def fetch(
     web_names: Sequence[str] = (),
     most_bytes: Mapping[str, int] | None = None,
 ) -> Path:
-    """Fetch the files of `source` that match a pattern; return their folder below `root`. Blocks. Raises FetchError.
+    """Fetch the files of `source` whose names match a pattern; return their folder below `root`. Blocks. Raises
+    FetchError.
 
-    `needed`: the file without which the source is useless. `web_names`: the names of the files to try on a web server;
-    empty for the files of a model. `most_bytes`: largest allowed size of a file, by name; no file is fetched if one is
-    larger.
+    `needed`: a file that the source must have. `web_names`: names of the files to try on a web server, which cannot
+    list them; empty for the files of a model. `most_bytes`: largest allowed size of a file, by name; if one file is
+    larger, no file is fetched.
     """
     target = root / hashlib.sha256(source.encode()).hexdigest()[:32]
     target.mkdir(parents=True, exist_ok=True)
@@ -101,8 +102,10 @@ def fetch(
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file while the context is open; other processes wait for it. If this process dies, the kernel
-    releases the lock."""
+    """Hold a lock file while the context is open. Other processes wait for it.
+
+    If this process dies, the kernel releases the lock.
+    """
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -119,7 +122,7 @@ def _complete(target: Path) -> bool:
 def _files_of(
     source: str, patterns: Sequence[str], needed: str, web_names: Sequence[str]
 ) -> Mapping[str, tuple[Any, str, int]]:
-    """Return the matching files by name; each value is (file system, path, size). Raises FetchError."""
+    """Return the files that match a pattern, by name. Each value is (file system, path, size). Raises FetchError."""
     scheme = source.partition("://")[0]
     try:
         import fsspec
@@ -163,7 +166,10 @@ def _list_store(system: Any, path: str) -> Iterator[tuple[str, str, int]]:
 
 
 def _module_folders(system: Any, path: str) -> Sequence[str]:
-    """Return the folders of an embedding model's modules. Raises ValueError for an invalid modules.json."""
+    """Return the folders of an embedding model's modules, from its modules.json; empty if there is none.
+
+    Raises ValueError for an invalid modules.json.
+    """
     try:
         content = system.cat_file(f"{path}/{sentence_modules.MODULES}")
     except FileNotFoundError:
@@ -172,7 +178,8 @@ def _module_folders(system: Any, path: str) -> Sequence[str]:
 
 
 def _web_names(system: Any, path: str) -> Sequence[str]:
-    """Return the names of a model's files: those in WEB_NAMES, and its weights."""
+    """Return the names of a model's files on a web server: those in WEB_NAMES, its weight files, and its modules'
+    files."""
     names = list(WEB_NAMES)
     try:
         index = json.loads(system.cat_file(f"{path}/{INDEX}"))
@@ -255,7 +262,7 @@ def _copy(system: Any, path: str, part: Path, size: int, chunk_bytes: int, repor
 
 
 def _range(system: Any, path: str, start: int, end: int) -> bytes:
-    """Return the bytes in [start, end), also if the server ignores the range and returns the whole file."""
+    """Return the bytes in [start, end), even if the server ignores the range and returns the whole file."""
     data: bytes = system.cat_file(path, start=start, end=end)
     return data if len(data) <= end - start else data[start:end]
 

@@ -1,8 +1,8 @@
-"""Detection of NaN and infinite numbers in weights, while the bytes of the weights are read for the digest.
+"""Detection of NaN and infinite numbers in weights, while the weights are read for the digest.
 
 An IEEE number is NaN or infinite if all bits of its exponent are set. Its bits, read as an integer, are then larger
-than those of every finite number of the same sign. So two maxima over a piece of memory suffice, one for each sign (8
-GB/s on one core, compared to 1.6 GB/s for the digest).
+than those of every finite number of the same sign. So it is enough to find two maxima in a piece of memory, one for
+each sign. This checks 8 GB/s on one core, compared to 1.6 GB/s for the digest.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WITHOUT_INFINITY = ("F8_E4M3",)
 class Span:
     """A tensor's position in its file, and whether it is a matrix of weights.
 
-    Infinite numbers in such a matrix are an error, since they lead to NaN; a mask or a bias may have them.
+    Infinite numbers in a matrix of weights are an error, since they lead to NaN. A mask or a bias may contain them.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Span:
 
 
 def spans(file: Path) -> list[Span]:
-    """Return the floating-point tensors of a safetensors file in the order of their bytes; empty for other files."""
+    """Return the floating-point tensors of a safetensors file, in the order of their bytes; empty for other files."""
     if file.suffix != ".safetensors":
         return []
     try:
@@ -67,7 +67,7 @@ def spans(file: Path) -> list[Span]:
 
 
 def not_finite(piece: memoryview, span: Span) -> str:
-    """Return `NaN` or `infinite numbers` if a piece of a tensor has them and must not (see Span); otherwise ""."""
+    """Return `NaN` or `infinite numbers` if a piece of a tensor contains them and must not (see Span); otherwise ""."""
     import numpy as np
 
     width, infinity = INFINITE[span.kind]

@@ -1,4 +1,4 @@
-"""Progress of downloads from the Hugging Face hub, whose library reports progress only to progress bars."""
+"""Progress of downloads from the Hugging Face hub. The hub's library reports progress only to progress bars."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from cluster.worker.weights.fetching import Progress
 
 
 class _NoOutput:
-    """A file that drops what is written to it."""
+    """A file that discards everything written to it."""
 
     def write(self, text: str) -> int:
-        """Drop a text."""
+        """Discard a text; return its length."""
         return len(text)
 
     def flush(self) -> None:
@@ -19,11 +19,12 @@ class _NoOutput:
 
 
 def reporting_bar(progress: Progress, name: str) -> type[Any]:
-    """Return a class of progress bars for the argument `tqdm_class` of snapshot_download. The bars show nothing and
-    report the bytes of the most advanced bar to `progress`. `name`: the repository's name.
+    """Return a class of invisible progress bars, for the argument `tqdm_class` of snapshot_download.
+
+    The bars report the number of fetched bytes to `progress`. `name`: the repository's name.
 
     snapshot_download has one bar that counts files, and one or two bars that count bytes, since it can transfer files
-    in two ways.
+    in two ways. The bar with the most bytes is reported.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 

@@ -16,9 +16,10 @@ MAX_TEXT = 256
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A model card. `license` is the hub's name of the licence, in lower case.
+    """A model card.
 
-    `fields`: the card's values, shortened, by name (one of FIELDS).
+    `license`: the hub's name of the licence, in lower case. `fields`: values of the card by name (one of FIELDS),
+    shortened.
     """
 
     license: str = ""
@@ -54,10 +55,10 @@ def _text(value: Any) -> str:
 
 
 def why_refused(named: str, card: Card, allowed: tuple[str, ...]) -> str:
-    """Return why a model's licence forbids loading the model; "" if loading is allowed.
+    """Return why a model's licence does not allow loading the model; "" if the licence allows it.
 
-    `named`: the licence in the catalog entry, used if the card names no licence; it must not contradict the card.
-    `allowed`: names of allowed licences; empty allows all.
+    `named`: the licence in the catalog entry, used if the card names no licence. It must not contradict the card.
+    `allowed`: names of the allowed licences; if empty, all licences are allowed.
     """
     if not allowed:
         return ""

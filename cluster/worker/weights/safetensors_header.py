@@ -1,8 +1,8 @@
-"""A strict reader of the header of a safetensors file, in pure Python and in bounded memory.
+"""A strict reader of the header of a safetensors file, in pure Python and with bounded memory.
 
-The header of a file from an unknown author is checked completely before any of its tensors is read: its length against
-the file's size, its JSON, and the tensors' types, shapes and positions, which must cover the file without gap or
-overlap. So a file with anything appended to it is refused.
+A file from an unknown author is read only after its header has been checked completely: the header's length against the
+file's size, its JSON, and the tensors' types, shapes and positions. The tensors must cover the file without gap or
+overlap, so a file with appended data is refused.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Tensor:
 
 
 def read_header(stream: BinaryIO, size: int) -> Mapping[str, Tensor]:
-    """Return the tensors by name, in the order of their bytes. `size`: the file's bytes. Raises HeaderError, OSError.
+    """Return the tensors by name, in the order of their bytes. Raises HeaderError, OSError.
 
-    Reads MAX_HEADER_BYTES at most, from the beginning of the stream.
+    Reads at most MAX_HEADER_BYTES from the beginning of `stream`. `size`: the file's size in bytes.
     """
     head = stream.read(8)
     if len(head) < 8 or size < 10:
@@ -90,10 +90,10 @@ def _parse(content: bytes, length: int) -> dict[str, Any]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object as a dict. Raises ValueError for a key that occurs twice: JSON parsers differ in the value
-    that they use.
+    """Return a JSON object as a dict. Raises ValueError if a key occurs twice, because JSON parsers then use different
+    values.
 
-    For `object_pairs_hook` of json.loads.
+    For the argument `object_pairs_hook` of json.loads.
     """
     made = dict(pairs)
     if len(made) < len(pairs):
@@ -106,7 +106,7 @@ def _refuse_constant(text: str) -> Any:
 
 
 def short(value: object) -> str:
-    """Return a value's text for an error, cut to 80 characters, in ASCII."""
+    """Return a value as text for an error message: in ASCII, and cut to 80 characters."""
     try:
         text = ascii(value)
     except (RecursionError, ValueError):  # nested deeply, or a number of thousands of digits

@@ -1,8 +1,8 @@
 """Modules of embedding models in sentence-transformers' layout: modules.json, and a folder for each module.
 
-Problem: the settings in these folders (`1_Pooling/config.json`) determine how vLLM pools. Without them vLLM pools in
-another way, and every vector is wrong without an error. So the folders are fetched, included in the digest, and
-required.
+Problem: the settings in these folders (`1_Pooling/config.json`) determine how vLLM pools. Without them vLLM pools
+differently, and every vector is wrong although there is no error. So the folders are fetched, included in the digest,
+and required.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ _FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 def module_folders(content: bytes) -> Sequence[str]:
-    """Return the names of the modules' folders in the content of a modules.json. Raises ValueError for content that is
-    not a list of modules, and for a name that is no plain folder name."""
+    """Return the names of the modules' folders. `content`: content of a modules.json.
+
+    Raises ValueError for content that is not a list of modules, and for a folder that is not a plain name.
+    """
     return [folder for _, folder in _modules(content) if folder]
 
 
 def _modules(content: bytes) -> Sequence[tuple[str, str]]:
-    """Return kind and folder of each module."""
+    """Return the kind and the folder of each module. `content`: content of a modules.json."""
     try:
         modules = json.loads(content)
         listed = modules["modules"] if isinstance(modules, dict) else modules
@@ -60,7 +62,8 @@ def check_modules(folder: Path) -> None:
 
 
 def module_files(folder: Path) -> Sequence[Path]:
-    """Return the files in a model's folder that decide how it pools: its settings, and its modules' files."""
+    """Return the files in a model's folder that determine how it pools: its own settings, and the files of its
+    modules."""
     try:
         folders = module_folders((folder / MODULES).read_bytes())
     except (OSError, ValueError):

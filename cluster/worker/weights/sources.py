@@ -1,8 +1,8 @@
 """Sources of weights, and the rules for them.
 
-A source is a folder, the Hugging Face hub, an object store, a web server or a demo model. By default only
-safetensors files and no code are loaded, since other formats can run code when they are read. To allow more, both the
-model's entry and `weights.allow` must say so.
+A source is a folder, the Hugging Face hub, an object store, a web server or a demo model. By default only safetensors
+files and no code are loaded, since other formats can run code when they are read. Other formats and code must be
+allowed both by the catalog entry and by `weights.allow`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class SourceRules:
-    """The settings in the configuration's `weights` section that apply to sources."""
+    """The settings for sources in the configuration's `weights` section."""
 
     cache_dir: Path
     hub_endpoint: str = ""
@@ -107,10 +107,11 @@ def from_hub(
     progress: Progress | None = None,
     most_bytes: Mapping[str, int] | None = None,
 ) -> Path:
-    """Fetch the files of `organisation/name` that match a pattern; return their folder in the hub's cache. Blocks.
+    """Fetch the files of a hub repository that match a pattern; return their folder in the hub's cache. Blocks.
 
-    `where`: the key that names the source. `revision`: "" for the newest. `most_bytes`: largest allowed size of a file,
-    by name; no file is fetched if one is larger. Raises SourceError.
+    `where`: the key of the configuration that names the source, for errors. `name`: `organisation/name`. `revision`: ""
+    for the newest. `most_bytes`: largest allowed size of a file, by name; if one file is larger, no file is fetched.
+    Raises SourceError.
     """
     if name.count("/") != 1 or not all(name.split("/")):
         raise SourceError(f"{where}: expected hf://organisation/name, got {f'hf://{name}'!r}")
@@ -151,7 +152,7 @@ def from_hub(
 
 
 def _check_sizes(where: str, files: Sequence[Any], most_bytes: Mapping[str, int]) -> None:
-    """Raise SourceError if a file of the hub is larger than allowed. `files`: huggingface_hub's DryRunFileInfos."""
+    """Raise SourceError if a file on the hub is larger than allowed. `files`: huggingface_hub's DryRunFileInfos."""
     for file in files:
         most = most_bytes.get(file.filename)
         if most is not None and (file.file_size is None or file.file_size > most):
@@ -160,14 +161,17 @@ def _check_sizes(where: str, files: Sequence[Any], most_bytes: Mapping[str, int]
 
 
 def revision_of(spec: ModelSpec, folder: Path) -> str:
-    """Return the commit of a model folder in the hub's cache; "" for other sources."""
+    """Return the commit of a model that was fetched from the hub; "" for other sources.
+
+    `folder`: the model's folder.
+    """
     if not spec.source.startswith("hf://") or folder.parent.name != "snapshots":
         return ""
     return folder.name
 
 
 def check_folder(spec: ModelSpec, folder: Path, *, allow_remote_code: bool = False) -> None:
-    """Raise SourceError if the folder has no checkpoint, or a checkpoint that the entry is not allowed to load."""
+    """Raise SourceError if the folder has no checkpoint, or a checkpoint that may not be loaded."""
     where = f"models[{spec.name}].source"
     try:
         config = json.loads((folder / "config.json").read_text())

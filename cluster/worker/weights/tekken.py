@@ -1,7 +1,7 @@
-"""Mistral's own tokenizer file, tekken.json, as a tokenizer with a Rust backend.
+"""Mistral's own tokenizer file, tekken.json, loaded as a tokenizer with a Rust backend.
 
-The file is a table of byte strings by rank, and special tokens with the lowest ids. transformers converts it to a byte
-pair encoding with the same ids. Two things that its conversion omits are added here: the BOS before a text, and the
+The file is a table of byte strings by rank; the lowest ids are special tokens. transformers converts it to a byte pair
+encoding with the same ids. The conversion omits two things, which are added here: the BOS token before a text, and the
 rule that a text never contains special tokens. So `<s>` in a prompt is three characters, as in mistral-common.
 """
 
@@ -15,7 +15,7 @@ _ROLES: Final = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", 
 
 
 def load_tekken(folder: Path) -> Any:
-    """Return the tokenizer of a folder's tekken.json. Raises ValueError, which names the file."""
+    """Return the tokenizer in a folder's tekken.json. Raises ValueError, which names the file."""
     from tokenizers import processors
     from transformers import TokenizersBackend
     from transformers.integrations.mistral.tokenizer import MistralConverter

@@ -1,6 +1,7 @@
-"""Construction of a tokenizer bundle from a model's folder: the files that a gateway needs for the model's tokens.
+"""Construction of a tokenizer bundle from a model's folder. A bundle has the files that a gateway needs to make and
+read the model's tokens.
 
-The tokenizer is loaded as in the engine (transformers' AutoTokenizer), and the tokenizer's Rust backend is written out.
+The tokenizer is loaded as in the engine (transformers' AutoTokenizer), and its Rust backend is written to the bundle.
 So the bundle includes everything that a tokenizer class changes after reading tokenizer.json (BOS post-processor,
 prefix space, special tokens), and the gateway needs neither transformers nor the folder.
 """
@@ -35,7 +36,7 @@ def build_bundle(
     """Return the bundle of the model in `folder`. Equal folders give equal digests.
 
     `escapes_control_tokens`: whether gateways escape control tokens in contents (gateway/text/chat/control_tokens.py).
-    `tokenizer_mode`: the entry's `engine.tokenizer_mode`, which may choose a renderer (rendering/families.py).
+    `tokenizer_mode`: the catalog entry's `engine.tokenizer_mode`, which may choose a renderer (rendering/families.py).
 
     Raises ValueError if the folder has no tokenizer, a tokenizer without a fast (tokenizer.json) form, a tokenizer with
     ids that the model does not have, control tokens that cannot be escaped, or a chat template whose name is not a
@@ -67,12 +68,13 @@ def build_bundle(
 
 
 def escaping(added: Iterable[Any]) -> dict[str, Any]:
-    """Return the entries of tokenizer_config.json with which a gateway escapes control tokens. `added`: the tokenizer's
-    `tokenizers.AddedToken`s.
+    """Return the entries of tokenizer_config.json with which a gateway escapes control tokens.
 
-    Control tokens are the special tokens, and tokens in brackets such as `<tool_call>`. An escape puts a separator into
-    a token, so tokens of one character are left out. Raises ValueError if each separator occurs in a control token, or
-    if a token is searched in normalized text, since the normalizer could remove the separator.
+    `added`: the tokenizer's `tokenizers.AddedToken`s. Control tokens are the special tokens, and tokens in brackets
+    such as `<tool_call>`. An escape puts a separator into a token, so tokens of one character are left out.
+
+    Raises ValueError if every possible separator occurs in a control token, or if the tokenizer normalizes a text
+    before it searches for control tokens, since the normalizer could remove the separator.
     """
     control = [token for token in added if token.special or token.content[:1] + token.content[-1:] in ("<>", "[]")]
     if token := next((token for token in control if token.normalized), None):
@@ -87,14 +89,20 @@ def escaping(added: Iterable[Any]) -> dict[str, Any]:
 
 
 def _lowers(folder: Path) -> bool:
-    """Return whether an embedding model's texts are made lower-case before they are tokenized (sentence-transformers'
-    `do_lower_case`), as vLLM's server does."""
+    """Return whether an embedding model's texts are converted to lower case before they are tokenized, as in vLLM's
+    server.
+
+    The setting is sentence-transformers' `do_lower_case`.
+    """
     return read_json(folder / "sentence_bert_config.json").get("do_lower_case") is True
 
 
 def _backend_json(tokenizer: Any, beyond: frozenset[int], *, lowers: bool = False) -> str:
-    """Return the Rust tokenizer's JSON without truncation, padding, or added tokens with ids in `beyond`. `lowers`:
-    whether the returned tokenizer makes texts lower-case first."""
+    """Return the Rust tokenizer as JSON, without truncation, without padding, and without added tokens whose ids are in
+    `beyond`.
+
+    `lowers`: whether the returned tokenizer first converts texts to lower case.
+    """
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
@@ -112,7 +120,10 @@ def _backend_json(tokenizer: Any, beyond: frozenset[int], *, lowers: bool = Fals
 
 
 def _tokenizer_config(tokenizer: Any, beyond: frozenset[int]) -> dict[str, Any]:
-    """Return tokenizer settings under transformers' names, without tokens in `beyond`. Special tokens are strings."""
+    """Return the tokenizer's settings under transformers' names, without tokens in `beyond`.
+
+    Special tokens are given as text.
+    """
     left_out = set(tokenizer.convert_ids_to_tokens(sorted(beyond)))
     roles = {role: token for role, token in tokenizer.special_tokens_map.items() if str(token) not in left_out}
     extra = [str(token) for token in tokenizer.extra_special_tokens if str(token) not in left_out]
@@ -126,7 +137,7 @@ def _tokenizer_config(tokenizer: Any, beyond: frozenset[int]) -> dict[str, Any]:
 
 
 def _model_config(folder: Path) -> dict[str, Any]:
-    """Return the fields of config.json that concern tokens. A multimodal model has these fields in its text_config."""
+    """Return the fields of config.json that concern tokens. In a multimodal model, they may be in its `text_config`."""
     config = read_json(folder / "config.json")
     text = config.get("text_config")
     merged = {**(text if isinstance(text, dict) else {}), **config}
@@ -134,7 +145,7 @@ def _model_config(folder: Path) -> dict[str, Any]:
 
 
 def _templates(tokenizer: Any) -> Mapping[str, str]:
-    """Return the source of each chat template by name. A single template is named `default`."""
+    """Return the source of each chat template, by name. If there is only one, its name is `default`."""
     template = tokenizer.chat_template
     if template is None:
         return {}

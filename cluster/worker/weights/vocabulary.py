@@ -1,12 +1,12 @@
 """A model folder's tokenizer, loaded as in the engine and checked against the model's vocabulary.
 
-Problem: transformers creates a tokenizer without a vocabulary if a folder has no tokenizer file, and loads a tokenizer
-with ids that the model lacks; calls then fail with errors that blame the caller. Such a folder is refused when it is
-opened, with an error that names the file and the remedy.
+Problem: if a folder has no tokenizer file, transformers creates a tokenizer without a vocabulary. It also loads a
+tokenizer with ids that the model lacks. Calls then fail with errors that blame the caller. So such a folder is refused
+when it is opened, with an error that names the file and the remedy.
 
-Some published models have special tokens with ids beyond the vocabulary, which no text needs: an image placeholder in a
-tokenizer shared with a multimodal model, or a padding token. The gateway's tokenizer omits such tokens and treats their
-strings as ordinary text.
+Some published models have special tokens with ids beyond the vocabulary that no text needs, such as a padding token, or
+an image placeholder in a tokenizer shared with a multimodal model. The gateway's tokenizer omits such tokens and treats
+their strings as ordinary text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddi
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return the folder's tokenizer, which has a Rust backend. Raises ValueError with the file and the remedy."""
+    """Return the folder's tokenizer, which has a Rust backend.
+
+    Raises ValueError, which names the file and the remedy.
+    """
     from transformers import AutoTokenizer, TokenizersBackend
 
     if has_only_tekken(folder):
@@ -68,7 +71,7 @@ def has_only_tekken(folder: Path) -> bool:
 
 
 def _why_no_tokenizer(folder: Path, trust_remote_code: bool) -> str:
-    """Return why a folder has no tokenizer; empty if the folder may have a tokenizer."""
+    """Return why a folder has no tokenizer; empty if it may have one."""
     if any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         return ""
     if trust_remote_code and "auto_map" in read_json(folder / "tokenizer_config.json"):
@@ -96,13 +99,16 @@ def _remedy(folder: Path) -> str:
 
 
 def _lacks_merges(folder: Path) -> bool:
-    """Return whether the folder has vocab.json but no merges. Byte pair encoding would then make a token per letter."""
+    """Return whether the folder has vocab.json but no merges.
+
+    Byte pair encoding would then make one token per letter.
+    """
     here = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).exists()}
     return here == {"vocab.json"}
 
 
 def check_vocabulary(folder: Path, tokenizer: Any) -> frozenset[int]:
-    """Return the tokenizer's ids outside the model's vocabulary, none of which occurs in an encoded text.
+    """Return the tokenizer's ids that are outside the model's vocabulary. None of these ids occurs in an encoded text.
 
     Raises ValueError if such an id may occur in a text, or if a configured EOS id is outside the vocabulary.
     """
@@ -126,7 +132,7 @@ def check_vocabulary(folder: Path, tokenizer: Any) -> frozenset[int]:
 
 
 def _unneeded(folder: Path, tokenizer: Any, beyond: Mapping[str, int]) -> set[str]:
-    """Return the tokens in `beyond` that are special and occur in no text."""
+    """Return those of the tokens in `beyond` that are special and occur in no text."""
     special = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special}
     in_text = {token for role in TEXT_ROLES for token in _texts(getattr(tokenizer, role, None))}
     in_text |= set(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
@@ -159,7 +165,7 @@ def _check_eos(folder: Path, size: int) -> None:
 
 
 def vocab_size(folder: Path) -> int:
-    """Return the size of the model's vocabulary, determined as in the engine; 0 if unknown."""
+    """Return the size of the model's vocabulary, determined as in the engine; 0 if it is unknown."""
     written = text_config(read_json(folder / "config.json")).get("vocab_size")
     try:
         from transformers import AutoConfig
@@ -172,7 +178,8 @@ def vocab_size(folder: Path) -> int:
 
 
 def embedding_rows(folder: Path) -> int:
-    """Return the number of rows of the input embedding, from the headers of the safetensors files; 0 if not found."""
+    """Return the number of rows of the input embedding, from the headers of the safetensors files; 0 if it is not
+    found."""
     from safetensors import SafetensorError, safe_open
 
     rows = 0
@@ -189,7 +196,7 @@ def embedding_rows(folder: Path) -> int:
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json with the fields of its text model merged in."""
+    """Return the values of a config.json, with the fields of its nested text model merged in."""
     for name in NESTED:
         nested = config.get(name)
         if isinstance(nested, dict):
@@ -198,7 +205,10 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; empty if there is no file. Raises ValueError for other content."""
+    """Return the JSON object in a file; empty if there is no file.
+
+    Raises ValueError for a file that has no JSON object.
+    """
     if not path.exists():
         return {}
     try:

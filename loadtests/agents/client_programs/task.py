@@ -28,7 +28,7 @@ class Task:
         self._record = Path(given["record"])
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """Record a call of a tool and return its result. A call that is not expected gets an error as its result."""
+        """Record a tool call and return its result. The result of a call that is not expected is an error."""
         self._write({"name": name, "arguments": arguments})
         for expected in self._results:
             if (expected["name"], expected["arguments"]) == (name, arguments):

@@ -1,5 +1,5 @@
-"""The task of coding agents, written for the tools of each agent: write, read and edit files in an empty folder, and
-run commands.
+"""The task of coding agents: write, read and edit files in an empty folder, and run commands. The task is written once
+for the tools of each agent.
 
 Every command appends a line to TRACE, so the files at the end show which calls were made and how often.
 """
@@ -29,7 +29,8 @@ _OLD, _NEW = "- two: Köln 🙂\n", '- two: "Köln" 🙂\n- three: 数据\n'
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """The tools of an agent: for each action, the function that makes the call. `edit` takes path, old and new text."""
+    """The tools of an agent: for each action, a function that returns the tool call. The arguments of `edit` are path,
+    old text and new text."""
 
     run: Callable[[str], Call]
     write: Callable[[str, str], Call]
@@ -96,7 +97,8 @@ def coding_task(name: str, tools: Tools, folder: Path) -> Task:
 
 
 def expected_files() -> dict[str, list[str]]:
-    """Return the files at the end, each as its lines. Calls of one turn may add their lines to TRACE in any order."""
+    """Return the expected files at the end of the task, each as a list of lines. Calls of one turn may add their lines
+    to TRACE in any order."""
     lines = [f'turn {turn} "🙂"\n' for turn in ("1", "5", "5 again", "8", "9", "11")]
     texts = {
         "greet.py": _PYTHON.replace(_OLD_TITLE, _NEW_TITLE),
@@ -107,7 +109,7 @@ def expected_files() -> dict[str, list[str]]:
 
 
 def judge_files(folder: Path) -> list[str]:
-    """Return what is wrong in the working folder after the task."""
+    """Return a message for each fault in the working folder after the task."""
     wrong = []
     for name, lines in expected_files().items():
         try:
@@ -125,7 +127,7 @@ def judge_files(folder: Path) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Server of an agent. `root`: URL without a path."""
+    """Server that an agent calls. `root`: URL without a path."""
 
     root: str
     key: str

@@ -1,4 +1,6 @@
-"""The scripted engine at the pace of a real one, which answers turns of tasks and dies at chosen tokens."""
+"""A scripted engine that answers turns of tasks at the pace of a real engine, and kills its process at chosen
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,14 @@ from loadtests.agents.scripted import MAX_MODEL_TOKENS, NoScript, ScriptedEngine
 
 
 class TurnScripts(Scripts):
-    """Scripts whose keys are turns of tasks."""
+    """Prepared answers of one model. The key of an answer names the task and the turn."""
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Return the text of a prompt, with its control tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     def key(self, prompt_token_ids: Sequence[int]) -> str:
-        """Return the key of the prompt's turn. Raises NoScript."""
+        """Return the key of the answer to a prompt. Raises NoScript."""
         key = key_of_prompt(self.text(prompt_token_ids))
         if key not in self.answers:
             raise NoScript(f"no script for {key}")
@@ -51,8 +53,9 @@ class PacedEngine(ScriptedEngine):
     ) -> None:
         """Create the engine. `log`: file to which all engines append a JSON object for each request.
 
-        `deaths`: by an answer's key, the number of its tokens after which `kill` is called. `folder`: folder that all
-        engines share; it has a file for each death, so that the worker that continues the answer does not die too.
+        `deaths`: for the key of an answer, the number of the answer's tokens after which `kill` is called. `folder`:
+        folder that all engines share. It gets a file for each death, so that the worker that continues the answer does
+        not die too.
         """
         super().__init__(scripts, seed=seed, max_model_len=max_model_len)
         self._kill = kill

@@ -1,6 +1,6 @@
-"""Tasks of twelve turns with tools: what the model says in each turn, and where a worker dies.
+"""Tasks of twelve turns with tools: what the model says in each turn, and where a worker dies. The functions are pure.
 
-Pure. A task's answers are written in the format of Qwen 3: reasoning, text, and calls as hermes writes them.
+A task's answers are written in the format of Qwen 3: reasoning, text, and calls as hermes writes them.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ class Step:
         return FAMILY.answer(self.calls, self.text, self.reasoning)
 
     def middle(self, part: str) -> int:
-        """Return the index in `written` up to which half of `part` is emitted. `part` must not be empty.
+        """Return the index in `written` at which half of `part` has been emitted. `part`: TEXT, REASONING or ARGUMENTS.
+        Raises ValueError if the answer has no such text or reasoning.
 
-        ARGUMENTS is the last call's arguments, so that an earlier call of the turn has been sent whole.
+        ARGUMENTS means the arguments of the last call, so that earlier calls of the turn are complete at this index.
         """
         whole = self.written
         if part == ARGUMENTS:
@@ -191,7 +192,8 @@ def _function_call(turn: int) -> Call:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A request that an engine got. `emitted`: number of tokens that other engines had generated before."""
+    """A request that an engine got. `emitted`: number of tokens of the answer that other engines had generated
+    before."""
 
     key: str
     prompt: str
@@ -220,10 +222,10 @@ class Outcome:
 
 
 def judge_requests(task: Task, submitted: Sequence[Submitted]) -> tuple[Requests, list[str]]:
-    """Return the counts of a run's requests, and what is wrong with them.
+    """Return the counts of a run's requests, and a message for each fault.
 
-    Each turn must have been asked for. Its prompt must hold each earlier text and each result of a call once, and no
-    reasoning but that of the script.
+    Each turn must have been requested. Its prompt must hold each earlier text and each tool result once, and no
+    reasoning other than the script's.
     """
     new = Counter(one.key for one in submitted if not one.emitted)
     side = new.pop(SIDE, 0)
@@ -238,7 +240,7 @@ def judge_requests(task: Task, submitted: Sequence[Submitted]) -> tuple[Requests
 
 
 def _wrong_history(task: Task, one: Submitted) -> list[str]:
-    """Return what is wrong with the texts and results of earlier turns in a prompt."""
+    """Return a message for each fault in the texts and tool results of earlier turns in a prompt."""
     before = task.steps[: int(one.key.rpartition("#")[2]) - 1]
     done = sum(len(step.calls) for step in before)
     found = one.prompt.partition(task.mark)[2].count("<tool_response>")
@@ -254,8 +256,8 @@ def _wrong_history(task: Task, one: Submitted) -> list[str]:
 
 
 def judge_calls(expected: Sequence[Call], made: Sequence[Call]) -> tuple[int, list[str]]:
-    """Return the number of expected calls that were made, and what is wrong. The order of the calls is not judged here;
-    judge_requests checks the order of the turns by the prompts."""
+    """Return the number of expected calls that were made, and a message for each fault. The order of the calls is not
+    judged here; judge_requests checks the order of the turns by the prompts."""
     left, missed = list(made), []
     for call in expected:
         if call in left:

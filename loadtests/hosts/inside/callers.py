@@ -154,9 +154,8 @@ class Callers:
             self._write({"t": "live", "at": time.time(), "running": self._running, "chunks": self._chunks - before})
 
     async def _watch(self, number: int, client: AsyncClient) -> None:
-        """Record when a client's connection ends. At that moment the client's streams learn that they must resume
-        elsewhere.
-        """
+        """Record when a client's connection ends. From this moment the client's streams know that they must resume on
+        another gateway."""
         while not client._calls.gateways.channels:  # noqa: ASYNC110 - made with the first call
             await asyncio.sleep(LIVE_S)
         channel = client._calls.gateways.channels[0]

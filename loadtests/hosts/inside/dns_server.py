@@ -2,7 +2,7 @@
 ZONE`.
 
 ZONE is a JSON file {"hosts": {name: [address]}, "srv": {name: [[target, port]]}}, read again whenever it changes.
-Addresses are shuffled for each question, so that callers are spread over pods as by a Service.
+Addresses are shuffled for each question, so that callers are spread over pods as a Kubernetes Service does.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from triton.backends.driver import DriverBase
 
 
 class CpuStub(DriverBase):  # type: ignore[misc] # Triton is not there where types are checked
-    """Driver that Triton finds present while the interpreter runs the kernels."""
+    """Driver that Triton counts as present while the interpreter runs the kernels."""
 
     def __init__(self) -> None:
         pass

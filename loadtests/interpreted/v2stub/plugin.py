@@ -21,9 +21,8 @@ def apply() -> None:
 
 
 def _replace_top_k_top_p() -> None:
-    """Replace a kernel that the interpreter cannot run, because the kernel calls `to` on a Python int. The kernel keeps
-    no state, and the PyTorch form of the kernel computes the same function.
-    """
+    """Replace a kernel by its PyTorch form. The interpreter cannot run the kernel, because the kernel calls `to` on a
+    Python int. The kernel keeps no state, and both forms compute the same function."""
     from vllm.v1.sample.ops import topk_topp_sampler
 
     def apply_top_k_top_p_triton(logits: Any, k: Any, p: Any, **_: Any) -> Any:

@@ -19,7 +19,7 @@ BLOCK = 32
 
 
 class PooledLru:
-    """A prefix cache with the blocks of all engines together, which evicts the block that was used longest ago."""
+    """A prefix cache as large as those of all engines together. It evicts the block that was used longest ago."""
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks
@@ -84,7 +84,8 @@ class Journal:
         self.decisions[request.sampling.seed or 0] = decision
 
     def is_traced(self, decision: Decision, cached: int) -> bool:
-        """Return whether the worker, after the decision, reported the block at which prediction and engine differ."""
+        """Return whether the worker, after the decision, reported a change of the block at which prediction and engine
+        differ."""
         at = min(decision.predicted, cached) // BLOCK
         block, is_lost = decision.hashes[at], decision.predicted > cached
         return any(
@@ -96,7 +97,8 @@ class Journal:
 
 @dataclass(slots=True)
 class Compared:
-    """Calls whose prediction was compared with the engine's count; short prompts are not predicted."""
+    """Counts of calls whose prediction was compared with the engine's count. Short prompts are left out, because the
+    gateway makes no prediction for them."""
 
     calls: int = 0
     equal: int = 0

@@ -1,4 +1,4 @@
-"""Chats with scripted answers, whose turns are played on a server or a fleet."""
+"""Chats with scripted answers. Their turns are played on a server or a fleet."""
 
 from __future__ import annotations
 
@@ -55,8 +55,11 @@ class Tokens:
 
 
 async def play(chats: Sequence[Chat], seed: int, post: Post) -> Tokens:
-    """Play all turns of chats, CONCURRENCY calls at a time. People take similar pauses. So the next chat is drawn from
-    the idle chats (those without a running call), among the quarter that has waited longest."""
+    """Play all turns of chats, CONCURRENCY calls at a time.
+
+    The next chat is drawn from the idle chats (those without a running call), among the quarter that has waited
+    longest, because people take similar pauses.
+    """
     rng, idle, running = random.Random(seed), list(chats), set[asyncio.Task[None]]()
     prompt = cached = 0
 

@@ -89,7 +89,8 @@ def test_the_ledger_audits_in_file_and_table(tmp_path: Path) -> None:
 
 
 def test_secrets_come_from_files(tmp_path: Path) -> None:
-    """A file of secrets has one secret per line and comments; a new file is private; errors show no file's content."""
+    """A file of secrets has one secret per line and may have comments. A new file is private. Error messages contain no
+    part of the file."""
     path = tmp_path / "s" / "secret"
     make_secret(path)
     (created,) = read_secrets(path, "auth.cluster_secret_file")

@@ -46,7 +46,7 @@ def table() -> Table:
 def make(tmp_path: Path, table: Table) -> Iterator[Callable[..., AuditWriter]]:
     """Factory of audit writers to one file.
 
-    A writer has a constant clock, and the writer's thread writes only when the writer is closed.
+    The clock of a writer is constant, and its thread writes only when the writer is closed.
     """
     writers: list[AuditWriter] = []
 
@@ -105,7 +105,7 @@ def test_a_flood_becomes_one_line(make: Callable[..., AuditWriter], table: Table
 
 
 def test_acts_that_end_together(make: Callable[..., AuditWriter], table: Table) -> None:
-    """No event is lost if two threads write and flush while a third thread inserts a batch and one insert fails."""
+    """No event is lost if several threads write and flush events at the same time, even if one insert fails."""
     writer = make()
     events = [AuditEvent(float(at), "admin", f"a{at}") for at in range(3)]
     threads: list[threading.Thread] = []
@@ -132,7 +132,7 @@ def test_acts_that_end_together(make: Callable[..., AuditWriter], table: Table) 
 
 
 def test_what_a_closing_writer_holds_is_written(make: Callable[..., AuditWriter], tmp_path: Path) -> None:
-    """Closing a writer writes the last events, and the last number of suppressed events."""
+    """Closing a writer writes the waiting events, and an event with the number of suppressed events."""
     writer = make(per_second=1)
     for _ in range(3):
         writer.write(failure())
@@ -143,7 +143,7 @@ def test_what_a_closing_writer_holds_is_written(make: Callable[..., AuditWriter]
 def test_a_table_that_is_away_gets_them_later(make: Callable[..., AuditWriter], table: Table, tmp_path: Path) -> None:
     """While the table is unavailable, events are written to the file at once and inserted into the table later.
 
-    If more than MAX_WAITING events wait, the oldest are not inserted into the table; the file has them.
+    If more than MAX_WAITING events wait, the oldest of them are only in the file.
     """
     writer = make(per_second=10**9)
     table.failure = StoreUnavailable("away")
@@ -164,7 +164,7 @@ def test_a_table_that_is_away_gets_them_later(make: Callable[..., AuditWriter], 
 def test_a_refused_batch_does_not_stand_before_others(
     make: Callable[..., AuditWriter], table: Table, tmp_path: Path
 ) -> None:
-    """Events that the table rejects are only in the file and cause an error in the statistics.
+    """Events that the table rejects are only in the file, and the statistics show the error.
 
     Later events are inserted into the table.
     """

@@ -67,9 +67,9 @@ def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str
 def test_a_backup_moves_between_databases(
     ledger: Ledger, database_url: str, tmp_path: Path, empty: Callable[[str], str], kind: str
 ) -> None:
-    """A restored database has the rows of the backup and valid keys.
+    """A restored database has the rows of the backup, and the keys in it are valid.
 
-    The change sequence of the restored database continues above the old numbers.
+    The change sequence, which numbers changes, continues above the numbers of the old database.
     """
     key = fill(ledger)
     counts = ledger.backup(tmp_path / "b.gz")
@@ -155,7 +155,7 @@ def test_a_million_records(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_backup_of_many_batches(tmp_path: Path) -> None:
-    """The sums of records that take several batches are equal after a backup and a restore."""
+    """Usage sums are the same before a backup and after its restore, for more records than one batch holds."""
     count = 10 * BATCH_ROWS + 1
     source = _with_records(tmp_path / "a.db", count)
     sums = source.usage.query(UsageQuery(("tenant", "day")))

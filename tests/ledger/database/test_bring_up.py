@@ -1,4 +1,4 @@
-"""`prepare_database_in_process` has the same results and errors as `prepare_database`, in a child process."""
+"""`prepare_database_in_process` does the same as `prepare_database`, with the same errors, but in a child process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ print(*({{"alembic", "sqlalchemy"}} & set(sys.modules)))
 
 
 async def test_it_does_as_the_ledger_itself(database_url: str) -> None:
-    """Tables are created on SQLite. A PostgreSQL database without tables raises the error of `prepare_database`."""
+    """On SQLite, the tables are created. On PostgreSQL without tables, the error is that of `prepare_database`."""
     if database_url.startswith("sqlite"):
         await prepare_database_in_process(database_url)
     else:
@@ -47,14 +47,14 @@ async def test_it_does_as_the_ledger_itself(database_url: str) -> None:
 
 
 async def test_a_database_that_does_not_answer_is_told_without_its_password() -> None:
-    """The error message for a closed port does not contain the password."""
+    """If the database's port is closed, the error message does not contain the password."""
     with pytest.raises(StoreUnavailable, match="does not answer") as error:
         await prepare_database_in_process("postgresql://headrace:hush@127.0.0.1:1/ledger")
     assert "hush" not in str(error.value)
 
 
 async def test_what_is_no_address_is_told_too() -> None:
-    """The error message for an invalid URL names the exception in the child process."""
+    """The error message for an invalid URL names the exception that the child process raised."""
     with pytest.raises(StoreUnavailable, match=r"cannot be checked: ValueError: store\.database_url: is no URL"):
         await prepare_database_in_process("nonsense")
 

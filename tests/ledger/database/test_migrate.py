@@ -1,4 +1,4 @@
-"""Migrations create the declared tables, and a release recognises the databases on which the release can work."""
+"""Migrations create the declared tables. A release recognizes the databases that it can use."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def newer(folder: Path, *kinds: str) -> migrate.Migrations:
 
 
 def test_migrations_make_what_the_tables_say(database_url: str) -> None:
-    """An upgrade changes a database's state from EMPTY to CURRENT, and a second upgrade applies nothing."""
+    """An upgrade changes the state of a database from EMPTY to CURRENT. A second upgrade applies nothing."""
     engine = make_engine(database_url)
     assert migrate.check(engine).state is migrate.SchemaState.EMPTY
     with pytest.raises(StoreUnavailable, match="db upgrade"):
@@ -60,7 +60,7 @@ def test_migrations_make_what_the_tables_say(database_url: str) -> None:
 
 
 def test_a_drifted_table_is_told(database_url: str) -> None:
-    """The check of a database names a column that was dropped by hand."""
+    """`check` names a column that is missing because it was dropped by hand."""
     engine = make_engine(database_url)
     migrate.upgrade(engine)
     with engine.begin() as connection:
@@ -93,7 +93,7 @@ def test_expand_now_contract_when_asked(database_url: str, tmp_path: Path) -> No
 
 
 def test_gateways_that_start_together_upgrade_once(database_url: str) -> None:
-    """Of four concurrent upgrades, one upgrade applies all migrations and the other upgrades apply nothing."""
+    """Of four concurrent upgrades, one applies all migrations and the others apply nothing."""
     applied: list[tuple[str, ...]] = []
 
     def start() -> None:
@@ -142,7 +142,8 @@ def test_a_failed_migration_leaves_nothing(database_url: str, tmp_path: Path) ->
 
 
 def test_each_migration_does_what_its_kind_says(database_url: str) -> None:
-    """An `expand` migration removes no table and no column, and every new column is nullable or has a default."""
+    """A migration of kind `expand` removes no table and no column. Every column that it adds is nullable or has a
+    default."""
     engine = make_engine(database_url)
     before: dict[str, set[str]] = {}
     for script in migrate.Migrations().scripts():
@@ -165,9 +166,9 @@ def test_each_migration_does_what_its_kind_says(database_url: str) -> None:
 
 
 def test_the_previous_release_goes_on_inserting_usage(database_url: str) -> None:
-    """After the migrations to reasoning tokens, predictions and traces, rows from before have none of them. The INSERT
-    of the release before is accepted, and no row has more reasoning tokens than completion tokens, whichever release
-    replaces an estimate."""
+    """After the migrations for reasoning tokens, predictions and traces, older rows have no such values, and the INSERT
+    of the previous release is still accepted. Whichever release replaces an estimate, no row has more reasoning tokens
+    than completion tokens."""
     ledger = Ledger(database_url)
     engine = make_engine(database_url)
     with engine.begin() as connection:
@@ -221,14 +222,14 @@ def test_urls_are_checked(url: str, word: str) -> None:
 
 
 def test_the_password_comes_from_elsewhere() -> None:
-    """A separate password is put into the URL, and the repr of a ledger does not contain the password."""
+    """A password that is given separately is put into the URL, and the repr of a ledger does not contain it."""
     url = parse_url("postgresql://headrace@db/x", "s3cret")
     assert (url.drivername, url.password) == ("postgresql+psycopg", "s3cret")
     assert "s3cret" not in repr(Ledger("postgresql://headrace@db/x", password="s3cret"))
 
 
 def test_a_database_that_is_not_there(tmp_path: Path) -> None:
-    """A closed port and a file that is no database raise StoreUnavailable, and the message contains no password."""
+    """A closed port and a file that is not a database raise StoreUnavailable. The message contains no password."""
     with pytest.raises(StoreUnavailable, match="does not answer") as caught:
         Ledger("postgresql://u:s3cret@127.0.0.1:1/x").check()
     assert "s3cret" not in str(caught.value)

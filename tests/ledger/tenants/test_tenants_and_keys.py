@@ -24,12 +24,12 @@ ACME = TenantPolicy(
 
 
 def reason(snapshot: AccessSnapshot, key: str, now_s: float = 0.0) -> str:
-    """Return the reason that the authentication of a key with a snapshot gives."""
+    """Authenticate a key with a snapshot, and return the reason of the result."""
     return authenticate(snapshot, key, (PEPPER,), now_s).reason
 
 
 def test_a_policy_rests_whole(ledger: Ledger) -> None:
-    """A tenant is read with all fields with which it was created, and lists of tenants are ordered and paged."""
+    """A stored tenant has all fields with which it was created. Lists of tenants are sorted and paged."""
     ledger.tenants.create(ACME, model_aliases={"gpt-4o": "tiny"})
     ledger.tenants.create(TenantPolicy("b"))
     stored = ledger.tenants.get("acme")
@@ -69,7 +69,8 @@ def test_updates_name_their_fields(ledger: Ledger) -> None:
 
 
 def test_what_a_file_declares_is_read_only(ledger: Ledger) -> None:
-    """Every change to a declared tenant raises ManagedByFile, but keys of the tenant can be created."""
+    """Every change to a tenant of the configuration file raises ManagedByFile, but keys of that tenant can be
+    created."""
     ledger.tenants.declare([TenantPolicy("acme")])
     for change in (
         lambda: ledger.tenants.update("acme", {"weight": 2.0}),
@@ -85,7 +86,8 @@ def test_what_a_file_declares_is_read_only(ledger: Ledger) -> None:
 
 
 def test_declaring_makes_the_files_tenants_exactly_these(ledger: Ledger) -> None:
-    """A tenant that is removed from the file and declared again has the same keys, and the API's tenants stay.
+    """If a tenant is removed from the configuration file and declared again, it has the same keys. Tenants of the API
+    stay.
 
     Declaring the same tenants again does not increment the change sequence.
     """
@@ -214,7 +216,7 @@ def test_snapshots_follow_every_change(ledger: Ledger) -> None:
 
 
 def test_a_change_that_commits_late_is_not_missed(ledger: Ledger) -> None:
-    """A reader with change number n has read every change up to n, also while several threads write."""
+    """A reader that has change number n has read every change up to n, even while several threads write."""
     created: list[str] = []
 
     def write(prefix: str) -> None:

@@ -1,4 +1,4 @@
-"""A watcher has the right snapshot while the database is reachable, unreachable, reachable again, and silent."""
+"""A watcher has the right snapshot while the database is reachable, unreachable, reachable again, or silent."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def source(clocks: Clocks) -> Source:
 
 @pytest.fixture
 def make(tmp_path: Path, clocks: Clocks, source: Source) -> Callable[..., Watcher]:
-    """Factory of watchers for one gateway. A second watcher stands for the gateway after a restart."""
+    """Factory of watchers for one gateway. A second watcher simulates the gateway after a restart."""
 
     def make_watcher(**options: object) -> Watcher:
         arguments = {"stale_after_s": 100.0, **options}
@@ -85,7 +85,7 @@ def make(tmp_path: Path, clocks: Clocks, source: Source) -> Callable[..., Watche
 
 
 def refusal(watcher: Watcher) -> str:
-    """Return the message with which a watcher rejects a call."""
+    """Return the message with which a watcher rejects a caller."""
     with pytest.raises(CallError) as caught:
         watcher.current()
     assert caught.value.outcome is Outcome.STORE_UNAVAILABLE
@@ -94,7 +94,8 @@ def refusal(watcher: Watcher) -> str:
 
 
 def test_before_the_first_answer_nobody_is_let_in(make: Callable[..., Watcher], source: Source) -> None:
-    """Calls are rejected with a reason if there is neither a database nor a file, even calls of declared tenants."""
+    """With neither a database nor a saved file, all calls are rejected with a reason, even calls of declared
+    tenants."""
     source.unreachable = True
     watcher = make(declared=[TenantPolicy("filed")])
     assert not watcher.poll()
@@ -139,7 +140,8 @@ def test_the_snapshot_outlives_the_process(make: Callable[..., Watcher], source:
 
 
 def test_confirmations_reach_the_disk(make: Callable[..., Watcher], source: Source, clocks: Clocks) -> None:
-    """The saved file is refreshed without changes too, so that the file is recent enough for a restart."""
+    """The saved file is written again even if nothing has changed, so that its snapshot is recent enough for a
+    restart."""
     watcher = make()
     for _ in range(400):
         clocks.pass_(0.5)
@@ -153,7 +155,7 @@ def test_confirmations_reach_the_disk(make: Callable[..., Watcher], source: Sour
 def test_clock_steps_neither_lock_out_nor_let_in(
     make: Callable[..., Watcher], source: Source, clocks: Clocks, step_s: float
 ) -> None:
-    """The time when a running gateway's snapshot becomes stale does not change if the wall clock is stepped."""
+    """A step of the wall clock does not change when a running gateway's snapshot becomes stale."""
     watcher = make()
     watcher.poll()
     source.unreachable = True
@@ -179,7 +181,8 @@ def test_a_file_from_the_future_does_not_last_forever(
 
 
 def test_declared_tenants_stand_over_the_databases(make: Callable[..., Watcher], source: Source) -> None:
-    """The policy of a declared tenant overrides the policy in the database, after the first poll and each change."""
+    """The policy of a declared tenant overrides its policy in the database, after the first poll and after each
+    change."""
     seen: list[AccessSnapshot] = []
     watcher = make(declared=[TenantPolicy("acme", weight=9.0)], on_change=seen.append)
     watcher.poll()
@@ -191,7 +194,7 @@ def test_declared_tenants_stand_over_the_databases(make: Callable[..., Watcher],
 
 
 def test_the_file_is_whole_and_private(tmp_path: Path) -> None:
-    """A saved snapshot is private and is loaded without changes, and a damaged or foreign file is loaded as None."""
+    """A saved snapshot is private and is loaded without changes. Loading a damaged or foreign file returns None."""
     path = tmp_path / "s"
     snapshot = AccessSnapshot.of([TenantEntry(TenantPolicy("a"))], [KeyEntry("k", "a", b"d" * 32)], 5, 6.0)
     watch.save(path, snapshot)
@@ -221,7 +224,7 @@ def test_a_disk_that_is_full_stops_nothing(make: Callable[..., Watcher], tmp_pat
 
 
 class Seen:
-    """Callback that records the last snapshot, with a method that waits for a snapshot."""
+    """Callback that records the last snapshot and can wait for a snapshot."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -260,9 +263,10 @@ def test_suspend_and_resume_within_two_seconds(ledger: Ledger, tmp_path: Path) -
 
 
 def test_a_database_that_is_killed_and_comes_back(own_server: postgres.PostgresServer, tmp_path: Path) -> None:
-    """A watcher serves the last snapshot while the database is down, and gets later changes when it is up again.
+    """While the database is down, a watcher serves the last snapshot. When the database is up again, the watcher gets
+    later changes.
 
-    A watcher that is started while the database is down serves the snapshot from disk.
+    A watcher that starts while the database is down serves the snapshot from disk.
     """
     url = own_server.new_database()
     ledger = Ledger(url, peppers=(PEPPER,))

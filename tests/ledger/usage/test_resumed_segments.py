@@ -1,4 +1,4 @@
-"""A segment of a broken stream is claimed once, by one atomic write to the database."""
+"""A resume of a broken stream is claimed once, by one atomic write to the database."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cluster.ledger.store import Ledger
 
 
 def test_of_many_one_is_the_first(ledger: Ledger) -> None:
-    """Of sixteen concurrent claims of a name, one claim succeeds; the name can be claimed again after the expiry."""
+    """Of sixteen concurrent claims of a name, one succeeds. After its expiry, the name can be claimed again."""
     names = [f"call.{i}" for i in range(8)]
 
     def claim(segments: list[str], now_s: float) -> list[bool]:

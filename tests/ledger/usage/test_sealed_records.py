@@ -15,7 +15,7 @@ SEALED = Sealer((A,)).seal(OPENED)
 
 
 def test_any_gateway_opens_what_one_has_sealed() -> None:
-    """A sealed record can be opened by any process with the secret, is small and hides the record's content.
+    """Any process with the secret can open a sealed record. The sealed record is small and hides its content.
 
     Sealing the same record again gives different bytes.
     """
@@ -29,7 +29,8 @@ def test_any_gateway_opens_what_one_has_sealed() -> None:
 
 
 def test_a_secret_is_replaced_without_loss() -> None:
-    """The first secret seals records and every secret opens records, and a record of a removed secret is not opened."""
+    """The first secret seals records, and every secret opens records. A record that was sealed with a removed secret
+    cannot be opened."""
     assert Sealer((B, A)).open(SEALED) == OPENED
     assert Sealer((B,)).open(Sealer((B, A)).seal(OPENED)) == OPENED
     with pytest.raises(SealError, match="does not have"):
@@ -38,7 +39,7 @@ def test_a_secret_is_replaced_without_loss() -> None:
 
 @given(st.integers(0, len(SEALED) - 1), st.integers(1, 255))
 def test_no_byte_can_be_changed(at: int, flip: int) -> None:
-    """Opening a sealed record raises SealError if any single byte was changed."""
+    """Opening a sealed record raises SealError if any byte was changed."""
     changed = bytearray(SEALED)
     changed[at] ^= flip
     with pytest.raises(SealError):

@@ -1,4 +1,4 @@
-"""Calls are judged by the SLO of their model as the metric of the gateways judges them, in one indexed query."""
+"""The SLO query judges calls in the same way as the gateways' metric, and uses an index."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NUMBERS = itertools.count()
 
 
 def judge(each: UsageRecord, objectives: SloObjectives) -> str:
-    """Return the result of a record, by the rules of the metric `headrace_slo_calls_total`."""
+    """Return the result of a record by the rules of the metric `headrace_slo_calls_total`."""
     objective = objectives.get(each.model)
     if each.delivered_unknown:
         return "unknown"
@@ -64,7 +64,8 @@ records = st.builds(
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(records, max_size=30))
 def test_the_query_judges_as_the_metric_does(ledger: Ledger, rows: list[UsageRecord]) -> None:
-    """The sums of the query are those of judging each call by itself; only first outputs of tenants' calls count."""
+    """The query gives the same sums as judging each call separately. Only the first output of each tenant's call
+    counts."""
     day = next(NUMBERS)
     at_s = day * 86400.0 + 60.0
     rows = [UsageRecord.from_json(row.as_json() | {"opened_at_s": at_s}) for row in rows]
@@ -83,7 +84,8 @@ def test_the_query_judges_as_the_metric_does(ledger: Ledger, rows: list[UsageRec
 
 
 def test_sums_of_one_tenant_model_and_range_of_days(ledger: Ledger) -> None:
-    """The query is limited to a tenant, a model and days. Without any SLO all calls are not judged."""
+    """The query can be limited to a tenant, a model and a range of days. Without any SLO, all calls count as not
+    judged."""
     ledger.usage.insert(
         [record("a"), record("b", tenant="zoo"), record("c", model="first"), record("d", opened_at_s=0.0)]
     )
@@ -106,7 +108,8 @@ def test_sums_of_one_tenant_model_and_range_of_days(ledger: Ledger) -> None:
     ],
 )
 def test_the_error_budget(met: int, missed: int, target: float, attainment: float | None, left: float | None) -> None:
-    """The budget is 1 without a missed call, 0 at the target, below 0 beyond; not known without calls or a target."""
+    """The part of the error budget that is left is 1 without a missed call, 0 if the target is just met, and negative
+    below the target. It is None without a judged call or a target."""
     found = SloSum("t", "m", SloObjective(1.0, 0.1, target), met=met, failed=missed)
     assert found.attainment == (None if attainment is None else pytest.approx(attainment))
     assert found.budget_left == (None if left is None else pytest.approx(left))
@@ -114,7 +117,7 @@ def test_the_error_budget(met: int, missed: int, target: float, attainment: floa
 
 
 def test_the_query_uses_the_index_of_days(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A month is read by the index of days and not from the whole table."""
+    """A query for a range of days reads the index of days and not the whole table."""
     url = f"sqlite:///{tmp_path_factory.mktemp('slo') / 'ledger.db'}"
     ledger = Ledger(url)
     ledger.upgrade()

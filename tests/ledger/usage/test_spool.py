@@ -93,7 +93,7 @@ def test_records_arrive_once_and_segments_go(make: Callable[..., Spool], tmp_pat
 
 
 def test_durable_is_told_in_order(make: Callable[..., Spool]) -> None:
-    """The reported positions of durable records only grow, and the last position covers all records."""
+    """The reported positions of durable records only grow. The last reported position is that of the last record."""
     positions: list[int] = []
     done = threading.Event()
 
@@ -131,7 +131,7 @@ def test_what_a_dead_process_left_is_moved_by_the_next(make: Callable[..., Spool
 def test_no_crash_loses_or_doubles(
     tmp_path_factory: pytest.TempPathFactory, steps: list[str], deaths: list[str]
 ) -> None:
-    """Each record is stored exactly once by any sequence of appends, replays, restarts and database failures."""
+    """Each record is stored exactly once after any sequence of appends, replays, restarts and database failures."""
     folder, database, number = tmp_path_factory.mktemp("spool"), Database(deaths), 0
     spool = Spool(folder, linger_s=0.0, max_segment_bytes=600)
     for step in steps:
@@ -156,7 +156,7 @@ def test_no_crash_loses_or_doubles(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HOSTILE])
 @given(st.data())
 def test_a_torn_tail_costs_only_itself(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """All complete lines of a segment that was truncated at any byte are stored, and later records are stored too."""
+    """If a segment file is truncated at any byte, all its complete lines are stored, and so are later records."""
     folder = tmp_path_factory.mktemp("spool")
     lines = [encode(record(f"r{n}")) for n in range(4)]
     whole = b"".join(lines)
@@ -237,13 +237,14 @@ def test_lines_read_back() -> None:
 
 
 def line_of(values: dict[str, object]) -> bytes:
-    """Return the line of a record with these fields, as any release writes it."""
+    """Return the line of the spool for a record with these fields. All releases write lines in this form."""
     body = json.dumps(values).encode()
     return b"%08x %s" % (zlib.crc32(body), body)
 
 
 def test_lines_of_other_releases_read_back(make: Callable[..., Spool], tmp_path: Path) -> None:
-    """A line of an earlier release, without reasoning tokens, has 0 of them, and a later release's field is dropped."""
+    """A line of an earlier release that lacks reasoning tokens is read with 0 reasoning tokens. An unknown field of a
+    later release is dropped."""
     values = record("r1").as_json()
     earlier = {name: value for name, value in values.items() if name != "reasoning_tokens"}
     folder = tmp_path / "spool"
@@ -279,7 +280,8 @@ for n in range(100_000):
 
 @pytest.mark.slow
 def test_killed_at_random_points(database_url: str, tmp_path: Path) -> None:
-    """Every record that was reported as durable is in the database exactly once after kills at random points."""
+    """After the process was killed at random points, every record that was reported as durable is in the database
+    exactly once."""
     ledger = Ledger(database_url)
     ledger.upgrade()
     chance, durable = random.Random(3), set[str]()

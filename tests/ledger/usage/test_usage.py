@@ -57,7 +57,7 @@ def test_a_call_counts_once(ledger: Ledger) -> None:
 
 
 def test_requests_are_counted_and_not_their_parts(ledger: Ledger) -> None:
-    """Further outputs, resumed segments and records of idle GPUs do not count as requests.
+    """Further outputs of a request, its resumed parts, and records of idle GPUs do not count as requests.
 
     An earlier version counted such records, and reported 504 calls as 679 requests.
     """
@@ -82,7 +82,7 @@ EXAMPLES = itertools.count()
 
 @pytest.fixture(scope="module")
 def shared_ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
-    """An empty SQLite ledger for all examples of a law; each example has a tenant of its own."""
+    """An empty SQLite ledger for all examples of a property test. Each example uses a tenant of its own."""
     ledger = Ledger(f"sqlite:///{tmp_path_factory.mktemp('law') / 'l.db'}")
     ledger.upgrade()
     yield ledger
@@ -96,7 +96,7 @@ def test_order_and_repetition_do_not_matter(
 ) -> None:
     """Reports in any order and in any batches leave one row per call.
 
-    The row has the exact report if there is an exact report, and the largest estimate otherwise.
+    The row has the exact report if there is one, otherwise the largest estimate.
     """
     ledger, tenant = shared_ledger, f"t{next(EXAMPLES)}"
     records = [
@@ -186,7 +186,7 @@ numbers = itertools.count()
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(reasoned, min_size=1, max_size=12))
 def test_reasoning_is_a_part_of_the_completion(ledger: Ledger, rows: list[dict[str, Any]]) -> None:
-    """The reasoning tokens of a group are the sum over its records, and at most the group's completion tokens."""
+    """The reasoning tokens of a group are the sum over its records. They never exceed the group's completion tokens."""
     tenant = f"t{next(numbers)}"
     ledger.usage.insert([record(f"{tenant}.{at}", tenant=tenant, **values) for at, values in enumerate(rows)])
     sums = {row["model"]: row for row in ledger.usage.query(UsageQuery(("model",), tenant=tenant))}
@@ -197,9 +197,9 @@ def test_reasoning_is_a_part_of_the_completion(ledger: Ledger, rows: list[dict[s
 
 
 def test_money_is_gpu_seconds_times_their_rate(ledger: Ledger) -> None:
-    """The cost of a group is the sum of GPU seconds times the rate of each accelerator.
+    """The cost of a group is the sum, over its accelerator types, of GPU seconds times the rate of the type.
 
-    The cost is None if an accelerator of the group has no rate.
+    The cost is None if an accelerator type of the group has no rate.
     """
     ledger.usage.insert(
         [

@@ -1,4 +1,4 @@
-"""Laws of the set of adapters that counts."""
+"""Property tests of the desired set of adapters, which gateways send to a worker with a revision."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ SENT = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 20), st.booleans()),
 
 @given(SENT)
 def test_the_highest_revision_of_connected_gateways_counts(sent: list[tuple[int, int, bool]]) -> None:
-    """After each message the set with the highest revision among the last of each connected gateway counts; a gateway
-    that ends takes nothing back."""
+    """After each message, the desired set is the one with the highest revision among the last sets of the connected
+    gateways. When a gateway disconnects, the desired set stays."""
     desired: DesiredSet[str] = DesiredSet("")
     last: dict[int, int] = {}
     for sender, revision, ends in sent:

@@ -1,4 +1,4 @@
-"""Laws of the adapters in an engine's memory."""
+"""Property tests of the adapters in an engine's memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ DIGESTS = st.sampled_from("abcdefg")
 
 
 class MemoryMachine(RuleBasedStateMachine):
-    """Any order of loads, uses, drops and pins, compared with a list of uses."""
+    """State machine of an adapter memory: loads, uses, drops and pins in any order, compared with a list ordered by
+    last use."""
 
     @initialize(slots=st.integers(1, 3), more=st.integers(0, 2))
     def start(self, slots: int, more: int) -> None:
@@ -22,7 +23,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.order: list[str] = []
 
     def used(self, digest: str) -> None:
-        """Record that a held adapter is the most recently used one."""
+        """Record that an adapter was used last, if the memory holds it."""
         if digest in self.memory:
             self.order = [*(other for other in self.order if other != digest), digest]
 
@@ -84,7 +85,7 @@ TestMemory = MemoryMachine.TestCase
 
 @given(st.integers(1, 4), st.sets(DIGESTS, min_size=5))
 def test_a_memory_of_pinned_adapters_has_no_place(capacity: int, digests: set[str]) -> None:
-    """When pinned adapters fill the memory, no other one can ever be held, and each pinned one stays."""
+    """When pinned adapters fill the memory, no further adapter fits, and every pinned adapter stays."""
     memory = AdapterMemory(1, capacity)
     names = sorted(digests)
     for digest in names[:capacity]:

@@ -1,4 +1,4 @@
-"""Patterns of allowed sources."""
+"""Tests of the patterns of allowed model sources."""
 
 from __future__ import annotations
 
@@ -22,5 +22,6 @@ from cluster.policy.catalog.allowed_sources import is_allowed_source
     ],
 )
 def test_a_source_stays_in_the_folder_of_a_pattern(source: str, patterns: tuple[str, ...], is_allowed: bool) -> None:
-    """A pattern allows what it matches, unless the source leads out of the folder that the pattern names."""
+    """A pattern allows every source that it matches, except a source that leads out of the folder that the pattern
+    names."""
     assert is_allowed_source(source, patterns) is is_allowed

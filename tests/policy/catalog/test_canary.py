@@ -16,7 +16,8 @@ RATIOS = {"error_ratio": 1.5, "ttft_ratio": 1.2}
 
 
 def trial(chance: random.Random, calls: int, *, weight: float, fails: tuple[float, float], slower: float) -> int:
-    """Number of calls after which a canary is rolled back, or 0 if this never happens within `calls`.
+    """Simulate a canary; return the number of calls after which it is rolled back, or 0 if this does not happen within
+    `calls`.
 
     The canary is checked after each call of the canary and after each failed call.
     """
@@ -35,7 +36,7 @@ def trial(chance: random.Random, calls: int, *, weight: float, fails: tuple[floa
 
 
 def test_nothing_is_judged_by_nothing() -> None:
-    """There is no rollback without calls, and a ratio of 0 disables its test."""
+    """A canary without calls is not rolled back. A ratio of 0 disables the test of this ratio."""
     assert not judge(CanaryTally(), CanaryTally(), **RATIOS).roll_back
     bad = CanaryTally(calls=100, errors=100, pairs=100, slower=100)
     assert not judge(CanaryTally(calls=1000), bad, error_ratio=0, ttft_ratio=0).roll_back
@@ -51,7 +52,8 @@ def test_a_broken_version_goes_after_a_few_calls() -> None:
 
 
 def test_a_slow_version_goes() -> None:
-    """A canary is rolled back after twenty lost pairs in a row, and stays with ten lost pairs of twenty."""
+    """A pair is a call of the canary and a call of the stable version, whose times to first token are compared. A
+    canary is rolled back if it is slower in twenty of twenty pairs, and not if it is slower in ten of twenty."""
     assert not judge(CanaryTally(calls=20), CanaryTally(calls=20, pairs=20, slower=10), **RATIOS).roll_back
     verdict = judge(CanaryTally(calls=20), CanaryTally(calls=20, pairs=20, slower=20), **RATIOS)
     assert verdict.roll_back
@@ -60,7 +62,7 @@ def test_a_slow_version_goes() -> None:
 
 @pytest.mark.slow
 def test_a_version_that_is_just_as_allowed_is_hardly_ever_taken_back() -> None:
-    """A canary exactly at the allowed ratio is rolled back by each of the two tests with a probability of at most
+    """If a canary has exactly the allowed ratio, each of the two tests rolls it back with a probability of at most
     ALPHA."""
     chance = random.Random(7)
     runs = 300
@@ -71,8 +73,8 @@ def test_a_version_that_is_just_as_allowed_is_hardly_ever_taken_back() -> None:
 
 @pytest.mark.slow
 def test_a_worse_version_is_found() -> None:
-    """A canary that loses three of four pairs on average, or has far more errors than allowed, is rolled back in every
-    run."""
+    """A canary is rolled back in every run if it is slower in three of four pairs on average, or has far more errors
+    than allowed."""
     chance = random.Random(11)
     failing = [trial(chance, 20_000, weight=0.05, fails=(0.02, 0.16), slower=0.5) for _ in range(40)]
     late = [trial(chance, 20_000, weight=0.05, fails=(0.0, 0.0), slower=0.75) for _ in range(40)]
@@ -83,7 +85,8 @@ def test_a_worse_version_is_found() -> None:
 @settings(deadline=None)
 @given(st.integers(0, 200), st.integers(0, 200), st.floats(0.01, 0.99))
 def test_evidence_grows_with_losses_and_falls_with_wins(losses: int, wins: int, chance: float) -> None:
-    """The evidence against a canary starts at zero. Each loss raises the evidence, and each win lowers the evidence."""
+    """The evidence against a canary starts at zero. Each lost comparison raises the evidence, each won comparison
+    lowers it."""
     assert log_evidence(0, 0, chance) == pytest.approx(0.0)
     here = log_evidence(losses, wins, chance)
     assert log_evidence(losses + 1, wins, chance) > here
@@ -93,8 +96,8 @@ def test_evidence_grows_with_losses_and_falls_with_wins(losses: int, wins: int, 
 @settings(deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60), st.floats(0.05, 0.95))
 def test_the_bet_is_fair(losses: int, wins: int, chance: float) -> None:
-    """The expected wealth of the bet stays the same after one more call, if a loss has exactly the probability
-    `chance`."""
+    """If a comparison is lost with exactly the probability `chance`, the expected evidence (as the wealth of a bet)
+    does not change with one more comparison."""
     here = math.exp(log_evidence(losses, wins, chance))
     after = chance * math.exp(log_evidence(losses + 1, wins, chance)) + (1 - chance) * math.exp(
         log_evidence(losses, wins + 1, chance)

@@ -21,8 +21,8 @@ LAYERS = st.dictionaries(NAMES, ENTRIES, max_size=3).map(
 
 
 def test_a_layer_changes_what_it_names() -> None:
-    """Mappings are merged by key, lists are replaced whole, and null removes a key. Models keep the order of their
-    first mention."""
+    """Mappings are merged by key, lists are replaced as a whole, and null removes a key. Models keep the order in which
+    they first occur."""
     base: list[dict[str, Any]] = [
         {"name": "m", "source": "/m", "aliases": ["a", "b"], "replicas": {"min": 1, "max": 2}},
         {"name": "n"},
@@ -39,7 +39,7 @@ def test_a_layer_changes_what_it_names() -> None:
     [([[{"source": "/m"}]], "layer 1: models[0]: has no name"), ([[], [{"name": "m"}] * 2], "layer 2: .* twice")],
 )
 def test_what_cannot_be_laid(layers: list[list[dict[str, Any]]], message: str) -> None:
-    """The error for an invalid layer names the layer and the entry."""
+    """The error for an invalid layer names the layer and the catalog entry."""
     with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
         merge_layers(layers)
 
@@ -48,15 +48,15 @@ def test_what_cannot_be_laid(layers: list[list[dict[str, Any]]], message: str) -
 def test_layers_can_be_laid_in_any_grouping(
     one: list[dict[str, Any]], two: list[dict[str, Any]], three: list[dict[str, Any]]
 ) -> None:
-    """Merging is associative, and merging a layer with itself or with an empty layer changes nothing."""
+    """Merging is associative. Merging a layer with itself or with an empty layer changes nothing."""
     assert merge_layers([one, two, three]) == merge_layers([merge_layers([one, two]), three])
     assert merge_layers([one, one, []]) == merge_layers([one])
 
 
 @given(LAYERS, LAYERS, st.booleans())
 def test_applying_again_changes_nothing(now: list[dict[str, Any]], given_: list[dict[str, Any]], prune: bool) -> None:
-    """Applied entries are present as given, and other entries stay or are pruned. Applying the entries again changes
-    nothing."""
+    """After entries were applied, they are in the catalog as given; the other entries stay, or are removed with
+    `prune`. Applying the same entries again changes nothing."""
     after = apply_entries(now, given_, prune=prune)
     assert apply_entries(after, given_, prune=prune) == after
     by_name = {entry["name"]: entry for entry in after}
@@ -70,7 +70,7 @@ def test_applying_again_changes_nothing(now: list[dict[str, Any]], given_: list[
 
 
 def test_changes_are_told_key_by_key() -> None:
-    """Changes are listed with the paths of changed keys, and with the reasons of restarts."""
+    """Changes are listed with the paths of the changed keys and with the reason if a restart is needed."""
     now: dict[str, dict[str, Any]] = {
         "m": {"name": "m", "replicas": {"min": 1}, "revision": "a"},
         "old": {"name": "old"},
@@ -87,7 +87,8 @@ def test_changes_are_told_key_by_key() -> None:
 
 
 def test_a_canary_takes_the_models_place() -> None:
-    """A promoted canary keeps its own keys, and the digest of the old weights is removed."""
+    """When a canary is promoted, its own keys replace the model's keys, and the digest of the old weights is
+    removed."""
     entry = {"name": "m", "source": "/m", "digest": "sha256:old", "revision": "a", "fallback": ["n"]}
     canary = {"version": "v2", "revision": "b", "weight": 0.5, "rollback": {}}
     assert promote_canary({**entry, "canary": canary}) == {

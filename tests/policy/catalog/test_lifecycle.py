@@ -39,7 +39,8 @@ AFTER = {
 
 @pytest.mark.parametrize(("state", "seen"), list(itertools.product(ModelState, ModelObservation)))
 def test_every_pair(state: ModelState, seen: ModelObservation) -> None:
-    """Each observation leads to the same state from every state. Only a GONE model must be declared again first."""
+    """An observation leads to the same state from every state. The exception is GONE: before another observation is
+    legal, the model must be declared again."""
     if state is ModelState.GONE and seen not in (ModelObservation.ABSENT, ModelObservation.ENDED):
         assert (state, seen) not in MOVES
         with pytest.raises(IllegalMove, match=f"GONE: {seen.name}"):
@@ -68,12 +69,13 @@ def test_every_pair(state: ModelState, seen: ModelObservation) -> None:
     ],
 )
 def test_what_is_seen(wanted: bool, seen: Observed | None, unplaceable: str, expected: ModelObservation) -> None:
-    """A serving replica decides the observation first, then a failure, then the progress of starting replicas."""
+    """If a replica serves, that determines the observation. Otherwise a failure does, and otherwise the progress of the
+    starting replicas."""
     assert observe(wanted, seen, unplaceable) is expected
 
 
 def test_workers_words_win_over_the_source() -> None:
-    """The limits and digests of a running worker override the limits and digests in the files."""
+    """The limits and digests that a running worker reports override those in the model files."""
     known = SourceFacts(bundle_digest="sha256:k", max_model_len=4096, family="llama")
     workers = [WorkerReport("sha256:b", "sha256:t", 512, "float32-tp1-pp1", {"top_k": 3}), WorkerReport("sha256:a")]
     result = entry(SPEC, ModelState.READY, SERVING, reported=workers, known=known)
@@ -87,7 +89,7 @@ def test_workers_words_win_over_the_source() -> None:
 
 
 def test_pinned_weights_are_the_entrys_own() -> None:
-    """The report of a worker does not extend the weights that the file pins."""
+    """If the entry pins a digest of the weights, the digest that a worker reports does not replace it."""
     pinned = dataclasses.replace(SPEC, digest="sha256:right")
     result = entry(pinned, ModelState.READY, SERVING, reported=[WorkerReport("sha256:wrong")])
     assert (result.weight_digests, result.weights_pinned) == (("sha256:right",), True)
@@ -104,13 +106,14 @@ def test_pinned_weights_are_the_entrys_own() -> None:
     ],
 )
 def test_reasons(state: ModelState, seen: Observed | None, unplaceable: str, reason: str) -> None:
-    """An entry in a state other than READY has a reason. A READY entry has a reason only if replicas are missing."""
+    """An entry in a state other than READY has a reason. An entry in the state READY has a reason only if replicas are
+    missing."""
     result = entry(SPEC, state, seen, unplaceable=unplaceable, known=SourceFacts(trouble="no tokenizer"))
     assert result.state_reason == reason
 
 
 def test_model_at_rest_stays_tokenizable() -> None:
-    """The reported values of workers are kept when no worker is left."""
+    """When a model has no worker any more, its entry keeps the values that its workers reported."""
     report = WorkerReport("sha256:w", "sha256:t", 512, "c", {"top_p": 0.9}, (PoolingTask.EMBED,))
     up = entry(SPEC, ModelState.READY, SERVING, reported=[report])
     down = fill_from_earlier(up, entry(SPEC, ModelState.LOADING, Observed("m", "d", 1, placed=1)))

@@ -1,4 +1,4 @@
-"""Tests of placement groups, and of the reasons why a group is impossible or must not be used."""
+"""Tests of placement groups, and of the reasons why a group cannot be placed or must not be used."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def test_one_gpu_shares_its_bundle_with_the_replica() -> None:
     [(2, 1, False, "STRICT_PACK"), (2, 1, True, "PACK"), (1, 2, False, "PACK"), (4, 2, False, "PACK")],
 )
 def test_larger_worlds(tensor: int, pipeline: int, spread: bool, strategy: str) -> None:
-    """A larger replica has a CPU bundle first, then one bundle for each GPU.
+    """A replica with several GPUs has a CPU bundle first, then one bundle for each GPU.
 
-    The group may spread over nodes only with pipeline parallelism or with a key of the entry.
+    The group may spread over nodes only with pipeline parallelism or if the entry allows it.
     """
     where = placement(spec(tensor, pipeline, spread=spread))
     assert where.bundles == ({"CPU": 1.0}, *[{"GPU": 1.0}] * (tensor * pipeline))
@@ -47,7 +47,7 @@ def test_larger_worlds(tensor: int, pipeline: int, spread: bool, strategy: str) 
 
 
 def test_gpu_type_is_asked_for_on_every_gpu_bundle() -> None:
-    """The key `gpu: H100` requests a fraction of the resource for this GPU type in every GPU bundle."""
+    """With the key `gpu: H100`, every GPU bundle requests a fraction of the resource that stands for this GPU type."""
     assert placement(spec(2, gpu="H100")).bundles[1:] == ({"GPU": 1.0, "accelerator_type:H100": 0.001},) * 2
 
 
@@ -67,7 +67,8 @@ def test_simulated_engine_needs_no_gpu() -> None:
     ],
 )
 def test_what_cannot_be_placed_says_what_it_needs(model: ModelSpec, nodes: list[dict[str, float]], part: str) -> None:
-    """The reason for an impossible placement names the need and the supply, and a remedy if there is one."""
+    """The reason why a model cannot be placed names the required and the available resources, and a remedy if there is
+    one."""
     assert part in why_unplaceable(model, nodes)
 
 
@@ -81,7 +82,7 @@ def test_what_cannot_be_placed_says_what_it_needs(model: ModelSpec, nodes: list[
     ],
 )
 def test_what_can_be_placed(model: ModelSpec, nodes: list[dict[str, float]]) -> None:
-    """There is no reason against the placement of these models."""
+    """These models can be placed, so no reason is returned."""
     assert why_unplaceable(model, nodes) == ""
 
 
@@ -99,7 +100,7 @@ def test_split_tensor_parallel_group_is_refused() -> None:
     st.integers(1, 3),
 )
 def test_split_agrees_with_counting(nodes: list[str], driver: str, tensor: int) -> None:
-    """A placement is accepted exactly when every node holds whole tensor-parallel groups."""
+    """A placement is accepted if and only if every node holds whole tensor-parallel groups."""
     nodes = nodes * tensor  # as many ranks as whole groups need
     counts = {node: nodes.count(node) for node in nodes}
     # the counts of consecutive nodes add up to group borders only if each count is a multiple of the group size

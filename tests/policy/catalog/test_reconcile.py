@@ -1,5 +1,6 @@
-"""Tests of the reconciliation of wanted and observed applications: whole plans, and a small simulated Ray that applies
-plans."""
+"""Tests of the reconciliation of wanted with observed applications: single plans, and a small simulated Ray to which
+plans are applied.
+"""
 
 from __future__ import annotations
 
@@ -30,20 +31,20 @@ DIGESTS = {"d": "d0", "e": "e0", "x": "aa", "y": "bb"}
 
 
 def seen(model: str, digest: str = "d0", target: int = 1, **more: object) -> dict[str, Observed]:
-    """Return an application that was deployed just now, by its name."""
+    """Return an application that was just deployed, in a dict with its name as key."""
     one = dataclasses.replace(Observed(model, digest, target, deployed_at_s=NOW_S), **more)  # type: ignore[arg-type]
     return {one.app: one}
 
 
 def settling(model: str, digest: str) -> dict[str, Observed]:
-    """Return an application of which Ray shows only the name."""
+    """Return an application that Ray shows only by name so far, in a dict with its name as key."""
     name = app_name(model, "v1", digest)
     return {name: Observed(model, "", 0, deployed_at_s=NOW_S, named=name)}
 
 
 def test_names_tell_what_runs() -> None:
-    """The name of an application can be parsed into model, version and digest. A name of another form is returned as
-    the model."""
+    """The name of an application is parsed into model, version and digest. A name of another form counts as the model's
+    name."""
     assert app_parts(app_name("m.x-1", "v2", "0af9")) == ("m.x-1", "v2", "0af9")
     assert app_parts("plain") == ("plain", "", "")
 
@@ -58,7 +59,7 @@ def test_new_and_unwanted() -> None:
 
 
 def test_what_still_has_calls_is_not_deleted() -> None:
-    """A retired application is not deleted while it still has calls."""
+    """A retired application is deleted only once it has no calls."""
     assert reconcile([], seen("old"), NOW_S) == Plan((), frozenset({"old@v1+d0"}))
 
 
@@ -68,14 +69,14 @@ def test_count_alone_scales() -> None:
 
 
 def test_what_is_being_deleted_is_waited_for() -> None:
-    """An application that is being deleted is neither deleted a second time nor deployed again."""
+    """An application that Ray is deleting is neither deleted again nor deployed again."""
     there = seen("m", deleting=True)
     assert reconcile([Wanted("m", "d0", 1)], there, NOW_S) == Plan(())
     assert reconcile([], there, NOW_S, empty=there) == Plan(())
 
 
 def test_what_has_just_been_taken_is_not_deployed_twice() -> None:
-    """A deployed application that Ray does not show yet is deployed again only after SETTLE_S."""
+    """If Ray does not show an application that was just deployed, it is deployed again only after SETTLE_S."""
     there = settling("m", "d0")
     assert reconcile([Wanted("m", "d0", 1)], there, NOW_S + SETTLE_S - 1) == Plan(())
     assert reconcile([Wanted("m", "d0", 1)], there, NOW_S + SETTLE_S).actions == (Deploy("m@v1+d0", "unseen"),)
@@ -91,15 +92,16 @@ def test_bad_luck_is_retried_and_a_refusal_is_not() -> None:
 
 
 def test_other_weights_start_again() -> None:
-    """Stale replicas are restarted once, and not again before the restarted replicas can show their weights."""
+    """Replicas with stale weights are restarted once. They are not restarted again until the new replicas can report
+    their weights."""
     wanted = [Wanted("m", "d0", 1, stale=True)]
     assert reconcile(wanted, seen("m", running=1), NOW_S + SETTLE_S).actions == (Deploy("m@v1+d0", "other weights"),)
     assert reconcile(wanted, seen("m", running=1), NOW_S + SETTLE_S - 1).actions == ()
 
 
 def test_changed_entry_comes_up_beside_the_old_one() -> None:
-    """An old application stays until as many replicas of the new application serve. Then the old application gets no
-    new calls, and is deleted when it is empty."""
+    """An old application stays until the new application has as many serving replicas. Then the old application gets no
+    new calls, and is deleted when it has no calls left."""
     wanted, old, new = [Wanted("m", "e0", 2)], seen("m", target=2, running=2), "m@v1+e0"
     assert reconcile(wanted, old, NOW_S) == Plan((Deploy(new, "new"),))
     one_up = {**old, **seen("m", "e0", 2, running=1, placed=1)}
@@ -111,7 +113,8 @@ def test_changed_entry_comes_up_beside_the_old_one() -> None:
 
 
 def test_where_both_do_not_fit_the_old_one_makes_room_one_by_one() -> None:
-    """An old application gives up replicas one at a time, and only while Ray cannot place the new application."""
+    """An old application gives up one replica at a time, and only while Ray cannot place the new application's
+    replicas."""
     wanted, late = [Wanted("m", "e0", 2)], NOW_S + SURGE_WAIT_S
     new, old = seen("m", "e0", 2), seen("m", target=2, running=2)
     assert reconcile(wanted, {**old, **new}, late - 1).actions == ()
@@ -125,7 +128,7 @@ def test_where_both_do_not_fit_the_old_one_makes_room_one_by_one() -> None:
 
 
 def test_what_cannot_come_up_displaces_nothing() -> None:
-    """An application that gave up replicas for a failed application gets these replicas back."""
+    """If the new application fails, the old application gets back the replicas that it gave up."""
     wanted = [Wanted("m", "e0", 3)]
     failed = seen("m", "e0", 3, gave_up=True, refused=True, trouble="no such model")
     there = {**seen("m", target=2, running=2), **failed}
@@ -133,7 +136,7 @@ def test_what_cannot_come_up_displaces_nothing() -> None:
 
 
 def test_a_version_that_is_dropped_goes_at_once() -> None:
-    """A rolled-back version is retired at once, without waiting for replicas of the other version."""
+    """A rolled-back version is retired at once, without waiting for replicas of another version."""
     there = {**seen("m", target=2, running=1), **seen("m", "e0", version="v2", running=1)}
     assert reconcile([Wanted("m", "d0", 2)], there, NOW_S).retired == frozenset()
     assert reconcile([Wanted("m", "d0", 2)], there, NOW_S, dropped={("m", "v2")}).retired == {"m@v2+e0"}
@@ -142,10 +145,10 @@ def test_a_version_that_is_dropped_goes_at_once() -> None:
 
 
 def test_each_type_of_gpu_is_replaced_by_its_own() -> None:
-    """An application replaces only an old application on the same GPU type.
+    """A new application replaces only the old application on the same GPU type.
 
-    A new application without replicas does not retire an old application that serves. A new application that lacks
-    capacity does not take capacity from another GPU type.
+    If the new application has no replicas, an old application that serves is not retired. If the new application lacks
+    capacity, it does not take capacity of another GPU type.
     """
     wanted = [Wanted("m", "aa", 1, gpu="H100"), Wanted("m", "bb", 2, gpu="L4")]
     old = {**seen("m", "d0", 1, running=1, gpu="H100"), **seen("m", "e0", 2, running=2, gpu="L4")}
@@ -175,8 +178,8 @@ def test_frozen_models_are_not_rolled_out() -> None:
 
 @dataclass
 class World:
-    """Simulated Ray with `gpus` GPUs, one for each replica. A replica serves two steps after it got a GPU, unless the
-    replica is broken."""
+    """Simulated Ray with `gpus` GPUs, one for each replica. A replica serves two steps after it got a GPU, unless its
+    digest is in `broken`."""
 
     gpus: int
     broken: frozenset[str] = frozenset()
@@ -185,7 +188,7 @@ class World:
     restarts: int = 0
 
     def carry_out(self, plan: Plan, wanted: Iterable[Wanted]) -> None:
-        """Apply one plan to the simulated Ray."""
+        """Apply a plan to the simulated Ray."""
         by_app = {one.app: one for one in wanted}
         for action in plan.actions:
             match action:
@@ -236,12 +239,12 @@ ENTRIES = st.dictionaries(st.sampled_from("abc"), st.tuples(st.sampled_from(["aa
 def test_any_change_comes_to_rest(
     have: dict[str, tuple[str, int]], want: dict[str, tuple[str, int]], spare: int, broken: frozenset[str]
 ) -> None:
-    """Any change of the catalog converges, with or without spare capacity.
+    """After any change of the catalog, the simulated Ray reaches the wanted state, with or without spare GPUs.
 
-    Applications change only in number, and unchanged applications are not touched. A changed model keeps serving. If
-    the old and the new replicas fit together, at least the lesser of the two numbers of replicas serves. Otherwise one
-    replica less may serve, or fewer if another model takes the GPUs that become free. In the end all applications are
-    as wanted, as far as possible.
+    Applications are scaled but never restarted, and unchanged applications keep all replicas. A changed model keeps
+    serving. If the old and the new replicas fit together, at least the smaller of the two numbers of replicas serves.
+    Otherwise one replica fewer may serve, or fewer still if another model takes the GPUs that become free. At the end
+    all applications are as wanted, as far as possible.
     """
     room = max(sum(n for _, n in have.values()), sum(n for _, n in want.values())) + spare
     world = World(room, broken)
@@ -276,11 +279,10 @@ TYPES = st.dictionaries(st.sampled_from(["", "H100", "L4"]), st.integers(0, 3), 
 
 @given(TYPES, TYPES, st.booleans())
 def test_any_change_of_types_serves_all_the_while(have: dict[str, int], want: dict[str, int], same: bool) -> None:
-    """Any change of GPU types and numbers keeps replicas serving at every moment, and ends with the wanted applications
-    only.
+    """After any change of GPU types and numbers of replicas, replicas serve at every moment, and at the end only the
+    wanted applications exist.
 
-    At least the lesser of the old and the new number of replicas serves, because the old and the new replicas fit
-    together.
+    At least the smaller of the old and the new number of replicas serves, because old and new replicas fit together.
     """
     world = World(100)
     before = [Wanted("m", f"aa{at:x}", count, gpu=gpu) for at, (gpu, count) in enumerate(sorted(have.items()))]

@@ -1,4 +1,6 @@
-"""Tests of versions beside each other: their shares of the calls, their replicas and their GPU types."""
+"""Tests of versions of a model that run beside each other: their shares of the calls, their replicas and their GPU
+types.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +43,14 @@ STAYS, TRIAL = ("v1", "d1"), ("v2", "d2", 0.05)
 def test_shares(
     trial: tuple[str, str, float] | None, marks: dict[str, VersionOverride], expected: tuple[ReplicaShare, ...]
 ) -> None:
-    """The weight in the file applies, unless a mark for exactly this digest overrides the weight."""
+    """A version has the weight of the configuration file, unless a mark (a stored override) for exactly this digest
+    sets another weight."""
     assert shares(STAYS, trial, marks) == expected
 
 
 def test_marks_survive_json() -> None:
-    """A mark is unchanged after a round trip through JSON, and an invalid weight is refused."""
+    """A mark (a stored override of a version's weight) is unchanged after a round trip through JSON. An invalid weight
+    is refused."""
     mark = VersionOverride("d", 0.25, "slow", True)
     assert VersionOverride.from_json(json.loads(json.dumps(mark.as_json()))) == mark
     with pytest.raises(ValueError, match="weight"):
@@ -55,7 +59,7 @@ def test_marks_survive_json() -> None:
 
 @given(st.integers(0, 200), st.floats(0, 1))
 def test_every_version_has_room_for_its_part(total: int, weight: float) -> None:
-    """Each version has enough replicas for its share of the calls, but at least one. All versions together have at most
+    """Each version has enough replicas for its share of the calls, and at least one. All versions together have at most
     two replicas more than the total."""
     parts = (ReplicaShare("v1", 1 - weight), ReplicaShare("v2", weight))
     counts = replicas_of(total, parts)
@@ -72,8 +76,8 @@ def test_every_version_has_room_for_its_part(total: int, weight: float) -> None:
 
 @given(st.integers(0, 50), st.lists(st.integers(-3, 20), min_size=1, max_size=4))
 def test_types_are_filled_in_their_order(replicas: int, capacities: list[int]) -> None:
-    """No replica is lost. A GPU type is used only within its capacity, and only when all earlier types are full.
-    Replicas that fit on no type wait for the first type."""
+    """Every replica gets a GPU type. A type is used only up to its capacity, and only if all earlier types are full.
+    Replicas that fit on no type are assigned to the first type, where they wait."""
     counts = over_types(replicas, capacities)
     room = [max(capacity, 0) for capacity in capacities]
     assert sum(counts) == replicas
@@ -87,7 +91,8 @@ def test_types_are_filled_in_their_order(replicas: int, capacities: list[int]) -
 
 @given(st.integers(0, 50), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=4))
 def test_what_is_on_a_type_stays_there(replicas: int, types: list[tuple[int, int]]) -> None:
-    """Free capacity on a preferred GPU type moves no replica. Scaling down removes replicas of the last type first."""
+    """No replica moves because a preferred GPU type has free capacity. Scaling down removes replicas of the last type
+    first."""
     room, there = [most for most, _ in types], [min(have, most) for most, have in types]
     counts = over_types(replicas, room, there)
     assert sum(counts) == replicas

@@ -1,4 +1,6 @@
-"""Tests of the backlogs of one model: reports of other gateways, and claims on the next turns."""
+"""Tests of the backlogs of one model: the waiting sequences that other gateways report, and the share of the next turns
+that this gateway claims from workers.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ from tests.policy.fairness.test_fair_queue import call, order_of, turns
 
 
 def test_waiting_elsewhere_is_not_idle_and_lifts_here_too() -> None:
-    """A tenant that waits at another gateway is not idle.
+    """A tenant that waits only at another gateway does not count as idle here.
 
-    The counter of the tenant on this gateway starts at the least backlogged counter.
+    Its service counter at this gateway starts at the lowest counter of the tenants that wait, and stays there.
     """
     order = order_of(*[call(f"a{i}", "a") for i in range(50)])
     turns(order, 10)
@@ -26,7 +28,7 @@ def test_waiting_elsewhere_is_not_idle_and_lifts_here_too() -> None:
 
 
 def test_a_silent_gateways_tenants_count_no_longer() -> None:
-    """The backlog of a gateway that is silent for two seconds is dropped."""
+    """The reported backlog of a gateway is dropped after two seconds without a report."""
     order = order_of(call("a", "a"))
     order.backlogs.replace_peer("g2", {FlowKey(0, "b"): Backlog(3, 300.0)}, 1.0)
     assert order.statistics().backlogged == 2
@@ -37,7 +39,8 @@ def test_a_silent_gateways_tenants_count_no_longer() -> None:
 
 
 def test_claims_are_parts_of_the_next_turns() -> None:
-    """A gateway whose tenant is ahead claims less than a gateway whose tenant is behind."""
+    """A gateway claims few turns if its tenant has had more service than the other gateway's tenant, and many if it has
+    had less."""
     here, there = order_of(*[call(f"a{i}", "a") for i in range(10)]), order_of(call("b", "b"))
     turns(here, 5)
     here.backlogs.replace_peer("g2", there.backlogs.own(), 0.0)
@@ -51,9 +54,9 @@ def test_claims_are_parts_of_the_next_turns() -> None:
 
 
 def test_what_goes_before_in_any_case() -> None:
-    """The service that is surely ahead is the service of higher classes and of the tenant's own queue.
+    """The service ahead of a new sequence is that of the waiting sequences of higher classes and of its own tenant.
 
-    The service of other tenants of the same class is not included.
+    The sequences of other tenants in the same class are not included.
     """
     order = order_of(call("h", "h", tokens=7), call("x", "x", tokens=50, rank=1), call("y", "y", tokens=80, rank=1))
     assert order.backlogs.service_ahead("x", 1) == 57.0

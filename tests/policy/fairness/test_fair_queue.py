@@ -1,4 +1,6 @@
-"""Tests of fair queuing: work conservation, bounded gaps, no starvation, accounts that agree, and shedding."""
+"""Tests of fair queuing: no idle capacity, bounded gaps between tenants, no starvation, equal counters at all gateways,
+and shedding.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ def order_of(*calls: WaitingSequence, weights: dict[str, float] | None = None) -
 
 
 def turns(order: FairOrder, count: int, now: float = 0.0) -> list[str]:
-    """Give the next turns, and return the call ids in the order of the turns."""
+    """Take the next `count` turns, and return the call ids in the order of the turns."""
     out = []
     for _ in range(count):
         head = order.head()
@@ -53,7 +55,7 @@ def test_turns_go_by_weighted_service() -> None:
 
 
 def test_long_outputs_have_fewer_turns() -> None:
-    """A tenant whose calls cost eight times as much gets an eighth of the turns, because tokens are shared and not
+    """A tenant whose calls cost eight times as much gets an eighth of the turns, because tokens are shared, not
     calls."""
     calls = [call(f"l{i}", "l", tokens=100, output=350) for i in range(40)] + [call(f"s{i}", "s") for i in range(80)]
     taken = turns(order_of(*calls), 90)
@@ -67,9 +69,9 @@ def test_a_higher_class_goes_first_whatever_it_had() -> None:
 
 
 def test_coming_back_from_idle_saves_nothing_up() -> None:
-    """The counter of a tenant that returns from idle is lifted to the least backlogged counter.
+    """When a tenant returns from idle, its service counter is raised to the lowest counter of the tenants that wait.
 
-    The tenant then gets no long run of turns.
+    So the tenant does not get many turns in a row.
     """
     order = order_of(*[call(f"a{i}", "a") for i in range(200)])
     turns(order, 100)
@@ -81,7 +83,8 @@ def test_coming_back_from_idle_saves_nothing_up() -> None:
 
 
 def test_a_short_pause_is_no_way_to_save_up_either() -> None:
-    """A tenant that pauses for less than two seconds keeps its counter, up to the allowed deficit."""
+    """A tenant that pauses for less than two seconds keeps its service counter. It may be behind the other tenants by
+    at most the allowed deficit."""
     order = order_of(call("b", "b"), *[call(f"a{i}", "a", tokens=1000) for i in range(200)])
     turns(order, 100, 0.0)
     order.push(call("again", "b"), 1.0)
@@ -89,7 +92,7 @@ def test_a_short_pause_is_no_way_to_save_up_either() -> None:
 
 
 def test_one_put_back_goes_first_and_is_charged_once() -> None:
-    """A sequence that lost its worker is charged once, and goes first when it is put back."""
+    """A sequence that lost its worker is put back and goes first. It is charged only once."""
     order = order_of(*[call(f"a{i}", "a", output=10) for i in range(3)], call("b", "b"))
     first = turns(order, 1)[0]
     before = order.counter("a")
@@ -103,7 +106,7 @@ def test_one_put_back_goes_first_and_is_charged_once() -> None:
 
 
 def test_corrections_end_at_the_truth() -> None:
-    """After all corrections, the counter of a tenant is the cost of the computed tokens.
+    """After all corrections, the service counter of a tenant is the cost of the tokens that were really computed.
 
     The first call is predicted with 100 output tokens and no cached tokens, and ends with 130 output tokens and 60
     cached tokens. The second call is revoked.
@@ -124,7 +127,8 @@ def test_corrections_end_at_the_truth() -> None:
 
 
 def test_tenants_at_their_floor_are_forgotten() -> None:
-    """Idle tenants at the floor are forgotten. A later tenant starts at the counter of the last backlogged tenant."""
+    """Idle tenants whose service counter is at the floor (the lowest counter of the waiting tenants) are forgotten. A
+    tenant that comes later starts at the last floor."""
     order = order_of(*[call(f"{i}", f"t{i}") for i in range(100)], call("debtor", "d", tokens=100_000))
     turns(order, 101)
     for call_id in [*(str(i) for i in range(100)), "debtor"]:
@@ -139,8 +143,8 @@ def test_tenants_at_their_floor_are_forgotten() -> None:
 
 
 def test_orders_outlive_an_empty_room() -> None:
-    """The counter of a tenant is kept while the queue of its model is empty. Unknown models are forgotten once no call
-    is open."""
+    """The service counter of a tenant is kept while no sequence of its model waits. Unknown models are forgotten once
+    no call is open."""
     fair = FairOrders()
     room = WaitingRoom(max_requests=9, max_tokens=10**6, max_wait_s=60.0, order_of=fair.order)
     room.admit(call("x"), 0.0)
@@ -159,7 +163,7 @@ def test_orders_outlive_an_empty_room() -> None:
 )
 @settings(max_examples=100, deadline=None)
 def test_gateways_and_workers_agree(calls: list[tuple[str, int, int]], data: st.DataObject) -> None:
-    """Two gateways that send to two workers have equal counters after all reports, whatever the order of the
+    """Two gateways that send to two workers have equal service counters after all reports, whatever the order of the
     reports."""
     gateways = [FairOrder(), FairOrder()]
     meters = [ServedMeter(), ServedMeter()]
@@ -200,8 +204,8 @@ def test_gateways_and_workers_agree(calls: list[tuple[str, int, int]], data: st.
 def test_the_gap_of_backlogged_tenants_is_bounded(
     costs: list[tuple[int, int]], picks: int, weights: list[float]
 ) -> None:
-    """The counters of backlogged tenants never differ by more than the largest charge divided by weight, plus one
-    bucket."""
+    """The service counters of waiting tenants differ by at most the largest charge, divided by its tenant's weight,
+    plus one QUANTUM."""
     names = [f"t{i}" for i in range(len(costs))]
     by_name = dict(zip(names, weights, strict=False))
     calls = [
@@ -220,7 +224,7 @@ def test_the_gap_of_backlogged_tenants_is_bounded(
 class FairMachine(RuleBasedStateMachine):
     """State machine of a fair order with two classes, compared with plain lists.
 
-    Calls arrive, have their turn, are put back, are cancelled and end.
+    Calls arrive, get their turn, are put back, are cancelled and end.
     """
 
     def __init__(self) -> None:
@@ -247,8 +251,8 @@ class FairMachine(RuleBasedStateMachine):
 
     @rule()
     def turn(self) -> None:
-        """Give the head its turn: a call that was put back, or the first call of the least counter in the highest
-        class."""
+        """Give the next turn: to a call that was put back, else to the first call of the tenant with the lowest counter
+        in the highest class."""
         head = self.order.head()
         waiting = {key: line for key, line in self.lines.items() if line}
         if self.returned:
@@ -272,7 +276,7 @@ class FairMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), what=st.sampled_from(["back", "end", "revoke"]), tokens=st.integers(0, 150))
     def running_one(self, data: st.DataObject, what: str, tokens: int) -> None:
-        """Put back a running call that loses its worker, or end the call."""
+        """Let a running call lose its worker and put the call back, or end the call."""
         if not self.running:
             return
         one = data.draw(st.sampled_from(self.running))
@@ -303,7 +307,7 @@ class FairMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_and_positions(self) -> None:
-        """There is a head exactly when a call waits, and positions are right within the queue of each tenant."""
+        """A call is at the head if and only if a call waits. Positions are right within the queue of each tenant."""
         waiting = len(self.returned) + sum(len(line) for line in self.lines.values())
         assert self.order.statistics().waiting == waiting
         assert (self.order.head() is not None) == (waiting > 0)
@@ -320,9 +324,9 @@ TestFair = FairMachine.TestCase
 
 @given(st.lists(st.integers(0, 3), max_size=60))
 def test_nobody_starves(arrivals: list[int]) -> None:
-    """A flooding tenant is served at most the cost of a waiting call before this call has its turn.
+    """Before a waiting call gets its turn, a flooding tenant is served at most what this call costs, and one call more.
 
-    This holds whatever the flooding tenant sends.
+    This holds however many calls the flooding tenant sends.
     """
     order = order_of(call("small", "s", tokens=100))
     order.push(call("flood", "f", tokens=100), 0.0)
@@ -337,7 +341,8 @@ def test_nobody_starves(arrivals: list[int]) -> None:
 
 
 def test_a_line_forgets_those_who_left() -> None:
-    """Positions and length are right after removals from the middle. Gaps are dropped together with the head."""
+    """Positions and length of a FIFO queue are right after removals from the middle. The gaps are dropped when the head
+    is removed."""
     line = FifoQueue()
     serials = [line.push(call(str(i))) for i in range(6)]
     for gone in (1, 3, 2):
@@ -351,7 +356,7 @@ def test_a_line_forgets_those_who_left() -> None:
 
 @given(st.lists(st.one_of(st.none(), st.integers(0, 30)), max_size=120))
 def test_a_line_agrees_with_a_list(steps: list[int | None]) -> None:
-    """After any pushes (None) and removals (place among the waiting), the queue agrees with a list."""
+    """After any pushes (None) and removals (index among the waiting), the FIFO queue agrees with a list."""
     line = FifoQueue()
     waiting: list[tuple[str, int]] = []
     for number, step in enumerate(steps):
@@ -366,7 +371,8 @@ def test_a_line_agrees_with_a_list(steps: list[int | None]) -> None:
 
 
 def test_learnt_outputs() -> None:
-    """The mean and the p95 of the last outputs are within the allowed maximum. The number of pairs is bounded."""
+    """The mean and the p95 are computed over the last outputs, and are at most the call's own maximum. The number of
+    remembered pairs of tenant and model is bounded."""
     learnt, means = LearntOutputs(default_tokens=50, max_pairs=2), LearntMeans(max_pairs=2)
     assert (means.mean("a", "m", 1000), learnt.p95("a", "m", 20)) == (1, 20)
     for tokens in [1000] * 10 + [10] * (KEPT - 4) + [100] * 4:
@@ -383,9 +389,10 @@ def test_learnt_outputs() -> None:
 
 
 def test_outputs_that_all_run_to_their_most_are_expected_to_do_so() -> None:
-    """A tenant that always reaches max_tokens is expected to do so again, however different its max_tokens are.
+    """If all outputs of a tenant reached max_tokens, the next output is expected to reach it too, whatever its
+    max_tokens is.
 
-    Beyond the longest observed output, only the default is expected.
+    Beyond the longest output so far, only the default number of further tokens is expected.
     """
     learnt = LearntOutputs(default_tokens=50)
     for most in (10, 1000, 200, 3000) * 8:
@@ -402,7 +409,7 @@ def test_outputs_that_all_run_to_their_most_are_expected_to_do_so() -> None:
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=KEPT), st.integers(1, 400))
 def test_what_ends_by_itself_is_expected_as_long_as_it_was(lengths: list[int], most: int) -> None:
-    """The expectation is the mean of the observed lengths, each limited to `most`."""
+    """If outputs ended before max_tokens, the expected length is the mean of their lengths, each limited to `most`."""
     learnt = LearntOutputs()
     for tokens in lengths:
         learnt.observe("a", "m", tokens)
@@ -412,10 +419,10 @@ def test_what_ends_by_itself_is_expected_as_long_as_it_was(lengths: list[int], m
 
 
 def test_of_whom_nothing_was_seen_others_tell() -> None:
-    """The expectation for a tenant without observations uses other outputs: of the same model, else all outputs, else
-    the default.
+    """The expected output of a tenant without outputs is that of other tenants: on the same model, else on all models,
+    else the default.
 
-    Limits use only the outputs of the tenant itself.
+    Limits use only the tenant's own outputs.
     """
     learnt = LearntOutputs(default_tokens=50)
     assert learnt.expected("a", "m", 1000) == 50
@@ -433,10 +440,10 @@ def test_of_whom_nothing_was_seen_others_tell() -> None:
 
 
 def test_what_was_cut_short_says_no_more_than_it_had() -> None:
-    """A cut output only gives a lower bound of a length.
+    """An output that was cut at max_tokens gives only a lower bound of its length.
 
-    Half of the outputs are cut at 10 tokens and half end at 40 tokens. Then a call that may have 40 tokens is expected
-    to have 40 tokens, not 25.
+    Half of the outputs are cut at 10 tokens and half end at 40 tokens. A call with max_tokens 40 is then expected to
+    have 40 tokens, not 25.
     """
     learnt = LearntOutputs()
     for _ in range(KEPT // 2):
@@ -451,8 +458,8 @@ def shedding(max_requests: int = 4) -> WaitingRoom:
 
 
 def test_a_full_room_sheds_the_lowest_class_first() -> None:
-    """A sequence of the lowest class is shed for a sequence of a higher class. No sequence is shed for a sequence of
-    the lowest class."""
+    """When the waiting room is full, a sequence of the lowest class is shed for a sequence of a higher class. For a
+    sequence of the lowest class, no sequence is shed."""
     room = shedding()
     for i, rank in enumerate((2, 0, 2, 1)):
         room.admit(call(str(i), f"t{i}", rank=rank), 0.0)
@@ -465,7 +472,8 @@ def test_a_full_room_sheds_the_lowest_class_first() -> None:
 
 
 def test_a_flood_makes_room_for_others_of_its_class() -> None:
-    """Within a class, the longest queue loses its last sequence. The flooding tenant itself is refused."""
+    """When the waiting room is full, the longest queue of the same class loses its last sequence to another tenant's
+    sequence. A sequence of the tenant with the longest queue is refused."""
     room = shedding()
     for i in range(4):
         assert room.admit(call(f"f{i}", "flood"), 0.0).outcome is None
@@ -478,8 +486,8 @@ def test_a_flood_makes_room_for_others_of_its_class() -> None:
 
 
 def test_what_cannot_be_in_time_is_refused_at_once() -> None:
-    """A call whose earliest start is not before its deadline is refused at once. A call without a deadline is not
-    refused."""
+    """A call is refused at once if its earliest possible start is not before its deadline. A call without a deadline is
+    not refused."""
     room = shedding()
     late = WaitingSequence("x", "m", "a", 1, 5.0, "standard", 0.0)
     assert room.admit(late, 0.0, starts_in_s=5.0).outcome is Outcome.DEADLINE_UNREACHABLE
@@ -488,7 +496,7 @@ def test_what_cannot_be_in_time_is_refused_at_once() -> None:
 
 
 def test_a_tenants_own_bounds() -> None:
-    """A sequence of a tenant whose own queue is full is refused, and nothing is shed for this sequence."""
+    """A sequence is refused if its tenant's own queue is full, and no other sequence is shed for it."""
     room = WaitingRoom(
         max_requests=9, max_tokens=900, max_wait_s=9.0, tenant_max_requests=2, tenant_max_tokens=150,
         order_of=FairOrders().order,

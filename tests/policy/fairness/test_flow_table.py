@@ -1,4 +1,6 @@
-"""A flow that returns from idle starts at the floor, or below the floor by a bounded deficit."""
+"""Tests of the table of flows. A flow is one tenant's waiting sequences for one model and class; its counter measures
+the service that it has had. The floor is the lowest counter of the flows that wait.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from cluster.policy.fairness.flow_table import FlowTable
 
 @pytest.mark.parametrize(("idle_s", "counter"), [(3.0, 1000.0), (1.0, 950.0)])
 def test_a_flow_that_returns_is_lifted(idle_s: float, counter: float) -> None:
-    """After `idle_s` the counter of a returning flow is the floor, and before it may be less by the deficit."""
+    """A flow that was idle for `idle_s` or longer returns with its counter at the floor. A flow that was idle for less
+    may be below the floor by at most the deficit."""
     flows = FlowTable(lambda tenant: 2.0, 2.0, 100.0)
     busy, quiet = flows.flow(0, "busy"), flows.flow(0, "quiet")
     flows.advance(10.0)
@@ -24,7 +27,8 @@ def test_a_flow_that_returns_is_lifted(idle_s: float, counter: float) -> None:
 
 
 def test_idle_flows_are_forgotten() -> None:
-    """A flow at the floor is a guest for `idle_s` and is then forgotten, unless a call of the flow has a charge."""
+    """An idle flow at the floor counts as a guest for `idle_s`. Then it is forgotten, unless a call of the flow still
+    has a charge."""
     flows = FlowTable(lambda tenant: 1.0, 2.0, 100.0)
     for tenant in ("a", "b"):
         flow = flows.flow(1, tenant)

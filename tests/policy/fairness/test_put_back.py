@@ -1,4 +1,4 @@
-"""Sequences that were put back keep their order by class and arrival."""
+"""Tests of the sequences that were put back: they are ordered by class and arrival."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def waiting(call_id: str, tenant: str, arrived: float, rank: int = 0) -> Waiting
 
 
 def test_order_is_by_class_then_arrival() -> None:
-    """The head is the oldest sequence of the highest class, and a position counts only the tenant's own sequences."""
+    """The head is the oldest sequence of the highest class. The position of a sequence counts only sequences of its own
+    tenant."""
     sequences = PutBackSequences()
     for call in (waiting("c", "x", 3.0), waiting("low", "x", 1.0, 1), waiting("a", "y", 1.0), waiting("b", "x", 2.0)):
         sequences.add(call)

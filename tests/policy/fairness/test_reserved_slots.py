@@ -1,4 +1,6 @@
-"""Tests of reserved slots: a few slots are kept for guests, and only from tenants that always wait."""
+"""Tests of reserved slots. A few slots are kept free for guests: tenants that send little. They are kept free only by
+tenants that always have sequences waiting.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ def call(call_id: str, tenant: str, rank: int = 0) -> WaitingSequence:
 
 
 def flooded(guest_rank: int = 0, loud_rank: int = 0) -> tuple[FairOrder, WaitingSequence]:
-    """Return an order, and a sequence of a loud tenant that has waited since time 0.
+    """Return a fair order, and a waiting sequence of a loud tenant, which has had sequences waiting since time 0.
 
-    The loud tenant has RUNNING running calls. A guest has come and gone at 5 s, and the loud tenant has then had
+    The loud tenant has RUNNING running calls. A guest's call came and was served at 5 s; the loud tenant has then had
     another turn.
     """
     order = FairOrder()
@@ -38,7 +40,7 @@ def flooded(guest_rank: int = 0, loud_rank: int = 0) -> tuple[FairOrder, Waiting
 
 
 def test_places_are_kept_from_who_always_waits() -> None:
-    """The loud tenant leaves the reserved slots free after a guest was seen, until no guest has come for GUEST_S."""
+    """After a guest was seen, the loud tenant leaves the reserved slots free until no guest has come for GUEST_S."""
     order, head = flooded()
     assert order.slots_to_keep_free(head) == RUNNING // KEPT_OF
     order.sweep(5.0 + IDLE_S + GUEST_S + 1)
@@ -46,7 +48,7 @@ def test_places_are_kept_from_who_always_waits() -> None:
 
 
 def test_nothing_is_kept_from_guests() -> None:
-    """A new call of a guest may take any slot, and so may a call that lost its worker."""
+    """A guest's new call may take any slot. A call that lost its worker may take any slot, too."""
     order, _ = flooded()
     second = call("again", "guest")
     order.push(second, 6.0)
@@ -66,7 +68,7 @@ def test_a_lower_class_is_no_guest_of_a_higher_one() -> None:
 
 
 def test_two_who_flood_are_nobodys_guests() -> None:
-    """No slot is reserved if all tenants always wait, so all capacity is used."""
+    """If all tenants always have sequences waiting, no slot is reserved, and all capacity is used."""
     order = FairOrder()
     for tenant in ("one", "other"):
         for number in range(RUNNING):
@@ -85,7 +87,7 @@ def test_two_who_flood_are_nobodys_guests() -> None:
     st.integers(0, 100_000), st.lists(st.tuples(st.integers(0, 5), st.floats(0, 100)), max_size=5), st.floats(0, 200)
 )
 def test_never_more_than_its_part(filled: int, seen: list[tuple[int, float]], now: float) -> None:
-    """At most one slot in KEPT_OF of the running calls is reserved, and at most KEPT_MOST slots."""
+    """The number of reserved slots is at most the number of running calls divided by KEPT_OF, and at most KEPT_MOST."""
     guests = ReservedSlots()
     for rank, at in seen:
         guests.note_guest(rank, at)

@@ -1,4 +1,4 @@
-"""Statistics of the service of a model: the best recent speed, and the wait that follows from it."""
+"""Tests of a model's service statistics: the best recent speed of service, and the wait that is estimated from it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def push(order: FairOrder, call_id: str) -> None:
 
 
 def test_a_speed_is_measured_while_sequences_wait() -> None:
-    """The speed counts what was charged in a second at whose beginning and end sequences waited. It decays in slower
-    seconds, and without it no wait is known."""
+    """The speed is the service charged in a second, if sequences wait at its beginning and at its end. In slower
+    seconds the speed decays. While no speed is known, the estimated wait is 0."""
     orders = FairOrders()
     order = orders.order(MODEL)
     statistics = ServiceStatistics(orders.order)

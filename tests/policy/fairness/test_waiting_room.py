@@ -24,14 +24,14 @@ def waiting(
 
 
 def room(max_requests: int = 1000, max_tokens: int = 100_000, max_wait_s: float = 60.0) -> WaitingRoom:
-    """Return a large waiting room, unless other bounds are given."""
+    """Return a waiting room with large bounds, or with the given bounds."""
     return WaitingRoom(
         max_requests=max_requests, max_tokens=max_tokens, max_wait_s=max_wait_s, order_of=lambda model: FifoOrder()
     )
 
 
 def fits(_: WaitingSequence) -> bool:
-    """Return True for every sequence, which then fits."""
+    """Return True: every sequence fits."""
     return True
 
 
@@ -45,7 +45,7 @@ def test_first_come_first_served_by_model() -> None:
 
 
 def test_only_the_head_is_offered() -> None:
-    """A head that does not fit is not overtaken by a shorter sequence behind the head."""
+    """If the head does not fit, a shorter sequence behind it does not overtake it."""
     r = room()
     r.admit(waiting("long", tokens=900), 0.0)
     r.admit(waiting("short", tokens=1), 0.0)
@@ -61,7 +61,8 @@ def test_only_the_head_is_offered() -> None:
 
 
 def test_full_by_requests_and_by_tokens() -> None:
-    """A sequence beyond either bound is refused without a trace. A sequence that just reaches the bound enters."""
+    """A sequence that exceeds either bound is refused and changes nothing. A sequence that exactly reaches the bound is
+    admitted."""
     r = room(max_requests=2, max_tokens=100)
     assert r.admit(waiting("a", tokens=60), 0.0).outcome is None
     assert r.admit(waiting("b", tokens=41), 0.0).outcome is Outcome.QUEUE_FULL
@@ -74,7 +75,8 @@ def test_full_by_requests_and_by_tokens() -> None:
 
 
 def test_put_back_goes_to_the_head_in_order_of_arrival() -> None:
-    """Sequences that lost their worker come before all other sequences, the earliest first, even into a full room."""
+    """Sequences that lost their worker are put before all other sequences, in the order of arrival. A full room accepts
+    them, too."""
     r = room(max_requests=3)
     for number, call_id in enumerate("abc"):
         r.admit(waiting(call_id, arrived=float(number)), 0.0)
@@ -89,7 +91,8 @@ def test_put_back_goes_to_the_head_in_order_of_arrival() -> None:
 
 
 def test_expiry_by_deadline_and_by_wait() -> None:
-    """A sequence past its deadline or maximum wait is returned once, the longest overdue sequence first."""
+    """A sequence past its deadline or its maximum wait is returned once. The sequence that expired first is returned
+    first."""
     r = room(max_wait_s=10.0)
     r.admit(waiting("patient"), 1.0)
     r.admit(waiting("late", deadline=5.0), 1.0)
@@ -102,7 +105,7 @@ def test_expiry_by_deadline_and_by_wait() -> None:
 
 
 def test_a_second_stay_has_its_own_time() -> None:
-    """The expiry of the first stay of a sequence does not end the second stay."""
+    """A sequence that enters the room a second time gets a new expiry; the first one no longer counts."""
     r = room(max_wait_s=10.0)
     r.admit(waiting("a"), 0.0)
     w = r.pop_next("m", fits)
@@ -124,7 +127,7 @@ def test_entering_twice_is_an_error() -> None:
 
 
 def test_leave_of_a_stranger_is_false() -> None:
-    """Cancelling a sequence that does not wait returns False."""
+    """Removing a sequence that does not wait returns False."""
     r = room()
     assert not r.cancel("nobody")
     r.admit(waiting("a"), 0.0)
@@ -133,9 +136,10 @@ def test_leave_of_a_stranger_is_false() -> None:
 
 
 def test_a_hundred_thousand_cost_microseconds_each() -> None:
-    """Entering, locating, cancelling and binding 100,000 sequences takes some µs each, in the order of production.
+    """With 100,000 sequences in the fair order of production, each sequence is added, located, cancelled and bound in
+    some µs.
 
-    The bound is loose: 40 µs for the four operations.
+    The bound is loose: 40 µs for the four operations together.
     """
     r = WaitingRoom(max_requests=100_000, max_tokens=10**9, max_wait_s=60.0, order_of=lambda model: FairOrder())
     ids = [str(i) for i in range(100_000)]
@@ -152,7 +156,7 @@ def test_a_hundred_thousand_cost_microseconds_each() -> None:
 
 
 class RoomMachine(RuleBasedStateMachine):
-    """State machine in which the waiting room is compared with a list that is searched linearly."""
+    """State machine of a waiting room, compared with a plain list that is searched linearly."""
 
     bound = Bundle("bound")
 
@@ -179,7 +183,7 @@ class RoomMachine(RuleBasedStateMachine):
         patience=st.none() | st.integers(0, 20),
     )
     def enter(self, model: str, count: int, tokens: int, patience: int | None) -> None:
-        """Admit sequences that arrive."""
+        """Admit sequences to the room."""
         for _ in range(count):
             deadline = None if patience is None else self.now + patience
             w = waiting(str(self.serial), model=model, tokens=tokens, deadline=deadline, arrived=self.now)
@@ -207,7 +211,7 @@ class RoomMachine(RuleBasedStateMachine):
 
     @rule(w=consumes(bound))
     def put_back(self, w: WaitingSequence | None) -> None:
-        """Put back a bound sequence that loses its worker."""
+        """Put back a bound sequence, as after the loss of its worker."""
         if w is None:
             return
         self.room.put_back(w, self.now)

@@ -1,4 +1,7 @@
-"""The order within one tenant's turn: whatever goes first, no other tenant waits longer, and no sequence starves."""
+"""Tests of the warm order: among one tenant's first sequences, the one with the greatest loss goes first. The loss is
+the number of cached tokens that the sequence may lose by waiting. No other tenant waits longer, and no sequence
+starves.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def order_of(calls: list[WaitingSequence]) -> FairOrder:
 
 
 def turn(order: FairOrder, loss_of: LossOf | None) -> WaitingSequence:
-    """Give the next turn."""
+    """Take the next turn, and return its sequence."""
     head = order.head(loss_of)
     assert head is not None
     order.mark_taken(head.call_id)
@@ -37,7 +40,7 @@ def turn(order: FairOrder, loss_of: LossOf | None) -> WaitingSequence:
 
 
 def by_number(losses: list[int]) -> LossOf:
-    """Return losses by the number of the call, any numbers whatever."""
+    """Return a function that gives the loss of a sequence by its number. Any losses are allowed."""
     return lambda waiting: losses[int(waiting.call_id) % len(losses)]
 
 
@@ -49,7 +52,8 @@ COSTS = st.tuples(st.integers(0, 3000), st.integers(0, 500))
 def test_calls_of_equal_cost_leave_the_turns_of_tenants_as_they_are(
     costs: dict[str, tuple[int, int]], losses: list[int]
 ) -> None:
-    """If the sequences of each tenant cost the same, the tenants have the same turns as first come, first served."""
+    """If all sequences of a tenant cost the same, the tenants get their turns in the same order as with first come,
+    first served within a tenant."""
     calls = [call(str(n * 3 + at), tenant, *costs[tenant]) for n in range(20) for at, tenant in enumerate(costs)]
     first_come, warm = order_of(calls), order_of(calls)
     for _ in calls:
@@ -60,8 +64,8 @@ def test_calls_of_equal_cost_leave_the_turns_of_tenants_as_they_are(
 def test_the_gap_between_backlogged_tenants_stays_within_one_charge(
     costs: list[tuple[str, tuple[int, int]]], losses: list[int]
 ) -> None:
-    """While two tenants wait, their counters differ by at most the largest charge divided by its tenant's weight, and
-    a quantum of the lookup. The same holds first come, first served."""
+    """While two tenants wait, their service counters differ by at most the largest charge divided by its tenant's
+    weight, plus one QUANTUM. The same bound holds with first come, first served."""
     calls = [call(str(n), tenant, *cost) for n, (tenant, cost) in enumerate(costs)]
     largest = max((each.tokens + 2 * each.output_tokens) / WEIGHTS[each.tenant] for each in calls)
     for loss_of in (by_number(losses), None):
@@ -76,8 +80,9 @@ def test_the_gap_between_backlogged_tenants_stays_within_one_charge(
 def test_another_tenants_sequence_waits_for_no_more_service(
     costs: list[tuple[str, tuple[int, int]]], losses: list[int]
 ) -> None:
-    """Between two turns of a waiting tenant, each other tenant is served at most what the first turn cost and one
-    charge of its own, by weight, and two quanta: the bound that holds first come, first served."""
+    """Between two turns of a waiting tenant, the service of each other tenant is bounded. The bound is the cost of the
+    first of the two turns, plus the other tenant's largest charge, plus two QUANTUM. Costs are divided by the tenant's
+    weight. The same bound holds with first come, first served."""
     calls = [call(str(n), tenant, *cost) for n, (tenant, cost) in enumerate(costs)]
 
     def charge(each: WaitingSequence) -> float:
@@ -99,8 +104,8 @@ def test_another_tenants_sequence_waits_for_no_more_service(
 
 @given(losses=LOSSES, arrivals=st.lists(st.integers(0, 2), min_size=1, max_size=60), waiting=st.integers(1, 30))
 def test_no_sequence_is_overtaken_for_ever(losses: list[int], arrivals: list[int], waiting: int) -> None:
-    """A sequence with p sequences ahead is sent in one of the next (p + 1) * (MAX_OVERTAKEN + 1) turns of its tenant,
-    whatever arrives behind it."""
+    """A sequence with p sequences of its tenant ahead gets one of the tenant's next (p + 1) * (MAX_OVERTAKEN + 1)
+    turns, whatever arrives behind it."""
     order = order_of([call(str(number)) for number in range(waiting)])
     ahead = dict(zip(map(str, range(waiting)), range(waiting), strict=True))
     turns_left = {call_id: (place + 1) * (MAX_OVERTAKEN + 1) for call_id, place in ahead.items()}
@@ -119,7 +124,8 @@ def test_no_sequence_is_overtaken_for_ever(losses: list[int], arrivals: list[int
 
 
 def test_the_warmest_of_the_first_goes_first() -> None:
-    """The sequence with the greatest loss goes first among the first MAX_CHOICES, and one beyond these does not."""
+    """Of the first MAX_CHOICES sequences, the one with the greatest loss goes first. A later sequence does not, even if
+    its loss is greater."""
     order = order_of([call(str(number)) for number in range(MAX_CHOICES + 1)])
     losses = {"3": 700, "5": 900, str(MAX_CHOICES): 5000}
     sent = [turn(order, lambda waiting: losses.get(waiting.call_id, 0)).call_id for _ in range(4)]
@@ -128,7 +134,7 @@ def test_the_warmest_of_the_first_goes_first() -> None:
 
 @given(waiting=st.integers(1, 40), gone=st.sets(st.integers(0, 39)))
 def test_few_lookups(waiting: int, gone: set[int]) -> None:
-    """A decision looks at MAX_CHOICES waiting sequences at most, and at none if only one waits."""
+    """A decision reads the losses of at most MAX_CHOICES waiting sequences, and of none if only one sequence waits."""
     order = order_of([call(str(number)) for number in range(waiting)])
     left = [str(number) for number in range(waiting) if number not in gone]
     for number in sorted(gone):

@@ -1,4 +1,4 @@
-"""Tests of the service of the calls of other gateways, which workers report."""
+"""Tests of the totals that workers report: the service that they gave to calls of other gateways."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from cluster.policy.fairness.worker_totals import WorkerTotals
 
 
 def test_only_what_others_served_is_added_and_only_once() -> None:
-    """Only the service of other gateways is added to a counter, and only once.
+    """Only the service that calls of other gateways got is added to a service counter, and only once.
 
-    This holds for repeated and late reports, for a new link and for a restarted worker.
+    This also holds for repeated and late reports, for a new link and for a restarted worker.
     """
     flows = FlowTable(lambda tenant: 1.0, 2.0, 100.0)
     flow, workers = flows.flow(0, "a"), WorkerTotals(flows)
@@ -28,7 +28,8 @@ def test_only_what_others_served_is_added_and_only_once() -> None:
 
 
 def test_a_forgotten_worker_starts_again() -> None:
-    """The first report after a worker was forgotten only sets the starting point. The counters keep the service."""
+    """After a worker was forgotten, its first report only sets the starting point for later reports. The service
+    counters stay as they are."""
     flows = FlowTable(lambda tenant: 2.0, 2.0, 100.0)
     flow, workers = flows.flow(0, "a"), WorkerTotals(flows)
     workers.apply("w", "i1", [], 0.0)

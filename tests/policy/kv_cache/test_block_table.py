@@ -1,4 +1,4 @@
-"""Tests of the hash table: it equals a dict, grows by dividing segments, and is bounded."""
+"""Tests of the hash table of KV blocks: it agrees with a dict, grows by dividing segments, and its size is bounded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MULTIPLIER = 0x9A5E_37C1_55D3_0B87
 
 
 def hashes_of(values: list[int]) -> Hashes:
-    """Return well-mixed hashes for small numbers."""
+    """Return hashes for small numbers. The bits of the hashes are well mixed."""
     return np.array(values, np.uint64) * np.uint64(0xD6E8FEB86659FD93) + np.uint64(1)
 
 
@@ -70,7 +70,8 @@ def test_it_is_bounded_and_counts_what_it_drops() -> None:
 
 @pytest.mark.parametrize("multiplier", [1, 3, MULTIPLIER])
 def test_hashes_that_meet_in_one_row_do_not_stop_it(multiplier: int) -> None:
-    """A caller who knew the multiplier could choose hashes of one row; the others are dropped."""
+    """If many hashes fall into one row of the table, those that do not fit are dropped and counted. A caller that knew
+    the multiplier could choose such hashes."""
     inverse = pow(multiplier | 1, -1, 1 << 64)
     keys = [(number << 32 | 5 << 14) * inverse & (1 << 64) - 1 for number in range(3, 2003, 2)]
     table = BlockTable(100_000, multiplier)

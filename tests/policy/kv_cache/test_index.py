@@ -1,4 +1,4 @@
-"""Tests of the cache index against a plain model: sets of blocks by worker."""
+"""Tests of the cache index. It is compared with a plain model: a set of blocks for each worker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPTS = tuple(prefix_hashes(range(start, start + BLOCKS), 1, 0) for start in (
 
 
 def blocks(ranges: list[tuple[int, int]], prompt: int) -> Hashes:
-    """Return some of a prompt's hashes, each once."""
+    """Return the hashes of some blocks of a prompt, each once."""
     chosen = sorted({number for first, count in ranges for number in range(first, min(first + count, BLOCKS))})
     return PROMPTS[prompt][chosen]
 
@@ -29,7 +29,8 @@ RANGES = st.lists(st.tuples(st.integers(0, BLOCKS - 1), st.integers(1, BLOCKS)),
 
 
 class IndexMachine(RuleBasedStateMachine):
-    """Random events of eight workers; `match` always equals the model's longest prefixes."""
+    """State machine with random events of eight workers. `match` must always equal the longest prefixes in the plain
+    model."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""Tests of prefix hashes: they depend on every token before, and can be continued anywhere."""
+"""Tests of prefix hashes: a hash depends on every token up to its block's end, and hashing can continue after any
+block.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the memory of prefix hashes."""
+"""Tests of PromptHashes, which remembers the prefix hashes of earlier prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPTS = st.lists(
 @settings(deadline=None)
 @given(PROMPTS, st.sampled_from((2 * STEP, 100 * STEP)))
 def test_remembered_hashes_equal_those_from_scratch(prompts: list[tuple[int, int, int, int]], most: int) -> None:
-    """Whatever prompts came before, with equal beginnings or not, the hashes are those of the prompt alone."""
+    """The hashes of a prompt are the same as without a memory, whatever prompts came before and however they begin."""
     memory = PromptHashes(most)
     for shared, own, seed, size in prompts:
         ids = np.concatenate((BASE[:shared], BASE[:own] + np.uint32(1 + own % 3)))
@@ -31,7 +31,8 @@ def test_remembered_hashes_equal_those_from_scratch(prompts: list[tuple[int, int
 
 
 def test_of_a_grown_conversation_only_new_blocks_are_hashed() -> None:
-    """Turns of several conversations with the same long beginning hash each block once."""
+    """When the turns of several conversations with the same long beginning alternate, each block of a conversation is
+    hashed only once."""
     memory, size, turns = PromptHashes(), 16, 40
     own = [np.random.default_rng(number).integers(0, 128_000, turns * 500, np.uint32) for number in range(20)]
     for turn in range(1, turns + 1):

@@ -1,4 +1,4 @@
-"""Tests of the use of token budgets according to the ledger, and of the crossed thresholds."""
+"""Tests of token budgets: how much of a budget is used according to the ledger, and which thresholds are crossed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def tenant(name: str, daily: int | None = None, monthly: int | None = None) -> T
 
 
 def test_each_budget_in_its_period() -> None:
-    """Daily and monthly budgets are separate, tenants without budgets are not listed, and an unused budget has a ratio
-    of 0."""
+    """Daily and monthly budgets are counted separately. Tenants without budgets are not listed. An unused budget has a
+    ratio of 0."""
     some = [tenant("a", 100, 1000), tenant("b", monthly=50), tenant("none")]
     found = {(use.tenant, use.budget): use for use in budgets(some, {"a": 80}, {"a": 900, "none": 5}, NOON)}
     assert {key: (use.period, use.ratio) for key, use in found.items()} == {
@@ -31,8 +31,8 @@ def test_each_budget_in_its_period() -> None:
 
 @given(st.integers(0, 300), st.integers(1, 200), st.lists(st.floats(0.1, 2.0), min_size=1, max_size=4, unique=True))
 def test_a_notice_is_one_however_often_it_is_found(used: int, limit: int, thresholds: list[float]) -> None:
-    """Every reached threshold has one notice, whose id stays the same however much more is used. The notices of another
-    day have other ids."""
+    """Every reached threshold has one notice. The id of the notice stays the same when more is used, and differs on
+    another day."""
     first = crossed([BudgetUse("a", "daily_tokens", "2026-11-25", used, limit)], thresholds)
     later = crossed([BudgetUse("a", "daily_tokens", "2026-11-25", used + 50, limit)], thresholds)
     next_day = crossed([BudgetUse("a", "daily_tokens", "2026-11-26", used, limit)], thresholds)
@@ -42,7 +42,7 @@ def test_a_notice_is_one_however_often_it_is_found(used: int, limit: int, thresh
 
 
 def test_a_new_gateway_goes_on_where_the_last_was() -> None:
-    """The use of a budget in the ledger raises the local use and never lowers the local use."""
+    """The use that the ledger reports can raise a gateway's own count of the use, but never lower it."""
     limiter, policy = Limiter(), tenant("a", daily=1000)
     limiter.spent({"a": 950}, {"a": 950}, NOON)
     refused = limiter.reserve(policy, ReservationRequest("1", 60, 0), 0.0, NOON)

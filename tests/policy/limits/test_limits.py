@@ -1,4 +1,4 @@
-"""Tests of limits: no window exceeds its limit, whatever calls and clocks do, and no reservation leaks."""
+"""Tests of limits: whatever calls and clocks do, no time window exceeds its limit, and every reservation is settled."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def refused(got: Granted | LimitRefusal) -> LimitRefusal:
     ],
 )
 def test_each_limit_refuses_by_its_name(limits: dict[str, int], limit: Limit, outcome: Outcome, retry_s: float) -> None:
-    """A second call that exceeds a limit is refused. The refusal names the limit and has the time to retry."""
+    """A second call that exceeds a limit is refused. The refusal names the limit and has the time after which to
+    retry."""
     limiter = Limiter()
     policy = tenant("finish", **limits)
     assert isinstance(reserve(limiter, policy, "a", 0.0), Granted)
@@ -73,7 +74,7 @@ def test_each_limit_refuses_by_its_name(limits: dict[str, int], limit: Limit, ou
 
 
 def test_a_call_that_can_never_fit_is_told_so() -> None:
-    """A refused call that is larger than the limit gets no retry time, since retrying cannot help."""
+    """A call that is larger than the limit is refused without a retry time, because no retry can succeed."""
     refusal = refused(reserve(Limiter(), tenant(tokens_per_minute=5), "a", 0.0))
     assert refusal.retry_after_s is None
     assert "alone exceeds" in refusal.message
@@ -92,7 +93,7 @@ def test_retrying_after_the_pause_succeeds_and_before_it_does_not() -> None:
 
 
 def test_standing_is_told_with_the_grant() -> None:
-    """A grant has the values of the x-ratelimit headers."""
+    """A granted reservation contains the values of the x-ratelimit headers."""
     got = reserve(Limiter(), tenant(requests_per_minute=5, tokens_per_minute=100), "a", 3.5)
     assert isinstance(got, Granted)
     assert got.requests is not None
@@ -102,7 +103,8 @@ def test_standing_is_told_with_the_grant() -> None:
 
 
 def test_settling_gives_back_what_was_taken_in_vain() -> None:
-    """A failed call costs one request and no tokens. A call that is longer than predicted costs its actual tokens."""
+    """A failed call costs one request and no tokens. A call that is longer than predicted costs the tokens that it
+    really had."""
     limiter, policy = Limiter(), tenant(tokens_per_minute=100, daily_tokens=1000)
     reserve(limiter, policy, "failed", 0.0, 40, 40)
     limiter.settle("failed", 0, 0, 1.0, NOON)
@@ -123,9 +125,10 @@ def test_a_reservation_twice_is_the_callers_mistake() -> None:
 
 @pytest.mark.parametrize(("on_budget", "ends"), [("stop", True), ("finish", False)])
 def test_an_empty_budget_ends_the_call_or_not_as_configured(on_budget: str, ends: bool) -> None:
-    """A call exceeds an empty budget by less than one quantum with `stop`, and runs on with `finish`.
+    """When a call uses up the budget, it ends less than one quantum beyond the budget with `stop`, and runs on with
+    `finish`.
 
-    The next call is refused in both cases.
+    In both cases the next call is refused.
     """
     limiter, policy = Limiter(quantum_tokens=16), tenant(on_budget, daily_tokens=100)
     reserve(limiter, policy, "a", 0.0, 10, 10)
@@ -141,8 +144,8 @@ def test_an_empty_budget_ends_the_call_or_not_as_configured(on_budget: str, ends
 
 
 def test_a_minutes_limit_ends_no_running_call_but_keeps_others_out() -> None:
-    """A running call may exceed a limit per minute. No other call is admitted until the tokens of this call have left
-    the window."""
+    """A running call may exceed a limit per minute. Other calls are then refused until this call's tokens have left the
+    window."""
     limiter, policy = Limiter(quantum_tokens=10), tenant("stop", tokens_per_minute=50)
     reserve(limiter, policy, "a", 0.0, 10, 10)
     for tokens in range(100):
@@ -169,13 +172,13 @@ def test_months_are_the_calendars() -> None:
 
 
 def test_a_share_is_never_nothing() -> None:
-    """Eight gateways without their shared store apply an eighth of each limit each, but at least 1."""
+    """If eight gateways have no shared store, each of them applies an eighth of each limit, but at least 1."""
     part = gateway_share(TenantLimits(requests_per_minute=100, concurrent_requests=2), 8)
     assert (part.requests_per_minute, part.concurrent_requests, part.daily_tokens) == (12, 1, None)
 
 
 def test_output_may_count_more() -> None:
-    """Token weights apply to the limit of tokens per minute and not to budgets. Invalid weights are refused."""
+    """Token weights apply to the limit of tokens per minute, but not to budgets. Invalid weights are refused."""
     limiter = Limiter(weights=TokenWeights(input=1, output=2.5))
     policy = tenant(tokens_per_minute=100)
     reserve(limiter, policy, "a", 0.0, 10, 3)
@@ -187,7 +190,7 @@ def test_output_may_count_more() -> None:
 
 
 def test_sweeping_forgets_the_idle_only() -> None:
-    """Only tenants whose sums are all zero are forgotten."""
+    """A sweep forgets only tenants whose sums are all zero."""
     limiter = Limiter()
     reserve(limiter, tenant(), "a", 0.0)
     limiter.sweep(1000.0)
@@ -217,9 +220,9 @@ def test_no_window_holds_more_than_the_limit(steps: list[tuple[float, int]], lim
 
 
 class LimitsMachine(RuleBasedStateMachine):
-    """State machine in which calls are admitted, run, fail and end with an unsteady clock.
+    """State machine in which calls are admitted, run, fail and end, while the clock may step back.
 
-    The sums of the limiter are compared with a full log.
+    The sums of the limiter are compared with a complete log.
     """
 
     def __init__(self) -> None:
@@ -235,8 +238,8 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @rule(prompt=st.integers(0, 60), output=st.integers(1, 30), n=st.integers(1, 4))
     def ask(self, prompt: int, output: int, n: int) -> None:
-        """Reserve for a call with n outputs. If the call is admitted, the logged sums of the last minute are within the
-        limits."""
+        """Reserve for a call with n outputs. If the call is admitted, the sums of the last minute in the log are within
+        the limits."""
         self.serial += 1
         got = self.limiter.reserve(
             self.policy, ReservationRequest(str(self.serial), prompt, n * output), self.now, NOON
@@ -262,7 +265,7 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), failed=st.booleans())
     def end(self, data: st.DataObject, failed: bool) -> None:
-        """End a running call, with its tokens or at no cost."""
+        """End a running call. With `failed`, the call costs no tokens."""
         if self.running:
             call_id = data.draw(st.sampled_from(sorted(self.running)))
             at, prompt, output = self.running.pop(call_id)
@@ -272,9 +275,9 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.3, 5.0, 31.0, 70.0, -0.5, -20.0]))
     def pass_time(self, seconds: float) -> None:
-        """Advance the clock or step the clock back.
+        """Advance the clock, or step it back.
 
-        After steps back of more than a minute in total, time continues from the last reading.
+        If the clock has stepped back by more than a minute in total, time continues from the last reading.
         """
         self.now += seconds
         self.elapsed += seconds
@@ -306,7 +309,8 @@ TestLimits = LimitsMachine.TestCase
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=30))
 def test_tries_and_tokens_without_a_call_keep_to_the_limits(steps: list[tuple[bool, int]]) -> None:
-    """A charge without a call keeps every window within its limit, and does not count as a running call.
+    """Requests and tokens can be charged without a call. Such a charge keeps every window within its limit, and does
+    not count as a running call.
 
     A refused charge is not counted.
     """

@@ -1,4 +1,4 @@
-"""Tests of the budget of request bytes: bounds, order, absence of deadlock, and stalled bodies."""
+"""Tests of the budget for the bytes of request bodies: bounds, order, no deadlock, and stalled bodies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BOUNDS = ByteBounds(connection=100, tenant=150, process=300)
 
 @dataclass
 class Bodies:
-    """Reservations of one budget. `granted` lists names in the order of the grants."""
+    """Reservations of one budget, one for each body. `granted`: names of the bodies in the order of the grants."""
 
     now: float = 0.0
     granted: list[str] = field(default_factory=list)
@@ -38,8 +38,8 @@ class Bodies:
 
 
 def test_each_bound_holds_and_is_given_back() -> None:
-    """A body that exceeds the bound of its connection, its tenant or the process waits until enough bytes are
-    released."""
+    """A body that would exceed a bound waits until enough bytes are released. There are bounds for a connection, a
+    tenant and the process."""
     bodies = Bodies()
     first = bodies.reserve("a1", "a", "c1", 80)
     bodies.reserve("a1 more", "a", "c1", 21)
@@ -56,7 +56,7 @@ def test_each_bound_holds_and_is_given_back() -> None:
 
 
 def test_a_body_larger_than_a_bound_is_granted_alone() -> None:
-    """A body that is larger than a bound is granted when no other bytes are held."""
+    """A body that is larger than a bound is granted once no other bytes are held."""
     bodies = Bodies()
     small = bodies.reserve("small", "a", "c1", 10)
     bodies.reserve("large", "a", "c2", 1000)
@@ -66,9 +66,9 @@ def test_a_body_larger_than_a_bound_is_granted_alone() -> None:
 
 
 def test_a_large_body_is_not_overtaken_for_ever() -> None:
-    """A large body is not overtaken for ever: free bytes are kept for the first body in the order.
+    """Free bytes are kept for the first waiting body, so a large body is not overtaken for ever.
 
-    Smaller bodies of tenants that hold more bytes do not take these bytes.
+    Smaller bodies of tenants that hold more bytes do not get the kept bytes.
     """
     bodies = Bodies()
     held = [bodies.reserve(f"a{i}", "a", f"c{i}", 50) for i in range(3)]
@@ -99,9 +99,9 @@ def test_tenants_and_connections_that_hold_less_go_first() -> None:
 
 
 def test_stalled_bodies_are_named_once_others_wait() -> None:
-    """A stalled body is listed after the grace period if another body waits.
+    """A body that has stalled for longer than the grace period is listed if another body waits.
 
-    Complete bodies and bodies at the minimum rate are not listed.
+    Complete bodies and bodies that arrive at the minimum rate or faster are not listed.
     """
     bodies = Bodies()
     bodies.budget = RequestBytes(ByteBounds(1 << 30, 3 << 30, 3 << 30), lambda: bodies.now)
@@ -121,7 +121,7 @@ def test_stalled_bodies_are_named_once_others_wait() -> None:
 
 
 def test_shrinking_gives_the_rest_back() -> None:
-    """A body of unknown size keeps only the bytes that it has, after its reservation is shrunk."""
+    """When the reservation of a body of unknown size is shrunk, it keeps only the bytes that have arrived."""
     bodies = Bodies()
     unknown = bodies.reserve("unknown", "a", "c1", 100)
     bodies.reserve("next", "a", "c1", 60)

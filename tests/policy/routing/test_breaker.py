@@ -1,5 +1,6 @@
-"""Tests of circuit breakers: failing workers are avoided, the last worker is kept, and one answered call closes a
-breaker."""
+"""Tests of circuit breakers: failing workers get no calls, the last worker still gets calls, and one answered call
+closes a breaker.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ events = st.lists(st.tuples(st.sampled_from(WORKERS), st.booleans(), st.floats(0
 
 @given(events)
 def test_failures_never_close_every_door(steps: list[tuple[str, bool, float]]) -> None:
-    """The breaker of at least one worker stays closed, whatever calls fail in whatever order."""
+    """The breaker of at least one worker stays closed, whichever calls fail."""
     breakers, now = Breakers(), 0.0
     for worker, answers, pause_s in steps:
         now += pause_s
@@ -58,7 +59,7 @@ def test_a_trial_is_one_call_and_its_answer_closes() -> None:
 
 
 def test_who_stands_still_is_spared_though_nobody_else_is_there() -> None:
-    """A stalled worker gets no calls during the pause, even if it is the only worker."""
+    """A stalled worker gets no calls during the breaker's pause, even if it is the only worker."""
     breakers = Breakers()
     breakers.record_stall("a", 0.0)
     assert not breakers.allows("a", PAUSE_S * 0.9)
@@ -68,7 +69,7 @@ def test_who_stands_still_is_spared_though_nobody_else_is_there() -> None:
 
 
 def test_who_was_only_out_of_sight_needs_no_trial() -> None:
-    """After the pause, enough new steps of a worker that was only unreachable close its breaker without a probe.
+    """If a worker was only unreachable, enough new engine steps after the pause close its breaker without a probe.
 
     Older steps and too few steps do not close the breaker. Until a call is answered, the next pause doubles as usual.
     """

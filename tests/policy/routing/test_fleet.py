@@ -1,4 +1,6 @@
-"""Laws of the choice of a worker for a new call: by a loop, by numpy, and by the definition."""
+"""Tests of the choice of a worker for a new call. The choice by a loop, the choice by numpy and the definition are
+compared.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ NAMES = [f"w{number}" for number in range(12)]
 
 
 def worker(worker_id: str, **fields: object) -> Candidate:
-    """Return a worker of model m with 64 free slots."""
+    """Return a worker of model m with 64 free slots and these changed fields."""
     known: dict[str, object] = {
         "worker_id": worker_id, "model": "m", "version": "v1", "free_sequences": 64, "free_tokens": 1_000_000,
         "running": 0, "waiting": 0, "kv_usage": 0.0, "healthy": True, "draining": False,
@@ -130,7 +132,7 @@ def test_the_worker_passes_and_is_the_cheapest(
 def test_rows_that_change_are_rows_made_anew(
     changes: list[Candidate | str], call: RouteCall, settings: RoutingSettings, vector_from: int
 ) -> None:
-    """A fleet whose workers join, change and leave decides like a fleet that is made anew.
+    """A fleet whose workers join, change and leave decides like a fleet that is built from the current workers.
 
     An earlier decision keeps its scores.
     """
@@ -152,7 +154,7 @@ def test_rows_that_change_are_rows_made_anew(
 @pytest.mark.parametrize("vector_from", [0, 99])
 @pytest.mark.parametrize("policy", ["cost", "least_load", "round_robin"])
 def test_a_burst_of_equal_calls_spreads_over_equal_workers(policy: PolicyName, vector_from: int) -> None:
-    """64 calls that arrive together, with a prefix that all eight workers hold, are spread with a coefficient of
+    """64 calls with a prefix that all eight workers hold arrive together. They are spread with a coefficient of
     variation of at most 0.1."""
     fleet = fleet_of([worker(f"w{number}") for number in range(8)], RoutingSettings(policy), vector_from)
     call = RouteCall("m", 10_000, cached={f"w{number}": 9_600 for number in range(8)})
@@ -165,8 +167,9 @@ def test_a_burst_of_equal_calls_spreads_over_equal_workers(policy: PolicyName, v
 @pytest.mark.parametrize("holders", [0, 1, 3])
 @pytest.mark.parametrize("tokens", [2_000, 10_000])
 def test_a_burst_makes_no_hot_spot(holders: int, tokens: int, vector_from: int) -> None:
-    """64 calls that arrive together, with a prefix that none, one or three of eight workers hold, leave no worker with
-    more than 1.75 times the mean. The others must compute the prefix first, so the holders get a little more."""
+    """64 calls with the same prefix arrive together; none, one or three of eight workers hold the prefix. No worker
+    gets more than 1.75 times the mean. The holders get a little more than the others, which must compute the prefix
+    first."""
     fleet = fleet_of([worker(f"w{number}") for number in range(8)], RoutingSettings(), vector_from)
     prefix = tokens - 400
     cached, hot, sent = {f"w{number}": prefix for number in range(holders)}, HotPrefixes(), Counter[str]()
@@ -196,7 +199,8 @@ def test_a_burst_makes_no_hot_spot(holders: int, tokens: int, vector_from: int) 
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.floats(0, 3)), max_size=30), st.integers(0, 2**64 - 1))
 def test_recent_calls_fade(sent: list[tuple[int, float]], prefix: int) -> None:
-    """The count of a prefix is at most the number of its calls, falls with time alone, and memory is bounded."""
+    """The count of a prefix's recent calls is at most the number of its calls, and falls as time passes. The number of
+    remembered prefixes is bounded."""
     hot, now, calls = HotPrefixes(), 0.0, Counter[int]()
     for other, later_s in [*sent, (prefix, 0.0)]:
         now += later_s
@@ -222,8 +226,9 @@ def test_calls_spread_by_size(vector_from: int) -> None:
 
 @pytest.mark.parametrize("vector_from", [0, 99])
 def test_small_engines_keep_their_prompts(vector_from: int) -> None:
-    """A call stays with the worker that holds its 1,000 tokens although three more sequences run there, whether the
-    engines have 8 slots or 64. While the model also has a worker of 512 slots, the call leaves an engine of 8 slots."""
+    """A call goes to the worker that holds 1,000 tokens of its prompt although three more sequences run there, with
+    engines of 8 slots and of 64. If the model also has a worker of 512 slots, the call no longer goes to an engine of 8
+    slots."""
     call = RouteCall("m", 1032, cached={"holder": 1000})
     for slots in (8, 64):
         fleet = fleet_of(
@@ -242,7 +247,7 @@ def test_small_engines_keep_their_prompts(vector_from: int) -> None:
 
 
 def _send_all(fleet: Fleet, call: RouteCall, count: int, to_compute: int) -> Counter[str]:
-    """Send equal calls one after the other, each before the answer to any other. Return the calls of each worker."""
+    """Send equal calls before any of them is answered. Return the number of calls for each worker."""
     sent: Counter[str] = Counter()
     for number in range(count):
         chosen = fleet.pick(call).worker_id
@@ -264,9 +269,9 @@ def _send_all(fleet: Fleet, call: RouteCall, count: int, to_compute: int) -> Cou
 
 @pytest.mark.parametrize("load", [0.3, 0.6, 0.9])
 def test_a_slow_worker_gets_few_calls(load: float) -> None:
-    """A worker that needs ten times as long as the seven others gets at most a tenth of a usual worker's calls.
+    """A worker that needs ten times as long as the seven others gets at most a tenth of the calls of another worker.
 
-    `load`: share of the capacity of all workers that is used. The workers compute one prompt after the other.
+    `load`: used share of the capacity of all workers. The workers compute one prompt after the other.
     """
     slowdowns = [10.0, *[1.0] * 7]
     names = [f"w{number}" for number in range(8)]
@@ -291,9 +296,10 @@ def test_a_slow_worker_gets_few_calls(load: float) -> None:
 
 
 def test_full_holders_are_those_that_cost_less() -> None:
-    """A full worker that holds the prompt is named if it costs less than the chosen one, and not if it drains.
+    """The decision lists a full worker that holds the prompt if it costs less than the chosen worker. It does not list
+    a worker that drains, is unhealthy or has too much work.
 
-    The worker that a key prefers loses the call only for more than the key's advantage.
+    If an affinity key prefers the chosen worker, the holder must cost less by more than the key's advantage.
     """
     key = hash64("tenant\0key")
     for tokens, affinity, named in ((20_000, 0, True), (1500, 0, True), (20_000, key, True), (1500, key, False)):
@@ -307,7 +313,8 @@ def test_full_holders_are_those_that_cost_less() -> None:
 
 
 def test_a_key_prefers_one_worker_until_load_says_otherwise() -> None:
-    """Calls with one affinity key go to one worker while the workers are equal, and different keys to all workers.
+    """While the workers are equal, calls with one affinity key go to one worker, and different keys are spread over all
+    workers.
 
     A worker that is much more loaded than the others loses its keys.
     """
@@ -328,7 +335,7 @@ def test_a_key_prefers_one_worker_until_load_says_otherwise() -> None:
 
 @given(st.sets(st.sampled_from(NAMES), min_size=2), st.integers(0, 2**64 - 1))
 def test_a_worker_that_leaves_moves_only_its_own_prefixes(names: set[str], prefix: int) -> None:
-    """With consistent hashing, a prefix changes its worker only if that worker leaves."""
+    """With consistent hashing, a prefix gets another worker only when its own worker leaves."""
     settings = RoutingSettings("consistent_hash")
     everyone = [worker(name) for name in sorted(names)]
     call = RouteCall("m", 100, prefix=prefix)
@@ -339,8 +346,8 @@ def test_a_worker_that_leaves_moves_only_its_own_prefixes(names: set[str], prefi
 
 
 def test_explain_names_every_candidate() -> None:
-    """The explanation is one line with the choice, the reason, the parts of each cost, and the filter that dropped a
-    candidate."""
+    """The explanation is one line with the choice, the reason, the parts of each cost, and the filter that dropped each
+    excluded candidate."""
     fleet = [worker("busy", running=16, free_sequences=48), worker("idle"), worker("leaving", draining=True)]
     text = choose(RouteCall("m", 100, cached={"busy": 100}), fleet).explain()
     assert text == (
@@ -361,7 +368,8 @@ def test_explain_names_every_candidate() -> None:
     ],
 )
 def test_each_kind_of_load_counts(load: dict[str, object], part: str) -> None:
-    """If two workers differ in one kind of load only, the worker with less of it is chosen because of that part."""
+    """Of two workers that differ only in one kind of load, the worker with less of it is chosen, and the decision names
+    this load."""
     decision = choose(RouteCall("m", 100), [worker("a", **load), worker("b")])
     assert (decision.worker_id, decision.reason) == ("b", "least_loaded")
     best, other = (dict(score.parts) for score in decision.scores)
@@ -370,8 +378,8 @@ def test_each_kind_of_load_counts(load: dict[str, object], part: str) -> None:
 
 
 def test_a_worker_with_the_adapter_in_a_slot_is_preferred() -> None:
-    """A worker that has the call's adapter in a slot is chosen before one that must copy it there, unless it has much
-    more load. A worker without the adapter is dropped."""
+    """A worker that has the call's adapter in a slot is preferred to a worker that must first copy the adapter into a
+    slot, unless the first worker has much more load. A worker without the adapter is dropped."""
     call, has = RouteCall("m", 100, adapter="x"), frozenset("x")
     fleet = [worker("a", adapters=has), worker("b", adapters=has, resident=has), worker("c", resident=has)]
     decision = choose(call, fleet)
@@ -392,7 +400,8 @@ def test_the_worker_that_holds_most_of_a_prompt_gets_it(cached: int) -> None:
 
 
 def test_load_outvotes_blocks() -> None:
-    """A worker that is full, or whose queue is longer than the prompt, loses calls in spite of its blocks."""
+    """A worker that holds the prompt's blocks is not chosen if it is nearly full, or if its queue is longer than the
+    prompt."""
     call = RouteCall("m", 5000, cached={"b": 5000})
     assert choose(call, [worker("a"), worker("b")]).worker_id == "b"
     for load in ({"running": 63, "free_sequences": 1}, {"prefill_tokens": 100_000}, {"waiting": 40}):

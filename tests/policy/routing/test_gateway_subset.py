@@ -1,4 +1,4 @@
-"""Laws of the choice of gateways by a worker."""
+"""Tests of a worker's choice of the gateways to which it connects."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def test_the_choice_does_not_depend_on_the_order(rule: GatewaySubset, gateways: 
 
 @given(RULES, NAMES.filter(lambda names: len(names) > 1))
 def test_a_gateway_that_goes_changes_no_link_to_others(rule: GatewaySubset, gateways: list[str]) -> None:
-    """Links to other gateways end only as far as the number of links decreases; at most one begins."""
+    """When a gateway leaves, a worker ends links to other gateways only if its number of links must fall, and then no
+    more than that. It begins at most one link."""
     before, after = set(rule.of(gateways)), set(rule.of(gateways[1:]))
     ended, begun = before - after - {gateways[0]}, after - before
     assert len(ended) <= rule.links(len(gateways)) - rule.links(len(gateways) - 1)
@@ -38,7 +39,7 @@ def test_a_gateway_that_goes_changes_no_link_to_others(rule: GatewaySubset, gate
 
 @given(st.integers(ALL_UP_TO + 1, 64), st.integers(1, 300), st.integers(1, 10**6))
 def test_every_gateway_gets_workers_of_each_model(gateways: int, workers: int, seed: int) -> None:
-    """No gateway is without workers, and each gets about as many as the others."""
+    """Every gateway has workers of each model, and all gateways have about the same number of workers."""
     names = [f"gateway-{seed}-{number}:50052" for number in range(gateways)]
     counts = dict.fromkeys(names, 0)
     for number in range(workers):

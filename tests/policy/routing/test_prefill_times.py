@@ -1,4 +1,4 @@
-"""Laws of the learned prefill times."""
+"""Tests of the learned prefill times. A worker's slowdown is its time for a prompt relative to a usual worker's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ samples = st.lists(
 
 
 def served(slowdowns: dict[str, float], seed: int, count: int, times: PrefillTimes, now: float = 0.0) -> float:
-    """Record the prompts of workers that need 10 ms and 0.1 ms a token, times their slowdown. Return the last time."""
+    """Record `count` prompts of each worker. A prompt takes 10 ms plus 0.1 ms a token, times the worker's slowdown.
+    Return the time of the last prompt."""
     chance = Random(seed)
     for _ in range(count):
         for name, slowdown in slowdowns.items():
@@ -31,7 +32,8 @@ def served(slowdowns: dict[str, float], seed: int, count: int, times: PrefillTim
 
 @given(samples)
 def test_a_slowdown_is_bounded(samples: list[tuple[str, int, float, float, bool]]) -> None:
-    """Whatever was measured, a slowdown is within its bounds, and the predicted time is finite and not negative."""
+    """Whatever times are recorded, a slowdown is within its bounds, and the predicted time is finite and not
+    negative."""
     times, now = PrefillTimes(), 0.0
     for name, tokens, seconds, later_s, is_finished in samples:
         now += later_s
@@ -43,9 +45,10 @@ def test_a_slowdown_is_bounded(samples: list[tuple[str, int, float, float, bool]
 
 @given(st.integers(0, 2**32), st.sampled_from([3.0, 10.0]))
 def test_a_slow_worker_is_known_after_a_few_prompts(seed: int, slow: float) -> None:
-    """A worker that becomes slow has a slowdown of more than a quarter of its own after four prompts.
+    """After four prompts of a worker that became slow, its learned slowdown is more than a quarter of its true
+    slowdown.
 
-    The others stay near 1, whatever the sizes of the prompts.
+    The other workers stay near 1, whatever the sizes of the prompts.
     """
     times = PrefillTimes()
     usual = dict.fromkeys("abcdefgh", 1.0)
@@ -76,8 +79,8 @@ def test_a_slowdown_rises_without_a_jump() -> None:
 @given(st.integers(0, 2**32), st.integers(1000, 4000), st.floats(8.0, 20.0))
 @example(244, 1000, 8.0)
 def test_a_late_prompt_shows_a_slow_worker_before_its_sample(seed: int, tokens: int, late: float) -> None:
-    """A worker on which prompts are several times late is slow at once, and a usual one again when they are finished
-    in time after all, or when nothing more is reported of them."""
+    """A worker with an unfinished prompt that is late counts as slow at once. It counts as usual again when the prompt
+    finishes in time after all, or when nothing more is reported about it for a while."""
     times = PrefillTimes()
     now = served(dict.fromkeys("abcd", 1.0), seed, 40, times)
     usual_s = times.usual_s(tokens)
@@ -94,7 +97,7 @@ def test_a_late_prompt_shows_a_slow_worker_before_its_sample(seed: int, tokens: 
 
 @given(st.integers(0, 2**32))
 def test_a_worker_without_calls_becomes_a_usual_one(seed: int) -> None:
-    """The slowdown of a worker that gets no more calls tends to 1."""
+    """The slowdown of a worker that gets no more calls approaches 1."""
     times = PrefillTimes()
     now = served({"a": 10.0} | dict.fromkeys("bcdefgh", 1.0), seed, 30, times)
     before = times.slowdown("a", now)
@@ -105,7 +108,8 @@ def test_a_worker_without_calls_becomes_a_usual_one(seed: int) -> None:
 
 @given(st.integers(1, 10_000), st.integers(1, 10_000), st.floats(1e-3, 1.0), st.floats(1e-6, 1e-2))
 def test_short_prompts_do_not_look_slow(short: int, long: int, fixed_s: float, token_s: float) -> None:
-    """Workers of one speed are alike, though one computes short prompts only and the other long ones."""
+    """Two workers of equal speed have a slowdown near 1, even if one computes only short prompts and the other only
+    long prompts."""
     assume(long >= 2 * short)
     times, now = PrefillTimes(), 0.0
     for _ in range(50):
@@ -117,7 +121,7 @@ def test_short_prompts_do_not_look_slow(short: int, long: int, fixed_s: float, t
 
 @given(st.integers(0, 2**32), st.floats(0.5, 1e4))
 def test_a_single_pause_decides_little(seed: int, pause_s: float) -> None:
-    """A single prompt that takes much longer, for whatever reason, raises a worker's slowdown to at most 2.5."""
+    """A single prompt that takes much longer raises a worker's slowdown to at most 2.5."""
     times = PrefillTimes()
     now = served(dict.fromkeys("abcdefgh", 1.0), seed, 20, times)
     times.record("a", 1000, pause_s, now)

@@ -1,4 +1,6 @@
-"""The memory of routing decisions is bounded, forgets the oldest calls first, and reads scores only when asked."""
+"""Tests of the memory of routing decisions: it is bounded, forgets the oldest calls first, and reads the scores of a
+decision only on request.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ PARTS = ("free_places", "free_memory", "short_queue", "short_prefill", "cached_p
 
 
 def decision(workers: int, dropped: int = 0) -> RoutingDecision:
-    """Return a decision over workers, the last `dropped` of which a filter has dropped."""
+    """Return a decision over `workers` workers. A filter has dropped the last `dropped` of them."""
     passed = [Score(f"w{at}", 1.0 - at / 10_000, tuple((part, 0.1 * at) for part in PARTS)) for at in range(workers)]
     for at in range(workers - dropped, workers):
         passed[at] = Score(f"w{at}", dropped="draining")
@@ -30,7 +32,7 @@ def decision(workers: int, dropped: int = 0) -> RoutingDecision:
 
 
 def route(workers: int = 2, sequence: int = 0, dropped: int = 0, at: float = 0.0) -> Route:
-    """Return a route to the worker w0, which was chosen among workers that hold one block each."""
+    """Return a route to the worker w0, which was chosen among `workers` workers that hold one block each."""
     made = Route(sequence, at, "w0", "least_loaded", 900, decision(workers, dropped))
     made.cached = {f"w{at}": 16 for at in range(workers)}
     return made
@@ -43,8 +45,8 @@ def call(number: int, tenant: str = "t") -> RoutedCall:
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 40)), max_size=80), st.integers(1_000, 200_000))
 def test_the_memory_is_bounded_and_the_oldest_go_first(added: Sequence[tuple[int, int]], max_bytes: int) -> None:
-    """After each route the size is the sum over the remembered calls and within the bound, and the remembered calls
-    are the newest by their first route. A call that alone exceeds the bound is forgotten too."""
+    """After each added route, the size is the sum of the sizes of the remembered calls and is within the bound. The
+    remembered calls are those whose first routes are newest. A call that alone exceeds the bound is forgotten too."""
     history = RouteHistory(max_bytes)
     order: list[str] = []
     for number, workers in added:
@@ -62,7 +64,7 @@ def test_the_memory_is_bounded_and_the_oldest_go_first(added: Sequence[tuple[int
 
 @given(st.integers(1, 3 * MAX_ROUTES))
 def test_a_call_keeps_its_newest_routes(count: int) -> None:
-    """A call that is sent again and again keeps the newest routes, and counts the others."""
+    """A call that is sent many times keeps its newest routes; its older routes are only counted."""
     history, one = RouteHistory(), call(0)
     for at in range(count):
         history.add(one, route(at=float(at)), 2)
@@ -74,8 +76,8 @@ def test_a_call_keeps_its_newest_routes(count: int) -> None:
 
 @given(st.integers(1, 60), st.data())
 def test_a_large_fleet_keeps_the_best_and_counts_the_others(workers: int, data: st.DataObject) -> None:
-    """At most MAX_CANDIDATES workers are kept, with their cached tokens, and all are counted. Of a decision just after,
-    a large fleet keeps only the choice."""
+    """At most MAX_CANDIDATES workers of a decision are kept, with their cached tokens; all workers are counted. If a
+    decision follows shortly after another one, a large fleet keeps only the chosen worker."""
     dropped = data.draw(st.integers(0, workers - 1))
     history, made, next_one = (
         RouteHistory(),
@@ -100,7 +102,8 @@ def test_a_large_fleet_keeps_the_best_and_counts_the_others(workers: int, data: 
 
 
 def test_a_small_fleet_reads_scores_when_asked() -> None:
-    """The scores of a decision are not read when it is remembered, since that would cost every call their making."""
+    """The scores of a remembered decision are computed only when they are read, because computing them would cost time
+    at every call."""
 
     class Lazy(RoutingDecision):
         reads = 0
@@ -120,7 +123,8 @@ def test_a_small_fleet_reads_scores_when_asked() -> None:
 
 
 def test_calls_are_found_by_both_ids() -> None:
-    """A call is found by its request id and by the id of its answer, among one tenant's calls or all."""
+    """A call is found by its request id and by the id of its answer, among the calls of one tenant or of all
+    tenants."""
     history = RouteHistory()
     for number in range(10):
         history.add(call(number, f"t{number % 2}"), route(), 2)
@@ -135,7 +139,8 @@ def test_calls_are_found_by_both_ids() -> None:
 
 
 def test_the_estimated_size_is_not_below_the_real_size() -> None:
-    """The measured memory of remembered calls is within their estimated size, for one worker, a few and many."""
+    """The measured memory of remembered calls is at most their estimated size, with one worker, with a few and with
+    many."""
     for workers in (1, 8, 16, 200):
         history = RouteHistory()
         tracemalloc.start()

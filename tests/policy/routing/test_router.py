@@ -65,7 +65,7 @@ candidates = st.lists(
     ],
 )
 def test_each_filter_drops_and_is_named(change: dict[str, object], reason: str) -> None:
-    """A worker that a filter drops is not chosen, however idle it is, and the decision names the filter."""
+    """A worker that a filter drops is never chosen, even if it is idle, and the decision names the filter."""
     call = dataclasses.replace(CALL, needs_tools=True)
     busy = worker("b", parses_tools=True, running=50, kv_usage=0.9, waiting=9)
     decision = pick(call, [worker("a", **{"parses_tools": True} | change), busy])
@@ -83,8 +83,8 @@ def test_each_filter_drops_and_is_named(change: dict[str, object], reason: str) 
     ],
 )
 def test_each_kind_of_load_counts(load: dict[str, object], scorer: str) -> None:
-    """Of two workers that differ in one kind of load, the worker with less load is chosen because of the score of that
-    load."""
+    """Of two workers that differ only in one kind of load, the worker with less of it is chosen because of the score
+    for this load."""
     decision = pick(CALL, [worker("a", **load), worker("b")])
     assert (decision.worker_id, decision.reason) == ("b", "least_loaded")
     best, other = (dict(score.parts) for score in decision.scores)
@@ -98,7 +98,7 @@ def test_idle_workers_take_turns() -> None:
 
 
 def test_exactly_enough_room_is_enough() -> None:
-    """A worker with one free sequence and exactly the free tokens that the call needs gets the call."""
+    """A worker gets the call if it has exactly one free sequence and exactly the free tokens that the call needs."""
     assert pick(CALL, [worker("a", free_sequences=1, free_tokens=100)]).worker_id == "a"
 
 
@@ -112,14 +112,14 @@ def test_exactly_enough_room_is_enough() -> None:
     ],
 )
 def test_nobody_is_said_with_the_nearest_reason(workers: list[Candidate], reason: str) -> None:
-    """If no worker is chosen, the reason is the reason of the last filter that dropped a candidate."""
+    """If no worker is chosen, the decision names the last filter that dropped a candidate."""
     decision = pick(CALL, workers)
     assert (decision.worker_id, decision.reason) == (None, reason)
 
 
 def test_a_call_with_tools_does_not_wait_for_a_parser_that_nobody_has() -> None:
-    """A call that needs tools is restricted to workers with a parser while there is one, even a busy one. Without any
-    it is sent, so that a worker's refusal ends it. Other calls are never restricted."""
+    """If any worker has a tool parser, a call with tools goes only to such workers, even if they are busy. If no worker
+    has one, the call may go to any worker, whose refusal ends it. Calls without tools may go to any worker."""
     plain, parses = worker("a"), worker("b", parses_tools=True, free_sequences=0)
     assert needs_parser(True, [plain, parses])
     assert not needs_parser(True, [plain])
@@ -131,8 +131,8 @@ def test_a_call_with_tools_does_not_wait_for_a_parser_that_nobody_has() -> None:
 
 
 def test_what_is_kept_free_stays_free() -> None:
-    """A call that must leave three sequences free is sent if four are free in total, and is not sent if three are
-    free."""
+    """A call that must leave three sequences free is sent if all workers together have four free sequences, and is not
+    sent if they have three."""
     call = dataclasses.replace(CALL, reserved_slots=3)
     others = [worker("c", free_sequences=9, model="n"), worker("d", free_sequences=9, draining=True)]
     assert pick(call, [worker("a", free_sequences=2), worker("b", free_sequences=2), *others]).worker_id == "a"
@@ -157,7 +157,7 @@ def test_ties_go_to_more_room_then_to_the_name() -> None:
     ],
 )
 def test_noise_binds_seeded_calls_alone(begun: str, there: str, goes: bool) -> None:
-    """A call with a seed resumes only on engines that draw the same noise.
+    """A call with a seed resumes only on engines that draw the same random numbers.
 
     A call without a seed may resume on any engine with an equal compatibility key.
     """
@@ -169,7 +169,8 @@ def test_noise_binds_seeded_calls_alone(begun: str, there: str, goes: bool) -> N
 
 
 def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
-    """The pacing budget bounds resumed and new prompts together, but only if a resumed prompt waits."""
+    """While a resumed prompt waits at a worker, the pacing budget bounds the prompt tokens of resumed and new calls
+    together. Without a resumed prompt, new calls are not bounded."""
     like = CompatibilityKey("w", "b", "c")
     one, goes_on = (
         worker("a", compatibility_key=like, prefill_budget=250),
@@ -197,7 +198,7 @@ def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
 def test_a_continued_call_goes_back_to_where_its_blocks_are() -> None:
     """A resumed call goes to the worker that holds its KV blocks, however busy this worker is.
 
-    Only the uncached tokens of the call count for the pacing on this worker.
+    Only the call's uncached tokens count for the pacing on this worker.
     """
     like = CompatibilityKey("w", "b", "c")
     home = worker(
@@ -229,7 +230,7 @@ def test_a_continued_call_goes_back_to_where_its_blocks_are() -> None:
 def test_who_takes_no_continued_call_at_all_takes_none(
     free: int, replaying: int, beginning: int, budget: int, tokens: int, known: bool
 ) -> None:
-    """The cheap check never excludes a worker that could get a resumed call."""
+    """The cheap check before the routing of resumed calls never excludes a worker that could get such a call."""
     like = CompatibilityKey("w", "b", "c")
     one = worker(
         "a",
@@ -245,7 +246,8 @@ def test_who_takes_no_continued_call_at_all_takes_none(
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(6, 10)), min_size=2, max_size=5), st.integers(2, 8))
 def test_continued_calls_that_fall_together_spread_evenly(loads: list[tuple[int, int]], calls: int) -> None:
-    """A burst of resumed calls is spread evenly, whatever small differences in load the workers reported."""
+    """Resumed calls that come at the same time are spread evenly over the workers, even if the reported loads differ a
+    little."""
     like = CompatibilityKey("w", "b", "c")
     fleet = {
         str(number): worker(
@@ -282,9 +284,9 @@ def test_explain_names_every_candidate() -> None:
 
 @given(candidates, st.randoms(use_true_random=False))
 def test_the_choice_is_the_best_of_those_who_may(workers: list[Candidate], chance: Random) -> None:
-    """The chosen worker passes all filters, and no other worker that passes all filters has a higher score.
+    """The chosen worker passes all filters, and no other worker that passes them has a higher score.
 
-    All candidates are listed, and their order is irrelevant.
+    All candidates are listed in the decision, and the order in which they are given is irrelevant.
     """
     decision = pick(CALL, workers)
     may = {c.worker_id for c in workers if all(f.passes(CALL, c) for f in FILTERS)}
@@ -303,7 +305,7 @@ def test_the_choice_is_the_best_of_those_who_may(workers: list[Candidate], chanc
 
 
 def test_weights_decide_between_scorers() -> None:
-    """A scorer with enough weight outvotes the other scorers. A scorer without weight is refused."""
+    """A score with a large enough weight outweighs all other scores. A score without a weight is refused."""
     likes_b = Scorer("likes_b", lambda _, c: float(c.worker_id == "b"), weight=10.0)
     router = Router(scorers=(*SCORERS, likes_b))
     assert router.pick(CALL, [worker("a"), worker("b", kv_usage=0.9, running=9)]).worker_id == "b"

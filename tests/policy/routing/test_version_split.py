@@ -1,5 +1,6 @@
-"""Tests of the choice of a version by weight: stable for each call, proportional over many calls, with minimal
-changes."""
+"""Tests of the choice of a model's version by weight: equal for equal calls, proportional over many calls, and with few
+changes when weights change.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def test_nobody_without_a_weight() -> None:
 
 
 def test_each_gets_its_part() -> None:
-    """The shares of the versions are within three standard deviations over ten thousand calls."""
+    """Over ten thousand calls, the share of each version is within three standard deviations of its weight."""
     got = [choose_version(f"req-{i}", [("v1", 0.95), ("v2", 0.05)]) for i in range(10_000)]
     assert abs(got.count("v2") - 500) < 3 * (10_000 * 0.05 * 0.95) ** 0.5
 
@@ -37,7 +38,7 @@ def test_the_same_for_the_same_call(call_id: str, weights: tuple[float, ...], or
 
 @given(IDS, WEIGHTS, st.integers(0, 2), st.floats(1.01, 100.0))
 def test_a_growing_weight_only_gains(call_id: str, weights: tuple[float, ...], which: int, factor: float) -> None:
-    """When the weight of one version grows, a call keeps its version or moves to that version."""
+    """When the weight of one version grows, each call keeps its version or changes to this version."""
     before = choose_version(call_id, zip(VERSIONS, weights, strict=True))
     grown = [(v, w * factor if i == which else w) for i, (v, w) in enumerate(zip(VERSIONS, weights, strict=True))]
     assert choose_version(call_id, grown) in (before, VERSIONS[which])

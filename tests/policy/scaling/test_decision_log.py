@@ -1,4 +1,4 @@
-"""Tests of the decisions that are kept for explanations."""
+"""Tests of the log of scaling decisions, from which decisions are explained."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from cluster.policy.scaling.decision_log import KEPT, DecisionLog, action_of
 
 
 def test_equal_holds_are_one_decision() -> None:
-    """Equal decisions to hold are kept as one with the newest numbers, and are all counted."""
+    """Successive decisions to hold the number of replicas for the same reason are kept as one entry. The entry has the
+    newest numbers, and counts the decisions."""
     log = DecisionLog()
     for number in range(3):
         log.add(ScalingDecision(float(number), 1, 1, "hold", "enough", {"load": float(number)}))
@@ -25,7 +26,7 @@ def test_equal_holds_are_one_decision() -> None:
 
 
 def test_only_the_newest_decisions_are_kept() -> None:
-    """At most KEPT decisions are kept; all are counted."""
+    """Only the newest KEPT decisions are kept; all decisions are counted."""
     log = DecisionLog()
     assert (log.why, log.newest()) == ("", [])
     for number in range(KEPT + 5):
@@ -38,5 +39,6 @@ def test_only_the_newest_decisions_are_kept() -> None:
     [(0, 0, "hold"), (2, 2, "hold"), (0, 1, "from_zero"), (1, 2, "up"), (2, 1, "down"), (1, 0, "to_zero")],
 )
 def test_actions(before: int, after: int, action: str) -> None:
-    """The action says in which direction the number of replicas changes, and whether it is or was zero."""
+    """The action of a decision tells whether the number of replicas grows, falls or stays, and whether it starts from
+    zero or falls to zero."""
     assert action_of(before, after) == action

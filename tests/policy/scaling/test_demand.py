@@ -1,4 +1,4 @@
-"""Tests of the demand summed over gateways that start and stop: each arrival counts once."""
+"""Tests of the demand, summed over gateways that start and stop: each arrival counts once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.policy.scaling.demand import FORGET_S, DemandTotals
 
 
 def counts(arrived: int, **more: object) -> ClassCounts:
-    """Return counters of class `c`. Each call has ten prompt tokens."""
+    """Return the counters of the class `c` after `arrived` calls. Each call has ten prompt tokens."""
     return ClassCounts("c", 1, arrived, 10 * arrived, 20 * arrived, **more)  # type: ignore[arg-type]
 
 
@@ -22,7 +22,7 @@ def report(*classes: ClassCounts, model: str = "m") -> list[ModelDemand]:
 
 
 class Gateway:
-    """Gateway process that counts calls and may restart."""
+    """A gateway process that counts calls and may restart."""
 
     def __init__(self) -> None:
         self.starts = 0
@@ -40,7 +40,8 @@ STEPS = st.lists(
 
 @given(STEPS)
 def test_every_arrival_counts_once(steps: list[tuple[str, int]]) -> None:
-    """The sum that is read equals the reported sum, despite repeated and lost reports, restarts and disconnects."""
+    """Despite repeated and lost reports, restarts and disconnects, the sum that the scaler reads equals the sum of the
+    reported arrivals."""
     gateways = [Gateway() for _ in range(3)]
     demands, now = DemandTotals(0.0), 0.0
     told: Counter[tuple[int, int]] = Counter()
@@ -68,8 +69,8 @@ def test_every_arrival_counts_once(steps: list[tuple[str, int]]) -> None:
 
 
 def test_a_controller_that_comes_back_counts_from_what_it_hears_first() -> None:
-    """Old arrivals of a running gateway do not count for a new controller. A gateway that starts later counts from
-    zero."""
+    """For a new controller, the earlier arrivals at a running gateway do not count. All arrivals at a gateway that
+    starts later do."""
     demands = DemandTotals(now=1000.0)
     demands.record_report("old", report(counts(5000)), counting_s=900.0, now=1000.5)
     assert demands.pop_demand(1001.0)["m"]["c"].arrived_requests == 0

@@ -1,4 +1,6 @@
-"""Tests of the scaling policy: overload in the backtest, weight of classes, and no reverted scale-down."""
+"""Tests of the scaling policy: overload that the backtest foresees, GPUs shared by load, and scale-downs that are not
+reverted.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,8 @@ def _seen(calls: int, replicas: int, cls: str, most: int = 100) -> ModelSeen:
 
 
 def _corrections(rounds: Sequence[tuple[int, int]], replicas: int) -> list[float]:
-    """Return the correction after each round of (calls, late calls), with a fixed number of replicas."""
+    """Return the correction of the policy after each round, with a fixed number of replicas. A round is (calls, late
+    calls)."""
     corrections, memory = [], Memory()
     for number, (calls, late) in enumerate(rounds, 1):
         seen = _seen(calls, replicas, "x")
@@ -104,7 +107,8 @@ def test_late_calls_that_the_shadow_served_raise_the_correction_and_others_let_i
 
 
 def test_late_calls_in_an_overload_that_the_shadow_saw_leave_the_correction() -> None:
-    """Late calls in an overload that the backtest foresaw do not raise the correction."""
+    """If the backtest foresaw an overload, late calls do not raise the correction (a factor on the number of
+    replicas)."""
     foreseen = _corrections([(500, 500)] * 60, 1)
     unforeseen = _corrections([(500, 500)] * 60, 400)
     assert foreseen[-1] < 1.02
@@ -112,7 +116,7 @@ def test_late_calls_in_an_overload_that_the_shadow_saw_leave_the_correction() ->
 
 
 def test_classes_that_nobody_ranked_still_count_by_their_load() -> None:
-    """Of two models that together want more GPUs than there are, the busier model gets more GPUs."""
+    """If two models together want more GPUs than there are, the busier model gets more GPUs."""
     memory, have = Memory(), {"busy": 0, "calm": 0}
     for number in range(1, 61):
         models = {"busy": _seen(200, have["busy"], "x"), "calm": _seen(20, have["calm"], "x")}
@@ -124,7 +128,7 @@ def test_classes_that_nobody_ranked_still_count_by_their_load() -> None:
 
 @given(st.lists(st.integers(40, 60), min_size=60, max_size=120))
 def test_a_small_swing_takes_no_scale_down_back(loads: list[int]) -> None:
-    """A small rise of the load starts no replica within a cold start of a scale-down, if no calls wait."""
+    """Within one cold start after a scale-down, a small rise of the load starts no replica if no calls wait."""
     memory, have, down_at = Memory(), 20, -1e9
     for number, calls in enumerate(loads, 1):
         now_s = number * 5.0
@@ -139,10 +143,9 @@ def test_a_small_swing_takes_no_scale_down_back(loads: list[int]) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 60)), min_size=10, max_size=60))
 def test_nothing_leaves_that_what_runs_has_to_have(steps: list[tuple[int, int]]) -> None:
-    """A few long streams keep the replicas that they fill, even if their arrivals alone would not justify these
-    replicas.
+    """A model keeps the replicas that its running streams fill, even if few calls arrive.
 
-    Replicas for calls that may arrive during a cold start are started too.
+    If all replicas are full, replicas for the calls that may arrive during a cold start are started too.
     """
     memory, have, places = Memory(), 1, 8
     for number, (calls, running) in enumerate(steps, 1):
@@ -170,8 +173,8 @@ def test_nothing_leaves_that_what_runs_has_to_have(steps: list[tuple[int, int]])
 
 
 def test_a_model_is_idle_when_nothing_runs() -> None:
-    """A stream that lasts longer than `idle_s` keeps its replica. The replica is removed `idle_s` after the last stream
-    has ended."""
+    """A stream that lasts longer than `idle_s` keeps its replica. The replica is removed once no stream has run for
+    `idle_s`."""
     memory, have, gone_at = Memory(), 1, 0.0
     for number in range(1, 121):
         now_s, ends_s = number * 5.0, 300.0

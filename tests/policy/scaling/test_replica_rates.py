@@ -1,4 +1,4 @@
-"""Tests of the learnt rates of a replica: known step costs are recovered from simulated steps."""
+"""Tests of the learnt rates of a replica: the true costs of a step are recovered from simulated steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LIMITS = ReplicaLimits(max_num_seqs=64, max_num_batched_tokens=2048, kv_tokens=1
 def spans(
     costs: Costs, seed: int, count: int, *, batch: int = 32, prompts: bool = True, noise: float = 0.0
 ) -> list[ComputedWork]:
-    """Return the counters after each of several spans of 50 steps, with batches and prompts of all sizes."""
+    """Return the engine's counters after each of `count` spans of 50 steps, with batches and prompts of all sizes."""
     chance, at, out = random.Random(seed), ComputedWork(), []
     for _ in range(count):
         sequences = chance.randint(1, batch)
@@ -32,7 +32,7 @@ def spans(
 
 
 def learnt(works: list[ComputedWork]) -> LearntCosts:
-    """Return the costs that are learnt from the reports of one engine, in order."""
+    """Return the costs that are learnt from successive reports of one engine."""
     made = LearntCosts()
     for work in (ComputedWork(), *works):
         made.observe({"engine": work})
@@ -45,7 +45,7 @@ COSTS = st.builds(Costs, st.floats(1e-3, 3e-2), st.floats(1e-5, 1e-3), st.floats
 @given(COSTS, st.integers(0, 99))
 @settings(deadline=None, max_examples=50)
 def test_known_costs_are_found(costs: Costs, seed: int) -> None:
-    """Exact step times give exact costs, and the rates follow from these costs."""
+    """From exact step times, the exact costs are learnt, and the rates follow from them."""
     made = learnt(spans(costs, seed, 80))
     found = made.costs()
     assert found is not None
@@ -60,7 +60,7 @@ def test_known_costs_are_found(costs: Costs, seed: int) -> None:
 @given(st.integers(0, 99))
 @settings(deadline=None, max_examples=20)
 def test_noise_of_a_fifth_costs_no_more_than_that(seed: int) -> None:
-    """With noise of a fifth, no rate differs from the true rate by more than a fifth."""
+    """If the step times have noise of a fifth, each learnt rate differs from the true rate by at most a fifth."""
     costs = Costs(0.01, 0.0005, 0.0001)
     rates = learnt(spans(costs, seed, 400, noise=0.2)).rates(LIMITS, itl_s=0.0)
     assert rates.decode_tokens_per_s == pytest.approx(64 / (0.01 + 64 * 0.0005), rel=0.2)
@@ -68,7 +68,8 @@ def test_noise_of_a_fifth_costs_no_more_than_that(seed: int) -> None:
 
 
 def test_a_batch_is_trusted_no_further_than_seen() -> None:
-    """A single stream does not show that sixty-four streams would fit. Without prompts there is no prefill rate."""
+    """If only single streams were observed, the learnt rate does not assume large batches. If no prompts were observed,
+    there is no prefill rate."""
     rates = learnt(spans(Costs(0.01, 0.0, 0.0), 1, 40, batch=1, prompts=False)).rates(LIMITS, itl_s=0.05)
     assert rates.prefill_tokens_per_s is None
     assert rates.decode_tokens_per_s is not None
@@ -76,13 +77,14 @@ def test_a_batch_is_trusted_no_further_than_seen() -> None:
 
 
 def test_the_pace_that_is_asked_bounds_the_batch() -> None:
-    """A maximum step time of 30 ms allows twenty sequences, if a step takes 10 ms and 1 ms for each sequence."""
+    """If a step takes 10 ms plus 1 ms for each sequence, a maximum step time of 30 ms allows twenty sequences."""
     rates = learnt(spans(Costs(0.01, 0.001, 0.0001), 1, 80)).rates(LIMITS, itl_s=0.03)
     assert rates.decode_tokens_per_s == pytest.approx(20 / 0.03, rel=0.01)
 
 
 def test_an_engine_that_starts_anew_and_one_that_is_new() -> None:
-    """Nothing is learnt from a counter that has gone back, or from a first report. Both only set the starting point."""
+    """Nothing is learnt from an engine's first report, or from a report whose counters have gone back. Such a report
+    only sets the starting point."""
     made = LearntCosts()
     made.observe({"a": ComputedWork(1000, 500.0, 0, 1000)})
     made.observe({"a": ComputedWork(10, 1.0, 0, 10)})

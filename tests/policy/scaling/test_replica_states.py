@@ -15,13 +15,14 @@ WALL_S = 1e9
 
 
 def states_at(states: ReplicaStates, now: float, desired: int, *workers: WorkerSeen, leaving: int = 0) -> Counter[str]:
-    """Return the number of replicas by state, after a pass."""
+    """Run a pass; return the number of replicas by state."""
     inputs = ModelInputs((SPEC,), {"": RayReplicas(leaving=leaving)}, {"": workers}, {})
     return Counter(replica.state for replica in states.observe(inputs, {"": desired}, now, now + WALL_S))
 
 
 def test_states_follow_the_decided_number() -> None:
-    """Missing replicas start, connected ones are ready, and those beyond the decided number drain, the newest first."""
+    """Connected replicas are ready, and missing replicas are starting. If more are connected than the decided number,
+    the newest ones are draining."""
     states, old, young = ReplicaStates(), WorkerSeen("old", "1", "m"), WorkerSeen("young", "2", "m")
     assert states_at(states, 0.0, 2, old) == {"ready": 1, "starting": 1}
     assert states_at(states, 1.0, 2, young, old) == {"ready": 2}
@@ -34,7 +35,8 @@ def test_states_follow_the_decided_number() -> None:
 
 
 def test_the_cold_start_time_is_learnt_from_decided_starts() -> None:
-    """A replica counts from the oldest decision without a replica; a replica without a decision does not count."""
+    """The cold-start time runs from the oldest decision to start a replica that has no replica yet. A replica without
+    such a decision is not counted."""
     states, workers = ReplicaStates(), [WorkerSeen(str(number), str(number), "m") for number in range(4)]
     states_at(states, 0.0, 1, workers[0])
     assert states.cold_start_s == 0.0
@@ -51,7 +53,8 @@ def test_the_cold_start_time_is_learnt_from_decided_starts() -> None:
 
 
 def test_a_start_without_a_serving_replica_has_a_time() -> None:
-    """While no replica serves and some start, `starting_since_s` is the time of the oldest open decision."""
+    """While replicas start and none serves, `starting_since_s` is the time of the oldest decision whose replica is
+    missing."""
     states = ReplicaStates()
     states.record_change([1], 5.0)
     states_at(states, 7.0, 1)

@@ -1,5 +1,6 @@
-"""Tests of the scaler: the observations for the policy, the memory, requests of operators, restarts, and missing
-gateways."""
+"""Tests of the scaler: the observations that it gives to the policy, its memory, requests of operators, restarts, and
+missing gateways.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def spec(name: str = "m", **fields: object) -> ModelSpec:
 
 
 class World:
-    """Scaler with a simulated Ray, whose replicas serve `cold_s` seconds after the decision."""
+    """A scaler with a simulated Ray. A replica serves `cold_s` seconds after the decision to start it."""
 
     def __init__(
         self, *specs: ModelSpec, asked: OperatorRequest | None = None, cold_s: float = 20.0, now: float = 1000.0
@@ -53,7 +54,7 @@ class World:
         )
 
     def tell(self) -> bool:
-        """Report the demand of the gateway. Returns whether scaling should be decided at once."""
+        """Report the gateway's demand. Return whether scaling should be decided at once."""
         demand = ModelDemand(self.specs[0].name, 0, 0, 0, 0, 0, (self.counts,))
         held = self.scaler.demands.record_report("g", [demand], self.now - self.started, self.now)
         if held:
@@ -61,7 +62,7 @@ class World:
         return held
 
     def step(self, seconds: float = 1.0) -> Sequence[tuple[str, ScalingDecision]]:
-        """Run one pass of the controller, `seconds` after the previous pass. Returns the new decisions."""
+        """Run one pass of the controller, `seconds` after the previous pass. Return the new decisions."""
         self.now += seconds
         for due, name in [one for one in self.coming if one[0] <= self.now]:
             self.coming.remove((due, name))
@@ -88,7 +89,7 @@ class World:
         self.ray[model.name, model.gpu] = RayReplicas(wanted, len(there), len(due))
 
     def until(self, replicas: int, limit_s: float = 200.0) -> float:
-        """Run passes until this number of replicas serves. Returns the time in seconds until then."""
+        """Run passes until this number of replicas serves. Return the seconds until then."""
         began = self.now
         while len(self.workers) != replicas:
             assert self.now - began < limit_s, f"still {len(self.workers)} of {replicas}"
@@ -102,7 +103,8 @@ def entry(world: World) -> CatalogEntry:
 
 
 def test_to_zero_and_back() -> None:
-    """A new model starts, scales to zero when idle, and returns for a held call. Its cold-start time is then learnt."""
+    """A new model starts, scales to zero when it is idle, and scales up again for a waiting call. Its cold-start time
+    is then learnt."""
     world = World(spec())
     world.until(1)
     assert world.until(0, 70.0) > 30.0
@@ -123,7 +125,8 @@ def test_to_zero_and_back() -> None:
 
 
 def test_a_new_controller_keeps_what_it_finds() -> None:
-    """A restarted controller scales nothing by itself, because the target on Ray counts as the last decision."""
+    """A restarted controller changes nothing at first: the number of replicas set in Ray counts as the last
+    decision."""
     old = World(spec(idle_s=0.0, min_replicas=3))
     old.until(3)
     new = World(*old.specs, now=old.now)
@@ -138,7 +141,7 @@ def test_a_new_controller_keeps_what_it_finds() -> None:
 
 
 def test_while_no_gateway_tells_nothing_changes() -> None:
-    """Nothing is scaled without reports from gateways, except on the request of an operator."""
+    """While no gateway reports, nothing is scaled, except at the request of an operator."""
     world = World(spec())
     world.until(1)
     world.blind = True
@@ -151,7 +154,7 @@ def test_while_no_gateway_tells_nothing_changes() -> None:
 
 
 def test_bounds_hold_while_no_gateway_tells() -> None:
-    """A changed maximum is applied even without reports from gateways."""
+    """A changed maximum of replicas is applied even while no gateway reports."""
     world = World(spec(min_replicas=3, idle_s=0.0))
     world.until(3)
     world.blind, world.specs = True, (spec(min_replicas=1, max_replicas=2, idle_s=0.0),)
@@ -160,8 +163,8 @@ def test_bounds_hold_while_no_gateway_tells() -> None:
 
 
 def test_by_hand_and_frozen() -> None:
-    """A manual number of replicas stays until it is withdrawn, even if the model is idle. A frozen model is never
-    changed."""
+    """A number of replicas that an operator sets stays until it is withdrawn, even if the model is idle. A frozen model
+    is never changed."""
     kept: list[OperatorRequest] = []
     world = World(spec(aliases=("default",)))
     world.until(1)
@@ -192,7 +195,8 @@ def test_by_hand_and_frozen() -> None:
 
 
 def test_what_cannot_be_asked() -> None:
-    """A number of replicas beyond the maximum of the entry is refused, and so is an unknown model."""
+    """An operator's request is refused if its number of replicas exceeds the entry's maximum, or if the model is
+    unknown."""
     world = World(spec())
     world.step()
     requests = ScalingRequests(world.scaler, lambda: pytest.fail("nothing was asked"))
@@ -210,8 +214,8 @@ def test_what_cannot_be_asked() -> None:
 
 
 def test_the_story_is_bounded_and_says_how_often() -> None:
-    """Repeated holds for the same reason are one entry. The oldest entries are dropped, and the newest entries come
-    last."""
+    """Repeated decisions to hold for the same reason are one entry of the log. The log drops the oldest entries and
+    lists the newest entries last."""
     world = World(spec())
     world.until(1)
     world.step()
@@ -231,7 +235,7 @@ def test_the_story_is_bounded_and_says_how_often() -> None:
 
 
 def test_gpu_seconds_are_those_of_what_is_there() -> None:
-    """GPU-seconds are counted for all replicas, with two GPUs for each, including starting and leaving replicas."""
+    """GPU-seconds are counted for all replicas, including starting and leaving ones; here each replica has two GPUs."""
     world = World(spec(min_replicas=2, tensor_parallel_size=2, idle_s=0.0))
     world.step()
     world.ray["m", ""] = RayReplicas(2, 1, 1, leaving=1)
@@ -241,7 +245,7 @@ def test_gpu_seconds_are_those_of_what_is_there() -> None:
 
 
 def test_rates_come_from_the_workers_words() -> None:
-    """The costs that are learnt from reports of engines are among the numbers of an explanation."""
+    """An explanation contains the costs that were learnt from the engines' reports."""
     world = World(spec(min_replicas=1, idle_s=0.0))
     world.until(1)
     (name,) = world.workers
@@ -270,9 +274,9 @@ def typed_worker(number: int, gpu: str, work: ComputedWork | None = None) -> Wor
 
 
 def test_what_the_first_type_does_not_hold_goes_on_the_next() -> None:
-    """Replicas that do not fit on the first type of GPU go to the next type and stay there.
+    """Replicas that do not fit on the first GPU type go to the next type and stay there.
 
-    An entry that loses a type of GPU keeps its number of replicas.
+    If an entry loses a GPU type, the model keeps its number of replicas.
     """
     scaler, room = Scaler(ScalingSettings(), 0.0), {("m", "H100"): 2, ("m", "L4"): 5}
     scaler.run_pass([FAST, SLOW], {}, [], 1.0, 1e9, room=room)
@@ -297,7 +301,7 @@ def test_what_the_first_type_does_not_hold_goes_on_the_next() -> None:
 
 
 def test_a_type_that_finds_no_place_any_more_is_left_for_another() -> None:
-    """Replicas that wait for a type of GPU move to another type if another model has taken the capacity. The move is
+    """If replicas wait for a GPU type whose capacity another model has taken, they move to another type. The move is
     reported."""
     scaler, room = Scaler(ScalingSettings(), 0.0), {("m", "H100"): 3, ("m", "L4"): 5}
     scaler.run_pass([FAST, SLOW], {}, [], 1.0, 1e9, room=room)
@@ -321,7 +325,8 @@ def test_a_type_that_finds_no_place_any_more_is_left_for_another() -> None:
 
 
 def test_by_hand_over_types_while_no_gateway_tells() -> None:
-    """A manual number is spread over the types of GPU. Scaling down removes replicas of the last type first."""
+    """The number of replicas that an operator sets is spread over the GPU types. Scaling down removes replicas of the
+    last type first."""
     room = {("m", "H100"): 2, ("m", "L4"): 5}
     scaler = Scaler(ScalingSettings(), 0.0, OperatorRequest(manual={"m": 5}))
     scaler.run_pass([FAST, SLOW], {}, [], 1.0, 1e9, blind=True, room=room)
@@ -332,7 +337,7 @@ def test_by_hand_over_types_while_no_gateway_tells() -> None:
 
 
 def test_rates_are_learnt_and_gpus_counted_by_type() -> None:
-    """Rates of each type of GPU are learnt from the workers on this type. A worker on an unknown type counts for the
+    """The rates of each GPU type are learnt from the workers of this type. A worker of an unknown type counts for the
     first type."""
     scaler = Scaler(ScalingSettings(), 0.0)
     ray = {("m", "H100"): RayReplicas(1, 1), ("m", "L4"): RayReplicas(2, 1, 1)}

@@ -1,4 +1,6 @@
-"""Tests of the scaling policy with several types of GPU: worth of replicas, distribution, and models with one type."""
+"""Tests of the scaling policy with several GPU types: the worth of a replica (its rate relative to another type), the
+distribution of replicas over types, and models with one type.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ COUNTS = st.fixed_dictionaries({gpu: st.integers(0, 6) for gpu in TYPES})
 
 
 def replicas_of(**counts: int) -> Sequence[ReplicaSeen]:
-    """Return ready replicas, with these numbers by type of GPU."""
+    """Return ready replicas. `counts`: number of replicas by GPU type."""
     return [ReplicaSeen(f"{gpu}-{n}", "ready", 0.0, gpu) for gpu, count in counts.items() for n in range(count)]
 
 
@@ -60,8 +62,8 @@ def decided(seen: ModelSeen, **budget: int) -> ReplicaDecision:
 
 
 def test_a_replica_is_worth_the_lesser_of_what_it_does() -> None:
-    """The worth of a replica is relative to the first type of GPU with learnt rates. A type without learnt rates counts
-    as equal."""
+    """The unit is the first GPU type with learnt rates; the worth of a replica is relative to it. A type without learnt
+    rates has the worth 1."""
     seen = model({})
     assert (unit_of(seen), replica_worth(seen, "H100"), replica_worth(seen, "L4")) == ("H100", 1.0, 0.25)
     only_slow = model({}, {"L4": SLOW})
@@ -72,7 +74,7 @@ def test_a_replica_is_worth_the_lesser_of_what_it_does() -> None:
 
 @given(COUNTS, COUNTS)
 def test_a_mix_is_counted_by_what_it_is_worth(ready: dict[str, int], starting: dict[str, int]) -> None:
-    """A mix of types counts as its worth, rounded up. A model with one type is unchanged.
+    """A mix of replicas counts as its total worth, rounded up. A model with one GPU type is unchanged.
 
     The number of replicas that count as ready is at most the worth of the ready replicas, rounded up.
     """
@@ -95,9 +97,9 @@ def test_a_mix_is_counted_by_what_it_is_worth(ready: dict[str, int], starting: d
 def test_no_type_has_more_than_its_budget_or_its_places(
     have: dict[str, int], room: dict[str, int], budget: dict[str, int], wanted: int, by_hand: bool
 ) -> None:
-    """No type of GPU exceeds its GPU budget, and only the first type may exceed its capacity.
+    """Each GPU type stays within its GPU budget, and each type except the first stays within its capacity.
 
-    The model gets the wanted number as long as a type has both budget and capacity.
+    The model gets the wanted number of replicas as long as a type has both budget and capacity left.
     """
     seen = model(have, room=room, manual=wanted) if by_hand else model(have, room=room, min_replicas=wanted)
     decision = decided(seen, **budget)
@@ -117,7 +119,7 @@ def test_no_type_has_more_than_its_budget_or_its_places(
 
 @given(COUNTS, st.integers(1, 10))
 def test_what_serves_is_not_moved(have: dict[str, int], budget: int) -> None:
-    """A wanted replica on a later type of GPU stays there, whatever the capacity of an earlier type."""
+    """A wanted replica on a later GPU type stays there, even if an earlier type has free capacity."""
     total = sum(have.values())
     kept = decided(model(have, room={"H100": 6, "L4": 6}, manual=total))
     assert {gpu: kept.replicas.get(gpu, 0) for gpu in TYPES} == have
@@ -126,8 +128,8 @@ def test_what_serves_is_not_moved(have: dict[str, int], budget: int) -> None:
 
 
 def test_lesser_replicas_come_in_greater_numbers() -> None:
-    """Many replicas of the weaker type of GPU replace the replicas that do not fit on the first type, up to the maximum
-    number of replicas."""
+    """If replicas do not fit on the first GPU type, a larger number of replicas on the weaker type replaces them, up to
+    the maximum number of replicas."""
     settled = dataclasses.replace(model({"H100": 1}, room={"H100": 1, "L4": 9}), demand={})
     busy = ClassDemand(arrived_requests=100, arrived_prompt_tokens=200_000, expected_output_tokens=60_000)
     memory, at = Memory(), 0.0
@@ -148,7 +150,8 @@ def test_lesser_replicas_come_in_greater_numbers() -> None:
 
 
 def test_more_than_there_are_gpus_for_is_said() -> None:
-    """The decision reports a shortage of GPUs. With several types, the shortage is in replicas of the unit."""
+    """The decision reports that there are too few GPUs. With several GPU types, the reported numbers are in replicas of
+    the unit, the first GPU type with learnt rates."""
     decision = decided(model({}, room={"H100": 1, "L4": 2}, min_replicas=0, manual=5), H100=1, L4=8)
     assert decision.replicas == {"H100": 1, "L4": 2}
     assert decision.why == "manual; the GPU budget allows 3 of 5"

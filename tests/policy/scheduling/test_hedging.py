@@ -1,4 +1,6 @@
-"""Hedging before the first token: the laws of the budget, of overload, and of the learnt times to first token."""
+"""Tests of hedging (a second Submit of a sequence whose first token is late): its budget, no hedging under overload,
+and the learnt times to first token.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def worker(name: str, free: int = 8, running: int = 0, waiting: int = 0, healthy
 
 @given(st.lists(durations, min_size=1, max_size=200), st.floats(0, 1))
 def test_a_quantile_is_near_a_duration_of_its_rank(values: list[float], part: float) -> None:
-    """A quantile is within ACCURACY of a duration whose rank differs by at most one."""
+    """A quantile is within the relative ACCURACY of one of the durations at or next to its rank."""
     sketch = LatencySketch(60.0)
     for value in values:
         sketch.add(value, NOW)
@@ -54,7 +56,7 @@ def test_a_quantile_is_near_a_duration_of_its_rank(values: list[float], part: fl
 
 @given(durations, durations, st.integers(1, 100), st.integers(8, 2_000))
 def test_old_durations_fade(old_s: float, new_s: float, count: int, half_lives: int) -> None:
-    """After eight half-lives and more, as many new durations as old ones decide the median, at any time."""
+    """Eight half-lives after some durations, or later, an equal number of new durations alone determines the median."""
     sketch = LatencySketch(60.0)
     for _ in range(count):
         sketch.add(old_s, NOW)
@@ -72,8 +74,8 @@ def test_old_durations_fade(old_s: float, new_s: float, count: int, half_lives: 
 def test_slow_workers_in_a_minority_do_not_change_what_is_late(
     slow: int, workers: int, fast_s: float, data: st.DataObject
 ) -> None:
-    """As long as less than half of the groups have a slow worker, a first token is late after the time of the others,
-    however slow the slow workers are and however many calls they get."""
+    """Workers are divided into groups. If less than half of the groups contain a slow worker, the time after which a
+    first token is late is that of the fast workers, however slow the slow ones are."""
     times, chosen = FirstTokenTimes(), data.draw(st.permutations(range(workers)))[:slow]
     groups = min(workers, GROUPS)
     if 2 * len({number % GROUPS for number in chosen}) >= groups:
@@ -86,7 +88,7 @@ def test_slow_workers_in_a_minority_do_not_change_what_is_late(
 
 @given(st.integers(0, 1 << 26), st.integers(0, 1 << 26))
 def test_an_unknown_size_uses_the_next_larger_known_one(asked: int, known: int) -> None:
-    """A size class without observations gets the time of a larger class, never that of a smaller one."""
+    """A size class of prompts without observations uses the time of a larger class, never that of a smaller class."""
     times = FirstTokenTimes()
     for _ in range(int(MIN_COUNT)):
         times.observe("m", "w", known, 3.0, NOW)
@@ -97,7 +99,7 @@ def test_an_unknown_size_uses_the_next_larger_known_one(asked: int, known: int) 
 
 
 def test_the_high_time_is_the_quantile_of_one_percent() -> None:
-    """Of the observed times, 1 % are above the time at which a first token is late."""
+    """1 % of the observed times are above the time after which a first token is late."""
     times = FirstTokenTimes()
     for number in range(1, 1001):
         times.observe("m", "w", TOKENS, number / 100, NOW)
@@ -112,7 +114,7 @@ def test_the_high_time_is_the_quantile_of_one_percent() -> None:
 
 @dataclass
 class World:
-    """A gateway that does what a policy says, and counts what the policy did."""
+    """A gateway that follows a hedging policy, and counts the hedges."""
 
     policy: HedgingPolicy
     now: float = NOW
@@ -136,7 +138,7 @@ class World:
         self.policy.answered(key, TOKENS, self.now + after_s)
 
     def look(self, waiting: int, workers: list[Candidate]) -> list[str]:
-        """Hedge what is late and may be hedged. Returns the keys of the hedged sequences."""
+        """Hedge the late sequences that may be hedged. Return the keys of the hedged sequences."""
         call, done = RouteCall("m", TOKENS, excluded=frozenset(("w0",))), []
         for key in self.policy.late(self.now):
             if self.policy.may_hedge(key, waiting):
@@ -160,7 +162,8 @@ steps = st.lists(
 
 @given(st.sampled_from([0.0, 0.01, 0.3, 1.0]), steps)
 def test_the_budget_holds_and_no_sequence_is_hedged_twice(share: float, history: list[tuple[str, int, float]]) -> None:
-    """At any time the hedges are at most `share` of the sent sequences, and a sequence has at most one."""
+    """At any time, the number of hedges is at most `share` of the number of sent sequences, and no sequence is hedged
+    twice."""
     world, numbers, live = World(HedgingPolicy(share)), itertools.count(), list[str]()
     world.learn(LEARNT)
     for what, number, seconds in history:
@@ -190,8 +193,8 @@ def test_the_budget_holds_and_no_sequence_is_hedged_twice(share: float, history:
 
 @given(st.integers(0, 5000))
 def test_a_quiet_time_saves_up_a_bounded_number_of_hedges(count: int) -> None:
-    """However many sequences were sent before, at most BURST hedges follow at once. Half of them are for sequences that
-    have waited longer."""
+    """However many sequences were sent before, at most BURST hedges can follow at once. Half of these are kept for
+    sequences that have waited longer."""
     world = World(HedgingPolicy(0.01))
     world.learn(LEARNT + count)
     for number in range(20):
@@ -206,8 +209,8 @@ def test_a_quiet_time_saves_up_a_bounded_number_of_hedges(count: int) -> None:
 
 @given(st.integers(0, 3), st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(0, 1)), max_size=5))
 def test_nothing_is_hedged_under_overload(waiting: int, loads: list[tuple[int, int, int]]) -> None:
-    """No sequence is hedged while sequences wait, while too little of the other workers' capacity is free, or to a
-    worker whose engine has a queue. Otherwise one is."""
+    """A late sequence is hedged only if three conditions hold: no sequence waits at the gateway, enough of the other
+    workers' capacity is free, and one of them has a free slot and no queue in its engine."""
     world = World(HedgingPolicy(1.0))
     world.learn(LEARNT)
     world.send("s")
@@ -221,7 +224,8 @@ def test_nothing_is_hedged_under_overload(waiting: int, loads: list[tuple[int, i
 
 @given(st.floats(0.001, 5.0), st.floats(0.0, 40.0))
 def test_a_sequence_is_late_after_the_learnt_time(ttft_s: float, waited_s: float) -> None:
-    """A sequence is late once it has waited for the learnt time, and is looked at again when the wait has grown."""
+    """A sequence is late once it has waited for the learnt time. Afterwards it is due again only when its wait has
+    grown by a factor."""
     world = World(HedgingPolicy(1.0))
     world.learn(LEARNT, ttft_s)
     world.send("s")
@@ -238,7 +242,7 @@ def test_a_sequence_is_late_after_the_learnt_time(ttft_s: float, waited_s: float
 
 
 def test_a_hedge_that_wins_does_not_hide_the_slow_worker() -> None:
-    """When a hedge wins, the wait for the first worker counts as that worker's time to first token."""
+    """When the second worker answers first, the wait so far counts as the first worker's time to first token."""
     world = World(HedgingPolicy(1.0))
     world.learn(LEARNT)
     for number in range(3 * int(MIN_COUNT)):

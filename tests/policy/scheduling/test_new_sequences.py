@@ -1,4 +1,4 @@
-"""Tests of the queues of new sequences."""
+"""Tests of the queues of new sequences: the waiting room, and the sequences that wait for their adapters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def queues() -> NewSequences:
 
 
 def wait_for_adapter(new: NewSequences, key: str, now: float) -> None:
-    """Take the turn of the sequence at the head, and let it wait for its adapter."""
+    """Take the turn of the sequence at the head of the room, and let it wait for its adapter."""
     taken = new.room.pop_next("m", lambda _: True, now)
     assert taken is not None
     assert taken.call_id == key
@@ -27,7 +27,7 @@ def wait_for_adapter(new: NewSequences, key: str, now: float) -> None:
 
 
 def test_a_sequence_counts_until_it_is_removed() -> None:
-    """A sequence that waits for its adapter counts as waiting, is ahead of all others, and can be removed."""
+    """A sequence that waits for its adapter counts as waiting and has position 0. It can be removed once."""
     new = queues()
     for key in ("a", "b"):
         assert new.admit(entry(key, adapter="x"), 0.0, versions=ONE_VERSION).outcome is None
@@ -38,7 +38,7 @@ def test_a_sequence_counts_until_it_is_removed() -> None:
 
 
 def test_new_versions_return_a_sequence_to_the_room() -> None:
-    """When the versions of a sequence change, it has its turn again."""
+    """If the versions of a sequence change while it waits for its adapter, it returns to the waiting room."""
     new = queues()
     new.admit(entry("a", adapter="x"), 0.0)
     wait_for_adapter(new, "a", 1.0)
@@ -50,7 +50,7 @@ def test_new_versions_return_a_sequence_to_the_room() -> None:
 
 
 def test_expired_sequences_leave_every_queue() -> None:
-    """Sequences in the waiting room and sequences that wait for adapters expire."""
+    """Sequences can expire in the waiting room and while they wait for adapters."""
     new = queues()
     for key in ("a", "b"):
         new.admit(entry(key, adapter="x"), 0.0, versions=ONE_VERSION)

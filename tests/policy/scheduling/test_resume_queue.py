@@ -1,4 +1,6 @@
-"""The resume queue: the order of sequences, the workers that hold KV blocks, and the longest waits."""
+"""Tests of the resume queue: the order of its sequences, the workers that hold their KV blocks, and the longest
+waits.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ def resuming(
     silent_since: float | None = None,
     suspect: bool = False,
 ) -> ResumingSequence:
-    """Return a sequence of ten tokens that resumes."""
+    """Return a sequence that resumes and has ten tokens."""
     entry = WaitingSequence(key, "m", "tenant", 5, deadline, "standard", 0.0, rank)
     return ResumingSequence(entry, 10, cached_on=cached_on, silent_since=silent_since, suspect=suspect)
 
@@ -30,7 +32,8 @@ def queue_of(*sequences: ResumingSequence, now: float = 0.0) -> ResumeQueue:
 
 
 def test_who_has_computed_them_is_counted() -> None:
-    """The queue counts the sequences cached on each worker, and a sequence that is added twice counts once."""
+    """The queue counts, for each worker, the sequences whose KV blocks the worker holds. A sequence that is added twice
+    counts once."""
     a, b, c, d = (resuming(name, home) for name, home in (("a", "x"), ("b", "x"), ("c", "y"), ("d", "")))
     queue = queue_of(a, b, c, d, a)
     assert queue.cached_counts("m") == {"x": 2, "y": 1}
@@ -44,16 +47,16 @@ def test_who_has_computed_them_is_counted() -> None:
 
 
 def test_each_waits_for_its_own_worker_for_a_moment() -> None:
-    """A sequence waits a moment for the worker that holds its KV blocks, then for any worker. A sequence whose KV
-    blocks no worker holds waits for any worker from the beginning."""
+    """A sequence waits for a moment only for the worker that holds its KV blocks, then for any worker. If no worker
+    holds its blocks, it waits for any worker from the beginning."""
     queue = queue_of(resuming("a", "x"), resuming("b"), now=5.0)
     assert [queue.waits_for(key, 5.0 + 0.9 * CACHED_WORKER_WAIT_S) for key in ("a", "b", "absent")] == ["x", "", ""]
     assert queue.waits_for("a", 5.0 + CACHED_WORKER_WAIT_S) == ""
 
 
 def test_the_higher_class_first_and_who_waits_too_long_leaves() -> None:
-    """The queue is ordered by class, then first come first served. A sequence expires after the longest wait, earlier
-    at its deadline, and later while its model starts."""
+    """The queue is ordered by class, then by arrival. A sequence expires at its deadline or after the longest wait,
+    whichever is earlier. While its model starts, the longest wait is longer."""
     low, high = resuming("a", rank=2), resuming("b", rank=0)
     late = resuming("c", rank=2, deadline=10.0)
     queue = queue_of(low, late, high)
@@ -66,8 +69,8 @@ def test_the_higher_class_first_and_who_waits_too_long_leaves() -> None:
 
 
 def test_no_wait_is_longer_than_twice_the_bound() -> None:
-    """No wait exceeds twice the bound. Formerly the whole start time was added, and a stream waited 49 s with
-    max_wait_s 20."""
+    """While a model starts, its sequences may wait longer, but at most twice the bound. (Formerly the whole start time
+    was added, and a stream waited 49 s with max_wait_s 20.)"""
     queue = ResumeQueue(20.0)
     queue.add(resuming("a"), 0.0)
     assert queue.expired(39.9, lambda _: 500.0) == []
@@ -77,7 +80,7 @@ def test_no_wait_is_longer_than_twice_the_bound() -> None:
 
 
 def test_a_worker_that_gave_no_token_is_no_new_beginning() -> None:
-    """The wait of a sequence does not restart when a worker is lost before that worker's first token."""
+    """If a sequence loses a worker that has sent it no token, its waiting time continues and does not start again."""
     queue = ResumeQueue(20.0)
     queue.add(resuming("a"), 0.0)
     assert queue.remove("a")  # sent to a worker that is lost at once
@@ -87,7 +90,7 @@ def test_a_worker_that_gave_no_token_is_no_new_beginning() -> None:
 
 
 def test_an_acquitted_sequence_keeps_its_place() -> None:
-    """A sequence that is acquitted is not suspect any more, and neither its place nor its waiting time changes."""
+    """When a suspect sequence is acquitted, it is no longer suspect. It keeps its place and its waiting time."""
     queue = queue_of(resuming("a", suspect=True), resuming("b"))
     queue.acquit("a")
     assert [(one.key, one.suspect) for one in queue.in_order("m")] == [("a", False), ("b", False)]

@@ -1,4 +1,6 @@
-"""The scheduling policy: one instruction ends each wait, capacity is never exceeded, and no capacity stays idle."""
+"""Tests of the scheduling policy: each wait ends with one instruction, capacity is never exceeded, and no capacity
+stays idle.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ KEYS = [CompatibilityKey(f"weights {name}", "bundle", "class") for name in "ab"]
 
 @dataclass
 class Fleet:
-    """Workers of the model m, by incarnation. Implements Workers."""
+    """Workers of the model m, by incarnation. Implements the protocol Workers."""
 
     workers: dict[str, Candidate] = field(default_factory=dict)
     replaced: set[CompatibilityKey | None] = field(default_factory=set)
@@ -40,7 +42,7 @@ class Fleet:
     def add(
         self, name: str, free: int = 1, key: CompatibilityKey = KEYS[0], version: str = "", adapters: str = ""
     ) -> None:
-        """Add a worker with this number of free sequences. `adapters`: one letter for each adapter that it has."""
+        """Add a worker with `free` free sequences. `adapters`: one letter for each adapter that the worker has."""
         self.workers[name] = Candidate(
             name, "m", version, free, 1000 * free, 0, 0, 0.0, True, False, incarnation=name, compatibility_key=key,
             prefill_budget=8192, block_size=16, adapters=frozenset(adapters),
@@ -55,42 +57,42 @@ class Fleet:
         self.grant(name, self.workers[name].free_sequences - 1)
 
     def route(self, call: RouteCall, now: float) -> RoutingDecision:
-        """See Workers."""
+        """See Workers.route."""
         return choose(call, self.candidates(call.model, now, False))
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
-        """See Workers."""
+        """See Workers.candidates."""
         if self.broken:
             raise ValueError("broken")
         return list(self.workers.values())
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
-        """See Workers."""
+        """See Workers.candidate."""
         return self.workers.get(incarnation)
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """See Workers."""
+        """See Workers.cached_tokens."""
         return self.cached.get(key, {})
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """See Workers."""
+        """See Workers.held_tokens."""
         return self.cached.get(key, {})
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
-        """See Workers."""
+        """See Workers.free_tokens."""
         worker = self.workers.get(worker_id)
         return None if worker is None else worker.free_tokens if worker.free_sequences > 0 else 0
 
     def has_adapter(self, model: str, adapter: str) -> bool:
-        """See Workers."""
+        """See Workers.has_adapter."""
         return any(adapter in worker.adapters for worker in self.workers.values())
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
-        """See Workers."""
+        """See Workers.runs_suspect."""
         return incarnation in self.with_suspect
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
-        """See Workers."""
+        """See Workers.is_replaced."""
         return compatibility in self.replaced
 
 
@@ -124,12 +126,12 @@ def carry_out(policy: SchedulingPolicy, fleet: Fleet, now: float) -> list[Instru
 
 
 def sent(instructions: Sequence[Instruction]) -> list[tuple[str, str]]:
-    """Return the pairs of sequence and worker of all Send instructions."""
+    """Return (sequence, worker) for each Send instruction."""
     return [(one.entry.call_id, one.worker_id) for one in instructions if isinstance(one, Send)]
 
 
 def test_sequences_that_resume_go_first_and_only_to_compatible_workers() -> None:
-    """A sequence that resumes is sent before all new sequences, and waits if only incompatible workers are free."""
+    """A sequence that resumes is sent before all new sequences. It waits if only incompatible workers are free."""
     fleet = Fleet()
     fleet.add("w", free=1, key=KEYS[0])
     policy = policy_of(fleet)
@@ -143,8 +145,9 @@ def test_sequences_that_resume_go_first_and_only_to_compatible_workers() -> None
 
 
 def test_a_sequence_with_tools_goes_where_they_are_parsed() -> None:
-    """New and resumed sequences that need tools go to workers with a parser for tool calls, and are moved only there.
-    If no worker has a parser, they are sent to a worker that will refuse them, and hold back no other."""
+    """Sequences that need tools, new or resumed, go only to workers with a parser for tool calls, and are moved only to
+    such workers. If no worker has a parser, they are sent to a worker that will refuse them, and no other sequence is
+    delayed."""
     fleet = Fleet()
     fleet.add("plain", free=9)
     policy = policy_of(fleet)
@@ -165,8 +168,8 @@ def test_a_sequence_with_tools_goes_where_they_are_parsed() -> None:
 
 
 def test_a_suspect_waits_for_its_verdict() -> None:
-    """A sequence that lost two workers in a row is not sent before the losses have settled. Then the sequence is ended,
-    or acquitted if other workers were lost too."""
+    """A sequence that lost two workers in a row is suspect and is not sent for a while. Then it is ended, or it is
+    acquitted if other workers were lost at the same time."""
     fleet = Fleet()
     fleet.add("w", free=5)
     policy = policy_of(fleet)
@@ -186,8 +189,8 @@ def test_a_suspect_waits_for_its_verdict() -> None:
 
 @given(sharing=st.integers(2, 6), free=st.integers(1, 6), last=st.data())
 def test_suspects_that_lost_workers_together_are_tried_one_by_one(sharing: int, free: int, last: st.DataObject) -> None:
-    """Of sequences that lost the same workers, no two run on one worker before the first of them has a token. A
-    sequence that then loses a third worker is ended, and the others go on."""
+    """Suspects that lost the same workers are tried one by one: until a suspect has a token, no other suspect is sent
+    to its worker. A suspect that then loses a third worker is ended."""
     fleet = Fleet()
     for name in ("w1", "w2"):
         fleet.add(name, free=free)
@@ -222,7 +225,7 @@ def test_suspects_that_lost_workers_together_are_tried_one_by_one(sharing: int, 
 
 
 def test_what_can_never_resume_ends() -> None:
-    """A sequence whose compatible workers have been replaced ends at once."""
+    """A sequence ends at once if all compatible workers have been replaced by incompatible ones."""
     fleet = Fleet()
     fleet.add("w", key=KEYS[1])
     fleet.replaced.add(KEYS[0])
@@ -233,8 +236,8 @@ def test_what_can_never_resume_ends() -> None:
 
 
 def test_the_versions_of_a_queued_sequence_can_change() -> None:
-    """A queued sequence begins only on its versions: the first version, then the others, as they are when it is
-    sent."""
+    """A queued sequence begins only on the versions that it has when it is sent: on the first version, or else on the
+    others."""
     fleet = Fleet()
     fleet.add("old", free=3, version="1")
     fleet.add("new", free=1, version="2")
@@ -247,8 +250,8 @@ def test_the_versions_of_a_queued_sequence_can_change() -> None:
 
 
 def test_a_free_worker_gets_the_sequence_whose_prompt_it_holds() -> None:
-    """Of a tenant's waiting sequences, the one whose prompt is held by the worker with room goes first. A full worker's
-    blocks count for nothing, and other tenants keep their turns."""
+    """Of a tenant's waiting sequences, the one whose prompt a worker with capacity holds goes first. The blocks of a
+    full worker do not count, and other tenants keep their turns."""
     fleet = Fleet()
     fleet.add("v", free=0)
     fleet.add("w", free=0)
@@ -266,7 +269,8 @@ def test_a_free_worker_gets_the_sequence_whose_prompt_it_holds() -> None:
 
 
 def test_the_chosen_head_holds_back_the_others() -> None:
-    """A warm sequence that may not be sent where there is room holds back all others, as the first one would."""
+    """A sequence that goes first because a worker holds its prompt, but may not run on the free worker, holds back all
+    other sequences, as any first sequence does."""
     fleet = Fleet()
     fleet.add("old", free=1, version="1")
     fleet.cached = {"b": {"old": 8}}
@@ -279,7 +283,7 @@ def test_the_chosen_head_holds_back_the_others() -> None:
 
 
 def test_a_sequence_that_cannot_be_routed_fails_alone() -> None:
-    """An exception while a sequence is routed ends that sequence, and the next sequences are tried."""
+    """If routing a sequence raises an exception, this sequence ends, and the next sequences are routed."""
     fleet = Fleet(broken=True)
     policy = policy_of(fleet)
     policy.admit(entry("a"), 0.0)
@@ -292,7 +296,7 @@ def test_a_sequence_that_cannot_be_routed_fails_alone() -> None:
 
 @pytest.mark.parametrize("free", [0, 1, 2])
 def test_no_more_is_moved_than_fits(free: int) -> None:
-    """Of a draining worker's sequences, as many are moved as other workers have capacity for."""
+    """Only as many sequences are moved from a draining worker as the other workers have capacity for."""
     fleet = Fleet()
     fleet.add("leaves", free=9)
     fleet.add("stays", free=free)
@@ -305,8 +309,8 @@ def test_no_more_is_moved_than_fits(free: int) -> None:
 
 
 def test_a_sequence_that_waits_for_its_adapter_holds_back_nobody() -> None:
-    """While no worker has loaded an adapter, the sequences behind its calls are sent. Its calls go first, in the order
-    of their turns, once a worker has it, and end after the longest wait."""
+    """While no worker has loaded an adapter, the sequences behind those that need the adapter are sent. Once a worker
+    has loaded it, the sequences that need it go first, in the order of their turns. They end after the longest wait."""
     fleet = Fleet()
     fleet.add("w", free=3)
     policy = policy_of(fleet)
@@ -325,7 +329,8 @@ def test_a_sequence_that_waits_for_its_adapter_holds_back_nobody() -> None:
 
 
 def test_the_sequences_that_wait_for_adapters_are_bounded() -> None:
-    """Of one tenant, only so many sequences wait for adapters. Further ones end at once, and other tenants' wait."""
+    """The number of sequences that wait for adapters is bounded for each tenant. Further sequences of this tenant end
+    at once; sequences of other tenants still wait."""
     fleet = Fleet()
     fleet.add("w", free=1)
     policy = policy_of(fleet, max_tokens=10**6)
@@ -340,7 +345,7 @@ def test_the_sequences_that_wait_for_adapters_are_bounded() -> None:
 
 
 class PolicyMachine(RuleBasedStateMachine):
-    """State machine in which sequences come, wait, resume and leave while workers come, grant and go."""
+    """State machine in which sequences arrive, wait, resume and leave, while workers join, grant credit and leave."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -362,7 +367,7 @@ class PolicyMachine(RuleBasedStateMachine):
         adapter=st.sampled_from(["", "", "x", "y"]),
     )
     def enter(self, tenant: str, deadline: float | None, back: bool, adapter: str) -> None:
-        """Queue a new sequence, or a sequence that starts over."""
+        """Queue a new sequence. With `back`, the sequence starts over after it lost its worker."""
         waiting = entry(self._key(), tenant, None if deadline is None else self.now + deadline, adapter=adapter)
         if back:
             self.policy.put_back(waiting, self.now)
@@ -413,7 +418,7 @@ class PolicyMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.floats(0.0, 6.0))
     def expire(self, seconds: float) -> None:
-        """End what has waited too long."""
+        """End the sequences that have waited too long."""
         self.now += seconds
         for end in self.policy.expire(self.now, lambda model: 0.0):
             expected = Ending.TOO_LATE if end.key in self.new else Ending.NOT_RESUMED
@@ -427,8 +432,9 @@ class PolicyMachine(RuleBasedStateMachine):
 
     @rule()
     def assign(self) -> None:
-        """Carry out all instructions. Afterwards no worker has capacity for a sequence whose adapter it has, and no
-        sequence waits for one that waits for its adapter. No sequence goes to a worker without its adapter."""
+        """Carry out all instructions, and check them. No worker then has capacity for a waiting sequence whose adapter
+        it has, and no sequence waits behind one that waits for its adapter. No sequence goes to a worker without its
+        adapter."""
         began = False
         for instruction in self.policy.assign("m", self.now):
             assert isinstance(instruction, Send)
@@ -459,7 +465,7 @@ class PolicyMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_agree(self) -> None:
-        """The policy counts exactly the sequences that wait."""
+        """The policy's counts equal the number of sequences that wait."""
         assert self.policy.waiting("m")[0] == len(self.new) + len(self.resuming)
         assert self.policy.room.statistics().requests + len(self.policy.adapter_waits) == len(self.new)
 
@@ -477,10 +483,11 @@ TestPolicy = PolicyMachine.TestCase
 def test_a_sequence_finds_the_last_free_worker_of_many(
     free: dict[int, int], sequences: int, workers: int, one_is_bad: bool
 ) -> None:
-    """Of many workers, as many sequences resume as the compatible workers have free slots, and no worker gets more.
+    """With many workers, as many sequences resume as the compatible workers have free slots; no worker gets more than
+    its slots.
 
-    A worker that has failed a sequence gets it only if no other one is free. A sequence whose blocks a worker holds
-    goes there.
+    A sequence returns to a worker that has failed it only if no other worker is free. A sequence whose blocks a worker
+    holds goes to this worker.
     """
     fleet = Fleet()
     for number in range(workers):

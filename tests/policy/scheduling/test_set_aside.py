@@ -1,5 +1,6 @@
-"""Sequences that are set aside for the worker that holds their prompt: nobody waits for them, and they do not wait
-long."""
+"""Tests of sequences that are set aside: each waits for the worker that holds its prompt. No other sequence waits for
+them, and they do not wait long.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +26,13 @@ def entry(key: str, tenant: str = "t", model: str = "m") -> WaitingSequence:
 
 
 def holder_at(worker: str, limit: float, gain: float = 1e9, uncached: float = 0.0) -> FullHolder:
-    """Return a holder at which each sequence counts 1,000 tokens."""
+    """Return a full worker that holds a prompt. Each sequence set aside for this worker counts as 1,000 tokens of
+    work."""
     return FullHolder(worker, gain, 1_000.0, 0.0, limit, uncached, 1.0)
 
 
 class LargeFleet(Fleet):
-    """Workers with 64 slots, whose free sequences may have long prompts."""
+    """Workers with 64 slots, and with enough free tokens for a long prompt in each free slot."""
 
     def grant(self, name: str, free: int) -> None:
         """Set the number of free sequences of a worker."""
@@ -38,7 +40,7 @@ class LargeFleet(Fleet):
 
 
 def two_workers(*held: str, free_holder: int = 0, free_other: int = 2) -> tuple[Fleet, SchedulingPolicy]:
-    """Return two workers and a policy. The worker `holder` holds the prompts of the sequences `held`."""
+    """Return two workers, `holder` and `other`, and a policy. `holder` holds the prompts of the sequences `held`."""
     fleet = LargeFleet()
     for name, free in (("holder", free_holder), ("other", free_other)):
         fleet.add(name)
@@ -48,8 +50,8 @@ def two_workers(*held: str, free_holder: int = 0, free_other: int = 2) -> tuple[
 
 
 def test_it_waits_for_its_holder_and_nobody_waits_for_it() -> None:
-    """A sequence whose holder has no room is set aside, the next one is sent at once, and the holder's next room is the
-    sequence's, before new turns."""
+    """A sequence is set aside while the worker that holds its prompt is full, and the next sequence is sent at once.
+    When this worker has capacity again, the sequence set aside gets it first."""
     fleet, policy = two_workers("warm", "late")
     policy.admit(entry("warm"), 0.0)
     policy.admit(entry("cold", "u"), 0.0)
@@ -67,7 +69,8 @@ def test_it_waits_for_its_holder_and_nobody_waits_for_it() -> None:
 
 
 def test_it_goes_elsewhere_in_the_end() -> None:
-    """After MAX_WAIT_S the sequence goes to any worker, or back to the head of its queue while all are full."""
+    """After MAX_WAIT_S, the sequence that was set aside goes to any worker. If all are full, it returns to the head of
+    its queue."""
     fleet, policy = two_workers("warm")
     policy.admit(entry("warm"), 0.0)
     assert not carry_out(policy, fleet, 0.0)
@@ -82,7 +85,7 @@ def test_it_goes_elsewhere_in_the_end() -> None:
 
 
 def test_it_waits_once() -> None:
-    """A sequence that has waited in vain is not set aside again: it takes the first room anywhere."""
+    """A sequence is set aside only once. After it has waited in vain, it goes to the first worker with capacity."""
     fleet, policy = two_workers("warm", free_other=1)
     policy.admit(entry("warm"), 0.0)
     assert not carry_out(policy, fleet, 0.0)
@@ -96,7 +99,8 @@ def test_it_waits_once() -> None:
 
 
 def test_it_keeps_its_version() -> None:
-    """A sequence that may begin on one version alone does so after it has waited in vain, too."""
+    """A sequence that may begin only on one version of the model still begins on this version after it was set aside
+    and waited in vain."""
     fleet, policy = two_workers("warm")
     for name, version in (("holder", "v1"), ("other", "v1"), ("new", "v2")):
         if name == "new":
@@ -115,7 +119,8 @@ def test_it_keeps_its_version() -> None:
 
 
 def test_it_does_not_wait_for_the_dead() -> None:
-    """A sequence goes elsewhere as soon as its holder is gone, and at its deadline."""
+    """A sequence that was set aside goes to another worker as soon as the worker that it waits for is gone, or at its
+    deadline."""
     fleet, policy = two_workers("warm", "short")
     policy.admit(entry("warm"), 0.0)
     policy.admit(replace(entry("short"), deadline=2.0), 0.0)
@@ -129,8 +134,8 @@ def test_it_does_not_wait_for_the_dead() -> None:
 
 
 def test_it_does_not_wait_in_vain() -> None:
-    """A sequence does not wait for a worker with so much work ahead that its first token would come later there, nor
-    behind as much work of others that are set aside, nor if its call may begin on several versions."""
+    """A sequence is not set aside for a worker with so much work ahead that the first token would come later there.
+    Other sequences that are set aside for the worker count as such work."""
     fleet, policy = two_workers("warm")
     fleet.workers["holder"] = replace(fleet.workers["holder"], prefill_tokens=150_000)
     policy.admit(entry("warm"), 0.0)
@@ -146,7 +151,7 @@ def test_it_does_not_wait_in_vain() -> None:
 
 
 def test_a_cancelled_sequence_leaves_nothing() -> None:
-    """A sequence that is cancelled while it is set aside leaves the policy, and its tenant is not charged."""
+    """A sequence that is cancelled while it is set aside leaves the policy. Its tenant is not charged."""
     fleet, policy = two_workers("warm")
     policy.admit(entry("warm"), 0.0)
     assert not carry_out(policy, fleet, 0.0)
@@ -166,7 +171,8 @@ def test_a_cancelled_sequence_leaves_nothing() -> None:
     )
 )
 def test_sums_follow_the_sequences(steps: list[tuple[str, int, str, str]]) -> None:
-    """The numbers and the work ahead are those of the sequences that are set aside, whatever is added and removed."""
+    """After any additions and removals, the counts and the work ahead equal the sums over the sequences that are set
+    aside."""
     aside, known = SetAside(), dict[str, tuple[str, str]]()
     for step, number, model, worker in steps:
         key = str(number)
@@ -204,7 +210,8 @@ def test_their_number_is_bounded() -> None:
 
 
 def test_instructions_name_the_prediction() -> None:
-    """The instruction for a sequence that was set aside has the prediction of the time when it is sent."""
+    """The instruction to send a sequence that was set aside contains the cached tokens predicted at the time of
+    sending."""
     fleet, policy = two_workers("warm")
     policy.admit(entry("warm"), 0.0)
     assert not carry_out(policy, fleet, 0.0)

@@ -1,4 +1,6 @@
-"""The expected loss of waiting sequences: it follows the workers' room at once, and costs few lookups."""
+"""Tests of the expected loss of waiting sequences: the cached tokens that may be evicted while a sequence waits. The
+loss follows the workers' capacity at once, and costs few lookups.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ ENTRY = WaitingSequence("x", "m", "a", 100, None, "standard", 0.0)
 
 
 class Holders:
-    """Workers that hold tokens and have room for a number of tokens, by worker id. Implements HolderView."""
+    """Workers by id: the prompt tokens that each worker holds, and the tokens for which it has capacity. Implements
+    HolderView."""
 
     def __init__(self, held: Mapping[str, int], room: Mapping[str, int]) -> None:
         self.held = held
@@ -32,19 +35,20 @@ class Holders:
         self.asked = 0
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """See HolderView."""
+        """See HolderView.held_tokens."""
         self.lookups += 1
         return self.held
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
-        """See HolderView."""
+        """See HolderView.free_tokens."""
         self.asked += 1
         return self.room[worker_id]
 
 
 @given(workers=st.lists(st.tuples(st.integers(1, 1000), st.sampled_from([0, 99, 100, 500])), max_size=8))
 def test_a_sequence_loses_what_a_worker_with_room_holds(workers: list[tuple[int, int]]) -> None:
-    """The loss is the most that a worker with room holds, among the MAX_HOLDERS that hold most."""
+    """The loss of a sequence is the largest number of its tokens that a worker with enough capacity holds. Only the
+    MAX_HOLDERS workers that hold most are considered."""
     names = [str(number) for number in range(len(workers))]
     held = dict(zip(names, (tokens for tokens, _ in workers), strict=True))
     view = Holders(held, dict(zip(names, (room for _, room in workers), strict=True)))
@@ -55,8 +59,8 @@ def test_a_sequence_loses_what_a_worker_with_room_holds(workers: list[tuple[int,
 
 
 def test_room_is_read_each_time_and_holders_seldom() -> None:
-    """The blocks of a worker that fills up count for nothing at once. What workers hold is looked up again after
-    FRESH_S."""
+    """As soon as a worker is full, the blocks that it holds no longer count. The tokens that workers hold are looked up
+    again only after FRESH_S."""
     view = Holders({"w": 80}, {"w": 100})
     warm = WarmSequences(view)
     assert warm.loss_of("m", 0.0)(ENTRY) == 80
@@ -69,14 +73,15 @@ def test_room_is_read_each_time_and_holders_seldom() -> None:
 
 
 def test_the_loss_grows_with_the_wait() -> None:
-    """A sequence that has waited for WAIT_S counts twice, since its blocks are nearer to eviction."""
+    """After a wait of WAIT_S, the loss of a sequence counts double, because its blocks are nearer to eviction."""
     warm = WarmSequences(Holders({"w": 80}, {"w": 100}))
     assert warm.loss_of("m", WAIT_S)(ENTRY) == 160
     assert warm.loss_of("m", WAIT_S)(replace(ENTRY, arrived=WAIT_S + 1)) == 80
 
 
 def test_a_fault_loses_nothing() -> None:
-    """A sequence whose lookup fails keeps its place: the fault must not hold up the sequences of others."""
+    """If the lookup for a sequence fails, the sequence keeps its place, and the fault does not hold up other
+    sequences."""
     assert WarmSequences(Holders({"w": 80}, {})).loss_of("m", 0.0)(ENTRY) == 0
 
 
@@ -86,7 +91,7 @@ def entries(count: int) -> list[WaitingSequence]:
 
 
 def test_a_decision_looks_up_few_prompts() -> None:
-    """A decision looks up at most MAX_LOOKUPS prompts, and the next decision looks up the others."""
+    """A decision looks up the holders of at most MAX_LOOKUPS prompts. The next decision looks up further prompts."""
     view = Holders({"w": 80}, {"w": 100})
     warm = WarmSequences(view)
     first, second = (list(map(warm.loss_of("m", 0.0), entries(MAX_LOOKUPS + 3))) for _ in range(2))
@@ -96,7 +101,7 @@ def test_a_decision_looks_up_few_prompts() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    """The holders of the last MAX_PROMPTS sequences are remembered."""
+    """The holders of at most MAX_PROMPTS sequences are remembered: those that were looked up last."""
     view = Holders({"w": 80}, {"w": 100})
     warm, sequences = WarmSequences(view), entries(MAX_PROMPTS + 1)
     for entry in sequences:

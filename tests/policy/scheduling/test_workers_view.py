@@ -1,4 +1,4 @@
-"""Tests of the workers as a batch of resumed sequences sees them."""
+"""Tests of WorkersView, the view of the workers while a batch of resumed sequences is routed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from tests.policy.scheduling.test_scheduling_policy import KEYS, Fleet, entry
 
 
 def test_only_a_refreshed_worker_is_read_again() -> None:
-    """A change of a worker shows after `refresh` of that worker, and a worker that has left is then left out."""
+    """A change of a worker is visible only after `refresh` of this worker. A worker that has left is then no longer
+    listed."""
     fleet = Fleet()
     for name in ("w1", "w2", "w3"):
         fleet.add(name)
@@ -25,7 +26,7 @@ def test_only_a_refreshed_worker_is_read_again() -> None:
 
 
 def test_a_sample_is_small_and_suitable() -> None:
-    """A sample has MAX_SAMPLE workers at most, is equal for equal keys, and has workers with free room only."""
+    """A sample has at most MAX_SAMPLE workers, all with free capacity. Equal keys give equal samples."""
     fleet = Fleet()
     for number in range(100):
         fleet.add(f"w{number}", free=number % 2)

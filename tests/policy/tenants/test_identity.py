@@ -1,4 +1,4 @@
-"""Tests of keys, certificates, handles and salts: who is authenticated, and that a refusal reveals nothing."""
+"""Tests of keys, certificates, handles and cache salts: who is authenticated, and that a refusal reveals nothing."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_a_key_names_its_tenant() -> None:
 
 
 def test_every_way_of_being_refused() -> None:
-    """Each way of being refused has an audit reason: unknown, expired, revoked and suspended keys, another pepper, no
-    tenant."""
+    """Each cause of a refusal has its own audit reason: unknown, expired, revoked and suspended keys, another pepper,
+    no tenant."""
     snapshot = world(
         entry(key_of(1), expires_at_s=NOW),
         entry(key_of(2), revoked=True),
@@ -73,7 +73,7 @@ def test_every_way_of_being_refused() -> None:
 
 
 def test_callers_cannot_tell_unknown_from_expired_from_revoked() -> None:
-    """Every bad key gets exactly the same error, whatever is wrong with the key."""
+    """Every invalid key gets exactly the same error, whether it is unknown, expired or revoked."""
     snapshot = world(entry(key_of(1), expires_at_s=NOW), entry(key_of(2), revoked=True), entry(key_of(3)))
     errors = []
     for token in (key_of(1), key_of(2), key_of(9), key_of(3)[:-1], "", "x" * 2_000_000):
@@ -84,15 +84,14 @@ def test_callers_cannot_tell_unknown_from_expired_from_revoked() -> None:
 
 
 def test_a_suspended_tenant_is_told_so() -> None:
-    """A valid key of a suspended tenant gets an error that names the suspension."""
+    """For a valid key of a suspended tenant, the error names the suspension."""
     with pytest.raises(CallError) as caught:
         identity.authenticate(world(entry(key_of(1), tenant="gone")), key_of(1), (PEPPER,), NOW).require()
     assert caught.value.outcome is Outcome.TENANT_SUSPENDED
 
 
 def test_a_pepper_is_replaced_without_downtime() -> None:
-    """A key that is stored under the second pepper is valid. A key that is stored under a removed pepper is not
-    valid."""
+    """A key stored under the second pepper is valid; a key stored under a removed pepper is not."""
     snapshot = world(entry(key_of(1), pepper=OLD_PEPPER))
     assert identity.authenticate(snapshot, key_of(1), (PEPPER, OLD_PEPPER), NOW).reason == "ok"
     assert identity.authenticate(snapshot, key_of(1), (PEPPER,), NOW).reason == "unknown"
@@ -135,8 +134,7 @@ def test_a_lone_surrogate_is_refused() -> None:
 
 
 def test_clock_steps_back_make_a_key_valid_no_longer_than_its_expiry_says() -> None:
-    """A step of the clock changes the verdict on a key and leaves no state behind, because only `now` is compared with
-    the expiry."""
+    """If the clock steps back, a key is judged only by the current time: the check leaves no state behind."""
     snapshot = world(entry(key_of(1), expires_at_s=NOW))
     verdicts = [
         identity.authenticate(snapshot, key_of(1), (PEPPER,), t).reason for t in (NOW - 1, NOW + 1, NOW - 1, NOW)
@@ -151,14 +149,15 @@ def _elapsed_ns(work: Callable[[], object]) -> int:
 
 
 def _gap(samples: dict[str, list[int]]) -> float:
-    """Largest difference between the trimmed medians of two kinds of keys, relative to the smallest trimmed median."""
+    """Return the largest difference between the trimmed medians of two kinds of keys, relative to the smallest trimmed
+    median."""
     medians = [statistics.median(sorted(times)[: len(times) * 3 // 4]) for times in samples.values()]
     return (max(medians) - min(medians)) / min(medians)
 
 
 def refusal_gaps() -> list[float]:
-    """Gaps between refusals of unknown, expired, revoked and suspended keys: up to five rounds of 10,000 interleaved
-    tries, until a round is below the bound."""
+    """Return the gap between refusals of unknown, expired, revoked and suspended keys for each round. There are up to
+    five rounds of 10,000 interleaved tries, until a round is below the bound."""
     keys = [entry(key_of(n)) for n in range(1000)]
     keys += [entry(key_of(5000), expires_at_s=NOW), entry(key_of(5001), revoked=True)]
     snapshot = world(*keys, entry(key_of(5002), tenant="gone"))
@@ -182,12 +181,12 @@ def refusal_gaps() -> list[float]:
 
 
 def test_refusals_take_the_same_time() -> None:
-    """Unknown, expired, revoked and suspended keys cannot be told apart by time.
+    """The time of a refusal does not reveal whether a key is unknown, expired, revoked or suspended.
 
     The test compares the medians of the lower three quarters of the times, which scheduling does not affect. One of
     five rounds must pass, since a busy machine can only widen the gap and never hides a different code path. The times
-    are taken in a process of their own: in one that has run a thousand tests, each further object that a kind of key
-    looks up is a miss of the processor's cache.
+    are taken in a separate process: in a process that has run a thousand tests, each further object that is looked up
+    for one kind of key is a miss of the processor's cache.
     """
     program = "from tests.policy.tenants.test_identity import refusal_gaps; print(*refusal_gaps())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -196,7 +195,7 @@ def test_refusals_take_the_same_time() -> None:
 
 
 def test_the_timing_test_would_see_an_early_return() -> None:
-    """The timing measure detects a code path that skips the hash for unknown keys."""
+    """The measured gap shows it if the code skips the hash for unknown keys."""
     samples: dict[str, list[int]] = {"hashed": [], "skipped": []}
     snapshot = world()
     for _ in range(2500):
@@ -206,7 +205,8 @@ def test_the_timing_test_would_see_an_early_return() -> None:
 
 
 def test_a_megabyte_token_costs_no_more_than_a_key() -> None:
-    """The length of a token is checked first: a token of 64 MB is refused faster than an ordinary key is looked up."""
+    """The length of a token is checked first, so a token of 64 MB is refused faster than an ordinary key is looked
+    up."""
     snapshot, huge = world(), "x" * 64_000_000
     long = min(_elapsed_ns(lambda: identity.authenticate(snapshot, huge, (PEPPER,), NOW)) for _ in range(50))
     short = min(_elapsed_ns(lambda: identity.authenticate(snapshot, key_of(1), (PEPPER,), NOW)) for _ in range(50))
@@ -221,8 +221,8 @@ def test_a_snapshot_survives_json() -> None:
 
 
 def test_declared_tenants_stand_over_stored_ones() -> None:
-    """A tenant from a file replaces the stored tenant of the same name and keeps its aliases. Other tenants are
-    unchanged."""
+    """A tenant from a file replaces the stored tenant with the same name, but the stored tenant's aliases stay. Other
+    tenants are unchanged."""
     stored = AccessSnapshot.of([TenantEntry(TenantPolicy("acme"), "api", {"gpt": "tiny"})], [])
     declared = stored.with_declared([TenantPolicy("acme", weight=4.0), TenantPolicy("new")])
     assert declared.tenants["acme"] == TenantEntry(TenantPolicy("acme", weight=4.0), "file", {"gpt": "tiny"})
@@ -231,7 +231,8 @@ def test_declared_tenants_stand_over_stored_ones() -> None:
 
 
 def test_claims_name_tenants_that_exist() -> None:
-    """A signed claim for an unknown or suspended tenant is refused. An unknown role counts as caller."""
+    """A signed token that claims an unknown or suspended tenant is refused. An unknown role counts as the role
+    caller."""
     assert identity.identify(world(), "nope", "jwt", "s").outcome is Outcome.UNAUTHENTICATED_KEY
     assert identity.identify(world(), "gone", "jwt", "s").outcome is Outcome.TENANT_SUSPENDED
     assert identity.identify(world(), "acme", "jwt", "s", "root").require().role == "caller"
@@ -239,8 +240,8 @@ def test_claims_name_tenants_that_exist() -> None:
 
 
 def test_certificates_map_by_their_alternative_names() -> None:
-    """URIs match exactly, DNS names match without case, and wildcards never match. A certificate with two different
-    owners has no owner."""
+    """A certificate's alternative names determine its tenant. URIs match exactly, DNS names match without regard to
+    case, and wildcards never match. A certificate whose names belong to two tenants has none."""
     rules = [
         CertificateRule("spiffe://example.com/ns/billing", "billing"),
         CertificateRule("api.acme.example", "acme"),
@@ -281,8 +282,8 @@ def test_a_name_of_another_kind_is_nobodys(kind: str, more: str, name: str) -> N
 
 
 def test_what_each_role_may_do() -> None:
-    """Operators manage the cluster, viewers read the cluster, and tenant administrators manage the keys of their
-    tenant. Callers may do none of these."""
+    """Operators may manage the cluster, viewers may read its state, and tenant administrators may manage the keys of
+    their tenant. Callers may do none of these."""
 
     def allowed(role: str) -> set[tuple[str, str]]:
         principal = identity.identify(world(), "acme", "jwt", "s", role).require()
@@ -296,9 +297,10 @@ def test_what_each_role_may_do() -> None:
 
 
 def test_salts_part_tenants_and_join_groups() -> None:
-    """Each tenant and each group has its own salt.
+    """Each tenant without a cache group has its own cache salt, and all tenants of a cache group have the same salt.
 
-    The salt of a tenant differs from the salt of a group of the same name, and from any salt with a part from a client.
+    The salt of a tenant differs from the salt of a group with the same name, and from any salt that contains a part
+    from a client.
     """
     a, b = TenantPolicy("a"), TenantPolicy("b")
     grouped = [TenantPolicy(n, cache_group="g") for n in ("c", "d")]
@@ -312,8 +314,8 @@ def test_salts_part_tenants_and_join_groups() -> None:
 
 @given(st.text(), st.text(), st.text(), st.text())
 def test_no_client_salt_reaches_another_tenants_cache(a: str, b: str, c: str, d: str) -> None:
-    """The caches of two tenants stay separate, whatever salts the clients send. Different parts of a derivation give
-    different results."""
+    """Two tenants have different cache salts, whatever salts their clients send. Values that are derived from different
+    parts are different."""
     one, two = TenantPolicy("acme"), TenantPolicy("acme2")
     assert identity.cache_salt(SECRETS, one, a) != identity.cache_salt(SECRETS, two, b)
     if (a, b) != (c, d):
@@ -321,8 +323,8 @@ def test_no_client_salt_reaches_another_tenants_cache(a: str, b: str, c: str, d:
 
 
 def test_handles_say_nothing_and_tell_tenants_apart() -> None:
-    """A handle does not contain the name of the tenant, is equal everywhere under one secret, and changes with the
-    secret."""
+    """A tenant's handle does not contain the tenant's name. Under one secret the handle is the same everywhere; under
+    another secret it is different."""
     one, two = (identity.tenant_handle(SECRETS, name) for name in ("acme", "acme2"))
     assert one != two
     assert "acme" not in one
@@ -330,9 +332,9 @@ def test_handles_say_nothing_and_tell_tenants_apart() -> None:
 
 
 def test_the_first_secret_signs_and_all_verify() -> None:
-    """A tag that was derived from any secret of the list verifies.
+    """A tag that was derived from any secret of the list is accepted.
 
-    A tag does not verify without its secret, with other parts or for another purpose.
+    A tag is refused if its secret is not in the list, or if its parts or its purpose differ.
     """
     tag = identity.derive(SECRETS[1], "resume", "call-1")
     assert identity.verify_any(SECRETS, "resume", tag, "call-1")

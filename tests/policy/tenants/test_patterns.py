@@ -45,7 +45,7 @@ TEXTS = st.text("ab1é x", max_size=40)
 
 @given(st.dictionaries(st.sampled_from("pqr"), accepted(), min_size=1), TEXTS)
 def test_matches_are_those_of_python(sources: dict[str, str], text: str) -> None:
-    """The matches equal the matches of Python's engine, and no match is longer than `longest`."""
+    """The matches equal those of Python's regex engine, and no match is longer than `longest`."""
     patterns = Patterns(sources)
     together = "|".join(f"(?P<{name}>{source})" for name, source in sorted(sources.items()))
     wanted = [(*match.span(), match.lastgroup) for match in re.finditer(together, text, re.ASCII)]
@@ -69,9 +69,9 @@ def test_matches_are_those_of_python(sources: dict[str, str], text: str) -> None
     ],
 )
 def test_the_longest_match_is_known(source: str, longest: int) -> None:
-    """The length of the longest match is right even for spellings that Python lacks.
+    """The length of the longest match is right even for regex syntax that Python lacks.
 
-    Otherwise a stream would deliver part of a match.
+    If it were wrong, a stream could deliver a part of a match.
     """
     assert longest_match(source) == longest
 
@@ -96,7 +96,7 @@ def test_the_longest_match_is_known(source: str, longest: int) -> None:
     ],
 )
 def test_what_cannot_be_a_pattern(source: str, message: str) -> None:
-    """A pattern that could hold a stream back without bound, or be slow, is refused with a remedy."""
+    """A pattern is refused, with a remedy, if it could hold back a stream without bound or be slow."""
     with pytest.raises(PatternError, match=re.escape(message)):
         longest_match(source)
 
@@ -114,15 +114,15 @@ def test_what_cannot_be_a_pattern(source: str, message: str) -> None:
     ],
 )
 def test_the_wrong_one_is_named(sources: dict[str, str], name: str) -> None:
-    """The error names the invalid pattern among several patterns."""
+    """If one of several patterns is invalid, the error names it."""
     with pytest.raises(PatternError) as caught:
         Patterns(sources)
     assert caught.value.name == name
 
 
 def test_a_text_made_to_be_slow_is_not() -> None:
-    """A text that takes a backtracking matcher very long is searched in a second. The search needs a hundredth of this
-    time."""
+    """A text that is very slow for a backtracking matcher is searched within a second; the search really needs a
+    hundredth of that."""
     patterns = Patterns({"slow": "(?:a|aa|a?a){1,30}!", "card": r"\b(?:\d[ -]?){13,19}\b"})
     with cpu_within(1.0):
         assert list(patterns.find("a" * 100_000)) == []

@@ -34,7 +34,7 @@ FULL = TenantPolicy(
 
 
 def test_json_and_back() -> None:
-    """All fields of a policy survive a round trip, under the names of the configuration."""
+    """All fields of a policy are unchanged after a round trip through JSON, under the names of the configuration."""
     text = json.dumps(FULL.as_json())
     assert TenantPolicy.from_json(json.loads(text)) == FULL
     assert '"class": "interactive"' in text
@@ -48,7 +48,7 @@ def test_json_and_back() -> None:
     st.floats(0.001, 1e6),
 )
 def test_any_limits_survive(limits: TenantLimits, weight: float) -> None:
-    """Any valid limits survive a round trip."""
+    """Any valid limits are unchanged after a round trip through JSON."""
     policy = TenantPolicy("a", limits=limits, weight=weight)
     assert TenantPolicy.from_json(json.loads(json.dumps(policy.as_json()))) == policy
 
@@ -91,7 +91,7 @@ def test_any_limits_survive(limits: TenantLimits, weight: float) -> None:
     ],
 )
 def test_what_cannot_be_is_named(value: dict[str, Any], path: str) -> None:
-    """The field of the error is the path of the invalid value, and the text of the error begins with this path."""
+    """The `field` of the error is the path of the invalid value, and the text of the error begins with this path."""
     with pytest.raises(PolicyError) as caught:
         TenantPolicy.from_json(value)
     assert caught.value.field == path
@@ -99,7 +99,7 @@ def test_what_cannot_be_is_named(value: dict[str, Any], path: str) -> None:
 
 
 def test_models_by_glob() -> None:
-    """A tenant may use models that match by name or glob, with case, and no other models."""
+    """A tenant may use the models that match one of its names or globs, with regard to case, and no other models."""
     assert FULL.allows("llama-3.1-70b")
     assert FULL.allows("support-de")
     assert not FULL.allows("Llama-3.1-70b")

@@ -1,4 +1,4 @@
-"""Tests of revocation lists, as people and commands write them."""
+"""Tests of certificate revocation lists, as people and commands write them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLUMN = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20).filt
 
 @given(st.lists(st.builds(Revocation, st.integers(0, 2**160 - 1), COLUMN, COLUMN)))
 def test_a_list_is_read_as_it_was_written(entries: list[Revocation]) -> None:
-    """Written entries are read back unchanged; otherwise a revoked certificate would be accepted."""
+    """Written entries are read back unchanged. If one changed, a revoked certificate would be accepted."""
     text = "# a comment\n\n" + "\r\n".join(one.line() for one in entries) + "\n"
     assert list(RevocationList.parse(text).entries) == entries
 
@@ -35,14 +35,14 @@ def test_serials_as_tools_print_them(serial: int) -> None:
 
 @pytest.mark.parametrize("line", ["xyz", "1 2", "-1", "f" * 65, "1\ta\tb\tc", "1;2"])
 def test_a_wrong_line_is_named(line: str) -> None:
-    """The error names the invalid line; otherwise a typo would leave a certificate valid."""
+    """The error names the invalid line. If the line were ignored, a typo would leave a certificate valid."""
     with pytest.raises(ValueError, match="line 2"):
         RevocationList.parse(f"1\n{line}\n")
 
 
 def test_a_serial_counts_for_its_issuer() -> None:
-    """A serial number with an issuer is revoked for this issuer only. A serial number without an issuer is revoked for
-    all issuers."""
+    """A serial number that is listed with an issuer is revoked for this issuer only. One that is listed without an
+    issuer is revoked for all issuers."""
     revoked = RevocationList.parse("0A:1B\tCN=ours\n0c\n")
     assert revoked.has(0x0A1B, "CN=ours")
     assert not revoked.has(0x0A1B, "CN=theirs")

@@ -1,4 +1,4 @@
-"""Tests of the messages for adapters."""
+"""Tests of the messages that describe adapters."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_report_comes_back(statuses: list[AdapterStatus]) -> None:
 
 
 def test_every_reason_can_be_reported() -> None:
-    """A reason that is too long, or holds a lone surrogate, arrives cut and with a replacement."""
+    """A reason that is too long is cut, and a lone surrogate in it is replaced."""
     status = AdapterStatus("a", "", AdapterState.FAILED, "\udc80" + "x" * 10_000)
     (known,) = adapter_report_from_pb(adapter_report_to_pb([status]))
     assert known.reason == "?" + "x" * (MAX_REASON - 1)

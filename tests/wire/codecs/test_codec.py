@@ -80,7 +80,7 @@ identities = st.builds(
 
 @given(identities)
 def test_an_introduction_round_trip(identity: WorkerIdentity) -> None:
-    """A worker's Hello is the same after encoding and decoding, and a Hello of an older release is decoded without pod,
+    """A worker's Hello is the same after encoding and decoding. A Hello of an older release is decoded without pod,
     host and GPU."""
     hello = codec.hello_to_pb(identity, EngineInfo("sim", "sim", "1", 16, 10, 4, 64, 64, 100), 1)
     assert codec.hello_from_pb(pb.Hello.FromString(hello.SerializeToString()))[0] == identity
@@ -112,7 +112,8 @@ steps = st.lists(st.tuples(st.integers(1, 5), st.lists(ids, max_size=3), st.list
 def test_steps_keep_each_slots_order(
     entries: list[tuple[int, list[int], list[PositionLogprobs]]], finishes: dict[int, FinishReason], firsts: set[int]
 ) -> None:
-    """The tokens, logprobs, first counts and finish of every slot arrive in order, however the steps were merged."""
+    """However outputs are merged into messages, each slot's tokens and log probabilities arrive in order, with its
+    prompt counts and its finish."""
     columns = codec.StepColumns()
     last = {slot: i for i, (slot, _, _) in enumerate(entries)}
     seen: set[int] = set()
@@ -148,7 +149,7 @@ def test_steps_keep_each_slots_order(
 def test_chosen_slots_have_the_outputs_of_the_whole_step(
     entries: list[tuple[int, list[int], list[PositionLogprobs]]], chosen: set[int]
 ) -> None:
-    """The outputs of some slots are those that the whole message gives for them, in the same order."""
+    """Decoding only chosen slots gives the same outputs, in the same order, as decoding the whole message."""
     columns = codec.StepColumns()
     for slot, token_ids, logprobs in entries:
         columns.add(slot, TokenOutput("x", token_ids, logprobs=logprobs or None))
@@ -167,8 +168,8 @@ parts = st.builds(OutputPart, st.sampled_from(PartKind), st.text(max_size=3), st
 def test_parts_arrive_with_their_tokens(
     entries: list[tuple[int, list[int], list[OutputPart]]], part_columns: bool
 ) -> None:
-    """The parts of every slot arrive in order and with the slot's tokens, and an output without parts has none. A
-    gateway that does not read columns of parts gets all parts in SlotParts."""
+    """The parts of every slot arrive in order and with the slot's tokens. An output without parts is decoded without
+    parts. A gateway that cannot read parts as columns gets them as SlotParts messages."""
     columns = codec.StepColumns(part_columns)
     for slot, token_ids, of_step in entries:
         columns.add(slot, TokenOutput("x", token_ids, parsed=ParsedOutput(of_step, "end", 3) if of_step else None))
@@ -186,7 +187,7 @@ def test_parts_arrive_with_their_tokens(
 
 
 def test_parts_of_an_unknown_kind_are_skipped() -> None:
-    """A kind of part that a later release sends does not end the link."""
+    """A part whose kind only a later release knows is left out and raises no error."""
     message = pb.StepOutputs(slots=[1], token_ids=[5])
     message.parts.add(slot=1).parts.add(kind=9, text="x")
     assert [output.parsed for _, output in codec.outputs_from_pb(message)] == [ParsedOutput(())]
@@ -226,7 +227,8 @@ def test_ended_counts_round_trip() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 5), parts), min_size=1, max_size=8), st.integers(0, 255))
 def test_single_tokens_with_parts_need_no_further_messages(entries: list[tuple[int, OutputPart]], unknown: int) -> None:
-    """One token a slot with parts is no detail, unless a slot has several. Parts of an unknown kind are left out."""
+    """`slots_with_details` returns no slot if each slot has one token with parts, and all slots with parts if a slot
+    has several entries. Parts of an unknown kind are left out."""
     columns = codec.StepColumns()
     for slot, part in entries:
         columns.add(slot, TokenOutput("x", [7], parsed=ParsedOutput((part,))))

@@ -1,4 +1,4 @@
-"""Tests of the messages for KV blocks."""
+"""Tests of the messages that report changes of KV blocks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ COUNTS = st.sampled_from((0, 1, 5, MAX_KV_BLOCKS - 1, MAX_KV_BLOCKS, MAX_KV_BLOC
 
 
 def change(is_reset: bool, stored: int, removed: int) -> KvChange:
-    """Return a change with this many blocks."""
+    """Return a change with `stored` new and `removed` removed blocks."""
     hashes = np.arange(1 << 60, (1 << 60) + stored + removed, dtype=np.uint64)
     return KvChange(is_reset, hashes[:stored], hashes[stored:])
 
 
 def applied(held: set[int], parts: list[KvChange]) -> set[int]:
-    """Return the blocks that a gateway knows after it has applied changes in order."""
+    """Return the blocks that a gateway knows after it has applied the changes `parts`, in order, to the blocks
+    `held`."""
     for part in parts:
         held = (set() if part.is_reset else held) - set(part.removed.tolist()) | set(part.stored.tolist())
     return held

@@ -1,5 +1,6 @@
-"""Pooling requests, vectors and the properties of pooling models are the same after encoding and decoding, and a
-malformed one is refused."""
+"""Pooling requests, vectors and the properties of pooling models are the same after encoding and decoding. Malformed
+messages are refused.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def test_request_round_trip(pooling: PoolingOptions) -> None:
 
 
 def test_a_request_for_tokens_has_no_pooling() -> None:
-    """A request without pooling parameters is decoded without them, and one with an unknown task raises ValueError."""
+    """A request without pooling parameters is decoded without them. A request with an unknown pooling task raises
+    ValueError."""
     message = codec.submit_to_pb(1, 1, EngineRequest("r", [1], Sampling(max_tokens=1)))
     assert codec.submit_from_pb(message, "r", b"").pooling is None
     message.pooling.task = "plan"
@@ -45,7 +47,7 @@ def test_a_request_for_tokens_has_no_pooling() -> None:
 
 
 def hello(info: PoolingInfo | None, slots: int = 0, capacity: int = 0) -> pb.Hello:
-    """Return a worker's Hello after the link."""
+    """Return a worker's Hello after it was encoded and decoded."""
     capabilities = ("resume:exact", *(pooling_capabilities(info.tasks) if info is not None else ()))
     engine = EngineInfo(
         "sim",
@@ -74,7 +76,7 @@ def test_hello_round_trip(info: PoolingInfo | None, slots: int, capacity: int) -
 
 
 def test_a_task_of_a_later_release_is_left_out() -> None:
-    """A worker whose pooling task this release does not know still counts as a pooling model."""
+    """A worker counts as a pooling model even if this release does not know its pooling task."""
     message = hello(PoolingInfo((PoolingTask.EMBED,), 8))
     message.capabilities[:] = ["pools:rerank_v9"]
     assert codec.hello_from_pb(message)[1].pooling == PoolingInfo((), 8)
@@ -92,7 +94,7 @@ def test_a_task_of_a_later_release_is_left_out() -> None:
     ],
 )
 def test_a_hello_with_impossible_lengths_is_refused(field: str, value: object) -> None:
-    """A Hello whose lengths of vectors are out of range raises ValueError."""
+    """A Hello raises ValueError if a length of vectors in it is out of range."""
     message = hello(PoolingInfo((PoolingTask.EMBED,), 8))
     if isinstance(value, list):
         getattr(message.pooler, field).extend(value)
@@ -116,7 +118,8 @@ vectors = st.binary(min_size=1, max_size=8).map(lambda data: data * 4)
 
 @given(st.dictionaries(st.integers(1, 9), st.none() | vectors, max_size=6))
 def test_vectors_arrive_at_their_slots(of_slots: dict[int, bytes | None]) -> None:
-    """Each slot gets its vector with the end of its request, and a slot with tokens gets none."""
+    """Each slot of a pooling request gets its vector together with the end of the request. A slot with tokens gets no
+    vector."""
     columns = codec.StepColumns()
     for slot, vector in of_slots.items():
         columns.add(
@@ -137,14 +140,15 @@ def test_vectors_arrive_at_their_slots(of_slots: dict[int, bytes | None]) -> Non
 
 
 def test_a_vector_is_a_detail_of_its_slot() -> None:
-    """A slot whose output has a token and a vector is not treated as one with a token alone."""
+    """`slots_with_details` returns a slot whose output has a vector, even if the output also has one token."""
     message = pb.StepOutputs(slots=[1, 2], token_ids=[5, 6], vectors=[pb.SlotVector(slot=2, values=bytes(4))])
     assert codec.slots_with_details(message) == {2}
 
 
 @pytest.mark.parametrize("size", [0, 3, 5, 4 * MAX_DIMENSIONS + 4])
 def test_a_malformed_vector_is_refused(size: int) -> None:
-    """A vector that is empty, is cut inside a number or is too long raises ValueError, before any output."""
+    """A vector that is empty, too long or not a whole number of values raises ValueError, before any output is
+    decoded."""
     step = pb.StepOutputs(
         slots=[1, 2], counts=[1, 0], token_ids=[5], vectors=[pb.SlotVector(slot=2, values=bytes(size))]
     )

@@ -1,4 +1,4 @@
-"""Times of sampled requests on the link."""
+"""Conversion of the durations that a worker reports for sampled requests."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ times = st.builds(RequestTimes, durations, durations, durations, durations, dura
 
 @given(times, times)
 def test_times_of_merged_outputs_are_merged(first: RequestTimes, last: RequestTimes) -> None:
-    """A slot's first and last output in one message become one output with the durations of both. An output of another
-    slot has none."""
+    """If a message has two outputs of one slot, they are decoded as one output with the durations of both. A slot
+    without durations is decoded without durations."""
     columns = StepColumns()
     columns.add(3, TokenOutput("", [1], prompt_tokens=5, times=first))
     columns.add(4, TokenOutput("", [1]))
@@ -34,6 +34,6 @@ def test_times_of_merged_outputs_are_merged(first: RequestTimes, last: RequestTi
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 2 * MAX_S])
 def test_impossible_durations_count_as_unknown(value: float) -> None:
-    """A duration that cannot be, which only a faulty worker sends, is 0."""
+    """An impossible duration, which only a faulty worker sends, is decoded as 0."""
     (read,) = times_by_slot([pb.SlotTimes(slot=1, wait_s=value, prefill_s=0.5)]).values()
     assert read == RequestTimes(prefill_s=0.5)

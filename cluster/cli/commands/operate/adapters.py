@@ -43,8 +43,8 @@ RankOption = Annotated[int, typer.Option("--max-lora-rank", help="The engine's m
 def check(
     folder: FolderArgument, model: ModelOption, max_lora_rank: RankOption = 64, as_json: JsonOption = False
 ) -> None:
-    """Check an adapter's files against its base model. A worker checks the same before it loads them. Prints the
-    digest, the rank and the size."""
+    """Check an adapter's files against its base model. A worker runs the same checks before it loads the files. Prints
+    the digest, the rank and the size."""
     from cluster.worker.weights.adapter import AdapterError, base_shapes, check_adapter
 
     try:
@@ -98,8 +98,8 @@ def load(
     reason: ReasonOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Load an adapter while the model's workers serve. Replaces one that was loaded so. It is kept until `unload`. With
-    --wait, the exit code is 1 if a worker cannot load it."""
+    """Load an adapter while the model's workers serve. It is kept until `unload`, and replaces an adapter of the same
+    name that was loaded before. With --wait, the exit code is 1 if a worker cannot load it."""
     folder = Path(source)
     request = pb.LoadAdapterRequest(
         name=model,

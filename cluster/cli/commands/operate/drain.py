@@ -68,7 +68,7 @@ def _request_and_wait(api: Admin, verb: str, request: Any, state: str, as_json: 
 def _wait_for_state(api: Admin, targets: Collection[str], until: float, state: str = "DRAINED") -> list[pb.Worker]:
     """Wait until all connected workers among `targets` have the state `state`. Returns these workers.
 
-    The wait ends at the time `until` of the monotonic clock, even if some workers do not have the state yet.
+    At the time `until` of the monotonic clock, the wait ends even if some workers do not have the state.
     """
     while True:
         rows = [worker for worker in api.workers() if worker.worker_id in targets]

@@ -38,7 +38,7 @@ def explain_request(
 ) -> None:
     """Explain where a call went, and why. Shows the workers that were compared, with their scores, and the predicted
     and the real cached tokens. A gateway remembers its newest calls, also ended ones: name each gateway that may have
-    it."""
+    the call."""
     request = pb.ExplainRequestRequest(request_id=request_id, parent=f"tenants/{tenant}" if tenant else "")
     calls: list[pb.ExplainedCall] = []
     links: dict[str, str] = {}

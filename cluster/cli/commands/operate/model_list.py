@@ -62,7 +62,7 @@ def models(
 
 @with_admin_target
 def list_models(target: ClusterTarget, as_json: JsonOption = False) -> None:
-    """List the models that you may use. Replicas and nodes are shown of the local cluster, with --admin, and with a
+    """List the models that you may use. Replicas and nodes are shown for the local cluster, with --admin, and with a
     context that has an admin address."""
     show_models(target, as_json)
 
@@ -94,8 +94,8 @@ def _nodes(row: Mapping[str, Any]) -> str:
 def _replicas(target: ClusterTarget) -> dict[str, dict[str, Any]]:
     """Return the replicas and nodes of each model from the admin API.
 
-    The result is empty if no admin address is known. If the admin API refuses or does not answer, a note is printed and
-    the result is empty too. This is no error, because the caller may not be an operator.
+    The result is empty if no admin address is known. If the admin API refuses or does not answer, the result is empty
+    too, and a note is printed. This does not end the command, because the caller may not be an operator.
     """
     if target.admin is None and (target.is_named or local_run() is None):
         return {}

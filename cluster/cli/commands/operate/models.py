@@ -116,7 +116,7 @@ def _removed_models(api: Admin, document: bytes) -> list[str]:
 
 @with_admin
 def diff(api: Admin, files: FilesOption, prune: PruneOption = False, as_json: JsonOption = False) -> None:
-    """Show what `apply` would change. Exit code 0: nothing; 4: something."""
+    """Show what `apply` would change. Exit code 0: no changes; 4: changes."""
     request = pb.DiffRequest(document=_document(files), prune=prune)
     answer = api.ask("catalog", "Diff", request)
     _show_changes(answer.changes, as_json, "differs")
@@ -126,8 +126,8 @@ def diff(api: Admin, files: FilesOption, prune: PruneOption = False, as_json: Js
 
 @with_admin
 def promote(api: Admin, model: ModelArgument, reason: ReasonOption = "", as_json: JsonOption = False) -> None:
-    """Make the canary the model's only version. Its replicas stay; those of the other version finish their calls and
-    end."""
+    """Make the canary the model's only version. Its replicas stay; the replicas of the other version finish their calls
+    and end."""
     request = pb.PromoteRequest(name=model, reason=reason)
     _show_versions(api.ask("catalog", "Promote", request), as_json)
 
@@ -181,8 +181,9 @@ def pin(
         bool, typer.Option("--check", help=f"Write nothing; exit code {DIFFERS} if the file would change.")
     ] = False,
 ) -> None:
-    """Write the digests of the models' weights into the file. For sources that have one, also `revision`. Fetches
-    missing weights. From then on a replica with other weights is refused. The rest of the file stays unchanged."""
+    """Write the digests of the models' weights into the file. Sources with revisions also get the key `revision`.
+    Fetches missing weights. From then on, a replica with other weights is refused. The rest of the file stays
+    unchanged."""
     from cluster.cli.commands.run.processes import source_rules
     from cluster.cli.pinning import set_keys
     from cluster.worker.weights.digests import weight_digest

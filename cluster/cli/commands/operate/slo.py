@@ -42,8 +42,8 @@ def slo(
     model: Annotated[str, typer.Option("--model", help="Only this model.")] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Show the share of calls that met their model's SLO. By tenant and model, with the error budget that is left. The
-    data are usage records, so calls that were refused before a worker accepted them are not in it."""
+    """Show the share of calls that met their model's SLO. Each row is a tenant and a model, with the error budget that
+    is left. The data are usage records: they lack the calls that were refused before a worker accepted them."""
     try:
         first, last = days_of(month, time.time())
     except ValueError as error:

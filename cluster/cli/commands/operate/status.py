@@ -98,7 +98,7 @@ def abort(
     ] = None,
 ) -> None:
     """Abort a running or waiting call. A gateway knows only the calls on its own host: name each gateway that may have
-    it."""
+    the call."""
     aborted, missing = 0, ""
     addresses: Sequence[str | None] = admin or [target.admin]
     for address in addresses:

@@ -77,7 +77,7 @@ def create_tenant(
     reason: ReasonOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Create a tenant. Options that are not given are those of the configuration's tenant_defaults."""
+    """Create a tenant. For an option that is not given, the value in the configuration's tenant_defaults is used."""
     tenant = service.create_tenant(name, _changes(class_, weight, model, label, sets), reason=reason)
     _show_tenants([tenant], as_json, single=True)
 
@@ -166,7 +166,7 @@ def create_key(
     reason: ReasonOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Create a key, and show it only now."""
+    """Create a key, and show it once."""
     key = service.create_key(tenant, name, expires_at=_expiry(expires_days), role=role, reason=reason)
     _show_new_key(key, as_json)
 
@@ -199,7 +199,7 @@ def rotate_key(
     reason: ReasonOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Replace a key by a new one, and show it only now. The old key works for --overlap-s more seconds."""
+    """Replace a key by a new one, and show the new one once. The old key works for --overlap-s more seconds."""
     new_key = service.rotate_key(tenant, key, overlap_s=overlap_s, expires_at=_expiry(expires_days), reason=reason)
     _show_new_key(new_key, as_json)
 

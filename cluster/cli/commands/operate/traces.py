@@ -21,9 +21,8 @@ DEFAULT_LISTEN = "127.0.0.1:4317"
 def traces(
     listen: Annotated[str, typer.Option("--listen", help="Address for OTLP over gRPC, host:port.")] = DEFAULT_LISTEN,
 ) -> None:
-    """Receive spans and print each call as a tree, until Ctrl-C. Gateways send spans with
-    `observe: {tracing: {endpoint: "http://127.0.0.1:4317", sample_ratio: 1}}`. Nothing is stored: for more than a look,
-    use a tracing system."""
+    """Receive spans and print each call as a tree, until Ctrl-C. Gateways send spans with `observe: {tracing:
+    {endpoint: "http://127.0.0.1:4317", sample_ratio: 1}}`. No span is stored: to keep spans, use a tracing system."""
     receiver = start_receiver(listen)
     say(f"waiting for spans at http://{receiver.address}; Ctrl-C ends")
     try:

@@ -117,8 +117,8 @@ def drain(
         float, typer.Option("--timeout-s", envvar=TIMEOUT_ENV, help="Seconds within which the node must end.", min=0.0)
     ] = 30.0,
 ) -> None:
-    """Drain the Ray node of this pod, and wait until it has ended. The preStop hook of Ray's worker pods. Its replicas
-    take no new work; running calls end there or are resumed by other replicas."""
+    """Drain the Ray node of this pod, and wait until it has ended. This is the preStop hook of Ray's worker pods. The
+    replicas of the node take no new work; running calls end there or are resumed by other replicas."""
     from cluster.ray.node_drain import drain_here
 
     try:
@@ -277,7 +277,8 @@ def _unreadable_tls_files(setting: str, tls: Tls | ClientTls | None) -> Iterator
 
 
 def unreadable_file(setting: str, path: Path, *, may_be_empty: bool = False) -> Iterator[str]:
-    """Yield a message if the file of a setting cannot be read, or if it is empty and not `may_be_empty`."""
+    """Yield a message if the file of a setting cannot be read. Without `may_be_empty`, also yield one if the file is
+    empty."""
     try:
         if not path.read_bytes().strip() and not may_be_empty:
             yield f"{setting}: {path} is empty"

@@ -110,7 +110,7 @@ def controller(
     ] = None,
     metrics: Annotated[str, typer.Option("--metrics", help="Serve metrics at HOST:PORT (by custom port 9401).")] = "",
 ) -> None:
-    """Run the controller in the foreground. With --ray-address, Ray Serve is shut down when it ends."""
+    """Run the controller in the foreground. With --ray-address, the controller shuts down Ray Serve when it ends."""
     from cluster.controller.controller_metrics import controller_metrics
     from cluster.controller.process import run_controller
 

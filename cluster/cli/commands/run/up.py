@@ -53,8 +53,8 @@ def up(
     demo: Annotated[bool, typer.Option("--demo", hidden=True)] = False,
     background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
 ) -> None:
-    """Start a local cluster in the foreground. It has a Ray, one or more gateway processes and a controller. Ctrl-C
-    stops everything."""
+    """Start a local cluster in the foreground. It has a local Ray, one or more gateway processes and a controller.
+    Ctrl-C stops everything."""
     config = read_config(file)
     _check_installed(config)
     if traces and detach:
@@ -114,7 +114,7 @@ def down(
     name: Annotated[str | None, typer.Argument(help="The cluster's name; optional if only one is up.")] = None,
     yes: YesOption = False,
 ) -> None:
-    """Stop a local cluster. Also ends processes that a crashed one left."""
+    """Stop a local cluster. Also ends the processes that are left over from a crashed cluster."""
     run = _choose_run(name)
     confirm(f"Stop the local cluster {run.name}?", yes)
     began = time.monotonic()

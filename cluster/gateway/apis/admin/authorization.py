@@ -1,9 +1,9 @@
 """Authentication and authorization of the admin port, and the conversion of errors to gRPC statuses.
 
-A tenant administrator acts on its own tenant only. A request that names any other tenant gets NOT_FOUND, whether that
-tenant exists or not; the error is raised before any lookup. Without `auth` the port listens on loopback and every
-caller is an operator. The holder of the cluster secret is an operator too: the commands of a local cluster present a
-token that is derived from the secret.
+A tenant administrator may act on its own tenant only. A request that names another tenant gets NOT_FOUND before any
+lookup, so that the error does not show whether the other tenant exists. Without `auth` in the configuration, the port
+listens on loopback and every caller is an operator. The holder of the cluster secret is an operator, too: the commands
+of a local cluster present a token that is derived from the secret.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class Verb:
 
     `grant`: the grant that a caller needs (policy/tenants/identity.py). `cluster_wide`: whether the method concerns the
     whole cluster. `field`: the request field that names the tenant. `any_tenant`: whether that field may be empty.
-    `of_key`: whether that field holds the name of a key. `object`: the request field whose value is the object of the
-    audit event; set for methods that the controller answers."""
+    `of_key`: whether that field holds the name of a key, which contains the tenant's name. `object`: the request field
+    whose value is the object of the audit event; set for methods that the controller answers.
+    """
 
     grant: str
     field: str = ""
@@ -121,9 +122,9 @@ Method = Callable[[Any, AdminCaller], Awaitable[Message]]
 
 @dataclass(frozen=True, slots=True)
 class AdminMethod:
-    """A method of the admin API with its rule. `act`: the function `(request, caller)` that carries out the method. It
-    is a coroutine function that returns the answer, or for a stream an asynchronous generator function that yields the
-    answers."""
+    """A method of the admin API with its rule. `act`: the function that carries out the method, called with the request
+    and the caller. It is a coroutine function that returns the answer. For a stream, it is an asynchronous generator
+    function that yields the answers."""
 
     descriptor: MethodDescriptor
     verb: Verb
@@ -144,13 +145,13 @@ class AdminAuthorizer:
     """Authorizes callers of admin methods, and builds the gRPC handlers of the methods."""
 
     def __init__(self, tenants: TenantAuthenticator | None) -> None:
-        """`tenants`: the authenticator of a gateway with `auth`; None for a gateway without `auth`."""
+        """`tenants`: the tenants' authenticator; None for a gateway without authentication (`auth`)."""
         self._tenants = tenants
         self._threads: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
-        """Stop accepting functions for the threads, and drop the functions that wait for a thread. Running functions
-        are not interrupted."""
+        """Close the threads of `in_thread`: new functions are refused, and functions that wait for a thread are
+        dropped. Running functions are not interrupted."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -275,8 +276,8 @@ class AdminAuthorizer:
         tenant: str = "",
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write an audit event, without waiting for the write. At a gateway without `auth`, the event goes to the log.
-        `name`: the object that was acted on."""
+        """Start writing an audit event, and return without waiting for the write. At a gateway without `auth`, the
+        event goes to the log. `name`: the object that was acted on."""
         if self._tenants is None:
             log.info("audit.recorded", kind=kind, action=action, object=name, outcome=outcome, reason=reason)
             return
@@ -298,7 +299,7 @@ class AdminAuthorizer:
 
 
 def details_of(caller: AdminCaller) -> dict[str, str]:
-    """Return details of an audit event: the caller's role in `role` and the caller's tenant in `of`, which is "" for an
+    """Return two details of an audit event: `role`, the caller's role, and `of`, the caller's tenant. `of` is "" for an
     operator without a tenant."""
     has_tenant = caller.principal not in (LOOPBACK_OPERATOR, _SECRET_HOLDER)
     return {"role": caller.principal.role, "of": caller.principal.tenant.name if has_tenant else ""}
@@ -317,7 +318,7 @@ def _named_tenant(request: Message, verb: Verb) -> str:
 
 
 def _decoded(kind: type[Message], data: bytes) -> Message:
-    """Decode a request and check that a database can store the texts in the request. Raises CallError."""
+    """Decode a request, and check that a database can store its texts. Raises CallError."""
     try:
         request = kind.FromString(data)
     except DecodeError as error:
@@ -327,8 +328,9 @@ def _decoded(kind: type[Message], data: bytes) -> Message:
 
 
 def check_texts(message: Message, path: str = "") -> None:
-    """Check that a database can store the texts in a request. `path`: the path of the message in the request, with a
-    dot at its end. Raises CallError, which names the field."""
+    """Check that a database can store the texts in a request: no text has a NUL character or more than MAX_TEXT
+    characters. `path`: the path of the message in the request, with a dot at its end. Raises CallError, which names the
+    field."""
     for field, value in message.ListFields():
         name = f"{path}{field.name}"
         if field.message_type is not None and field.message_type.GetOptions().map_entry:

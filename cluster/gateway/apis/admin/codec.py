@@ -1,7 +1,7 @@
 """Conversion of ledger values to and from cluster.admin.v1 messages, for the gateway and the command line.
 
-In messages the field of the priority class is `priority_class`, since `class` is a keyword in most languages. In JSON,
-field masks, errors and the configuration the same field is `class`.
+The field with the priority class is named `priority_class` in messages, since `class` is a keyword in most languages.
+In JSON, field masks, errors and the configuration, it is named `class`.
 """
 
 from __future__ import annotations
@@ -253,7 +253,8 @@ def stored_key(message: pb.Key) -> StoredKey:
 
 
 def slo_pb(slo_sum: SloSum) -> usage_pb2.SloSum:
-    """Return an SloSum as a message. An SloSum counts the calls of a tenant and model that met and missed the SLO."""
+    """Return an SloSum as a message. An SloSum holds the numbers of calls of a tenant and model that met and missed the
+    SLO."""
     counts = {name: getattr(slo_sum, name) for name in (*COUNTED, *NOT_COUNTED)}
     message = usage_pb2.SloSum(tenant=slo_sum.tenant, model=slo_sum.model, **counts)
     if slo_sum.objective is not None:

@@ -102,7 +102,7 @@ class FleetAdmin:
         return targets
 
     def _notes_on_lost_models(self, links: Sequence[WorkerLink]) -> Sequence[str]:
-        """Return one note for each model that only the workers of `links` serve."""
+        """Return one note for each model that is served only by the workers of `links`."""
         still_served = {
             link.identity.model for link in self._hub.links if link.takes_new_requests and link not in links
         }
@@ -151,7 +151,8 @@ class FleetAdmin:
     async def ExplainRequest(
         self, request: routing_pb2.ExplainRequestRequest, caller: AdminCaller
     ) -> routing_pb2.ExplainRequestResponse:
-        """Explain where the sequences of a call went. All gateway processes of this host are asked."""
+        """Explain to which workers the sequences of a call were sent, and why. All gateway processes of this host are
+        asked."""
         return await self._explainer.explain(request, caller)
 
     async def GetOverview(self, request: pb.GetOverviewRequest, caller: AdminCaller) -> pb.GetOverviewResponse:

@@ -53,8 +53,8 @@ class ForwardedVerbs:
 
 
 def details(request: Message, excluded: str = "") -> Mapping[str, Any]:
-    """Return the scalar fields of a request for an audit event. Long texts are cut to MAX_DETAIL characters.
-    `excluded`: name of a field to leave out."""
+    """Return the scalar fields of a request for an audit event. Long texts are cut to MAX_DETAIL characters. The field
+    `reason` is left out, because the event has its own reason. `excluded`: name of a further field to leave out."""
     kept = {}
     for field, value in request.ListFields():
         if field.message_type is not None or field.is_repeated or field.name in (excluded, "reason"):

@@ -329,8 +329,8 @@ def _query(
 
 
 def _tenant(parent: str, caller: AdminCaller) -> str:
-    """Return the tenant to whose rows a query is restricted, "" for the rows of all tenants. `parent`: the tenant that
-    the request names, or empty."""
+    """Return the only tenant whose rows a query may return; "" for all tenants. `parent`: the tenant that the request
+    names, or empty."""
     return codec.tenant_name(parent, "parent") if parent else caller.scope
 
 
@@ -369,8 +369,8 @@ class AuditAdmin:
 
 
 def _event_pb(row: dict[str, Any], caller: AdminCaller) -> usage_pb2.AuditEvent:
-    """Return an audit event as a message. A caller that may access only one tenant sees the addresses of that tenant's
-    actors, and no others."""
+    """Return an audit event as a message. A caller that may access only one tenant sees only the addresses of that
+    tenant's actors."""
     event = usage_pb2.AuditEvent(time=codec.timestamp(row["at_s"]))
     details = row["details"] or {}
     hidden = caller.scope and details.get("of") != caller.scope

@@ -1,8 +1,8 @@
 """Pagination and filters of the admin API (AIP-158 and a part of AIP-160).
 
 A page token holds the position of a page's last row and a digest of the list's parameters. A token that is used with
-another filter is refused. A token holds nothing that the caller has not seen, and grants no access: the request for
-each page is authorized anew.
+another filter is refused. A token holds only data that the caller has already seen, and grants no access: each request
+for a page is authorized by itself.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Explanations of routing decisions: which workers got the sequences of a call, why, and what came of it.
 
-A caller that may access only one tenant sees the calls of that tenant. As in usage records, the gateway and the names
-and scores of workers are removed from the answers to such a caller. The sentences that explain a decision are made
-after this removal, so that the sentences cannot name a worker.
+A caller that may access only one tenant sees the calls of that tenant. The gateway and the names and scores of workers
+are removed from the answers to such a caller, as they are from usage records. The sentences that explain a decision are
+made after this removal, from the remaining fields. So the sentences cannot name a worker.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class RememberedRoutes:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`gateway`: name of this gateway. `clock`: clock of the history. `wall` returns seconds since the epoch."""
+        """`gateway`: name of this gateway. `clock`: the clock that `history` uses for its times. `wall`: returns
+        seconds since the epoch."""
         self._history = history
         self._gateway = gateway
         self._clock = clock

@@ -36,8 +36,8 @@ def message_id(call: Call) -> str:
 
 
 def tool_ids(call: Call) -> ToolId:
-    """Return a function for a call with one choice. The function returns the id of the tool call to which a part
-    belongs."""
+    """Return a function that maps a part of the output to the id of the tool call that the part belongs to. For a call
+    with one choice."""
     return lambda part: TOOL_ID_PREFIX + id_in_answer(call, 0, part.call, part.text)
 
 
@@ -83,7 +83,7 @@ def final_usage(usage: CallUsage) -> dict[str, Any]:
 
 
 class ContentBlocks:
-    """The content blocks of a whole answer, made of the answer's parts in order."""
+    """The content blocks of a whole answer, built from the answer's parts in order."""
 
     def __init__(self, tool_id: ToolId) -> None:
         self._tool_id = tool_id
@@ -160,7 +160,8 @@ def message_head(call: Call) -> dict[str, Any]:
 
 
 def whole_message(head: Mapping[str, Any], usage: CallUsage, tool_id: ToolId, piece: Piece) -> dict[str, Any]:
-    """Return a whole answer. `head`: see message_head. `piece`: the only piece of the call's only sequence."""
+    """Return a whole answer. `head`: the fields that `message_head` returns. `piece`: the only piece of the call's only
+    sequence."""
     blocks = ContentBlocks(tool_id)
     for part in parts_of(piece):
         blocks.add(part)

@@ -1,4 +1,4 @@
-"""Anthropic's Messages API: the endpoints as ASGI applications, which make calls to a CallService."""
+"""Anthropic's Messages API over HTTP: ASGI applications that make calls to a CallService."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def text_of(fields: Fields, name: str) -> str:
 
 
 def without_header(text: str) -> str:
-    """Return a system text without the billing header."""
+    """Return the text of a system prompt without the billing header, a line that Claude Code puts before the text."""
     return text.partition("\n")[2] if text.startswith(BILLING_HEADER) else text
 
 

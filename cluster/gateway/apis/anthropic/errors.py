@@ -54,16 +54,16 @@ class MessagesForm:
     key_header = b"x-api-key"
 
     def refused(self, refused: Refused, request_id: str) -> ErrorAnswer:
-        """See ApiForm."""
+        """Return the response to a request that did not become a call. Implements ApiForm."""
         status = OVERLOADED if refused.status == 503 else refused.status
         return ErrorAnswer(status, error_body(str(refused), status, request_id), refused.headers)
 
     def failed(self, error: CallError, request_id: str) -> ErrorAnswer:
-        """See ApiForm."""
+        """Return the response to a call that failed. Implements ApiForm."""
         return ErrorAnswer(status_of(error), call_error_body(error, request_id), retry_headers(error))
 
     def event(self, error: CallError, request_id: str) -> bytes:
-        """See ApiForm."""
+        """Return an error as the last event of a stream that has begun. Implements ApiForm."""
         return b"event: error\ndata: " + call_error_body(error, request_id) + b"\n\n"
 
 
@@ -71,8 +71,9 @@ FORM: Final = MessagesForm()
 
 
 def with_messages_names(error: CallError, names: Mapping[str, str]) -> CallError:
-    """Return the error with each field under the name that it has in the caller's body. `names`: see ParsedRequest. The
-    schema of a tool, which is `function.parameters` in OpenAI's form, is named `input_schema`."""
+    """Return the error with each field under the name that it has in the caller's body. `names`: maps field names of a
+    generation request to names in the body. The schema of a tool, which is `function.parameters` in OpenAI's form, is
+    named `input_schema`."""
     error = with_caller_names(error, names)
     renamed = [Violation(_tool_field(v.field), v.description) for v in error.violations]
     if renamed == list(error.violations):

@@ -1,9 +1,9 @@
 """Parsing of bodies of Anthropic's Messages API into generation requests.
 
 Messages are translated to those of OpenAI's API as in vLLM 0.32 (`entrypoints/anthropic/serving.py`), so that a chat
-template renders the same prompt for both APIs: a `tool_result` is a message of the role tool, a `tool_use` is a tool
-call of the assistant, and `thinking` is the assistant's reasoning. A known field or block that would change the answer
-and is not supported is refused; the error names the field. Hints and unknown fields are ignored.
+template renders the same prompt for both APIs: a `tool_result` becomes a message of the role tool, a `tool_use` becomes
+a tool call of the assistant, and `thinking` becomes the assistant's reasoning. A known field or block is refused if it
+would change the answer and is not supported; the error names the field. Hints and unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _refuse_unserved(body: Fields) -> None:
 
 
 def parse_count(body: Fields) -> ParsedRequest:
-    """Parse a body of /v1/messages/count_tokens. The prompt is the same as that of a /v1/messages request with this
-    body. Raises CallError."""
+    """Parse a body of /v1/messages/count_tokens. The prompt is the one that a /v1/messages request with the same body
+    would have. Raises CallError."""
     prompt, _ = _chat(body, is_whole=True)
     return ParsedRequest([GenerationRequest(_model(body), prompt, RequestOptions())], names=NAMES)
 

@@ -1,8 +1,8 @@
 """Encoding of a stream of pieces as the server-sent events of Anthropic's API.
 
-Problem: each token of a text is an event, and encoding a dictionary for each token would cost more than sending it.
-Method: the JSON around the text of a delta is rendered once for each content block. All output is ASCII, see
-openai/answers.py.
+Problem: each token of a text is an event, and encoding a dictionary for each token would cost more than sending the
+token. Method: the JSON around the text of a delta is rendered once for each content block. All output is ASCII, for the
+reason given in openai/answers.py.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ class BlockEvents:
         return self._open is PartKind.CONTENT
 
     def text(self, text: str) -> str:
-        """Return the event that adds `text` to the open block."""
+        """Return the event that adds a text to the open block."""
         return self._start + _escape(text) + _DELTA_END
 
     def parts(self, parts: Iterable[OutputPart]) -> str:
-        """Return the events of further parts."""
+        """Return the events for the next parts of the output."""
         return "".join(map(self._part, parts))
 
     def close(self) -> str:
@@ -120,7 +120,8 @@ class MessageEvents:
     """The events of one answer, made of the pieces of the call's only sequence."""
 
     def __init__(self, head: Mapping[str, Any], usage: Callable[[], CallUsage], tool_id: answers.ToolId) -> None:
-        """`head`: see answers.message_head. `usage`: returns the usage of the call so far."""
+        """`head`: the fields that answers.message_head returns. `usage`: returns the usage of the call so far.
+        `tool_id`: returns the id of the tool call that a part belongs to."""
         self._head = head
         self._usage = usage
         self._blocks = BlockEvents(tool_id)
@@ -137,7 +138,7 @@ class MessageEvents:
         return self._blocks.text(text).encode("ascii")
 
     def pieces(self, pieces: Iterable[Piece]) -> bytes:
-        """Return the events of further pieces."""
+        """Return the events for the next pieces of the output."""
         return "".join(map(self._piece, pieces)).encode("ascii")
 
     def _piece(self, piece: Piece) -> str:
@@ -180,11 +181,13 @@ class MessageEncoder:
 
     @property
     def plain(self) -> bool:
-        """See ChunkEncoder."""
+        """Whether `encode_text` can encode the next tokens, because the open content block is a text. Implements
+        ChunkEncoder."""
         return self._events.in_text
 
     def encode_new(self) -> bytes:
-        """See ChunkEncoder."""
+        """Return the events of everything that is new in the call, or a ping if a keep-alive is due; b"" if nothing is
+        to be sent. Implements ChunkEncoder."""
         output = self._output
         if self.plain and (text := output.pop_text()) is not None:
             return self.encode_text(text) if text else b""

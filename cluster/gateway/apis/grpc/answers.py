@@ -51,7 +51,8 @@ def logprobs_pb(logprobs: Sequence[TokenLogprob]) -> list[pb.TokenLogprob]:
 
 
 def message_pb(call: Call, piece: Piece, role: str) -> pb.Message:
-    """Return a piece as a Message: the delta of a streamed answer, or the whole message of a complete answer."""
+    """Return an output piece as a Message: the delta of a streamed answer, or the whole message of a complete
+    answer."""
     message = pb.Message(role=role, content=piece.text)
     for part in piece.parts:
         if part.kind is PartKind.REASONING:
@@ -68,8 +69,8 @@ def message_pb(call: Call, piece: Piece, role: str) -> pb.Message:
 
 
 def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk:
-    """Return pieces as a ChatChunk. The last chunk of a call carries the usage of the call. `offset`: number of the
-    chunk in the stream."""
+    """Return output pieces as a ChatChunk. The last chunk of a call carries the usage of the call. `offset`: number of
+    the chunk in the stream."""
     return pb.ChatChunk(
         id=call.shown_id,
         model=call.shown_model,
@@ -100,8 +101,8 @@ def chat_text_start(size: int) -> bytes:
 
 
 def complete_text_start(size: int) -> bytes:
-    """Return for a CompleteChunk what `chat_text_start` returns for a ChatChunk: the tags and lengths of
-    CompleteChunk.choices and CompleteChoice.text."""
+    """Return the bytes directly before the text in a serialized CompleteChunk that holds only a text of choice 0: the
+    tags and lengths of CompleteChunk.choices and CompleteChoice.text. `size`: size of the text in bytes."""
     text = b"\x12" + varint(size)
     return b"\x1a" + varint(len(text) + size) + text
 
@@ -118,18 +119,19 @@ def empty_chunk(head: bytes, offset: int) -> bytes:
 
 
 def with_token(chunk: bytes, token: bytes, whole: bool) -> bytes:
-    """Return a serialized ChatChunk or CompleteChunk with resume_token and resume_token_whole appended."""
+    """Return `chunk`, a serialized ChatChunk or CompleteChunk, with two fields appended: `token` as resume_token and
+    `whole` as resume_token_whole."""
     return chunk + b"\x32" + varint(len(token)) + (token + b"\x40\x01" if whole else token)
 
 
 def resumed(is_chat: bool, chunk: bytes) -> bytes:
-    """Return a serialized ResumeChunk that holds a serialized chunk."""
+    """Return a serialized ResumeChunk that holds `chunk`, a serialized ChatChunk if `is_chat`, else a CompleteChunk."""
     return (b"\x0a" if is_chat else b"\x12") + varint(len(chunk)) + chunk
 
 
 def event_chunk(call_id: int, is_chat: bool, chunk: bytes) -> bytes:
-    """Return a SessionEvent that holds `chunk`, a serialized chunk. The event is serialized as an element of
-    SessionEvents."""
+    """Return a SessionEvent that holds `chunk`, a serialized ChatChunk if `is_chat`, else a CompleteChunk. The event is
+    serialized as an element of SessionEvents."""
     head = b"\x08" + varint(call_id) if call_id else b""
     body = head + (b"\x1a" if is_chat else b"\x22") + varint(len(chunk)) + chunk
     return b"\x0a" + varint(len(body)) + body
@@ -141,8 +143,9 @@ def event_head(call_id: int) -> bytes:
 
 
 def text_event(head: bytes, text: str) -> tuple[bytes, bytes, bytes, bytes]:
-    """Return a SessionEvent that holds only a text, serialized by hand as an element of SessionEvents. The event is in
-    four parts, so that the caller joins the parts of many events at once. `head`: see `event_head`."""
+    """Return a SessionEvent that holds only a text, serialized by hand as an element of SessionEvents. The event is
+    returned in four parts, because the caller joins the parts of many events in one step. `head`: the result of
+    `event_head`."""
     data = text.encode()
     size = len(data)
     length = len(head) + size
@@ -184,7 +187,8 @@ COMPLETE_TEXT_STARTS = [complete_text_start(size) for size in range(512)]
 
 
 def complete_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.CompleteChunk:
-    """Return pieces as a CompleteChunk. The last chunk of a call carries the usage of the call."""
+    """Return output pieces as a CompleteChunk. The last chunk of a call carries the usage of the call. `offset`: number
+    of the chunk in the stream."""
     return pb.CompleteChunk(
         id=call.shown_id,
         model=call.shown_model,
@@ -233,8 +237,8 @@ def complete_response(call: Call, pieces: Sequence[Piece]) -> pb.CompleteRespons
 
 
 def embed_response(call: PoolingCall, vectors: Sequence[bytes]) -> bytes:
-    """Return an EmbedResponse. The vectors are copied as they are, since protobuf's packed floats are the same
-    bytes."""
+    """Return an EmbedResponse. The bytes of each vector are copied, since protobuf encodes packed floats as the same
+    little-endian float32 values."""
     parts = [pb.EmbedResponse(id=call.id, model=call.model, created=_now()).SerializeToString()]
     for index, vector in enumerate(vectors):
         head = (b"\x08" + varint(index) if index else b"") + b"\x12" + varint(len(vector))
@@ -253,8 +257,8 @@ def rerank_response(call: PoolingCall, results: Sequence[Ranked]) -> bytes:
 
 
 def event_answer(call_id: int, is_embed: bool, answer: bytes) -> bytes:
-    """Return a SessionEvent that holds `answer`, a serialized EmbedResponse or RerankResponse. The event is serialized
-    as an element of SessionEvents."""
+    """Return a SessionEvent that holds `answer`, a serialized EmbedResponse if `is_embed`, else a RerankResponse. The
+    event is serialized as an element of SessionEvents."""
     head = b"\x08" + varint(call_id) if call_id else b""
     head += (b"\x32" if is_embed else b"\x3a") + varint(len(answer))
     return b"".join((b"\x0a", varint(len(head) + len(answer)), head, answer))
@@ -267,7 +271,7 @@ def _now() -> Timestamp:
 
 
 def progress_pb(progress: CallProgress) -> pb.Progress:
-    """Return the progress of a call without output as a Progress message."""
+    """Return the progress of a call that has no output to send, as a Progress message."""
     return pb.Progress(
         state=progress.state,
         queue_position=progress.queue_position,
@@ -277,9 +281,9 @@ def progress_pb(progress: CallProgress) -> pb.Progress:
 
 
 def common_capabilities(each: Sequence[Sequence[str]]) -> Sequence[str]:
-    """Return the capabilities that all workers of a model have in common, in the order of the first worker. If any
-    worker has a resume capability, the last element is the weakest resume capability of all workers. `each`: the
-    capabilities of each worker."""
+    """Return the capabilities that every worker of a model has, in the order of the first worker. Of the resume
+    capabilities, only the weakest that any worker has is returned, as the last element. `each`: the capabilities of
+    each worker."""
     first, *others = each or [()]
     words = [word for word in first if word not in RESUME_CAPABILITIES and all(word in other for other in others)]
     resume = weakest_resume_capability([word for words_of_worker in each for word in words_of_worker])

@@ -74,7 +74,7 @@ class GrpcEncoder:
         self.plain = len(call.sequences) == 1
 
     def encode_text(self, text: str) -> bytes:
-        """See ChunkEncoder."""
+        """Return the chunk of the next token, which brings nothing but `text`. Implements ChunkEncoder."""
         self._offset = offset = self._offset + 1
         data = text.encode()
         size = len(data)
@@ -83,12 +83,13 @@ class GrpcEncoder:
         return self._head + start + data + (OFFSETS[offset] if offset < _KNOWN_OFFSETS else codec.offset_field(offset))
 
     def begin(self) -> bytes:
-        """Return an empty first chunk."""
+        """Return an empty first chunk, for a resumed stream."""
         self._offset += 1
         return codec.empty_chunk(self._head, self._offset)
 
     def encode_new(self) -> bytes:
-        """See ChunkEncoder."""
+        """Return a chunk with everything that is new in the call, or a chunk with the call's progress if a keep-alive
+        is due; b"" if neither is to be sent. Implements ChunkEncoder."""
         output = self._output
         if (text := output.pop_text()) is not None:
             return self.encode_text(text) if text else b""
@@ -110,8 +111,8 @@ class GrpcEncoder:
 
 
 class SessionEncoder(GrpcEncoder):
-    """Encodes the pieces of a call in a session as events of the session. For a piece that holds only a text, the event
-    holds the text itself; for other pieces the event holds a chunk."""
+    """Encodes the pieces of a call in a session as events of the session. A piece that holds only a text becomes an
+    event with this text. Any other piece becomes an event with a chunk."""
 
     __slots__ = ("_wrap", "event_head")
 
@@ -122,12 +123,13 @@ class SessionEncoder(GrpcEncoder):
         self._wrap = wrap
 
     def encode_text(self, text: str) -> bytes:
-        """See ChunkEncoder."""
+        """Return the event of the next token, which brings nothing but `text`. Implements ChunkEncoder."""
         self._offset += 1
         return b"".join(codec.text_event(self.event_head, text))
 
     def count_texts(self, number: int) -> None:
-        """Count texts that were sent without `encode_text`, so that the offsets of later chunks are right."""
+        """Count texts that were sent without `encode_text`, so that the offsets of later chunks are right. `number`:
+        how many texts."""
         self._offset += number
 
     def _pieces_chunk(self, pieces: Sequence[Piece]) -> bytes:
@@ -151,13 +153,14 @@ class ResumableEncoder(GrpcEncoder):
         self._wrap = wrap
 
     def encode_text(self, text: str) -> bytes:
-        """See ChunkEncoder."""
+        """Return the chunk of the next token, which brings nothing but `text`, with a resume token. Implements
+        ChunkEncoder."""
         token = self._resume_tokens.text(text)
         return self._wrapped(codec.with_token(super().encode_text(text), token, self._resume_tokens.whole))
 
     def begin(self) -> bytes:
-        """Return a first chunk that holds only a resume token. The resume tokens that were sent before this chunk can
-        no longer be used."""
+        """Return the first chunk of a resumed stream, which holds only a new resume token. The resume tokens of the
+        earlier stream can no longer be used."""
         return self._wrapped(codec.with_token(super().begin(), *self._token(())))
 
     def _pieces_chunk(self, pieces: Sequence[Piece]) -> bytes:
@@ -175,7 +178,7 @@ class ResumableEncoder(GrpcEncoder):
 
 
 def encoder_for(kind: Kind, call: Call, progress: ProgressOf) -> GrpcEncoder:
-    """Return the encoder for a call on a stream of its own."""
+    """Return the encoder for a call that has its own stream, outside of a session."""
     if call.resume_tokens is None:
         return GrpcEncoder(kind, call, progress)
     wrap = partial(codec.resumed, kind is CHAT) if call.is_resumed else None
@@ -183,7 +186,8 @@ def encoder_for(kind: Kind, call: Call, progress: ProgressOf) -> GrpcEncoder:
 
 
 def session_encoder_for(kind: Kind, call: Call, progress: ProgressOf, call_id: int) -> GrpcEncoder:
-    """Return the encoder for a call in a session, which encodes events. `call_id`: id of the call in the session."""
+    """Return the encoder for a call in a session. It encodes chunks as events of the session. `call_id`: id of the call
+    in the session."""
     wrap = partial(codec.event_chunk, call_id, kind is CHAT)
     if call.resume_tokens is None:
         return SessionEncoder(kind, call, progress, call_id, wrap)

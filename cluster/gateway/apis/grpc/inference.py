@@ -54,7 +54,8 @@ class AdmittedCaller(NamedTuple):
 
 
 def _raw_body(data: bytes) -> bytes:
-    """Return a request's bytes unchanged, as the deserializer of all methods. Requests are decoded after the checks."""
+    """Return a request's bytes unchanged. Used as the deserializer of all methods, because requests are decoded after
+    the checks."""
     return data
 
 
@@ -94,8 +95,8 @@ class InferenceApi:
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def admit(self, call: Any) -> str | None:
-        """Authenticate a call before its messages are read (rpc.server.Gate). Returns the tenant's name, or None for
-        health checks and reflection, which need no credentials."""
+        """Authenticate a call before its messages are read. Returns the tenant's name, or None for health checks and
+        reflection, which need no credentials. Implements rpc.server.Gate."""
         if not call.path.startswith(f"/{SERVICE}/"):
             return None
         authenticator, before = self._service.authenticator, call.caller

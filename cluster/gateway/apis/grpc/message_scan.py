@@ -48,8 +48,8 @@ def _layout(descriptor: Any) -> _Layout:
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """The counts of a message. `field`: the top-level field at which the scan ended because a bound was exceeded, ""
-    if no bound was exceeded."""
+    """The counts of a message. `field`: the top-level field at which the scan ended because a bound was exceeded; "" if
+    no bound was exceeded."""
 
     elements: int
     numbers: int = 0
@@ -86,8 +86,8 @@ class _Scan:
         """Field number of the top-level field at which a bound was exceeded; 0 if none was exceeded."""
 
     def run(self, layout: _Layout) -> None:
-        """Scan the message. Raises IndexError at a field that is cut off. Tags and lengths of one byte are read inline,
-        for speed."""
+        """Scan the message. Raises IndexError if a field is malformed or cut off. Tags and lengths of one byte are read
+        inline, for speed."""
         data, at, end, most = self._data, 0, len(self._data), self._most
         top = 0
         counts: dict[int, int] = {}
@@ -133,8 +133,8 @@ class _Scan:
         self.full = top
 
     def _group(self, at: int, end: int) -> int:
-        """Count the fields of a group. protobuf keeps a group as an unknown field. Returns the offset of the end of the
-        group. Raises IndexError."""
+        """Count the fields of a group, an old form of nested message that protobuf decodes as an unknown field. Returns
+        the offset of the end of the group. Raises IndexError if the group is malformed or cut off."""
         data, depth = self._data, 1
         while depth and self.elements <= self._most:
             if at >= end:

@@ -34,7 +34,8 @@ def unsupported(field: str, what: str) -> CallError:
 
 
 def check_count(name: str, values: Sized, most: int, what: str) -> None:
-    """Raise CallError for a list of more than `most` elements. `what`: the elements in words."""
+    """Raise CallError if a list has more than `most` elements. `name`: the field that holds the list. `what`: the
+    elements in words, for the error."""
     if len(values) > most:
         raise invalid(name, f"at most {most} {what}, got {len(values)}")
 

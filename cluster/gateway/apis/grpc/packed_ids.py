@@ -14,7 +14,7 @@ Ids = np.ndarray[Any, np.dtype[Any]]
 
 def packed_ids(data: bytes | bytearray, number: int) -> Ids | None:
     """Return the 32-bit numbers of a top-level field in a valid message; None if the field is not packed. `number`: the
-    field number. Takes half the time of building protobuf's own list."""
+    field number. Takes half the time that protobuf needs to build its own list."""
     at, parts = 0, []
     while at < len(data):
         tag, at = read_varint(data, at)

@@ -68,7 +68,8 @@ def decoded(kind: type[Message], data: bytes | bytearray) -> Any:
 
 
 def parse_chat(request: pb.ChatRequest, is_whole: bool = False) -> GenerationRequest:
-    """Parse a ChatRequest. `is_whole`: whether the caller gets the answer as a whole. Raises CallError."""
+    """Parse a ChatRequest. `is_whole`: whether the caller gets the answer as a whole instead of as a stream. Raises
+    CallError."""
     check_name(request.model)
     given = _given(request)
     options = _options(given)
@@ -142,8 +143,8 @@ def parse_resume(request: pb.ResumeRequest) -> GenerationRequest:
 
 
 def _request_digest(request: pb.ChatRequest | pb.CompleteRequest) -> str:
-    """Return the digest of a whole request; "" for a request that is not resumable, which saves the cost of a
-    digest."""
+    """Return the digest of a whole request. Returns "" for a request that is not resumable, since only resumable
+    requests need a digest."""
     if not request.resumable:
         return ""
     name = request.DESCRIPTOR.name.encode()
@@ -270,7 +271,7 @@ _SESSION_PARSERS: Mapping[str, Callable[[Any], GenerationRequest | ParsedPooling
 
 
 def session_items(request: pb.SessionRequest) -> Iterator[SessionStart | SessionCancel]:
-    """Yield the starts and cancels in a message of a session, in order. Raises CallError."""
+    """Yield the calls that a message of a session starts and cancels, in order. Raises CallError."""
     if len(request.more) > MAX_BATCHED_REQUESTS:
         raise invalid("more", f"holds {len(request.more)} requests; at most {MAX_BATCHED_REQUESTS} fit in one message")
     for item in (request, *request.more):
@@ -307,7 +308,7 @@ class RequestReader:
 
 
 def check_name(name: str) -> None:
-    """Raise CallError for a name that is too long for a model."""
+    """Raise CallError if a model name is longer than the name of any model can be."""
     if len(name) > MAX_NAME_CHARS:
         raise CallError(Outcome.MODEL_NOT_FOUND, f"model {quoted(name)} does not exist")
 
@@ -344,8 +345,8 @@ def options_of(request: pb.ChatRequest | pb.CompleteRequest) -> RequestOptions:
 
 
 def _given(request: pb.ChatRequest | pb.CompleteRequest) -> Mapping[str, Any]:
-    """Return the values of the fields that are set in a request, keyed by name. Few fields are set, so reading only
-    those is cheaper."""
+    """Return the values of the fields that are set in a request, keyed by name. Reading only the set fields is cheaper
+    than reading all, because few are set."""
     return {field.name: value for field, value in request.ListFields()}
 
 

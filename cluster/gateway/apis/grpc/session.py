@@ -111,7 +111,8 @@ class SessionStream:
             self._over.set_exception(error)
 
     async def _yield_after_slice(self) -> None:
-        """Yield to the event loop once a time slice is over, and wait while the client does not read."""
+        """Let other tasks run if the time slice of this session is over. Then wait until the client reads, and begin
+        the next time slice."""
         if self._loop.time() >= self._slice_ends:
             await asyncio.sleep(0)
             await self._output.client_reads.wait()
@@ -165,7 +166,7 @@ class SessionStream:
         return CallMeta(own_id, "grpc", deadline, *trace, principal)
 
     async def _run(self, start: SessionStart, meta: CallMeta) -> None:
-        """Run one call to its end."""
+        """Run one call of the session until it ends."""
         try:
             await self._service.count(meta)
             if isinstance(start.request, CallError):
@@ -209,7 +210,7 @@ class SessionStream:
 
     def _end_unstarted(self, call_id: int, task: asyncio.Task[None]) -> None:
         """End a call whose task was cancelled before the first step of the task. That happens if the client sends the
-        cancel together with the start."""
+        start and the cancellation of a call together."""
         if self._calls.get(call_id) is task:
             self._end(call_id, CallError(Outcome.CANCELLED, "cancelled by the client"))
 

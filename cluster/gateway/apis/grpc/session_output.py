@@ -1,8 +1,8 @@
 """The output of a session. All output of a tick is sent in one message.
 
-A tick is one pass of the event loop. The output of a tick is everything that one worker message brings, or everything
-that has gathered while the client did not read. A busy session thus costs one write for each engine step instead of one
-write for each token, and a slow client gets fewer and larger messages.
+A tick is one pass of the event loop. Its output is everything that one worker message brings, or everything that has
+gathered while the client did not read. So a busy session costs one write for each engine step instead of one write for
+each token, and a slow client gets fewer and larger messages.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ tenant's budget of request bytes."""
 
 
 class SessionOutput:
-    """The serialized events for a session's next message, and the calls that have more to write."""
+    """The output of one session: the serialized events of the next message, and the calls that have more to write."""
 
     def __init__(self, context: Any, over: asyncio.Future[None]) -> None:
-        """`over`: a future whose result ends the session. The result is set once everything is sent after `finish`, or
-        once the session must be closed because the client does not read."""
+        """`over`: a future that ends the session when it gets a result. It gets the result when everything has been
+        sent after `finish`, or when the session must be closed because the client does not read."""
         self._context = context
         self._over = over
         self._loop = asyncio.get_running_loop()
@@ -53,7 +53,7 @@ class SessionOutput:
         waits."""
 
     def wake(self) -> None:
-        """Schedule the pass that sends the new output, unless the client does not read."""
+        """Schedule the pass that sends the new output. While the client does not read, do nothing."""
         if not self.pass_scheduled and not self.halted:
             self.pass_scheduled = True
             self._context.call_before_flush(self._pass)
@@ -64,8 +64,8 @@ class SessionOutput:
         self.wake()
 
     async def send_whole(self, event: bytes) -> None:
-        """Send a serialized event that is not part of a stream. A large event is sent only when the client reads, and
-        the method then waits until the client has read most of the event."""
+        """Send a serialized event that is not part of a stream. For a large event, wait until the client reads, send
+        the event, and wait until the client has read most of it."""
         is_large = len(event) > MAX_UNREAD_CHARS // 4
         while is_large and self.halted:
             await self.client_reads.wait()
@@ -81,14 +81,14 @@ class SessionOutput:
         self.wake()
 
     async def close(self) -> None:
-        """Stop waiting for the client."""
+        """Stop waiting for the client to read."""
         if self._halt is not None:
             self._halt.cancel()
             await asyncio.gather(self._halt, return_exceptions=True)
 
     def _pass(self) -> None:
         """Send the next message. The message holds the events that already wait, then at most one event for each call
-        in `dirty`."""
+        with new output."""
         self.pass_scheduled = False
         if self._over.done():
             return
@@ -107,8 +107,8 @@ class SessionOutput:
             self._over.set_result(None)
 
     async def _await_reader(self) -> None:
-        """Wait until the client reads. Close the session if too much output gathers, or if the client reads nothing for
-        MAX_HALTED_S but sends requests."""
+        """Wait until the client reads. Close the session if too much output gathers, or if the client keeps sending
+        requests but reads nothing for MAX_HALTED_S."""
         since = self._loop.time()
         while True:
             try:
@@ -172,14 +172,15 @@ class SessionWriter:
             raise self._call.error
 
     def _mark(self) -> None:
-        """Mark the call as having output for the next pass."""
+        """Mark the call as having new output, which the next pass writes."""
         output = self._output
         output.dirty[self._call_id] = self
         if not output.pass_scheduled:
             output.wake()
 
     def _send_text(self, text: str) -> None:
-        """Append the text of a token to the next message. Called directly while a worker's message is handled."""
+        """Append the text of a token to the next message. Called directly while a message from the worker is
+        handled."""
         output = self._output
         if output.halted:
             self._call.sequences[0].give_back(text)
@@ -195,7 +196,7 @@ class SessionWriter:
             output.wake()
 
     def write(self) -> None:
-        """Append everything that is new in the call to the next message."""
+        """Append all new output of the call to the next message."""
         if not self._open:
             return
         encoder = self._encoder

@@ -1,8 +1,8 @@
 """Reading of request bodies within the budget of request bytes, which all ports of the process share.
 
-The caller is authenticated before the body is read. A body that arrives in one read is accepted as it is. For a longer
-body the whole size is reserved first (policy/limits/request_bytes.py), and reading is paused until the reservation is
-granted. All unfinished bodies together thus hold no more than the budget plus one read for each body.
+The caller is authenticated before the body is read. A body that arrives in one read is accepted without a reservation.
+For a longer body the whole size is reserved first (policy/limits/request_bytes.py), and reading is paused until the
+reservation is granted. All unfinished bodies together thus hold no more than the budget plus one read for each body.
 """
 
 from __future__ import annotations

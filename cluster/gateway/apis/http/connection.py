@@ -1,4 +1,4 @@
-"""An HTTP/1 connection as the handlers of its requests see it."""
+"""An HTTP/1 connection, in the form in which the handlers of its requests use it."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ class HttpConnection:
             self._end()
 
     def watch(self, lost: Callable[[], None]) -> None:
-        """Call `lost` once the client is gone. If the client is gone already, call `lost` soon. Reading is resumed, so
-        that a disconnect is noticed."""
+        """Call `lost` once the client is gone. If the client is gone already, call `lost` soon. Also resume reading
+        from the connection, because a disconnect is noticed only while reading."""
         self.watch_paused(lost)
         self._flow.resume_reading()
 
     def watch_paused(self, lost: Callable[[], None]) -> None:
-        """Call `lost` once the connection is lost, without resuming reading."""
+        """Call `lost` once the connection is lost, and leave reading paused."""
         self._on_lost = lost
         if self._lost:
             self._loop.call_soon(lost)

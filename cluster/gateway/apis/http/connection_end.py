@@ -13,7 +13,7 @@ from cluster.gateway.apis.http.timeouts import Late
 
 
 class ConnectionEnd:
-    """The end of one connection: decides which outstanding responses and which error the client is still sent."""
+    """Closes one connection. Decides which outstanding responses and which error the client still gets."""
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class ConnectionEnd:
             self._transport.abort()
 
     def refuse(self, status: int, message: str) -> None:
-        """Answer an invalid request with an error and close the connection. If earlier responses are outstanding, only
-        those are sent before the connection is closed."""
+        """Answer an invalid request with an error and close the connection. If earlier responses are outstanding, the
+        client gets only these responses, without the error."""
         newest = self._newest
         if newest is not None and not newest.response_complete:
             if not self._received.in_body:

@@ -1,5 +1,6 @@
 """An HTTP request with its response, and the steps that all HTTP APIs share: authenticate, read a call's body, map
-errors to responses, and end a call whose client is gone. An `ApiForm` holds the differences between the APIs."""
+errors to responses, and end a call whose client is gone. An `ApiForm` holds the differences between the APIs.
+"""
 
 from __future__ import annotations
 
@@ -122,8 +123,8 @@ class Exchange:
         return Credentials(self._authorization(), names, f"{host}:{port}")
 
     def _authorization(self) -> tuple[str, ...]:
-        """Return the values of the header `authorization`. If the API's own key header holds a different key, this key
-        is a further value. A request with several values is refused later."""
+        """Return the values of the header `authorization`. If the API has its own key header and that header holds
+        another key, the key is added as a further value. A request with several values is refused later."""
         headers, key_header = self.scope["headers"], self._form.key_header
         values = [value.decode("latin-1") for name, value in headers if name == b"authorization"]
         if not key_header:
@@ -218,10 +219,8 @@ def by_credentials(authenticator: Authenticator) -> Authenticate:
 
 
 class Endpoint:
-    """The ASGI application of one route. It checks the HTTP method and maps errors to responses.
-
-    If there is an `authenticate`, the caller is authenticated before the body is read.
-    """
+    """The ASGI application of one route. It checks the HTTP method and maps errors to responses. With `authenticate`,
+    it also authenticates the caller before the body is read."""
 
     def __init__(
         self,

@@ -37,8 +37,8 @@ class _Refused(Exception):
 
 
 class _Flow(FlowControl):
-    """uvicorn's flow control, changed to parse the received bytes before more bytes are read, and to report to the
-    handlers whether the client reads."""
+    """uvicorn's flow control with two changes. It parses the received bytes before more bytes are read, and it reports
+    to the handlers whether the client reads."""
 
     def __init__(self, protocol: HttpProtocol) -> None:
         super().__init__(protocol.transport)
@@ -90,7 +90,7 @@ class HttpProtocol(HttpToolsProtocol):
         )
 
     def evict(self) -> None:
-        """Close this connection to free the slot for another connection."""
+        """Close this connection, so that another connection can have its slot."""
         if self._held.authenticated and not self.transport.get_write_buffer_size():
             self.transport.close()
         else:
@@ -99,7 +99,7 @@ class HttpProtocol(HttpToolsProtocol):
     # ---- asyncio.Protocol
 
     def connection_made(self, transport: Any) -> None:
-        """Handle a new connection: occupy the slot and start the timers."""
+        """Handle a new connection: occupy the connection's slot and start its timers."""
         super().connection_made(transport)
         self._held.connection = self
         if self._held.released:
@@ -111,7 +111,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._timer = self.loop.call_later(self._limits.check_s, self._check)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Handle the loss of the connection: release the slot and notify the watcher."""
+        """Handle the loss of the connection: release the slot and call the function that watches the connection."""
         self._held.release()
         self._timer.cancel()
         self._end.ignore_input()
@@ -119,7 +119,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.connection.lose()
 
     def data_received(self, data: bytes) -> None:
-        """Handle received bytes: append the bytes to the unparsed bytes, and parse as far as allowed."""
+        """Handle received bytes: add them to the unparsed bytes, and parse as much as is allowed now."""
         if self._end.ignores_input:
             return
         self.timeouts.began_head(self.loop.time())
@@ -147,7 +147,8 @@ class HttpProtocol(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def _feed(self, piece: bytes) -> None:
-        """Parse a piece of the received bytes. Also check the size of the head, since the parser does not check it."""
+        """Parse a piece of the received bytes. Also check the size of the request head, since the parser does not limit
+        it."""
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade:  # upgrades are not supported: the request is answered as plain HTTP
@@ -201,7 +202,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Handle the end of a response: start the next request, or wait for a request."""
+        """Handle the end of a response: start the next request if one has arrived, else wait for one."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return

@@ -17,7 +17,7 @@ MAX_LENGTH_DIGITS: Final = 18
 
 
 class ReceivedBytes:
-    """The received bytes of one connection that are not parsed yet, and the part of a request that the parser has
+    """The received bytes of one connection that are not parsed yet. Also records which part of a request the parser has
     reached."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class ReceivedBytes:
         self._parsed_to = 0
 
     def pop(self) -> bytes:
-        """Remove and return the next piece, which the parser gets next."""
+        """Remove the next piece of the bytes and return it, for the parser."""
         size = max(min(self._body_left, LONG_PIECE_BYTES), BODY_PIECE_BYTES) if self.in_body else HEAD_PIECE_BYTES
         piece = self._data[self._parsed_to : self._parsed_to + size]
         self._parsed_to += len(piece)
@@ -53,7 +53,7 @@ class ReceivedBytes:
         return piece
 
     def clear(self) -> None:
-        """Drop the bytes."""
+        """Drop all bytes that are not parsed yet."""
         self._data, self._parsed_to = b"", 0
 
     def begin_head(self) -> None:
@@ -79,7 +79,8 @@ class ReceivedBytes:
         self.in_body = False
 
     def count_head(self, size: int) -> int:
-        """Count a parsed piece of `size` bytes, and return the number of parsed bytes of the unfinished head."""
+        """Count a parsed piece of `size` bytes. Returns how many bytes of the unfinished head are parsed; 0 if no head
+        is unfinished."""
         before = 0 if self._progress else self.head_bytes
         self.head_bytes = before + size if self._in_head else 0
         return self.head_bytes

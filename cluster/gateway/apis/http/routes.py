@@ -12,14 +12,14 @@ from cluster.gateway.apis.http.protocol import CONNECTION
 
 
 def routed(endpoints: Mapping[str, Application], not_found: Application) -> Application:
-    """Return the ASGI application that serves the endpoints. `endpoints`: keyed by path. `not_found`: answers all other
-    paths."""
+    """Return the ASGI application that serves the endpoints. `endpoints`: keyed by path. `not_found`: the application
+    that answers all other paths."""
     routes = [Route(path, endpoint, name=path) for path, endpoint in endpoints.items() if "{" in path]
     router = Router(routes, redirect_slashes=False, default=not_found)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         """Look up the path in `endpoints`, then in the router. The router holds only the paths with parameters, because
-        it tries one regular expression after the other."""
+        it tries its regular expressions one after the other."""
         endpoint = endpoints.get(scope.get("path", "")) if scope["type"] == "http" else None
         await (endpoint or router)(scope, receive, send)
 

@@ -43,8 +43,8 @@ class HttpServer:
         self._listener: http2.Listener | None = None
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, *, shared: bool = False) -> int:
-        """Bind an address and serve; returns the port. `shared`: whether other processes may bind the port too. Raises
-        OSError if the address cannot be bound."""
+        """Bind an address and serve requests. Returns the port. `shared`: whether other processes may bind the port
+        too. Raises OSError if the address cannot be bound."""
         self._config.load()
         listener = http2.listening_socket(host, port, shared=shared)
         self._listener = http2.Listener(

@@ -104,7 +104,7 @@ class HttpTimeouts:
         self._since = now
 
     def overdue(self, now: float, unsent_bytes: int = 0) -> Late | None:
-        """Return the reason for closing the connection now, None if no limit is exceeded. `unsent_bytes`: number of
+        """Return the reason for closing the connection now; None if no limit is exceeded. `unsent_bytes`: number of
         bytes that the client has not read."""
         if self._unread(now, unsent_bytes):
             return Late.UNREAD

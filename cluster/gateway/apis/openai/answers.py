@@ -51,8 +51,8 @@ def error_body(message: str, status: int, code: str, param: str | None = None) -
 
 
 def call_error_body(error: CallError) -> bytes:
-    """Return the error of a call as the JSON of OpenAI's error object. `code` in the object is the outcome in lower
-    case, `param` is the first wrong field."""
+    """Return the error of a call as the JSON of OpenAI's error object. The object's `code` is the outcome in lower
+    case, and its `param` is the first wrong field."""
     param = error.violations[0].field if error.violations else None
     return error_body(error.message, OUTCOME_STATUS[error.outcome].http, error.outcome.name.lower(), param)
 
@@ -171,20 +171,20 @@ class SseStream(ABC):
         return b"".join(parts)
 
     def text(self, index: int, text: str) -> bytes:
-        """Return the event of a piece that holds only a text. Must not be used for the first piece of a choice, nor if
-        the caller has requested continuous usage."""
+        """Return the event of a piece that holds only a text. Not for the first piece of a choice, and not if the
+        caller has requested the usage in every event."""
         return (self.text_start(index) + _escape(text) + self.text_end).encode("ascii")
 
     def text_start(self, index: int) -> str:
-        """Return the start of the event of a piece that holds only a text."""
+        """Return the beginning of an event whose piece holds only a text: everything before the text."""
         start = self._starts.get(index)
         if start is None:
             start = self._starts[index] = f'{self._head}{{"index":{index},{self.before_text}'
         return start
 
     def _one_part(self, piece: Piece, shift: int) -> str:
-        """Return the event of a piece that holds only one part; "" if only `_full` can render the event. Cheaper than
-        `_full`."""
+        """Return the event of a piece that holds only one part. Returns "" for a piece that only `_full` can render.
+        Cheaper than `_full`."""
         return ""
 
     def _full(self, call: Call, piece: Piece, shift: int) -> str:
@@ -283,11 +283,12 @@ class SseEncoder:
         self.plain = len(call.sequences) == 1 and not stream.continuous_usage
 
     def encode_text(self, text: str) -> bytes:
-        """See ChunkEncoder."""
+        """Return the event of the next token, which brings nothing but `text`. Implements ChunkEncoder."""
         return (self._text_start + _escape(text) + self._text_end).encode("ascii")
 
     def encode_new(self) -> bytes:
-        """See ChunkEncoder."""
+        """Return the events of everything that is new in the call, or a keep-alive if one is due; b"" if nothing is to
+        be sent. Implements ChunkEncoder."""
         output = self._output
         if self.plain and (text := output.pop_text()) is not None:
             return self.encode_text(text) if text else b""

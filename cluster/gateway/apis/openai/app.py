@@ -39,18 +39,18 @@ class OpenAiForm:
     key_header = b""
 
     def refused(self, refused: Refused, request_id: str) -> ErrorAnswer:
-        """See ApiForm."""
+        """Return the response to a request that did not become a call. Implements ApiForm."""
         return ErrorAnswer(
             refused.status, answers.error_body(str(refused), refused.status, refused.code), refused.headers
         )
 
     def failed(self, error: CallError, request_id: str) -> ErrorAnswer:
-        """See ApiForm."""
+        """Return the response to a call that failed. Implements ApiForm."""
         status = OUTCOME_STATUS[error.outcome].http
         return ErrorAnswer(status, answers.call_error_body(error), retry_headers(error))
 
     def event(self, error: CallError, request_id: str) -> bytes:
-        """See ApiForm."""
+        """Return an error as the last event of a stream that has begun. Implements ApiForm."""
         return answers.error_event(error)
 
 

@@ -75,7 +75,7 @@ class Fields:
         return None if value is None else real(self.path(name), value)
 
     def at_most(self, most: int, what: str, name: str = "") -> None:
-        """Raise CallError if the array or object in the field `name` has more than `most` members. Without `name` this
+        """Raise CallError if the array or object in the field `name` has more than `most` members. Without `name`, this
         object itself is checked. `what`: the members in words, for the error."""
         path, value = (self.path(name), self.values.get(name)) if name else (self.at, self.values)
         if isinstance(value, list | Mapping) and len(value) > most:

@@ -1,6 +1,6 @@
 """Parsing of the messages of a chat into the form of ChatPrompt.messages.
 
-The fields that a template gets are those of vLLM 0.32 (`renderers/chat_utils.py`). Other fields of a message are
+A chat template gets the same fields as from vLLM 0.32 (`renderers/chat_utils.py`). Other fields of a message are
 ignored.
 """
 
@@ -93,7 +93,8 @@ def _text(message: Fields, i: int, value: object) -> str:
 
 
 def _tool_call(call: Fields) -> dict[str, Any]:
-    """Return a tool call of the history, with its fields in the order in which vLLM passes them to a template."""
+    """Return a tool call from the chat's history, with its fields in the order in which vLLM passes them to a
+    template."""
     if (type_ := call.text("type")) not in (None, "function"):
         raise unsupported(call.path("type"), f"{quoted(type_)} calls are not supported; send calls of functions")
     function = call.object("function")

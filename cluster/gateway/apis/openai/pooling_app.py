@@ -1,4 +1,6 @@
-"""The endpoints for embeddings, rankings and scores: /v1/embeddings as OpenAI's, /rerank and /score as vLLM's."""
+"""The endpoints for embeddings, rankings and scores: /v1/embeddings as in OpenAI's API, /rerank and /score as in vLLM's
+server.
+"""
 
 from __future__ import annotations
 

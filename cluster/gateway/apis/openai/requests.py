@@ -1,7 +1,7 @@
 """Parsing of OpenAI request bodies, with vLLM's extensions, into generation requests.
 
-A known field that would change the answer and is not supported is refused; the error names the field. Hints and unknown
-fields are ignored, as OpenAI's servers do. The names and shapes of fields are those of vLLM 0.32
+A known field is refused if it would change the answer and is not supported; the error names the field. Hints and
+unknown fields are ignored, as OpenAI's servers do. The names and shapes of fields are those of vLLM 0.32
 (`entrypoints/openai/*/protocol.py`).
 """
 
@@ -128,8 +128,9 @@ class ParsedRequest:
 
 
 def with_caller_names(error: CallError, names: Mapping[str, str], prompt: int | None = None) -> CallError:
-    """Return the error with its request fields renamed to the names in the caller's body. `names`: see ParsedRequest.
-    `prompt`: index of the prompt that caused the error, if the request has several."""
+    """Return the error with its request fields renamed to the names in the caller's body. `names`: maps field names of
+    a generation request to names in the body. `prompt`: index of the prompt that caused the error, if the request has
+    several."""
     if not error.violations:
         return error
     renamed = [Violation(_renamed(v.field, names, prompt), v.description) for v in error.violations]

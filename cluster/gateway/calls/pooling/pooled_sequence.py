@@ -1,7 +1,7 @@
 """A sequence of a pooling call: one input, which becomes one vector and no tokens.
 
-Like every other sequence, a pooled sequence passes through queues, routing, links and accounts. If its worker is lost
-before the vector has arrived, there is nothing to resume, so the sequence starts over on another worker.
+Like a sequence that generates text, a pooled sequence passes through queues, routing, links and accounts. If its worker
+is lost before the vector has arrived, there is nothing to resume. The sequence then starts over on another worker.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PoolingOwner(SequenceOwner, Protocol):
         """Return the path of an input in the caller's body."""
 
     def pooled(self, sequence: PooledSequence[Any], now: float) -> None:
-        """Handle the vector of a sequence, which has finished."""
+        """Handle the arrival of a vector, which finishes the sequence."""
 
 
 Owner = TypeVar("Owner", bound=PoolingOwner)
@@ -36,7 +36,8 @@ Owner = TypeVar("Owner", bound=PoolingOwner)
 
 @dataclass(eq=False, repr=False, slots=True)
 class PooledSequence(LinkedSequence[Owner]):
-    """Sequence of one input of a pooling call. Implements the Sink of slots.py."""
+    """The sequence of one input of a pooling call. Receives the worker's messages for this input (implements
+    slots.Sink)."""
 
     delivered: ClassVar[int] = 0
     """See OutputSequence. Records of ended calls read `delivered` and the next two fields. All three are constants,
@@ -75,16 +76,16 @@ class PooledSequence(LinkedSequence[Owner]):
         call.pooled(self, self.last_token_at)
 
     def token(self, token_id: int, now: float) -> None:
-        """Handle a token. Only a worker of an older release sends tokens, because such a worker generates instead of
-        pooling."""
+        """End the call because the worker has sent a token. Only a worker of an older release does that, because it
+        generates text instead of computing a vector."""
         self._generates()
 
     def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
-        """See `token`."""
+        """End the call because the worker has sent a token, as `token` does."""
         self._generates()
 
     def _reject(self, reason: str, message: str, field: str) -> None:
-        """See LinkedSequence. The error names the input."""
+        """End the call, because the engine has refused the input as invalid. The error names the input."""
         error = refusal_of(reason, message, field)
         if field not in ("prompt_token_ids", "prompt"):
             self.call.fail(error)

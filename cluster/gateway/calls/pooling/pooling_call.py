@@ -35,8 +35,8 @@ class PoolingCall(Call):
             self.usage.prompt_tokens += len(sequence.request.prompt_token_ids)
 
     def submitted(self, sequence: CallSequence, identity: WorkerIdentity, now: float) -> None:
-        """See Call. All other sequences must use the model version of the sequence that was submitted first, since
-        vectors of two versions cannot be compared."""
+        """Record that a sequence was sent to the worker `identity`. The first worker's model version becomes the only
+        version for all sequences of the call, since vectors of two versions cannot be compared."""
         Call.submitted(self, sequence, identity, now)
         if identity.version:
             self.versions = Versions(identity.version, frozenset((identity.version,)))
@@ -64,8 +64,8 @@ class PoolingCall(Call):
 
     @property
     def charged_prompt_tokens(self) -> int:
-        """Number of prompt tokens that are charged. An input is charged if an engine has computed the input, or may
-        have been computing the input when the caller cancelled."""
+        """Number of prompt tokens that are charged. An input is charged if an engine has computed it, or may have been
+        computing it when the caller cancelled."""
         if self._answered == len(self.sequences):
             return self.usage.prompt_tokens
         return sum(

@@ -1,4 +1,4 @@
-"""The steps from a pooling request to a pooling call with its sequences. call_service.py takes the steps."""
+"""The steps from a pooling request to a pooling call with its sequences. call_service.py calls the steps in order."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SHOWN_LENGTHS: Final = 32
 
 @dataclass(slots=True)
 class PoolingOpening(CallOpening):
-    """A pooling call that is being opened, see CallOpening."""
+    """A pooling call that is being opened (see CallOpening)."""
 
     request: PoolingRequest
     task: PoolingTask = field(init=False)
@@ -82,9 +82,9 @@ class PoolingOpening(CallOpening):
         return self._task_of(model) is not None
 
     def _task_of(self, model: KnownModel) -> PoolingTask | None:
-        """Return the task with which a model answers the request; None if the model has no suitable task. While a
-        model's tasks are unknown, the task of texts is EMBED, and pairs raise CallError, because the encoding of pairs
-        depends on the task."""
+        """Return the task with which a model answers the request: `embed` or `score`. Returns None if the model has no
+        suitable task. While the tasks of the model are unknown, texts get the task EMBED. Pairs then raise CallError,
+        because their encoding depends on the task."""
         tasks, is_pairs = model.capabilities.tasks, isinstance(self.request.inputs, PairInputs)
         if tasks is None:
             if is_pairs:
@@ -179,7 +179,7 @@ class PoolingOpening(CallOpening):
 
     async def create_sequences(self, authenticator: Authenticator, life: Callable[[], Life]) -> None:
         """Create the sequences of the call, one for each input. The sequences are created in slices, and other tasks
-        run between the slices. `life` returns the initial state of a sequence."""
+        run between the slices. `life`: returns the initial state of a sequence."""
         call, request = self.call, self.request
         assert isinstance(call, PoolingCall)
         first = EngineRequest(
@@ -202,8 +202,8 @@ class PoolingOpening(CallOpening):
 
     def _shorter_dimensions(self) -> int | None:
         """Return the vector length to request from the engine. Returns None for scores, for a request without a length,
-        and for the model's own length. The engine of a model without shorter vectors refuses every explicit length,
-        even the model's own."""
+        and for the model's own length. Reason for the last case: if a model has no shorter vectors, its engine refuses
+        every explicit length, even the model's own."""
         wanted = self.request.dimensions
         if wanted is None or self.task is PoolingTask.SCORE:
             return None

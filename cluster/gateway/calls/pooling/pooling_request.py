@@ -1,8 +1,8 @@
 """The pooling request and its inputs. Every API parses a body for embeddings, scores or a ranking into this form.
 
-The inputs of a large body are packed: one buffer holds the UTF-8 or the token ids of all inputs, and an array holds the
-end of each input in this buffer. A helper process packs the inputs, and the gateway process passes the buffer on
-without making an object for each input.
+The inputs of a large body are packed. One buffer holds the UTF-8 texts or the token ids of all inputs, and an array
+holds the position in this buffer at which each input ends. A helper process packs the inputs. The gateway process
+passes the buffer on without making an object for each input.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PackedTexts(Sequence[str]):
     __slots__ = ("_data", "_ends")
 
     def __init__(self, data: Any, ends: array[int]) -> None:
-        """`data`: the bytes of all texts. `ends`: the end of each text in `data`."""
+        """`data`: the bytes of all texts. `ends`: the position in `data` at which each text ends."""
         self._data = memoryview(data)
         self._ends = ends
 
@@ -80,7 +80,7 @@ class PackedIds(Sequence[Sequence[int]]):
     __slots__ = ("_data", "_ends")
 
     def __init__(self, data: Any, ends: array[int]) -> None:
-        """`data`: the ids of all lists, as bytes. `ends`: the end of each list in `data`, in ids."""
+        """`data`: the ids of all lists, as bytes. `ends`: the position at which each list ends, counted in ids."""
         self._data = memoryview(data).cast("B")
         self._ends = ends
 
@@ -115,8 +115,7 @@ class PackedIds(Sequence[Sequence[int]]):
         return ids
 
     def place_of(self, at: int) -> tuple[int, int]:
-        """Return the index of the list that holds the id at index `at` of `ids`, and the index of the id in this
-        list."""
+        """Return two indices for the id `ids[at]`: the index of its list, and its index in that list."""
         i = next(i for i, end in enumerate(self._ends) if at < end)
         return i, at - (self._ends[i - 1] if i else 0)
 
@@ -127,7 +126,7 @@ class PackedIds(Sequence[Sequence[int]]):
 @dataclass(frozen=True, slots=True)
 class InputField:
     """A field of the caller's body that holds inputs. `is_list`: whether the field holds a list of inputs instead of
-    one input. `inner`: path from an input to its token ids."""
+    one input. `inner`: the path from an input to its token ids, for error messages."""
 
     name: str
     is_list: bool = True
@@ -173,11 +172,11 @@ class TextInputs:
         return self.texts
 
     def path_of_text(self, i: int) -> str:
-        """Return the path of a text of `all_texts` in the caller's body."""
+        """Return the path in the caller's body of the text `all_texts[i]`."""
         return self.path(i)
 
     def with_texts(self, texts: Sequence[str]) -> TextInputs:
-        """Return the inputs with other texts, in the order of `all_texts`."""
+        """Return the inputs with their texts replaced by `texts`, which are in the order of `all_texts`."""
         return TextInputs(texts, self.field)
 
 
@@ -242,24 +241,24 @@ class PairInputs:
         return joined(self.first, self.second)
 
     def path_of_text(self, i: int) -> str:
-        """Return the path of a text of `all_texts` in the caller's body."""
+        """Return the path in the caller's body of the text `all_texts[i]`."""
         at = len(self.first)
         return self.first_field.path(i) if i < at else self.second_field.path(i - at)
 
     def with_texts(self, texts: Sequence[str]) -> PairInputs:
-        """Return the inputs with other texts, in the order of `all_texts`."""
+        """Return the inputs with their texts replaced by `texts`, which are in the order of `all_texts`."""
         at = len(self.first)
         return PairInputs(texts[:at], texts[at:], self.first_field, self.second_field)
 
     def apart(self) -> SingleTexts:
-        """Return all texts as single inputs, for a model that makes a vector of each text."""
+        """Return each text of the pairs as an input of its own, for a model that makes a vector of each text."""
         return SingleTexts(self.first, self.second, self.first_field, self.second_field)
 
 
 @dataclass(frozen=True, slots=True)
 class SingleTexts(PairInputs):
-    """The texts of pairs as single inputs: first the texts of `first`, then those of `second`. Each text becomes a
-    vector."""
+    """The texts of pairs, each as an input of its own that becomes a vector: first the texts of `first`, then those of
+    `second`."""
 
     def __len__(self) -> int:
         return len(self.first) + len(self.second)
@@ -279,7 +278,7 @@ class SingleTexts(PairInputs):
         return self.path_of_text(i)
 
     def with_texts(self, texts: Sequence[str]) -> SingleTexts:
-        """See PairInputs."""
+        """Return the inputs with their texts replaced by `texts`, which are in the order of `all_texts`."""
         at = len(self.first)
         return SingleTexts(texts[:at], texts[at:], self.first_field, self.second_field)
 
@@ -324,7 +323,7 @@ def packed(inputs: PoolingInputs) -> PoolingInputs:
 
 
 def _no_id(lists: Sequence[Sequence[int]], where: InputField) -> CallError:
-    """Return the error for the first number that cannot be a token id."""
+    """Return the error for the first number in `lists` that cannot be a token id."""
     for i, numbers in enumerate(lists):
         for at, number in enumerate(numbers):
             if not 0 <= number < 2**32:
@@ -335,7 +334,7 @@ def _no_id(lists: Sequence[Sequence[int]], where: InputField) -> CallError:
 
 @frozen_dataclass
 class PoolingRequest:
-    """A parsed request: for scores if `inputs` are pairs, else for embeddings."""
+    """A parsed request for scores if `inputs` are pairs, else for embeddings."""
 
     model: str
     inputs: PoolingInputs
@@ -372,8 +371,8 @@ def check_count(path: str, count: int) -> None:
 
 
 def check_pairs(inputs: PairInputs) -> None:
-    """Raise CallError unless there are as many first texts as second texts, or one first text for all second texts.
-    Lists of no texts or of too many texts are refused too."""
+    """Check the numbers of texts: there must be as many first texts as second texts, or one first text for all second
+    texts. Raises CallError for other numbers, for a list without texts and for a list of too many texts."""
     check_count(inputs.first_field.name, len(inputs.first))
     check_count(inputs.second_field.name, len(inputs.second))
     if len(inputs.first) not in (1, len(inputs.second)):
@@ -396,7 +395,7 @@ def check_chars(inputs: PairInputs) -> None:
 
 
 def too_long(path: str, tokens: int, most: int, surely: str = "") -> CallError:
-    """Return the error for an input with more tokens than the model's context holds. `surely`: `at least ` if `tokens`
-    is a lower bound."""
+    """Return the error for an input with more tokens than the model's context holds. `surely`: text before the number
+    in the error: "at least " if `tokens` is a lower bound, else ""."""
     message = f"{path}: has {surely}{tokens} tokens, the model's context holds {most}: shorten it, or have it cut"
     return CallError(Outcome.CONTEXT_LENGTH_EXCEEDED, message, violations=[Violation(path, "too long")])

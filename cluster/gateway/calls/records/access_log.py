@@ -3,9 +3,8 @@ prompt or answer.
 
 Calls that succeeded or were cancelled are sampled by their trace id or, without one, by their request id. So all
 gateways choose the same calls, and a caller that samples its traces with the same ratio chooses these calls too. Calls
-that failed or were resumed are always chosen. The sampled calls and the always chosen calls each have a limit of lines
-a second, so that the log costs little whatever the number of calls. If lines are left out, the next line holds the
-number of omitted lines.
+that failed or were resumed are always chosen. The lines of each of the two groups are limited to a number per second,
+so that the cost of the log is bounded. If lines are left out, the next line holds the number of omitted lines.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ class LineBudget:
         self._refused = 0
 
     def take(self, now: float) -> int | None:
-        """Request one line at `now`, in seconds that never decrease. Returns the number of lines that were refused
-        since the last line was allowed; None if this line is refused."""
+        """Ask for one line at the time `now`, in seconds that never decrease. Returns None if the line is refused.
+        Otherwise returns the number of lines that were refused since the last allowed line."""
         self._left = min(self._left + (now - self._at) * self._per_s, float(self._per_s))
         self._at = now
         if self._left < 1:
@@ -67,15 +66,16 @@ class AccessLog:
     """The access log of one gateway process."""
 
     def __init__(self, sample_ratio: float, max_lines_per_s: int, clock: Callable[[], float]) -> None:
-        """`sample_ratio`: share of the succeeded and cancelled calls that is logged. `clock`: monotonic seconds, as in
-        the calls."""
+        """`sample_ratio`: share of the succeeded and cancelled calls that is logged. `clock`: the clock of the calls'
+        times, in monotonic seconds."""
         self._log = log.bind()  # a line costs less than with the lazy logger
         self._ratio = sample_ratio
         self._clock = clock
         self._sampled, self._remarkable = LineBudget(max_lines_per_s), LineBudget(max_lines_per_s)
 
     def record(self, opening: Opening | PoolingOpening, outcome: Outcome) -> None:
-        """Write the line of a call that has ended, or that could not begin, if the call is chosen."""
+        """Write the log line of a call that has ended, or that could not begin. Does nothing if sampling leaves the
+        call out."""
         call, meta = opening.call, opening.meta
         if outcome not in _UNREMARKABLE or (call is not None and call.usage.resumed):
             budget = self._remarkable

@@ -1,1 +1,1 @@
-"""A sequence, one output of a call: its life, its workers, a second worker, its text, and the pieces for the API."""
+"""A sequence, one output of a call: its state, its workers, its text, and the pieces of text for the API."""

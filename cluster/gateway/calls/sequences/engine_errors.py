@@ -14,7 +14,7 @@ CALLER_FIELDS = {"prompt_token_ids": "prompt", "grammar": "response_format", "st
 
 def refusal_of(reason: str, message: str, field: str) -> CallError:
     """Translate an engine's refusal into the error for the caller. The engine's message begins with the engine's name
-    of the field, which is replaced with the caller's name."""
+    for the field. This name is replaced with the caller's name for the field."""
     outcome = Outcome.__members__.get(reason, Outcome.INTERNAL)
     if not field:
         return CallError(outcome, message)
@@ -24,7 +24,7 @@ def refusal_of(reason: str, message: str, field: str) -> CallError:
 
 def format_error(request: EngineRequest, finish: FinishReason) -> CallError | None:
     """Return the error for the caller if an output has ended because its required format allows no further token. The
-    engine ends such an output with ERROR. Returns None for any other end, which is the engine's fault."""
+    engine ends such an output with ERROR. Returns None if the output has ended for another reason."""
     parsing = request.parsing
     field = "tools" if parsing is not None and parsing.needs_tools else "response_format"
     if finish is not FinishReason.ERROR or (request.sampling.grammar is None and field != "tools"):

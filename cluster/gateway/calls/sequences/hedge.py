@@ -1,9 +1,10 @@
-"""The second Submit of a sequence whose first worker is late. policy/scheduling/hedging.py decides when the second
-Submit is made.
+"""Hedging: a sequence is sent to a second worker, because its first worker is late. policy/scheduling/hedging.py
+decides when this happens.
 
-The sink of the first worker's slot is the sequence itself, and the sink of the second worker's slot is a `Hedge`. If
-the second worker answers first or the first worker fails, the sequence replaces the hedge as the sink of that slot, so
-that later tokens cost no more than tokens of other sequences.
+A worker's messages for a sequence go to the sink of the sequence's slot on that worker. On the first worker, the sink
+is the sequence itself. On the second worker, the sink is a `Hedge`. If the second worker answers first or the first
+worker fails, the sequence replaces the hedge as the sink of the second slot, so that later tokens cost no more than
+tokens of other sequences.
 """
 
 from __future__ import annotations
@@ -43,19 +44,20 @@ class HedgedSequence(Sink, Protocol):
         """Tokens emitted so far."""
 
     def bind_hedge(self, hedge: Hedge) -> None:
-        """Record that the request was also sent to the second worker."""
+        """Record that the request was also sent to a second worker."""
 
     def switch_to_hedge(self, hedge: Hedge, why: str) -> None:
-        """Leave the first worker, and continue in the slot of the hedge. `why`: see RoutedSequence.end_attempt."""
+        """Leave the first worker, and continue on the second worker in the slot of the hedge. `why`: the reason, such
+        as `lost` or `error` (call_trace.FINISHED)."""
 
     def drop_hedge(self) -> None:
-        """Continue on the first worker, without the hedge."""
+        """Continue on the first worker alone, without the hedge."""
 
 
 @dataclass(eq=False, slots=True)
 class Hedge:
-    """The slot of a sequence on its second worker, until only one of the two workers has the sequence. Implements the
-    Sink of slots.py until the first output."""
+    """The slot of a sequence on its second worker, as long as both workers have the sequence. Receives the second
+    worker's messages until the first output (implements slots.Sink)."""
 
     sequence: HedgedSequence
     link: WorkerLink
@@ -76,11 +78,12 @@ class Hedge:
     # ---- Sink
 
     def accepted(self) -> None:
-        """See Sink."""
+        """Handle the acceptance of the sequence by the second worker's engine. Implements Sink."""
         self.sequence.accepted()
 
     def refused(self, reason: str, message: str, field: str) -> None:
-        """See Sink. The first worker decides whether the request is valid."""
+        """Continue on the first worker alone, because the second worker's engine has refused the sequence. The first
+        worker decides whether the request is valid. Implements Sink."""
         if not self._is_over:
             self.sequence.call.events.submission_refused(self.sequence)
             self._stay("", has_failed=False, why="refused")
@@ -94,8 +97,8 @@ class Hedge:
         raise AssertionError("a token came before the first output")
 
     def output(self, output: TokenOutput) -> None:
-        """See Sink. The second worker keeps the sequence, unless this output reports a failure of the second worker's
-        engine."""
+        """Handle the first output of the second worker. If it reports a failure of the second worker's engine, the
+        first worker keeps the sequence, else the second worker keeps it. Implements Sink."""
         if self._is_over:
             return
         sequence = self.sequence
@@ -109,7 +112,7 @@ class Hedge:
         self._stay(self._incarnation, has_failed=True, why="error")
 
     def lost(self, why: str) -> None:
-        """See Sink."""
+        """Continue on the first worker alone, because the second worker is lost. Implements Sink."""
         if self._is_over:
             return
         sequence, link = self.sequence, self.link
@@ -118,7 +121,7 @@ class Hedge:
         self._stay(self._incarnation, has_failed=True, why="lost")
 
     def failed(self, error: BaseException) -> None:
-        """See Sink."""
+        """End the call, because the handling of a message from the second worker raised `error`. Implements Sink."""
         if self._is_over:  # the sequence has taken over the slot
             self.sequence.failed(error)
         else:
@@ -127,8 +130,9 @@ class Hedge:
     # ---- the end of the hedge
 
     def keep(self, computed_by: str, *, has_failed: bool, why: str) -> None:
-        """Continue the sequence on the second worker alone. `computed_by`: see CallEvents.hedge_ended. `has_failed`:
-        whether the first worker has failed the sequence. `why`: see RoutedSequence.end_attempt."""
+        """Continue the sequence on the second worker alone. `computed_by`: incarnation of the first worker, "" if it
+        has refused the sequence. `has_failed`: whether the first worker has failed the sequence. `why`: why the
+        sequence leaves the first worker, such as `lost` or `error` (call_trace.FINISHED)."""
         sequence, self._is_over = self.sequence, True
         sequence.switch_to_hedge(self, why)
         self.link.slots.replace_sink(self.slot, sequence)
@@ -141,8 +145,9 @@ class Hedge:
         self._stay(self._incarnation, has_failed=False, why="hedged")
 
     def _stay(self, computed_by: str, *, has_failed: bool, why: str) -> None:
-        """Continue the sequence on the first worker alone. The parameters are those of `keep`, but `has_failed` is
-        about the second worker."""
+        """Continue the sequence on the first worker alone. `computed_by`: incarnation of the second worker, "" if it
+        has refused the sequence. `has_failed`: whether the second worker has failed the sequence. `why`: why the
+        sequence leaves the second worker, such as `lost` or `error` (call_trace.FINISHED)."""
         sequence, self._is_over = self.sequence, True
         sequence.drop_hedge()
         if self.traced is not None:

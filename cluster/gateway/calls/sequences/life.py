@@ -1,8 +1,8 @@
-"""The state machine of a sequence: the states, the events, and the actions after a loss. The module is pure: `now` is
-an argument.
+"""The state machine of a sequence: the states, the events, and the actions after the loss of a worker. The module is
+pure: `now` is an argument.
 
 Problem: a sequence may lose its worker at any moment, more than once, before or after the first token, and must end
-exactly once. Invariant: `MOVES` has every legal pair of state and event, and any other pair is a programming error.
+exactly once. Invariant: `MOVES` holds every legal pair of state and event, and any other pair is a programming error.
 `DONE` and `FAILED` are final: later events change nothing.
 
 docs/architecture.md shows the table as a diagram; a test compares the two.
@@ -88,8 +88,8 @@ class IllegalSequenceMove(RuntimeError):
 
 @dataclass(slots=True)
 class Loss:
-    """A sequence's unexpected losses of its workers, in a row and without a new token in between; see
-    worker_losses.py."""
+    """The workers that a sequence has lost unexpectedly, one after another without a new token in between
+    (worker_losses.py)."""
 
     links: tuple[str, ...] = ()
     """Names of the links to the lost workers."""
@@ -104,7 +104,7 @@ class Loss:
 
 @dataclass(slots=True)
 class Life:
-    """The state of one sequence, and the history of the sequence's workers."""
+    """The state of one sequence, and the history of its workers."""
 
     max_attempts: int = 3
     """Maximum number of workers that may fail the sequence. When this number is reached, the call fails."""
@@ -140,39 +140,40 @@ class Life:
 
     @property
     def cached_on(self) -> str:
-        """Incarnation of the worker that still holds the sequence's KV blocks after the loss of its gateway; "" if the
+        """Incarnation of the worker that still holds the sequence's KV blocks after the loss of a gateway; "" if the
         sequence left its worker for another reason."""
         return self.last_worker if self.reason == "gateway" else ""
 
     def exclude(self, incarnation: str) -> None:
-        """Never send the sequence to this worker again."""
+        """Exclude a worker: the sequence is never sent to this worker again."""
         self.excluded |= {incarnation}
 
     def suspect(self, tokens: int) -> bool:
-        """Return whether the sequence is suspect: it has lost so many workers in a row that it may be the cause.
-        `tokens`: number of tokens emitted so far."""
+        """Return whether the sequence is suspect: it has lost so many workers in a row that it may be the cause of the
+        losses. `tokens`: number of tokens emitted so far."""
         return len(self.loss.links) >= self.max_silent_losses and tokens <= self.loss.tokens
 
     def silent_since(self, tokens: int) -> float | None:
-        """Return the time of the first loss since the sequence's last token; None if there was no loss, or a token has
-        arrived since the losses."""
+        """Return the time of the first worker loss since the sequence's last token; None if no worker was lost since
+        then. `tokens`: number of tokens emitted so far."""
         return self.loss.first_at if self.loss.links and tokens <= self.loss.tokens else None
 
     def submitted(self, incarnation: str, key: CompatibilityKey | None) -> None:
-        """Record a Submit to a worker. `key` replaces the compatibility key; None keeps the old key."""
+        """Record that the sequence was sent to a worker. `key` replaces the compatibility key; None keeps the old
+        key."""
         self.apply(Event.SUBMITTED)
         self.last_worker, self.computed = incarnation, True
         if key is not None:
             self.compatibility = key
 
     def hedged(self) -> None:
-        """Record a Submit to a second worker."""
+        """Record that the sequence was also sent to a second worker."""
         self.apply(Event.HEDGE)
         self.attempt += 1
 
     def hedge_ended(self, last_worker: str, has_failed: bool) -> None:
-        """Record that only one of two workers still has the sequence. `last_worker`: incarnation of this worker.
-        `has_failed`: whether the other worker has failed the sequence."""
+        """Record that only one of two workers still has the sequence. `last_worker`: incarnation of the remaining
+        worker. `has_failed`: whether the other worker has failed the sequence."""
         self.apply(Event.HEDGE_ENDED)
         self.last_worker, self.computed = last_worker, True
         self.failures += has_failed
@@ -185,7 +186,7 @@ class Life:
         return reason
 
     def submission_refused(self, tokens: int) -> None:
-        """Record that the worker has refused the sequence. `tokens`: number of tokens emitted before."""
+        """Record that the worker has refused the sequence. `tokens`: number of tokens emitted so far."""
         self.computed = bool(tokens)
 
     def lost(self, link: str, node: str, tokens: int, now: float) -> None:
@@ -199,38 +200,39 @@ class Life:
         loss.tokens, loss.last_at, loss.last_node = tokens, now, node
 
     def acquit(self) -> None:
-        """Forget the losses of the sequence. Other workers were lost too, so the sequence is not the cause."""
+        """Forget the losses of the sequence, because the sequence is not their cause: other workers were lost too."""
         self.loss.links = ()
 
     def restore_losses(self, losses: tuple[str, ...], tokens: int) -> None:
-        """Set the unexpected losses in a row that happened at other gateways. `tokens`: number of tokens emitted so
-        far."""
+        """Record worker losses that happened while the sequence ran at other gateways. `losses`: names of the links to
+        the lost workers. `tokens`: number of tokens emitted so far."""
         self.loss.links, self.loss.tokens = losses, tokens
 
     def fail_worker(self, reason: str, tokens: int) -> bool:
-        """Record that a worker has failed the sequence. Returns whether the sequence now waits for another worker; if
-        not, `max_attempts` workers have failed the sequence, and its call must fail."""
+        """Record that a worker has failed the sequence. Returns True if the sequence now waits for another worker.
+        Returns False if `max_attempts` workers have failed the sequence, so that its call must fail."""
         self.failures += 1
         if self.failures < self.max_attempts:
             self.leave(reason, tokens)
         return self.failures < self.max_attempts
 
     def leave(self, reason: str, tokens: int) -> None:
-        """Leave the worker and wait for another worker. `tokens`: number of tokens emitted so far."""
+        """Leave the worker and wait for another worker. `reason`: the reason of the resume. `tokens`: number of tokens
+        emitted so far."""
         self.attempt += 1
         if tokens:
             self.reason = reason
         self.wait(tokens)
 
     def wait(self, tokens: int) -> None:
-        """Wait again. The sequence waits in the resume queue if it has emitted tokens, has excluded workers or is
-        suspect, else in the waiting room."""
+        """Wait for a worker again. The sequence waits in the resume queue if it has emitted tokens, has excluded
+        workers or is suspect. Otherwise it waits in the waiting room."""
         resumes = tokens or self.excluded or self.suspect(tokens)
         self.apply(Event.RESUME if resumes else Event.RETRY)
 
     def restore(self, worker: str, key: CompatibilityKey | None, tokens: int) -> None:
-        """Continue a sequence that another gateway, or an earlier stream of the call, had on `worker`. `tokens`: number
-        of tokens emitted so far."""
+        """Continue a sequence that ran on `worker`, for another gateway or for an earlier stream of the call. `tokens`:
+        number of tokens emitted so far."""
         self.last_worker, self.compatibility = worker, key
         if tokens:
             self.reason = "gateway"

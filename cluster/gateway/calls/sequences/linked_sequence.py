@@ -1,7 +1,8 @@
-"""A sequence as the links to its workers see it: what happens when a worker accepts or refuses the sequence, fails it,
-or is lost.
+"""A sequence as the links to its workers see it: what happens if a worker accepts the sequence, refuses it, fails it or
+is lost.
 
-A sequence that leaves its worker continues on another worker after the tokens emitted so far, or its call ends.
+A sequence that leaves its worker continues on another worker after the tokens emitted so far. If it cannot continue,
+its call ends.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ Owner = TypeVar("Owner", bound=SequenceOwner)
 
 @dataclass(eq=False, repr=False, slots=True)
 class LinkedSequence(RoutedSequence[Owner]):
-    """A sequence with the events of its workers. A subclass handles the outputs, and so implements the Sink of
-    slots.py."""
+    """A sequence that handles the events of its workers, except for outputs. A subclass handles the outputs, and so
+    implements slots.Sink."""
 
     hedge: Hedge | None = field(init=False, default=None)
     """The slot on a second worker, while the sequence is hedged."""
@@ -31,13 +32,13 @@ class LinkedSequence(RoutedSequence[Owner]):
     # ---- Sink
 
     def accepted(self) -> None:
-        """Record that an engine has accepted the sequence, which is charged from now on."""
+        """Record that an engine has accepted the sequence. From now on, the sequence is charged."""
         self.admitted = True
 
     def refused(self, reason: str, message: str, field: str) -> None:
-        """Handle a refusal by the engine. If the engine had no room, the sequence continues on its second worker, if
-        any, or is queued again. If the engine no longer has the adapter, another worker may continue. Otherwise the
-        request is invalid."""
+        """Handle a refusal by the engine. If the engine had no room, the sequence continues on its second worker if it
+        has one, else it is queued again. If the engine no longer has the adapter, another worker may continue. Any
+        other refusal means that the request is invalid, and the call ends."""
         link, self.link = self.link, None
         self.life.submission_refused(len(self.emitted))
         self.call.events.submission_refused(self)
@@ -69,7 +70,7 @@ class LinkedSequence(RoutedSequence[Owner]):
             self._retry_or_fail(Outcome.WORKER_LOST, "lost", message)
 
     def failed(self, error: BaseException) -> None:
-        """End the call, because the handling of a message for the call raised `error`."""
+        """End the call, because the handling of a message for the sequence raised `error`."""
         self.link = None
         self.call.fail_unexpectedly(error)
 
@@ -88,7 +89,7 @@ class LinkedSequence(RoutedSequence[Owner]):
             self.call.resumed(self, reason)
 
     def _engine_ended(self, finish: FinishReason, link: WorkerLink | None) -> None:
-        """Handle an output that finishes with ERROR or ABORT. If the cause is that no token fits the requested output
+        """Handle an output that ends with ERROR or ABORT. If it ended because no token fits the requested output
         format, the call ends. Otherwise the engine is at fault, and another engine may continue the sequence."""
         if (error := format_error(self.request, finish)) is not None:
             self.call.fail(error)
@@ -100,8 +101,9 @@ class LinkedSequence(RoutedSequence[Owner]):
         self._retry_or_fail(Outcome.INTERNAL, "error", message)
 
     def _retry_or_fail(self, outcome: Outcome, reason: str, message: str) -> None:
-        """Continue on another worker, or end the call with this outcome and message if too many workers have failed the
-        sequence. `reason`: see `end_attempt`."""
+        """Continue on another worker. If too many workers have failed the sequence, end the call with `outcome` and
+        `message` instead. `reason`: why the sequence leaves its worker, such as `lost` or `error`
+        (call_trace.FINISHED)."""
         if self.hedge is not None:
             self.hedge.keep(self.life.last_worker, has_failed=True, why=reason)
             return
@@ -114,7 +116,7 @@ class LinkedSequence(RoutedSequence[Owner]):
     # ---- the scheduler
 
     def move(self) -> None:
-        """Leave the draining worker. Another worker continues after the tokens emitted so far."""
+        """Leave the worker, which is draining. Another worker continues after the tokens emitted so far."""
         if self.hedge is not None:
             self.hedge.keep(self.life.last_worker, has_failed=False, why="moved")
         elif self.link is not None and not self.finish_reason:
@@ -130,7 +132,7 @@ class LinkedSequence(RoutedSequence[Owner]):
             self.leave_engine()
 
     def leave_engine(self) -> None:
-        """Abort the sequence in the engines where it runs."""
+        """Abort the sequence in its engine, and in the second engine while the sequence is hedged."""
         if self.hedge is not None:
             self.hedge.leave()
         RoutedSequence.leave_engine(self)
@@ -138,12 +140,13 @@ class LinkedSequence(RoutedSequence[Owner]):
     # ---- the second worker of a hedged sequence: sequences.hedge.HedgedSequence
 
     def bind_hedge(self, hedge: Hedge) -> None:
-        """See HedgedSequence."""
+        """Record that the request was also sent to a second worker. Implements HedgedSequence."""
         self.life.hedged()
         self.hedge = hedge
 
     def switch_to_hedge(self, hedge: Hedge, why: str) -> None:
-        """See HedgedSequence."""
+        """Leave the first worker, and continue on the second worker in the slot of the hedge. `why`: the reason, such
+        as `lost` or `error` (call_trace.FINISHED). Implements HedgedSequence."""
         RoutedSequence.leave_engine(self)
         self.hedge = None
         self.end_attempt(why)
@@ -152,5 +155,5 @@ class LinkedSequence(RoutedSequence[Owner]):
         self.link, self.slot, self.worker = hedge.link, hedge.slot, hedge.link.identity
 
     def drop_hedge(self) -> None:
-        """See HedgedSequence."""
+        """Continue on the first worker alone, without the hedge. Implements HedgedSequence."""
         self.hedge = None

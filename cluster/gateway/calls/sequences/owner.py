@@ -1,5 +1,4 @@
-"""The part of a call's interface that its sequences use, and the receiver of the sequences' events in the other parts
-of the gateway."""
+"""Interfaces through which a sequence reports what happens to it: to its call, and to the receiver of its events."""
 
 from __future__ import annotations
 
@@ -14,18 +13,19 @@ AnySequence = TypeVar("AnySequence", contravariant=True)
 
 
 class CallEvents(Protocol[AnySequence]):
-    """Receiver of the events of sequences, which passes them to the gateway's scheduler, accounts and metrics. The
-    methods run in a link's reader, so every method must be short and cannot await."""
+    """Receiver of the events of sequences, which passes them to the gateway's scheduler, accounts and metrics. The task
+    that reads a worker's messages calls the methods, so every method must be short and cannot await."""
 
     def requeue(self, sequence: AnySequence) -> None:
-        """Queue the sequence again. The state of the sequence decides between the waiting room and the resume queue."""
+        """Queue the sequence again: in the waiting room or in the resume queue, as the state of the sequence
+        demands."""
 
     def began(self, sequence: AnySequence, cached_tokens: int) -> None:
         """Handle the first output of a sequence that has no tokens yet. `cached_tokens`: number of prompt tokens that
         were in the worker's cache."""
 
     def answered(self, link: WorkerLink) -> None:
-        """Handle the first output that the worker of `link` sends for a sequence, also after a resume."""
+        """Handle the first output that the worker of `link` sends for a sequence. Also called after each resume."""
 
     def worker_failed(self, link: WorkerLink) -> None:
         """Handle a worker whose engine could not continue a sequence."""
@@ -37,24 +37,24 @@ class CallEvents(Protocol[AnySequence]):
         """Handle a worker's refusal of a sequence."""
 
     def finished(self, sequence: AnySequence) -> None:
-        """Handle the end of one of many sequences of a call. The call may go on for a long time."""
+        """Handle the end of one of several sequences of a call. The other sequences may run for a long time."""
 
     def hedge_ended(self, sequence: AnySequence, won: bool, computed_by: str) -> None:
-        """Handle the end of a sequence's hedge. Only one worker keeps the sequence: the second worker if the hedge has
-        `won`, else the first. `computed_by`: incarnation of the worker that drops out; "" if that worker has refused
-        the sequence."""
+        """Handle the end of a sequence's hedge. Only one worker keeps the sequence: if `won`, the second worker, else
+        the first. `computed_by`: incarnation of the worker that drops out; "" if that worker has refused the
+        sequence."""
 
 
 class Notifier(Protocol):
-    """The part of a call's output that the call's sequences use."""
+    """The part of a call's output that the sequences of the call use."""
 
     def wake(self) -> None:
         """Notify the call's API of an update."""
 
 
 class SequenceOwner(Protocol):
-    """The part of a call's interface that its sequences use. The methods run in a link's reader, so every method must
-    be short and cannot await."""
+    """The part of a call's interface that its sequences use. The task that reads a worker's messages calls the methods,
+    so every method must be short and cannot await."""
 
     id: str
     arrived: float
@@ -71,7 +71,7 @@ class SequenceOwner(Protocol):
         """End the call with this error."""
 
     def fail_unexpectedly(self, error: BaseException) -> None:
-        """End the call with INTERNAL, because work for the call raised `error`."""
+        """End the call with the error INTERNAL, because work for the call raised `error`."""
 
     @property
     def output(self) -> Notifier:

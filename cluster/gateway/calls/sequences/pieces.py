@@ -1,4 +1,5 @@
-"""The new output of a sequence since the API last popped a piece: text, parts, log probabilities and the end.
+"""Pieces: the new output of a sequence each time that the API fetches it. A piece has text, parts, log probabilities
+and the end.
 
 A piece is popped when the client can read. A slow client therefore gets the text of several tokens in one piece.
 """
@@ -73,9 +74,9 @@ class PieceBuffer:
     # ---- from the sequence
 
     def restore(self, token_ids: Sequence[int], chars: int, is_finished: bool) -> None:
-        """Continue after these tokens. `chars`: number of characters that another gateway has delivered of their text.
-        `is_finished`: whether that gateway has delivered the end. Raises ValueError if the text is shorter than
-        `chars`, or if the output has guards."""
+        """Continue an output that another gateway has begun. `token_ids`: the tokens so far. `chars`: number of
+        characters of their text that the other gateway has delivered. `is_finished`: whether it has delivered the end
+        of the output. Raises ValueError if the text is shorter than `chars`, or if the output has guards."""
         self._text.restore(token_ids, chars)
         if self._logprob_texts is not None:
             self._logprob_texts.restore(token_ids)
@@ -114,8 +115,8 @@ class PieceBuffer:
         return piece
 
     def pop_text(self) -> str | None:
-        """Return the text since the last piece if there is nothing else to deliver. Returns None otherwise; then `pop`
-        must be called."""
+        """Return the text since the last piece. If there is more to deliver than text, returns None; then `pop` must be
+        called."""
         if not self.more_text or self.logprobs:
             return None
         if self._parsed_text is not None and self._parsed_text.has_parts:
@@ -129,12 +130,12 @@ class PieceBuffer:
 
     @property
     def delivered(self) -> int:
-        """Number of tokens whose text was delivered at least in part."""
+        """Number of tokens whose text was delivered to the caller, wholly or in part."""
         return len(self._token_ids) - (0 if self.end_popped else self._text.pending_tokens())
 
     @property
     def shown(self) -> int:
-        """Number of tokens for which the caller has got text or a log probability."""
+        """Number of tokens for which the caller has received text or a log probability."""
         if self.end_popped or self._logprob_texts is not None:
             return len(self._token_ids)
         return len(self._token_ids) - self._text.pending_tokens()

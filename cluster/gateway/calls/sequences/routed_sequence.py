@@ -1,4 +1,4 @@
-"""A sequence as the scheduler sees it: the request, the worker that runs it, and the workers that it had before.
+"""A sequence as the scheduler sees it: the request, the worker that runs it, and the earlier workers.
 
 life.py decides the state of a sequence; the class in this module acts on the state.
 """
@@ -26,8 +26,8 @@ Owner = TypeVar("Owner", bound=Identified)
 
 @dataclass(eq=False, repr=False, slots=True)
 class RoutedSequence(Generic[Owner]):
-    """The request of one sequence, its life, and its slot on the link to a worker. Between two workers the sequence has
-    no link."""
+    """One sequence: its request, its state, and its slot on the link to its worker. While the sequence waits for a
+    worker, it has no link."""
 
     call: Owner
     index: int
@@ -70,37 +70,41 @@ class RoutedSequence(Generic[Owner]):
 
     @property
     def tokens(self) -> int:
-        """Number of prompt and emitted tokens, all of which a new worker must compute before the next token."""
+        """Number of prompt tokens and emitted tokens together. A new worker must compute all of them before the next
+        token."""
         return len(self.request.prompt_token_ids) + len(self.emitted)
 
     @property
     def silent_since(self) -> float | None:
-        """Monotonic time of the first loss since the sequence's last token, else None."""
+        """Monotonic time of the first worker loss since the sequence's last token; None if no worker was lost since
+        then."""
         return self.life.silent_since(len(self.emitted))
 
     @property
     def suspect(self) -> bool:
-        """Whether the sequence has lost so many workers in a row that it may be the cause; see worker_losses.py."""
+        """Whether the sequence has lost so many workers in a row that it may be the cause of the losses
+        (worker_losses.py)."""
         return self.life.suspect(len(self.emitted))
 
     def set_route(self, route: Route) -> None:
-        """Record the decision by which the sequence is sent next."""
+        """Record the routing decision for the next worker."""
         self.route = route
 
     def restore_losses(self, losses: tuple[str, ...]) -> None:
-        """Set the unexpected losses in a row that happened at other gateways."""
+        """Record worker losses that happened while the sequence ran at other gateways. `losses`: names of the links to
+        the lost workers."""
         self.life.restore_losses(losses, len(self.emitted))
 
     # ---- the worker
 
     def submission(self) -> EngineRequest:
-        """Return the request for the next worker, which includes the tokens emitted so far."""
+        """Return the request for the next worker, including the tokens emitted so far."""
         if not self.emitted:
             return self.request
         return replace(self.request, emitted_token_ids=tuple(self.emitted))
 
     def set_adapter(self, digest: str) -> None:
-        """Set the digest of the adapter, before the request is sent."""
+        """Set the digest of the adapter in the request, before the request is sent."""
         self.request = replace(self.request, adapter=digest)
 
     def bind(self, link: WorkerLink, slot: int, traced: Attempt | None = None) -> None:
@@ -113,7 +117,8 @@ class RoutedSequence(Generic[Owner]):
         self.life.submitted(link.identity.incarnation, key)
 
     def end_attempt(self, reason: str) -> None:
-        """Record that the sequence has left its worker, if the call is sampled. `reason`: see call_trace.FINISHED."""
+        """Record in the call's trace that the sequence has left its worker. Does nothing if the call is not sampled.
+        `reason`: why it has left, such as `lost` or `error` (call_trace.FINISHED)."""
         traced, self.traced = self.traced, None
         if traced is not None:
             traced.end(reason, 0.0 if reason == FINISHED else self.last_token_at)
@@ -127,13 +132,13 @@ class RoutedSequence(Generic[Owner]):
     # ---- the end
 
     def finish(self, reason: str) -> None:
-        """Finish the sequence, which keeps its tokens. `reason`: the finish reason."""
+        """Finish the sequence normally. Its tokens are kept. `reason`: the finish reason."""
         self.finish_reason = reason
         self.life.apply(Event.FINISHED)
         self.end_attempt(FINISHED)
 
     def end(self) -> None:
-        """End the sequence with its call, and abort the sequence in the engine."""
+        """End the sequence because its call ends, and abort the sequence in the engine."""
         self.life.apply(Event.FAILED)
         self.end_attempt("aborted")
         self.leave_engine()

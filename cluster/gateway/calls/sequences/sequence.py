@@ -1,8 +1,8 @@
-"""An output sequence, one of the n outputs of a call. The tokens arrive from the link and become text. The text waits
-for the API or is passed directly to the API.
+"""An output sequence, one of the n outputs of a call. The tokens arrive on the link from the worker and become text.
+The text waits for the API or is passed directly to the API.
 
 Tokens become text when they arrive, not when the client reads. So a stop string ends the engine's work at once, even if
-the client is slow. A slow client gets several tokens in one piece.
+the client is slow. A slow client gets the text of several tokens in one piece.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ Owner = TypeVar("Owner", bound=SequenceOwner)
 
 @dataclass(eq=False, repr=False, slots=True)
 class OutputSequence(LinkedSequence[Owner]):
-    """An output sequence, one of the n outputs of a call. Implements the Sink of slots.py."""
+    """An output sequence, one of the n outputs of a call. Receives the worker's messages for this output (implements
+    slots.Sink)."""
 
     detokenizer: TextSource
     logprob_texts: LogprobSource | None = None
@@ -73,8 +74,8 @@ class OutputSequence(LinkedSequence[Owner]):
             self.finish("length")  # the last token was delivered, the end was not
 
     def take_over_tokens(self, token_ids: Sequence[int], life: Life) -> None:
-        """Add tokens that an earlier stream of the call has received at this gateway after the restored tokens, so that
-        they are not computed again. `life`: life of the sequence in that stream."""
+        """Add tokens that follow the restored tokens, so that they are not computed again. An earlier stream of the
+        call at this gateway has received these tokens. `life`: state of the sequence in that stream."""
         stop = self.detokenizer.push(token_ids)
         self.restored = len(self.emitted)
         self.life.restore(life.last_worker, life.compatibility, len(self.emitted))
@@ -123,8 +124,8 @@ class OutputSequence(LinkedSequence[Owner]):
             self.call_output.wake()
 
     def _accept_parsers(self, parsed_text: ParsedText, output: TokenOutput) -> bool:
-        """Return whether the worker that sent a first output has the parsers of the earlier workers of the sequence. If
-        not, the sequence leaves this worker, and another worker continues."""
+        """Return whether the worker that sent a first output has the same parsers as the earlier workers of the
+        sequence. If not, the sequence leaves this worker, and another worker continues."""
         link = self.link
         capabilities = link.info.capabilities if link is not None and output.parsed is not None else ()
         if parsed_text.parsers.accept(capabilities, parsed_text.is_parsed):
@@ -138,8 +139,9 @@ class OutputSequence(LinkedSequence[Owner]):
         return False
 
     def _reject(self, reason: str, message: str, field: str) -> None:
-        """See LinkedSequence. If an earlier worker has begun to parse the output and this worker refuses the tools, the
-        parsers of the two workers differ, and another worker may continue."""
+        """End the call, because the engine has refused the request as invalid. Exception: if this worker refuses the
+        tools after an earlier worker has begun to parse the output, the two workers have different parsers, and another
+        worker may continue."""
         if field == "tools" and self.parsed_text is not None and self.parsed_text.is_parsed:
             self.life.exclude(self.life.last_worker)
             self._retry_or_fail(Outcome.RESUME_UNSUPPORTED, "error", _NO_SUCH_PARSER)
@@ -147,8 +149,8 @@ class OutputSequence(LinkedSequence[Owner]):
             LinkedSequence._reject(self, reason, message, field)
 
     def _push_parsed(self, parsed_text: ParsedText, output: TokenOutput) -> str | None:
-        """Add the tokens of one engine step to the text. Returns the stop string that has ended the text, or GUARD if a
-        guard has ended the text; None while the text goes on."""
+        """Add the tokens of one engine step to the text. Returns None while the text continues. If a stop string has
+        ended the text, returns that stop string; if a guard has ended it, returns GUARD."""
         ends = output.finish is FinishReason.STOP
         stop = parsed_text.push_parsed(output.token_ids, output.parsed, ends, output.prompt_tokens is not None)
         if output.parsed is not None and output.parsed.reasoning_tokens:
@@ -159,7 +161,7 @@ class OutputSequence(LinkedSequence[Owner]):
         return stop
 
     def token(self, token_id: int, now: float) -> None:
-        """Handle a step's only token, as a fast path of `output`. Never called for the first token."""
+        """Handle the only token of an engine step, as a fast path of `output`. Never called for the first token."""
         self.last_token_at = now
         direct = self.direct
         if direct is not None:
@@ -174,7 +176,8 @@ class OutputSequence(LinkedSequence[Owner]):
         self.call_output.wake()
 
     def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
-        """Handle a step's only token and its parts, as a fast path of `output`. Never called for the first token."""
+        """Handle the only token of an engine step and the parts that the worker's parser made of it, as a fast path of
+        `output`. Never called for the first token."""
         parsed_text = self.parsed_text
         if parsed_text is None:  # no parts were asked for
             self.token(token_id, now)
@@ -192,8 +195,9 @@ class OutputSequence(LinkedSequence[Owner]):
         self.call_output.wake()
 
     def go_direct(self, direct: Callable[[str], None]) -> None:
-        """Pass the text of each further token to `direct`. Does nothing before the first piece was popped, after the
-        end of the output, with log probabilities, while parts wait, or if stop strings or guards search the text."""
+        """Pass the text of each further token to `direct`. Has no effect before the first piece was popped, after the
+        end of the output, if log probabilities are wanted, while parts wait, or if stop strings or guards search the
+        text."""
         if self.logprob_texts is not None or not self.pieces.more_text:
             return
         if not self.detokenizer.searches_text:
@@ -206,7 +210,7 @@ class OutputSequence(LinkedSequence[Owner]):
         self.direct = self.direct_content = None
 
     def give_back(self, text: str) -> None:
-        """Put back the text that was just passed to `direct`. This text and all further text is kept for the next
+        """Put back the text that was just passed to `direct`. Keep this text and all further text for the next
         piece."""
         self.stop_direct()
         self.detokenizer.push_back(text)
@@ -214,8 +218,8 @@ class OutputSequence(LinkedSequence[Owner]):
     # ---- the end
 
     def finish(self, reason: str, stop_string: str = "") -> None:
-        """Finish the sequence, which keeps its tokens. `reason`: the finish reason. `stop_string`: the stop string that
-        has ended the sequence."""
+        """Finish the sequence normally. Its tokens are kept. `reason`: the finish reason. `stop_string`: the stop
+        string that has ended the sequence, if any."""
         RoutedSequence.finish(self, reason)
         self.stop_direct()
         self.pieces.finish(reason, stop_string)
@@ -230,7 +234,8 @@ class OutputSequence(LinkedSequence[Owner]):
         self.leave_engine()
 
     def unlink_call(self) -> None:
-        """See RoutedSequence."""
+        """Drop the reference to the ended call, so that the call and the sequence are freed without the garbage
+        collector."""
         RoutedSequence.unlink_call(self)
         del self.call_output
 
@@ -238,10 +243,10 @@ class OutputSequence(LinkedSequence[Owner]):
 
     @property
     def delivered(self) -> int:
-        """Number of tokens whose text was delivered at least in part."""
+        """Number of tokens whose text was delivered to the caller, wholly or in part."""
         return self.pieces.delivered
 
     @property
     def tool_parser(self) -> str:
-        """vLLM's name of the tool parser with which the worker parses the output; "" if there is none."""
+        """Name in vLLM of the tool parser with which the worker parses the output; "" if there is none."""
         return "" if self.parsed_text is None else self.parsed_text.parsers.tool_parser

@@ -1,8 +1,8 @@
-"""Access to the console: the session to which a request belongs, whether this session is still valid, and what the
-request may do.
+"""Access to the console: which session a request belongs to, whether the session is still valid, and what the request
+may do.
 
 Every request is checked anew against the current tenants and keys. A request from another site is refused because of
-its headers `origin` and `sec-fetch-site`, before its session is looked up; a POST must also hold the CSRF token of its
+its headers `origin` and `sec-fetch-site`, before its session is looked up. A POST must also hold the CSRF token of its
 session. Without `auth` the console serves everybody who reaches the port. The header `host` must then be an IP address,
 `localhost` or the host of `public_url`, because an attacker's DNS server can resolve any other name to this gateway's
 address.
@@ -74,8 +74,8 @@ class ConsoleAccess:
     # ---- requests
 
     def check_site(self, exchange: Exchange) -> None:
-        """Raise Refused for a request that another site has caused or, without `auth`, for a `host` that is not
-        allowed."""
+        """Raise Refused for a request that another site has caused. Without `auth`, also raise Refused for a header
+        `host` that is not allowed."""
         host = exchange.header(b"host").lower()
         if not self.has_auth and host != self._public_host and not _is_address(host):
             raise Refused(
@@ -106,13 +106,13 @@ class ConsoleAccess:
             raise Refused(403, "csrf", "the header x-csrf-token must hold the session's token (GET /console/session)")
 
     def session(self, exchange: Exchange) -> ConsoleSession | None:
-        """Return the session in a request's cookie; None if there is no valid cookie. `check` must then check the
-        session's key, tenant and role."""
+        """Return the session in a request's cookie; None if there is no valid cookie. The session's key, tenant and
+        role are not checked here, so `check` must follow."""
         return self._cookie.open(cookie_in(exchange.header(b"cookie"), self._cookie.name), self._wall())
 
     def check(self, session: ConsoleSession) -> Viewer:
-        """Return the viewer of a session. Raises CallError if the session has expired, its key or tenant may no longer
-        be used, or its role may not sign in."""
+        """Return the viewer of a session. Raises CallError if the session has expired, if its key or tenant may no
+        longer be used, or if its role may not sign in."""
         now_s = self._wall()
         if now_s >= session.expires_at_s or (session.by == "nobody") != (self._tenants is None):
             raise CallError(Outcome.UNAUTHENTICATED_KEY, SIGNED_OUT)
@@ -138,8 +138,8 @@ class ConsoleAccess:
     # ---- sessions
 
     def begin(self, by: str, principal: Principal, digest: bytes = b"") -> ConsoleSession:
-        """Return a new session. `by`: the kind of credential, see ConsoleSession. `digest`: the stored digest of the
-        key, if a key signed in."""
+        """Return a new session. `by`: the kind of credential: `key`, `jwt`, or `nobody` at a gateway without `auth`.
+        `digest`: the stored digest of the key, if the credential is a key."""
         expires_at_s = self._wall() + self._settings.session_s
         return ConsoleSession.begin(
             by,

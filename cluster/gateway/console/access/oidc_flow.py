@@ -74,14 +74,14 @@ class FlowState:
 
     @classmethod
     def from_json(cls, value: Any) -> FlowState | None:
-        """Return the state that the value of a cookie holds; None if the value is not a state."""
+        """Return the state of a sign-in from the value of a cookie; None if the value is not valid."""
         kinds = [str, str, str, float]
         if not isinstance(value, list) or [type(part) for part in value] != kinds:
             return None
         return cls(*value)
 
     def as_json(self) -> list[Any]:
-        """Return the value of the cookie; `from_json` is the inverse."""
+        """Return the state as the value of a cookie; `from_json` is the inverse."""
         return list(astuple(self))
 
     def challenge(self) -> str:
@@ -103,8 +103,8 @@ class OidcFlow:
         fetch: Fetch = fetch_json,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`issuer`: the issuer with the console's client id as audience. Raises ValueError if the file of the client
-        secret cannot be read."""
+        """`issuer`: the issuer, with the console's client id as the audience of its tokens. Raises ValueError if the
+        file of the client secret cannot be read."""
         self._settings = settings
         self._redirect_uri = public_url + OIDC_CALLBACK
         self._verifier = OidcVerifier([issuer], fetch=fetch)
@@ -134,8 +134,8 @@ class OidcFlow:
         return f"{endpoint}{separator}{urllib.parse.urlencode(query)}"
 
     async def finish(self, flow: FlowState, answer: Mapping[str, str], now_s: float) -> TokenClaims:
-        """Exchange the code in the issuer's answer for an ID token, and return the claims of the token. `answer`: the
-        query of the redirect back. Raises FlowError."""
+        """Exchange the code in the issuer's answer for an ID token, and return the token's claims. `answer`: the query
+        parameters with which the issuer has redirected the browser back. Raises FlowError."""
         if now_s >= flow.expires_at_s:
             raise FlowError("expired")
         if not hmac.compare_digest(answer.get("state", "").encode(), flow.state.encode()):
@@ -237,7 +237,7 @@ class OidcFlow:
 
 
 def _secret_in(file: Path) -> str:
-    """Return the client secret in a file. Raises ValueError, which never contains the secret."""
+    """Return the client secret in a file. Raises ValueError if there is none; the error never contains the secret."""
     setting = "gateway.console.oidc.client_secret_file"
     try:
         secret = file.read_text().strip()

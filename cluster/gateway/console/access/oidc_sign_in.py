@@ -1,4 +1,4 @@
-"""The endpoints of sign-in with an OpenID issuer. A failed sign-in leads back to the page, which shows the reason."""
+"""The endpoints of sign-in with an OpenID issuer. After a failed sign-in, the console's page shows the reason."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class OidcSignIn:
         self._wall = wall
 
     async def start(self, exchange: Exchange) -> None:
-        """Send the browser to the issuer."""
+        """Redirect the browser to the issuer's sign-in page."""
         self._limits.check(address_of(exchange), self._clock())
         state = FlowState.begin(self._wall())
         try:
@@ -66,7 +66,8 @@ class OidcSignIn:
         await _redirect(exchange, url, self._flow_cookie(self._cookie.seal(state.as_json()), FLOW_S))
 
     async def finish(self, exchange: Exchange) -> None:
-        """Begin a session for the person whom the issuer sends back, and send the browser to the page."""
+        """Begin a session for the person who has signed in at the issuer, and redirect the browser to the console's
+        page."""
         self._limits.check(address_of(exchange), self._clock())
         try:
             session_cookie = await self._session_cookie(exchange)

@@ -2,7 +2,7 @@
 process of any gateway.
 
 A session holds the id of the key or the subject that signed in, never the key itself. access.py looks the key or the
-tenant up again for each request, so a session whose key is revoked or whose tenant is suspended ends at its next
+tenant up again for each request. So if the key is revoked or the tenant is suspended, the session ends at its next
 request.
 """
 
@@ -53,12 +53,12 @@ class ConsoleSession:
 
 
 class SealedCookie:
-    """A kind of cookie whose values are sealed under the cluster's secrets. Values are sealed under the first secret
-    and opened under any of the secrets."""
+    """A kind of cookie with sealed values. Values are sealed under the first of the cluster's secrets, and opened under
+    any of them."""
 
     def __init__(self, secrets: Callable[[], Sequence[bytes]], purpose: str) -> None:
-        """`secrets`: returns the secrets when they are first needed; raises ValueError or OSError if there is none.
-        `purpose`: separates the kinds of cookies, so that one kind is never accepted as another."""
+        """`secrets`: returns the secrets. It is called when they are first needed, and raises ValueError or OSError if
+        there are none. `purpose`: separates the kinds of cookies, so that one kind is never accepted as another."""
         self._secrets = secrets
         self._purpose = purpose
 
@@ -72,11 +72,12 @@ class SealedCookie:
             raise CallError(Outcome.STORE_UNAVAILABLE, f"the console has no secret for its sessions: {error}") from None
 
     def seal(self, value: Any) -> str:
-        """Return a JSON value as the text of a cookie. Raises CallError if there is no secret, as `open` does."""
+        """Return a JSON value as the text of a cookie. Raises CallError if there is no secret."""
         return base64.urlsafe_b64encode(self._envelopes.seal(orjson.dumps(value))).decode().rstrip("=")
 
     def open(self, text: str) -> Any:
-        """Return the value of a cookie; None if it was not sealed under these secrets, or was changed."""
+        """Return the value of a cookie; None if the cookie was changed or not sealed under these secrets. Raises
+        CallError if there is no secret."""
         from cluster.ledger.usage.sealed_records import SealError
 
         if not text or len(text) > MAX_COOKIE_CHARS or not text.isascii():
@@ -100,7 +101,7 @@ class SessionCookie:
         return self._sealed.seal(astuple(session))
 
     def open(self, text: str, now_s: float) -> ConsoleSession | None:
-        """Return the session of a cookie; None for a forged, changed or expired one."""
+        """Return the session of a cookie; None if the cookie is forged or changed, or the session has expired."""
         value = self._sealed.open(text)
         if not isinstance(value, list) or len(value) != len(ConsoleSession.__slots__):
             return None
@@ -111,8 +112,8 @@ class SessionCookie:
 
 
 def cookie_name(is_secure: bool, suffix: str = "") -> str:
-    """Return the name of a cookie. With TLS the name has the prefix `__Host-`: browsers accept such a cookie only over
-    TLS and from the host itself."""
+    """Return the name of a cookie. With TLS the name has the prefix `__Host-`, because browsers accept a cookie with
+    this prefix only over TLS and from the host itself."""
     return f"{'__Host-' if is_secure else ''}headrace{suffix}"
 
 

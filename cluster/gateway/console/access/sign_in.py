@@ -41,7 +41,7 @@ OIDC_CALLBACK: Final = f"{OIDC_START}/callback"
 
 class FailureLimits:
     """The limits of failed sign-ins, one for each source. A source is an IPv4 address, or the network of an IPv6
-    address. `now`: monotonic seconds."""
+    address. All times are monotonic seconds."""
 
     def __init__(self) -> None:
         self._buckets: dict[str, Bucket] = {}
@@ -56,8 +56,8 @@ class FailureLimits:
             )
 
     def count(self, address: str, now: float) -> None:
-        """Count a failed sign-in. If there are more than MAX_SOURCES sources, the one whose last failure is the oldest
-        is forgotten."""
+        """Count a failed sign-in. If there are more than MAX_SOURCES sources, forget the source whose last failure is
+        the oldest."""
         source = _source(address)
         bucket = self._buckets.pop(source, None) or Bucket(FAILURES_PER_S, FAILURES, now)
         bucket.charge(1, now)
@@ -88,7 +88,7 @@ class KeySignIn:
         limits: FailureLimits,
         clock: Callable[[], float],
     ) -> None:
-        """`limits`: shared by all ways to sign in. `clock`: monotonic seconds."""
+        """`limits`: the limits of failed sign-ins, which all ways to sign in share. `clock`: monotonic seconds."""
         self._access = access
         self._tenants = tenants
         self._bodies = bodies

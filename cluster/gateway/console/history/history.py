@@ -1,13 +1,14 @@
 """The last hour of a gateway process in memory: one value of each series every STEP_S, by model and by tenant.
 
-Problem: the console plots an hour without Prometheus, in bounded memory, and several gateways must add their values.
+Problem: the console plots an hour without Prometheus, in bounded memory, and the values of several gateways must be
+added.
 
 Method: a table keeps its values in arrays of float32, which are allocated for BLOCK keys at a time and never copied.
-The value of a step is stored at the index (number of the step) modulo STEPS. For times to first token the counts of the
-histogram's buckets are kept instead of percentiles, since the counts of several gateways can be added. A missing value
-is NaN in an array, and null in an answer.
+The value of a step is stored at the index (number of the step) modulo STEPS. For times to first token, the counts of a
+histogram are kept instead of percentiles, since the counts of several gateways can be added. A missing value is NaN in
+an array, and null in an answer.
 
-Invariants: at most MAX_MODELS models and MAX_TENANTS tenants have series; when one more is added, the model or tenant
+Invariants: at most MAX_MODELS models and MAX_TENANTS tenants have series. When one more is added, the model or tenant
 whose last value is the oldest is forgotten. The arrays of 1,000 tenants and 100 models take 30 MiB (test_history.py
 measures them with tracemalloc): 7 numbers a tenant and 32 a model, for 720 steps of 5 s.
 
@@ -62,7 +63,7 @@ SERIES: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 class Table:
-    """The values of many keys, which are models or tenants. All keys have the same columns."""
+    """The values of many keys. A key is a model or a tenant. All keys have the same columns."""
 
     def __init__(self, columns: Sequence[str], max_keys: int) -> None:
         self.columns = {name: at for at, name in enumerate(columns)}
@@ -82,8 +83,8 @@ class Table:
         return sum(block.nbytes for block in self._blocks)
 
     def put(self, key: str, step: int, values: Sequence[float]) -> None:
-        """Set the values of a key at a step, in the order of the columns. The values are ignored if the key has values
-        of a later step."""
+        """Set the values of a key at a step, in the order of the columns. If the key already has values of a later
+        step, the new values are ignored."""
         row = self._rows.get(key)
         if row is None:
             row = self._add(key, step)
@@ -98,7 +99,7 @@ class Table:
         self._last[key] = step
 
     def forget_older(self, step: int) -> None:
-        """Forget the keys without a value within the hour before a step."""
+        """Forget each key that has no value within the hour before `step`."""
         for key in [key for key, last in self._last.items() if step - last >= STEPS]:
             self._drop(key)
 
@@ -119,7 +120,8 @@ class Table:
         del self._last[key]
 
     def read(self, key: str, columns: Sequence[str], first: int, last: int) -> Values:
-        """Return the values of a key, one row per column, from step `first` to `last`, both included."""
+        """Return the values of a key from step `first` to step `last`, both included: one row per column, one value per
+        step."""
         out = np.full((len(columns), last - first + 1), np.nan, np.float32)
         row = self._rows.get(key)
         if row is None:
@@ -154,7 +156,7 @@ class History:
         return self.models.nbytes + self.tenants.nbytes
 
     def forget_older(self, at_s: float) -> None:
-        """Forget the keys without a value in the hour before a time."""
+        """Forget each model and tenant that has no value within the hour before the time `at_s`."""
         step = int(at_s // STEP_S)
         self.models.forget_older(step)
         self.tenants.forget_older(step)
@@ -175,13 +177,13 @@ class History:
 
 
 def columns_of(series: Iterable[str]) -> list[str]:
-    """Return the columns from which series are computed."""
+    """Return the names of the columns that are needed to compute these series."""
     return list(dict.fromkeys(column for name in series for column in SERIES[name]))
 
 
 def add(columns: Sequence[str], out: Values, values: Values) -> None:
-    """Add `values` to `out`, column by column and step by step. In the columns LARGEST the larger value is kept instead
-    of the sum. If one of the two values is NaN, the result is the other value."""
+    """Add `values` to `out`, column by column and step by step. In the columns LARGEST, the larger value is kept
+    instead of the sum. If one of the two values is NaN, the other value is kept."""
     both = np.fmax(out, values)  # if one of two values is NaN, the other
     is_sum = np.array([name not in LARGEST for name in columns])[:, None] & ~np.isnan(out) & ~np.isnan(values)
     np.copyto(out, np.where(is_sum, out + values, both))

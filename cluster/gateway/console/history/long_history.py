@@ -1,9 +1,9 @@
-"""Plots of more than an hour, from the Prometheus in `gateway.console.prometheus_url`.
+"""Plots of more than an hour, from the Prometheus server in `gateway.console.prometheus_url`.
 
-A request names series and a model or a tenant, never an expression: the gateway writes the query, restricted to the
-tenant that the viewer may see. The answer has the same form as for the last hour (feed.py). For a tenant, Prometheus
-has only tokens, requests and cache hits, and only if the tenant is among the first `observe.max_tenant_series`. All
-other values are null.
+A request names series and a model or a tenant, but never a Prometheus expression. The gateway writes the expression,
+and restricts it to the tenant that the viewer may see. The answer has the same form as for the last hour (feed.py). For
+a tenant, Prometheus has only tokens, requests and cache hits, and only if the tenant is among the first
+`observe.max_tenant_series`. All other values are null.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class Range:
         return self.first_s + (self.points - 1) * self.step_s
 
     def values(self, pairs: Sequence[Sequence[Any]]) -> list[float | None]:
-        """Return one value for each time of the range; None for a time without a value. `pairs`: times and values as
-        Prometheus returns them, the values as texts."""
+        """Return one value for each time of the range; None for a time without a value. `pairs`: times and values from
+        Prometheus. The values are texts."""
         out: list[float | None] = [None] * self.points
         for at_s, text in pairs:
             place, value = round((float(at_s) - self.first_s) / self.step_s), float(text)
@@ -133,7 +133,7 @@ class LongHistory:
         return seconds.isascii() and seconds.isdecimal() and len(seconds) <= 9 and int(seconds) > HOUR_S
 
     async def answer(self, exchange: Exchange, viewer: Viewer) -> None:
-        """Answer with series that cover an hour to a year. Raises CallError."""
+        """Answer with the values of series over a time of one hour to one year. Raises CallError."""
         fields = _fields(exchange)
         seconds = int(fields["seconds"])
         if seconds > MAX_SECONDS:
@@ -174,7 +174,8 @@ class LongHistory:
 
 
 def expression_of(plot: Plot, labels: Mapping[str, str], times: Range) -> str:
-    """Return the expression of a series with a selector for the labels; labels with an empty value are left out."""
+    """Return the Prometheus expression of a plot, restricted to the given labels. Labels with an empty value are left
+    out."""
     pairs = [f'{name}="{_escaped(value)}"' for name, value in labels.items() if value]
     window = f"{max(2 * times.step_s, 60)}s"
     return plot.expression.replace("{w}", window).replace("{s}", "{" + ",".join(pairs) + "}")

@@ -18,7 +18,8 @@ MAX_STEPS: Final = 720
 
 
 class HistorySampler:
-    """Adds samples to the history of one gateway process. Keeps the snapshot of the last sample for comparison."""
+    """Adds samples to the history of one gateway process. Keeps the snapshot of the last sample, with which the next
+    snapshot is compared."""
 
     def __init__(self) -> None:
         self._history: History | None = None
@@ -31,8 +32,8 @@ class HistorySampler:
         return self._history
 
     async def sample(self, shot: Snapshot) -> None:
-        """Add a sample that covers the time since the last sample, at most one in each step of the history. Nothing is
-        added before numpy is imported (deferred_imports.py)."""
+        """Add a sample that covers the time since the last sample. A second sample in the same step of the history is
+        ignored, and so are samples before numpy is imported (deferred_imports.py)."""
         step = int(shot.epoch_s // STEP_S)
         if step == self._step:
             return
@@ -100,8 +101,8 @@ def _cost_per_h(tally: Tally, past: Tally, interval_s: float) -> float:
 
 
 async def query_columns(history: History | None, query: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Return this process's columns for a query (feed.py); none before the first sample. Raises ValueError for a query
-    of more than an hour."""
+    """Return this process's columns for a query (feed.py); no columns before the first sample. Raises ValueError for a
+    query of more than an hour."""
     if history is None:
         return {}
     first, last = int(query["first"]), int(query["last"])

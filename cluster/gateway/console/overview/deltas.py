@@ -1,4 +1,4 @@
-"""Differences between two documents of the overview, by row.
+"""Differences between two documents of the overview, row by row.
 
 Invariants: `apply(before, difference(before, after))` equals `after` except for the order of rows. If only the time has
 changed, the difference is small, whatever the size of the document.
@@ -24,13 +24,13 @@ Index = dict[str, dict[str, Row]]
 
 
 def index_of(document: Document) -> Index:
-    """Return the rows of a document by list and id."""
+    """Return the rows of a document, keyed by the name of their list, then by their id."""
     return {name: {row["id"]: row for row in document[name]} for name in LISTS}
 
 
 async def difference(before: Document, old: Index, after: Document, new: Index) -> Document:
-    """Return the changes from the document `before` to the document `after`. `old` and `new`: the rows of `before` and
-    of `after`, see `index_of`. A list without a change is left out; the time `at` is always included."""
+    """Return the changes from the document `before` to the document `after`. A list without a change is left out; the
+    time `at` is always included. `old` and `new`: the results of `index_of` for `before` and for `after`."""
     changes: Document = {"at": after["at"]}
     for name in LISTS:
         past, present = old[name], new[name]

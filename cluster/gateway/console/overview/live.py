@@ -78,7 +78,7 @@ class Subscriber:
             self.on_cut()
 
     async def next_event(self) -> tuple[bytes, bytes]:
-        """Wait for the next event."""
+        """Wait for the next event and return it."""
         return await self._events.get()
 
 
@@ -88,7 +88,7 @@ def _nothing() -> None:
 
 @dataclass(slots=True)
 class _View:
-    """The subscribers with the same tenant, and the document that they see."""
+    """The subscribers that may see the same tenant, and the document that they see."""
 
     subscribers: set[Subscriber] = field(default_factory=set)
     new: set[Subscriber] = field(default_factory=set)
@@ -100,7 +100,8 @@ class _View:
 class LiveOverview:
     """Makes the documents of one gateway process and sends them to the subscribers.
 
-    All requests that wait for a document at the same time get the same document. The same holds for parts."""
+    Requests that wait for a document at the same time all get the same document. The same is true for parts.
+    """
 
     def __init__(
         self,
@@ -178,7 +179,7 @@ class LiveOverview:
                 subscriber.push(END, b'{"reason":"stopping"}')
 
     async def document(self, tenant: str) -> Document:
-        """Return the present document. `tenant`: the only tenant that the viewer may see, "" for all tenants."""
+        """Return the document as of now. `tenant`: the only tenant that the viewer may see, "" for all tenants."""
         document = self._document
         if document is None or self._clock() - self._made_at > self._fresh_s:
             document = await self._wait(self._waiters)
@@ -186,12 +187,12 @@ class LiveOverview:
 
     @property
     def _fresh_s(self) -> float:
-        """Age in seconds up to which the last document and the last part are returned again. While there are
+        """Greatest age in seconds at which the last document and the last part are still returned. While there are
         subscribers, this is one tick, since every tick makes a new document and a new part."""
         return TICK_S if self._views else FRESH_S
 
     async def part(self) -> Part:
-        """Return this process's present part of the overview. Other processes request this part."""
+        """Return this process's part of the overview, as of now. Other gateway processes request this part."""
         part = self._part
         if part is None or self._clock() - self._made_at > self._fresh_s:
             part = await self._wait(self._part_waiters)
@@ -223,7 +224,7 @@ class LiveOverview:
             await self.peers.close()
 
     async def _rest(self) -> None:
-        """Wait until the next tick is due. A new subscriber or request can make the tick due earlier."""
+        """Wait until the next tick is due. A new subscriber or request can bring the next tick forward."""
         while (left_s := self._due_in_s()) > 0:
             self._wake.clear()
             try:
@@ -284,7 +285,7 @@ class LiveOverview:
         return document
 
     async def _show(self, tenant: str, view: _View, document: Document) -> None:
-        """Push the changes to the subscribers of a view, and the whole document to its new subscribers."""
+        """Send the changes to the subscribers of a view. New subscribers get the whole document instead."""
         from cluster.gateway.console.overview import deltas
 
         before, old = view.document, view.index
@@ -307,7 +308,7 @@ class LiveOverview:
 
 
 def _answer(waiters: list[asyncio.Future[_T]], value: _T) -> None:
-    """Wake each waiting request with the document or the part that it asked for."""
+    """Give each waiting request the document or the part that it has asked for."""
     for waiter in waiters:
         if not waiter.done():  # else its request was cancelled
             waiter.set_result(value)
@@ -315,7 +316,7 @@ def _answer(waiters: list[asyncio.Future[_T]], value: _T) -> None:
 
 
 def _fail(waiters: list[asyncio.Future[_T]]) -> None:
-    """Wake each waiting request with an error."""
+    """End each waiting request with an error."""
     for waiter in waiters:
         if not waiter.done():
             waiter.set_exception(CallError(Outcome.INTERNAL, "the overview could not be made; the log says why"))

@@ -1,5 +1,6 @@
-"""Workers whose links have ended unexpectedly. Each is kept for a minute, together with the number of its sequences
-that other workers have resumed."""
+"""Workers whose links have ended unexpectedly. Each worker is kept for a minute, together with the number of its
+sequences that other workers have resumed.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ class LostWorker:
 
 
 class LostWorkers:
-    """The lost workers of one gateway process by worker id."""
+    """The lost workers of one gateway process, keyed by worker id."""
 
     def __init__(self) -> None:
         self._workers: dict[str, LostWorker] = {}
@@ -37,7 +38,7 @@ class LostWorkers:
         may leave a link before the link's end is reported here."""
 
     def link_down(self, link: WorkerLink, why: str, now: float) -> None:
-        """Record the end of a link. A worker that has drained is not lost."""
+        """Record the end of a link. The worker counts as lost if it was not draining."""
         if link.draining:
             return
         if len(self._workers) >= MAX_LOST:
@@ -51,11 +52,11 @@ class LostWorkers:
         self._workers[link.identity.worker_id] = LostWorker(link.name, row, now, self._resent.pop(link.name, 0))
 
     def link_up(self, link: WorkerLink) -> None:
-        """Record that a worker is linked: it is not lost any more."""
+        """Record that a worker is linked again, so that it no longer counts as lost."""
         self._workers.pop(link.identity.worker_id, None)
 
     def resent(self, lost_link: str) -> None:
-        """Record that a sequence that was lost with the link `lost_link` was sent to another worker."""
+        """Record that a sequence was sent to another worker after it was lost with the link `lost_link`."""
         lost = self._workers.get(lost_link.rsplit("/", 2)[0])
         if lost is not None and lost.link == lost_link:
             lost.resumed += 1
@@ -65,7 +66,7 @@ class LostWorkers:
         self._resent[lost_link] = self._resent.get(lost_link, 0) + 1
 
     def current(self, now: float) -> Sequence[LostWorker]:
-        """Return the workers that were lost within KEPT_S, and forget the others."""
+        """Return the workers that were lost within the last KEPT_S, and forget the others."""
         for worker_id, lost in list(self._workers.items()):
             if now - lost.at > KEPT_S:
                 del self._workers[worker_id]

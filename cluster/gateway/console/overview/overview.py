@@ -1,10 +1,10 @@
 """The overview: one document about the whole cluster, merged from the parts of gateway processes, and what each viewer
 may see of it.
 
-Invariants of `merge`: the order of the parts does not matter, and of several parts of one gateway only the newest
-counts. A worker has one row, however many gateways report it. Rows from gateways that are linked to the worker are
-preferred to rows from gateways that have lost it; of the preferred rows, the newest is used. A call has one row, from
-the gateway where it arrived last, since a call may resume at another gateway under the same id.
+Invariants of `merge`: the order of the parts does not matter. If there are several parts of one gateway, only the
+newest counts. A worker has one row, however many gateways report it. Rows from gateways that are linked to the worker
+are preferred to rows from gateways that have lost it; of the preferred rows, the newest is used. A call has one row,
+from the gateway where it arrived last, since a call may resume at another gateway under the same id.
 
 Invariant of `view_of`: a viewer of one tenant gets no name of another tenant, of a worker or of a gateway, and no
 number that counts other tenants' calls. Only the fields that this module lists are shown, so a new field is hidden
@@ -39,8 +39,8 @@ _OPEN_MODEL: Final = ("id", "state", "progress", "frozen")
 
 
 def newest(parts: Iterable[Part]) -> Sequence[Part]:
-    """Return the newest part of each gateway, in the order of the gateways' ids. Parts of another format are left
-    out."""
+    """Return the newest part of each gateway, in the order of the gateways' ids. Parts in another format are
+    ignored."""
     by_gateway: dict[str, Part] = {}
     for part in parts:
         if part.get("format") == FORMAT:
@@ -52,8 +52,8 @@ def newest(parts: Iterable[Part]) -> Sequence[Part]:
 
 
 async def merge(parts: Iterable[Part], at: float, has_cost: bool = True) -> Document:
-    """Return the document without `scaling`, `cluster` and `version`. `at`: seconds since the epoch. `has_cost`:
-    whether GPU-seconds have prices."""
+    """Merge the parts into one document. Its fields `scaling`, `cluster` and `version` are added later. `at`: seconds
+    since the epoch. `has_cost`: whether GPU-seconds have prices."""
     chosen = newest(parts)
     ages = [age + max(at - part["at"], 0.0) for part in chosen if (age := part["controller_age_s"]) is not None]
     return {
@@ -75,7 +75,7 @@ async def merge(parts: Iterable[Part], at: float, has_cost: bool = True) -> Docu
 
 
 def _models(parts: Sequence[Part]) -> Iterator[Row]:
-    """Yield one row per model. The fields from the catalog and the links are those of the newest part that has the
+    """Yield one row per model. The fields from the catalog and the links come from the newest part that has the
     model."""
     rows: dict[str, list[tuple[Part, Row]]] = {}
     for part in parts:
@@ -126,7 +126,7 @@ def quantile(counts: Sequence[float], part: float, bounds: Sequence[float] = TTF
 
 
 def _workers(parts: Sequence[Part]) -> Iterator[Row]:
-    """Yield one row per worker, with all gateways that are linked to it."""
+    """Yield one row per worker, with the gateways that are linked to the worker."""
     rows: dict[str, list[tuple[float, str, Row]]] = {}
     for part in parts:
         for row in part["workers"]:
@@ -149,7 +149,8 @@ def _worker(rows: Sequence[tuple[float, str, Row]]) -> Row:
 
 async def _calls(parts: Sequence[Part]) -> list[Row]:
     """Return one row per call, at most MAX_CALLS. If there are more calls, each tenant gets an equal share of the rows,
-    first for its open calls, then for its latest ended ones. Rows that a tenant does not need go to the others."""
+    first for its open calls, then for its latest ended calls. If a tenant needs fewer rows than its share, the other
+    tenants get the rest."""
     rows: dict[str, Row] = {}
 
     def put() -> Iterator[None]:

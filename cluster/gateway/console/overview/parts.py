@@ -42,7 +42,7 @@ SMOOTH_S: Final = 60.0
 
 @dataclass(slots=True)
 class Limits:
-    """A tenant's limits by name, each with its use, and the budget that is closest to being used up."""
+    """A tenant's limits by name, each with its use, and the budget with the largest used fraction."""
 
     limits: dict[str, Row] = field(default_factory=dict)
     budget: Row | None = None
@@ -58,21 +58,22 @@ class _Cost:
 
 
 class Window:
-    """The models' counts within the last WINDOW_S seconds, as differences from an earlier snapshot."""
+    """Counts of each model within the last WINDOW_S seconds, computed as differences from an earlier snapshot."""
 
     def __init__(self) -> None:
         self._past: deque[tuple[float, Mapping[str, Tally]]] = deque()
 
     def add(self, shot: Snapshot) -> None:
-        """Remember a snapshot, unless one was remembered within the last STEP_S."""
+        """Remember a snapshot, if at least STEP_S have passed since the last remembered snapshot."""
         if not self._past or shot.now - self._past[-1][0] >= STEP_S:
             self._past.append((shot.now, shot.models))
         while len(self._past) > 1 and shot.now - self._past[1][0] >= WINDOW_S:
             self._past.popleft()
 
     def since(self, name: str, tally: Tally) -> tuple[list[int], int, int]:
-        """Return three values of a model within the window: its counts of times to first token by bucket, its prompt
-        tokens, and its cached tokens. `tally`: the model's numbers now. All values are 0 at the first snapshot."""
+        """Return three values of a model within the window: its times to first token as counts by histogram bucket, its
+        prompt tokens, and its cached tokens. `tally`: the model's numbers now. All values are 0 at the first
+        snapshot."""
         before = self._past[0][1].get(name) if self._past else None
         if before is None:
             before = Tally()
@@ -109,8 +110,8 @@ class PartMaker:
         self._window.add(shot)
 
     def _before(self, shot: Snapshot) -> Snapshot:
-        """Return the earlier snapshot with which `shot` is compared: the newest that is at least RATE_S older. Without
-        one, `shot` itself."""
+        """Return the earlier snapshot with which `shot` is compared: the newest one that is at least RATE_S older.
+        Without such a snapshot, return `shot` itself."""
         return next((each for each in reversed(self._looks) if shot.now - each.now >= RATE_S), shot)
 
     async def make(self, shot: Snapshot, limits: LimitUses) -> Part:
@@ -191,7 +192,7 @@ class PartMaker:
         return round(known.per_h, 4)
 
     def _calls(self, shot: Snapshot) -> Iterator[Row]:
-        """Yield the rows of open calls, then those of ended calls. The row of an ended call is made once and kept."""
+        """Yield the rows of open calls, then those of ended calls. The row of an ended call is made only once."""
         for call in fair_choice(shot.calls, MAX_OPEN):
             if call.sequences and _is_open(call):
                 yield running_call_row(call, shot.now, shot.epoch_s, self._gateway)
@@ -206,15 +207,16 @@ class PartMaker:
 
 
 def rate_of(total: float, before: float | None, interval_s: float) -> float:
-    """Return the rate per second at which a sum grows; 0 if the earlier sum `before` is not known."""
+    """Return the rate per second at which a sum grows. `before`: the sum `interval_s` seconds ago; if it is None, the
+    rate is 0."""
     if before is None or interval_s <= 0:
         return 0.0
     return round(max(total - before, 0) / interval_s, 1)
 
 
 def fair_choice(calls: Sequence[Call], most: int) -> Sequence[Call]:
-    """Return at most `most` open calls. If there are more, each tenant gets an equal share for its oldest calls, and
-    what a tenant does not need goes to the others."""
+    """Return at most `most` open calls. If there are more, each tenant gets an equal share for its oldest calls. If a
+    tenant needs less than its share, the other tenants get the rest."""
     if len(calls) <= most:
         return calls
     by_tenant: dict[str, list[Call]] = {}
@@ -229,8 +231,8 @@ def fair_choice(calls: Sequence[Call], most: int) -> Sequence[Call]:
 
 
 def _is_open(call: Call) -> bool:
-    """Return whether a call of a snapshot is still open. When a call ends, its sequences lose their references to the
-    call."""
+    """Return whether a call of a snapshot is still open. The sequences of an ended call have lost their references to
+    the call."""
     return hasattr(call.sequences[0], "call")
 
 
@@ -240,7 +242,7 @@ def _lag_ms(shot: Snapshot, before: Snapshot) -> float | None:
 
 
 class LimitUses:
-    """The use of tenants' limits and budgets at one moment, as far as it is known."""
+    """How much of their limits and budgets the tenants have used, at one moment and as far as it is known."""
 
     def __init__(
         self,
@@ -258,8 +260,8 @@ class LimitUses:
             self._budgets.setdefault(use.tenant, []).append(use)
 
     def of(self, tenant: str) -> Limits:
-        """Return a tenant's limits, each with its use (None if unknown), and the budget that is closest to being used
-        up."""
+        """Return a tenant's limits, each with its use (None if unknown), and the budget with the largest used
+        fraction."""
         policy, own = self._policies.get(tenant), Limits()
         if policy is None or policy.limits == NO_LIMITS:
             return own

@@ -3,10 +3,10 @@
 Problem: the console shows calls after their end, and rates by tenant and model. Recording an ended call may cost only a
 few microseconds, and the calls of one tenant must not push out the calls of all others.
 
-Invariants: at most `max_calls` calls are kept. When one more ends, the oldest call of the tenant with most calls is
-dropped, so a tenant with fewer calls than the others keeps all. A call is kept as one tuple of numbers and short texts,
-without any text of a prompt or an answer. The tenants and models with sums are bounded in number; when one more is
-added, the oldest is forgotten.
+Invariants: at most `max_calls` calls are kept. When one more call ends, the oldest call of the tenant with most calls
+is dropped, so a tenant with fewer calls than the others keeps all its calls. A call is kept as one tuple of numbers and
+short texts, without any text of a prompt or an answer. The number of tenants and models with sums is bounded. When one
+more is added, the oldest is forgotten.
 
 Source: longest queue drop (McKenney, Stochastic Fairness Queueing, 1990).
 """
@@ -73,7 +73,7 @@ class CallSums:
 
 
 class FairRing:
-    """Ended calls by tenant, at most `max_calls`. Every operation takes O(1), except `drop_older`."""
+    """Ended calls by tenant, at most `max_calls` in all. Every operation takes O(1), except `drop_older`."""
 
     def __init__(self, max_calls: int = MAX_CALLS) -> None:
         self.max_calls = max_calls
@@ -91,11 +91,11 @@ class FairRing:
             yield from calls
 
     def of(self, tenant: str) -> Iterator[EndedCall]:
-        """Return the calls of a tenant, the oldest first."""
+        """Return the calls of a tenant, oldest first."""
         return iter(self._calls.get(tenant, ()))
 
     def add(self, call: EndedCall) -> None:
-        """Add a call. If there are too many, the oldest call of the tenant with most calls is dropped."""
+        """Add a call. If there are then too many calls, drop the oldest call of the tenant with most calls."""
         calls = self._calls.get(call.tenant)
         if calls is None:
             calls = self._calls[call.tenant] = deque()
@@ -137,7 +137,7 @@ class RecentCalls:
     """The newest ended calls of one gateway process, and the sums over all ended calls."""
 
     def __init__(self, clock: Callable[[], float], max_calls: int = MAX_CALLS) -> None:
-        """`clock`: monotonic seconds, as in the calls."""
+        """`clock`: the clock of the calls' times, in monotonic seconds."""
         self._clock = clock
         self._number = 0
         self.calls = FairRing(max_calls)

@@ -77,8 +77,8 @@ def worker_row(link: WorkerLink) -> Row:
 
 
 def running_call_row(call: Call, now: float, epoch_s: float, gateway: str) -> Row:
-    """Return the row of an open call. `now`: monotonic seconds, the same moment as `epoch_s`. The worker of the call is
-    that of its first sequence; None while that sequence waits."""
+    """Return the row of an open call. `now`: monotonic seconds, the same moment as `epoch_s`. The row names the worker
+    of the call's first sequence; None while that sequence waits."""
     usage, sequences = call.usage, call.sequences
     first = sequences[0] if sequences else None
     link = None if first is None else first.link
@@ -110,8 +110,8 @@ def running_call_row(call: Call, now: float, epoch_s: float, gateway: str) -> Ro
 
 
 def call_state(call: Call) -> str:
-    """Return the state of an open call: `resuming` if any of its sequences resumes, else that of the sequence that has
-    come furthest."""
+    """Return the state of an open call. If one of its sequences is resuming, the state is `resuming`. Otherwise it is
+    the state of the sequence that has come furthest."""
     phases = {phase for sequence in call.sequences if (phase := _PHASES.get(sequence.life.state)) is not None}
     return next((phase for phase in _ORDER if phase in phases), "running" if call.sequences else "queued")
 
@@ -144,8 +144,8 @@ def ended_call_row(call: EndedCall, now: float, epoch_s: float, gateway: str, pr
 
 
 def model_row(model: KnownModel, starting: Mapping[str, StartingWorker], epoch_s: float) -> Row:
-    """Return the fields of a model's row that come from the catalog and the links. `starting`: a starting worker of
-    each model, by the model's name."""
+    """Return those fields of a model's row that come from the catalog and the links. `starting`: one starting worker of
+    each model, keyed by the model's name."""
     entry, links = model.entry, list(model.links.values())
     ready = Counter(link.identity.version for link in links if model.takes_calls(link))
     return {
@@ -174,8 +174,9 @@ def model_row(model: KnownModel, starting: Mapping[str, StartingWorker], epoch_s
 
 
 def start_progress(model: KnownModel, starting: StartingWorker | None, epoch_s: float) -> Row | None:
-    """Return how far the start of a model without a worker has come; None if nothing is known. The progress is measured
-    by the downloaded bytes of the weights, or after the download by the duration of earlier starts."""
+    """Return how far the start of a model without a worker has come; None if nothing is known. During the download of
+    the weights, the progress is the downloaded fraction. After that it is estimated from the duration of earlier
+    starts."""
     if starting is not None and 0 < starting.fetched_bytes < starting.total_bytes:
         return {"stage": "downloading weights", "fraction": round(starting.fetched_bytes / starting.total_bytes, 3)}
     fraction, left_s = expected_progress(model.entry, epoch_s)

@@ -1,7 +1,8 @@
-"""The number of replicas that each model has and should have, with the controller's reason for its last decision.
+"""For each model, the number of replicas that it has and should have, and the reason for the controller's last
+decision.
 
 The numbers are in the catalog. The reasons are requested from the controller while a console is open, for a few models
-at a time and at most once in REFRESH_S for each model. A reason is kept until the next answer.
+at a time and at most once in REFRESH_S for each model. A reason is kept until the next answer arrives.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ class ScalingReasons:
     """The controller's reasons for its newest scaling decisions, by model."""
 
     def __init__(self, ask: Ask) -> None:
-        """`ask`: forwards an admin verb to the controller (CurrentController.ask)."""
+        """`ask`: sends an admin request to the controller (CurrentController.ask)."""
         self._ask = ask
         self._known: dict[str, _Known] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def refresh(self, models: Sequence[KnownModel], now: float) -> None:
-        """Request the reasons that are older than REFRESH_S anew, the oldest first. Does not wait for the answers."""
+        """Request new reasons for the models whose reason is older than REFRESH_S, the oldest first. Does not wait for
+        the answers."""
         names = {model.name for model in models if model.in_catalog}
         for gone in self._known.keys() - names:
             del self._known[gone]

@@ -1,8 +1,8 @@
 """Snapshots of a gateway process: its open calls, workers and models. A snapshot is taken in slices, and other tasks
 run between the slices.
 
-Snapshots cost nothing per token: the number of tokens so far is read from each open call, and rates are the differences
-of two snapshots.
+Snapshots add no cost to each token: a snapshot reads the number of tokens so far from each open call, and rates are the
+differences of two snapshots.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Survey:
         self._parts = parts
 
     async def look(self, with_rows: bool = True) -> Snapshot:
-        """Return a snapshot of the present state. `with_rows`: whether to make the rows of workers and models, too."""
+        """Take a snapshot of the present state. `with_rows`: whether to make the rows of workers and models, too."""
         parts = self._parts
         now = parts.service.clock()
         shot = Snapshot(now, parts.wall())
@@ -184,7 +184,7 @@ class Survey:
             yield None
 
     def _workers(self, now: float) -> Iterator[Row]:
-        """Yield the rows of the linked workers and of those that were lost a moment ago."""
+        """Yield the rows of the linked workers and of the workers that were lost recently."""
         parts = self._parts
         linked = set()
         gateway, epoch_s = parts.hub.gateway_id, parts.wall()

@@ -1,4 +1,4 @@
-"""Answers of this gateway process to the questions of other processes (peers.py)."""
+"""Answers of this gateway process to the questions that other processes ask (peers.py)."""
 
 from __future__ import annotations
 

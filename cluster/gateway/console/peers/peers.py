@@ -1,9 +1,9 @@
 """Exchange of the console's data between the gateway processes of a cluster.
 
 A process that shows the overview asks all others for their parts once a second; nothing is made or sent while no
-process asks. Processes ask through Valkey or Redis, if the configuration names one (valkey_peers.py), else the
-processes of one host ask each other (sibling_peers.py). A part holds only the calls that ended in the last seconds.
-When a process begins to ask, it gets all remembered calls once.
+process asks. If the configuration names a Valkey or Redis store, the processes ask through this store
+(valkey_peers.py). Otherwise only the processes of one host ask each other (sibling_peers.py). A part holds only the
+calls that ended in the last seconds. When a process begins to ask, it gets all remembered calls once.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Answer = Callable[[Question], Awaitable[Mapping[str, Any] | None]]
 
 
 class Peers(Protocol):
-    """The other gateway processes with which the console's data is exchanged: those of this host, or those of all
-    hosts."""
+    """Access to the other gateway processes with which the console's data is exchanged: those of this host, or those of
+    all hosts."""
 
     def start(self) -> None:
         """Begin to answer questions."""
@@ -51,21 +51,21 @@ class Peers(Protocol):
 
 
 class NoPeers:
-    """Implements Peers for a process that is the only one."""
+    """Implements Peers for a gateway process that is the only one."""
 
     def start(self) -> None:
-        """See Peers."""
+        """Do nothing, since no other process asks questions."""
 
     async def parts(self, now: float) -> Sequence[Part]:
-        """See Peers."""
+        """Return no parts, since there are no other processes."""
         return ()
 
     async def history(self, query: Question) -> Sequence[Columns]:
-        """See Peers."""
+        """Return no columns, since there are no other processes."""
         return ()
 
     async def close(self) -> None:
-        """See Peers."""
+        """Do nothing, since there is nothing to stop."""
 
 
 NO_PEERS: Final = NoPeers()
@@ -82,7 +82,7 @@ class _Peer:
 
 
 class PeerParts:
-    """The newest parts of other processes. Times are monotonic seconds."""
+    """The newest part of each other process. Times are monotonic seconds."""
 
     def __init__(self) -> None:
         self._peers: dict[str, _Peer] = {}
@@ -91,7 +91,7 @@ class PeerParts:
         return len(self._peers)
 
     def put(self, part: Part, now: float) -> None:
-        """Store a part. A part of another format is ignored."""
+        """Store a part. A part in another format is ignored."""
         if part.get("format") != FORMAT:
             return
         name = part["gateway"]["id"]
@@ -107,12 +107,14 @@ class PeerParts:
             del peer.ended[oldest]
 
     def needs_all(self, now: float) -> bool:
-        """Return whether some process has not yet sent all calls that it remembers, or no process is known."""
+        """Return whether all remembered calls must be requested: no process is known, or one of them has not sent all
+        its calls yet."""
         self._forget(now)
         return not self._peers or any(not peer.has_all for peer in self._peers.values())
 
     def current(self, now: float) -> Sequence[Part]:
-        """Return the parts that are not older than EXPIRES_S, each with all calls that are known."""
+        """Return the parts that are not older than EXPIRES_S. Each part holds all calls of its process that are
+        known."""
         self._forget(now)
         return [
             peer.part
@@ -159,7 +161,7 @@ class PartAssembler:
 
 
 def pieces_of(part: Part) -> Sequence[Mapping[str, Any]]:
-    """Return a part in pieces for a PartAssembler."""
+    """Cut a part into pieces, which a PartAssembler joins again."""
     if sum(len(part[name]) for name in PART_LISTS) <= PIECE_ROWS:
         return [{"part": part, "pieces": 1}]
     rows = [
@@ -172,7 +174,8 @@ def pieces_of(part: Part) -> Sequence[Mapping[str, Any]]:
 
 
 class FirstConnected:
-    """The other processes of all hosts while the store is reachable, else those of this host. Implements Peers."""
+    """Access to the processes of all hosts while the Valkey or Redis store is reachable, else to the processes of this
+    host. Implements Peers."""
 
     def __init__(self, of_all: Peers, is_connected: Callable[[], bool], of_host: Peers) -> None:
         self._of_all = of_all
@@ -184,26 +187,28 @@ class FirstConnected:
         return self._of_all if self._is_connected() else self._of_host
 
     def start(self) -> None:
-        """See Peers."""
+        """Begin to answer the questions of other processes. Implements Peers."""
         self._of_all.start()
         self._of_host.start()
 
     async def parts(self, now: float) -> Sequence[Part]:
-        """See Peers."""
+        """Ask the other processes for their parts, and return the newest part of each that has arrived. Implements
+        Peers."""
         return await self._current.parts(now)
 
     async def history(self, query: Question) -> Sequence[Columns]:
-        """See Peers."""
+        """Return the other processes' columns for a query of the history. Implements Peers."""
         return await self._current.history(query)
 
     async def close(self) -> None:
-        """See Peers."""
+        """Stop asking and answering. Implements Peers."""
         await self._of_all.close()
         await self._of_host.close()
 
 
 def part_for_peers(part: Part, has_all: bool) -> Part:
-    """Return a part as it is sent: with all calls, or with those that are open or ended in the last SHOWN_S."""
+    """Return a part as it is sent to other processes. With `has_all`, it holds all calls, else only the open calls and
+    those that ended in the last SHOWN_S."""
     since = part["at"] - SHOWN_S
     calls = part["calls"] if has_all else [row for row in part["calls"] if not _ended_before(row, since)]
     return part | {"calls": calls, "has_all": has_all}

@@ -26,7 +26,7 @@ IDLE_S: Final = 3.0
 
 
 class SiblingPeers:
-    """The other processes of this host. Implements Peers."""
+    """Access to the other processes of this host. Implements Peers."""
 
     def __init__(self, siblings: Siblings, clock: Callable[[], float] = time.monotonic) -> None:
         self._siblings = siblings
@@ -36,11 +36,12 @@ class SiblingPeers:
         self._looked_at = float("-inf")
 
     def start(self) -> None:
-        """See Peers. Does nothing, since the link port answers questions as soon as the port is open."""
+        """Do nothing, since the link port answers questions as soon as the port is open. Implements Peers."""
 
     async def parts(self, now: float) -> Sequence[Part]:
-        """See Peers. Asks for new parts but returns those that have already arrived. Only the first call waits for the
-        answers, for at most FIRST_ANSWER_S."""
+        """Ask the other processes for new parts, and return the parts that have already arrived. Only the first call,
+        or the first after IDLE_S without a call, waits for the answers, for at most FIRST_ANSWER_S. Implements
+        Peers."""
         is_first = now - self._looked_at > IDLE_S
         self._looked_at = now
         if self._asking is None or self._asking.done():
@@ -64,7 +65,7 @@ class SiblingPeers:
                 await asyncio.sleep(0)
 
     async def history(self, query: Question) -> Sequence[Columns]:
-        """See Peers."""
+        """Return the other processes' columns for a query of the history. Implements Peers."""
         import orjson
 
         answers = await self._answers({"kind": "history", "query": query})
@@ -77,7 +78,7 @@ class SiblingPeers:
         return [answer.value.splitlines() for answer in answers]
 
     async def close(self) -> None:
-        """See Peers."""
+        """Stop asking, and close the connections to the other processes. Implements Peers."""
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.gather(self._asking, return_exceptions=True)
@@ -85,7 +86,8 @@ class SiblingPeers:
 
 
 def sibling_answer(answer: Answer) -> Callable[[BytesValue], Any]:
-    """Return the function that answers a sibling's question, with one line of JSON for each piece of the answer."""
+    """Return a function that answers the questions of other processes of this host. An answer has one line of JSON for
+    each of its pieces."""
 
     async def respond(request: BytesValue) -> BytesValue:
         import orjson

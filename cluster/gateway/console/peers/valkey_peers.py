@@ -1,8 +1,9 @@
 """The other gateway processes of a cluster, reached through publish/subscribe of Valkey or Redis.
 
-All processes listen for questions on one channel, which costs nothing while no process asks. Parts are sent on a
-channel of their own, and history on the channel of the process that asks. Nothing is stored. If several processes ask
-for parts within a second, each part is sent once. While the store is unreachable, no other process is known.
+All processes listen for questions on one channel, which costs nothing while no process asks. The answers with parts are
+sent on another channel, and answers with history on a channel of the process that asks. Nothing is stored. If several
+processes ask for parts within a second, each part is sent once. While the store is unreachable, no other process is
+known.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ UNREACHABLE: Final = (RedisError, OSError, TimeoutError)
 
 
 class ValkeyPeers:
-    """The other processes, of all hosts. Implements Peers."""
+    """Access to the other processes of all hosts. Implements Peers."""
 
     def __init__(self, url: str, gateway: str, answer: Answer, clock: Callable[[], float] = time.monotonic) -> None:
-        """`gateway`: id of this process. `answer`: answers the others' questions."""
+        """`gateway`: id of this process. `answer`: returns the answer to a question of another process."""
         self._url = url
         self._gateway = gateway
         self._answer = answer
@@ -74,11 +75,11 @@ class ValkeyPeers:
         """Set while this process receives the questions of others."""
 
     def start(self) -> None:
-        """See Peers."""
+        """Begin to answer the questions of other processes. Implements Peers."""
         self._listening = asyncio.create_task(self._listen_always())
 
     async def close(self) -> None:
-        """See Peers."""
+        """Stop asking and answering. Implements Peers."""
         self._is_closing = True
         tasks = {*self._answering, *({self._listening} if self._listening is not None else ())}
         while tasks:  # more than once: the client may swallow a cancellation that coincides with its timeout
@@ -90,7 +91,8 @@ class ValkeyPeers:
     # ---- questions
 
     async def parts(self, now: float) -> Sequence[Part]:
-        """See Peers."""
+        """Ask the other processes for their parts, and return the newest part of each that has arrived. Implements
+        Peers."""
         is_first = now - self._looked_at > IDLE_S
         self._looked_at = now
         if self._pubsub is None:
@@ -107,7 +109,7 @@ class ValkeyPeers:
         return self._parts.current(self._clock())
 
     async def _wait_for_first(self, now: float) -> None:
-        """Wait until all other processes have sent a part, at most FIRST_ANSWER_S."""
+        """Wait until all other processes have sent a part, but at most FIRST_ANSWER_S."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_ANSWER_S):
                 while len(self._parts) < self._others:
@@ -115,7 +117,7 @@ class ValkeyPeers:
                     await self._arrived.wait()
 
     async def history(self, query: Question) -> Sequence[Columns]:
-        """See Peers."""
+        """Return the other processes' columns for a query of the history. Implements Peers."""
         number = next(self._numbers)
         answers = self._histories[number] = asyncio.Queue()
         found: list[Columns] = []
@@ -131,7 +133,7 @@ class ValkeyPeers:
         return found
 
     async def _publish(self, channel: str, message: Mapping[str, Any]) -> int:
-        """Send a message. Returns the number of other processes that get it; 0 while the store is unreachable."""
+        """Send a message. Returns the number of other processes that receive it; 0 while the store is unreachable."""
         import orjson
 
         data = orjson.dumps({"from": self._gateway, **message})
@@ -142,7 +144,8 @@ class ValkeyPeers:
             return 0
 
     def _lost(self, error: Exception) -> None:
-        """Log the loss of the store once."""
+        """Log that the store has become unreachable. Further errors are not logged until the store is reachable
+        again."""
         if not self._is_lost:
             self._is_lost = True
             log.warning("console.store_lost", error=str(error))

@@ -1,4 +1,4 @@
-"""A chat as the JSON that a worker's renderer gets: the fields of vLLM's chat request, as a caller would send them."""
+"""A chat as JSON for the renderer of a worker: the fields of vLLM's chat request, as a caller would send them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def chat_json(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
 ) -> bytes:
-    """Return a chat as JSON. The arguments are those of ChatTemplate.render. Raises CallError for a text with a lone
-    surrogate."""
+    """Return a chat as JSON for the renderer of a worker. The arguments are those of ChatTemplate.render. Raises
+    CallError for a text with a lone surrogate."""
     arguments = dict(template_kwargs or {})
     chat: dict[str, Any] = {"messages": [_message(message) for message in messages]}
     if tools:

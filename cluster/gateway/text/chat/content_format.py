@@ -4,7 +4,7 @@ Problem: callers send the content of a message as a text or as parts. A template
 must get parts. Any other template must get a text. Templates do not declare which of the two forms they take.
 
 Source: the rules of vLLM 0.32 (`renderers/hf.py`, `_detect_content_format`), in the same order. A template takes parts
-if it has a loop over the content of a message, or over a variable or macro argument that holds a content.
+if it has a loop over the content of a message, or over a variable or a macro's argument that holds such a content.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from jinja2 import nodes
 
 
 class _Undecided(Exception):
-    """Raised for an assignment or loop target that is not a plain name. Such a template gets texts."""
+    """Raised for an assignment or loop target that is not a plain name. A template with such a target gets contents as
+    texts."""
 
 
 def takes_parts(tree: nodes.Template) -> bool:
@@ -27,8 +28,8 @@ def takes_parts(tree: nodes.Template) -> bool:
 
 
 def _reads(node: nodes.Node, variable: str, key: str = "") -> bool:
-    """Return whether an expression is the variable `variable` or, if `key` is given, the variable's member `key`.
-    Filters, tests and slices that are applied to the variable or member are ignored."""
+    """Return whether an expression reads a variable. If `key` is given, return whether it reads the member `key` of the
+    variable. Filters, tests and slices around the variable or member are ignored."""
     match node:
         case nodes.Filter() | nodes.Test():
             return node.node is not None and _reads(node.node, variable, key)
@@ -53,7 +54,8 @@ def _name(target: nodes.Node) -> str:
 
 
 def _aliases(tree: nodes.Template, variable: str) -> list[str]:
-    """Return the variable and the names of all variables that get its value, or a slice of it."""
+    """Return `variable` and all variables that are assigned its value or a slice of it, directly or through each
+    other."""
     names = [variable]
     for name in names:  # grows while it is read
         for assigned in tree.find_all(nodes.Assign):
@@ -69,7 +71,7 @@ def _message_names(tree: nodes.Template) -> list[str]:
 
 
 def _content_arguments(macro: nodes.Macro, calls: list[nodes.Call], messages: list[str]) -> set[str]:
-    """Return the names of a macro's arguments that get the content of a message in some call."""
+    """Return the names of those arguments of a macro that get the content of a message in at least one call."""
     own = [argument.name for argument in macro.args]
     found: set[str] = set()
     for call in calls:

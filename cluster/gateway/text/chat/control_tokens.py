@@ -1,12 +1,12 @@
-"""Escaping of control tokens in texts of a chat that do not come from the model or its operator.
+"""Escaping of control tokens in those texts of a chat that come from neither the model nor its operator.
 
-Problem: a tokenizer turns the text `<|im_end|>` into the control token wherever the text stands. So a caller's text can
+Problem: a tokenizer turns the text `<|im_end|>` into the control token wherever the text occurs. So a caller's text can
 end the caller's message and begin a message of the assistant. (transformers and vLLM allow this.) With the model option
 `control_tokens_in_content: escape`, a separator is put after the first character of each control token in contents of
 users, tool results and documents: `< |im_end|>`.
 
-Invariant: no control token is left in an escaped text. A separator is put into every occurrence, overlapping ones
-included, and no control token contains the separator, so a token can neither remain nor arise.
+Invariant: an escaped text contains no control token. A separator is put into every occurrence, overlapping ones
+included. No control token contains the separator, so the separator cannot complete another token.
 
 The worker chooses tokens and separator when it makes the tokenizer bundle (worker/weights/tokenizer_bundle.py).
 """
@@ -35,7 +35,7 @@ class ControlTokens:
         return text if self._start is None else self._start.sub(lambda found: found[0] + self._separator, text)
 
     def in_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Return the messages, with contents and names escaped in messages of users and tools."""
+        """Return the messages. In messages of users and tools, the control tokens in contents and names are escaped."""
         return [self._in_message(message) if message.get("role") in ROLES else message for message in messages]
 
     def in_documents(self, documents: object) -> object:
@@ -61,8 +61,8 @@ class ControlTokens:
         return out
 
     def _in_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Escape the texts of a message's parts. A template may join the texts. If the joined texts contain a control
-        token, the parts are replaced by one part with the whole text."""
+        """Return the parts of a message with escaped texts. If the texts contain a control token when they are joined,
+        as a template may do, return one part with the whole escaped text instead."""
         texts = [self.escaped(part["text"]) for part in parts]
         together = "".join(texts)
         if (escaped := self.escaped(together)) != together:
@@ -71,7 +71,7 @@ class ControlTokens:
 
 
 def _trie(tokens: Iterable[str]) -> _Trie:
-    """Return the tokens as nested dictionaries by character. The key "" marks the end of a token."""
+    """Return the tokens as a trie: nested dictionaries by character. The key "" marks the end of a token."""
     root: _Trie = {}
     for token in tokens:
         node = root
@@ -82,8 +82,8 @@ def _trie(tokens: Iterable[str]) -> _Trie:
 
 
 def _expression(node: _Trie) -> str:
-    """Return a regular expression for the tokens of a trie, which matches the shortest token at a position. Characters
-    without alternatives form one literal, which keeps the nesting shallow."""
+    """Return a regular expression for the tokens of a trie, which matches the shortest token at a position. A run of
+    characters without alternatives becomes one literal, which keeps the nesting shallow."""
     literal = ""
     while len(node) == 1 and "" not in node:
         ((character, node),) = node.items()

@@ -1,9 +1,9 @@
 """Conversion of the messages of a chat into the form that the model's template takes.
 
-Source: vLLM 0.32's server (`renderers/chat_utils.py`, `renderers/hf.py`). transformers passes messages on as they are.
-vLLM's server does not: it converts contents to the form that the template takes, passes a missing content as an empty
-one, passes tool results as text, and turns developer messages into one system message if the template does not know the
-role `developer`.
+Source: vLLM 0.32's server (`renderers/chat_utils.py`, `renderers/hf.py`). transformers passes messages to the template
+unchanged. vLLM's server changes them: it converts contents to the form that the template takes, passes a missing
+content as an empty one, passes tool results as text, and turns developer messages into one system message if the
+template does not know the role `developer`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def _parts(content: object) -> list[Mapping[str, Any]]:
 
 
 def _without_header(part: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return a part of a system message without the billing header; None if nothing else is in the part."""
+    """Return a part of a system message without the billing header, a line that a coding agent puts before its system
+    prompt. Returns None if the part holds nothing else."""
     text = part["text"]
     if not text.startswith(BILLING_HEADER):
         return part

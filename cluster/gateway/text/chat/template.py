@@ -1,10 +1,10 @@
-"""Chat templates: a model's Jinja template renders messages into one prompt, as transformers does.
+"""Chat templates: a model's Jinja template renders messages into one prompt, as in transformers.
 
 The Jinja environment equals that of transformers: sandboxed and immutable, trim_blocks and lstrip_blocks, loop
 controls, tojson without HTML escapes, raise_exception, strftime_now, and {% generation %} blocks. A generation block
-only marks text for training, so only the contents are rendered here. A template gets messages in the form in which
-vLLM's server passes them (conversation.py). Each render has limits on the CPU time, on the characters of the output and
-of intermediate texts (template_guard.py), and on the items of all `range` calls together.
+only marks text for training, so it is rendered like its contents. A template gets messages in the form in which vLLM's
+server passes them (conversation.py). Each render is limited in CPU time, in the characters of the output and of
+intermediate texts (template_guard.py), and in the items of all `range` calls together.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class _Raised(TemplateError):
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """The block {% generation %}...{% endgeneration %}. Renders the body of the block in a separate scope, as a call
-    block does."""
+    """The block {% generation %}...{% endgeneration %}. Renders the body of the block in a separate scope, as Jinja's
+    call block does."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
@@ -90,11 +90,11 @@ def _environment(now: Callable[[], datetime]) -> Environment:
 
 
 def _allows_late_system(source: str) -> bool:
-    """Return whether a template renders a system message after the beginning.
+    """Return whether a template renders a system message that is not at the beginning.
 
-    The test is vLLM's, so that prompts equal those of vLLM. It renders the template without the Jinja extensions and
-    functions that transformers adds. If a template needs one of these to render a late system message, the result is
-    False.
+    The test is the same as in vLLM, so that the prompts are the same. It renders the template without the Jinja
+    extensions and functions that transformers adds. If a template needs one of these to render a late system message,
+    the result is False.
     """
     try:
         template = Environment([jinja2.ext.loopcontrols], {}).guarded(source)
@@ -110,7 +110,7 @@ def _allows_late_system(source: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    """A compiled template, and the form in which it takes messages; see `conversation`."""
+    """A compiled template, and the form in which it takes the messages of a chat."""
 
     template: jinja2.Template
     takes_parts: bool
@@ -204,7 +204,7 @@ class ChatTemplate:
 
     @cached_property
     def _allows_late_system(self) -> bool:
-        """Whether all templates that render chats allow a system message after the beginning."""
+        """Whether all templates that render chats allow a system message that is not at the beginning."""
         return all(
             _allows_late_system(self._sources[name]) for name in ("default", "tool_use") if name in self._sources
         )
@@ -255,9 +255,8 @@ def _bounded_range() -> Callable[..., range]:
 
 
 def _run(template: jinja2.Template, variables: dict[str, Any], render_s: float) -> str:
-    """Render a template in at most `render_s` seconds of CPU time. Raises CallError on the field `messages` for every
-    failure.
-    """
+    """Render a template in at most `render_s` seconds of CPU time. Every failure is raised as a CallError on the field
+    `messages`."""
     try:
         with bounded(render_s):
             return "".join(_pieces(template.root_render_func(template.new_context(variables))))
@@ -300,7 +299,8 @@ def _marked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _cut_at_mark(text: str, content: str | Sequence[Mapping[str, Any]]) -> str:
-    """Return the text before CONTINUE_MARK, with the end trimmed if the template trimmed the message."""
+    """Return the text before CONTINUE_MARK. If the template has trimmed the last message, its end is trimmed here,
+    too."""
     parts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
     final = parts[-1].removesuffix(CONTINUE_MARK)
     at = text.rfind(CONTINUE_MARK.strip())

@@ -1,9 +1,9 @@
 """A sandboxed Jinja environment that limits the time and the size of every render of a chat template.
 
-Problem: templates come with models, messages come from tenants, and Jinja limits neither. In this environment each loop
-iteration and each call checks the CPU time of the render. Operations that make new texts (sums, repetitions, joins,
-captured blocks, replacements, field widths) add the length of the new text to the size of the render before the text is
-made.
+Problem: templates come with models, messages come from tenants, and Jinja limits neither the time nor the size of a
+render. In this environment each loop iteration and each call checks the CPU time of the render. Operations that make
+new texts (sums, repetitions, joins, captured blocks, replacements, field widths) add the length of the new text to the
+size of the render before the text is made.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RenderLimitExceeded(Exception):
 
 
 class _Spent(threading.local):
-    """The CPU time limit and the consumption of the render that runs in this thread."""
+    """The CPU time limit of the render that runs in this thread, and what the render has used so far."""
 
     until: float = float("inf")
     made: int = 0
@@ -127,8 +127,8 @@ def _joined(parts: Iterable[Any], between: object = "") -> list[Any]:
 
 
 def _guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Return a wrapper of a Jinja filter. The wrapper refuses excessive numbers, and counts the characters of a long
-    result before the result is made."""
+    """Return a wrapper of a Jinja filter. The wrapper refuses numbers that are too large, and counts the characters of
+    a long result before the result is made."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
     grows = _GROWING_FILTERS.get(name)
 
@@ -178,8 +178,8 @@ def _round(_context: object, _: object) -> None:
 
 
 class _Instrument(NodeTransformer):
-    """Inserts the filter `_round` into each loop body, to count the iterations, and replaces each `~` by a filter that
-    counts the characters of the result. Filters are used because they cost less than calls."""
+    """Inserts the filter `_round` into each loop body, to count the iterations, and replaces each `~` (joining of
+    texts) by a filter that counts the characters of the result. Filters are used because they cost less than calls."""
 
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
         self.generic_visit(node)
@@ -199,9 +199,8 @@ def _filtered(node: jinja2.nodes.Expr, name: str) -> jinja2.nodes.Filter:
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """A Jinja sandbox with the limits of this module. Compile templates with `guarded` and render them within
-    `bounded`.
-    """
+    """A Jinja sandbox with the limits of this module. Compile a template with `guarded`, and render it within
+    `bounded`."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
     concat = staticmethod(_concat)

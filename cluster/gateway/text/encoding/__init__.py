@@ -1,1 +1,1 @@
-"""Tokenization of texts, in which text that was sent before is not tokenized again."""
+"""Tokenization of texts. Text that was sent before is not tokenized again."""

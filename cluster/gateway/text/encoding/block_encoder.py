@@ -1,13 +1,13 @@
 """Tokenization of long texts in blocks. Blocks that a tenant has sent before are not tokenized again.
 
-A text is cut at added tokens (token_cuts.py) and, within long stretches, before spaces (word_encoder.py), wherever the
-tokenizer allows it. The ids of a block depend on the block alone, so the ids of all blocks together equal those of the
-whole text. A message of a chat ends a block if the message is long enough, since an added token follows each message.
-So if a template changes earlier messages, little more than the changed messages is tokenized again.
+A text is cut at added tokens (token_cuts.py) and, within long stretches, before spaces (word_encoder.py), if the
+tokenizer allows such cuts. The ids of a block depend on the block alone, so the ids of all blocks together equal those
+of the whole text. A long message of a chat ends with a cut, since an added token follows each message. So if a template
+changes earlier messages, little more than the changed messages is tokenized again.
 
-A helper process cuts a text and returns the digests of the blocks (`begin`). The gateway process returns the numbers of
-the blocks that its memory lacks (`Recall`), and the same helper encodes the missing blocks (`finish`). `encode` does
-all of this in one process.
+A helper process cuts a text and returns the digests of the blocks (`begin`). The gateway process looks the digests up
+in its memory, and returns the numbers of the unknown blocks (`Recall`). The same helper then encodes these blocks
+(`finish`). `encode` does all of this in one process.
 """
 
 from __future__ import annotations
@@ -93,11 +93,12 @@ class BlockEncoder:
         return self._encoded([blocks[i] for i in missing])
 
     def recall(self, memory: PromptMemory, tenant: str, cache_salt: str = "", *, add_special_tokens: bool) -> Recall:
-        """Return a Recall for one text of a tenant. `cache_salt`: only texts with the same salt share blocks."""
+        """Return a Recall, which finds the known blocks of one text in the memory. `cache_salt`: only texts with the
+        same salt share blocks. `add_special_tokens`: whether special tokens are put around the text."""
         return Recall(memory, tenant, cache_salt, self._around if add_special_tokens else (b"", b""))
 
     def cut(self, text: str) -> list[str]:
-        """Cut a text into blocks, which make up the text when they are joined."""
+        """Cut a text into blocks. Joined in order, the blocks equal the text."""
         blocks: list[str] = []
         at = 0
         for start in self._cuts.starts(text) if self._cuts is not None else ():
@@ -119,7 +120,8 @@ class BlockEncoder:
         return at
 
     def _digests(self, blocks: Sequence[str]) -> Digests:
-        """Return the digests of all blocks but the last."""
+        """Return the digests of all blocks except the last. The last block is never remembered, so it needs no
+        digest."""
         digests = []
         for block in blocks[:-1]:
             digest = self._hash.copy()
@@ -132,7 +134,7 @@ class BlockEncoder:
 
 
 class Recall:
-    """The ids of one text, put together from the blocks in the memory and from newly encoded blocks."""
+    """Makes the ids of one text from the blocks in the memory and from newly encoded blocks."""
 
     def __init__(self, memory: PromptMemory, tenant: str, cache_salt: str, around: tuple[PackedIds, PackedIds]) -> None:
         """`around`: the ids of the special tokens before and after the text."""

@@ -10,5 +10,6 @@ class EncodingPool(HelperPool):
     """Pool of helper processes, each of which holds the tokenizer and the chat template of one model."""
 
     def __init__(self, bundle: Bundle, size: int | None = None, patience_s: float = PATIENCE_S) -> None:
-        """`size` and `patience_s`: see HelperPool."""
+        """`size`: maximum number of helper processes. `patience_s`: seconds after which a helper that has not answered
+        a small job is late."""
         super().__init__(lambda: ("text", bundle.pack()), size, patience_s)

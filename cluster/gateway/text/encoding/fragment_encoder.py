@@ -1,4 +1,5 @@
-"""Tokenization of texts by fragments whose ids are remembered, since new text repeats most fragments of earlier text.
+"""Tokenization of texts by fragments. The ids of fragments are remembered, since new text repeats most fragments of
+earlier text.
 
 Theory. The tokenizers of word_encoder.py split a text by regular expressions and character classes, then merge within
 each piece separately. No expression in WORD_PATTERNS matches an ASCII letter together with a following ASCII character
@@ -8,10 +9,10 @@ character with a following ASCII character. A fragment is the text between two s
 letters, then letters.
 
 The tokenizer finds added tokens before it splits. A text is therefore cut at the added tokens first, as the tokenizer
-does: from left to right. If several tokens begin at one position, the longest is taken.
+does: from left to right. If several added tokens begin at one position, the longest is taken.
 
-All tenants share one memory of fragments, as they share the library's own cache of pieces. Long fragments are not
-remembered.
+All tenants share one memory of fragments, as they share the tokenizers library's own cache of pieces. Long fragments
+are not remembered.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ class FragmentEncoder:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, **options: int) -> FragmentEncoder | None:
-        """Return an encoder for a tokenizer; None if the tokenizer treats special tokens as text, or searches the
-        normalized text for some added tokens. cuts_are_safe (word_encoder.py) must be true for the tokenizer.
-        `options`: keyword arguments of the constructor."""
+        """Return an encoder for a tokenizer, for which cuts_are_safe (word_encoder.py) must be true. Returns None if
+        the tokenizer treats special tokens as text, or searches the normalized text for some added tokens. `options`:
+        keyword arguments of the constructor."""
         added = tokenizer.get_added_tokens_decoder().values()
         if tokenizer.encode_special_tokens or any(token.normalized for token in added):
             return None
@@ -64,7 +65,7 @@ class FragmentEncoder:
         return len(self._known) + len(self._older)
 
     def encode(self, texts: Sequence[str]) -> list[PackedIds]:
-        """Return the ids of each text, without special tokens around it. Raises TypeError for a lone surrogate."""
+        """Return the ids of each text. No special tokens are added. Raises TypeError for a lone surrogate."""
         fragments = [self._fragments(text) for text in texts]
         known, older = self._known, self._older  # another thread may replace them meanwhile
         others = [fragment for fragment in set().union(*fragments) if fragment not in known]
@@ -92,7 +93,7 @@ class FragmentEncoder:
 
 
 def encode_each(tokenizer: Tokenizer, texts: Sequence[str]) -> list[PackedIds]:
-    """Return the ids of each text, without special tokens around the text."""
+    """Return the ids of each text. No special tokens are added."""
     # The batch method computes no offsets, so it is twice as fast. It also releases the GIL.
     encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [array("I", encoding.ids).tobytes() for encoding in encodings]

@@ -1,6 +1,6 @@
 """Encoding of the inputs of a pooling request: many texts, or pairs of texts, in one call of the tokenizer.
 
-The ids equal those of transformers with special tokens added, also if an input is cut (truncated). A cut keeps the
+The ids equal those of transformers with special tokens added, even if an input is cut (truncated). A cut keeps the
 special tokens, and shortens the longer text of a pair first (`longest_first`).
 
 If a tokenizer always splits texts before a space, a single text that is cut need not be tokenized whole: the ids of any
@@ -38,8 +38,8 @@ class EncodedInputs:
     __slots__ = ("ids", "second_text_at")
 
     def __init__(self, ids: PackedIds, second_text_at: Any) -> None:
-        """`second_text_at`: for each input the index of the first token of its second text, 0 without one, as unsigned
-        32-bit numbers; empty if no input has one."""
+        """`second_text_at`: unsigned 32-bit numbers: for each input, the index of the first token of its second text,
+        or 0 if it has no second text. Empty if no input has a second text."""
         self.ids = ids
         self.second_text_at = memoryview(second_text_at).cast("B").cast("I")
 
@@ -47,7 +47,7 @@ class EncodedInputs:
         return len(self.ids)
 
     def second_text(self, i: int) -> int:
-        """Return the index of the first token of an input's second text; 0 without one."""
+        """Return the index of the first token of an input's second text; 0 if it has no second text."""
         return self.second_text_at[i] if self.second_text_at.nbytes else 0
 
     def __reduce_ex__(self, protocol: Any) -> tuple[object, ...]:
@@ -60,8 +60,8 @@ class InputEncoder:
     def __init__(
         self, tokenizer: Tokenizer, config: Mapping[str, Any], pre_tokenizer: Mapping[str, Any] | None = None
     ) -> None:
-        """`config`: the contents of tokenizer_config.json. `pre_tokenizer`: the part of tokenizer.json with this
-        name."""
+        """`config`: the contents of tokenizer_config.json. `pre_tokenizer`: the entry `pre_tokenizer` of
+        tokenizer.json."""
         self._tokenizer = tokenizer
         self._cuts_left = config.get("truncation_side") == "left"
         splits = _splits_before_spaces(tokenizer) or cuts_are_safe(tokenizer, pre_tokenizer)
@@ -110,7 +110,7 @@ class InputEncoder:
         self, inputs: TextInputs | PairInputs, numbers: range, is_pair: bool, keep: int | None
     ) -> Sequence[Encoding]:
         """Return the encodings of the inputs with these numbers. A text with more than `keep` tokens may be encoded
-        only in part, see `_beginnings`. Raises what the tokenizer raises."""
+        only in part (see `_beginnings`). The tokenizer's errors are not converted."""
         if is_pair:
             assert isinstance(inputs, PairInputs)
             shared = inputs.first[0] if len(inputs.first) == 1 else None
@@ -126,7 +126,8 @@ class InputEncoder:
 
     def _beginnings(self, texts: Sequence[str], keep: int, chars: int) -> list[Encoding]:
         """Return the encodings of texts. A text with more than `keep` tokens may be encoded only in part: a beginning
-        with more than `keep` tokens suffices. `chars`: length in characters of the beginnings that are tried first."""
+        of the text that has more than `keep` tokens suffices. `chars`: length in characters of the beginnings that are
+        tried first."""
         begun = [_beginning(text, chars) for text in texts]
         encoded = self._encoded(begun)
         for i, text in enumerate(texts):
@@ -135,7 +136,8 @@ class InputEncoder:
         return encoded
 
     def _mark(self, types: Sequence[int]) -> int:
-        """Return the index of the first token of the second text, found by the token types; 0 without one."""
+        """Return the index of the first token of the second text, found by the token types; 0 if there is no second
+        text."""
         return types.index(1) if self._has_types and 1 in types else 0
 
     def _kept(self, encoding: Encoding, keep: int) -> list[int]:
@@ -152,7 +154,7 @@ class InputEncoder:
 
 
 def _splits_before_spaces(tokenizer: Tokenizer) -> bool:
-    """Return whether a tokenizer is of BERT's kind, which splits every text before each space: it normalizes single
+    """Return whether a tokenizer splits every text before each space, as BERT's tokenizers do: it normalizes single
     characters, then splits at white space and punctuation, then splits the words."""
     return (
         isinstance(tokenizer.model, models.WordPiece)
@@ -181,9 +183,9 @@ def _batches(lengths: Sequence[int]) -> Iterator[range]:
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """Return how many tokens of each of two texts are kept. The texts have `first` and `second` tokens, and `room`
-    tokens fit. As in the tokenizers library, the longer text is cut to the length of the shorter one, then both are
-    cut."""
+    """Return how many tokens to keep of each of two texts. The texts have `first` and `second` tokens, and `room`
+    tokens fit. As in the tokenizers library, the longer text is cut first, until both have the same length. After that,
+    both are cut."""
     short, long = sorted((first, second))
     if first + second <= room:
         return first, second

@@ -1,4 +1,4 @@
-"""Refusal of texts that certainly have too many tokens, before they are tokenized."""
+"""Refusal of texts that certainly have too many tokens. A text is refused before it is tokenized."""
 
 from __future__ import annotations
 

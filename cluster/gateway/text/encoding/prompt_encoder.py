@@ -1,5 +1,4 @@
-"""Tokenization of whole prompts. If the tenant has sent a block of a long prompt before, the block is not tokenized
-again."""
+"""Tokenization of whole prompts. Blocks of a long prompt that the tenant has sent before are not tokenized again."""
 
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ from cluster.gateway.text.encoding.tokenizer_errors import caller_error, field_i
 
 
 class PromptText(NamedTuple):
-    """The text of a prompt, as it is tokenized. `field`: `prompt` or `messages`, the field that the text comes from.
-    Special tokens are added to the text of `prompt` only, because chat templates contain them."""
+    """The text of a prompt, as it is tokenized. `field`: the field that the text comes from, `prompt` or `messages`.
+    Special tokens are added only to the text of `prompt`, because a chat template adds them itself."""
 
     text: str
     field: str
@@ -57,21 +56,23 @@ class PromptEncoder:
             return self._blocks.encode(prompt.text, recall)
 
     def recall(self, tenant: str, cache_salt: str, field: str) -> Recall | None:
-        """Return a Recall for one prompt; None if prompts are not cut into blocks."""
+        """Return a Recall, which finds the known blocks of one prompt in the memory; None if prompts are not cut into
+        blocks."""
         if self._blocks is None:
             return None
         return self._blocks.recall(self._memory, tenant, cache_salt, add_special_tokens=field == "prompt")
 
     def begin(self, prompt: PromptText) -> bytes | array[int]:
-        """Begin to encode a prompt, and return the digests of its blocks; `finish` then encodes the blocks that the
-        caller lacks. If the prompt cannot be cut into blocks, return the ids of the whole prompt."""
+        """Begin to encode a prompt, and return the digests of its blocks. The caller then passes the numbers of the
+        blocks that it lacks to `finish`. If the prompt cannot be cut into blocks, the ids of the whole prompt are
+        returned instead."""
         with field_in_errors(prompt.field):
             digests = self._blocks.begin(prompt.text) if self._blocks is not None else b""
         return digests or self._whole(prompt)
 
     def finish(self, missing: array[int], field: str) -> list[bytes]:
-        """Return the packed ids of blocks of the prompt that was last passed to `begin`. `missing`: the numbers of the
-        blocks."""
+        """Return the packed ids of some blocks of the prompt that was last passed to `begin`. `missing`: the numbers of
+        these blocks."""
         assert self._blocks is not None
         with field_in_errors(field):
             return self._blocks.finish(missing)

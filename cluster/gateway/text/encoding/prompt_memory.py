@@ -1,7 +1,7 @@
-"""Memory of encoded blocks of prompts: the token ids of each block by the block's digest, separately for each tenant.
+"""Memory of encoded blocks of prompts, separate for each tenant. A block's digest gives the block's token ids.
 
-The next turn of a conversation begins with the blocks of the previous turn, and other conversations of a tenant begin
-with the same system prompt. Their ids are found here, so that only the new text is encoded. No text is kept.
+The next prompt of a conversation begins with the blocks of the previous prompt, and other conversations of a tenant
+begin with the same system prompt. Their ids are found here, so that only the new text is encoded. No text is kept.
 
 A tenant finds only the blocks of the same tenant, so timing reveals nothing about the texts of others. When the memory
 is full, the tenant with the most bytes loses the blocks that it used longest ago. So a tenant whose blocks take less
@@ -71,7 +71,7 @@ class PromptMemory:
         return 0 if share is None else share.bytes
 
     def get(self, tenant: str, digests: Sequence[bytes]) -> list[Planes | None]:
-        """Return the packed ids of a tenant's blocks; None for each block that is not known."""
+        """Return the packed ids of a tenant's blocks; None for each unknown block."""
         with self._lock:
             share = self._shares.get(tenant)
             if share is None:
@@ -120,13 +120,13 @@ def _size(planes: Planes) -> int:
 
 
 def pack(ids: PackedIds) -> Planes:
-    """Return the packed form of ids below MAX_IDS."""
+    """Return token ids in packed form (Planes). The ids must be below MAX_IDS."""
     high = ids[2::4]
     return ids[0::4] + ids[1::4], zlib.compress(high, 1) if any(high) else b""
 
 
 def unpack(blocks: Sequence[Planes], prefix: PackedIds = b"", suffix: PackedIds = b"") -> array[int]:
-    """Return the ids of packed blocks in order, between the ids `prefix` and `suffix`."""
+    """Return the ids of several packed blocks in order, with the ids `prefix` before them and `suffix` after them."""
     count = sum(len(low) for low, _ in blocks) // 2
     ids = bytearray(4 * count)
     ids[0::4] = b"".join([low[: len(low) // 2] for low, _ in blocks])

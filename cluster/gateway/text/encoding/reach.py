@@ -51,7 +51,8 @@ class Reach:
         return cls(1.0 / _longest(sorted({*pieces, *added}, key=len, reverse=True)), _has(normalizers, "NFC"))
 
     def fewest(self, text: str) -> int:
-        """Return a lower bound on the number of tokens in the text, without special tokens around the text."""
+        """Return a lower bound on the number of tokens in the text. Special tokens that are added to the text are not
+        counted."""
         weight = 0.0
         for at in range(0, len(text), BLOCK_BYTES):
             block = text[at : at + BLOCK_BYTES]
@@ -69,8 +70,8 @@ class Reach:
 
 
 def _longest(pieces: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return an array of shape (256,): for each byte value, the length of the longest piece with that byte value, at
-    least 1. `pieces`: the pieces, longest first."""
+    """Return an array with 256 entries: for each byte value, the length of the longest piece that contains the byte
+    value, at least 1. `pieces`: the pieces, longest first."""
     longest = np.ones(256)
     left = set(range(256))
     for piece in pieces:
@@ -97,7 +98,7 @@ def _has(parts: Iterable[Mapping[str, Any]], kind: str) -> bool:
 def _keeps_all(
     tokenizer: Tokenizer, normalizers: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]
 ) -> bool:
-    """Return whether the tokens cover every part of a text, so that no part is dropped or shortened."""
+    """Return whether the tokens cover every part of a text. If so, the tokenizer drops and shortens nothing."""
     return (
         {str(normalizer.get("type")) for normalizer in normalizers} <= _NORMALIZERS
         and all(
@@ -114,8 +115,9 @@ def _keeps_all(
 
 
 def _pieces(tokenizer: Tokenizer, steps: Sequence[Mapping[str, Any]]) -> list[bytes] | None:
-    """Return the bytes of each piece in the vocabulary; None if a byte of a text may have no token. The bytes of a
-    piece with a space mark include a space, so they are longer than the text that the piece covers."""
+    """Return the bytes of each piece in the vocabulary; None if a byte of a text may have no token. A piece with a
+    space mark (▁) gets the bytes of the mark and of a space, so its bytes are more than those of the text that it
+    covers."""
     model = tokenizer.model
     if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None
@@ -131,7 +133,8 @@ def _pieces(tokenizer: Tokenizer, steps: Sequence[Mapping[str, Any]]) -> list[by
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return the alphabet of byte-level tokenizers (since GPT-2): the byte that each character stands for."""
+    """Return the alphabet of byte-level tokenizers (since GPT-2). It maps each character to the byte that it stands
+    for."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in set(plain)]
     alphabet = {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}

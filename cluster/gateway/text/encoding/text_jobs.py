@@ -1,4 +1,6 @@
-"""Placement of a model's text jobs: on the event loop, in a thread, or in a helper process."""
+"""Choice of the place where a text job (rendering, encoding or decoding of a text) runs: on the event loop, in a
+thread, or in a helper process.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ class TextJobs:
         self.is_quick = is_quick
 
     def is_short(self, chars: int) -> bool:
-        """Return whether a text of `chars` characters is short enough for the event loop: a millisecond at most."""
+        """Return whether a text of `chars` characters is short enough for the event loop, which it then blocks for a
+        millisecond at most."""
         return chars <= ENCODE_OFFLOAD_CHARS and self.is_quick
 
     async def run(
@@ -51,7 +54,8 @@ class TextJobs:
         then: Callable[[Any], Job | None] | None = None,
     ) -> Any:
         """Run a job without blocking the event loop. `chars`: length of the job's text. `work`: a function that does
-        the same work in this process. `then`: see HelperPool.run.
+        the same work in this process. `then`: takes the result of the job, and returns a second job for the same helper
+        process, or None.
 
         Raises CallError if a helper process fails or is too busy. `field`: the request field that the error names.
         """

@@ -2,15 +2,15 @@
 
 Theory. A tokenizer first finds the added tokens to which its normalizer does not apply. It searches from left to right.
 If several added tokens begin at one position, it takes the longest. Then it normalizes, splits and merges each text
-between two of the found tokens separately. So the ids before the start of an added token do not depend on the text
-after this start. Nor do the ids after this start depend on the text before it. (Some tokenizers, such as Metaspace with
-the scheme `first`, treat the beginning of their input in a special way. But a text after an added token is never at the
-beginning of the input.)
+between two of the found tokens separately. So a text can be cut where a found token starts: the ids before this
+position do not depend on the text after it, and the ids after this position do not depend on the text before it. (Some
+tokenizers, such as Metaspace with the scheme `first`, treat the beginning of their input in a special way. But a text
+after an added token is never at the beginning of the input.)
 
 Three kinds of added tokens are found but are not cuts: a token that takes the white space before it (`lstrip`), a token
 that is found only at the borders of words (`single_word`), and a token that begins with white space or a word
-character. The first character of a token of the third kind may decide whether an added token directly before it is
-found.
+character. Reason for the third kind: the first character of such a token may decide whether an added token directly
+before it is found.
 
 `TokenCuts.of` returns None for a tokenizer for which this theory is not known to hold.
 """
@@ -52,8 +52,8 @@ class TokenCuts:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, layout: Mapping[str, Any]) -> TokenCuts | None:
-        """Return the TokenCuts of a tokenizer; None if a cut may change the ids, or if there is no token to cut at.
-        `layout`: the contents of tokenizer.json without the vocabulary."""
+        """Return the TokenCuts of a tokenizer; None if a cut may change the ids, or if the tokenizer has no token to
+        cut at. `layout`: the contents of tokenizer.json without the vocabulary."""
         model = tokenizer.model
         if not isinstance(model, models.BPE) or model.dropout or tokenizer.encode_special_tokens:
             return None
@@ -96,8 +96,8 @@ def _is_piecewise(step: Mapping[str, Any] | None) -> bool:
 
 
 def longest_of(texts: Iterable[str]) -> str:
-    """Return an expression that matches the longest of the texts at a position. Common beginnings are shared, since a
-    tokenizer may have thousands of tokens that begin alike."""
+    """Return a regular expression that matches the longest of the texts at a position. Common beginnings are shared,
+    since a tokenizer may have thousands of tokens with the same beginning."""
     by_first: dict[str, list[str]] = {}
     ends = False
     for text in texts:

@@ -1,4 +1,4 @@
-"""Conversion of the Rust tokenizer's errors into CallErrors, if the text of a caller has caused them."""
+"""Conversion of errors of the Rust tokenizer into CallErrors, for errors that a caller's text has caused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = structlog.get_logger("text")
 
 @contextmanager
 def field_in_errors(field: str) -> Iterator[None]:
-    """Convert errors of the tokenizer in the `with` block, see `caller_error`. The errors name `field`."""
+    """Context manager that converts errors of the tokenizer (see `caller_error`). The errors name `field`."""
     try:
         yield
     except BaseException as error:
@@ -22,8 +22,8 @@ def field_in_errors(field: str) -> Iterator[None]:
 
 
 def caller_error(error: BaseException, field: str) -> BaseException:
-    """Return the CallError for an error that a text causes in the Rust tokenizer: a TypeError for a lone surrogate, or
-    a panic, which is not an Exception. Any other error is returned unchanged."""
+    """Return the CallError for an error that a text has caused in the Rust tokenizer: a TypeError for a lone surrogate,
+    or a panic (a BaseException). Any other error is returned unchanged."""
     if isinstance(error, TypeError):
         return _no_unicode(field)
     if type(error).__name__ != "PanicException":

@@ -50,8 +50,8 @@ class WordEncoder:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None, **options: Any) -> WordEncoder | None:
-        """Return an encoder for a tokenizer; None if cutting a text may change the ids. `pre_tokenizer`: the part of
-        tokenizer.json with this name. `options`: keyword arguments of the constructor."""
+        """Return an encoder for a tokenizer; None if cutting a text may change the ids. `pre_tokenizer`: the entry
+        `pre_tokenizer` of tokenizer.json. `options`: keyword arguments of the constructor."""
         return cls(tokenizer, **options) if cuts_are_safe(tokenizer, pre_tokenizer) else None
 
     def encode(self, blocks: Sequence[str]) -> list[PackedIds]:
@@ -85,8 +85,8 @@ def _words(blocks: Sequence[str]) -> tuple[list[list[str]], list[str]]:
 
 
 def cuts_are_safe(tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None) -> bool:
-    """Return whether the ids of a text equal the ids of its parts, one after another, if the text is cut at WORD_CUT.
-    `pre_tokenizer`: the part of tokenizer.json with this name."""
+    """Return whether a text can be cut at WORD_CUT: the ids of the parts, one after another, equal the ids of the whole
+    text. `pre_tokenizer`: the entry `pre_tokenizer` of tokenizer.json."""
     model = tokenizer.model
     return (
         isinstance(model, models.BPE)
@@ -103,8 +103,8 @@ def cuts_are_safe(tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None)
 
 
 def _splits_safely(steps: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether all steps are known to be safe, and at least one step splits the text into words before or in the
-    byte-level step."""
+    """Return whether all steps are known to be safe, and the text is split into words no later than in the byte-level
+    step."""
     to_bytes = next((at for at, step in enumerate(steps) if step.get("type") == "ByteLevel"), -1)
     if to_bytes < 0 or not all(map(_is_safe, steps)):
         return False

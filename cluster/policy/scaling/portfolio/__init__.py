@@ -3,7 +3,7 @@ the policy, and the time.
 
     decisions, memory = decide(observation, memory, now_s)
 
-An empty `Memory()` is valid: a restarted controller decides from what it observes.
+The memory of a new policy is `Memory()`. A restarted controller begins with it and decides from what it observes.
 """
 
 from cluster.policy.scaling.portfolio.memory import Memory, ModelMemory

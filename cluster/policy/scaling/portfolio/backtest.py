@@ -1,18 +1,19 @@
 """Backtest of scaling rules: every rule is replayed on past demand, and the cheapest rule that met the SLO is followed.
 
 Problem: no constant margin is right for all models. A margin that fits one bursty model wastes GPUs on a steady model,
-and does not fit the next bursty model. But rules can be tried, since demand does not depend on the number of replicas.
+and does not fit the next bursty model. But rules can be tried on past demand, since demand does not depend on the
+number of replicas.
 
-Method: each rule (a signal of forecast.py and a margin over the signal) is replayed on past demand, with the rule's own
-cold starts and queue. Each rule has two sums, which fade over `MEMORY` cold starts: the replica-seconds that the rule
-would have held, and the calls that the rule would have served late. The rule to follow is the cheapest rule whose late
-calls stay within the budget. This is follow-the-leader among fixed experts (Cesa-Bianchi and Lugosi, "Prediction,
-Learning, and Games", ch. 2-4), with a constraint in place of a mixed loss.
+Method: a rule asks for a number of replicas: a forecast of the load (a signal of forecast.py) plus a margin. Each rule
+is replayed on past demand, with its own cold starts and queue. Two sums are kept for each rule and fade over `MEMORY`
+cold starts: the replica-seconds that it would have held, and the calls that it would have served late. The rule to
+follow is the cheapest rule whose late calls stay within the budget. This is follow-the-leader among fixed experts
+(Cesa-Bianchi and Lugosi, "Prediction, Learning, and Games", ch. 2-4), with a constraint in place of a mixed loss.
 
-Replicas of a rule: held = signal with margin, rounded up; ready = the least number held during the last cold start,
-because replicas held for all that time have started. Queue of a rule: the work that came, less the work that ready
-replicas serve. A call is late if it waits longer than the slack of the SLO (`Arrivals.slack_s`). The queue follows the
-fluid model of loadtests/autoscale/optimum.py.
+Replicas of a rule: it holds the signal with the margin, rounded up. The least number that it held during the last cold
+start is ready, because these replicas have had the time to start. Queue of a rule: the work that came, less the work
+that its ready replicas serve. A call is late if it waits longer than the slack of the SLO (`Arrivals.slack_s`). The
+queue follows the fluid model of loadtests/autoscale/optimum.py.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ MEMORY = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Backtest:
-    """Sums of a backtest. All sums fade.
+    """Sums of a backtest. They fade with time.
 
     The arrays have one value for each rule. `cost`: replica-seconds held. `late`: late calls. `waiting`: work in the
-    queue, in replica-seconds. `calls` is the number of calls.
+    queue, in replica-seconds. `calls`: number of calls, equal for all rules.
     """
 
     cost: Floats
@@ -53,10 +54,10 @@ class Backtest:
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """A stretch of demand: its load in replicas, and its number of calls.
+    """Demand in one stretch of time: its load in replicas, and its number of calls.
 
-    `slack_s`: time that a call may wait in the queue within the SLO. `behind_s`: the most outstanding decoding work, in
-    replica-seconds, with which streams still keep the pace of the SLO.
+    `slack_s`: time that a call may wait in the queue within the SLO. `behind_s`: largest backlog of decoding, in
+    replica-seconds, at which streams still keep the pace of the SLO.
     """
 
     load: float
@@ -71,7 +72,7 @@ def empty() -> Backtest:
 
 
 def wanted_by_rule(signals: Floats, stray: Floats) -> Floats:
-    """Number of replicas that each rule asks for, not rounded. `signals` and `stray`: see DemandLevels."""
+    """Number of replicas that each rule asks for, not rounded. `signals` and `stray`: see forecast.DemandLevels."""
     by_factor = signals[:, None] * FACTORS
     by_stray = signals[:, None] + stray[:, None] * STRAYS
     rules: Floats = np.concatenate([np.concatenate([by_factor, by_stray], axis=1).reshape(-1), FIXED])
@@ -79,7 +80,7 @@ def wanted_by_rule(signals: Floats, stray: Floats) -> Floats:
 
 
 def round_up(replicas: Floats, correction: float) -> Floats:
-    """Numbers of replicas times `correction`, rounded up with a tolerance for floating-point error."""
+    """Multiply numbers of replicas by `correction` and round up, with a tolerance for floating-point error."""
     rounded: Floats = np.ceil(replicas * correction - 1e-6)
     return rounded
 
@@ -93,10 +94,10 @@ def replay(
     passed_s: float,
     cold_start_s: float,
 ) -> Backtest:
-    """Return the backtest with one more stretch of demand.
+    """Return the backtest with one more stretch of demand, of `passed_s` seconds.
 
-    `wanted`: number of replicas that each rule holds. `ready`: how many of them have started. The load is multiplied by
-    `doubt`. `passed_s`: seconds of the stretch.
+    `wanted`: number of replicas that each rule holds. `ready`: number of these that have started. `doubt`: factor on
+    the load.
     """
     fade = float(np.exp(-passed_s / (MEMORY * cold_start_s)))
     waiting, late = queue_after(ready, before.waiting, arrivals, doubt, passed_s, cold_start_s)
@@ -112,11 +113,13 @@ def replay(
 def queue_after(
     ready: Floats, waiting: Floats, arrivals: Arrivals, doubt: float, passed_s: float, cold_start_s: float
 ) -> tuple[Floats, Floats]:
-    """Return the queue after a stretch, in replica-seconds, and the share of the calls of the stretch that are late.
+    """Return the queue after a stretch of demand, in replica-seconds, and the share of the stretch's calls that are
+    late.
 
     In an overload, decoding is delayed first, because prompts are computed first. Once `behind_s` of decoding work is
     outstanding, streams are just at the pace of the SLO, and prompts begin to wait. Calls are late when their prompts
-    wait longer than the slack. Work that would wait longer than one cold start is dropped, as its callers have gone.
+    wait longer than the slack. Work that would wait longer than one cold start is dropped, because its callers have
+    gone.
     """
     after = np.maximum(waiting + arrivals.load * doubt * passed_s - ready * passed_s, 0.0)
     late = late_share(ready * arrivals.slack_s + arrivals.behind_s, waiting, after)
@@ -124,9 +127,9 @@ def queue_after(
 
 
 def late_share(allowed: Floats, before: Floats, after: Floats) -> Floats:
-    """Share of evenly spaced calls that arrive while the queue holds more work than `allowed`.
+    """Return the share of the calls that arrive while the queue holds more work than `allowed`.
 
-    The queue grows or shrinks evenly from `before` to `after`.
+    The calls are evenly spaced, and the queue grows or shrinks evenly from `before` to `after`.
     """
     low, high = np.minimum(before, after), np.maximum(before, after)
     share = (high - allowed) / np.maximum(high - low, 1e-12)
@@ -136,11 +139,12 @@ def late_share(allowed: Floats, before: Floats, after: Floats) -> Floats:
 def cheapest_rules(backtest: Backtest, late_budget: float, ahead: float) -> tuple[int, ...]:
     """Return the rules to follow: the CHOSEN rules with the lowest price, the cheapest rule first.
 
-    The price of a rule is its cost divided by the share of its calls that are not late. If the rule's late calls exceed
-    the budget, the price is also multiplied by late calls / budget. So if no rule is within the budget, as after a
-    sudden surge, the policy neither adds GPUs without end nor saves GPUs by serving no calls. The budget is
-    `late_budget`, a share of the calls, times `ahead`. An `ahead` above 1 adds the budget of later calls in the SLO
-    window: a rule may use up this budget in one surge and keep its price.
+    The price of a rule is its cost divided by the share of its calls that are not late. If its late calls exceed the
+    budget, the price is also multiplied by late calls / budget. So even when no rule is within the budget, as after a
+    sudden surge, neither adding GPUs without end nor serving no calls is cheapest.
+
+    The budget is `late_budget`, a share of the calls, times `ahead`. With `ahead` above 1, the budget includes later
+    calls in the SLO window: a rule may use all of it in one surge without a higher price.
     """
     allowed = late_budget * backtest.calls * ahead
     served = np.maximum(1.0 - backtest.late / max(backtest.calls, 1e-9), 1e-9)

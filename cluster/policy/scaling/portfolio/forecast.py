@@ -2,9 +2,10 @@
 
 A level estimates the load one cold start ahead, in replicas. The levels are means over several time spans, means with
 their trend extrapolated, and a mixture of means. The weights of the mixture are learnt by recursive least squares from
-the load that followed; a ridge prior makes the mixture start as the mean over one cold start. A signal follows a rising
-level at once and a falling level slowly, so that a recurring burst finds capacity. backtest.py selects
-the signals that fit a model.
+the load that was then observed. Because of a ridge prior, the mixture starts as the mean over one cold start.
+
+A signal is made from a level. It follows a rising level at once and a falling level slowly, so that a recurring burst
+finds capacity. backtest.py selects the signals that fit a model.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ FORGET = 200.0
 
 @dataclass(frozen=True, slots=True)
 class DemandLevels:
-    """State of the forecasts of one model. Arrays are never changed in place. `seen_s` is the observed time in
-    seconds."""
+    """State of the forecasts of one model. Its arrays are never changed in place. `seen_s`: seconds of demand observed
+    so far."""
 
     seen_s: float
     means: Floats
@@ -49,7 +50,7 @@ class DemandLevels:
 
 
 def empty() -> DemandLevels:
-    """Return the levels before the first observation."""
+    """Return the state before the first observation."""
     count = len(SPANS)
     return DemandLevels(
         0.0,
@@ -64,9 +65,9 @@ def empty() -> DemandLevels:
 def update(
     before: DemandLevels, load: float, passed_s: float, cold_start_s: float, past: tuple[Floats, Floats] | None
 ) -> DemandLevels:
-    """Return the levels with one more stretch of `passed_s` seconds at this load.
+    """Return the state after one more stretch of demand: `passed_s` seconds at this load.
 
-    `past`: means and signals of one cold start ago; None while nothing that old was observed.
+    `past`: means and signals of one cold start ago; None while the observed time is shorter.
     """
     # While less time than the span of a mean has been observed, the mean covers the observed time.
     spans = np.minimum(SPANS * cold_start_s, before.seen_s + passed_s)
@@ -88,8 +89,8 @@ def update(
 def _regress(before: DemandLevels, x: Floats, became: float, passed: float) -> tuple[Floats, Floats]:
     """Run one step of recursive least squares. Returns the new weights and the new inverse matrix.
 
-    `x`: means of one cold start ago. `became`: load now. All loads are divided by the largest of them, so that scale
-    does not matter. `passed`: time in cold starts.
+    `x`: means of one cold start ago. `became`: load now. All loads are divided by the largest of them, so the scale
+    does not matter. `passed`: time since the last step, in cold starts.
     """
     size = max(float(x.max()), became)
     if size <= 0:

@@ -1,9 +1,9 @@
-"""Distribution of GPUs over models: first fixed numbers and minimums, then the rest by the gain per GPU in timely calls
-(calls that are not late).
+"""Distribution of GPUs over models. Fixed numbers and minimums come first. The rest goes to the models that gain the
+most timely calls (calls that are not late) per GPU.
 
 Problem: the replica targets may need more GPUs than there are. Timely calls as a function of replicas
 (marginal_gain.py) form an S-curve: a model with fewer replicas than its load serves hardly any call in time, then the
-curve is steep, then flat. A greedy choice by single replicas would stop at the foot of the slope.
+curve is steep, then flat. A greedy choice of single replicas would stop at the flat beginning of the curve.
 
 Method: replicas are given in steps along the curve's upper concave hull. A step has the number of replicas that gains
 most per GPU. On the hull, gains fall from step to step, so the greedy choice is optimal up to the last step (a sum of
@@ -44,7 +44,7 @@ LEAST_GAIN = 1e-30
 
 @dataclass(frozen=True, slots=True)
 class GpuClaim:
-    """Claim of one model for replicas.
+    """The replicas that one model asks for, with the values by which GPUs are distributed.
 
     `fixed`: number of replicas in place of the target, in total or by GPU type; None: the target decides. If `frozen`
     is set, the model gets `fixed` even beyond the budget. `wanted` and `load` are in replicas of one type
@@ -69,7 +69,7 @@ class GpuClaim:
 
 
 class _GpuPool:
-    """Remaining GPUs of each type. A type without a budget is unlimited."""
+    """GPUs of each type that are not given to a model yet. A type without a budget is unlimited."""
 
     def __init__(self, budget: Mapping[str, int]) -> None:
         self.free = dict(budget)
@@ -88,7 +88,7 @@ class _GpuPool:
 
 
 def share(claims: Sequence[GpuClaim], budget: Mapping[str, int]) -> tuple[ReplicaDecision, ...]:
-    """Decide every claim. Returns the decisions in the order of the claims.
+    """Decide the number of replicas for every claim. Returns the decisions in the order of the claims.
 
     `budget`: number of GPUs by type; a type without an entry is unlimited. Only frozen claims may exceed the budget.
     """
@@ -143,8 +143,11 @@ def share(claims: Sequence[GpuClaim], budget: Mapping[str, int]) -> tuple[Replic
 
 
 def _is_satisfied(claim: GpuClaim, mine: Mapping[str, int]) -> bool:
-    """Whether the model needs no more replicas than `mine`: counted in replicas of one type (gpu_equivalence.py), they
-    reach the wanted number. With several types of GPU, the model's maximum number of replicas is also enough."""
+    """Whether the model needs no more replicas than `mine` (numbers by GPU type).
+
+    This is so if they reach the wanted number, counted in replicas of one type (gpu_equivalence.py). With several types
+    of GPU, it is also so if they reach the model's maximum number of replicas.
+    """
     settings = claim.seen.settings
     if len(settings.gpus) > 1 and sum(mine.values()) >= settings.max_replicas:
         return True
@@ -152,10 +155,10 @@ def _is_satisfied(claim: GpuClaim, mine: Mapping[str, int]) -> bool:
 
 
 def _add_replica(pool: _GpuPool, claim: GpuClaim, mine: dict[str, int]) -> bool:
-    """Add one replica, or return False if the budget has no GPUs for the replica.
+    """Add one replica to `mine`. Returns False if the budget has no GPUs for a replica.
 
-    GPU types are tried in this order, until the budget has GPUs for the replica. First, types with room on which the
-    model already has more replicas than `mine`. Then all types with room. Last, the model's first type.
+    The first GPU type for which the budget suffices is used, in this order. First, types with room on which the model
+    already has more replicas than `mine`. Then all types with room. Last, the model's first type.
     """
     types, room = claim.seen.settings.gpus, claim.seen.room
     kept = [gpu for gpu in types if mine.get(gpu, 0) < claim.have.get(gpu, 0)]
@@ -179,7 +182,8 @@ def _push_step(
     values: Floats,
     most: int,
 ) -> None:
-    """Push the claim's step with the highest gain per GPU. `most`: largest number of replicas after the step."""
+    """Push onto the heap the claim's next step: the number of replicas that gains most per GPU. `mine`: replicas given
+    so far. `most`: largest number of replicas after the step."""
     here = total_worth(claim.seen, mine)
     first = math.floor(here + 1e-6) + 1
     if _is_satisfied(claim, mine) or most < first:
@@ -192,8 +196,8 @@ def _push_step(
 
 
 def _values(claim: GpuClaim) -> Floats:
-    """Weighted number of calls served in time per second, for 0, 1, 2, ... replicas, as a mean over HORIZON. The calls
-    of running replicas are multiplied by EDGE."""
+    """Return the value of 0, 1, 2, ... replicas: timely calls per second, weighted by class, as a mean over HORIZON.
+    Calls of replicas that already run are multiplied by EDGE."""
     have = total_worth(claim.seen, claim.have)
     numbers = np.arange(claim.wanted + 1, dtype=float)
     kept = np.minimum(numbers, have)
@@ -203,7 +207,7 @@ def _values(claim: GpuClaim) -> Floats:
 
 
 def _weighted_gain(claim: GpuClaim, numbers: Floats) -> Floats:
-    """Calls served in time per second for each number of replicas in `numbers`, weighted by class."""
+    """Timely calls per second, weighted by class, for each number of replicas in `numbers`."""
     total = sum(claim.by_rank.values())
     out, before, share = LEAST_GAIN * numbers, np.zeros(len(numbers)), 0.0
     for rank in sorted(claim.by_rank):
@@ -215,8 +219,8 @@ def _weighted_gain(claim: GpuClaim, numbers: Floats) -> Floats:
 
 
 def _in_time(claim: GpuClaim, numbers: Floats) -> Floats:
-    """Calls of all classes served in time per second, for each number of replicas in `numbers`. Work in the queue
-    reduces the result."""
+    """Timely calls per second of all classes, for each number of replicas in `numbers`. Queued work reduces the
+    result."""
     cold_s = max(claim.seen.settings.cold_start_s, 1.0)
     seen = claim.gains.time_s / cold_s
     guess = claim.calls_per_s * np.minimum(numbers / claim.load, 1.0) if claim.load > 0 else np.zeros(len(numbers))

@@ -2,10 +2,10 @@
 
 Problem: the need of a model is one number, but replicas on different types of GPU have different throughput.
 
-Method: everything is counted in replicas of one type, the unit. The unit is the most preferred type whose rates are
-learnt. A replica of another type counts as a number of units, its worth: the lesser of two ratios, its prefill rate and
-its decode rate, each relative to the rate of the unit. So a mix of types is never overestimated, whatever the calls are
-like. A type whose rates are not learnt counts as the unit.
+Method: everything is counted in replicas on one type of GPU, the unit type. It is the most preferred type whose rates
+are learnt. The worth of a replica on another type is the number of replicas on the unit type that it replaces. It is
+the lesser of two ratios: its prefill rate and its decode rate, each divided by that of the unit type. So a mix of types
+is never overestimated, whatever the calls are like. The worth on a type whose rates are not learnt is 1.
 
 Invariant: with one type of GPU, every number is a plain number of replicas.
 """
@@ -22,12 +22,13 @@ _LITTLE = 1e-6
 
 
 def unit_of(seen: ModelSeen) -> str:
-    """GPU type of the unit: the most preferred type with learnt rates, or the first type if no rates are learnt."""
+    """Return the unit type, in which replicas are counted: the most preferred GPU type with learnt rates, or the first
+    type if no rates are learnt."""
     return next((gpu for gpu in seen.settings.gpus if _learnt(seen.rates.get(gpu, Rates()))), seen.settings.gpus[0])
 
 
 def replica_worth(seen: ModelSeen, gpu: str) -> float:
-    """Number of replicas of the unit type as which a replica on this type of GPU counts (its worth)."""
+    """Return how many replicas on the unit type one replica on this type of GPU replaces."""
     if len(seen.settings.gpus) == 1:
         return 1.0
     rates, unit = seen.rates.get(gpu, Rates()), seen.rates.get(unit_of(seen), Rates())
@@ -40,27 +41,27 @@ def replica_worth(seen: ModelSeen, gpu: str) -> float:
 
 
 def total_worth(seen: ModelSeen, counts: Mapping[str, int]) -> float:
-    """Number of replicas of the unit type as which the replicas in `counts` (numbers by GPU type) count together."""
+    """Return how many replicas on the unit type the replicas in `counts` (numbers by GPU type) replace together."""
     return math.fsum(count * replica_worth(seen, gpu) for gpu, count in counts.items())
 
 
 def round_up(replicas: float) -> int:
-    """Number of replicas of the unit, rounded up."""
+    """Round a number of replicas up, with a tolerance for floating-point error."""
     return math.ceil(replicas - _LITTLE)
 
 
 def covers(replicas: float, wanted: int) -> bool:
-    """Whether `replicas` is at least `wanted`. Both are numbers of replicas on the unit, the GPU type in which all
-    replicas are counted."""
+    """Whether `replicas` is at least `wanted`, with a tolerance for floating-point error. Both numbers are in replicas
+    on the unit type."""
     return replicas >= wanted - _LITTLE
 
 
 def as_one_type(seen: ModelSeen) -> ModelSeen:
-    """Return the model as if all of its replicas were of the unit type.
+    """Return the model as if all its replicas were on the unit type.
 
-    The number of replicas is the total worth (`total_worth`) of all replicas, rounded up. The number of ready replicas
-    is the total worth of the ready replicas, rounded down, but at least 1 if any is ready. Draining replicas are kept
-    as they are.
+    Starting and ready replicas are replaced by their total worth (`total_worth`), rounded up. The number of ready
+    replicas is the total worth of the ready replicas, rounded down, but at least 1 if any is ready. Draining replicas
+    are kept as they are.
     """
     if len(seen.settings.gpus) == 1:
         return seen

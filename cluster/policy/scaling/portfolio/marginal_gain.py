@@ -1,6 +1,6 @@
-"""Timely calls per second: calls that 0, 1, 2, ... replicas would have served in time, computed from recent demand.
+"""Timely calls per second: how many calls 0, 1, 2, ... replicas would have served in time, computed from recent demand.
 
-Problem: shared GPUs should go to the models where the GPUs gain most, and the gain is not proportional to the load. The
+Problem: shared GPUs should go to the models that gain most from them, and the gain is not proportional to the load. The
 queue is first come, first served. So a model with slightly fewer replicas than its load serves no call in time, and
 with slightly more it serves nearly all calls in time. How many more are needed depends on the bursts of the model.
 
@@ -27,10 +27,11 @@ SPAN = 10.0
 
 @dataclass(frozen=True, slots=True)
 class MarginalGains:
-    """Result of replaying past demand: timely calls and queued work, one value for each number of replicas in COUNTS.
+    """Result of replaying past demand: calls served in time and queued work, one value for each number of replicas in
+    COUNTS.
 
-    `good`: timely calls. `waiting`: work in the queue at the end of the replay, in replica-seconds. `time_s`: seconds
-    that `good` covers. `good` and `time_s` fade with time.
+    `good`: calls served in time. `waiting`: work in the queue at the end of the replay, in replica-seconds. `time_s`:
+    seconds that `good` covers. `good` and `time_s` fade with time.
     """
 
     good: Floats
@@ -38,7 +39,7 @@ class MarginalGains:
     time_s: float = 0.0
 
     def per_s(self, replicas: Floats) -> Floats:
-        """Calls served in time per second, for each number of replicas in `replicas`."""
+        """Timely calls per second, for each number of replicas in `replicas`."""
         return np.interp(replicas, COUNTS, self.good) / self.time_s if self.time_s else np.zeros(len(replicas))
 
 

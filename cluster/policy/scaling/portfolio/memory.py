@@ -1,4 +1,6 @@
-"""State that the policy carries from one decision to the next. The state is a frozen value and opaque to callers."""
+"""State that the scaling policy carries from one decision to the next. It is a frozen value that callers do not
+read.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,10 @@ from cluster.policy.scaling.portfolio.marginal_gain import MarginalGains
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """Values at the end of an earlier learning step, at the time `at_s`.
+    """Forecast values at the end of an earlier learning step, at the time `at_s`.
 
-    A plan is the maximum of a signal during the patience (replica_target.PATIENCE). Rules hold replicas for the plan
-    and not for the signal, so that a falling signal does not remove replicas at once.
+    A plan is the maximum of a signal during the patience (replica_target.PATIENCE). Rules hold replicas for the plan,
+    not for the signal, so that a falling signal does not remove replicas at once.
     """
 
     at_s: float
@@ -29,7 +31,8 @@ class Past:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Demand since the last learning step. `load_s` is in replica-seconds."""
+    """Demand since the last learning step. `load_s`: all work that came, in replica-seconds. `within` and `outside`:
+    number of judged calls that met the SLO, and number that did not."""
 
     passed_s: float = 0.0
     load_s: float = 0.0
@@ -44,10 +47,10 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """Comparison of the backtest with the results of real calls. All sums fade with time.
+    """How well the backtest agrees with the results of real calls. All sums fade with time.
 
-    `correction` scales the replicas of every rule. It is above 1 after real calls were late although the backtest
-    served them in time. `waiting`: queued work in a backtest of the real replicas.
+    `correction`: factor on the replicas of every rule. It is above 1 after real calls were late although the backtest
+    served them in time. `waiting`: queued work in a backtest of the real replicas, in replica-seconds.
     """
 
     waiting: float = 0.0
@@ -64,7 +67,8 @@ class Fidelity:
 
 @dataclass(frozen=True, slots=True)
 class ModelMemory:
-    """Memory of one model. `recent_targets`: pairs of (time, target before patience is applied)."""
+    """Memory of one model. `recent_targets`: pairs of (time, target), where the target may fall at once, without
+    patience."""
 
     last_call_s: float
     stretch: Stretch = field(default_factory=Stretch)

@@ -1,4 +1,6 @@
-"""Scaling policy: the replica target of every model, within the bounds of the model and within the available GPUs."""
+"""Scaling policy: the number of replicas of every model, within the bounds of the model and within the available
+GPUs.
+"""
 
 from __future__ import annotations
 
@@ -98,8 +100,8 @@ def _claim(
 def _unlearnt(seen: ModelSeen, called: bool) -> ReplicaTarget:
     """Return the target of a model whose rates are not learnt yet.
 
-    The target is the present number of replicas, but at least 1 if there are calls (`called`). If calls wait too long
-    or are late and no replica is starting, the target is one more.
+    The target is the present number of replicas, but at least 1 if there are calls (`called`). It is one more if calls
+    wait too long or are late, and no replica is starting.
     """
     have = sum(r.state != "draining" for r in seen.replicas)
     starting = any(r.state == "starting" for r in seen.replicas)

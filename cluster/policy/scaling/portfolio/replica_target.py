@@ -3,8 +3,8 @@
 Scale-up: the number of replicas is raised at once to the number that the followed rules (backtest.py) ask for.
 
 Scale-down: a replica is removed if it was not wanted at any time during the patience, which is about half a cold start.
-Keeping a replica for a whole cold start would cost as much as starting the replica again (ski rental). For one cold
-start after a scale-down, replicas are started only if calls wait too long or the target is far higher.
+Keeping a replica for a whole cold start would cost as much as starting it again (ski rental). For one cold start after
+a scale-down, replicas are started only if calls wait too long or the target is far higher than before the scale-down.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ SPREAD = 3.0
 
 @dataclass(frozen=True, slots=True)
 class ReplicaTarget:
-    """Target in replicas of the first GPU type. `load` is the expected load, also in replicas."""
+    """Target number of replicas, in replicas of the first GPU type. `load` is the expected load, also in replicas."""
 
     replicas: int
     why: str
@@ -83,7 +83,8 @@ class ReplicaTarget:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaWork:
-    """Work that came in one observation. Times are in replica-seconds of the first GPU type."""
+    """Work that came between two observations. The fields that end in `_s` are in replica-seconds of the first GPU
+    type."""
 
     load_s: float
     prompt_s: float
@@ -99,7 +100,8 @@ class ReplicaWork:
 
 
 def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> ReplicaWork | None:
-    """Return the work in one observation, or None if the rates of the first GPU type are not learnt yet."""
+    """Return the work that came since the last observation; None if the rates of the first GPU type are not learnt yet.
+    `ranks`: rank of each class."""
     rates = seen.rates.get(seen.settings.gpus[0], Rates())
     demand = seen.demand
     if not rates.prefill_tokens_per_s or not rates.decode_tokens_per_s:
@@ -125,7 +127,7 @@ def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> ReplicaWork | None:
 
 
 def learn(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, passed_s: float, now_s: float) -> ModelMemory:
-    """Return the memory updated by the demand of the last `passed_s` seconds."""
+    """Return the memory after learning from the demand of the last `passed_s` seconds."""
     before = memory.stretch
     stretch = Stretch(
         before.passed_s + passed_s,
@@ -203,7 +205,8 @@ def _learn_stretch(memory: ModelMemory, seen: ModelSeen, stretch: Stretch, cold_
 def _update_fidelity(
     before: Fidelity, seen: ModelSeen, stretch: Stretch, arrivals: Arrivals, cold_s: float
 ) -> Fidelity:
-    """Compare the results of real calls with a backtest of the real replicas. Returns the updated fidelity."""
+    """Compare the results of real calls with a backtest of the real replicas. Returns the new state of the
+    comparison."""
     ready = np.array([float(sum(r.state == "ready" for r in seen.replicas))])
     waiting, share = backtest.queue_after(ready, np.array([before.waiting]), arrivals, 1.0, stretch.passed_s, cold_s)
     predicted = float(share[0]) * stretch.calls
@@ -226,8 +229,8 @@ def _update_fidelity(
 
 
 def target(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, now_s: float) -> tuple[ReplicaTarget, ModelMemory]:
-    """Return the replica target of the model, and the memory for the next pass. The target falls only after the demand
-    has been low for some time."""
+    """Return the replica target of the model, and the memory for the next pass. The target falls only after a time of
+    low demand."""
     settings, have = seen.settings, sum(r.state != "draining" for r in seen.replicas)
     cold_s = max(settings.cold_start_s, 1.0)
     levels, rule = memory.levels, memory.rules[0] if memory.rules else None
@@ -292,8 +295,8 @@ def target(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, now_s: float
 
 
 def _replicas_for_calls(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, cold_s: float) -> int:
-    """Number of replicas that hold all running and queued calls, and the calls that may arrive before another replica
-    serves.
+    """Number of replicas that can hold all running and queued calls, and the calls that may arrive before another
+    replica serves.
 
     If streams last longer than a cold start, running calls predict the near future better than arrivals: few calls
     arrive, and their rate is not reliable.
@@ -307,8 +310,8 @@ def _replicas_for_calls(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork,
 
 
 def after_decision(memory: ModelMemory, seen: ModelSeen, decided: int, wanted: float, now_s: float) -> ModelMemory:
-    """Return the memory after the decision for `decided` replicas. `wanted`: number of replicas claimed from the GPU
-    budget."""
+    """Return the memory after the decision for `decided` replicas. `wanted`: number of replicas that the model asked
+    for."""
     have = sum(r.state != "draining" for r in seen.replicas)
     if decided >= have:
         return memory

@@ -18,9 +18,9 @@ ReplicaState = Literal["starting", "ready", "draining"]
 class ClassDemand:
     """Demand of one priority class for one model: arrivals since the last observation, and the calls that wait now.
 
-    `expected_output_tokens`: expected output of the calls that arrived, as the gateways have learnt from earlier calls.
-    `held_requests`: queued calls that wait because no replica is ready. Prompt tokens do not include the prefix that is
-    expected to be cached.
+    `expected_output_tokens`: expected output of the calls that arrived, which gateways have learnt from earlier calls.
+    `held_requests`: queued calls that wait because no replica is ready. Prompt tokens that are expected to be cached
+    are not counted.
     """
 
     arrived_requests: int = 0
@@ -40,7 +40,7 @@ class ClassDemand:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSeen:
-    """A replica that holds GPUs now. A replica that is only wanted is not listed."""
+    """A replica that holds GPUs now. Replicas that are wanted but have no GPUs yet are not listed."""
 
     replica_id: str
     state: ReplicaState
@@ -54,11 +54,11 @@ class ReplicaSeen:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Rates of one replica on one GPU type, learnt from the steps of replicas. None: not learnt yet.
+    """Throughput of one replica on one GPU type, learnt from the engine steps of replicas. None: not learnt yet.
 
     The prefill rate is for a replica that only prefills. The decode rate is for a replica that only decodes, with as
-    many sequences as the SLO's `itl_s` allows. A replica that prefills p and decodes d tokens a second is busy for
-    p / prefill rate + d / decode rate of its time.
+    many sequences as the SLO's `itl_s` allows. A replica that prefills p tokens and decodes d tokens a second is busy
+    for p / prefill rate + d / decode rate of its time.
     """
 
     prefill_tokens_per_s: float | None = None
@@ -88,9 +88,10 @@ class Slo:
 class ModelSettings:
     """Settings of one model: values from the configuration, and learnt values of the whole model.
 
-    `idle_s` above 0 with `min_replicas` 0: the model scales to zero after `idle_s` seconds without a call. `gpus`: GPU
-    types in order of preference. `manual`: number of replicas, in total or by GPU type, that replaces the policy's
-    target within the GPU budget; None: no such number. `frozen`: the replicas of the model are not changed.
+    If `idle_s` is above 0 and `min_replicas` is 0, the model scales to zero after `idle_s` seconds without a call.
+    `gpus`: GPU types in order of preference. `manual`: number of replicas that an operator has set, in total or by GPU
+    type. It replaces the policy's target, within the GPU budget; None: not set. `frozen`: the replicas of the model are
+    not changed.
     """
 
     min_replicas: int = 1
@@ -107,10 +108,10 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class ModelSeen:
-    """Observation of one model. Keys of `rates` are GPU types; keys of `demand` are class names.
+    """Observation of one model. The keys of `rates` are GPU types; the keys of `demand` are class names.
 
     `room`: number of the model's replicas that fit on each GPU type, existing replicas included; a type without an
-    entry has enough capacity. Replicas that fit on no type wait for the first type.
+    entry has enough capacity. Replicas that fit on no type wait for GPUs of the first type.
     """
 
     settings: ModelSettings
@@ -125,7 +126,8 @@ class Observation:
     """Observation of all models.
 
     `ranks`: rank of each class; rank 0 is served first, and an unknown class ranks last. `gpu_budget`: number of GPUs
-    by type; a type that is not listed is unlimited. `frozen` freezes every model.
+    by type; a type that is not listed is unlimited. `frozen`: whether the numbers of replicas of all models must stay
+    the same.
     """
 
     models: Mapping[str, ModelSeen]
@@ -138,10 +140,11 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaDecision:
-    """Decided number of replicas of one model by GPU type. Starting and ready replicas count, draining replicas do not.
+    """Decided number of replicas of one model, by GPU type. Starting and ready replicas count, draining replicas do
+    not.
 
-    Every round has one decision for every model, even if nothing changes. `numbers` are shown by `headrace explain
-    scaling`; the names of these numbers are stable.
+    Each call of `decide` returns one decision for every model, even if nothing changes. `numbers` are shown by
+    `headrace explain scaling`; the names of these numbers are stable.
     """
 
     model: str

@@ -5,9 +5,10 @@ process registers (watchdog.watch calls `register`) in the folder of the engine'
 logs to a notes file there. The engine core watches the ranks on this host (exit_status.py) and notes how they end. The
 owner reads the notes file.
 
-The first note counts: a failed rank makes its core fail later, with a less useful error. There is one exception: the
-note of a killed rank takes precedence over errors noted less than a second before it, which are reactions of other
-processes. A rank on another host does not have the folder; its error is part of the core's error.
+The first note counts, because a failed rank makes its core fail later with a less useful error. There is one exception.
+When a rank is killed, other processes may note the resulting errors first. So the note of a killed rank takes
+precedence over errors noted less than a second earlier. A rank on another host does not have the folder; its error is
+part of the core's error.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ class Member:
 def name_engine() -> Iterator[str]:
     """Set a new engine's name in the environment while the owner starts the engine; yield the name for `find_cause`.
 
-    The variable is restored afterwards. Otherwise a Ray node that this process starts later would inherit the name, and
-    all ranks on that node would use it.
+    The environment is restored afterwards. Otherwise a Ray node that this process starts later would inherit the name,
+    and all ranks on that node would use it.
     """
     name, before = uuid.uuid4().hex[:8], os.environ.get(ENGINE)
     os.environ[ENGINE] = name
@@ -96,16 +97,20 @@ def name_engine() -> Iterator[str]:
 
 
 def _file(kind: str, engine: str = "") -> Path | None:
-    """Return the path of an engine's notes file (`kind` NOTES), or the path prefix of its member files (MEMBER).
+    """Return the path of an engine's notes file (`kind` NOTES), or the path prefix of its member files (`kind` MEMBER).
 
-    None if this host has no folder for the engine. `engine`: default "" is the engine to which this process belongs.
+    Returns None if this host has no folder for the engine. `engine`: the engine's name; "" for the engine to which this
+    process belongs.
     """
     folder = sockets.folder()
     return None if folder is None else folder / f"{kind}-{engine or os.environ.get(ENGINE, '')}"
 
 
 def note(kind: str, text: str, log: str = "") -> None:
-    """Append a note for this process's engine. Does nothing if the engine has no folder."""
+    """Append a note to the notes file of this process's engine.
+
+    Does nothing if this host has no folder for the engine.
+    """
     notes = _file(NOTES)
     if notes is None:
         return
@@ -135,8 +140,11 @@ class _NotesHandler(logging.Handler):
 
 
 def _note_death(arguments: tuple[object, ...]) -> None:
-    """Note the end of ranks. `arguments` are those of the executor's log message: a process name and an exit code, or
-    the numbers of Ray's ranks."""
+    """Note the end of ranks.
+
+    `arguments`: those of the executor's log message, which are a process name and an exit code, or the numbers of Ray's
+    ranks.
+    """
     if len(arguments) == 2 and isinstance(arguments[1], int):
         kind = "killed" if arguments[1] < 0 else "ended"
         note(kind, f"{_rank(str(arguments[0]))} {exit_status.describe(arguments[1])}", log_of("stdout"))
@@ -146,7 +154,10 @@ def _note_death(arguments: tuple[object, ...]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error on one line. If the error contains another process's traceback, return that process's error."""
+    """Return an error as one line of text.
+
+    If it contains another process's traceback, return the error of that process.
+    """
     message = f"{type(error).__name__}: {error}"  # without notes: vLLM's ranks add their traceback as a note
     if match := _RAY_ACTOR.search(message):
         return f"a rank (process {match[1]}) died while it started"
@@ -158,10 +169,10 @@ def one_line(error: BaseException) -> str:
 
 
 def register(members: Members | None = None) -> None:
-    """Register this vLLM process, and note its errors from now on. Idempotent; the owner must not call this function.
+    """Register this vLLM process, and note its errors from now on. Idempotent. The owner must not call this function.
 
-    `members`: the engine's other processes, whose ends are noted before this process's errors; given only in an engine
-    core.
+    `members`: the engine's other processes, given only in an engine core. Their ends are noted before this process's
+    errors.
     """
     name = process_name()
     for logger in map(logging.getLogger, LOGGERS):
@@ -200,12 +211,13 @@ def _rank(name: str) -> str:
 
 
 def log_of(stream: str) -> str:
-    """Return the file to which this process's `stream` (stdout or stderr) is written; empty if it is not a file."""
+    """Return the file to which this process's `stream` (stdout or stderr) is written; empty if the stream is not a
+    file."""
     return file_of(1 if stream == "stdout" else 2)
 
 
 def file_of(descriptor: int) -> str:
-    """Return the file that a descriptor of this process writes to; empty if it is not a file."""
+    """Return the file to which a descriptor of this process writes; empty if the descriptor is not a file."""
     try:
         target = os.readlink(f"/proc/self/fd/{descriptor}")
     except OSError:
@@ -214,11 +226,11 @@ def file_of(descriptor: int) -> str:
 
 
 class Members:
-    """The processes of an engine on this host, without the engine core. The core watches them and notes how they end.
+    """The processes of an engine on this host, except the engine core. The core watches them and notes how they end.
 
     Problem: a dying rank closes its connections before its process has ended. The core then fails at once, and the
-    owner reads the notes as soon as it gets the core's error. So the core delays its error (`settle`) until the rank's
-    end is noted.
+    owner reads the notes as soon as it gets the core's error. So the core calls `settle`, which delays the error until
+    the rank's end is noted.
     """
 
     def __init__(self) -> None:
@@ -227,9 +239,9 @@ class Members:
         self._noted = threading.Event()
 
     def settle(self, timeout_s: float) -> None:
-        """Wait until the end of a member is noted.
+        """Wait until the end of a member is noted, for at most `timeout_s` seconds.
 
-        The wait takes at most `timeout_s`, and up to ENDING_S more while a member is ending. Returns at once without
+        While a member is ending, the wait continues for up to ENDING_S seconds more. Returns at once if there are no
         members.
         """
         if not self._members or self._noted.wait(timeout_s):
@@ -240,7 +252,7 @@ class Members:
                 return
 
     def wait(self, timeout_s: float) -> None:
-        """Find new members, then wait at most `timeout_s` for a member to end."""
+        """Find new members, wait at most `timeout_s` seconds for a member to end, and note how members ended."""
         self._members |= _members(self._members)
         gone = [(pid, exit_status.UNKNOWN) for pid in self._watched.add(self._members)]
         for pid, how in gone or self._watched.wait(timeout_s):
@@ -253,7 +265,7 @@ class Members:
 
 
 def note_early_ends() -> None:
-    """Make an engine core note the exit codes of ranks that end before they are ready; vLLM ignores these codes."""
+    """Make an engine core note the exit codes of ranks that end during their start. vLLM itself ignores these codes."""
     from multiprocessing.connection import wait
 
     from vllm.v1.executor.multiproc_executor import WorkerProc
@@ -288,7 +300,8 @@ def _members(known: Mapping[int, Member]) -> dict[int, Member]:
 
 
 def _crash_cause(member: Member) -> str:
-    """Return how a process ended, from a crash handler's message at the end of its log; empty without a message."""
+    """Return how a process ended, from a crash handler's message at the end of its log; empty if the log has no such
+    message."""
     for log in filter(None, (member.error_log, member.log)):
         with contextlib.suppress(OSError), open(log, "rb") as file:
             file.seek(max(0, os.path.getsize(log) - (64 << 10)))
@@ -299,10 +312,11 @@ def _crash_cause(member: Member) -> str:
 
 
 def find_cause(engine: str, *, recent: bool = False) -> str:
-    """Return why an engine of this process has ended, and the log file of the failed process; empty without notes.
+    """Return why an engine of this process has ended, with the log file of the failed process; empty if there are no
+    notes.
 
-    `engine`: the name from `name_engine`. `recent`: whether to ignore notes older than RECENT_S; true for an engine
-    that ended after its start.
+    `engine`: the name from `name_engine`. `recent`: whether to ignore notes older than RECENT_S seconds; true for an
+    engine that was already running when it ended.
     """
     notes = [entry for entry in _notes(engine) if not recent or time.time() - entry.at < RECENT_S]
     errors = [entry for entry in notes if entry.kind == "error"]
@@ -314,7 +328,7 @@ def find_cause(engine: str, *, recent: bool = False) -> str:
 
 
 def with_log(reason: str, log: str) -> str:
-    """Return `reason`, followed by the path `log` if it is not empty."""
+    """Return `reason`, followed by the path `log` unless the path is empty."""
     return f"{reason}; log: {log}" if log else reason
 
 

@@ -1,8 +1,8 @@
 """Exit statuses of processes on this host that are not children of this process.
 
-The wait system calls return only the exit status of children, but an engine's ranks can be Ray's children. A file
+The wait system calls return the exit status only for children, but an engine's ranks can be Ray's children. A file
 descriptor of a process (pidfd) becomes readable when the process ends. Linux 6.15 and later then give the exit status
-to any holder of the descriptor. While a process is a zombie, /proc has its status on any kernel.
+to any holder of the descriptor. On any kernel, /proc shows the status of a process while it is a zombie.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OUT_OF_MEMORY = "the kernel's out-of-memory killer"
 
 
 def describe(code: int | None) -> str:
-    """Return in words how a process ended.
+    """Return in words how a process with this exit code ended.
 
     `code`: Python's exit code, negative for a signal; None if unknown.
     """
@@ -46,7 +46,7 @@ def describe(code: int | None) -> str:
 
 
 def out_of_memory_kills() -> int:
-    """Return the number of processes of this control group that the out-of-memory killer has killed; 0 if unknown."""
+    """Return how many processes of this process's control group the out-of-memory killer has killed; 0 if unknown."""
     try:
         group = Path("/proc/self/cgroup").read_text().partition("0::")[2].splitlines()[0].strip("/")
         for folder in (Path("/sys/fs/cgroup") / group, Path("/sys/fs/cgroup")):
@@ -67,8 +67,10 @@ class Watched:
         self._kills = out_of_memory_kills()
 
     def add(self, pids: Iterable[int]) -> list[int]:
-        """Watch more processes; return the pids that do not exist any more. Without pidfds in the kernel, no process is
-        watched."""
+        """Watch more processes; return the pids that no longer exist.
+
+        If the kernel has no pidfds, no process is watched.
+        """
         gone = []
         for pid in set(pids) - self._seen:
             self._seen.add(pid)
@@ -81,7 +83,10 @@ class Watched:
         return gone
 
     def wait(self, timeout_s: float) -> list[tuple[int, str]]:
-        """Wait at most `timeout_s` for a process to end; return pid and end (in words) of each ended process."""
+        """Wait at most `timeout_s` seconds for a process to end.
+
+        For each ended process, return its pid and, in words, how it ended.
+        """
         if not self._pidfds:
             time.sleep(timeout_s)
             return []
@@ -102,7 +107,7 @@ class Watched:
 
 
 def stat_fields(pid: int) -> list[str]:
-    """Return the fields of /proc/<pid>/stat after the name, beginning with the state; empty if the process is gone."""
+    """Return the fields of /proc/<pid>/stat from the state on (after pid and name); empty if the process is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -110,7 +115,7 @@ def stat_fields(pid: int) -> list[str]:
 
 
 def is_ending(pid: int) -> bool:
-    """Return whether a process is gone, has ended, or is ending (the kernel releases its memory and files)."""
+    """Return whether a process is gone, has ended, or is ending (while the kernel releases its memory and files)."""
     fields = stat_fields(pid)
     return not fields or fields[0] in "ZX" or bool(int(fields[6]) & _EXITING)
 

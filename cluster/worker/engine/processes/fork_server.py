@@ -1,9 +1,9 @@
 """Fork server: a process that has already imported vLLM and from which the engine's processes are forked.
 
-Problem: a cold start is mostly imports. The replica imports vLLM, torch and transformers; then vLLM's engine core and
-each rank start as new interpreters and import these modules again, one process after the other. So the replica first
-starts multiprocessing's fork server, which imports the modules in parallel with the replica. Core and ranks are forks
-of the server.
+Problem: a cold start consists mostly of imports. The replica imports vLLM, torch and transformers. Then vLLM's engine
+core and each rank start as new interpreters and import these modules again, one process after the other. So the replica
+first starts multiprocessing's fork server, which imports the modules in parallel with the replica. Core and ranks are
+then forks of the server.
 
 Invariants: the server is a new interpreter, so it has none of the replica's sockets or thread locks. The server has one
 thread. A fork gets the current environment of the process that starts it, as a spawned process would. The server ends
@@ -37,7 +37,7 @@ _lock = threading.Lock()
 def is_wanted() -> bool:
     """Return whether engine processes should be forks of the server.
 
-    Raises ValueError for an invalid environment value.
+    Raises ValueError if HEADRACE_ENGINE_START has an invalid value.
     """
     word = os.environ.get(START, "")
     if word not in ("", "fork-server", "spawn"):
@@ -63,21 +63,21 @@ def is_running() -> bool:
 
 
 def server_pids() -> set[int]:
-    """Return a set with the server's pid; empty without a server. All forks of the server belong to an engine."""
+    """Return a set with the server's pid; empty if there is no server. All forks of the server belong to an engine."""
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     return set() if pid is None else {int(pid)}
 
 
 def new_process(name: str, target: Callable[..., object], args: tuple[object, ...]) -> BaseProcess:
-    """Return a process, not started, that will be a fork of the server. Use it only if the server is running."""
+    """Return a process that becomes a fork of the server when it is started. The server must be running."""
     return _Process(name=name, target=target, args=args, daemon=True)
 
 
 def install(*, rank_in_core: bool = False) -> None:
-    """Make vLLM start its processes as forks of the server, if there is a server.
+    """Make vLLM start its processes as forks of the server. Does nothing if there is no server.
 
-    Ranks, or the engine core if the only rank runs in the core (`rank_in_core`), have compute threads. If these threads
-    are bound to CPUs, the processes are spawned instead, since libgomp reads the binding when a program starts.
+    A process whose compute threads are bound to CPUs is spawned instead, since libgomp reads the binding when a program
+    starts. Ranks have compute threads. So does the engine core if it runs the only rank (`rank_in_core`).
     """
     if not is_running():
         return
@@ -96,7 +96,7 @@ class _Process(context.ForkServerProcess):
     _environment: dict[str, str]
 
     def start(self) -> None:
-        """Start the fork without this process's main program, which the fork must not run again."""
+        """Start the fork. Hide this process's main program, so that the fork does not run it again."""
         self._environment = dict(os.environ)
         with _hidden_main():
             super().start()
@@ -119,8 +119,8 @@ class _Context(context.ForkServerContext):
 def _create_folder() -> None:
     """Create the folder for the server's socket.
 
-    multiprocessing's default folder would stay behind when a replica is killed. The reaper (ray/reaper.py) or the next
-    engine on this host removes the folder that is created here.
+    multiprocessing's default folder would remain when a replica is killed. The folder that is created here is removed
+    by the reaper (ray/reaper.py) or by the next engine on this host.
     """
     known: dict[str, object] = current_process()._config  # type: ignore[attr-defined]
     if known.get("tempdir") is None:
@@ -131,9 +131,9 @@ def _create_folder() -> None:
 
 @contextlib.contextmanager
 def _hidden_main() -> Iterator[None]:
-    """Hide the main program's path.
+    """Hide the main program's path while the context is open.
 
-    Otherwise multiprocessing would run the program in the child; for Ray's worker that takes seconds.
+    Otherwise multiprocessing would run the program in the child, which takes seconds for Ray's worker.
     """
     main = sys.modules["__main__"]
     with _lock:
@@ -149,7 +149,7 @@ def _hidden_main() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _preloaded_libraries() -> Iterator[None]:
-    """Set LD_PRELOAD, while the context is open, to the libgomp and tcmalloc that vLLM's CPU platform requires."""
+    """While the context is open, set LD_PRELOAD to the libgomp and tcmalloc that vLLM's CPU platform requires."""
     before = os.environ.get("LD_PRELOAD")
     libraries = _library("vllm", "libs/libtcmalloc*.so*"), _library("torch", "../torch.libs/libgomp*.so*")
     if any(libraries) and not before:

@@ -1,6 +1,6 @@
-"""Preloading for the fork server (fork_server.py): modules that all processes of an engine import.
+"""Modules that all processes of an engine import. The fork server (fork_server.py) imports this module.
 
-Nothing here may start a thread, touch a GPU or load vLLM's plugins: each process must do that itself.
+Nothing imported here may start a thread, touch a GPU or load vLLM's plugins: each process must do that itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A private folder for the sockets of vLLM's processes. By default vLLM creates them in /tmp and never removes them.
+"""A private folder for the sockets of vLLM's processes. By default vLLM creates the sockets in /tmp and never removes
+them.
 
 A process removes its folder when the last engine of the process has ended. If the process is killed, the user's next
 engine on the host removes the folder. Ranks that Ray places on other hosts do not have the folder and use vLLM's
@@ -42,7 +43,10 @@ class SocketFolder:
         return True
 
     def release(self) -> None:
-        """Count the end of an engine for which `acquire` returned True. The folder is removed after the last engine."""
+        """Count the end of an engine for which `acquire` returned True.
+
+        After the last engine, the folder is removed.
+        """
         self._engines -= 1
         if self._engines == 0 and self._own is not None:
             os.environ.pop(ENV, None)
@@ -51,10 +55,11 @@ class SocketFolder:
 
 
 class OwnFolder:
-    """A new folder that exists until `remove`, or until another process sweeps it after this process has ended.
+    """A new folder that belongs to this process. It exists until `remove`, or until another process removes it after
+    this process has ended (`sweep`).
 
-    A lock on the folder shows that the folder's creator is alive. A pid in the folder's name would not show this:
-    containers that share a folder of temporary files can have different processes with equal pids.
+    A lock on the folder shows that its creator is alive. A pid in the folder's name would not be enough: containers
+    that share a folder of temporary files can have different processes with equal pids.
     """
 
     def __init__(self, prefix: str, base: Path | None = None) -> None:
@@ -77,7 +82,7 @@ class OwnFolder:
 
 
 def sweep(base: Path | None = None) -> int:
-    """Remove the folders of this user's killed processes; return their number.
+    """Remove the folders that this user's killed processes have left behind; return the number of removed folders.
 
     `base`: the folder for temporary files.
     """
@@ -99,7 +104,8 @@ def _sweep_folder(path: Path) -> bool:
 
 
 def folder() -> Path | None:
-    """Return the socket folder of the engine that this process owns or belongs to; None if this host has none."""
+    """Return the socket folder of the engine that this process owns or belongs to; None if this host has no such
+    folder."""
     named = Path(os.environ.get(ENV, ""))
     return named if named.name.startswith(PREFIX) and named.is_dir() else None
 
@@ -107,8 +113,8 @@ def folder() -> Path | None:
 def restore_default_elsewhere() -> None:
     """Use vLLM's default folder for sockets if the folder that the environment names does not exist on this host.
 
-    This happens in a rank on another host, since the rank gets a copy of the environment of the engine's process.
-    Called in each vLLM process (watchdog.watch).
+    This happens in a rank on another host: the rank gets a copy of the environment of the engine's process. Each vLLM
+    process calls this function (watchdog.watch).
     """
     if Path(os.environ.get(ENV, "")).name.startswith(PREFIX) and folder() is None:
         del os.environ[ENV]

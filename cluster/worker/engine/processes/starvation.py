@@ -1,11 +1,13 @@
-"""CPU starvation: whether an engine whose step makes no progress hangs or waits for a CPU core.
+"""CPU starvation: detection of whether a step without progress hangs or waits for a CPU core.
 
-Problem: on a busy machine a step can take arbitrarily long, which looks like a hang. The kernel can distinguish the
-two: a hung thread sleeps, is stopped or uses CPU time; a starved thread is runnable and waits for a core. When a thread
-runs again, Linux adds its waiting time to its run delay; until then the thread is runnable and uses no CPU time.
-Invariant: only time in which a thread of the engine waited for a core counts as lost, and it counts once. A step is
-excused if its age without the lost time is within the bound for steps. So the detection of a hang is delayed on a busy
-machine, in proportion to the CPU share that the engine does not get, and not delayed on an idle machine.
+Problem: on a busy machine a step can take arbitrarily long, which looks like a hang. The kernel's thread states
+distinguish the two. A hung thread sleeps, is stopped or uses CPU time. A starved thread is runnable and waits for a
+core. Linux counts the time for which a thread has waited, but updates this counter (the run delay) only when the thread
+runs again. Until then, a starved thread is recognized because it is runnable and uses no CPU time.
+
+Invariant: only time in which a thread of the engine waited for a core counts as lost, and it counts once. Starvation
+explains a step's age if the age minus the lost time is within the bound for steps. So on a busy machine, a hang is
+detected later, in proportion to the CPU share that the engine does not get. On an idle machine there is no delay.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ fraction counts as waiting for a core during the rest of the time."""
 
 
 class Task(NamedTuple):
-    """A thread: the seconds that it ran, the seconds that it waited for a CPU core, and whether it is runnable now."""
+    """A thread: for how many seconds it has run, for how many seconds it has waited for a CPU core, and whether it is
+    runnable now."""
 
     ran_s: float
     waited_s: float
@@ -45,8 +48,10 @@ Tasks = Mapping[tuple[int, int], Task]
 
 
 def lost_s(before: Tasks, after: Tasks, window_s: float) -> float:
-    """Return the longest time, in seconds, that one thread waited for a CPU core between two readings `window_s`
-    apart."""
+    """Return the longest time, in seconds, for which one of the threads waited for a CPU core between two readings.
+
+    `before`, `after`: the two readings. `window_s`: seconds between them.
+    """
     most = 0.0
     for key, now in after.items():
         then = before.get(key)
@@ -64,7 +69,7 @@ def lost_s(before: Tasks, after: Tasks, window_s: float) -> float:
 def read_tasks(pids: Iterable[int]) -> Tasks:
     """Return the threads of these processes; an empty mapping if /proc cannot be read.
 
-    This process's own threads never count as runnable, since this function itself makes one of them run.
+    Threads of this process itself never count as runnable, since the thread that calls this function always is.
     """
     own = os.getpid()
     return {
@@ -93,7 +98,7 @@ def _read(folder: Path, with_state: bool) -> Task | None:
 
 @dataclass(slots=True)
 class _WatchedStep:
-    """The time that the current step has lost so far, and the last reading."""
+    """The last reading of the engine's threads, and the seconds that the current step has lost so far."""
 
     read_at: float
     tasks: Tasks
@@ -109,7 +114,10 @@ class Starvation:
         self._lock = threading.Lock()
 
     def explains(self, age_s: float, p99_s: float, now: float) -> bool:
-        """Return whether CPU starvation explains the current step's age `age_s`. `p99_s`: p99 of step durations."""
+        """Return whether CPU starvation explains the current step's age.
+
+        `age_s`, `p99_s`: the step's age and the p99 of step durations, in seconds.
+        """
         if age_s < LOOK_AFTER_S:
             self._step = None
             return False

@@ -4,14 +4,14 @@ Problem: when its parent is killed, vLLM's engine core keeps running (and spins)
 the owner (the replica's process) puts a mark into the environment, which its children inherit. A vLLM plugin (entry
 point group vllm.general_plugins), loaded in every vLLM process, starts a thread that watches the marked process. The
 mark consists of pid, start time, boot id and pid namespace: a pid alone may be reused, and Ray copies the environment
-to other nodes, where the pid has no meaning. On those nodes the thread is not started; Ray ends the ranks there, since
+to other nodes, where the pid has no meaning. On those nodes the thread is not started. Ray ends the ranks there, since
 they are actors whose owner has died.
 
-A killed process leaves its shared memory and its semaphores behind, and all processes of an engine may be killed at the
-same moment, multiprocessing's resource tracker included. So the names of memory and semaphores are unlinked as soon as
-the engine is up. All processes have mapped the memory by then, and the kernel frees the memory when the last process
-ends. While an engine starts, the names still exist. Core and ranks unlink the names when they end, and so does the
-reaper (ray/reaper.py) when it ends these processes.
+A killed process leaves the names of its shared memory and its semaphores behind. All processes of an engine may be
+killed at the same moment, multiprocessing's resource tracker included. So the names are unlinked as soon as the engine
+is up. All processes have mapped the memory by then, and the kernel frees the memory when the last process ends. If an
+engine ends before it is up, its core and ranks unlink the names when they end themselves, and so does the reaper
+(ray/reaper.py) when it ends these processes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _start_time(pid: int) -> str:
 
 
 def _pid_scope() -> str:
-    """Return the ids of this boot and pid namespace, within which a pid identifies a process."""
+    """Return the ids of this boot and of this pid namespace. Within these, a pid identifies a process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -53,20 +53,20 @@ def _pid_scope() -> str:
 
 
 def mark(pid: int) -> str:
-    """Return a text that identifies a process across hosts; empty if there is no /proc."""
+    """Return a text that identifies a process on any host; empty if there is no /proc or no such process."""
     start, here = _start_time(pid), _pid_scope()
     return f"{pid}@{start}@{here}" if start and here else ""
 
 
 def arm() -> None:
-    """Make this process the owner: children that it starts from now on watch it."""
+    """Make this process the owner. Engine processes that it starts from now on watch it."""
     own = mark(os.getpid())
     if own:
         os.environ[MARK] = own
 
 
 def alive(owner: str) -> bool | None:
-    """Return whether the marked process is alive; None for a mark of another host or pid namespace."""
+    """Return whether the process with the mark `owner` is alive; None for a mark from another host or pid namespace."""
     pid, _, rest = owner.partition("@")
     start, _, here = rest.partition("@")
     if not pid.isdigit() or not start or here != _pid_scope():
@@ -75,7 +75,7 @@ def alive(owner: str) -> bool | None:
 
 
 def shared_memory_files(maps: str) -> set[str]:
-    """Return the names of an engine's shared memory in `maps`, the text of /proc/<pid>/maps."""
+    """Return the names of an engine's shared memory that occur in `maps`, the text of /proc/<pid>/maps."""
     names = set()
     for line in maps.splitlines():
         path = line.partition("/dev/shm/")[2]  # noqa: S108
@@ -85,7 +85,7 @@ def shared_memory_files(maps: str) -> set[str]:
 
 
 def mapped_shared_memory(pid: int | str) -> set[str]:
-    """Return the names of the shared memory that a process has mapped; empty once the process has ended."""
+    """Return the names of the shared memory that a process has mapped; empty if the process has ended."""
     try:
         return shared_memory_files(Path(f"/proc/{pid}/maps").read_text())
     except OSError:  # the process has ended, or belongs to another user
@@ -93,9 +93,9 @@ def mapped_shared_memory(pid: int | str) -> set[str]:
 
 
 def semaphores(pids: Iterable[int]) -> set[str]:
-    """Return the names in /dev/shm of the multiprocessing semaphores that any of the processes has mapped.
+    """Return the names, in /dev/shm, of the multiprocessing semaphores that any of the processes has mapped.
 
-    The C library maps a new semaphore under another name, which is gone afterwards. So files are compared by inode.
+    Files are compared by inode: the C library maps a new semaphore under a temporary name, so /proc shows another name.
     """
     mapped = set().union(*map(_mapped_semaphores, pids))
     names = set()
@@ -133,15 +133,18 @@ def _with_descendants(roots: Iterable[int]) -> set[int]:
 def sharers(names: set[str]) -> dict[int, set[str]]:
     """Return the processes on this host that have mapped any of these names, each with all names that it has mapped.
 
-    The result includes ranks placed by Ray. Such ranks are not descendants of this process, and may be killed before
-    they can unlink their names.
+    The result includes ranks placed by Ray. They are not descendants of this process, and may be killed before they can
+    unlink their names.
     """
     pids = [int(process.name) for process in Path("/proc").iterdir() if process.name.isdigit()] if names else []
     return {pid: mapped for pid in pids if (mapped := mapped_shared_memory(pid)) & names}
 
 
 def unlink(names: Iterable[str]) -> None:
-    """Unlink shared memory by name. A process that has mapped the memory keeps it until the process ends."""
+    """Unlink shared memory or semaphores by name.
+
+    A process that has mapped the memory keeps it until the process ends.
+    """
     for name in names:
         try:
             os.unlink(f"/dev/shm/{name}")  # noqa: S108
@@ -158,11 +161,11 @@ def own_processes(others: Set[int]) -> set[int]:
 
 
 def forget_names(others: Set[int]) -> None:
-    """Unlink the shared memory of this process's engine, including that of ranks placed by Ray, and its semaphores.
+    """Unlink the names of the shared memory and the semaphores of this process's engine, including ranks placed by Ray.
 
-    The engine must be up: vLLM's queues, communicators and locks are opened by name only when they are created.
-    `others`: children that this process had before the engine. Names that only these children and their descendants use
-    are kept. Semaphores that this process uses are kept, too, since the process may still pass them on by name.
+    The engine must be up: vLLM opens its queues, communicators and locks by name only when they are created. `others`:
+    children that this process had before the engine. Names that only these children and their descendants use are kept.
+    Semaphores that this process uses are kept, too, since the process may still pass on their names.
     """
     own = own_processes(others)
     mapped = sharers(set().union(*map(mapped_shared_memory, own)))
@@ -187,7 +190,7 @@ def _watch(gone: Callable[[], bool], pause: Callable[[float], object] = time.sle
 def watch() -> None:
     """Plugin for vllm.general_plugins: start the thread that watches the owner.
 
-    Does nothing in the owner or without an owner.
+    Does nothing in the owner itself, or if there is no owner.
     """
     sockets.restore_default_elsewhere()
     owner = os.environ.get(MARK, "")

@@ -1,1 +1,4 @@
-"""The simulated engine. Tokens, KV cache and scheduler are pure; `engine` adds time and the Engine interface."""
+"""The simulated engine.
+
+Tokens, KV cache and scheduler use neither a clock nor I/O; `engine` adds time and the Engine interface.
+"""

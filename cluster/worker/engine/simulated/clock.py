@@ -33,7 +33,10 @@ class WallClock:
 
 
 class VirtualClock:
-    """A clock that jumps to each deadline, for one engine. Simulated time then costs only the computation of steps."""
+    """A clock that jumps to each deadline, for one engine.
+
+    A simulation then takes only the time to compute the steps.
+    """
 
     def __init__(self, now: float = 0.0) -> None:
         self._now = now

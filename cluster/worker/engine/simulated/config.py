@@ -26,11 +26,12 @@ class SimConfig:
     `folder` has the tokenizer and the configuration; "" for none. If `vocab`, `token_hi` or `max_model_len` is 0, or
     `eos` is -1, `resolved` takes the value from the folder. Output tokens are drawn from [token_lo, token_hi). If
     `salted` is 1, the cache salt changes the tokens, so that a test detects a lost salt. If `salted` is 0, the cache
-    salt does not change the tokens, as in a real engine. `max_loras` and `max_cpu_loras`: maximum numbers of adapters
-    in a step and in memory; 0 for an engine without adapters. `adapter_load_ms`: time to load an adapter.
+    salt does not change the tokens, as in a real engine. `max_loras`, `max_cpu_loras`: maximum numbers of adapters in a
+    step and in memory; 0 for an engine without adapters. `adapter_load_ms`: time to load an adapter, in milliseconds.
 
-    An engine with `embed_dimensions` above 0 is a pooling model with vectors of this length, and of every shorter
-    length if `any_dimensions` is 1. An engine whose `scores` is 1 computes scores of pairs. Both generate no tokens.
+    If `embed_dimensions` is above 0, the engine is a pooling model that computes vectors of this length. If
+    `any_dimensions` is 1, it also computes vectors of every shorter length. If `scores` is 1, it computes scores of
+    pairs of texts. A pooling model generates no tokens.
     """
 
     folder: str = ""
@@ -88,7 +89,10 @@ class SimConfig:
 
     @property
     def weight_digest(self) -> str:
-        """Digest of the fields that determine the tokens, in place of a digest of weights. Speed does not change it."""
+        """Digest of the fields that determine the tokens, used in place of a digest of weights.
+
+        Fields for speed are left out.
+        """
         shapes = (
             self.folder,
             self.vocab,
@@ -104,10 +108,10 @@ class SimConfig:
 
     @classmethod
     def from_source(cls, source: str, overrides: Mapping[str, object] | None = None) -> SimConfig:
-        """Parse `sim:///folder?decode_ms=20&fault=die@step:5`; parameters in `overrides` take precedence.
+        """Parse a URL such as `sim:///folder?decode_ms=20&fault=die@step:5`. Parameters in `overrides` take precedence.
 
-        `fault` may be repeated. Overrides that name parsers of outputs (PARSER_KEYS) are ignored. Raises ValueError,
-        with the name of the wrong parameter.
+        `fault` may be repeated. Overrides that name output parsers (PARSER_KEYS) are ignored. Raises ValueError, which
+        names the wrong parameter.
         """
         if not source.startswith(SCHEME):
             raise ValueError(f"source {source!r}: the source of a simulated engine begins with {SCHEME}")
@@ -128,7 +132,10 @@ class SimConfig:
         return cls(folder=unquote(url.path), faults=tuple(faults), **values)
 
     def resolved(self) -> SimConfig:
-        """Return a copy completed from the folder's files. Raises ValueError for a value that the files lack."""
+        """Return a copy with the missing values filled in from the folder's files.
+
+        Raises ValueError if the files lack a value.
+        """
         if not self.folder:
             return self._complete({}, {}, {})
         folder = Path(self.folder)
@@ -164,8 +171,11 @@ class SimConfig:
 
 
 def _adapter_defaults(overrides: Mapping[str, object]) -> Mapping[str, object]:
-    """Return the overrides as parameters of a simulated engine: without vLLM's keys enable_lora and max_lora_rank, and
-    with max_loras and max_cpu_loras only if adapters are enabled."""
+    """Return the overrides with vLLM's settings of adapters converted to parameters of a simulated engine.
+
+    `enable_lora` and `max_lora_rank` are left out. `max_loras` and `max_cpu_loras` are kept only if adapters are
+    enabled.
+    """
     kept = {name: value for name, value in overrides.items() if name not in ("enable_lora", "max_lora_rank")}
     if not overrides.get("enable_lora", "max_loras" in overrides):
         return {name: value for name, value in kept.items() if name not in ("max_loras", "max_cpu_loras")}
@@ -220,9 +230,9 @@ def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
 
 
 def _ordinary_range(ids: dict[str, int], tokenizer: dict[str, Any]) -> tuple[int, int]:
-    """Return the longest range of ids, as (first, last + 1), that are words or parts of words.
+    """Return the longest range of ids whose tokens are words or parts of words, as (first, last + 1).
 
-    The range has no added tokens, bytes or single characters.
+    No id in the range is an added token, a byte or a single character.
     """
     added = {int(token["id"]) for token in tokenizer.get("added_tokens", ())}
     ordinary = sorted(

@@ -38,7 +38,7 @@ ENGINE_VERSION = "sim-1"
 
 
 class SimEngine:
-    """An Engine (cluster.api.ports) that computes nothing. Call `start` first."""
+    """An Engine (cluster.api.ports) that simulates steps and computes no model. Call `start` before other methods."""
 
     def __init__(self, config: SimConfig, clock: Clock | None = None) -> None:
         self._config = config
@@ -60,7 +60,7 @@ class SimEngine:
     # -- Engine interface -----------------------------------------------------------------------------------------
 
     async def start(self) -> EngineInfo:
-        """Read the folder, then wait `load_s`. Raises ValueError for an invalid source."""
+        """Read the model folder, then wait `load_s` seconds. Raises ValueError for an invalid source."""
         config = await asyncio.to_thread(self._config.resolved)
         if config.load_s:
             await self._clock.sleep_until(self._clock.now() + config.load_s)
@@ -109,9 +109,9 @@ class SimEngine:
             self._pace.mark_idle()
 
     async def step(self) -> Sequence[TokenOutput]:
-        """Wait for the next step with outputs.
+        """Wait until a step has outputs; return them.
 
-        A cancelled wait loses nothing: the next call continues the same step.
+        If the wait is cancelled, no output is lost: the next call continues the same step.
         """
         model = self._require_model()
         while True:
@@ -131,7 +131,10 @@ class SimEngine:
                 return outputs
 
     async def load_adapter(self, digest: str, folder: str, *, pinned: bool) -> None:
-        """Wait `adapter_load_ms`, then accept requests for the adapter. The files are not read."""
+        """Wait `adapter_load_ms` milliseconds, then accept requests for the adapter.
+
+        The adapter's files are not read.
+        """
         slowed = self.faults.visit("adapter")
         self.faults.raise_if_dead()
         if len(self._adapters) >= self._config.max_cpu_loras and digest not in self._adapters:
@@ -158,9 +161,9 @@ class SimEngine:
         return events
 
     def load(self) -> EngineLoad:
-        """Return the load; any thread may call this.
+        """Return the engine's load. Any thread may call this.
 
-        During a hang, return the load from the beginning of the hang, with the step's current age.
+        During a hang, the load is that of the beginning of the hang, but with the current age of the step.
         """
         if self._model is None:
             return EngineLoad(busy="start")
@@ -183,7 +186,7 @@ class SimEngine:
         self.faults.raise_if_dead()
 
     async def close(self) -> None:
-        """End the engine; a caller that waits in `step` gets EngineDead."""
+        """End the engine. A caller that waits in `step` gets EngineDead."""
         self.faults.kill("closed")
 
     def statistics(self) -> SimStatistics:
@@ -201,7 +204,8 @@ class SimEngine:
         return self._model
 
     async def _begin_step(self, model: SimModel) -> StepPlan:
-        """Wait for work, schedule the next step, apply the faults due in that step and set the time when it ends."""
+        """Wait for work, schedule the next step, apply the faults that fire in the step, and set the time at which the
+        step ends."""
         while not model.has_work():
             self._idle = True
             self._wake.clear()

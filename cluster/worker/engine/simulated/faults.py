@@ -1,7 +1,7 @@
 """Faults that are injected at named points of the simulated engine.
 
-A fault is written `ACTION@POINT[:AT[:SECONDS]]`, e.g. `die@step:5` or `slow@step:0:0.5`. The fault fires at the AT-th
-visit of its point after it was armed (1: the next visit; 0: every visit).
+A fault is written `ACTION@POINT[:AT[:SECONDS]]`, e.g. `die@step:5` or `slow@step:0:0.5`. After a fault is armed, the
+visits to its point are counted, and it fires at visit number AT. 1 is the next visit; 0 means every visit.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class SimFault:
 
     @classmethod
     def parse(cls, text: str) -> SimFault:
-        """Parse a fault in the form that `str` returns. Raises ValueError that shows the expected form."""
+        """Parse a fault from a text such as `die@step:5`. Raises ValueError, which shows the expected form."""
         action, _, rest = text.partition("@")
         point, *numbers = rest.split(":")
         if not point or len(numbers) > 2:
@@ -92,12 +92,14 @@ class EngineFaults:
         return bool(self._armed)
 
     def arm(self, point: str, action: str, at: int = 1, seconds: float = 0.0) -> None:
-        """Arm a fault. Visits to its point are counted from now on. Raises ValueError for a fault that SimFault does
-        not allow."""
+        """Arm a fault. Visits to its point are counted from now on.
+
+        Raises ValueError for a fault that SimFault does not allow.
+        """
         self._armed.append((SimFault(action, point, at, seconds), 0))
 
     def heal(self) -> None:
-        """Disarm all faults, and end a hang and wrong tokens. A dead engine stays dead."""
+        """Disarm all faults. End a hang, and make later tokens correct again. A dead engine stays dead."""
         self._armed.clear()
         self.hung = self.corrupt = False
         self._wake.set()
@@ -120,16 +122,20 @@ class EngineFaults:
             self.raise_if_dead()
 
     def begin_step(self, points: Iterable[str]) -> list[SimFault]:
-        """Apply the faults at the `points` of a new step; return the `slow` faults among them. Raises EngineDead."""
+        """Apply the faults that fire at the `points` of a new step; return those with the action `slow`.
+
+        Raises EngineDead.
+        """
         self.nan = False
         firing = [fault for point in points for fault in self.visit(point)]
         self.raise_if_dead()
         return [fault for fault in firing if fault.action == "slow"]
 
     def visit(self, point: str) -> list[SimFault]:
-        """Apply and return the faults that fire at this visit of a point. A fault that fires only once is disarmed.
+        """Count a visit to a point; apply and return the faults that fire. A fault that fires only once is then
+        disarmed.
 
-        Raises EngineRefused for `refuse`.
+        Raises EngineRefused for the action `refuse`.
         """
         firing: list[SimFault] = []
         remaining: list[tuple[SimFault, int]] = []

@@ -1,11 +1,13 @@
 """KV blocks with prefix caching, modelled by counts and hashes only.
 
 Problem: space for tokens is finite, and full blocks are shared by all requests with the same prefix and salt.
-Invariant: shared + idle + private <= blocks. A block is *shared* while a request holds it. After that the block is
-*idle*: free, but still found by its hash until it is evicted, oldest first. *Private* blocks are a request's unfilled
-tail. Source: vLLM's KVCacheManager (automatic prefix caching: hashes are chained, with the salt in the first hash; the
-tail is freed first, so that it is evicted before the head). Unlike in vLLM, two full blocks with equal content are kept
-as one.
+Invariant: shared + idle + private <= blocks. A block is *shared* while a request holds it. When no request holds it any
+more, the block is *idle*: it is free, but still found by its hash until it is evicted. The oldest idle block is evicted
+first. *Private* blocks are the blocks at a request's end that are not full.
+
+Source: vLLM's KVCacheManager and its automatic prefix caching. Hashes are chained, with the salt in the first hash. A
+request's last blocks are freed first, so that they are evicted before its first blocks. Unlike in vLLM, two full blocks
+with equal content are kept as one.
 """
 
 from __future__ import annotations
@@ -16,16 +18,16 @@ from cluster.api.kv_events import BlocksRemoved, BlocksStored, KvEvent
 
 
 def chain(parent: int, token_ids: Sequence[int]) -> int:
-    """Return the hash of a full block and all blocks before it.
+    """Return the hash of a full block together with all blocks before it.
 
-    `parent`: the hash of the previous block, or the root hash of the salt. Python's hash of a tuple of ints is the same
-    in every process, and runs in C.
+    `parent`: the hash of the previous block; for the first block, the hash of the salt. Python's hash of a tuple of
+    ints is the same in every process, and is computed in C.
     """
     return hash((parent, *token_ids))
 
 
 class KvCache:
-    """The blocks of one engine. Callers must `release` every block that they acquired, allocated or committed."""
+    """The blocks of one engine. Callers must `release` all blocks that they have acquired or allocated."""
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
@@ -51,7 +53,7 @@ class KvCache:
         return len(self._idle)
 
     def match(self, hashes: Iterable[int]) -> int:
-        """Return the number of leading blocks that are cached."""
+        """Return how many blocks at the beginning of `hashes` are cached."""
         cached = 0
         for block in hashes:
             if block not in self._shared and block not in self._idle:
@@ -69,7 +71,7 @@ class KvCache:
                 self._shared[block] += 1
 
     def allocate(self, count: int) -> bool:
-        """Allocate `count` private blocks, evicting idle blocks.
+        """Allocate `count` private blocks. Idle blocks are evicted if necessary.
 
         Returns False and allocates nothing if there are too few blocks.
         """
@@ -85,8 +87,10 @@ class KvCache:
         return True
 
     def commit(self, block: int) -> bool:
-        """Turn a private block that is now full into a shared block. `block`: its hash. Returns whether no block with
-        this hash was cached before."""
+        """Turn a private block that is now full into a shared block; return whether its content was not cached before.
+
+        `block`: the block's hash.
+        """
         self._private -= 1
         if block in self._shared:
             self._shared[block] += 1
@@ -96,7 +100,7 @@ class KvCache:
         return is_new
 
     def release(self, hashes: Sequence[int], private: int) -> None:
-        """Release held blocks: shared blocks, named by their hashes, and a number of private blocks."""
+        """Release blocks that a request holds: the shared blocks with these hashes, and `private` private blocks."""
         self._private -= private
         for block in reversed(hashes):
             holders = self._shared[block] - 1
@@ -111,13 +115,16 @@ class KvCache:
 
 
 class SequenceBlocks:
-    """The blocks that one sequence holds: leading full blocks, which are shared, and private blocks after them."""
+    """The blocks that one sequence holds: first the full blocks, which are shared, then private blocks."""
 
     __slots__ = ("_cache", "_hashes", "_held", "_private", "_root", "_salt", "_size")
 
     def __init__(self, cache: KvCache, size: int, root: int, salt: tuple[str, str] = ("", "")) -> None:
-        """Create an object that holds no blocks yet. `size`: tokens in a block. `salt`: cache salt and adapter. `root`:
-        hash of `salt`, from which the first block's hash is computed."""
+        """Create an object that holds no blocks yet.
+
+        `size`: tokens in a block. `salt`: cache salt and adapter. `root`: hash of `salt`, from which the first block's
+        hash is computed.
+        """
         self._salt = salt
         self._cache = cache
         self._size = size
@@ -127,9 +134,10 @@ class SequenceBlocks:
         self._private = 0
 
     def acquire_prefix(self, tokens: Sequence[int]) -> int:
-        """Hold the leading cached blocks; return the number of tokens in these blocks.
+        """Hold the cached blocks at the beginning of `tokens`; return the number of tokens in these blocks.
 
-        The last token must be computed for its logits, so a block that contains it is not held.
+        The block that contains the last token is not held: the last token must be computed, since its logits are
+        needed.
         """
         self._hash(tokens, len(tokens))
         cached = self._cache.match(self._hashes[: (len(tokens) - 1) // self._size])
@@ -144,7 +152,7 @@ class SequenceBlocks:
             hashes.append(chain(parent, tokens[at * size : (at + 1) * size]))
 
     def grow(self, tokens: Sequence[int], end: int) -> bool:
-        """Allocate blocks for the first `end` tokens and share the blocks that become full.
+        """Hold blocks for the first `end` tokens, and share the blocks that become full.
 
         Returns False and changes nothing if there are too few blocks.
         """
@@ -165,7 +173,7 @@ class SequenceBlocks:
         return True
 
     def _stored(self, tokens: Sequence[int], new: Sequence[int]) -> Iterator[BlocksStored]:
-        """Yield one event for each run of consecutive blocks. `new`: positions of the new blocks, in order."""
+        """Yield one event for each run of consecutive new blocks. `new`: positions of the new blocks, in order."""
         while new:
             first, count = new[0], 1
             while count < len(new) and new[count] == first + count:

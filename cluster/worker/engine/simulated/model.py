@@ -1,12 +1,14 @@
 """A continuous-batching scheduler over counted KV blocks: the simulated engine without its clock.
 
 Problem: everything around an engine (queues, credits, routing, resume) must be tested against an engine that fills up,
-chunks prefills, shares prefixes and preempts like a real engine, but in microseconds and deterministically. Invariants:
-running <= max_num_seqs; a step's tokens <= max_num_batched_tokens; every block is free or held by a running request; a
-request's tokens depend only on the request itself (tokens.py). Source: vLLM's V1 scheduler (running requests first,
-then the head of the queue while it fits; recompute after preemption) and Sarathi-Serve (Agrawal et al., OSDI 2024) for
-chunked prefill. Unlike in vLLM, running requests are served in order of (priority, arrival), so that a preempted
-request was never scheduled in the same step.
+chunks prefills, shares prefixes and preempts like a real engine, but in microseconds and deterministically.
+
+Invariants: running <= max_num_seqs; a step's tokens <= max_num_batched_tokens; every block is free or held by a running
+request; a request's tokens depend only on the request itself (tokens.py).
+
+Source: vLLM's V1 scheduler (running requests first, then the head of the queue while it fits; a preempted request is
+computed again) and Sarathi-Serve (Agrawal et al., OSDI 2024) for chunked prefill. Unlike in vLLM, running requests are
+served in order of (priority, arrival). So a request is never preempted in a step in which it was already scheduled.
 """
 
 from __future__ import annotations
@@ -58,10 +60,10 @@ class StepPlan:
 
 
 class SimModel:
-    """The simulated engine's scheduler. `schedule` and then `complete` make one step."""
+    """The simulated engine's scheduler. A step is a call of `schedule`, followed by a call of `complete`."""
 
     def __init__(self, config: SimConfig) -> None:
-        """Create the scheduler. `config` must be resolved: vocabulary, token range and max_model_len are known."""
+        """Create the scheduler. `config` must come from `SimConfig.resolved`, so that all its values are set."""
         self.config = config
         self.kv = KvCache(config.kv_blocks)
         self._source = TokenSource(
@@ -90,7 +92,7 @@ class SimModel:
     def abort(self, request_id: str) -> bool:
         """Drop a request and free its blocks; return False for an unknown id.
 
-        The current step then has no output for the request.
+        If the request is in the current step, the step has no output for it.
         """
         sequence = self._live.get(request_id)
         if sequence is None:
@@ -100,7 +102,7 @@ class SimModel:
         return True
 
     def has_work(self) -> bool:
-        """Return whether any request is running or waiting, so that a step has work."""
+        """Return whether any request is running or waiting."""
         return bool(self._live)
 
     # -- a step ---------------------------------------------------------------------------------------------------
@@ -180,7 +182,7 @@ class SimModel:
         return outputs
 
     def reaches_max_tokens(self, plan: StepPlan) -> bool:
-        """Return whether the planned step gives some request its last allowed token."""
+        """Return whether, in the planned step, some request gets the last token that its max_tokens allows."""
         return any(s.alive and s.computed + n == len(s.tokens) and s.is_last(s.outputs + 1) for s, n in plan.work)
 
     def _grow_or_preempt(self, sequence: SimSequence, tokens: int) -> bool:
@@ -212,8 +214,11 @@ class SimModel:
         return len(self._live) - len(self._running)
 
     def load(self, busy: str = "", age_s: float = 0.0, p99_s: float = 0.0) -> EngineLoad:
-        """Return the current load. `busy`: the work that explains a long step. `age_s`: age of the current step.
-        `p99_s`: p99 of step durations."""
+        """Return the current load.
+
+        `busy`: the work that explains a long step, or "". `age_s`: age of the current step. `p99_s`: p99 of step
+        durations.
+        """
         return EngineLoad(
             running=len(self._running),
             waiting=self._waiting,

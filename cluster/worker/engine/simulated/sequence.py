@@ -1,4 +1,4 @@
-"""A request in the simulated engine: whether it is valid, its tokens so far, and its next token."""
+"""A request in the simulated engine: the check whether it is valid, its tokens so far, and its next token."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ def check_request(request: EngineRequest, c: SimConfig) -> None:
 
 
 def _wrong_sampling(request: EngineRequest, c: SimConfig) -> tuple[tuple[bool, str, str], ...]:
-    """Check the sampling fields. Each element of the result is one check: whether a field is wrong, the field's name,
-    and the rule for the field."""
+    """Return the checks of the sampling fields.
+
+    A check has three parts: whether the field is wrong, the field's name, and the rule for the field.
+    """
     s = request.sampling
     return (
         (s.max_tokens < 1, "max_tokens", "must be 1 or more"),
@@ -80,20 +82,21 @@ class SimSequence:
 
     @property
     def outputs(self) -> int:
-        """Number of tokens emitted so far, including the tokens of earlier attempts."""
+        """Number of tokens emitted so far, including those that earlier attempts on other workers emitted."""
         return len(self.tokens) - self.output_from
 
     @property
     def submitted_tokens(self) -> int:
-        """Number of tokens in the request: the prompt, and the tokens that earlier attempts emitted."""
+        """Number of tokens that the request had when it was submitted: its prompt, and the tokens that earlier attempts
+        emitted."""
         return self.output_from + len(self.request.emitted_token_ids)
 
     def is_last(self, outputs: int) -> bool:
-        """Return whether the sequence ends after this number of outputs, unless a token ends it earlier."""
+        """Return whether the sequence must end after this number of output tokens. A stop token may end it earlier."""
         return self.request.pooling is not None or outputs == self.request.sampling.max_tokens
 
     def pool(self, corrupt: bool) -> TokenOutput:
-        """Return the output of a pooling request. `corrupt`: whether its vector is wrong."""
+        """Return the output of a pooling request. `corrupt`: whether the output has a wrong vector."""
         self.first = False
         return TokenOutput(
             self.request.request_id,
@@ -105,7 +108,10 @@ class SimSequence:
         )
 
     def emit(self, source: TokenSource, corrupt: bool) -> TokenOutput:
-        """Append the next token and return it as output. `corrupt`: whether to append a wrong token."""
+        """Append the next token and return it as an output. `corrupt`: whether to append a wrong token.
+
+        For a pooling request, return its vector instead.
+        """
         if self.request.pooling is not None:
             return self.pool(corrupt)
         sampling = self.request.sampling

@@ -1,4 +1,7 @@
-"""Measurement of the times of a request in the simulated engine. As in a real engine, only sampled calls are timed."""
+"""Measurement of how long the requests of the simulated engine wait and compute.
+
+As in a real engine, only sampled calls are timed.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ from cluster.observe.trace_context import is_sampled
 
 
 class SimTiming:
-    """The times at which each request of a sampled call was submitted and first scheduled. The times of a request are
-    kept until its first output."""
+    """The times at which requests of sampled calls were submitted and first scheduled.
+
+    Both times are kept until the request's first output.
+    """
 
     def __init__(self) -> None:
         self._submitted: dict[str, float] = {}
@@ -23,14 +28,14 @@ class SimTiming:
             self._submitted[request.request_id] = now
 
     def scheduled(self, request_ids: Iterable[str], now: float) -> None:
-        """Record that a step with these requests begins."""
+        """Record that a step that computes these requests begins."""
         if self._submitted:
             for request_id in request_ids:
                 if request_id in self._submitted:
                     self._scheduled.setdefault(request_id, now)
 
     def add_times(self, outputs: Iterable[TokenOutput], now: float) -> None:
-        """Set `times` of each output that is the first of its request, if the request's call is sampled."""
+        """Set `times` of the outputs that are the first of their request, if the request's call is sampled."""
         if self._submitted:
             for output in outputs:
                 submitted = self._submitted.pop(output.request_id, None)

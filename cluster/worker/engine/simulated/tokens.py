@@ -1,13 +1,14 @@
 """Choice of the simulated engine's next token: a hash of all tokens so far, the sampling parameters and the salt.
 
 Problem: a fault test must not pass by luck. If a resumed request loses one token, one sampling parameter or its salt,
-all later tokens must differ. Invariant: equal engine seed, request content and tokens so far give equal next tokens on
-any engine, whatever the batch, the KV cache or preemptions. The salt counts only if `salted` is set.
+all later tokens must differ. Invariant: if the engine seed, the request's content and the tokens so far are equal, the
+next tokens are equal on any engine, whatever the batch, the KV cache or preemptions. The salt counts only if `salted`
+is set.
 
-The tokens so far are one large number in base 2^32, modulo a prime P. This is a polynomial hash that C computes for a
-whole prompt at once (int.from_bytes) and that one multiplication extends by one token. P is not a Mersenne prime:
-modulo a Mersenne prime, the powers of 2^32 would repeat after a few positions. A splitmix64 finaliser (Steele, Lea,
-Flood 2014) then spreads the hash over all bits.
+The tokens so far are read as the digits of one large number in base 2^32, which is taken modulo a prime P. C computes
+this polynomial hash for a whole prompt at once (int.from_bytes). One multiplication extends the hash by one token. P is
+not a Mersenne prime: modulo a Mersenne prime, the powers of 2^32 would repeat after a few positions. A splitmix64
+finaliser (Steele, Lea, Flood 2014) then spreads the hash over all bits.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ def digest64(*parts: object) -> int:
 
 
 def fold(state: int, token_ids: Sequence[int]) -> int:
-    """Return the hash state after `token_ids`, each in [0, 2^32). fold(fold(s, a), b) == fold(s, a + b)."""
+    """Return the hash state after `token_ids` are added to `state`. Each id is in [0, 2^32).
+
+    fold(fold(s, a), b) == fold(s, a + b).
+    """
     words = array("I", token_ids)
     if sys.byteorder == "little":
         words.byteswap()
@@ -45,17 +49,18 @@ def fold(state: int, token_ids: Sequence[int]) -> int:
 
 
 def extend(state: int, token_id: int) -> int:
-    """Return the hash state after one more token, equal to the result of `fold`."""
+    """Return the hash state after one more token. The result equals that of `fold`."""
     return ((state << 32) | token_id) % P
 
 
 def content_key(seed: int, request: EngineRequest, salted: bool = True) -> int:
-    """Return a hash of all that determines the next tokens, except the tokens so far.
+    """Return a hash of everything that determines the next token, except the tokens so far.
 
-    Limits (max_tokens, stops, ...) are not hashed. The position at which the output begins is hashed only if the
-    request has a frequency or presence penalty, a seed, or a grammar, since their effect depends on that position. Any
-    other request, when resumed, continues as if the emitted ids were part of the prompt, as in a real engine. `salted`:
-    whether the request's cache salt is hashed.
+    Limits (max_tokens, stops, ...) are not hashed. `salted`: whether the request's cache salt is hashed.
+
+    The position at which the output begins is hashed only if the request has a frequency or presence penalty, a seed,
+    or a grammar, since their effect depends on that position. When any other request is resumed, the emitted ids count
+    as part of the prompt, as in a real engine.
     """
     s = request.sampling
     bias = tuple(sorted(s.logit_bias.items()))
@@ -68,7 +73,7 @@ def content_key(seed: int, request: EngineRequest, salted: bool = True) -> int:
 
 
 class TokenSource:
-    """A source of token ids in [lo, hi), which gives EOS with probability `eos_ratio` per token."""
+    """A source of token ids in [lo, hi). Each token is EOS with probability `eos_ratio`."""
 
     def __init__(self, lo: int, hi: int, eos_token_id: int | None, eos_ratio: float) -> None:
         self._lo = lo
@@ -77,7 +82,7 @@ class TokenSource:
         self._eos_below = int(eos_ratio * 2**64) if eos_token_id is not None else 0
 
     def draw(self, state: int, *, may_end: bool, ignore_eos: bool, forbidden: frozenset[int]) -> int:
-        """Return the token after `state`.
+        """Return the token that follows the hash state `state`.
 
         While `may_end` is false, no token in `forbidden` (EOS and stop ids) is drawn.
         """
@@ -94,11 +99,11 @@ class TokenSource:
         return self._lo + offset
 
     def different(self, token_id: int) -> int:
-        """Return a token other than `token_id`, if there is one."""
+        """Return a token other than `token_id`. If there is only one token, return that one."""
         return self._lo + (token_id - self._lo + 1) % self._span
 
     def logprobs(self, state: int, token_id: int, k: int, greedy: bool) -> PositionLogprobs:
-        """Return made-up log probabilities in vLLM's shape: the sampled token, then the k most likely tokens.
+        """Return invented log probabilities in vLLM's order: the sampled token, then the k most likely tokens.
 
         The sampled token may be one of the k most likely tokens.
         """

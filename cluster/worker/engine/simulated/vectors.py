@@ -1,8 +1,8 @@
 """Vectors and scores of the simulated engine, computed from the tokens, and the check of its pooling requests.
 
-Invariant: equal engine seed, adapter, task and tokens give equal vectors on any engine. A score also depends on where
-the second text begins, so that a test detects a lost position. A shorter vector is the beginning of the longer one,
-normalized to norm 1.
+Invariant: if the engine seed, adapter, task and tokens are equal, the vectors are equal on any engine. A score also
+depends on the position at which the second text begins, so that a test detects a lost position. A shorter vector is the
+beginning of the longer vector, normalized to norm 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from cluster.worker.engine.simulated.tokens import MASK, digest64, fold, mix
 
 
 def pooling_info(config: SimConfig) -> PoolingInfo | None:
-    """Return what the engine computes as a pooling model; None if it generates tokens."""
+    """Return the tasks and the vector length of an engine that is a pooling model; None for an engine that generates
+    tokens."""
     tasks = (
         *((PoolingTask.EMBED,) if config.embed_dimensions else ()),
         *((PoolingTask.SCORE,) if config.scores else ()),
@@ -31,7 +32,8 @@ def pooling_info(config: SimConfig) -> PoolingInfo | None:
 
 
 def check_pooling(request: EngineRequest, config: SimConfig) -> None:
-    """Raise EngineRefused for a request of a kind that the engine does not serve, or with wrong parameters."""
+    """Raise EngineRefused if a pooling request has wrong parameters, or if the engine does not serve this kind of
+    request."""
     info, pooling = pooling_info(config), request.pooling
     if pooling is None or info is None:
         if pooling is not None:

@@ -1,1 +1,1 @@
-"""The Engine implementation for vLLM: arguments, requests, the step loop, exact resume, repairs."""
+"""The Engine implementation for vLLM: arguments, requests, the step loop, exact resume, and repairs of vLLM."""

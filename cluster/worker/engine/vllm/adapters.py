@@ -1,10 +1,10 @@
-"""The adapters (LoRA) in a vLLM engine's memory.
+"""The LoRA adapters in a vLLM engine's memory.
 
-Problem: if a request names an adapter that vLLM does not hold, vLLM loads the adapter within the request's step, and an
-error of the load ends the engine. If its memory is full, vLLM silently drops the least recently used adapter.
+Problem: if a request names an adapter that vLLM does not hold, vLLM loads the adapter during the request's step. An
+error of this load ends the engine. If the memory for adapters is full, vLLM silently drops the least recently used one.
 Invariants: a request names only an adapter that the engine has acknowledged and still holds; at most `capacity`
-adapters are held, so that vLLM never drops one; an adapter is removed only after its last request has ended; a number
-in a LoRARequest is never used twice.
+adapters are held, so that vLLM never drops one; an adapter is removed only after its last request has ended; the number
+of an adapter in vLLM (`lora_int_id`) is never used again.
 
 vLLM's pins are not used, since a pinned adapter also occupies a slot in every step. If a step then needs more adapters
 than there are free slots, vLLM replaces an adapter that the step itself needs.
@@ -40,10 +40,17 @@ class HeldAdapter:
 
 
 class EngineAdapters(Container[str]):
-    """The adapters of one engine, by digest. A digest is contained while requests for the adapter can be submitted."""
+    """The adapters of one engine, by digest.
+
+    `digest in adapters` is true while requests for the adapter can be submitted.
+    """
 
     def __init__(self, slots: int = 0, capacity: int = 0, ranks: int = 1) -> None:
-        """`slots`: number of adapters that one step can compute. `ranks`: number of the engine's ranks."""
+        """Create the object without adapters.
+
+        `slots`: most adapters that one step can compute. `capacity`: most adapters that the engine may hold. `ranks`:
+        number of the engine's ranks.
+        """
         self.slots = slots
         self.capacity = capacity
         self._ranks = ranks
@@ -58,11 +65,11 @@ class EngineAdapters(Container[str]):
         return held is not None and not held.leaving
 
     def request_of(self, digest: str) -> Any:
-        """Return vLLM's LoRARequest for a digest that is contained; None for the base model ("")."""
+        """Return vLLM's LoRARequest for an adapter of this object; None for the base model ("")."""
         return self._held[digest].request if digest else None
 
     def began(self, digest: str) -> None:
-        """Count a request that is handed to vLLM."""
+        """Count a request for this adapter that vLLM gets now."""
         if digest:
             held = self._held[digest]
             held.live += 1
@@ -77,7 +84,7 @@ class EngineAdapters(Container[str]):
                 held.idle.set()
 
     async def load(self, path: EnginePath, digest: str, folder: str) -> None:
-        """Load an adapter; see AdapterEngine."""
+        """Load an adapter from its folder; see AdapterEngine."""
         from vllm.lora.request import LoRARequest
 
         async with self._changing:
@@ -111,7 +118,7 @@ class EngineAdapters(Container[str]):
         raise _refused(f"the engine cannot load it: {why}")
 
     async def unload(self, path: EnginePath, digest: str) -> None:
-        """Refuse new requests for an adapter at once, and remove the adapter once the last request has ended."""
+        """Refuse new requests for an adapter at once, wait for its last request to end, and remove the adapter."""
         if digest not in self:
             return
         held = self._held[digest]

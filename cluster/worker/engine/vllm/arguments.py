@@ -29,7 +29,7 @@ special tokens, and xgrammar does not know these tokens."""
 
 
 def on_cpu() -> bool:
-    """Return whether vLLM runs on its CPU platform here."""
+    """Return whether vLLM uses its CPU platform in this process."""
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
@@ -43,10 +43,10 @@ def engine_arguments(
     tokenizer_mode: str = "",
     kv_events: Any = None,
 ) -> Any:
-    """Return vLLM's AsyncEngineArgs for the entry. `executor`, `reasoning_parser`, `tokenizer_mode`: see VllmEngine.
-    `kv_events`: vLLM's KVEventsConfig, None for no events.
+    """Return vLLM's AsyncEngineArgs for a catalog entry.
 
-    Raises ValueError for invalid arguments; for an unknown argument the error names `engine.<name>`.
+    `executor`, `reasoning_parser`, `tokenizer_mode`: see VllmEngine. `kv_events`: vLLM's KVEventsConfig; None for no
+    events. Raises ValueError for invalid arguments; for an unknown argument the error names `engine.<name>`.
     """
     from vllm import AsyncEngineArgs
 
@@ -90,7 +90,7 @@ def engine_arguments(
 
 
 def _why_not_on_cpu(spec: ModelSpec) -> str:
-    """Return why vLLM's CPU kernels cannot run the entry; empty if no reason is known."""
+    """Return why vLLM's CPU kernels cannot run the catalog entry; empty if no reason is known."""
     ranks = spec.tensor_parallel_size * int(spec.engine.get("data_parallel_size") or 1)  # type: ignore[call-overload]
     if spec.engine.get("enable_expert_parallel") and ranks > 1:
         return (
@@ -101,8 +101,11 @@ def _why_not_on_cpu(spec: ModelSpec) -> str:
 
 
 def _grammars(spec: ModelSpec, backend: str) -> Any:
-    """Return vLLM's configuration of structured outputs. `backend`: the backend if the entry names none. Raises
-    TypeError or ValueError for a wrong configuration."""
+    """Return vLLM's configuration of structured outputs.
+
+    `backend`: the grammar backend to use if the catalog entry names none. Raises TypeError or ValueError for a wrong
+    configuration.
+    """
     from vllm.config import StructuredOutputsConfig
 
     chosen = spec.engine.get("structured_outputs_config") or {}
@@ -126,7 +129,8 @@ def _platform_defaults(spec: ModelSpec) -> dict[str, Any]:
 
 
 def prepare_environment(spec: ModelSpec, executor: str) -> None:
-    """Set the environment variables for vLLM's child processes. Existing values are kept.
+    """Set the environment variables for vLLM's child processes. Variables that are already set keep their values, with
+    few exceptions.
 
     Children are spawned, not forked: a fork would copy the links' sockets and thread locks into the engine core.
     """
@@ -151,17 +155,18 @@ def prepare_environment(spec: ModelSpec, executor: str) -> None:
 
 
 def _carry_to_ray_ranks(prefix: str) -> None:
-    """Make vLLM copy environment variables with this prefix to the ranks that Ray places, also on other nodes."""
+    """Make vLLM copy environment variables with this prefix to the ranks that Ray places, on other nodes, too."""
     prefixes = os.environ.get("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "")
     if prefix not in prefixes.split(","):
         os.environ["VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"] = ",".join(filter(None, (prefixes, prefix)))
 
 
 def engine_class(dtype: str, quantization: str | None, spec: ModelSpec, noise: str = "") -> str:
-    """Return the name of a class of engines that compute alike: `float32-tp2-pp1` or `bfloat16-fp8-tp8-pp1-v2`.
+    """Return the engine class: a name that is equal for engines that compute alike.
 
-    The parts of the name are dtype, quantization, ranks and noise scheme (resume.noise). The scheme CPU_32 is omitted,
-    so that names from older releases, which had no noise scheme, stay valid.
+    Examples are `float32-tp2-pp1` and `bfloat16-fp8-tp8-pp1-v2`. The parts of the name are dtype, quantization, ranks
+    and noise scheme (resume.noise). The scheme CPU_32 is omitted, so that names from older releases, which had no noise
+    scheme, stay valid.
     """
     quantized = f"-{quantization}" if quantization else ""
     drawn = "" if noise in ("", resume.CPU_32) else f"-{noise}"
@@ -169,13 +174,13 @@ def engine_class(dtype: str, quantization: str | None, spec: ModelSpec, noise: s
 
 
 def is_batch_invariant(dtype: str) -> bool:
-    """Return whether results do not depend on how tokens are batched.
+    """Return whether results are independent of how tokens are batched.
 
-    Results are independent of batching with float32 on CPUs, or with VLLM_BATCH_INVARIANT=1.
+    This holds for float32 on CPUs, and with VLLM_BATCH_INVARIANT=1.
     """
     return (dtype == "float32" and on_cpu()) or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
 
 
 def plain_defaults(values: Mapping[str, Any]) -> dict[str, object]:
-    """Return the sampling defaults that are numbers; only these are sent to the gateways."""
+    """Return those of the sampling defaults that are numbers. Only these are sent to the gateways."""
     return {name: value for name, value in values.items() if isinstance(value, (int, float))}

@@ -1,4 +1,4 @@
-"""The engine core and its ranks as processes: their start, their sockets on this host, and why they ended."""
+"""The processes of the engine core and its ranks: their start, their sockets on this host, and why they ended."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from cluster.worker.engine.vllm.public_path import PublicPath
 
 
 def why_not_fast() -> str:
-    """Return why this vLLM cannot be driven over the fast path; "" if it can."""
+    """Return why the installed vLLM cannot be driven over the fast path; "" if it can."""
     lacking = missing(fast_path.SYMBOLS)
     return f"this vLLM lacks {', '.join(lacking)}" if lacking else ""
 
 
 class CoreProcesses:
-    """The processes of one engine. They are started once."""
+    """The processes of one engine: its core and its ranks. `start` is called once."""
 
     def __init__(
         self, spec: ModelSpec, model_folder: Path, executor: str, reasoning_parser: str, tokenizer_mode: str
@@ -47,9 +47,11 @@ class CoreProcesses:
         """The socket of the engine's KV events; None before `start` and for an engine without events."""
 
     def start(self, stats: StepStats, *, fast: bool) -> tuple[Any, EnginePath]:
-        """Start the engine core and its ranks; return vLLM's VllmConfig and the path to the core. Blocks.
+        """Start the engine core and its ranks; return vLLM's VllmConfig and the EnginePath that drives the core.
+        Blocks.
 
-        Raises ValueError for an invalid entry, EngineDead if the core does not start.
+        `fast`: whether to use the fast path. Raises ValueError for an invalid catalog entry, EngineDead if the core
+        does not start.
         """
         self._others = watchdog.children() - fork_server.server_pids()
         arguments.prepare_environment(self._spec, self._executor)
@@ -72,7 +74,7 @@ class CoreProcesses:
             raise EngineDead(f"models[{self._spec.name}]: the engine did not come up: {why}") from error
 
     def _config(self) -> Any:
-        """Return vLLM's VllmConfig for the entry, after the repairs of vLLM are applied. Raises ValueError."""
+        """Return vLLM's VllmConfig for the catalog entry, and apply the repairs of vLLM. Raises ValueError."""
         args = arguments.engine_arguments(
             self._spec,
             self._folder,
@@ -91,15 +93,18 @@ class CoreProcesses:
         return config
 
     def forget_names(self) -> Set[int]:
-        """Unlink the engine's names in /dev/shm. The engine must be up. Returns the ids of this process and of the
-        engine's processes on this host. Blocks."""
+        """Unlink the engine's names in /dev/shm. The engine must be up. Blocks.
+
+        Returns the ids of this process and of the engine's processes on this host.
+        """
         watchdog.forget_names(self._others)
         return watchdog.own_processes(self._others)
 
     def end_error(self, dead: EngineDead, path: EnginePath | None) -> EngineDead:
-        """Return an EngineDead with the reason why the engine ended. The first reason found is used for all errors.
+        """Return an EngineDead with the reason why the engine ended. Later calls return the reason that the first call
+        found.
 
-        `dead`: the error that a method of `path` has raised. `path`: None if it is closed.
+        `dead`: the error that a method of `path` has raised. `path`: None if the engine is closed.
         """
         self._end_reason = self._end_reason or self._find_end_reason(dead, path)
         return EngineDead(self._end_reason)
@@ -116,9 +121,9 @@ class CoreProcesses:
         return end_causes.with_log(cause, end_causes.log_of("stdout"))
 
     def release_sockets(self) -> None:
-        """Close the socket of KV events and release the sockets' folder. Idempotent.
+        """Close the socket of KV events and release the folder of the sockets. Idempotent.
 
-        The folder is removed when this process's last engine has released it.
+        The folder is removed when the last engine of this process has released it.
         """
         if self.kv_events is not None:
             self.kv_events.close()
@@ -128,6 +133,7 @@ class CoreProcesses:
 
 
 def _start_error(error: str) -> str:
-    """Return how vLLM's processes ended, in words, if vLLM's start error has their exit codes; otherwise the error."""
+    """Return in words how vLLM's processes ended, if vLLM's start error contains their exit codes; otherwise the
+    error."""
     failed = re.findall(r"'(\w+)': (-?\d+)", error.partition("Failed core proc(s):")[2])
     return " and ".join(f"{end_causes.CORE} {exit_status.describe(int(code))}" for _, code in failed) or error

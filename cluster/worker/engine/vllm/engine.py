@@ -1,4 +1,8 @@
-"""The vLLM engine, driven over the fast path if this vLLM has the private names for it, otherwise over AsyncLLM."""
+"""The vLLM engine.
+
+It drives vLLM over the fast path if the installed vLLM has the private names that the fast path needs, otherwise over
+the public AsyncLLM.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ from cluster.worker.engine.vllm.requests import RequestBounds, check, prepare, r
 
 
 class VllmEngine:
-    """A vLLM engine: its engine core and rank processes, owned by this object until `close`."""
+    """A vLLM engine. It owns the processes of the engine core and the ranks until `close`."""
 
     def __init__(
         self,
@@ -39,12 +43,12 @@ class VllmEngine:
     ) -> None:
         """Create an engine; `start` loads the model.
 
-        `executor` places the ranks if there are several: "ray" on the placement group of this process's Ray actor, "mp"
-        as processes on this host. If `exact_resume` is False, emitted tokens are resumed as part of a new prompt, and
-        requests for which that would change the output are refused. `reasoning_parser`: name of vLLM's parser of the
-        model's reasoning. With it the engine finds the token from which a grammar applies, and counts a budget of
-        reasoning tokens. `tokenizer_mode`: vLLM's mode for the model's tokenizer, unless the entry sets one; "" for
-        vLLM's own choice.
+        `executor`: how several ranks are placed. "ray": on the placement group of this process's Ray actor. "mp": as
+        processes on this host. `exact_resume`: whether emitted tokens are installed as output when a request is
+        resumed. If false, they become part of a new prompt, and a request is refused if that would change its output.
+        `reasoning_parser`: name of vLLM's parser of the model's reasoning. With it the engine finds the token from
+        which a grammar applies, and counts a budget of reasoning tokens. `tokenizer_mode`: vLLM's mode for the model's
+        tokenizer, used if the entry sets none; "" for vLLM's own choice.
         """
         self._spec = spec
         self._prefer_fastpath = prefer_fastpath
@@ -64,7 +68,7 @@ class VllmEngine:
         return f"VllmEngine({self._spec.name}, {name}, {len(self._live)} live)"
 
     async def start(self) -> EngineInfo:
-        """Load the model. Raises ValueError for an invalid entry, EngineDead if the core does not start."""
+        """Load the model. Raises ValueError for an invalid catalog entry, EngineDead if the core does not start."""
         try:
             return await self._start()
         except BaseException:  # a cancelled start must not leave its sockets' folder behind either
@@ -146,7 +150,7 @@ class VllmEngine:
                 raise self._core.end_error(dead, self._path) from dead
 
     async def step(self) -> Sequence[TokenOutput]:
-        """Wait for the next step that has outputs and return them. Raises EngineDead."""
+        """Wait for the next step that has outputs; return its outputs. Raises EngineDead."""
         path = self._require_path()
         while True:
             try:
@@ -167,7 +171,7 @@ class VllmEngine:
     async def load_adapter(self, digest: str, folder: str, *, pinned: bool = False) -> None:
         """Load an adapter's files between two steps. Raises EngineRefused, EngineCorrupt or EngineDead.
 
-        `pinned` changes nothing: this engine drops no adapter by itself.
+        `pinned` has no effect, since this engine never drops an adapter by itself.
         """
         try:
             await self._adapters.load(self._require_path(), digest, folder)
@@ -184,7 +188,10 @@ class VllmEngine:
             raise self._core.end_error(dead, self._path) from dead
 
     async def kv_events(self) -> Sequence[KvEvent]:
-        """Wait for events of the engine's prefix cache and return them. Without events, wait until cancelled."""
+        """Wait for events of the engine's prefix cache and return them.
+
+        If the engine has no events, wait until cancelled.
+        """
         if self._core.kv_events is None:
             await asyncio.Event().wait()
             return ()
@@ -207,7 +214,7 @@ class VllmEngine:
         )
 
     def counts(self) -> EngineCounts:
-        """Return vLLM's counts of preemptions and of the prefix cache; any thread may call this."""
+        """Return vLLM's counts of preemptions and of the prefix cache. Any thread may call this."""
         return EngineCounts() if self._path is None else self._stats.counts
 
     async def check(self) -> None:

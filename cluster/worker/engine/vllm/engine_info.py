@@ -1,4 +1,4 @@
-"""The properties of a started engine, derived from vLLM's configuration and from what this vLLM supports."""
+"""The properties of a started engine, derived from vLLM's configuration and from the features of the installed vLLM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cluster.worker.engine.vllm.requests import RequestBounds
 
 @dataclass(frozen=True, slots=True)
 class EngineProperties:
-    """The properties of a started engine: its info for gateways, the bounds of requests, and its adapters."""
+    """The properties of a started engine: the EngineInfo for gateways, the bounds of requests, and the adapters."""
 
     info: EngineInfo
     bounds: RequestBounds
@@ -26,10 +26,10 @@ class EngineProperties:
 def engine_properties(
     spec: ModelSpec, config: Any, path: EnginePath, *, why_public: str, exact_resume: bool, has_event_socket: bool
 ) -> EngineProperties:
-    """Return the properties of an engine that is ready. Raises ValueError for a pooling model that cannot be served.
+    """Return the properties of a started engine. Raises ValueError for a pooling model that cannot be served.
 
-    `config`: vLLM's VllmConfig. `why_public`: why the engine does not use the fast path; "" if it does.
-    `exact_resume`: see VllmEngine. `has_event_socket`: whether the engine publishes KV events.
+    `config`: vLLM's VllmConfig. `why_public`: why the engine does not use the fast path; "" if it does. `exact_resume`:
+    see VllmEngine. `has_event_socket`: whether this process has a socket for the engine's KV events.
     """
     bounds = pooling.pooling_bounds(config, path.tasks, spec.name)
     has_events = has_event_socket and config.cache_config.enable_prefix_caching
@@ -86,8 +86,10 @@ def _generating(
 def _pooling(
     spec: ModelSpec, config: Any, bounds: pooling.PoolingBounds, why_public: str, kv_capabilities: tuple[str, ...]
 ) -> EngineProperties:
-    """Return the properties of a pooling model's engine. Such an engine resumes no requests and has no sampling
-    defaults."""
+    """Return the properties of an engine with a pooling model.
+
+    Such an engine resumes no requests and has no sampling defaults.
+    """
     model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
     request_bounds = RequestBounds(model.max_model_len, model.get_vocab_size(), max_logprobs=0, pooling=bounds)
     blocks = pooling.kv_blocks(
@@ -105,7 +107,8 @@ def _pooling(
 
 
 def _sizes(config: Any, why_public: str) -> dict[str, Any]:
-    """Return the arguments of EngineInfo that every kind of model has: the engine's path, its version and its sizes."""
+    """Return those arguments of EngineInfo that do not depend on the kind of model: the engine's path, version and
+    sizes."""
     from vllm import __version__ as version
 
     return {
@@ -124,7 +127,7 @@ def _dtype(config: Any) -> str:
 
 
 def _eos_token_ids(config: Any, path: EnginePath) -> frozenset[int]:
-    """Return the EOS ids as vLLM collects them: those of the generation config and the tokenizer's own."""
+    """Return the EOS ids that vLLM uses: those of the generation config, and the tokenizer's EOS id."""
     configured = (config.model_config.try_get_generation_config() or {}).get("eos_token_id")
     ids = {configured} if isinstance(configured, int) else set(configured or ())
     own = path.eos_token_id()

@@ -1,9 +1,9 @@
 """The fast path: vLLM's engine core without AsyncLLM, with one call per step for all requests.
 
-AsyncLLM costs each request a generator, an output processor and a task switch per token. Here the message that the
-engine core sends for a step is read directly. This takes about a fifth of AsyncLLM's CPU time per token at 64 streams.
-The cost is the use of private names, which change between releases. All of these names are listed in SYMBOLS, which is
-checked at start; if a name is missing, the engine uses the public AsyncLLM instead (public_path.py).
+AsyncLLM costs each request a generator, an output processor and a task switch per token. The fast path instead reads
+the message that the engine core sends for each step. At 64 streams, this takes about a fifth of AsyncLLM's CPU time per
+token. The disadvantage is the use of private names, which change between releases. All of these names are listed in
+SYMBOLS, which is checked at start. If a name is missing, the engine uses the public AsyncLLM instead (public_path.py).
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
 
 
 class FastPath:
-    """An engine core client and an input processor, built as AsyncLLM's constructor builds them."""
+    """A client of the engine core and an input processor, both built as in AsyncLLM's constructor."""
 
     def __init__(self, vllm_config: Any, stats: StepStats) -> None:
         """Start the engine core. Blocks until the model is loaded. `stats` is updated after each step.
 
-        Call the constructor in a thread. The client's sockets and tasks then bind later, to the event loop that reads
-        them.
+        Call the constructor in a thread without an event loop. The client's sockets and tasks then bind to an event
+        loop only when they are first used there.
         """
         from vllm.renderers import renderer_from_config
         from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
@@ -116,7 +116,7 @@ class FastPath:
         )
 
     async def ready(self) -> None:
-        """Fetch the tasks that the core supports.
+        """Fetch the tasks that the core supports, such as `generate` or `embed`.
 
         The call also starts the asyncio task that reads the core's outputs.
         """
@@ -134,10 +134,10 @@ class FastPath:
         reasoning: Mapping[str, Any],
         adapter: Any = None,
     ) -> Any:
-        """Validate a request and build the engine core's form of it. Raises vLLM's validation errors.
+        """Validate a request and build the form in which the engine core gets it. Raises vLLM's validation errors.
 
-        vLLM's processor gets only the first token id of the prompt. requests.py has checked all ids and their number,
-        and vLLM's own check of a long prompt would take as long as the rest of this method.
+        vLLM's processor gets only the first token id of the prompt, because its check of a long prompt would take as
+        long as the rest of this method. requests.py has already checked all ids and their number.
         """
         ids = prompt["prompt_token_ids"]
         request = self._processor.process_inputs(
@@ -186,7 +186,7 @@ class FastPath:
             raise EngineDead(str(error)) from error
 
     async def collect(self, live: Mapping[str, LiveRequest]) -> list[TokenOutput]:
-        """Wait for one message of the engine core and return the outputs in it. Raises EngineDead."""
+        """Wait for one message from the engine core and return the outputs in it. Raises EngineDead."""
         try:
             step = await self._core.get_output_async()
         except self._dead_error as error:
@@ -223,7 +223,7 @@ class FastPath:
         return bool(self._core.resources.engine_dead)
 
     def core_exit(self) -> int | None:
-        """Return the exit code of the core's process; None while it runs."""
+        """Return the exit code of the engine core's process; None while it runs."""
         return core_exit(self._core)
 
     def close(self) -> None:
@@ -233,7 +233,7 @@ class FastPath:
 
 
 def _complete(output: TokenOutput, given: Any, record: LiveRequest) -> None:
-    """Fill in the fields that most outputs lack: the fields of first and last outputs, and log probabilities."""
+    """Fill in the fields that only some outputs have: those of a first or a last output, and log probabilities."""
     first, record.first = record.first, False
     if first:
         output.prompt_tokens = record.prompt_tokens

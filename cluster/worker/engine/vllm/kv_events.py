@@ -1,9 +1,9 @@
 """KV events of a vLLM engine, read from the ZeroMQ socket on which its engine core publishes them.
 
-Facts of vLLM 0.32 (`distributed/kv_events.py`, `v1/core/block_pool.py`): batches are numbered from 0; a subscriber that
-is late or slow misses batches and may request the last 10,000 again. `extra_keys` has the cache salt only in the first
-block of a prompt. A hybrid model reports the blocks of each group of layers; only the blocks of full attention align
-with the tokens.
+Facts of vLLM 0.32 (`distributed/kv_events.py`, `v1/core/block_pool.py`): batches of events are numbered from 0. A
+subscriber that is late or slow misses batches, and may request the last 10,000 batches again. `extra_keys` contains the
+cache salt only for the first block of a prompt. A hybrid model reports the blocks of each group of layers; only the
+blocks of full attention correspond to the tokens.
 """
 
 from __future__ import annotations
@@ -31,19 +31,22 @@ _FULL_ATTENTION = (None, "full_attention", "mla_attention", "sink_full_attention
 
 
 def has_events(spec: ModelSpec) -> bool:
-    """Return whether an engine's KV events can be read: it caches prefixes, has one engine core, and the entry does not
-    publish the events elsewhere."""
+    """Return whether the KV events of a catalog entry's engine can be read.
+
+    The engine must cache prefixes and have one engine core, and the entry must not have its own `kv_events_config`.
+    """
     engine: Mapping[str, Any] = spec.engine
     several = int(engine.get("data_parallel_size") or 1) > 1
     return engine.get("enable_prefix_caching") is not False and "kv_events_config" not in engine and not several
 
 
 def capabilities(config: Any) -> tuple[str, ...]:
-    """Return the capabilities of an engine with events. `config`: vLLM's VllmConfig.
+    """Return the capabilities of an engine with KV events. `config`: vLLM's VllmConfig.
 
-    A prediction of the cached tokens of a prompt is exact if all layers have full attention and thus share one group of
-    blocks. With a sliding window, chunked attention or state layers, an engine finds only as many blocks as all groups
-    still have. Speculative decoding may drop the last block."""
+    Gateways can predict the number of cached tokens of a prompt exactly if all layers have full attention and so share
+    one group of blocks. With a sliding window, chunked attention or state layers there are several groups, and the
+    engine finds only as many blocks as all groups still have. Speculative decoding may drop the last block.
+    """
     model = config.model_config
     layers = getattr(model.hf_text_config, "layer_types", None)
     is_full = set(layers) <= {"full_attention", "attention"} if layers else model.get_sliding_window() is None
@@ -56,7 +59,7 @@ class KvEventSocket:
     """The subscription to one engine core's KV events. Create it before the engine starts."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder`: private folder for the sockets' files."""
+        """Choose the addresses of the sockets. `folder`: private folder for the files of the sockets."""
         name = uuid.uuid4().hex[:12]
         self._endpoint, self._replay_endpoint = (f"ipc://{folder}/kv-{name}{kind}" for kind in ("", "-replay"))
         self._next = 0
@@ -68,7 +71,7 @@ class KvEventSocket:
         self._missed: Sequence[bytes] | None = None
 
     def config(self) -> Any:
-        """Return vLLM's KVEventsConfig, with which the engine core publishes the events here."""
+        """Return the KVEventsConfig of vLLM that makes the engine core publish its events to this socket."""
         from vllm.config import KVEventsConfig
 
         return KVEventsConfig(
@@ -109,7 +112,8 @@ class KvEventSocket:
         self._subscriber.connect(self._endpoint)
 
     def _in_order(self, missed: Sequence[bytes], received: Sequence[Sequence[bytes]]) -> Iterator[KvEvent]:
-        """Yield the events of batches that were requested again, and of the batches received after them."""
+        """Yield the events of the batches in `missed`, which were requested again, and then of the batches in
+        `received`."""
         for payload in missed:
             yield from self._decoded(payload)
         for frames in received:
@@ -118,8 +122,11 @@ class KvEventSocket:
                 yield from self._decoded(frames[2])
 
     async def _replayed(self, end: int) -> Sequence[bytes]:
-        """Request again the batches from the next expected number to `end` (exclusive), and return their payloads.
-        Batches that vLLM no longer has are left out."""
+        """Request missed batches again: those from the next expected number to `end` (exclusive). Return their
+        payloads.
+
+        Batches that vLLM no longer has are left out.
+        """
         import zmq
 
         found: list[bytes] = []
@@ -173,14 +180,16 @@ def _number(frames: Sequence[bytes]) -> int:
 
 
 def _run_length(batches: Sequence[Sequence[bytes]]) -> int:
-    """Return the number of leading batches that follow each other without a gap."""
+    """Return how many batches at the beginning of `batches` follow each other without a gap."""
     numbers = list(map(_number, batches))
     return next((at for at in range(1, len(numbers)) if numbers[at] > numbers[at - 1] + 1), len(numbers))
 
 
 def _prefix_keys(event: Any) -> tuple[str, str] | None:
-    """Return the cache salt and the adapter of an event's first block; None if a block of the event depends on more
-    than its tokens, for example on an image."""
+    """Return the cache salt and the adapter that apply to the event's blocks.
+
+    Returns None if a block of the event depends on more than its tokens, salt and adapter, for example on an image.
+    """
     adapter = event.lora_name or ""
     salts = []
     for keys in event.extra_keys:

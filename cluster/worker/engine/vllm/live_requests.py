@@ -1,4 +1,7 @@
-"""The live requests of a vLLM engine, and the ids of ended requests, which are still refused as duplicates."""
+"""The live requests of a vLLM engine, and the ids of ended requests.
+
+A new request with one of these ids is refused as a duplicate.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ REMEMBERED_IDS = 65_536
 class LiveRequests(dict[str, LiveRequest]):
     """The live requests of one engine, by request id. Only `add` and `remove` change the requests; both update `stats`.
 
-    The class is a dict, because the engine path looks up the request of every output here.
+    The class is a dict because the engine path looks up the request of every output in it.
     """
 
     def __init__(self, stats: StepStats) -> None:
@@ -47,7 +50,10 @@ class LiveRequests(dict[str, LiveRequest]):
         return tokens
 
     def remove(self, request_id: str, *, remember: bool = True) -> LiveRequest | None:
-        """Remove and return a request that has ended; None if it is not live. `remember`: refuse its id from now on."""
+        """Remove and return a request that has ended; None if the request is not live.
+
+        `remember`: whether to refuse a new request with this id from now on.
+        """
         if request_id not in self:
             return None
         self.finish_prefill(request_id)

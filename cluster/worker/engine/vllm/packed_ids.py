@@ -1,10 +1,10 @@
-"""Token ids of long prompts for the engine core, without an object for each id.
+"""Token ids of long prompts in a packed form, so that no Python object is made for each id.
 
-Problem: vLLM's request has a list of integers. To make the list of a prompt of 142,000 ids, and to encode it, takes 4
-ms of the worker's event loop, all of it spent on objects that nothing reads.
+Problem: vLLM's request has a list of integers. For a prompt of 142,000 ids, making and encoding this list takes 4 ms of
+the worker's event loop. All of this time is spent on objects that nothing reads.
 
-Method: the ids are encoded as the core expects them, as an array of MessagePack integers, with numpy. `msgspec.Raw`
-makes vLLM's encoder copy the result as it is.
+Method: numpy encodes the ids in the form that the engine core expects, an array of MessagePack integers. `msgspec.Raw`
+makes vLLM's encoder copy the result unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ARRAY, _UINT16, _UINT32 = 0xDD, 0xCD, 0xCE
 
 
 def packed(ids: array[int]) -> Any:
-    """Return a value that vLLM's encoder writes as the list of the ids. `ids`: unsigned, of at most 32 bits."""
+    """Return a value that vLLM's encoder writes as a list of these ids. `ids`: unsigned integers of at most 32 bits."""
     import msgspec
     import numpy as np
 
@@ -31,8 +31,10 @@ def packed(ids: array[int]) -> Any:
 
 
 def takes_packed(request: type, encoder: type, decoder: type) -> bool:
-    """Return whether this vLLM's engine core receives packed ids as a list. `request`, `encoder`, `decoder`: vLLM's
-    classes for a request, for its encoder and for its decoder."""
+    """Return whether the engine core of the installed vLLM receives packed ids as a list.
+
+    `request`, `encoder`, `decoder`: vLLM's class of requests, and the classes that encode and decode them.
+    """
     ids = [0, 1, 255, 256, 65_535, 70_000]
     try:
         given = request("r", packed(array("I", ids)), None, None, None, 0.0, None, None, None)

@@ -1,4 +1,6 @@
-"""Common parts of fast_path.py and public_path.py: the interface EnginePath, and records of live requests and steps."""
+"""Common parts of fast_path.py and public_path.py: the interface EnginePath, the records of live requests, and the
+statistics of steps.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ END_WITHIN_S = 1.0
 
 @dataclass(slots=True)
 class LiveRequest:
-    """A request that vLLM holds, or that is being prepared for it."""
+    """A request that vLLM has, or that is being prepared for vLLM."""
 
     prompt_tokens: int
     logprobs: int | None
@@ -55,7 +57,8 @@ class LiveRequest:
 
 @dataclass(slots=True)
 class StepStats:
-    """The scheduler's statistics of the last step, the number and the durations of steps, and the live requests."""
+    """The scheduler's statistics of the last step, the number and durations of all steps, and counts of the live
+    requests."""
 
     running: int = 0
     waiting: int = 0
@@ -69,7 +72,7 @@ class StepStats:
     counts: EngineCounts = field(default_factory=EngineCounts)
 
     def stepped(self, now: float, seen: Any) -> None:
-        """Record the end of a step. `seen`: vLLM's SchedulerStats or None."""
+        """Record the end of a step. `seen`: vLLM's SchedulerStats for the step, or None."""
         self.steps += 1
         if self.running or seen is None or seen.num_running_reqs:
             self.pace.step(now, goes_on=self.live > 0)
@@ -89,20 +92,25 @@ class StepStats:
                 )
 
     def preempted(self, requests: int) -> None:
-        """Count requests whose KV blocks were taken away for others."""
+        """Count preempted requests: requests whose KV blocks were taken away for other requests.
+
+        `requests`: their number.
+        """
         if requests:
             self.counts = self.counts._replace(preemptions=self.counts.preemptions + requests)
 
     def record_submit(self, tokens: int, now: float) -> None:
-        """Count a new live request with this number of prompt and emitted tokens."""
+        """Count a new live request. `tokens`: number of its prompt and emitted tokens."""
         if not self.live:
             self.pace.began(now)
         self.live += 1
         self.prefill_tokens += tokens
 
     def record_first_output(self, tokens: int) -> None:
-        """Record that a request with this number of prompt and emitted tokens has had its first output, or has ended
-        without one."""
+        """Record that a request has had its first output, or has ended without an output.
+
+        `tokens`: number of the request's prompt and emitted tokens.
+        """
         self.prefill_tokens -= tokens
 
     def record_end(self) -> None:
@@ -112,10 +120,10 @@ class StepStats:
             self.pace.mark_idle()
 
     def load(self, now: float, *, has_grammars: bool, loads_adapter: bool, starvation: Starvation | None) -> EngineLoad:
-        """Return the scheduler's counts of the last step and the times of steps. Any thread may call this.
+        """Return the scheduler's counts of the last step, and the durations of steps. Any thread may call this.
 
-        Requests that the scheduler has not counted yet count as waiting. `now`: monotonic time in seconds. The other
-        arguments: see reported_work.
+        A request that is new since the last step counts as waiting. `now`: monotonic time in seconds. For the other
+        arguments see reported_work.
         """
         return EngineLoad(
             running=self.running,
@@ -139,10 +147,12 @@ class StepStats:
 
 
 def end(client: Any, shutdown: Callable[..., None]) -> None:
-    """Call vLLM's `shutdown` and wait until the core's process is gone. `client`: vLLM's client of the core.
+    """Call vLLM's `shutdown` and wait until the process of the engine core is gone. `client`: vLLM's client of the
+    core.
 
-    On CPUs a core takes seconds to free its objects one by one, although the kernel would free them at once. So a core
-    on CPUs is killed after END_WITHIN_S. A core on GPUs has more to release, and vLLM kills it after five seconds.
+    On CPUs a core takes seconds to free its objects one by one, although the kernel would free them at once. So with
+    vLLM's CPU build, the core is killed after END_WITHIN_S seconds. A core on GPUs has more to release, and vLLM kills
+    it after five seconds.
     """
     manager = getattr(getattr(client, "resources", None), "engine_manager", None)
     processes = list(getattr(manager, "processes", ()))
@@ -155,23 +165,24 @@ def end(client: Any, shutdown: Callable[..., None]) -> None:
 
 
 def core_exit(client: Any) -> int | None:
-    """Return the exit code of the core's process; None while it runs. `client`: vLLM's client of the core."""
+    """Return the exit code of the engine core's process; None while it runs. `client`: vLLM's client of the core."""
     manager = getattr(getattr(client, "resources", None), "engine_manager", None)
     codes = [process.exitcode for process in getattr(manager, "processes", ())]
     return next((code for code in codes if code is not None), None)
 
 
 class EnginePath(Protocol):
-    """A way to drive the engine core. Methods raise EngineDead if the core is dead; `prepare` raises vLLM's errors.
+    """Interface through which an engine drives vLLM's engine core. The fast path and the public path implement it.
 
-    An implementation is created with the StepStats that it updates after each step.
+    Methods raise EngineDead if the core is dead; `prepare` raises vLLM's errors. The constructor of an implementation
+    gets the StepStats that are updated after each step.
     """
 
     tasks: Sequence[str]
     """vLLM's names of the tasks that the core supports, known after `ready`."""
 
     async def ready(self) -> None:
-        """Finish the start in the event loop. Called once, before the first `prepare`."""
+        """Finish the start, in the event loop. Call once, before the first `prepare`."""
 
     def prepare(
         self,
@@ -182,35 +193,35 @@ class EnginePath(Protocol):
         reasoning: Mapping[str, Any],
         adapter: Any = None,
     ) -> Any:
-        """Validate a request, in any thread, and return its form for `add`. Raises vLLM's validation errors.
+        """Validate a request and return it in the form that `add` expects. Any thread may call this.
 
         `params`: vLLM's SamplingParams or PoolingParams. `reasoning`: vLLM's arguments `reasoning_ended` and
-        `reasoning_parser_kwargs`, or nothing. `adapter`: vLLM's LoRARequest, or None.
+        `reasoning_parser_kwargs`, or empty. `adapter`: vLLM's LoRARequest, or None. Raises vLLM's validation errors.
         """
 
     async def add(self, prepared: Any) -> None:
-        """Hand a prepared request to the engine core."""
+        """Send a prepared request to the engine core."""
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Abort live requests."""
 
     async def collect(self, live: Mapping[str, LiveRequest]) -> list[TokenOutput]:
-        """Wait for one step and return its outputs for live requests. The list may be empty."""
+        """Wait for one step and return its outputs for the requests in `live`. The list may be empty."""
 
     async def add_adapter(self, request: Any) -> bool:
-        """Load the adapter of a LoRARequest; return whether vLLM holds it. Raises whatever vLLM's loader raises."""
+        """Load the adapter of a LoRARequest; return whether vLLM has loaded it. Raises any error of vLLM's loader."""
 
     async def remove_adapter(self, number: int) -> None:
-        """Remove the adapter with this number; an unknown number is ignored."""
+        """Remove the adapter with this number (`lora_int_id`). An unknown number is ignored."""
 
     def eos_token_id(self) -> int | None:
-        """Return the tokenizer's EOS id. It ends a request like the EOS ids of the generation config."""
+        """Return the tokenizer's EOS id. Like the EOS ids of the generation config, it ends a request."""
 
     def dead(self) -> bool:
         """Return whether the engine core is known to be dead."""
 
     def core_exit(self) -> int | None:
-        """Return the exit code of the core's process; None while it runs."""
+        """Return the exit code of the engine core's process; None while it runs."""
 
     def close(self) -> None:
-        """End the engine core and its ranks; blocks until they are gone."""
+        """End the engine core and its ranks. Blocks until their processes are gone."""

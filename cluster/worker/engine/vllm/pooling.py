@@ -28,17 +28,19 @@ NO_VECTOR = "the engine returned no vector"
 
 @dataclass(frozen=True, slots=True)
 class PoolingBounds:
-    """The pooling requests that a started engine accepts. `token_types`: whether the model distinguishes the second
-    text of a pair by token types."""
+    """The pooling requests that a started engine accepts.
+
+    `token_types`: whether the model needs token types, which mark the second text of a pair.
+    """
 
     info: PoolingInfo
     token_types: bool = False
 
 
 def pooling_bounds(config: Any, tasks: Sequence[str], name: str) -> PoolingBounds | None:
-    """Return the bounds of a pooling model; None for a model that generates. `config`: vLLM's VllmConfig. `tasks`: the
-    tasks that the engine core reports. `name`: the name of the catalog entry.
+    """Return the bounds of a pooling model's requests; None for a model that generates tokens.
 
+    `config`: vLLM's VllmConfig. `tasks`: the tasks that the engine core reports. `name`: the name of the catalog entry.
     Raises ValueError for a pooling model that computes neither vectors of texts nor scores, or whose vectors are too
     long.
     """
@@ -70,8 +72,10 @@ def pooling_bounds(config: Any, tasks: Sequence[str], name: str) -> PoolingBound
 
 
 def _has_token_types(model: Any) -> bool:
-    """Return whether vLLM's class of the model accepts token types. If the class does not, a request with token types
-    would end the engine core."""
+    """Return whether vLLM's class of the model accepts token types.
+
+    If the class does not, a request with token types would end the engine core.
+    """
     if int(getattr(model.hf_config, "type_vocab_size", 0) or 0) < 2:
         return False
     from vllm import ModelRegistry
@@ -81,10 +85,10 @@ def _has_token_types(model: Any) -> bool:
 
 
 def kv_blocks(blocks: int, block_size: int, max_num_batched_tokens: int, max_model_len: int) -> int:
-    """Return the number of KV blocks by which the gateways' credit is counted.
+    """Return the number of KV blocks from which the gateways' credit is computed.
 
-    A model without a KV cache (such as BERT) has one block, in which no request would fit. For such a model, the number
-    follows from the tokens of STEPS_AHEAD steps.
+    A model without a KV cache (such as BERT) has a single block, in which no request would fit. For such a model,
+    return as many blocks as STEPS_AHEAD steps can fill.
     """
     if blocks > 1 and blocks * block_size >= max_model_len:
         return blocks
@@ -92,7 +96,10 @@ def kv_blocks(blocks: int, block_size: int, max_num_batched_tokens: int, max_mod
 
 
 def check_task(pooling: PoolingOptions | None, bounds: PoolingBounds | None) -> None:
-    """Raise EngineRefused for a task that the model does not serve. `pooling`: None if the request is to generate."""
+    """Raise EngineRefused for a task that the model does not serve.
+
+    `pooling`: None for a request to generate tokens.
+    """
     if pooling is None:
         if bounds is not None:
             raise _refused("model", f"it computes {_words(bounds)} and generates no text; name a model that generates")
@@ -112,7 +119,7 @@ def _refused(field: str, description: str, outcome: Outcome = Outcome.UNSUPPORTE
 
 
 def check_pooling(pooling: PoolingOptions, tokens: int, info: PoolingInfo) -> None:
-    """Raise EngineRefused for parameters outside their ranges. `tokens`: length of the prompt."""
+    """Raise EngineRefused for parameters outside their ranges. `tokens`: length of the prompt in tokens."""
     if not 0 <= pooling.second_text_at < tokens:
         what = f"must be in [0, {tokens - 1}], got {pooling.second_text_at}"
         raise _refused("second_text_at", what, Outcome.INVALID_FIELD)
@@ -135,8 +142,10 @@ def check_pooling(pooling: PoolingOptions, tokens: int, info: PoolingInfo) -> No
 
 @lru_cache(maxsize=1)
 def _params_class() -> Any:
-    """Return a subclass of vLLM's PoolingParams that vLLM's input processor does not copy. The processor copies
-    parameters because a caller may use them again; here each request has its own parameters."""
+    """Return a subclass of PoolingParams whose objects vLLM's input processor does not copy.
+
+    The processor copies parameters because a caller may use them again. Here each request has its own parameters.
+    """
     from msgspec.structs import astuple
     from vllm import PoolingParams
 
@@ -162,8 +171,10 @@ def pooling_params(pooling: PoolingOptions, bounds: PoolingBounds) -> Any:
 
 
 def vector_of(tensor: Any) -> tuple[bytes, str]:
-    """Return the vector as little-endian float32, and why there is no valid vector; one of the two is empty. `tensor`:
-    vLLM's result or None."""
+    """Return the vector as little-endian float32, and the reason why it is not valid. One of the two is empty.
+
+    `tensor`: vLLM's result, or None.
+    """
     import numpy as np
 
     if tensor is None or not tensor.numel():
@@ -175,7 +186,7 @@ def vector_of(tensor: Any) -> tuple[bytes, str]:
 
 
 def set_vector(output: TokenOutput, tensor: Any) -> None:
-    """Set the vector of a pooling request that has ended, or an error if the vector is missing or not finite."""
+    """Set the vector of a pooling request's output. If the vector is missing or not finite, set an error instead."""
     vector, why = vector_of(tensor)
     if why:
         output.finish, output.message = FinishReason.ERROR, why

@@ -1,8 +1,8 @@
 """Checks whether the installed vLLM has the private names that this code uses.
 
-A table maps the dotted path of a function or class to those of its parameters or fields that this code uses. Names
-change between releases. So the tables are checked at start, which gives a clear reason instead of a failure within a
-request.
+Private names change between releases of vLLM. So they are listed in tables and checked at start, which gives a clear
+reason instead of a failure within a request. A table maps the dotted path of a function or class to the parameters or
+fields of it that this code uses.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ def _names(symbol: Any) -> set[str]:
 
 
 def digest(path: str) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of a function's source.
+    """Return the first 16 hexadecimal digits of the SHA-256 of a function's source. `path`: the function's dotted path.
 
-    For a wrapped function (functools.wraps) the source of the innermost function counts. Raises ImportError,
+    For a wrapped function (functools.wraps), the source of the innermost function counts. Raises ImportError,
     AttributeError, OSError.
     """
     return hashlib.sha256(inspect.getsource(resolve(path)).encode()).hexdigest()[:16]
 
 
 def missing(symbols: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the table's entries that this vLLM lacks, as `path` or `path: name`; empty if it has them all."""
+    """Return the entries of a table that the installed vLLM lacks, as `path` or `path: name`; empty if it lacks
+    none."""
     lacking = []
     for path, fields in symbols.items():
         try:

@@ -23,7 +23,7 @@ _FINISH = {
 
 
 def _stat_logger(stats: StepStats) -> Any:
-    """Return a factory of vLLM stat loggers that update `stats`."""
+    """Return a factory for vLLM's loggers of statistics. Its loggers update `stats`."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class StepStatsLogger(StatLoggerBase):  # type: ignore[misc]
@@ -41,7 +41,7 @@ def _stat_logger(stats: StepStats) -> Any:
 
 
 class PublicPath:
-    """An AsyncLLM with one task for each request and one queue for all outputs."""
+    """An EnginePath over vLLM's AsyncLLM, with one task for each request and one queue for all outputs."""
 
     def __init__(self, vllm_config: Any, stats: StepStats) -> None:
         """Start the engine. Blocks until the model is loaded. `stats` is updated after each step."""
@@ -62,7 +62,7 @@ class PublicPath:
         self._readers: dict[str, asyncio.Task[None]] = {}
 
     async def ready(self) -> None:
-        """Fetch the tasks that the core supports."""
+        """Fetch the tasks that the core supports, such as `generate` or `embed`."""
         self.tasks = await self._llm.get_supported_tasks()
 
     def prepare(
@@ -74,7 +74,10 @@ class PublicPath:
         reasoning: Mapping[str, Any],
         adapter: Any = None,
     ) -> Any:
-        """Validate a request as AsyncLLM will, so that an invalid request fails here and not in the task of `add`."""
+        """Validate a request in the same way as AsyncLLM.
+
+        An invalid request then fails here, not later in the task that `add` starts.
+        """
         if _is_pooling(params):
             params.verify(self._llm.vllm_config.model_config)
         else:
@@ -151,7 +154,7 @@ class PublicPath:
         return bool(self._llm.errored)
 
     def core_exit(self) -> int | None:
-        """Return the exit code of the core's process; None while it runs."""
+        """Return the exit code of the engine core's process; None while it runs."""
         return core_exit(self._llm.engine_core)
 
     def close(self) -> None:
@@ -206,11 +209,10 @@ def _flat(given: Any, width: int) -> list[PositionLogprobs]:
 
 
 def _position(token_ids: list[int], logprobs: list[float], rank: int, width: int) -> PositionLogprobs:
-    """Return one position, and restore the entry that AsyncLLM loses.
+    """Return the log probabilities of one position, and restore an entry that AsyncLLM loses.
 
-    When AsyncLLM merges unread outputs, it drops duplicates within a position: the sampled token, which comes first, is
-    then missing among the most likely tokens. `rank` is the place of the sampled token among the most likely tokens,
-    from 1.
+    The sampled token comes first and may occur again among the most likely tokens. When AsyncLLM merges unread outputs,
+    it drops the second occurrence. `rank`: the place of the sampled token among the most likely tokens, from 1.
     """
     if len(token_ids) == width - 1:
         token_ids = [*token_ids[:rank], token_ids[0], *token_ids[rank:]]

@@ -1,13 +1,13 @@
 """Repairs of faults in vLLM that end an engine or leave files behind. The repairs are applied at run time.
 
 **Seeds on CPU (vLLM 0.32.0).** When the prompt of a request with a seed is prefilled in chunks, a token is sampled
-after each chunk and discarded; the V1 runner then undoes the draw with `generator.set_offset(offset - 4)`. CPU
+after each chunk and discarded. The V1 runner then undoes the draw with `generator.set_offset(offset - 4)`. CPU
 generators have no offset, so the call raises an error that ends the engine core. The repair gives requests a generator
 that saves its state before each draw and can restore the state.
 
 **Ranks on two hosts on CPU (vLLM 0.32.0).** Ranks of a group communicate over shared memory if all ranks have the same
-name for it. The name consists only of a port, so ranks on hosts without common memory try shared memory, too, and the
-engine does not start. The repair adds an id of the shared memory to the name; ranks without common memory then use the
+name for it. The name consists only of a port, so even ranks on hosts without common memory try shared memory, and the
+engine does not start. The repair adds an id of the shared memory to the name. Ranks without common memory then use the
 network.
 
 **Names that are gone (vLLM 0.32.0).** A queue between core and ranks unlinks its shared memory when it is freed, and
@@ -16,14 +16,14 @@ that is up, these names are already unlinked (watchdog.py). The repair ignores a
 
 **Rendezvous file of the ranks (vLLM 0.32.0).** Each engine creates a file in /tmp by which its ranks find each other,
 and a killed engine leaves the file behind. The repair creates the file in the folder of the engine's sockets, which is
-removed with the engine or swept later.
+removed when the engine ends, or later by another engine.
 
-**Core among several Ray nodes (vLLM 0.32.0, Ray 2.60).** A core joins Ray as a driver, and Ray looks for the driver's
-node among all processes that it sees, and tries the head node first. Where nodes with different addresses share a
-process table (pods with hostPID), Ray may find another node than the replica's, and the core then listens on an address
-that is not its own. The repair passes the address of the replica's node to Ray.
+**Core among several Ray nodes (vLLM 0.32.0, Ray 2.60).** A core joins Ray as a driver. Ray looks for the driver's node
+among all processes that it sees, and tries the head node first. If nodes with different addresses share a process table
+(pods with hostPID), Ray may find another node than the replica's. The core then listens on an address that is not its
+own. The repair passes the address of the replica's node to Ray.
 
-**Pipeline parallelism on CPU (vLLM 0.32.0).** A rank other than the first copies its input into tensors that only a
+**Pipeline parallelism on CPU (vLLM 0.32.0).** Each rank except the first copies its input into tensors that only a
 profiling run creates. Without compilation the CPU runner creates no such tensors, so the first step ends the engine.
 The repair creates the tensors in the first step.
 
@@ -32,7 +32,7 @@ index. A row without an adapter has the index -1, which in PyTorch selects the l
 adapter, the base model's rows are computed with the adapter of the last slot. The repair gives such rows the first
 adapter and an input of zeros, to which every adapter adds nothing.
 
-**Strings that are no JSON (xgrammar 0.2.8).** A grammar allows control characters in strings with a length bound, and
+**Strings that are not JSON (xgrammar 0.2.8).** A grammar allows control characters in strings with a length bound, and
 unknown escapes in e-mail addresses. The repair excludes both (json_strings.py).
 """
 
@@ -81,7 +81,7 @@ def _version() -> str:
 
 @functools.cache
 def rewindable_generator() -> Any:
-    """Return the class of CPU generators that can undo their last draw."""
+    """Return a class of CPU generators that can undo their last draw."""
     import torch
 
     class RewindableGenerator(torch.Generator):  # type: ignore[misc]
@@ -213,7 +213,7 @@ def _repair_pipeline() -> None:
 
 
 def _without_adapter_adds_nothing(operation: Callable[..., None]) -> Callable[..., None]:
-    """Wrap an operation of torch_ops so that rows with a negative index get an input of zeros."""
+    """Wrap a LoRA operation of vLLM's torch_ops so that rows without an adapter (index -1) get an input of zeros."""
     import torch
 
     signature = inspect.signature(operation)
@@ -285,13 +285,16 @@ def loaded_in_ranks() -> bool:
 
 
 def seeds_are_safe() -> bool:
-    """Return whether seeds are repaired for this vLLM. If seeds are not repaired, the engine refuses them on CPU."""
+    """Return whether the repair of seeds is applied to this vLLM.
+
+    Without the repair, the engine refuses seeds on CPU.
+    """
     return _version() in VERSIONS and loaded_in_ranks() and "seeds" not in not_applied
 
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """A named repair. `needed()` returns whether this process has the fault; `make()` applies the repair."""
+    """A named repair. `needed()`: returns whether this process has the fault. `make()`: applies the repair."""
 
     name: str
     make: Callable[[], None]
@@ -333,11 +336,11 @@ REPAIRS = (
 
 
 def apply() -> None:
-    """Plugin for vllm.general_plugins, loaded in every vLLM process: apply the repairs.
+    """Apply the repairs that this process needs. Plugin for vllm.general_plugins, loaded in every vLLM process.
 
-    Idempotent; does nothing outside our engines. Repairs are independent of each other. A repair that fails on this
-    vLLM is recorded in `not_applied` and raises nothing, since vLLM would report a plugin's exception as an unknown
-    model.
+    Idempotent. Does nothing in a vLLM process that does not belong to a replica's engine. Each repair is applied
+    independently of the others. If a repair fails on this vLLM, the error is recorded in `not_applied` and not raised,
+    because vLLM would report an error of a plugin as an unknown model.
     """
     if not os.environ.get(ACTIVE) or _applied:
         return
@@ -366,7 +369,11 @@ def why_no_adapters() -> str:
 
 
 def why_resume_is_plain(config: Any) -> str:
-    """Return why engines of this VllmConfig resume a request as a new prompt; empty if they install emitted tokens."""
+    """Return why an engine with this VllmConfig cannot install emitted tokens, so that it resumes a request as a new
+    prompt.
+
+    Returns "" if the engine can install emitted tokens.
+    """
     from cluster.worker.engine.vllm import resume
 
     if _version() not in VERSIONS:

@@ -1,9 +1,9 @@
-"""Times of a request in vLLM's engine core, which measures them for its own metrics in any case.
+"""Times of a request in vLLM's engine core. The core measures them for its own metrics in any case.
 
-vLLM's own request tracing (`otlp_traces_endpoint`) works in AsyncLLM's output processor, which the fast path bypasses,
-and needs an exporter in the process. The durations here go to the gateway, which makes the spans.
+vLLM's own request tracing (`otlp_traces_endpoint`) is not used: it works in AsyncLLM's output processor, which the fast
+path bypasses, and needs an exporter in the process. Here the durations are sent to the gateway, which makes the spans.
 
-A release of vLLM may lack the attributes that are read here. Its requests then have no times, and nothing else changes.
+If a release of vLLM lacks the attributes that are read here, its requests have no times; nothing else changes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ QUEUED, SCHEDULED = 1, 2
 
 
 def core_times(given: Any, step: Any) -> RequestTimes | None:
-    """Return a request's times up to its first output; None if the core has measured nothing. `given`: the
-    EngineCoreOutput with the first output. `step`: the EngineCoreOutputs that contains `given`."""
+    """Return a request's times up to its first output; None if the core has not measured any.
+
+    `given`: the EngineCoreOutput with the first output. `step`: the EngineCoreOutputs that contains `given`.
+    """
     at: dict[int, float] = {}
     for event in getattr(given, "events", None) or ():
         at.setdefault(int(event.type), event.timestamp)
@@ -27,8 +29,10 @@ def core_times(given: Any, step: Any) -> RequestTimes | None:
 
 
 def stats_times(given: Any) -> RequestTimes | None:
-    """Return a request's times up to its first output; None if AsyncLLM has measured nothing. `given`: the first
-    RequestOutput."""
+    """Return a request's times up to its first output; None if AsyncLLM has not measured any.
+
+    `given`: the first RequestOutput of the request.
+    """
     stats = getattr(given, "metrics", None)
     names = ("queued_ts", "scheduled_ts", "first_token_ts")
     return None if stats is None else _times(*(getattr(stats, name, 0.0) for name in names))

@@ -1,7 +1,7 @@
 """Conversion of an EngineRequest to vLLM's parameters. Every value that could harm the engine is refused here.
 
-vLLM checks many of these values too, but not all, and a bad value that reaches the engine core ends the core and with
-it all streams of the replica. So the bounds that protect the process are checked here, before vLLM's own checks.
+vLLM checks many of these values too, but not all. A bad value that reaches the engine core ends the core, and with it
+all streams of the replica. So the bounds that protect the process are checked here, before vLLM's own checks.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class RequestBounds:
 
 
 def refused(field: str, description: str, outcome: Outcome = Outcome.INVALID_FIELD) -> EngineRefused:
-    """Return the refusal for one wrong field."""
+    """Return the error that refuses a request because of one wrong field."""
     return EngineRefused(outcome.name, f"{field}: {description}", field)
 
 
 def check(request: EngineRequest, limits: RequestBounds) -> None:
-    """Raise EngineRefused for values on which vLLM would fail, and for values that vLLM would silently misread."""
+    """Raise EngineRefused for a value on which vLLM would fail, or which vLLM would silently misread."""
     if not request.request_id:
         raise refused("request_id", "must not be empty")
     for field, text in (("request_id", request.request_id), ("cache_salt", request.cache_salt)):
@@ -126,7 +126,10 @@ def _check_tokens(request: EngineRequest, limits: RequestBounds) -> None:
 
 
 def _all_below(ids: Sequence[int], vocab_size: int) -> bool:
-    """Return whether all ids are in [0, vocab_size). For an array (a long prompt), no object is made for each id."""
+    """Return whether all ids are in [0, vocab_size).
+
+    If `ids` is an array (a long prompt), numpy checks it as a whole.
+    """
     if isinstance(ids, array):
         import numpy as np
 
@@ -193,7 +196,10 @@ def _check_ids(sampling: Sampling, limits: RequestBounds) -> None:
 
 
 def _check_ends(sampling: Sampling, limits: RequestBounds) -> None:
-    """Refuse too many stop ids. The model's EOS ids count too, even with `ignore_eos`, as in vLLM's runner."""
+    """Refuse too many stop ids.
+
+    The model's EOS ids are counted as well, even with `ignore_eos`, as in vLLM's runner.
+    """
     ends = limits.eos_token_ids.union(sampling.stop_token_ids)
     if len(ends) > MAX_STOP_TOKEN_IDS_AFTER_MIN:
         raise refused(
@@ -204,7 +210,8 @@ def _check_ends(sampling: Sampling, limits: RequestBounds) -> None:
 
 
 def _check_resume(request: EngineRequest, limits: RequestBounds) -> None:
-    """Refuse a resumed request that has already ended, or that this engine would continue differently."""
+    """Refuse a resumed request that has already ended, or that this engine would not continue as the first engine
+    would."""
     sampling = request.sampling
     if len(request.emitted_token_ids) >= sampling.max_tokens:
         raise refused("emitted_token_ids", "reach max_tokens already; the call is at its end")
@@ -227,9 +234,9 @@ def _check_resume(request: EngineRequest, limits: RequestBounds) -> None:
 
 
 async def prepare(path: EnginePath, request: EngineRequest, limits: RequestBounds, adapter: Any) -> Any:
-    """Convert a checked request, let vLLM validate it, and return its form for `path.add`. Raises EngineRefused.
+    """Convert a checked request, let vLLM validate it, and return it in the form that `path.add` expects.
 
-    A request whose validation takes long is validated in a thread. `adapter`: vLLM's LoRARequest, or None.
+    If the validation takes long, it runs in a thread. `adapter`: vLLM's LoRARequest, or None. Raises EngineRefused.
     """
     from vllm.exceptions import VLLMError
 
@@ -246,16 +253,17 @@ async def prepare(path: EnginePath, request: EngineRequest, limits: RequestBound
 
 
 def is_heavy(request: EngineRequest, inline_tokens: int = 4096) -> bool:
-    """Return whether validation takes too long for the event loop (more than about a millisecond)."""
+    """Return whether the validation of a request takes more than about a millisecond, which is too long for the event
+    loop."""
     return (request.sampling.grammar is not None and request.pooling is None) or (
         len(request.prompt_token_ids) + len(request.emitted_token_ids) > inline_tokens
     )
 
 
 def prompt_of(request: EngineRequest, limits: RequestBounds) -> dict[str, Any]:
-    """Return vLLM's token prompt with the cache salt. The ids of a long prompt may be an array.
+    """Return vLLM's prompt of token ids, with the cache salt. The ids of a long prompt may be an array.
 
-    The prompt includes the emitted ids if they cannot be installed as output.
+    If the emitted ids cannot be installed as output, they are part of the prompt.
     """
     emitted = () if limits.installs else request.emitted_token_ids
     ids = request.prompt_token_ids
@@ -268,7 +276,7 @@ def prompt_of(request: EngineRequest, limits: RequestBounds) -> dict[str, Any]:
 
 
 def engine_params(request: EngineRequest, limits: RequestBounds) -> Any:
-    """Return vLLM's PoolingParams of a pooling request, or the SamplingParams of another request."""
+    """Return vLLM's parameters of a request: PoolingParams for a pooling request, otherwise SamplingParams."""
     if request.pooling is not None and limits.pooling is not None:
         return pooling_params(request.pooling, limits.pooling)
     return sampling_params(request, limits)
@@ -313,12 +321,16 @@ def _structured_outputs(grammar: Grammar) -> Any:
 
 
 def _budget(sampling: Sampling) -> dict[str, Any]:
-    """Return vLLM's argument for a budget of reasoning tokens; empty without one. Some releases lack the argument."""
+    """Return vLLM's argument for the budget of reasoning tokens; empty if the request has no budget.
+
+    Without a budget the argument is left out, because some releases of vLLM do not have it.
+    """
     return {} if sampling.max_reasoning_tokens is None else {"thinking_token_budget": sampling.max_reasoning_tokens}
 
 
 def reasoning_arguments(request: EngineRequest) -> dict[str, Any]:
-    """Return vLLM's arguments that control from which token on a grammar applies; empty if the engine decides."""
+    """Return vLLM's arguments that determine from which token on a grammar applies; empty if vLLM itself determines
+    it."""
     grammar = request.sampling.grammar
     if request.pooling is not None or grammar is None or grammar.reasoning_ended is None:
         return {}
@@ -330,14 +342,16 @@ def reasoning_arguments(request: EngineRequest) -> dict[str, Any]:
 
 
 def _clamped(sampling: Sampling) -> dict[int, float] | None:
-    """Return the logit biases, clamped as in vLLM's own server; None if there are no biases."""
+    """Return the logit biases, limited to the same range as in vLLM's own server; None if there are no biases."""
     limit = LOGIT_BIAS_LIMIT
     return {token: min(limit, max(-limit, bias)) for token, bias in sampling.logit_bias.items()} or None
 
 
 def refusal(error: Exception, default_field: str = "") -> EngineRefused:
-    """Return the refusal for an error of vLLM's validation. The refused field is the error's parameter, or
-    `default_field` if the error names none."""
+    """Return the error that refuses a request for which vLLM's validation raised `error`.
+
+    The refused field is the parameter that `error` names, or `default_field` if it names none.
+    """
     field = getattr(error, "parameter", None) or default_field
     message = str(error.args[0] if error.args else error)[:MAX_MESSAGE_CHARACTERS]
     return EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {message}" if field else message, field)

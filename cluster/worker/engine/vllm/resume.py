@@ -6,16 +6,18 @@ preempted request with its output in place, and computes prompt and output again
 runner, sampler and matcher treat a request with emitted ids as if this engine had emitted the ids and then preempted
 the request.
 
-The ids are sent in SamplingParams.extra_args, which reach the engine core and every rank. In the core the ids are added
-to the Request (and so to its block hashes, so that the prefix cache is used), and the matcher of the request's grammar
-accepts them one by one. The V2 model runner needs no more: the scheduler sends it prompt and output separately, the
-runner builds all state from them as for a preempted request, and its random numbers are a function of seed, position
-and token. In a rank of the V1 runner the ids are added to the cached state, and a seeded generator makes one draw for
-each id; this is verified for the CPU build only.
+The ids are sent in SamplingParams.extra_args, which reach the engine core and every rank. In the core, the ids are
+added to the Request. So they are also part of the Request's block hashes, and the prefix cache is used. The matcher of
+the request's grammar accepts the ids one by one.
 
-The cost is the use of private names, listed in the tables below. If a name is missing, or the engine is of a kind that
-was not verified (why_plain), a request is resumed as a new prompt, or refused if a new prompt would change its output
-(requests.py).
+The V2 model runner needs nothing more. The scheduler sends it prompt and output separately, and the runner builds all
+state from them as for a preempted request. Its random numbers are a function of seed, position and token. In a rank of
+the V1 runner the ids are added to the cached state, and a seeded generator makes one draw for each id. This is verified
+for the CPU build only.
+
+The disadvantage is the use of private names, listed in the tables below. If a name is missing, or the engine is of a
+kind that was not verified (`why_plain`), a request is resumed as a new prompt. It is refused if a new prompt would
+change its output (requests.py).
 """
 
 from __future__ import annotations
@@ -61,9 +63,9 @@ SYMBOLS = CORE_SYMBOLS | V1_SYMBOLS | V2_SYMBOLS
 
 
 def why_plain(config: Any) -> str:
-    """Return why an engine of this VllmConfig cannot resume exactly; empty if the engine can.
+    """Return why an engine with this VllmConfig cannot resume exactly; empty if it can.
 
-    The engine's processes must also load the plugin (repairs.loaded_in_ranks).
+    Not checked here: the engine's processes must load the plugin (repairs.loaded_in_ranks).
     """
     from vllm.platforms import current_platform
 
@@ -87,10 +89,10 @@ def why_plain(config: Any) -> str:
 def resumes_seeds(config: Any, installed: bool) -> bool:
     """Return whether a resumed request with a seed gets the random numbers of the uninterrupted request.
 
-    `installed`: whether the emitted tokens of the request are installed as output. Only the V1 runner needs the
-    installed tokens to continue a seed. With speculative decoding the random numbers differ: the proposed tokens start
-    at other positions, and the draws depend on them. For the V1 runner in vLLM 0.31 the result is False, since its
-    draws were not verified.
+    `installed`: whether the emitted tokens of the request are installed as output. The V1 runner needs these tokens to
+    continue a seed; the V2 runner does not. For the V1 runner in vLLM 0.31 the result is False, since its draws were
+    not verified. With speculative decoding the result is False, too: the draws depend on the positions at which the
+    proposed tokens start, and after a resume these positions differ.
     """
     if config.speculative_config is not None:
         return False
@@ -100,8 +102,8 @@ def resumes_seeds(config: Any, installed: bool) -> bool:
 def resumes_budgets(config: Any) -> bool:
     """Return whether a resumed request keeps its budget of reasoning tokens.
 
-    Both runners count the reasoning in prompt and output. But if several tokens mark the end of the reasoning, the V1
-    runner loses its position among these tokens.
+    Both runners count the reasoning tokens in prompt and output. But if the end of the reasoning is marked by several
+    tokens, the V1 runner loses its position among them.
     """
     end = getattr(getattr(config, "reasoning_config", None), "reasoning_end_token_ids", None)
     return bool(config.use_v2_model_runner) or len(end or ()) == 1
@@ -117,11 +119,11 @@ The body of that function changed between releases, but not the names in it.
 
 
 def noise(config: Any) -> str:
-    """Return the noise scheme of an engine of this VllmConfig. With the same seed, two schemes give different tokens.
+    """Return the noise scheme of an engine with this VllmConfig. With the same seed, two schemes give different tokens.
 
-    V2: murmur3 of seed, position and token, the same in 0.31 to 0.33. V1 on CPUs: 0.31 draws exponentials over the
-    vocabulary, 0.32 one number per token, and each unknown sampler is a scheme of its own. V1 on other devices: the
-    device's own generator.
+    V2 runner: murmur3 of seed, position and token, the same in vLLM 0.31 to 0.33. V1 runner on CPUs: 0.31 draws
+    exponentials over the vocabulary, 0.32 draws one number per token, and each unknown sampler is a scheme of its own.
+    V1 runner on other devices: the device's own generator.
     """
     from vllm.platforms import current_platform
 
@@ -137,12 +139,12 @@ def noise(config: Any) -> str:
 
 
 def extra_args(emitted_token_ids: Sequence[int]) -> dict[str, Any]:
-    """Return the `extra_args` of SamplingParams that carry the emitted ids."""
+    """Return the `extra_args` of SamplingParams that pass the emitted ids to the engine."""
     return {EXTRA_ARG: list(emitted_token_ids)}
 
 
 def emitted_of(params: Any) -> list[int]:
-    """Return the emitted ids in `params`, which are SamplingParams or None; empty if there are no emitted ids."""
+    """Return the emitted ids in `params` (SamplingParams or None); empty if there are none."""
     extra = params.extra_args if params is not None else None
     return extra.get(EXTRA_ARG) or [] if extra else []
 
@@ -150,7 +152,7 @@ def emitted_of(params: Any) -> list[int]:
 def install(*, v1_ranks: bool) -> None:
     """Patch vLLM's classes in this process, which is an engine core or a rank. Call once.
 
-    `v1_ranks`: whether to patch the classes of the V1 runner too, which has no effect on the V2 runner.
+    `v1_ranks`: whether to patch the classes of the V1 runner, too. The V2 runner does not use these classes.
     """
     _install_in_core()
     _install_in_grammars()
@@ -211,9 +213,11 @@ def _replay(manager: Any, request: Any, grammar: Any, emitted: Sequence[int]) ->
     """Let a grammar's matcher accept the emitted tokens one by one.
 
     The matcher sees each token together with all tokens before it, because it must notice where the reasoning ends and
-    the grammar begins. Raises ValueError if the matcher rejects a token; this ends only this request. This function
-    runs in a thread while the request waits for its grammar. So it works on a copy of the request's record, and copies
-    only `reasoning_ended` back at the end."""
+    the grammar begins. Raises ValueError if the matcher rejects a token; this ends only this request.
+
+    This function runs in a thread while the request waits for its grammar. So it works on a copy of the request's
+    record, and at the end copies only `reasoning_ended` back.
+    """
     own = request.structured_output_request
     record = copy.copy(own)
     record.grammar = grammar

@@ -1,4 +1,4 @@
-"""Columns for a call's gateway and for the worker, pod and node where the call ended.
+"""Columns of the usage table for a call's gateway, and for the worker, pod and node where the call ended.
 
 The previous release inserts rows without these columns.
 """

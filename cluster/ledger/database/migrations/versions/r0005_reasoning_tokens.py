@@ -1,4 +1,4 @@
-"""Column for the reasoning tokens among a record's completion tokens.
+"""Column of the usage table: the number of completion tokens that are reasoning.
 
 The previous release inserts rows without this column.
 """

@@ -1,4 +1,4 @@
-"""Column for the number of cached tokens that a call's gateway predicted.
+"""Column of the usage table: the number of cached tokens that a call's gateway predicted.
 
 The previous release inserts rows without this column.
 """

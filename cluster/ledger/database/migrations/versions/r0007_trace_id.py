@@ -1,4 +1,4 @@
-"""Column for the id of a call's trace.
+"""Column of the usage table: the id of a call's trace.
 
 The previous release inserts rows without this column.
 """

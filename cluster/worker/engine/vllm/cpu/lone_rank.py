@@ -2,9 +2,9 @@
 
 Problem: vLLM's CPU platform gives even a single rank its own process, because the kernels' threads are bound to CPUs by
 environment variables that libgomp reads when a program starts. The extra process costs some hundred megabytes, the time
-of its start, and in each step a round trip over shared memory, during which the rank spins. So the core's process
-itself starts with those variables, and runs the rank. If the variables bind threads, the core must be a new interpreter
-rather than a fork (fork_server.py).
+of its start, and in each step a round trip over shared memory, during which the rank spins. So the core's process is
+started with these variables and runs the rank itself. If the variables bind threads, the core must be a new interpreter
+and not a fork (fork_server.py).
 
 `HEADRACE_ENGINE_RANK=process` keeps vLLM's behaviour. Source: vLLM's CpuPlatform.check_and_update_config and
 MultiprocExecutor.
@@ -28,7 +28,8 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
 
 
 def settle(config: Any) -> bool:
-    """Change vLLM's config, if possible, so that the rank runs in the core's process; return whether it was changed.
+    """Change vLLM's config so that the only rank runs in the core's process. Returns False if that is impossible or
+    unwanted.
 
     Raises ValueError for an invalid value of HEADRACE_ENGINE_RANK.
     """

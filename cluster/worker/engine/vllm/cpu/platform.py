@@ -1,7 +1,8 @@
-"""vLLM's CPU platform with Ray's logical GPUs as devices: tensor parallelism over Ray on machines without GPUs.
+"""vLLM's CPU platform with Ray's logical GPUs as devices. It allows tensor parallelism over Ray on machines without
+GPUs.
 
 vLLM's Ray executor refuses the CPU platform only because that platform names no Ray resource. On nodes started with
-logical GPUs (`ray start --num-gpus`), placement groups and executor then work as on GPUs.
+logical GPUs (`ray start --num-gpus`), placement groups and executor work with this platform as on GPUs.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ QUALIFIED_NAME = "cluster.worker.engine.vllm.cpu.platform_class.LogicalGpuCpuPla
 
 
 def plugin() -> str | None:
-    """Entry point of group vllm.platform_plugins: return the platform's name if LOGICAL_GPUS selects it on a CPU build.
+    """Return the platform's class name if LOGICAL_GPUS selects the platform and vLLM is its CPU build.
 
-    Otherwise return None, so that vLLM chooses the platform.
+    Otherwise return None, so that vLLM chooses the platform. Entry point of group vllm.platform_plugins.
     """
     if os.environ.get(LOGICAL_GPUS) != "1":
         return None

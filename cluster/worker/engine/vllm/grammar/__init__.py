@@ -1,1 +1,1 @@
-"""Grammars that constrain the output: checks, repairs, and conversion to vLLM's form."""
+"""Grammars that constrain outputs: checks, repairs of xgrammar, and conversion to vLLM's form."""

@@ -1,10 +1,10 @@
-"""Estimate of a compiled grammar's size, by which large grammars are refused before an engine spends minutes on them.
+"""Estimate of a compiled grammar's size. A grammar that is too large is refused before an engine spends minutes on it.
 
-vLLM compiles grammars on a thread of its engine core, the process that also schedules all requests. Measured with a
-vocabulary of 49,000: in a JSON schema, each string with a length bound or a pattern costs 0.5 to 1 s of CPU time,
-whatever the bound, and everything else is cheap. In a regular expression counted repetitions are unrolled to positions
-(one for each character or class), and nested repetitions multiply: `(a{1,1000}){1,1000}` has 20 characters and a
-million positions. 45,000 positions took 12 s and 400 MB.
+vLLM compiles grammars on a thread of its engine core, the process that also schedules all requests. The following was
+measured with a vocabulary of 49,000 tokens. In a JSON schema, each string with a length bound or a pattern costs 0.5 to
+1 s of CPU time, whatever the bound; everything else is cheap. In a regular expression, counted repetitions are unrolled
+to positions, one for each character or class, and nested repetitions multiply: `(a{1,1000}){1,1000}` has 20 characters
+and a million positions. 45,000 positions took 12 s and 400 MB.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _NO_ATOM = frozenset("*+?|")
 
 
 def regex_positions(pattern: str) -> int:
-    """Return the number of positions in a regular expression after its counted repetitions are unrolled. A repetition
-    counts as at most MAX_READ_COUNT positions.
+    """Return the number of positions in a regular expression after its counted repetitions are unrolled.
 
-    Never raises: the grammar compiler reports bad syntax.
+    A repetition counts as at most MAX_READ_COUNT positions. No error is raised for bad syntax, since the grammar
+    compiler reports it.
     """
     sums = [0]  # one running sum for each open group
     last = 0  # positions of the previous atom, which a quantifier would repeat
@@ -54,7 +54,7 @@ def regex_positions(pattern: str) -> int:
 
 
 def _end_of_atom(pattern: str, at: int) -> int:
-    """Return the index of the last character of the atom at `at`.
+    """Return the index of the last character of the atom that begins at index `at`.
 
     An atom is an escape, a class, or one character.
     """

@@ -1,4 +1,4 @@
-"""Grammars that constrain the output: checks of the grammars that an engine accepts, and conversion to vLLM's form."""
+"""Grammars that constrain outputs: checks of the grammars that an engine accepts, and conversion to vLLM's form."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Repair of xgrammar's grammars for JSON strings (xgrammar 0.2.8), so that all outputs are valid JSON.
 
 Problem: xgrammar allows control characters in a string with a length bound, and unknown escapes in the local part of an
-e-mail address. JSON allows neither. The repaired compiler rewrites the character class of such a string in the
-grammar's text, and gives addresses a regular expression without quoted parts. Other grammars are compiled unchanged.
+e-mail address. JSON allows neither. The repaired compiler changes the grammar's text: in a string with a length bound,
+it replaces the character class, and for e-mail addresses it uses a regular expression without quoted parts. Other
+grammars are compiled unchanged.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ _DATA = frozenset({"const", "enum", "default", "examples"})
 
 
 def without_control_characters(grammar: str) -> str:
-    """Return the text of a grammar, changed so that strings with a length bound have no control characters."""
+    """Return the text of a grammar, changed so that strings with a length bound cannot have control characters."""
     return _LITERAL_OR_CLASS.sub(lambda token: _STRICT if token[0] == _LOOSE else token[0], grammar)
 
 
 def with_plain_addresses(specification: str) -> str:
-    """Replace each format `email` by a regular expression. `specification`: a JSON schema, or JSON that has schemas."""
+    """Replace each format `email` by a regular expression.
+
+    `specification`: a JSON schema, or JSON that contains schemas.
+    """
     if '"email"' not in specification:
         return specification
     return json.dumps(_plain_addresses(json.loads(specification)))
@@ -49,7 +53,7 @@ def _plain_addresses(value: Any) -> Any:
 
 
 class StrictCompiler:
-    """A wrapper of xgrammar's compiler. Its grammars for JSON schemas and structural tags allow only valid JSON."""
+    """A wrapper of xgrammar's compiler whose grammars, for JSON schemas and structural tags, allow only valid JSON."""
 
     def __init__(self, compiler: Any) -> None:
         self._compiler = compiler
@@ -58,7 +62,7 @@ class StrictCompiler:
         return getattr(self._compiler, name)
 
     def compile_json_schema(self, schema: str, **options: Any) -> Any:
-        """Compile a JSON schema. Raises RuntimeError for an invalid one."""
+        """Compile a JSON schema. Raises RuntimeError for an invalid schema."""
         import xgrammar
 
         schema = with_plain_addresses(schema)
@@ -74,7 +78,10 @@ class StrictCompiler:
         return repaired or self._compiler.compile_structural_tag(tag, *triggers)
 
     def _repaired(self, make: Callable[[], Any]) -> Any:
-        """Return the repaired grammar, compiled; None if the grammar needs no repair."""
+        """Return the compiled grammar if it needed a repair; None if it needs none.
+
+        `make` returns xgrammar's grammar.
+        """
         import xgrammar
 
         text = str(make())
@@ -83,7 +90,7 @@ class StrictCompiler:
 
 
 def install() -> None:
-    """Give vLLM's xgrammar backend the repaired compiler."""
+    """Make vLLM's xgrammar backend use the repaired compiler."""
     from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 
     prepare = XgrammarBackend.__post_init__

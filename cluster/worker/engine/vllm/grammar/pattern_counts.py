@@ -1,8 +1,8 @@
 """Bounds on counted repetitions in regular expressions: in patterns of JSON schemas, and in grammars of kind `regex`.
 
 The grammar compiler unrolls `?` and {m,n} into states. Each state may follow all earlier states, and nested counts
-multiply. An expression with many such states takes minutes to compile, or slows down the first steps in which it is
-applied, which delays all requests of the engine.
+multiply. An expression with many such states takes minutes to compile, or slows down the first steps in which the
+engine uses it. Both delay all requests of the engine.
 """
 
 from __future__ import annotations
@@ -34,20 +34,23 @@ TOKEN = re.compile(
 
 
 def count_of(digits: str) -> int:
-    """Return a count, at most MAX_READ_COUNT. Python's int refuses a number of thousands of digits."""
+    """Return the number in `digits`, limited to MAX_READ_COUNT.
+
+    Python's int refuses a number of thousands of digits.
+    """
     digits = digits.lstrip("0") or "0"
     return int(digits) if len(digits) < 10 else MAX_READ_COUNT
 
 
 class TooCostly(Exception):
-    """The reason for which an expression is refused, with the remedy."""
+    """An error for an expression that costs too much to compile. The message has the reason and the remedy."""
 
 
 def count_problem(pattern: str) -> str:
-    """Return why an expression costs too much to compile, with the remedy; empty if it does not.
+    """Return why a regular expression costs too much to compile, with the remedy; empty if it does not.
 
-    The returned text continues a sentence that begins with "the expression". Syntax is not checked. Time is linear in
-    the expression's length.
+    The returned text continues a sentence that begins with "the expression". Syntax is not checked. The check takes
+    time linear in the expression's length.
     """
     counts = Counts()
     try:
@@ -72,7 +75,7 @@ def count_problem(pattern: str) -> str:
 
 @dataclass(slots=True)
 class _Part:
-    """A group or an atom: its positions, and whether `?` or {m,n} is in it."""
+    """A group or an atom of an expression: its number of positions, and whether it contains `?` or {m,n}."""
 
     positions: int = 0
     varies: bool = False
@@ -83,7 +86,10 @@ class _Part:
 
 
 class Counts:
-    """Counts the positions of an expression while it is read. Methods raise TooCostly."""
+    """A counter of an expression's positions, called for each token as the expression is read.
+
+    Methods raise TooCostly.
+    """
 
     def __init__(self) -> None:
         self._open = [_Part()]
@@ -98,7 +104,7 @@ class Counts:
 
     @property
     def repeats(self) -> bool:
-        """Whether there is a preceding part that a quantifier can repeat."""
+        """Whether the preceding token is an atom or a group, which a quantifier can repeat."""
         return self._last is not None
 
     def atom(self) -> None:
@@ -121,7 +127,7 @@ class Counts:
         self._open[-1].add(self._last)
 
     def repeat(self, text: str) -> None:
-        """Apply a quantifier to the preceding part."""
+        """Apply the quantifier `text` to the preceding atom or group."""
         part, self._last = self._last, None
         if part is None:
             return
@@ -160,8 +166,11 @@ class Counts:
 
 
 def _bounds(text: str) -> tuple[int, int]:
-    """Return the least and the greatest number of repetitions that a quantifier allows: `?`, {m}, {m,n} or {m,}. For
-    {m,} both numbers are max(1, m), because it is compiled to this number of copies."""
+    """Return the least and the greatest number of repetitions that a quantifier allows.
+
+    The quantifier is `?`, {m}, {m,n} or {m,}. For {m,} both numbers are max(1, m), because it is compiled to this
+    number of copies.
+    """
     if text == "?":
         return 0, 1
     low, comma, high = text[1:-1].partition(",")

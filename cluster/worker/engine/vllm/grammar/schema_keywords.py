@@ -3,8 +3,8 @@
 If a schema has several of the keywords `$ref`, `const`, `enum`, `anyOf`, `oneOf`, `allOf` and `type`, xgrammar reads
 only the first in this order. With any of them except `type`, it ignores all other keywords of the schema. It also
 ignores constraints in a schema without `type`, and unknown keywords. The output may then violate the schema without an
-error. check_schema accepts a schema only if each of its keywords is enforced; the tests draw outputs of accepted
-schemas from compiled grammars and validate them.
+error. So `check_schema` accepts a schema only if each of its keywords is enforced. The tests draw outputs from the
+compiled grammars of accepted schemas, and validate these outputs.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ _PARTS = ("items", "unevaluatedItems", "additionalProperties", "unevaluatedPrope
 
 
 def check_schema(field: str, schema: Mapping[str, object]) -> None:
-    """Raise EngineRefused, with `field`, for a JSON schema with a keyword that the grammar compiler does not enforce.
+    """Raise EngineRefused for a JSON schema with a keyword that the grammar compiler does not enforce.
 
-    The message has the keyword, its JSON pointer and a remedy. Keywords that only annotate are allowed, and so are
-    unknown keywords. To bound the time, a schema with more than MAX_VALUES values, or nested more than MAX_NESTING
-    deep, is refused, too.
+    `field`: the request's field that has the schema. The message names the keyword, its JSON pointer and a remedy.
+    Keywords that only annotate are allowed, and so are unknown keywords. To bound the time of the check, a schema is
+    also refused if it has more than MAX_VALUES values or is nested more than MAX_NESTING deep.
     """
     if problem := _size_problem(schema) or _strings_problem(schema) or _problem(schema):
         raise EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {problem}", field)
@@ -141,7 +141,8 @@ class _Place:
 
 
 class _Walk:
-    """The schemas that the compiler reads, from the root over subschemas and references."""
+    """A walk over the schemas that the compiler reads: the root, its subschemas, and the schemas that `$ref` refers
+    to."""
 
     def __init__(self, root: Mapping[str, object]) -> None:
         self._types = SchemaTypes(root)
@@ -150,7 +151,7 @@ class _Walk:
         self._seen: set[int] = set()
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong, each problem with its keyword, its place and the remedy."""
+        """Yield the problems of all schemas. Each text names the keyword, its JSON pointer and the remedy."""
         while self._waiting:
             place = self._waiting.pop()
             if isinstance(place.schema, Mapping):
@@ -181,7 +182,10 @@ class _Walk:
 
     def _beside(self, schema: Json, keyword: str, chosen: str) -> str:
         """Return why the compiler ignores a keyword of a schema, with the remedy; empty if it does not ignore the
-        keyword. `chosen`: the keyword of WINNERS that the compiler reads in this schema; "" if the schema has none."""
+        keyword.
+
+        `chosen`: the keyword of WINNERS that the compiler reads in this schema; "" if the schema has none of them.
+        """
         if keyword == "type":
             return self._type_problem(schema, chosen)
         if not chosen:
@@ -206,7 +210,7 @@ class _Walk:
         return f"is ignored beside `{chosen}`, which allows other types; keep only what has the type"
 
     def _keyword(self, schema: Json, keyword: str, types: frozenset[str]) -> Iterator[str]:
-        """Yield what is wrong with the value of a keyword that the compiler reads."""
+        """Yield the problems of a keyword's value. The compiler reads this keyword."""
         value = schema[keyword]
         if keyword in ("anyOf", "oneOf", "allOf", "enum") and not (isinstance(value, list) and value):
             yield "must be a list that is not empty"
@@ -221,7 +225,7 @@ class _Walk:
             yield problem
 
     def _children(self, path: str, schema: Json, chosen: str, types: frozenset[str]) -> Iterator[_Place]:
-        """Yield the subschemas that the compiler reads."""
+        """Yield those subschemas of a schema that the compiler reads."""
         if chosen == "$ref":
             yield _Place(str(schema["$ref"]), self._types.resolve(schema["$ref"]))
         keywords = (chosen,) if chosen else tuple(schema)

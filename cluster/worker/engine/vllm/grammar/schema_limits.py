@@ -1,4 +1,7 @@
-"""Checks of the values of JSON-schema keywords, grouped by the JSON type that the keywords constrain."""
+"""Checks of the values of keywords in JSON schemas, grouped by the JSON type that a keyword constrains.
+
+The grammar compiler enforces a keyword only with certain values.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ _NAMES_MAY_HAVE = frozenset({"type", "pattern", "minLength", "maxLength", "forma
 
 
 def string_problem(keyword: str, value: object) -> str:
-    """Return what is wrong with the value of a keyword for strings; empty if the value is enforced."""
+    """Return why the compiler does not enforce the value of a string keyword; empty if it does."""
     if keyword in ("minLength", "maxLength"):
         return _count_problem(value)
     if not isinstance(value, str):
@@ -38,8 +41,10 @@ def string_problem(keyword: str, value: object) -> str:
 
 
 def number_problem(value: object, is_whole: bool) -> str:
-    """Return what is wrong with the value of a keyword that bounds numbers; empty if the value is enforced. `is_whole`:
-    whether the keyword bounds integers."""
+    """Return why the compiler does not enforce the value of a keyword that bounds numbers; empty if it does.
+
+    `is_whole`: whether the keyword bounds integers.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return "must be a number"
     if is_whole and value != int(value):
@@ -50,7 +55,7 @@ def number_problem(value: object, is_whole: bool) -> str:
 
 
 def array_problem(keyword: str, value: object) -> str:
-    """Return why the value of an array keyword is not enforced; "" if it is enforced."""
+    """Return why the compiler does not enforce the value of an array keyword; empty if it does."""
     if keyword in ("minItems", "maxItems"):
         return _count_problem(value)
     if keyword == "prefixItems":
@@ -62,7 +67,7 @@ def array_problem(keyword: str, value: object) -> str:
 
 
 def object_problem(keyword: str, value: object) -> str:
-    """Return what is wrong with the value of a keyword for objects; empty if the value is enforced."""
+    """Return why the compiler does not enforce the value of an object keyword; empty if it does."""
     if keyword in ("minProperties", "maxProperties"):
         return _count_problem(value)
     if keyword == "required":
@@ -108,7 +113,8 @@ def _names_problem(names: object) -> str:
 
 
 def string_combinations(schema: Json) -> str:
-    """Return which keywords of strings exclude each other in a schema; empty if none do."""
+    """Return which string keywords of a schema cannot be combined, with the remedy; empty if there is no such
+    combination."""
     bounded = "minLength" in schema or "maxLength" in schema
     if "pattern" in schema and "format" in schema:
         return "has `pattern` and `format`, of which only `format` is enforced; use one of them"
@@ -120,7 +126,7 @@ def string_combinations(schema: Json) -> str:
 
 
 def object_combinations(schema: Json) -> Iterator[str]:
-    """Yield which keywords of objects exclude each other in a schema."""
+    """Yield which object keywords of a schema cannot be combined, each with the remedy."""
     properties = schema.get("properties")
     properties = properties if isinstance(properties, Mapping) else {}
     required = schema.get("required")
@@ -155,7 +161,10 @@ def _counted(schema: Json, properties: Json, is_open: bool) -> Iterator[str]:
 
 
 def combinations(schema: Json, types: frozenset[str]) -> Iterator[str]:
-    """Yield what is wrong with combinations of keywords that exclude each other, in a schema that has these types."""
+    """Yield which keywords of a schema cannot be combined, each with the remedy.
+
+    `types`: the types that the schema allows.
+    """
     if NAMED["string"] <= types and (problem := string_combinations(schema)):
         yield problem
     if NAMED["object"] <= types:

@@ -1,11 +1,11 @@
-"""Regular expressions in JSON schemas: the part of the syntax that the grammar compiler enforces.
+"""Regular expressions in JSON schemas: a check that the grammar compiler enforces all of an expression's syntax.
 
 xgrammar matches a pattern against the text between a JSON string's quotes. It ignores look-ahead, and anchors inside an
 expression. It reads some escapes as letters. In some expressions it confuses a `*` with a large count that follows.
 
 A `.` or a class may match quotes, backslashes and control characters. Usually xgrammar excludes these characters from
 the compiled grammar. For some expressions it cannot exclude them: the output may then contain them unescaped, and is
-not JSON.
+not valid JSON.
 
 Expressions with one of these problems are refused here.
 """
@@ -44,14 +44,14 @@ _LOOKS = {"(?=": "look-ahead", "(?!": "look-ahead", "(?<=": "look-behind", "(?<!
 
 
 class _Refused(Exception):
-    """The reason for which an expression is refused, with the remedy."""
+    """An error for an expression that the compiler does not enforce. The message has the reason and the remedy."""
 
 
 def pattern_problem(pattern: str) -> str:
-    """Return why the compiler does not enforce the expression, with the remedy; empty if it does.
+    """Return why the compiler does not enforce a regular expression, with the remedy; empty if it does.
 
-    The returned text continues a sentence that begins with "the expression". Time is linear in the length of the
-    expression.
+    The returned text continues a sentence that begins with "the expression". The check takes time linear in the
+    expression's length.
     """
     try:
         wide = _Reader(pattern).is_wide()
@@ -78,7 +78,7 @@ def pattern_problem(pattern: str) -> str:
 
 
 class _Reader:
-    """A pass over the tokens of an expression."""
+    """A single pass over the tokens of an expression."""
 
     def __init__(self, pattern: str) -> None:
         self._tokens = list(TOKEN.finditer(pattern))
@@ -86,10 +86,10 @@ class _Reader:
         self._counts = Counts()
 
     def is_wide(self) -> bool:
-        """Return whether the expression has a `.`, a negated class, or a class or set that includes quotes, backslashes
-        or control characters.
+        """Return whether the expression is wide: whether it may match quotes, backslashes or control characters.
 
-        Raises _Refused for syntax that is not enforced.
+        A wide expression has a `.`, a negated class, or a class or set that includes these characters. Raises _Refused
+        or TooCostly for an expression that is refused.
         """
         previous = ""
         for number, token in enumerate(self._tokens):
@@ -111,8 +111,10 @@ class _Reader:
         return self._wide
 
     def _count(self, text: str, previous: str) -> str:
-        """Check a quantifier; return it, or an empty text if `text` is a `?` that makes the quantifier `previous`
-        lazy."""
+        """Check the quantifier `text`; return it.
+
+        Returns "" if `text` is a `?` that makes the quantifier `previous` lazy.
+        """
         if not self._counts.repeats:
             if text == "?" and previous:
                 return ""
@@ -156,7 +158,10 @@ class _Reader:
             raise _Refused(_SPECIAL)
 
     def _other(self, text: str, number: int) -> None:
-        """Check one character that is no class, group, quantifier or escape."""
+        """Check one character that belongs to no class, group, quantifier or escape.
+
+        `number`: position of its token.
+        """
         if text in _MISPLACED:
             raise _Refused(_MISPLACED[text])
         if text in "^$|":
@@ -193,8 +198,11 @@ _SPECIAL = (
 
 
 def _members(text: str) -> Iterator[tuple[int, int]]:
-    """Yield the members of a class as ranges of code points. A set (an escape such as `w`) yields one range: all code
-    points if it includes quotes, backslashes or control characters, otherwise only the letter a."""
+    """Yield the members of a class as ranges of code points.
+
+    A set (an escape such as `w`) yields one range: all code points if the set includes quotes, backslashes or control
+    characters, otherwise only the letter a.
+    """
     tokens = _MEMBER.findall(text)
     at = 0
     while at < len(tokens):
@@ -214,7 +222,10 @@ def _members(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _character(text: str) -> int:
-    """Return the code point of a plain or escaped character; raise _Refused for an escape of another kind."""
+    """Return the code point of a plain or escaped character.
+
+    Raises _Refused for an escape that names no single character.
+    """
     if text[0] != "\\" or len(text) == 1:
         return ord(text[0])
     letter = text[1]

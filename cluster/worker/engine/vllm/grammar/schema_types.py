@@ -1,4 +1,7 @@
-"""The JSON types that a schema allows, as the grammar compiler reads the schema, and references between schemas."""
+"""The JSON types that a schema allows, and the targets of references between schemas.
+
+Schemas are read in the same way as the grammar compiler reads them.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,19 @@ _ARRAY_MARKS = ("items", "prefixItems", "unevaluatedItems")
 
 
 class UnusableReference(Exception):
-    """A `$ref` that the compiler misreads, with its place and the remedy."""
+    """An error for a `$ref` that the compiler misreads. The message has the reason and the remedy."""
 
 
 def winner(schema: Json) -> str:
-    """Return the keyword of WINNERS that the compiler reads. Empty if the schema has none of them; the compiler then
-    reads `type` and the keywords of that type."""
+    """Return the first keyword of WINNERS in a schema, which is the one that the compiler reads.
+
+    Returns "" if the schema has none of these keywords. The compiler then reads `type` and the keywords of that type.
+    """
     return next((keyword for keyword in WINNERS if keyword in schema), "")
 
 
 def canonical(value: object) -> str:
-    """Return a text that is equal for equal JSON values: 1 and 1.0 are equal, 1 and true are not."""
+    """Return a text that is the same for equal JSON values. 1 and 1.0 count as equal, 1 and true as different."""
     return json.dumps(_plain(value), sort_keys=True)
 
 
@@ -46,8 +51,10 @@ def _plain(value: object) -> object:
 
 
 def int64_problem(value: object) -> str:
-    """Return what is wrong with a value of `const` or `enum`; empty if nothing is. The compiler rounds integers of more
-    than 64 bits."""
+    """Return what is wrong with a value of `const` or `enum`; empty if nothing is wrong.
+
+    A value with an integer of more than 64 bits is wrong, since the compiler rounds such integers.
+    """
     if isinstance(value, list):
         return next(filter(None, map(int64_problem, value)), "")
     if isinstance(value, Mapping):
@@ -60,8 +67,8 @@ def int64_problem(value: object) -> str:
 class SchemaTypes:
     """The types that the schemas below one root allow. Each schema is examined once.
 
-    `by_standard`: whether a schema without `type` allows all types, as in the standard. If false, such a schema allows
-    objects if it has `properties`, or arrays if it has `items`, as in the compiled grammar.
+    `by_standard`: whether a schema without `type` allows all types, as in the JSON Schema standard. If false, such a
+    schema allows only objects if it has `properties`, or only arrays if it has `items`, as in the compiled grammar.
     """
 
     def __init__(self, root: Json, by_standard: bool = False) -> None:
@@ -71,9 +78,10 @@ class SchemaTypes:
         self._open: set[int] = set()
 
     def of(self, schema: object) -> frozenset[str]:
-        """Return the types of the values that the schema allows; if these are not certain, further types are included.
+        """Return the types of the values that the schema allows. If they are not certain, the result includes more
+        types.
 
-        Raises UnusableReference for references that cannot be followed, and for a schema that is part of itself.
+        Raises UnusableReference for a reference that cannot be followed, and for a schema that is part of itself.
         """
         if not isinstance(schema, Mapping):
             return frozenset() if schema is False else ALL
@@ -108,7 +116,7 @@ class SchemaTypes:
     def resolve(self, reference: object) -> object:
         """Return the schema that a `$ref` refers to.
 
-        Raises UnusableReference if the reference is not a plain path in this schema.
+        Raises UnusableReference if the reference is not a plain path in the root schema.
         """
         if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
             raise UnusableReference(
@@ -127,7 +135,7 @@ class SchemaTypes:
         return place
 
     def target(self, schema: object) -> object:
-        """Return the schema at the end of a chain of `$ref`."""
+        """Follow a chain of `$ref`; return the schema at its end."""
         for _ in range(MAX_HOPS):
             if not isinstance(schema, Mapping) or winner(schema) != "$ref":
                 break
@@ -156,13 +164,20 @@ def _declared(schema: Json) -> frozenset[str]:
 
 
 class DisjointBranches:
-    """Proof that no value satisfies two members of a `oneOf`. Time is linear in the size of the members."""
+    """Proof that no value satisfies two members of a `oneOf`.
+
+    The proof takes time linear in the size of the members.
+    """
 
     def __init__(self, root: Json) -> None:
         self._types = SchemaTypes(root, by_standard=True)
 
     def are_disjoint(self, branches: Sequence[object]) -> bool:
-        """Return whether the members differ in type, in their values, or in the value of one required property."""
+        """Return whether the members of a `oneOf` are proven to be disjoint.
+
+        Members are disjoint if they differ in their types, in their allowed values, or in the value of one required
+        property.
+        """
         if len(branches) == 1 or self._differ(branches):
             return True
         targets = [self._types.target(branch) for branch in branches]
@@ -199,9 +214,9 @@ class DisjointBranches:
         return True
 
     def _fixed(self, target: object) -> dict[str, Sequence[object]]:
-        """Return each required property whose schema is a `const` or an `enum`, with the allowed values.
+        """Return the allowed values of each required property whose schema is a `const` or an `enum`, by property.
 
-        Returns nothing if `target` is no plain object schema.
+        Returns nothing if `target` is not a plain schema of an object.
         """
         if not isinstance(target, Mapping) or winner(target) or self._types.of(target) != NAMED["object"]:
             return {}

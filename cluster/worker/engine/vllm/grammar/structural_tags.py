@@ -1,4 +1,4 @@
-"""Grammars that the output parser makes from tools: xgrammar's structural tags, checked like other grammars."""
+"""Checks of structural tags, the grammars of xgrammar that the output parser makes from a request's tools."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ def _refused(grammar: Grammar, description: str) -> EngineRefused:
 
 
 def check_structural_tag(grammar: Grammar) -> None:
-    """Raise EngineRefused for a structural tag that is too large to compile on an engine, or whose schemas would be
-    refused as `response_format`."""
+    """Raise EngineRefused for a structural tag that is too large to compile on an engine, or that has a wrong schema.
+
+    A schema is wrong if it would also be refused in `response_format`.
+    """
     value = grammar.value
     if not isinstance(value, str) or len(value) > MAX_TAG_BYTES:
         raise _refused(grammar, f"make a grammar of more than {MAX_TAG_BYTES} bytes; send fewer or smaller tools")
@@ -65,7 +67,7 @@ def _schemas(value: Any) -> Iterator[dict[str, Any]]:
 def structural_tag(grammar: Grammar) -> Any:
     """Return a checked structural tag in vLLM's form, with a bound on white space between the values of a tool call.
 
-    Without the bound, a small model may write white space up to `max_tokens` and never complete the tool call.
+    Without this bound, a small model may write white space up to `max_tokens` and never complete the tool call.
     """
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -76,7 +78,7 @@ def structural_tag(grammar: Grammar) -> Any:
 
 
 def _bound_white_space(value: Any) -> None:
-    """Set the bound in each JSON schema of a structural tag, in place."""
+    """Set the bound on white space for each JSON schema of a structural tag, in place."""
     if isinstance(value, list):
         for item in value:
             _bound_white_space(item)
