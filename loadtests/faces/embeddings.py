@@ -43,10 +43,7 @@ class HttpEmbeddings(OpenAiSse):
             status = await connection.request(self._post(PATH, json.dumps(value).encode()), pieces.append)
             whole = True
         finally:
-            if whole and connection.usable:
-                self._idle.append(connection)
-            else:
-                connection.close()
+            self._release(connection, whole=whole)
         body = b"".join(pieces)
         if status != 200:
             raise CallFailed(f"status {status}", body[:300].decode(errors="replace"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,6 +13,9 @@ from loadtests.faces.base import Answer, CallFailed, OnText, Request
 from loadtests.faces.http1 import Connection
 
 MAX_ERROR_BYTES = 4096
+REUSE_S = 3.0
+"""Seconds for which an idle connection is used again. Servers close theirs after five seconds, and a call that is sent
+at that moment fails."""
 
 
 class _Events:
@@ -76,7 +80,7 @@ class OpenAiSse:
         self._root = parts.path.rstrip("/").removesuffix("/v1")
         self._model = model
         self._key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
-        self._idle: list[Connection] = []
+        self._idle: list[tuple[Connection, float]] = []
 
     async def run(self, request: Request, on_text: OnText) -> Answer:
         """Make a call; see Face.run."""
@@ -87,10 +91,7 @@ class OpenAiSse:
             status = await connection.request(self._bytes(request), events.feed)
             whole = True
         finally:
-            if whole and connection.usable:
-                self._idle.append(connection)
-            else:
-                connection.close()
+            self._release(connection, whole=whole)
         if status != 200:
             raise CallFailed(f"status {status}", events.head[:300].decode(errors="replace"))
         if events.error:
@@ -103,14 +104,22 @@ class OpenAiSse:
 
     async def _connection(self) -> Connection:
         while self._idle:
-            connection = self._idle.pop()
-            if connection.usable:
+            connection, since = self._idle.pop()
+            if connection.usable and time.monotonic() - since < REUSE_S:
                 return connection
+            connection.close()
         try:
             _, made = await asyncio.get_running_loop().create_connection(Connection, self._host, self._port)
         except OSError as error:
             raise CallFailed(CallFailed.UNREACHABLE, f"{self._host}:{self._port}: {error.strerror or error}") from None
         return made
+
+    def _release(self, connection: Connection, *, whole: bool) -> None:
+        """Keep the connection of an ended call for the next one, or close it. `whole`: whether the answer is whole."""
+        if whole and connection.usable:
+            self._idle.append((connection, time.monotonic()))
+        else:
+            connection.close()
 
     def body(self, request: Request) -> bytes:
         """Return the body of a call, as JSON."""
@@ -143,4 +152,4 @@ class OpenAiSse:
     async def close(self) -> None:
         """Close all connections; see Face.close."""
         while self._idle:
-            self._idle.pop().close()
+            self._idle.pop()[0].close()
