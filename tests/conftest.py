@@ -46,22 +46,20 @@ _PLUGINS: list[pytest.PytestPluginManager] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep what names a failed test at once."""
+    """Keep the plugin manager, which pytest_runtest_logreport uses to print a failed test at once."""
     _PLUGINS.append(config.pluginmanager)
 
 
 @functools.cache
 def _lack(name: str) -> str:
-    """Return the reason why a requirement (named as in the doctor) is missing here, with the remedy; empty if it is
-    met.
-    """
+    """Return why a requirement is missing on this machine, with the remedy; empty if it is met. `name`: as in the
+    doctor."""
     return doctor.missing_reason(name)
 
 
 def pytest_collection_finish() -> None:
-    """Exempt the collected tests and their imports from garbage collection, during which a test's event loop stands
-    still: on a busy core for half a second.
-    """
+    """Exempt the collected tests and their imports from garbage collection. On a busy core, a collection of them stops
+    a test's event loop for half a second."""
     gc.collect()
     gc.freeze()
 
@@ -75,9 +73,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Record a skipped test and the reason. Name a failed test at once: a run that is ended from outside prints no
-    summary.
-    """
+    """Record a skipped test and its reason. Print the name of a failed test at once, since a run that is killed prints
+    no summary."""
     if report.failed and (terminal := _PLUGINS[-1].get_plugin("terminalreporter")) is not None:
         crash = getattr(report.longrepr, "reprcrash", None)
         why = crash.message if crash is not None else str(report.longrepr)
@@ -88,7 +85,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
-    """Print the number of skipped tests by reason after pytest's own closing line, and their names in the last line."""
+    """Print the number of skipped tests by reason after pytest's own closing line. The last line has the tests'
+    names."""
     try:
         yield
     finally:
@@ -99,9 +97,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]
 
 
 def _summary(skipped: Mapping[str, str]) -> Iterator[str]:
-    """Yield the number of skipped tests for each reason, the most frequent reason first, then a line with the tests'
-    names.
-    """
+    """Yield the number of skipped tests for each reason, most frequent first, and then a line with the tests' names."""
     reasons = Counter(skipped.values())
     yield f"{len(skipped)} {'test was' if len(skipped) == 1 else 'tests were'} skipped:"
     yield from (f"{count:5}  {reason}" for reason, count in reasons.most_common())
@@ -117,7 +113,7 @@ def _some(skipped: Mapping[str, str], reason: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduler:
-    """Group the tests when they run in several processes (`make test`)."""
+    """Group the tests for several processes (`make test`)."""
     from tests.support.parallel import Scheduler
 
     return Scheduler(config, log)

@@ -1,4 +1,4 @@
-"""Imports follow docs/architecture.md in one direction. The message of each rule names the rule and the remedy."""
+"""Checks of imports against docs/architecture.md. The message of each check names the rule and the remedy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ PAGE = ROOT / "docs" / "architecture.md"
 
 
 def _table(page: str) -> dict[str, set[str]]:
-    """Return the packages of docs/architecture.md, each with the packages of this project that it may import."""
+    """Return the packages in the table of docs/architecture.md, each with the packages of this project that it may
+    import."""
     rows = re.findall(r"^\| (\w+) \| [^|]+ \| ?([\w ]*?) ?\|$", page.split("## Packages")[1].split("\n## ")[0], re.M)
     return {name: set(imports.split()) for name, imports in rows if name != "package"}
 
@@ -72,9 +73,8 @@ MODULES = {
 
 
 def targets(node: ast.stmt, module: str, is_package: bool) -> Iterator[str]:
-    """Yield the dotted names that a statement imports. `from x import y` imports x.y if x.y is a module of this
-    project.
-    """
+    """Yield the dotted names that a statement imports. `from x import y` yields x.y if x.y is a module of this
+    project."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -103,7 +103,7 @@ ALL = [imported for name, file in MODULES.items() for imported in imports_of(fil
 
 
 def package(module: str) -> str:
-    """Return the package of the table to which a module of this project belongs; empty for `cluster` itself."""
+    """Return the package in the table to which a module of this project belongs; empty for `cluster` itself."""
     parts = module.split(".")
     if "_pb2" in module or parts[1:2] in (["v1"], ["admin"], ["guard"], ["link"]):
         return "pb"
@@ -111,7 +111,7 @@ def package(module: str) -> str:
 
 
 def ours(target: str) -> bool:
-    """Return whether an import is of this project."""
+    """Return whether an imported name belongs to this project."""
     return target == "cluster" or target.startswith("cluster.")
 
 
@@ -128,7 +128,7 @@ def test_every_package_has_its_row() -> None:
 
 
 def test_imports_follow_the_table() -> None:
-    """A package imports only what the package's row allows."""
+    """A package imports only what its row of the table allows."""
     wrong = [str(imported) for imported in ALL if against_table(imported)]
     assert not wrong, (
         "\n".join(wrong) + "\nRule: imports follow the table of docs/architecture.md. Remedy: put the type that both "
@@ -159,7 +159,7 @@ def test_no_module_imports_itself_indirectly() -> None:
 
 
 def test_pure_packages_are_pure() -> None:
-    """Packages that only decide use no clock, no randomness and no I/O."""
+    """Packages that only make decisions use no clock, no randomness and no I/O."""
     wrong = [
         str(imported)
         for imported in ALL
@@ -199,8 +199,8 @@ def test_one_technology_has_one_place(technology: str) -> None:
     ],
 )
 def test_the_base_install_needs_no_engine(module: str) -> None:
-    """The gateway, the command line, the SDK and the link start without torch, vLLM, Ray and transformers, and without
-    OpenTelemetry, which a gateway imports only if tracing is on."""
+    """The gateway, the command line, the SDK and the link start without torch, vLLM, Ray, transformers and
+    OpenTelemetry. The gateway imports OpenTelemetry only if tracing is on."""
     program = f"import sys, {module}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The files of a release: their version, what is in them, and that they work where they are installed.
+"""The files of a release: their version, their contents, and their use after installation.
 
 Everything is built from a copy of the working tree, without the network, by the script that `make dist` runs.
 """
@@ -46,30 +46,30 @@ def _version(tree: Path) -> str:
 
 @dataclass(frozen=True)
 class Release:
-    """The source tree of a tagged release, and the files that were built from it."""
+    """The source tree of a tagged release, and the files built from it."""
 
     tree: Path
     out: Path
 
     @property
     def wheel(self) -> Path:
-        """The wheel."""
+        """Path of the wheel."""
         return self.out / f"headrace-{TAG[1:]}-py3-none-any.whl"
 
     @property
     def sdist(self) -> Path:
-        """The source distribution."""
+        """Path of the source distribution."""
         return self.out / f"headrace-{TAG[1:]}.tar.gz"
 
     def tracked(self, folder: str) -> set[str]:
-        """The files below a folder that belong to the repository."""
+        """Return the files below a folder that belong to the repository."""
         return set(_git(self.tree, "ls-files", folder).splitlines())
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
-    """A copy of the working tree in a repository of its own, with one commit and a tag, and what `make dist` makes of
-    it. Skips where this tree is not a repository."""
+    """Build a release from a copy of the working tree, in a repository of its own with one commit and a tag, by the
+    script that `make dist` runs. Skips if this tree is not a repository."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a repository, so its files are not known")
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
@@ -93,8 +93,8 @@ def _without_helm() -> str:
 
 
 def test_the_wheel_has_the_package_and_nothing_else(release: Release) -> None:
-    """Every file of cluster/ is in the wheel: generated code, types, data and migrations. Tests, load tests, scripts
-    and documents are not."""
+    """The wheel has every file of cluster/: generated code, types, data and migrations. It has no tests, load tests,
+    scripts or documents."""
     names = {name for name in zipfile.ZipFile(release.wheel).namelist() if not name.endswith("/")}
     package = {name for name in names if ".dist-info/" not in name}
     assert package == release.tracked("cluster")
@@ -107,14 +107,15 @@ def test_the_wheel_has_the_package_and_nothing_else(release: Release) -> None:
 
 
 def test_the_sdist_has_the_whole_repository(release: Release) -> None:
-    """All files of the repository are in the sdist, the pins and the tests included."""
+    """The sdist has all files of the repository, including the pinned requirements and the tests."""
     with tarfile.open(release.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert release.tracked(".") <= names
 
 
 def test_an_installed_wheel_works(release: Release, tmp_path: Path) -> None:
-    """Installed apart from the source, `headrace` has the version of the tag, in each way of asking."""
+    """An installed wheel works without the source: `headrace` reports the tag's version in every way of asking for
+    it."""
     with zipfile.ZipFile(release.wheel) as wheel:  # what pip does, without its start
         wheel.extractall(tmp_path)  # noqa: S202
         entry_points = wheel.read(f"headrace-{TAG[1:]}.dist-info/entry_points.txt").decode()
@@ -130,8 +131,8 @@ def test_an_installed_wheel_works(release: Release, tmp_path: Path) -> None:
 
 
 def test_the_checksums_are_right_and_the_wheel_is_reproducible(release: Release, tmp_path: Path) -> None:
-    """`sha256sum --check` accepts the files. The wheel was built from the sdist; one that is built from the repository
-    itself, at another time, is the same."""
+    """`sha256sum --check` accepts the files. The wheel was built from the sdist, and is identical to one built from the
+    repository at another time."""
     _run("sha256sum", "--check", "--strict", "SHA256SUMS", cwd=release.out)
     build = [sys.executable, "-m", "uv", "build", "--quiet", "--wheel", "--no-build-isolation", "--offline"]
     where = ["--python", sys.executable, "--out-dir", tmp_path, release.tree]
@@ -140,8 +141,8 @@ def test_the_checksums_are_right_and_the_wheel_is_reproducible(release: Release,
 
 
 def test_every_kind_of_source_has_a_version(release: Release, tmp_path: Path) -> None:
-    """The sdist and `git archive` of a tag have the tag's version. A commit after the tag, a clone without tags and a
-    copy without git have a version of development, by which no release can be mistaken."""
+    """The sdist and `git archive` of a tag have the tag's version. A commit after the tag, a clone without tags, and a
+    copy without git have development versions, which cannot be mistaken for a release."""
     with tarfile.open(release.sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (unpacked,) = tmp_path.iterdir()
@@ -170,8 +171,8 @@ def test_every_kind_of_source_has_a_version(release: Release, tmp_path: Path) ->
     st.sampled_from(["", "+g1a2b", "+g1.d2026"]),
 )
 def test_the_charts_version_orders_as_the_packages(numbers: tuple[int, ...], before: str, local: str) -> None:
-    """The chart's version has the same numbers, is a pre-release of SemVer if the package's is one, and keeps the
-    local part."""
+    """The chart's version has the same numbers and local part as the package's version. It is a pre-release in SemVer
+    if the package's version is one, and only then."""
     version = ".".join(map(str, numbers)) + before + local
     chart = chart_version(version)
     assert chart.partition("+")[0].partition("-")[0] == ".".join(map(str, numbers))
@@ -180,6 +181,6 @@ def test_the_charts_version_orders_as_the_packages(numbers: tuple[int, ...], bef
 
 
 def test_a_version_that_no_release_has_is_refused() -> None:
-    """A post-release has no counterpart in SemVer."""
+    """A post-release version is refused, since SemVer has no counterpart."""
     with pytest.raises(ValueError, match=r"1\.0\.post1"):
         chart_version("1.0.post1")

@@ -20,7 +20,7 @@ def test_pages_are_current(name: str) -> None:
 
 
 def test_a_stale_page_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--check` names a page that differs and the command that writes the page, and changes no file."""
+    """`--check` names a page that differs and the command that writes it, and changes no file."""
     assert reference.main([], tmp_path) == 0
     assert reference.main(["--check"], tmp_path) == 0
     stale = tmp_path / "errors.md"
@@ -36,7 +36,7 @@ def test_every_key_is_described() -> None:
 
 
 def test_every_error_says_what_to_do() -> None:
-    """Each error has a meaning and a remedy, which are two sentences in the docstring of the error."""
+    """The docstring of each error has two sentences: the meaning and the remedy."""
     rows = [line for line in reference.errors().splitlines() if line.startswith("| `")]
     assert rows
     assert [row for row in rows if row.endswith("|  |")] == []
@@ -44,7 +44,7 @@ def test_every_error_says_what_to_do() -> None:
 
 @pytest.mark.parametrize("name", sorted(reference.PAGES))
 def test_make_reference_is_named(name: str) -> None:
-    """Each page names the command that writes the page, and the Makefile has that command."""
+    """Each page names the command that writes it, and the Makefile has that command."""
     assert f"`{reference.COMMAND}`" in (reference.FOLDER / f"{name}.md").read_text()
     target = reference.COMMAND.removeprefix("make ")
     assert f"\n{target}: setup ## " in (reference.FOLDER.parents[1] / "Makefile").read_text()

@@ -1,4 +1,6 @@
-"""Classes of `frozen_dataclass` behave like frozen dataclasses, except that only the type checker refuses changes."""
+"""Classes of `frozen_dataclass` behave like frozen dataclasses, except that only the type checker refuses
+assignments.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ pairs = st.builds(Pair, st.integers(0, 3), st.lists(st.sampled_from("ab"), max_s
 
 @given(pairs, pairs)
 def test_equal_values_are_one_key(one: Pair, other: Pair) -> None:
-    """Two instances are equal, and one key of a dictionary, exactly if their fields are equal."""
+    """Two instances are equal, and the same key of a dictionary, exactly if their fields are equal."""
     equal = (one.number, one.words) == (other.number, other.words)
     assert (one == other) is equal
     assert len({one: 1, other: 2}) == (1 if equal else 2)
@@ -31,7 +33,8 @@ def test_equal_values_are_one_key(one: Pair, other: Pair) -> None:
 
 @given(pairs, st.integers())
 def test_a_replaced_field_leaves_the_original(pair: Pair, number: int) -> None:
-    """`replace` returns another instance, and instances have no attributes but their fields."""
+    """`replace` returns a new instance and does not change the original. Instances have no attributes except their
+    fields."""
     changed = replace(pair, number=number)
     assert (changed.number, changed.words) == (number, pair.words)
     assert pair is not changed

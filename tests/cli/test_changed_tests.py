@@ -25,7 +25,10 @@ TESTS = {
     ],
 )
 def test_importers_and_mirrors_are_picked(changed: str, picked: list[str]) -> None:
-    """For a changed module, the test files that import or mirror the module are picked; a test file picks itself."""
+    """For a changed module, the tests that import it are picked, and the test file with the same path below tests/.
+
+    A changed test file is picked itself.
+    """
     assert select_tests([changed], TESTS) == picked
 
 

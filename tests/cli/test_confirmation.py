@@ -1,4 +1,4 @@
-"""Commands that take something away ask on a terminal, and only there."""
+"""Commands that remove or stop something ask for confirmation on a terminal, and only there."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ Answer = Callable[..., int]
 
 @pytest.fixture
 def answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Answer]:
-    """Function that runs a command with a terminal as standard input, on which the given text is typed. Returns the
-    exit code."""
+    """Function that runs a command on a terminal with `typed` as the user's input, and returns the exit code."""
     ours, terminal = pty.openpty()
     with io.TextIOWrapper(os.fdopen(terminal, "rb", buffering=0)) as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
@@ -43,9 +42,9 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Answer]:
 def test_a_refused_question_changes_nothing(
     answer: Answer, gateway: ScriptedGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`scale MODEL 0` asks, with the gateway's address; "n" ends it with exit code 1 and sends nothing. "y" goes on.
+    """`scale MODEL 0` asks for confirmation and names the gateway.
 
-    Other numbers and --yes ask nothing.
+    After the answer no, it exits with 1 and sends nothing. With another number or with --yes, no question is asked.
     """
     at = ("--admin", gateway.endpoint)
     assert answer("n\n", "scale", "m", "0", *at) == 1
@@ -62,7 +61,7 @@ def test_a_refused_question_changes_nothing(
 def test_apply_asks_only_for_what_it_removes(
     answer: Answer, gateway: ScriptedGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`apply --prune` asks if models would be removed, and names them; otherwise, and without --prune, it does not."""
+    """`apply --prune` asks only if models would be removed, and names them. Without --prune, `apply` never asks."""
     file = tmp_path / "models.yaml"
     file.write_text("models: [{name: m, source: /m}]\n")
     at = ("-f", str(file), "--admin", gateway.endpoint)
@@ -76,7 +75,7 @@ def test_apply_asks_only_for_what_it_removes(
 
 
 def test_nobody_is_asked_without_a_terminal(run: Run, gateway: ScriptedGateway) -> None:
-    """In a pipeline nothing is asked. Only what cannot be undone needs --yes there."""
+    """Without a terminal no question is asked. There, only irreversible commands require --yes."""
     assert run("scale", "m", "0", "--admin", gateway.endpoint).exit_code == 0
     refused = run("tenants", "delete", "acme", "--erase", "--reason", "x")
     assert refused.exit_code == 2
@@ -84,7 +83,7 @@ def test_nobody_is_asked_without_a_terminal(run: Run, gateway: ScriptedGateway) 
 
 
 def test_these_commands_have_the_option() -> None:
-    """Every command that takes something away has --yes; no other command has."""
+    """Exactly the commands that ask for confirmation have the option --yes."""
 
     def having(command: object, path: tuple[str, ...]) -> Iterator[str]:
         if any("--yes" in parameter.opts for parameter in getattr(command, "params", ())):

@@ -1,4 +1,4 @@
-"""Help texts: complete on a terminal of 80 columns, with every option described."""
+"""Help texts fit a terminal of 80 columns and describe every option."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_first_page_has_the_exit_codes(run: Run) -> None:
 
 
 def test_exit_codes_are_uniform(run: Run) -> None:
-    """Wrong usage is 2, also below a group; an unreachable gateway is 3, for callers and for operators."""
+    """Bad usage is exit code 2 for every command, and an unreachable gateway is exit code 3."""
     for wrong in (("nope",), ("models", "nope"), ("scale", "m"), ("status", "--nope"), ("config", "check", "/none")):
         assert run(*wrong).exit_code == USAGE, wrong
     nowhere = "127.0.0.1:1"
@@ -81,7 +81,7 @@ def test_an_option_before_the_subcommand_is_not_ignored(run: Run) -> None:
 
 
 def test_version_in_three_forms(run: Run) -> None:
-    """`--version`, `version` and `version --json` agree."""
+    """`--version`, `version` and `version --json` print the same version."""
     assert run("--version").stdout == f"headrace {__version__}\n"
     assert run("version").stdout.splitlines()[0] == f"headrace {__version__}"
     assert f'"headrace": "{__version__}"' in run("version", "--json").stdout
@@ -97,14 +97,14 @@ def _headrace(*arguments: str, **environment: str) -> str:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_of_a_shell(shell: str) -> None:
-    """`completion SHELL` prints a script that asks `headrace` for the words."""
+    """`completion SHELL` prints a shell script that gets the completions from `headrace`."""
     script = _headrace("completion", shell)
     assert f"_HEADRACE_COMPLETE=complete_{shell}" in script
     assert "headrace" in script
 
 
 def test_completion_knows_commands_and_contexts() -> None:
-    """The words are the commands, and after `context use` the contexts."""
+    """Completion offers the commands and, after `context use`, the names of contexts."""
     words = {"_HEADRACE_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
     assert _headrace(COMP_WORDS="headrace unco", **words).split() == ["uncordon"]
     _headrace("context", "add", "prod-eu", "--endpoint", "a.example:1")

@@ -90,7 +90,7 @@ def test_ci_installs_and_one_that_cannot_be_had_costs_no_other(bare: dict[str, s
 @needs_apt
 @pytest.mark.parametrize(("answer", "installs"), [(b"\n", True), (b"y\n", True), (b"n\n", False), (b"\x04", False)])
 def test_a_terminal_is_asked(bare: dict[str, str], tmp_path: Path, answer: bytes, installs: bool) -> None:
-    """On a terminal, no package is installed before the user has answered, or after the answer no."""
+    """On a terminal, packages are installed only after the user has agreed."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(COMMAND, env=bare, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT)
     os.close(theirs)
@@ -105,7 +105,7 @@ def test_a_terminal_is_asked(bare: dict[str, str], tmp_path: Path, answer: bytes
 
 
 def test_every_lack_has_its_line() -> None:
-    """A skip reason names the missing tool and the remedy, and an unknown name of a check raises KeyError."""
+    """The reason of a skipped test names the missing tool and the remedy. An unknown tool raises KeyError."""
     for check in doctor.CHECKS:
         finding = check()
         reason = doctor.missing_reason(finding.name)

@@ -41,7 +41,7 @@ def test_what_starts_alone_is_what_there_is_to_start() -> None:
 
 @pytest.mark.parametrize("words", [["gateway"], ["controller"], ["pod", "gateway"], ["prepare"]])
 def test_a_process_imports_no_console(words: list[str]) -> None:
-    """A process prints the help of its command, and imports neither rich nor pygments nor the other commands."""
+    """A process that prints its help imports neither rich nor pygments nor the other commands."""
     program = PROGRAM.format(words=words)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -50,7 +50,7 @@ def test_a_process_imports_no_console(words: list[str]) -> None:
 
 
 def test_another_command_has_all() -> None:
-    """A command that is no process imports rich, pygments and all commands, so the test above can fail."""
+    """The command `chat` imports rich, pygments and all commands, which shows that the test above can fail."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(words=["chat"])], capture_output=True, text=True, check=False, cwd=ROOT
     )

@@ -58,7 +58,7 @@ models:
     ],
 )
 def test_what_cannot_be_cut_is_refused(text: str, message: str) -> None:
-    """A text in which a key cannot be set without damage to other parts is refused."""
+    """A text is refused if a key cannot be set in it without damage to other parts."""
     with pytest.raises(ValueError, match=message):
         set_keys(text, "m", {"revision": "r"})
 

@@ -1,4 +1,4 @@
-"""The drill of docs/backups.md: a PostgreSQL is brought back to a moment before a disaster, and `headrace` goes on."""
+"""The recovery of docs/backups.md: PostgreSQL is restored to a moment before a disaster, and Headrace works again."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def good(result: Result) -> Any:
 
 
 def now(server: postgres.PostgresServer) -> str:
-    """Return the time of the server, as `recovery_target_time` takes it."""
+    """Return the server's time in the form that `recovery_target_time` requires."""
     with server.connect("postgres") as connection:
         row = connection.execute("SELECT clock_timestamp()::text").fetchone()
     assert row is not None
@@ -52,7 +52,7 @@ def now(server: postgres.PostgresServer) -> str:
 
 
 def recover(server: postgres.PostgresServer, moment: str) -> None:
-    """Replace the stopped server's data by the base backup, and replay the archive up to a moment."""
+    """Kill the server, restore its base backup, and replay the archived log up to `moment`."""
     server.kill()
     shutil.move(server.folder / "data", server.folder / "data-lost")
     shutil.move(server.folder / "base", server.folder / "data")
@@ -70,9 +70,11 @@ def recover(server: postgres.PostgresServer, moment: str) -> None:
 
 
 def test_a_ledger_comes_back_as_it_was_at_a_moment(run: Run, server: postgres.PostgresServer, tmp_path: Path) -> None:
-    """After a recovery to a moment, the ledger has what was written until then, from before and after the base backup,
-    and nothing of later. Keys of then work, the sums of usage are those of then, and the schema is whole. A record that
-    a gateway writes again is counted once. What was revoked later works again, and `audit` does not have it."""
+    """A recovery restores the ledger as it was at a moment after the base backup: tenants, keys, usage and schema.
+
+    A record that a gateway writes again is counted once. A key that was revoked after that moment works again, and
+    `audit` does not show the revocation.
+    """
     url = server.new_database()
     pepper = tmp_path / "pepper"
     pepper.write_text(PEPPER)

@@ -54,7 +54,7 @@ def test_a_second_install_is_refused(tmp_path: Path) -> None:
 
 
 def test_both_authorities_are_kept(tmp_path: Path) -> None:
-    """A renewal keeps the authorities of the link and of the client ports, and the authorities' keys are private.
+    """A renewal keeps the certificate authorities of the link and of the client ports, and their keys are private.
 
     So workers, and clients that pin the CA, can still connect.
     """

@@ -17,8 +17,10 @@ def span(name: str, span_id: str, parent: str, start: float, end: float, error: 
 
 
 def test_a_call_is_one_tree_in_the_order_of_time() -> None:
-    """Each span has a line below its parent with its begin, its duration and a few attributes; one that failed has a
-    mark. A span whose parent is elsewhere is a tree of its own."""
+    """Each span has a line below its parent's line, with its start, its duration and a few attributes.
+
+    A failed span has a mark. A span without its parent in the trace begins a tree of its own.
+    """
     shown = list(
         trees(
             [

@@ -1,4 +1,4 @@
-"""The installation of the client libraries' own test suites (`make suites`)."""
+"""The installation of the test suites that the client libraries publish (`make suites`)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from scripts import suites
 
 
 def test_every_source_package_is_pinned() -> None:
-    """The pin of a source package has its version and the hashes of its files, and pins of other packages are not
-    part of it."""
+    """The pin of a source package has its version and the hashes of its files, and nothing of other packages."""
     pins = suites.PINS.read_text()
     for name in suites.SOURCES:
         assert re.fullmatch(rf"{name}==[\d.]+( --hash=sha256:[0-9a-f]{{64}})+", suites.pin(name, pins))
@@ -22,7 +21,7 @@ def test_every_source_package_is_pinned() -> None:
 
 
 def test_a_source_package_is_unpacked_under_the_librarys_name(tmp_path: Path) -> None:
-    """The only folder of an archive becomes the given folder."""
+    """`unpack` extracts the single top folder of an archive to the given path."""
     made = tmp_path / "lib-1.0" / "tests"
     made.mkdir(parents=True)
     (made / "test_it.py").write_text("x = 1\n")

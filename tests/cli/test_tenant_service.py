@@ -80,9 +80,9 @@ async def good(*arguments: str) -> Any:
 
 
 def script(name: str) -> Iterator[tuple[str, Callable[[LedgerServices, list[Any]], Any]]]:
-    """Yield the steps of an operator with a tenant of the given name, as pairs of a title and a function.
+    """Yield an operator's steps with the tenant `name`, as pairs of a title and a function.
 
-    Some steps are invalid. The function gets the services and the keys that earlier steps have created.
+    The function takes the services and the keys that earlier steps have created. Some steps are invalid.
     """
     usage = UsageQuery(("model", "label:team"), tenant=name)
     yield "create", lambda d, _: d.tenants.create_tenant(name, {"class": "batch", "limits": {"tokens_per_minute": 5}})

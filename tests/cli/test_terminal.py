@@ -52,7 +52,7 @@ def test_json_means_the_same_to_a_program(text: str) -> None:
 
 
 def test_plain_text_stays_as_it_is() -> None:
-    """A text with other languages, emoji, tabs and line ends is printed unchanged."""
+    """Texts in other languages, emoji, tabs and line ends are printed unchanged."""
     text = "naïve 日本語 עברית \U0001f469\u200d\U0001f4bb\n\tindent\r\n"
     assert terminal.safe(text) == text
 

@@ -16,7 +16,7 @@ TEXT = "".join(WORDS)
 
 
 async def test_every_call_answers(gateway: ScriptedGateway) -> None:
-    """The calls for whole answers, streams, tokens and models give the results of the blocking client."""
+    """Calls for whole answers, streams, tokens and models have the same results as in the blocking client."""
     gateway.script.models = [pb.Model(name=f"m{i}") for i in range(3)]
     gateway.script.page_size = 2
     async with AsyncClient(gateway.endpoint) as client:

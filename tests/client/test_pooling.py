@@ -1,4 +1,4 @@
-"""Requests for embeddings and rankings from plain values, and typed answers."""
+"""Embedding and rerank requests are built from plain values, and their answers are typed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def test_texts_become_messages() -> None:
 
 
 def test_wrong_values_are_named() -> None:
-    """Mixed inputs, one text as documents and unknown parameters are refused before anything is sent."""
+    """Mixed inputs, a string in place of a list of documents, and unknown parameters raise TypeError.
+
+    The error names the parameter.
+    """
     with pytest.raises(TypeError, match=r"texts\[1\]"):
         embed_request("m", ["a", [1]], None, {})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="documents"):
@@ -37,7 +40,7 @@ def test_wrong_values_are_named() -> None:
 
 
 def test_a_refused_call_is_retried(gateway: ScriptedGateway) -> None:
-    """Calls for embeddings and rankings are retried as other unary calls, with the same request id."""
+    """Calls for embeddings and rankings are retried after a refusal, with the same request id."""
     loading = refusal(code_pb2.UNAVAILABLE, "MODEL_LOADING", "loading", retry_after_s=0.01)
     gateway.script.refusals, gateway.script.pushback_ms = [loading, loading], 10
     with Client(gateway.endpoint) as client:
@@ -50,7 +53,7 @@ def test_a_refused_call_is_retried(gateway: ScriptedGateway) -> None:
 
 
 def test_answers_are_sequences() -> None:
-    """An answer is a sequence of arrays, and a ranking yields its documents."""
+    """The answer of `embed` is a sequence of arrays, and the answer of `rerank` is a sequence of ranked documents."""
     raw = pb.EmbedResponse(id="i", model="m", embeddings=[pb.Embedding(index=0, values=[0.5, 1.5])])
     answer = embed_answer(raw, "r")
     assert (len(answer), answer[0], list(answer), answer.request_id) == (

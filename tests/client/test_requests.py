@@ -77,7 +77,7 @@ def test_an_unknown_parameter_is_an_error() -> None:
 
 
 def test_tokenize_takes_messages_with_tools() -> None:
-    """The tools of a chat are sent with its messages, so that the ids are those of the chat's prompt."""
+    """The tools of a chat are sent with its messages, so that the token ids equal those of the chat's prompt."""
     messages = [{"role": "user", "content": "x"}]
     request = tokenize_request("m", messages, [{"type": "function", "function": {"name": "f"}}])
     assert request == pb.TokenizeRequest(model="m", messages=to_messages(messages), tools=[pb.Tool(name="f")])

@@ -52,7 +52,7 @@ async def pair(
 
 
 def kill(gateway: Gateway) -> None:
-    """Reset all client connections of a gateway and close the listener, which is what a killed process leaves."""
+    """Reset all client connections of a gateway and close its listener, which has the effect of a killed process."""
     clients = gateway.ports.clients
     assert clients._listener is not None
     clients._listener.close()
@@ -115,10 +115,10 @@ async def test_blocking_code_too(pair: Pair) -> None:
 
 @pytest.mark.slow
 async def test_a_connection_that_carries_nothing_is_left(pair: Pair) -> None:
-    """A connection that becomes silent without being closed fails the keepalive within seconds.
+    """If a connection becomes silent without being closed (a pulled cable), the client notices it within seconds.
 
-    A pulled cable causes such a silence. A plain stream and a session stream then continue on the other gateway, long
-    before the kernel's timeout.
+    The plain stream and the session stream of the connection then continue on the other gateway, long before the
+    kernel's timeout.
     """
     async with cuttable(pair.endpoints[0]) as relay, AsyncClient([relay.address, pair.endpoints[1]]) as client:
         wanted = (await client.chat("sim", "Once", max_tokens=400, ignore_eos=True, temperature=0.0)).text
@@ -157,7 +157,7 @@ async def test_a_gateway_that_stops_is_left(pair: Pair) -> None:
 async def test_the_next_connection_is_there_before_it_is_needed(pair: Pair) -> None:
     """While a stream still runs on a draining gateway, the client already connects to the other gateway.
 
-    Both gateways are addresses of the same name.
+    Both gateways are addresses of one endpoint name.
     """
     clients = pair.second.gateway.ports.clients
     async with AsyncClient(["ipv4:" + ",".join(pair.endpoints)]) as client:
@@ -189,7 +189,7 @@ async def test_it_can_be_turned_off(pair: Pair) -> None:
 
 
 def test_what_a_whole_token_says_need_not_be_kept() -> None:
-    """A resume request has the newest whole token and all later tokens, but no earlier token."""
+    """A resume request has the newest whole resume token and the tokens after it. Earlier tokens are dropped."""
     resumption = Resumption(pb.ChatRequest(model="m"), None, 1)
     for number, whole in enumerate([False, False, True, False, True, False], start=1):
         resumption.record(pb.ChatChunk(resume_token=b"%d" % number, offset=number, resume_token_whole=whole))

@@ -37,7 +37,7 @@ async def client(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> Asyn
 
 
 async def test_many_streams_share_a_session(client: AsyncClient, cluster: TestCluster) -> None:
-    """Each of twenty concurrent streams in one session yields the text of a single call, and the usage."""
+    """Twenty concurrent streams share one session. Each yields the usage and the same text as a call alone."""
     alone = (await client.chat("sim", "call 3", max_tokens=25, ignore_eos=True, temperature=0.0)).text
 
     async def read_stream(i: int) -> tuple[str, int]:
@@ -100,7 +100,7 @@ async def test_calls_that_begin_together_go_together() -> None:
 
 
 async def test_chunks_of_a_session_are_chunks(client: AsyncClient) -> None:
-    """In a session too, `chunks()` yields messages of the API, and each message has the id and the model."""
+    """In a session, too, `chunks()` yields API messages, and each message has the call's id and model."""
     first = client.stream_chat("sim", "a", max_tokens=30, ignore_eos=True)
     second = client.stream_complete("sim", "b", max_tokens=10, ignore_eos=True)
     chunks = [c async for c in second.chunks()]
@@ -167,7 +167,7 @@ async def _text(stream: AsyncIterator[str]) -> str:
 
 
 async def test_lost_gateway(client: AsyncClient, cluster: TestCluster) -> None:
-    """All calls of a session that are not resumable raise HeadraceError when the session's gateway is lost."""
+    """When a session's gateway is lost, all calls of the session that cannot be resumed raise HeadraceError."""
     streams = [client.stream_chat("sim", f"{i}", max_tokens=2000, ignore_eos=True, resumable=False) for i in range(4)]
     for stream in streams:
         await anext(stream)

@@ -26,7 +26,7 @@ AWAITING = r"\b(async |await |Async(?=Stream|Iterable)|Awaitable\[(?=Response\]\
 
 
 def test_both_clients_have_the_same_methods() -> None:
-    """A call of the blocking client is the call of the asyncio client without `async`, `await` and awaitables."""
+    """The methods of the blocking client have the code of the asyncio client's methods, without `async` and `await`."""
 
     def calls(client: type, unary: Callable[..., object]) -> dict[str, str]:
         methods: dict[str, Callable[..., object]] = {"unary": unary}
@@ -38,7 +38,7 @@ def test_both_clients_have_the_same_methods() -> None:
 
 
 def test_a_dropped_client_closes_its_connection(gateway: ScriptedGateway) -> None:
-    """A client that is dropped without `close` has no connection any longer, before any garbage collection."""
+    """A client that is deleted without `close` closes its connection at once, without a garbage collection."""
     port = int(gateway.endpoint.rpartition(":")[2])
 
     def connected() -> bool:

@@ -21,7 +21,7 @@ def weather(city: str, unit: Literal["c", "f"] = "c", days: list[int] | None = N
 
 
 def test_a_function_becomes_a_tool() -> None:
-    """The definition has the function's name, docstring and parameters, and a request takes it."""
+    """A tool made from a function has its name, docstring and parameters, and can be sent in a request."""
     request = chat_request("m", "x", {"tools": [Tool(weather, strict=True)]})
     (tool,) = request.tools
     parameters = json.loads(tool.parameters_json)
@@ -43,25 +43,25 @@ def test_a_function_becomes_a_tool() -> None:
     ],
 )
 def test_calls_are_run(call: ToolCall, result: str) -> None:
-    """A call runs with checked arguments, and the model is told what is wrong with others."""
+    """`run_calls` runs a call with valid arguments. For an invalid call, its message tells the model what is wrong."""
     (message,) = run_calls([Tool(weather)], [call])
     assert (message["role"], message["tool_call_id"]) == ("tool", "1")
     assert message["content"].startswith(result)
 
 
 def variadic(*cities: str) -> str:
-    """Have no names for arguments."""
+    """Accept arguments that have no names."""
     return ""
 
 
 def untyped(city) -> str:  # type: ignore[no-untyped-def]
-    """Have no types."""
+    """Accept an argument that has no type."""
     return ""
 
 
 @pytest.mark.parametrize("function", [variadic, untyped])
 def test_a_function_without_a_schema_is_refused(function: Any) -> None:
-    """The error names the parameter that no schema describes."""
+    """A function with a parameter that no schema can describe is refused, and the error names the parameter."""
     with pytest.raises(TypeError, match=r"parameter (cities|city)"):
         Tool(function)
 
@@ -73,7 +73,7 @@ calls = st.lists(
 
 @given(st.data(), calls, st.text(max_size=5), st.text(max_size=5))
 def test_deltas_make_the_message(data: st.DataObject, expected: list[ToolCall], reasoning: str, text: str) -> None:
-    """However the arguments are split over chunks, the stream has the calls, the reasoning and the text."""
+    """The stream assembles the calls, the reasoning and the text, however the arguments are split over chunks."""
     deltas = [pb.Message(reasoning_content=reasoning), pb.Message(content=text)]
     for index, call in enumerate(expected):
         at = data.draw(st.integers(0, len(call.arguments)))

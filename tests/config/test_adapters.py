@@ -1,4 +1,4 @@
-"""The key `adapters` of a model: its forms, its checks, and what it does to the engine."""
+"""The key `adapters` of a model: its forms, its checks, and its effect on the engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def models(text: str, more: str = "") -> tuple[Model, ...]:
     ],
 )
 def test_a_list_and_a_mapping_say_the_same(adapters: str) -> None:
-    """Adapters are a list, or a mapping from the name. The entry that is stored gives the same adapters again."""
+    """Adapters can be a list, or a mapping from their names. The stored entry gives the same adapters."""
     (model,) = models(f"  - {{name: m, source: /m, adapters: {adapters}}}\n")
     assert model.adapter_specs() == (
         AdapterSpec("a", "/a", DIGEST, ("t",)),
@@ -37,7 +37,7 @@ def test_a_list_and_a_mapping_say_the_same(adapters: str) -> None:
 
 
 def test_a_mapping_to_sources_is_enough() -> None:
-    """A mapping from names to sources names adapters without further keys."""
+    """A mapping from adapter names to sources is valid. Further keys are optional."""
     (model,) = models("  - {name: m, source: /m, adapters: {a: /a}}\n")
     assert model.adapter_specs() == (AdapterSpec("a", "/a"),)
 
@@ -56,8 +56,8 @@ def test_a_mapping_to_sources_is_enough() -> None:
     ],
 )
 def test_the_presence_of_adapters_switches_lora_on(keys: str, engine: dict[str, int] | None) -> None:
-    """The key, even if it is empty, gives the engine the arguments of LoRA, in all versions. Arguments that are set are
-    kept, and the adapters themselves change nothing for the engine."""
+    """The key `adapters`, even if empty, enables LoRA in the engine of every version. LoRA arguments that are set are
+    kept. The engine's arguments do not depend on the adapters in the list."""
     (model,) = models(f"  - {{name: m, source: /m, canary: {{version: v2, source: /n}}{', ' if keys else ''}{keys}}}\n")
     for spec in model.specs():
         assert spec.engine == ({} if engine is None else {"enable_lora": True, **engine})

@@ -20,7 +20,7 @@ OIDC = "{issuer: 'https://sso.example.com/', client_id: console}"
 
 
 def console(text: str, more: str = "") -> Console:
-    """Return the section with a text as its value. Raises ConfigError."""
+    """Return the section gateway.console that is read from a text. Raises ConfigError."""
     return parse(TEXT.replace("CONSOLE", text) + more).gateway.console
 
 
@@ -33,7 +33,7 @@ def test_defaults() -> None:
 
 
 def test_all_keys() -> None:
-    """Every key takes a value of its kind, and URLs lose the slash at their end."""
+    """Every key is read, and a slash at the end of a URL is removed."""
     section = console(
         "{enabled: false, tenants: true, session_s: 600, history: false, public_url: 'https://llm.example.com/', "
         "traces_url: 'https://t.example.com/trace/{trace_id}', prometheus_url: 'http://prometheus:9090/', "
@@ -82,6 +82,6 @@ def test_wrong_clients(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("more", ["", AUTH.replace("sso", "other")])
 def test_the_issuer_is_known(more: str) -> None:
-    """The issuer of the console is one of auth.oidc, which says where its tokens name the tenant."""
+    """The console's issuer must be listed in auth.oidc, which says where its tokens name the tenant."""
     with pytest.raises(ConfigError, match=r"gateway\.console\.oidc\.issuer.*auth\.oidc"):
         console(f"{{public_url: 'https://llm.example.com', oidc: {OIDC}}}", more)

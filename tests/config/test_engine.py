@@ -1,5 +1,6 @@
-"""Tests that the table of engine arguments matches the pinned vLLM, and that CODE lists every argument that runs
-code."""
+"""Tests that the table of engine arguments equals that of the pinned vLLM, and that CODE lists every argument that runs
+code.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ HARMLESS = {
 
 @pytest.mark.engine
 def test_the_tables_are_the_installed_vllms() -> None:
-    """The tables of engine arguments and of output parsers match the installed vLLM. One process checks both, since the
-    import of vLLM takes longest."""
+    """The tables of engine arguments and of output parsers match the installed vLLM. One process checks both tables,
+    since most of its time is the import of vLLM."""
     check = (
         "import sys; sys.path.insert(0, 'scripts'); import engine_arguments, output_parsers; "
         "sys.exit(engine_arguments.main(['--check']) + output_parsers.main(['--check']))"
@@ -53,7 +54,7 @@ def test_the_tables_are_the_installed_vllms() -> None:
 
 
 def rows(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the path of every argument, and the path of every key inside an argument."""
+    """Yield the path of every argument in a table, and of every key inside an argument."""
     for name, row in table.items():
         yield prefix + name
         for form in row.get("any", ()):
@@ -96,7 +97,7 @@ def test_every_argument_that_names_code_is_known() -> None:
     ],
 )
 def test_arguments_that_run_code_are_told_apart(engine: dict[str, Any], path: str) -> None:
-    """Every argument that makes vLLM import code named in the configuration is reported."""
+    """Every argument that makes vLLM import code that the configuration names is reported."""
     (found,) = code_arguments(engine)
     assert found[0].startswith(path)
 
@@ -161,8 +162,7 @@ def test_arguments_that_cannot_stand_together(whole: dict[str, Any], name: str) 
     ],
 )
 def test_an_engine_is_checked_with_all_it_starts_with(keys: str, path: str) -> None:
-    """Each engine is checked with all arguments of that engine: those of the model and the GPU type, or those of the
-    canary."""
+    """The arguments of an engine are checked together: the model's with those of a GPU type or of the canary."""
     with pytest.raises(ConfigError) as caught:
         parse(f"api_version: headrace/v1\nname: c\nmodels: [{{name: m, source: hf://o/m, {keys}}}]")
     assert f": {path}" in str(caught.value)
@@ -193,7 +193,7 @@ def test_an_unknown_parser_is_a_problem_with_near_names(engine: dict[str, Any], 
 
 
 def test_parsers_of_simulated_engines_are_checked_too() -> None:
-    """A simulated engine's entry may name parsers; an unknown name is reported."""
+    """The entry of a simulated engine may name parsers. An unknown name is reported."""
     text = (
         'api_version: headrace/v1\nname: t\nmodels: [{name: m, source: "sim:///x", engine: {tool_call_parser: %s}}]\n'
     )

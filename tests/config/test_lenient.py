@@ -1,4 +1,4 @@
-"""Tests of the configuration that a restarted gateway or controller uses when the file is partly invalid."""
+"""Tests of the configuration that a restarted gateway or controller uses if the file is partly invalid."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ WRONG_SECTIONS = ["models: 3", "models: {a: b}", "{}", f"models: [{GOOD}]\nmodel
 
 @pytest.mark.parametrize("wrong", WRONG_ENTRIES)
 def test_a_wrong_entry_takes_no_other_along(wrong: str) -> None:
-    """An invalid entry neither prevents the controller's start nor removes the model of the entry or any other
-    model."""
+    """The controller starts despite an invalid entry. Neither the entry's model nor any other model is removed."""
     found = for_controller(f"{HEAD}models: [{GOOD}, {wrong}]")
     assert [model.name for model in found.config.models] == ["good"]
     assert (found.held[0].name, found.held[0].aliases, found.all_held) == ("bad", ("b",), False)
@@ -34,8 +33,7 @@ def test_a_wrong_entry_takes_no_other_along(wrong: str) -> None:
 
 
 def test_of_two_with_one_name_neither_is_taken() -> None:
-    """Neither of two entries with the same name is used, since either entry could replace the running model by an
-    unwanted model."""
+    """If two entries have the same name, neither is used, since the wrong one could replace the running model."""
     entries = [f"{{name: {name}, source: hf://o/{at}}}" for at, name in enumerate("xxy")]
     found = for_controller(f"{HEAD}models: [{', '.join(entries)}]")
     assert [model.name for model in found.config.models] == ["y"]
@@ -43,7 +41,7 @@ def test_of_two_with_one_name_neither_is_taken() -> None:
 
 
 def test_an_alias_of_two_models_stays_with_one() -> None:
-    """An alias that two held models have belongs to the first model only, so that gateways can resolve the alias."""
+    """If two held models have the same alias, it belongs to the first model only, so that gateways can resolve it."""
     found = for_controller(HEAD + "models: [{name: x, source: s, aliases: [d]}, {name: y, source: s, aliases: [d, e]}]")
     assert found.config.models == ()
     assert found.held == (HeldModel("x", ("d",)), HeldModel("y", ("e",)))
@@ -51,8 +49,8 @@ def test_an_alias_of_two_models_stays_with_one() -> None:
 
 @pytest.mark.parametrize("section", WRONG_SECTIONS)
 def test_a_section_that_is_none_holds_everything(section: str) -> None:
-    """A `models` section that is not a list holds all running models, since a section read as empty would delete every
-    model."""
+    """If the `models` section is not a list, all running models are held. If it were read as empty, every model would
+    be deleted."""
     found = for_controller(f"{HEAD}{'' if section == '{}' else section}\n")
     assert (found.config.models, found.all_held) == ((), True)
 
@@ -85,23 +83,22 @@ def test_what_is_wrong_elsewhere_still_ends_a_start(text: str) -> None:
     ],
 )
 def test_a_gateway_starts_without_what_it_does_not_read(sections: str) -> None:
-    """A gateway starts with invalid `models`, `weights` and `ray` sections, since a gateway does not use these
-    sections."""
+    """A gateway starts even if the sections `models`, `weights` and `ray` are invalid, since it does not use them."""
     found = for_gateway(f"{HEAD}{'' if sections == '{}' else sections}\n")
     assert found.problems
     assert found.config.gateway.listen.grpc == "127.0.0.1:50051"
 
 
 def test_a_gateway_with_a_ray_of_its_own_still_needs_the_shared_secret() -> None:
-    """A gateway with an invalid `ray` section still requires the shared secret, since each gateway would otherwise
-    create a different secret."""
+    """A gateway with an invalid `ray` section still requires the shared secret. Otherwise each gateway would create its
+    own."""
     with pytest.raises(ConfigError, match="cluster_secret_file"):
         for_gateway(HEAD + "auth: {api_keys: {}}\nray: [{name: B, dashboard_url: 'http://x'}]\nmodels: []\n")
 
 
 @given(wrong=st.lists(st.sampled_from(WRONG_ENTRIES), min_size=1, max_size=3), at=st.integers(0, 3))
 def test_the_right_entries_are_always_all_taken(wrong: list[str], at: int) -> None:
-    """All valid entries are used, however many entries are invalid and wherever the invalid entries are in the list."""
+    """All valid entries are used, whatever the number and the positions of the invalid ones."""
     named = [entry.replace("name: bad", f"name: bad{i}").replace("[b]", f"[b{i}]") for i, entry in enumerate(wrong)]
     valid = [f"{{name: m{i}, source: hf://o/m}}" for i in range(3)]
     entries = [*valid[:at], *named, *valid[at:]]

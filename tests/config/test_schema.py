@@ -101,7 +101,7 @@ def test_client_ports_stay_on_loopback(listener: str, address: str) -> None:
 
 @pytest.mark.parametrize("listener", ["grpc", "http", "admin"])
 def test_ports_open_with_auth_and_tls_together(listener: str) -> None:
-    """A client or admin port off loopback needs both auth and TLS, and the error names the section that is missing."""
+    """A client or admin port that is not on loopback needs both auth and TLS. The error names the missing section."""
     wide = f"listen: {{{listener}: '0.0.0.0:1'}}"
     tls = "tls: {cert_file: /tls/tls.crt, key_file: /tls/tls.key}"
     with pytest.raises(document.ConfigError, match=r"without auth:.*use every model"):
@@ -112,7 +112,7 @@ def test_ports_open_with_auth_and_tls_together(listener: str) -> None:
 
 
 def test_tenants_stand_over_the_defaults() -> None:
-    """A tenant's policy consists of the file's defaults, overridden by the tenant's own fields.
+    """A tenant's policy is the file's defaults, overridden by the tenant's own fields.
 
     Secret files are in the cache folder by default.
     """
@@ -124,7 +124,7 @@ def test_tenants_stand_over_the_defaults() -> None:
 
 
 def test_the_link_port_opens_with_certificates_only() -> None:
-    """The link port off loopback needs link_tls, while the metrics port does not."""
+    """A link port that is not on loopback needs link_tls. A metrics port does not."""
     wide = "gateway: {listen: {link: '0.0.0.0:1', metrics: '0.0.0.0:2'}"
     with pytest.raises(document.ConfigError, match="link_tls"):
         document.parse(HEAD + wide + "}\n" + MODEL)
@@ -141,8 +141,8 @@ def test_loopback(address: str, loopback: bool) -> None:
 
 
 def test_what_gateway_processes_share() -> None:
-    """Gateway processes share the client ports, and each process has separate link and metrics ports and lists the link
-    ports of the other processes."""
+    """Gateway processes share the client ports. Each has its own link and metrics ports, and lists the link ports of
+    the other processes."""
     gateway = document.parse(HEAD + "gateway: {processes: 3}\n" + MODEL).gateway
     first, second, third = (gateway.listen.of(process) for process in range(3))
     assert (second.link, third.link) == ("127.0.0.1:50061", "127.0.0.1:50062")
@@ -154,7 +154,7 @@ def test_what_gateway_processes_share() -> None:
 
 
 def test_an_entry_as_the_packages_see_it() -> None:
-    """Every key of a model's entry is in the model's spec, and the number of replicas is max(min, 1)."""
+    """Every key of a model's entry is in the model's spec. The number of replicas is max(min, 1)."""
     text = """
 models:
   - name: m

@@ -1,5 +1,6 @@
-"""Tests of the sections about tenants: errors name the field and the remedy, and valid sections become complete
-policies."""
+"""Tests of the sections about tenants: errors name the field and the remedy, and valid sections give complete
+policies.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +29,12 @@ AUTH = Auth.model_validate({"cluster_secret_file": "/s", "api_keys": {"pepper_fi
 
 
 def parse(section: type[Any], text: str) -> Any:
-    """Return a section that is read from YAML."""
+    """Parse a section of type `section` from YAML."""
     return section.model_validate(yaml.safe_load(text))
 
 
 def test_the_vocabularys_own_example() -> None:
-    """The documented keys of all sections are read, and the values reach the policies."""
+    """Every documented key of all sections is read, and its value is in the policies."""
     auth = parse(
         Auth,
         """
@@ -87,7 +88,7 @@ def test_the_vocabularys_own_example() -> None:
 
 
 def test_guards_of_the_defaults_and_of_a_tenant() -> None:
-    """A tenant's own list of guards replaces the list of the defaults, and guards without auth are refused."""
+    """A tenant's own list of guards replaces the list of the defaults. Guards without auth are refused."""
     defaults = parse(TenantDefaults, "{guards: [{builtin: sizes, on: output, max_characters: 9}]}")
     assert parse(Tenant, "{name: a}").policy(defaults).guards[0].on == "output"
     own = parse(Tenant, "{name: a, guards: [{builtin: patterns, patterns: {m: 'x{1,3}'}}]}").policy(defaults)
@@ -235,8 +236,8 @@ def test_tenants_need_auth() -> None:
 
 
 def test_defaults_make_policies_for_the_api_too() -> None:
-    """A tenant that is created over the API gets the defaults, overridden by the tenant's own fields, and errors name
-    wrong fields."""
+    """A tenant that is created over the API gets the defaults, overridden by its own fields. Errors name the wrong
+    fields."""
     defaults = parse(TenantDefaults, "{class: batch, limits: {tokens_per_minute: 9}}")
     policy = defaults.policy("a", {"weight": 2.0, "limits": {"daily_tokens": 5}})
     assert (policy.priority_class, policy.weight) == ("batch", 2.0)

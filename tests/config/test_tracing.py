@@ -1,4 +1,4 @@
-"""The section observe.tracing."""
+"""The configuration section observe.tracing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_tracing_is_off_and_its_defaults_are_modest() -> None:
 
 @pytest.mark.parametrize("endpoint", ["http://otel:4317", "https://otel.example.com", "http://[::1]:4317"])
 def test_usual_endpoints_pass(endpoint: str) -> None:
-    """URLs of a collector's gRPC port pass, with and without a port."""
+    """URLs of a collector's gRPC port are accepted, with and without a port number."""
     parse(f"{HEAD}endpoint: '{endpoint}'}}}}")
 
 
@@ -38,7 +38,7 @@ def test_usual_endpoints_pass(endpoint: str) -> None:
     ],
 )
 def test_what_cannot_work_is_refused(section: str, problem: str) -> None:
-    """A section that cannot work is refused with its key and the remedy, and without a secret."""
+    """A section that cannot work is refused with its key and the remedy. The error shows no secret."""
     with pytest.raises(ConfigError, match=problem) as refused:
         parse(HEAD + section.replace("{", "{{") + "}}")
     assert "observe.tracing" in str(refused.value)
@@ -46,5 +46,5 @@ def test_what_cannot_work_is_refused(section: str, problem: str) -> None:
 
 
 def test_headers_may_go_to_this_host_without_tls() -> None:
-    """A collector on loopback gets headers without TLS."""
+    """Headers may be sent without TLS to a collector on loopback."""
     parse(HEAD + "endpoint: 'http://127.0.0.1:4317', headers_file: /h}}")

@@ -1,5 +1,4 @@
-"""Tests that the YAML reader finds duplicate keys at any depth, with the line numbers, and otherwise reads as PyYAML
-does."""
+"""Tests that the YAML reader finds duplicate keys at any depth, with their lines, and otherwise reads like PyYAML."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ def test_a_key_twice_is_found_at_any_depth(value: dict[str, Any], data: st.DataO
 
 
 def test_both_lines_are_named() -> None:
-    """The error for a duplicate key names the lines of both keys, and every path has a line."""
+    """The error for a duplicate key names the lines of both keys. Every path has a line."""
     with pytest.raises(NotYaml, match="line 5: the key 'models' appears again here, first in line 2"):
         load("a: 1\nmodels:\n  - {name: x}\nb: 2\nmodels: []\n")
     assert read("a:\n  - b: 1\n    c: 2\n").line_of(("a", 0, "c", "deeper")) == 3
@@ -66,7 +65,7 @@ def test_what_is_not_yaml_is_said_in_one_line(text: str) -> None:
 
 
 def test_several_documents() -> None:
-    """A text may have several documents, and a duplicate key in any of these documents is found."""
+    """A text may have several documents. A duplicate key is found in any of them."""
     assert load_documents("a: 1\n---\n---\nb: 2\n") == [{"a": 1}, None, {"b": 2}]
     with pytest.raises(NotYaml, match="line 4"):
         load_documents("a: 1\n---\nb: 2\nb: 3\n")

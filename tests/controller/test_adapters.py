@@ -1,4 +1,4 @@
-"""Adapters that are loaded at run time: stored beside the catalog, published, and without a restart of a replica."""
+"""Adapters that are loaded at run time: they are stored beside the catalog and published, and no replica restarts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENTRY: dict[str, Any] = {"name": "l", "source": "/l", "aliases": ["x"], "adapter
 
 
 async def bed_with_lora(folder: Path, **options: Any) -> CatalogBed:
-    """Return a bed whose model `l` has LoRA and the adapter `own` in its entry."""
+    """Return a CatalogBed whose model `l` has LoRA and the adapter `own` in its entry."""
     bed = CatalogBed(folder, **options)
     await bed.up()
     await bed.apply(ENTRY)
@@ -41,13 +41,14 @@ async def unload(bed: CatalogBed, adapter: str, name: str = "l") -> pb.Adapter:
 
 
 async def published(bed: CatalogBed, model: str = "l") -> Sequence[tuple[str, str]]:
-    """Return name and source of the adapters of a model, as the gateways get them after a pass."""
+    """Run a pass; return the name and source of each of the model's adapters, as the gateways get them."""
     await bed.controller.step()
     return [(adapter.name, adapter.source) for adapter in bed.gateways.published[model].adapters]
 
 
 async def test_a_loaded_adapter_is_published_and_replaces_no_replica(tmp_path: Path) -> None:
-    """An adapter is loaded by the model's alias, replaced by another source and unloaded. No replica restarts."""
+    """An adapter is loaded with the model's alias, then loaded from another source, then unloaded. No replica
+    restarts."""
     bed = await bed_with_lora(tmp_path)
     adapter = await load(bed, "x", tenants=["acme"], pinned=True)
     assert (adapter.model, adapter.name, list(adapter.tenants), adapter.pinned) == ("l", "a", ["acme"], True)
@@ -60,8 +61,11 @@ async def test_a_loaded_adapter_is_published_and_replaces_no_replica(tmp_path: P
 
 
 async def test_a_loaded_adapter_survives_apply_and_a_restart(tmp_path: Path) -> None:
-    """A loaded adapter outlives a changed entry of its model and the controller. It gives way to one of its name in the
-    entry, is dropped with its model, and with the next start of a local cluster."""
+    """A loaded adapter survives a changed entry of its model and a restart of the controller. An adapter of the same
+    name in the entry takes precedence.
+
+    It is dropped with its model, and at the next start of a local cluster.
+    """
     bed = await bed_with_lora(tmp_path)
     await load(bed)
     await bed.apply({**ENTRY, "adapters": {"other": "/other"}})
@@ -79,12 +83,13 @@ async def test_a_loaded_adapter_survives_apply_and_a_restart(tmp_path: Path) -> 
 
 
 async def reborn(folder: Path) -> CatalogBed:
-    """Return the catalog of the next start of a local cluster."""
+    """Return the catalog after the next start of a local cluster."""
     return CatalogBed(folder, life="two")
 
 
 async def test_adapters_of_the_files_models_can_be_loaded(tmp_path: Path) -> None:
-    """Where the file has the say over its models, adapters are loaded beside them, since the file cannot know them."""
+    """Adapters can be loaded for models that only the configuration file may change. They are published beside the
+    file's adapters."""
     text = FILE.replace("{name: n, source: /n}", "{name: n, source: /n, adapters: {own: /own}}")
     bed = CatalogBed(tmp_path, by_file=True, text=text)
     await bed.up()
@@ -113,7 +118,7 @@ async def test_adapters_of_the_files_models_can_be_loaded(tmp_path: Path) -> Non
 async def test_a_wrong_adapter_changes_nothing(
     tmp_path: Path, fields: dict[str, Any], outcome: Outcome, field: str
 ) -> None:
-    """A wrong adapter is refused by the field of the request that is wrong."""
+    """A wrong adapter is refused with the name of the request's wrong field."""
     bed = await bed_with_lora(tmp_path)
     error = await refused(load(bed, **fields))
     assert error.outcome is outcome
@@ -122,14 +127,15 @@ async def test_a_wrong_adapter_changes_nothing(
 
 
 async def test_only_what_was_loaded_is_unloaded(tmp_path: Path) -> None:
-    """An adapter of the entry is not unloaded, and neither is an unknown one."""
+    """Only a loaded adapter can be unloaded. An adapter of the entry and an unknown adapter are refused."""
     bed = await bed_with_lora(tmp_path)
     assert (await refused(unload(bed, "own"))).outcome is Outcome.MANAGED_BY_FILE
     assert (await refused(unload(bed, "none"))).outcome is Outcome.NOT_FOUND
 
 
 def test_the_revision_grows_over_a_restart() -> None:
-    """A controller that starts later publishes a higher revision, since workers follow the highest one."""
+    """A controller that starts later publishes a higher revision, since workers use the set with the highest
+    revision."""
     revisions = []
     for start_s in (1000.0, 1000.5):
         controller = links.ControllerLinks(

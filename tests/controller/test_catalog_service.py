@@ -1,4 +1,4 @@
-"""Tests of operators' catalog changes: validated as a whole, stored, and applied without touching unchanged models."""
+"""Tests of operators' catalog changes: they are validated as a whole and stored, and leave unchanged models alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CANARY = {"version": "v2", "revision": "b", "weight": 0.25}
 
 
 class CatalogBed:
-    """A catalog service with a controller and a fake Ray. `life` and `by_file` are as in run_controller."""
+    """A catalog service with a controller and a fake Ray, for tests. `life` and `by_file` are as in run_controller."""
 
     def __init__(
         self, folder: Path, *, life: str = "one", by_file: bool = False, ray: FakeRay | None = None, text: str = FILE
@@ -81,8 +81,8 @@ async def refused(awaitable: Any) -> CallError:
 
 
 async def test_only_what_differs_is_touched(tmp_path: Path) -> None:
-    """Applying entries deploys a new model and restarts no replica for changed names, bounds and fallbacks, and
-    applying the same entries again changes nothing."""
+    """Apply deploys a new model. Changed names, bounds and fallbacks restart no replica, and the same entries applied
+    again change nothing."""
     bed = CatalogBed(tmp_path)
     await bed.up()
     entries: tuple[dict[str, Any], ...] = (
@@ -119,8 +119,8 @@ async def test_only_what_differs_is_touched(tmp_path: Path) -> None:
     ],
 )
 async def test_one_wrong_entry_changes_nothing(tmp_path: Path, entry: dict[str, Any], field: str, told: str) -> None:
-    """A request with one wrong entry fails with the model's name and the wrong key, and the valid entry of the request
-    is not applied either."""
+    """A request with one wrong entry fails with the model's name and the wrong key. The request's valid entry is not
+    applied either."""
     bed = CatalogBed(tmp_path)
     await bed.up()
     error = await refused(bed.apply({"name": "right", "source": "/r"}, entry))
@@ -132,7 +132,7 @@ async def test_one_wrong_entry_changes_nothing(tmp_path: Path, entry: dict[str, 
 
 
 async def test_what_was_applied_outlives_the_controller_and_not_the_cluster(tmp_path: Path) -> None:
-    """The next controller of the same cluster continues with the applied models, while the next `up` starts from the
+    """The next controller of the same cluster continues with the applied models. The next `headrace up` starts from the
     file."""
     bed = CatalogBed(tmp_path)
     await bed.apply({"name": "o", "source": "/o"})
@@ -145,7 +145,7 @@ async def test_what_was_applied_outlives_the_controller_and_not_the_cluster(tmp_
 
 
 async def test_models_of_a_file_are_the_files(tmp_path: Path) -> None:
-    """Apply adds models beside the models of the file, also for the next controller, and refuses to change a model of
+    """Apply adds models beside those of the file, which the next controller keeps. Apply refuses to change a model of
     the file."""
     bed = CatalogBed(tmp_path, life="", by_file=True)
     same = {"name": "m", "source": "/m", "aliases": ["default"], "replicas": {"max": 2}}
@@ -159,7 +159,7 @@ async def test_models_of_a_file_are_the_files(tmp_path: Path) -> None:
 
 
 async def test_a_diff_shows_models_of_a_file_too(tmp_path: Path) -> None:
-    """A diff with the models of the file shows what differs, although `apply` may not change it, and changes
+    """A diff shows changes to the models of the file, too, although Apply refuses such changes. A diff changes
     nothing."""
     bed = CatalogBed(tmp_path, life="", by_file=True)
 
@@ -178,8 +178,8 @@ async def test_a_diff_shows_models_of_a_file_too(tmp_path: Path) -> None:
 
 
 async def test_weights_rollback_and_promotion(tmp_path: Path) -> None:
-    """Each request returns the new shares, the overrides survive a restart of the controller, and a promotion restarts
-    no replica."""
+    """Each request about versions returns the new shares, and a promotion restarts no replica. Overrides survive a
+    restart of the controller."""
     bed = CatalogBed(tmp_path)
     await bed.apply({"name": "m", "source": "/m", "aliases": ["default"], "canary": CANARY})
     await bed.up()

@@ -1,5 +1,6 @@
-"""Tests of the control loop with a fake Ray and fake gateways: actions of the loop, published catalog, outages of
-Ray."""
+"""Tests of the control loop with a fake Ray and fake gateways: its actions, the published catalog, and outages
+of Ray.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from tests.support.serving import eventually
 
 @dataclass
 class FakeGateways:
-    """Records the published catalog and returns the reports that a test has set."""
+    """Fake gateways that record the published catalog and return the reports that a test has set."""
 
     workers: list[FleetWorker] = field(default_factory=list)
     linked: int = 1
@@ -52,7 +53,7 @@ class FakeGateways:
         return self.waiting
 
     def tallies(self) -> Sequence[VersionTally]:
-        """Return the counts that a test has set."""
+        """Return the call counts of versions that a test has set."""
         return self.counted
 
     def state(self, model: str) -> ModelState:
@@ -79,15 +80,15 @@ class Clock:
 def controller(
     ray: Backend, gateways: FakeGateways, *wanted: ReplicaSettings, now_s: float = 100.0, clock: Clock | None = None
 ) -> Controller:
-    """Return a controller that wants these replicas."""
+    """Return a controller that wants the given replicas."""
     created = Controller(ray, gateways, wall_s=clock or Clock(now_s))
     created.models.want(wanted)
     return created
 
 
 async def test_states_follow_what_is_seen() -> None:
-    """A model is DECLARED, then PLACING, then LOADING, and becomes READY with a measured start time only once a gateway
-    has a link to a worker."""
+    """A model is DECLARED, then PLACING, then LOADING. It becomes READY, with a measured start time, once a gateway has
+    a link to a worker."""
     ray, gateways = FakeRay(), FakeGateways()
     loop = controller(ray, gateways, settings("m"), now_s=130.0)
 
@@ -113,8 +114,7 @@ async def test_states_follow_what_is_seen() -> None:
 
 
 async def test_the_end_of_an_engine_is_in_the_catalog() -> None:
-    """The catalog entry names the newest end of an engine of the current version, both during the restart and after the
-    restart."""
+    """During and after a restart, the catalog entry names the last end of an engine of the current version."""
     ray, gateways = FakeRay(), FakeGateways()
     wanted = settings("m")
     loop = controller(ray, gateways, wanted)
@@ -182,7 +182,7 @@ async def test_removed_model_drains_and_leaves_the_catalog() -> None:
 
 
 async def test_a_model_that_is_removed_during_a_pass_is_not_deployed() -> None:
-    """A change of the desired models while Ray takes a step cancels the deployment of a model that is removed."""
+    """A model that is removed from the desired models while Ray takes a step is not deployed."""
 
     class SlowRay(FakeRay):
         async def deploy(self, settings: ReplicaSettings) -> None:
@@ -210,7 +210,7 @@ async def test_unplaceable_model_fails_and_recovers() -> None:
 
 @pytest.mark.slow
 async def test_ray_away_keeps_the_catalog_and_is_taken_up_again() -> None:
-    """The catalog stays published while Ray is away, and everything is deployed again when Ray comes back empty."""
+    """The catalog stays published while Ray is away. Everything is deployed again if Ray comes back empty."""
     ray, gateways = FakeRay(away="gone fishing"), FakeGateways(linked=0)
     loop = controller(ray, gateways, settings("m"))
     with pytest.raises(RayAway):
@@ -281,8 +281,8 @@ async def test_a_trial_comes_beside_and_the_other_is_not_touched() -> None:
 
 
 async def test_a_trial_that_does_badly_goes_and_stays_away() -> None:
-    """A bad canary gets no more calls, each replica of the canary ends when no call is left there, and only a changed
-    canary is deployed."""
+    """A bad canary gets no more calls, and each of its replicas ends when it has no call left. Only a changed canary is
+    deployed again."""
     ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
     stable, canary = two_versions()
     marked: list[str] = []
@@ -315,7 +315,7 @@ async def test_a_trial_that_does_badly_goes_and_stays_away() -> None:
 
 
 async def test_promoted_version_grows_in_place_and_the_other_leaves() -> None:
-    """A promoted canary keeps the running replicas, and the former version is retired once the canary has all wanted
+    """A promoted canary keeps its running replicas. The former version is retired once the canary has all wanted
     replicas."""
     ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
     two = {"min_replicas": 2, "max_replicas": 2}
@@ -343,8 +343,8 @@ async def test_promoted_version_grows_in_place_and_the_other_leaves() -> None:
 
 
 async def test_a_changed_entry_is_told_while_it_is_replaced_and_when_that_fails() -> None:
-    """The old replicas serve during a replacement and stay when the new replicas are refused, and the catalog entry
-    gives the reason."""
+    """The old replicas serve during a replacement, and stay if the new replicas are refused. The catalog entry gives
+    the reason."""
     ray, gateways = FakeRay(now_s=100.0), FakeGateways()
     old, new = settings("m", revision="a"), settings("m", revision="b")
     loop = controller(ray, gateways, old)
@@ -417,8 +417,8 @@ async def test_types_of_gpu_are_filled_in_their_order() -> None:
 
 
 async def test_versions_have_their_parts_on_every_type_in_use() -> None:
-    """A canary runs on every GPU type that the stable version uses, and replicas on a later GPU type stay there when
-    the preferred type has room again."""
+    """A canary runs on every GPU type that the stable version uses. Replicas on a later GPU type stay there when the
+    preferred type has room again."""
     few, many = ({"CPU": 64.0, "GPU": gpus, "accelerator_type:H100": 1.0} for gpus in (2.0, 6.0))
     slow_node = {"CPU": 64.0, "GPU": 8.0, "accelerator_type:L4": 1.0}
     ray, gateways = FakeRay(nodes=(few, slow_node)), FakeGateways()
@@ -447,8 +447,8 @@ async def test_versions_have_their_parts_on_every_type_in_use() -> None:
 
 
 async def test_two_ray_clusters_are_driven_side_by_side() -> None:
-    """A model that moves to another Ray cluster starts there before the old replicas end, and a Ray cluster that is
-    away does not stop changes on the other Ray cluster."""
+    """A model that moves to another Ray cluster starts there before its old replicas end. A Ray cluster that is away
+    does not stop changes on the other one."""
     blue, green, gateways, clock = FakeRay(), FakeRay(), FakeGateways(), Clock()
     on_blue, on_green = settings("m"), settings("m")
     on_blue, on_green = (dataclasses.replace(on_blue, ray_cluster=name) for name in ("blue", "green"))
@@ -481,8 +481,7 @@ async def test_two_ray_clusters_are_driven_side_by_side() -> None:
 
 @pytest.mark.parametrize("turns", range(5))
 async def test_it_ends_when_it_is_cancelled_with_news(turns: int) -> None:
-    """The control loop ends when the task is cancelled, regardless of the number of event-loop turns between a wake-up
-    and the cancellation."""
+    """The control loop ends when its task is cancelled, however soon after a wake-up."""
     loop = controller(FakeRay(), FakeGateways(), settings("m"))
     running = asyncio.create_task(loop.run())
     await eventually(lambda: bool(loop.catalog.entries()), "the first pass has run")

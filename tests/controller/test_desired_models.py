@@ -1,4 +1,4 @@
-"""Tests of the desired models: overrides of versions, held and leaving models."""
+"""Tests of the desired models: overrides of versions, models that are held, and models that are removed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from tests.controller.test_controller import settings, two_versions
 
 
 def test_overrides_are_of_wanted_versions() -> None:
-    """An override ends with the version that it is for, also among restored overrides, and other names are unknown."""
+    """An operator's override of a version is dropped once the version is not wanted, even a restored override. An
+    override of an unknown version raises KeyError."""
     models, (stable, canary) = DesiredModels(), two_versions()
     models.want([stable, canary])
     models.restore({"m": {"v2": VersionOverride(canary.digest, weight=0.5)}, "other": {"v1": VersionOverride("d")}})
@@ -26,7 +27,8 @@ def test_overrides_are_of_wanted_versions() -> None:
 
 
 def test_an_override_of_another_digest_is_replaced() -> None:
-    """An override that was set for earlier settings of a version has no effect on a new override."""
+    """A new override replaces an override that was set for earlier settings of the version; nothing of the old one is
+    kept."""
     models, (stable, canary) = DesiredModels(), two_versions()
     models.want([stable, canary])
     models.restore({"m": {"v2": VersionOverride("earlier", gone="rolled back")}})
@@ -35,7 +37,8 @@ def test_an_override_of_another_digest_is_replaced() -> None:
 
 
 def test_what_is_not_wanted_leaves_unless_it_is_held() -> None:
-    """A model on Ray that is not wanted leaves under its last spec or is held, and every change begins a pass."""
+    """A model on Ray that is no longer wanted is removed under its last spec, unless it is held. Every change starts a
+    pass."""
     models = DesiredModels()
     models.want([settings("a", aliases=("first",)), settings("b")])
     models.want([settings("b")])

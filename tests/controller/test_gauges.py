@@ -1,4 +1,4 @@
-"""Gauges of a controller."""
+"""The gauges that a controller exports."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.support.serving import eventually
 
 
 async def test_each_ray_cluster_has_a_value() -> None:
-    """A Ray cluster that answers has 1, one that does not has 0, also if no other one answers; before the first pass
-    there is no value."""
+    """The gauge of a Ray cluster is 1 if the cluster answers and 0 if not, even if no other cluster answers. Before the
+    first pass it has no value."""
     blue, green = FakeRay(), FakeRay(away="gone")
     backend = MultiClusterBackend({"blue": blue, "green": green})
     loop = controller(backend, FakeGateways(), dataclasses.replace(settings("m"), ray_cluster="blue"))
@@ -34,7 +34,8 @@ async def test_each_ray_cluster_has_a_value() -> None:
 
 
 async def test_the_local_ray_has_a_value() -> None:
-    """The Ray of `headrace up` has the name local, and its value follows the controller's passes."""
+    """The gauge of the Ray that `headrace up` starts has the name `local`. Its value follows the controller's
+    passes."""
     ray = FakeRay()
     loop = controller(ray, FakeGateways(), settings("m"))
     assert list(ray_samples(ray, loop)) == []

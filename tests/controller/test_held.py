@@ -1,5 +1,6 @@
-"""Tests of a controller that starts with invalid models: the replicas stay and are published, and last valid entries
-are used."""
+"""Tests of a controller that starts with invalid models: their replicas stay and are published, and the last valid
+entries are used.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +24,7 @@ WRONG_B = "{name: b, source: /b, aliases: [second], replicas: {min: 4, max: 2}}"
 
 
 async def test_what_runs_of_a_wrong_entry_is_not_touched() -> None:
-    """A model with an invalid entry does not count as removed, so the model's replicas keep running and stay
-    published."""
+    """A model with an invalid entry does not count as removed. Its replicas keep running and stay published."""
     ray, gateways = FakeRay(), FakeGateways()
     await controller(ray, gateways, settings("a"), settings("b")).step()
     for name in ("a", "b"):
@@ -46,7 +46,7 @@ async def test_what_runs_of_a_wrong_entry_is_not_touched() -> None:
 
 
 async def test_everything_is_held_where_no_entry_can_be_read() -> None:
-    """A `models` section that is not a list deletes no model."""
+    """If the `models` section is not a list, no model is deleted."""
     ray, gateways = FakeRay(), FakeGateways()
     await controller(ray, gateways, settings("a"), settings("b")).step()
     for name in ("a", "b"):
@@ -72,7 +72,7 @@ async def test_a_trial_gets_no_call_while_its_model_is_held() -> None:
 
 
 async def test_a_held_model_that_runs_nowhere_says_why() -> None:
-    """A held model without replicas is FAILED, and the reason says that the entry of the model is invalid."""
+    """A model that is held but has no replicas is FAILED, and the reason says that its entry is invalid."""
     gateways = FakeGateways()
     loop = controller(FakeRay(), gateways)
     loop.models.hold([ModelSpec("b", "", ("second",))])
@@ -81,7 +81,7 @@ async def test_a_held_model_that_runs_nowhere_says_why() -> None:
 
 
 def test_the_last_right_entry_takes_the_place_of_a_wrong_one(tmp_path: Path) -> None:
-    """A controller that restarts with the same run folder uses the last valid entries, and equal digests show that no
+    """A controller that restarts with the same run folder uses the last valid entries. Equal digests show that no
     replica is replaced."""
     valid = with_last_good(for_controller(f"{HEAD}models: [{A}, {B}]"), tmp_path).config
     found = with_last_good(for_controller(f"{HEAD}models: [{A}, {WRONG_B}]"), tmp_path)

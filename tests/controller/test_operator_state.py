@@ -1,4 +1,4 @@
-"""The operators' changes outlive the controller's folder, as long as one gateway is left."""
+"""Operators' changes survive the loss of the controller's folder if one gateway is left."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from tests.support.serving import Door
 
 @given(states=st.lists(st.tuples(st.integers(0, 9), st.binary(max_size=3)), max_size=8))
 def test_the_newest_state_is_kept(states: list[tuple[int, bytes]]) -> None:
-    """Of the states that controllers send, in any order, a gateway keeps the one with the highest revision; of equal
-    ones the first."""
+    """A gateway keeps the state with the highest revision that any controller has sent. Of equal revisions it keeps the
+    first."""
     kept = KeptOperatorState()
     for revision, document in states:
         kept.keep(pb.OperatorState(revision=revision, document=document))
@@ -46,7 +46,7 @@ def test_the_newest_state_is_kept(states: list[tuple[int, bytes]]) -> None:
 
 
 def test_a_gateway_keeps_the_state_over_a_restart(tmp_path: Path) -> None:
-    """The next process of a gateway has the state; a damaged copy or a state that is too large counts as none."""
+    """A restarted gateway still has the state. A damaged copy, or a state that is too large, counts as none."""
     KeptOperatorState(tmp_path).keep(pb.OperatorState(revision=5, document=b"x"))
     assert KeptOperatorState(tmp_path).newest.revision == 5
     KeptOperatorState(tmp_path).keep(pb.OperatorState(revision=6, document=b"x" * (MAX_BYTES + 1)))
@@ -83,13 +83,13 @@ models:
 
 
 def gateway(folder: Path) -> AbstractAsyncContextManager[str]:
-    """A gateway's link port, with an empty catalog; yields its address."""
+    """Serve a gateway's link port with an empty catalog; yield its address."""
     return serving(Hub("g", Door(), tuple, tuple, folder=folder))
 
 
 @asynccontextmanager
 async def serving(hub: Hub) -> AsyncIterator[str]:
-    """Serve a hub; yields its address."""
+    """Serve a hub; yield its address."""
     server = hub_server(hub)
     port = await server.start("127.0.0.1", 0)
     try:
@@ -100,7 +100,7 @@ async def serving(hub: Hub) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def controller(address: str, state: pb.OperatorState | None) -> AsyncIterator[ControllerLinks]:
-    """A controller that publishes a catalog, with a state for the next controller."""
+    """Run a controller that publishes a catalog and sends a state for the next controller."""
     links = ControllerLinks(controller_id="c", gateways=[address], tls=None, bundles=lambda _: None)
     links.set_operator_state(state)
     links.publish([CatalogEntry("m")])
@@ -119,8 +119,8 @@ def kept_by(folder: Path) -> int:
 
 @pytest.mark.slow
 async def test_the_next_controller_goes_on_without_the_folder(tmp_path: Path) -> None:
-    """What operators changed at one controller is in the empty folder of the next, even if the gateway was restarted. A
-    newer folder is not replaced."""
+    """A new controller with an empty folder gets the operators' changes from a gateway, even if the gateway was
+    restarted. A newer folder is not replaced."""
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     (first / SCALING_FILE).write_text('{"frozen": {"m": "x"}}')
@@ -145,7 +145,7 @@ async def test_the_next_controller_goes_on_without_the_folder(tmp_path: Path) ->
 
 @pytest.mark.slow
 async def test_a_state_without_a_file_removes_the_older_file(tmp_path: Path) -> None:
-    """A recovered folder has the files of the state and no others of operators."""
+    """A recovered folder has the files of the state. Other files with operators' changes are removed."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / CATALOG_FILE).write_text("old")
     document = json.dumps({SCALING_FILE: "{}"}).encode()
@@ -159,7 +159,7 @@ async def test_a_state_without_a_file_removes_the_older_file(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [b"", b"[]", b"\xff", b'{"catalog.json": 1}'])
 async def test_an_unreadable_state_changes_nothing(tmp_path: Path, document: bytes) -> None:
-    """A controller starts from its folder if a gateway's state cannot be read."""
+    """A controller starts from its own folder if a gateway's state cannot be read."""
     KeptOperatorState(tmp_path / "g").keep(pb.OperatorState(revision=2_000, document=document))
     async with gateway(tmp_path / "g") as address:
         assert not await recover([address], None, tmp_path / "mine")
@@ -167,14 +167,13 @@ async def test_an_unreadable_state_changes_nothing(tmp_path: Path, document: byt
 
 
 async def test_no_gateway_delays_a_start_only_for_a_while(tmp_path: Path, unused_tcp_port: int) -> None:
-    """A controller without gateways starts from its folder."""
+    """A controller that reaches no gateway starts from its own folder after a while."""
     assert not await recover([f"127.0.0.1:{unused_tcp_port}", "srv://_link._tcp.gone"], None, tmp_path, 0.0, _nobody)
 
 
 @pytest.mark.slow
 async def test_a_request_of_an_operator_reaches_the_gateways(tmp_path: Path) -> None:
-    """A model that was frozen, and a version that was quarantined, at one controller are so at the next, whose folder
-    was empty."""
+    """A frozen model and a quarantined version stay so at the next controller, even if its folder is empty."""
     hub, (first, second) = (
         Hub("g", Door(), tuple, tuple, folder=tmp_path / "g"),
         (tmp_path / "first", tmp_path / "second"),

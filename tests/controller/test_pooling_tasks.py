@@ -1,4 +1,4 @@
-"""The pooling tasks of a model on their way from a worker's Hello over the controller to the next gateway."""
+"""A model's pooling tasks pass from a worker's Hello through the controller to the next gateway."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ def link_of(*capabilities: str) -> WorkerLink:
 
 
 def test_a_report_has_the_tasks() -> None:
-    """A gateway reports the tasks of its workers to the controller; tasks that a release does not know are left
-    out."""
+    """A gateway reports the tasks of its workers to the controller. Tasks that a release does not know are left out."""
     message = worker_to_pb(link_of("pools:embed", "pools:score", "pools:sing", "resume:exact"))
     assert _worker(pb.FleetWorker.FromString(message.SerializeToString())).tasks == BOTH
     message.tasks.append("sing")
@@ -34,8 +33,7 @@ def test_a_report_has_the_tasks() -> None:
 
 
 def test_an_entry_keeps_the_tasks() -> None:
-    """A catalog entry has its tasks after the link and after the gateway's disk; names that a release does not know are
-    left out."""
+    """A catalog entry that is encoded and decoded keeps its tasks. Names that a release does not know are left out."""
     entry = CatalogEntry("m", state=ModelState.READY, tasks=BOTH)
     assert codec.entry_from_pb(codec.entry_to_pb(entry)) == entry
     message = codec.entry_to_pb(entry)
@@ -44,8 +42,8 @@ def test_an_entry_keeps_the_tasks() -> None:
 
 
 def test_workers_override_the_catalog() -> None:
-    """A model's tasks are those of its workers, then of its last worker, then of the catalog; without any they are
-    unknown."""
+    """A model's tasks are those of its workers, otherwise of its last worker, otherwise of the catalog. Without any of
+    these they are unknown."""
     model = KnownModel(CatalogEntry("m"), True)
     unknown = model.capabilities.tasks
     assert unknown is None

@@ -1,4 +1,4 @@
-"""Tests of replica settings: every key of the configuration that a replica needs, by version and GPU type."""
+"""Tests of replica settings: they have every configuration key that a replica needs, by version and GPU type."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_settings_come_from_the_configuration() -> None:
 
 
 def test_versions_and_types_come_from_the_configuration() -> None:
-    """Each version and GPU type of a model has settings with the values and the Ray cluster of the version."""
+    """There are settings for each version and GPU type of a model, with the version's values and Ray cluster."""
     config = parse(
         CONFIG.replace("ray: [", 'ray: [{name: green, dashboard_url: "http://green:8265"}, ')
         .replace("source: /m/x", "source: /m/x, revision: r1, digest: 'sha256:" + "a" * 64 + "', " + VERSIONS)

@@ -9,7 +9,8 @@ from cluster.ray.backend import RaySnapshot
 
 
 def test_an_application_without_calls_is_deletable_after_a_moment() -> None:
-    """A retired application is deletable when gateways report no call and none waits, else after the drain time."""
+    """A retired application may be deleted after a moment if the gateways report no call for it, otherwise after the
+    drain time."""
     app = Observed("m", "d1", 1, running=1)
     snapshot, retired = RaySnapshot({app.app: app}, ()), RetiredApps(60.0)
     retired.update([app.app], 100.0)

@@ -15,7 +15,7 @@ from cluster.policy.scaling.scaler import Scaler
 
 
 def test_what_ray_has_is_summed_by_model() -> None:
-    """The replicas of a model are summed over the model's applications, without applications that are being deleted."""
+    """A model's replicas are the sum over its applications, without applications that are being deleted."""
     apps = [
         Observed("m", "d1", 2, running=1, placed=1),
         Observed("m", "d2", 1, running=1, leaving=1),
@@ -26,8 +26,7 @@ def test_what_ray_has_is_summed_by_model() -> None:
 
 
 def test_workers_that_drain_do_not_serve() -> None:
-    """A draining worker does not count as serving, and a worker that has not reported the engine's limits has no
-    limits."""
+    """A draining worker does not count as serving. A worker that has not reported its engine's limits has none."""
     draining = FleetWorker(
         "w", "i", "m", standing=DrainState.DRAINING, max_num_seqs=4, max_num_batched_tokens=8, kv_tokens=9
     )
@@ -37,7 +36,7 @@ def test_workers_that_drain_do_not_serve() -> None:
 
 
 def test_what_was_asked_is_kept_whole(tmp_path: Path) -> None:
-    """Stored scaling requests are read back, and a missing or damaged file counts as a file without requests."""
+    """Stored scaling requests are read back. If the file is missing or damaged, there are no requests."""
     file = scaling.OperatorRequestFile(tmp_path / "scaling.json")
     assert file.read() == OperatorRequest()
     asked = OperatorRequest({"m": 3}, frozenset({"n"}), True)
@@ -49,7 +48,7 @@ def test_what_was_asked_is_kept_whole(tmp_path: Path) -> None:
 
 
 def test_counters_grow_by_what_has_come() -> None:
-    """The metrics grow by the new counts only, however often the metrics are updated."""
+    """The metrics grow only by new counts, however often they are updated."""
     metrics, scaler = Metrics("c"), Scaler()
     counters = scaling.Counters(metrics)
     spec = ModelSpec("m", "/m", min_replicas=2, max_replicas=2)
@@ -63,7 +62,7 @@ def test_counters_grow_by_what_has_come() -> None:
 
 
 def test_the_section_of_the_file() -> None:
-    """The `scaling` and `slo` sections are read as written, and without a `scaling` section nothing is frozen."""
+    """The sections `scaling` and `slo` are read from the file. Without a section `scaling`, no model is frozen."""
     head = "api_version: headrace/v1\nname: c\n"
     head += "models: [{name: m, source: s, slo: {ttft_s: 1, itl_s: 0.05, target: 0.9}}]\n"
     config = parse(head + "scaling: {gpu_budget: {H100: 8}, cold_start_s: 90, frozen: true}\n")

@@ -20,9 +20,8 @@ LOGPROB_TOLERANCE = 1e-4
 
 @dataclass
 class Choice:
-    """An output of a call. `logprobs`: log probabilities in the form of the side; `token_ids`: token ids, if the side
-    returns them.
-    """
+    """One of a call's outputs. `logprobs`: log probabilities in the form of the side; `token_ids`: empty if the side
+    does not return them."""
 
     text: str = ""
     finish_reason: str = ""
@@ -84,7 +83,7 @@ def _add(to: Choice, choice: Any) -> None:
 
 
 def of_peer(status: int, body: Mapping[str, Any]) -> Answer:
-    """Return the HTTP answer of vLLM's server in the neutral form."""
+    """Convert an HTTP answer of vLLM's server to the neutral form."""
     if status == 400:
         return Answer(refused=str(body))
     assert status == 200, (status, body)
@@ -107,7 +106,7 @@ def of_peer(status: int, body: Mapping[str, Any]) -> Answer:
 
 
 def differences(case: Case, peer: Answer, own: Answer) -> list[str]:
-    """Return the differences in words; empty if there are none."""
+    """Return a text for each difference between two answers; empty if they are equal."""
     if peer.refused or own.refused:
         return [] if peer.refused and own.refused else [f"refused: {peer.refused!r} against {own.refused!r}"]
     problems = _unequal("usage", peer.usage, own.usage)
@@ -138,9 +137,8 @@ def _near(what: str, theirs: float, mine: float) -> list[str]:
 
 
 def _chat_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob]) -> list[str]:
-    """Compare `logprobs.content`: text or id, bytes and log probability of each token and each
-    alternative, in order.
-    """
+    """Compare `logprobs.content`, in order: text or id, bytes and log probability of each token and of each
+    alternative."""
     problems = _unequal("positions", len(theirs["content"]), len(mine))
     for i, (position, token) in enumerate(zip(theirs["content"], mine, strict=False)):
         problems += _token(case, f"position {i}", position, token, with_bytes=True)
@@ -160,9 +158,8 @@ def _token(case: Case, at: str, theirs: Any, mine: pb.TokenLogprob, *, with_byte
 
 
 def _complete_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob]) -> list[str]:
-    """Compare the `logprobs` of completions: lists of tokens and numbers, and for each position a
-    map of alternatives.
-    """
+    """Compare the `logprobs` of completions: the lists of tokens and numbers, and the map of alternatives of each
+    position."""
     problems = _unequal("tokens", theirs["tokens"], [_name(case, token) for token in mine])
     for i, token in enumerate(mine[: len(theirs["tokens"])]):
         problems += _near(f"position {i} logprob", theirs["token_logprobs"][i], token.logprob)
@@ -171,9 +168,8 @@ def _complete_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob])
 
 
 def _alternatives(case: Case, at: str, theirs: Mapping[str, float], token: pb.TokenLogprob) -> list[str]:
-    """Compare the map of alternatives at a position, except for the entries that test_differential.EXCEPTIONS says we
-    omit.
-    """
+    """Compare the maps of alternatives at a position. Entries that we omit by test_differential.EXCEPTIONS are not
+    compared."""
     asked = case.top_logprobs or 0
     listed = _by_name(case, token.top_logprobs or [token])
     allowed = dict(theirs)
@@ -195,5 +191,6 @@ def _possible(alternatives: Mapping[str, float]) -> dict[str, float]:
 
 
 def _by_name(case: Case, tokens: Iterable[pb.TokenLogprob]) -> dict[str, float]:
-    """Return the map as the peer makes it: of two tokens with the same text, the later token's number stays."""
+    """Return log probabilities by the token's text, as the peer does. Of tokens with the same text, the last one
+    counts."""
     return {_name(case, token): token.logprob for token in tokens}

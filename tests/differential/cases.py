@@ -50,7 +50,7 @@ GRAMMARS: tuple[tuple[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Case:
-    """A request. `options` has the field names of inference.proto; `top_logprobs` None means no log probabilities."""
+    """A request. `options`: by the field names of inference.proto; `top_logprobs`: None for no log probabilities."""
 
     number: int
     prompt: Prompt
@@ -116,7 +116,7 @@ class Case:
 
 
 def format_pb(kind: str, value: Any) -> pb.ResponseFormat:
-    """Return a constraint on the output in the form of our API."""
+    """Return a constraint on the output as our API's ResponseFormat."""
     if kind == "json_object":
         return pb.ResponseFormat(type=kind)
     if kind == "json_schema" and not isinstance(value, str):
@@ -135,9 +135,8 @@ def _format_http(kind: str, value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Earlier:
-    """An earlier answer. The same prompt gives the same answer again, so parts of the answer are stop strings that
-    really occur.
-    """
+    """An earlier answer. A case with the same prompt gets the same answer, so parts of the answer serve as stop strings
+    that really occur."""
 
     prompt: Prompt
     continues: bool
@@ -146,7 +145,7 @@ class Earlier:
 
 
 class Maker:
-    """Maker of cases. Equal seeds make equal cases."""
+    """A generator of cases. Equal seeds give equal cases."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -242,7 +241,7 @@ class Maker:
             options["stop_token_ids"] = [chance.choice(known.token_ids), chance.randrange(VOCAB_SIZE)]
 
     def prompt(self) -> tuple[Prompt, bool]:
-        """Return a prompt, and whether the last message of the prompt is to be continued."""
+        """Return a prompt, and whether the answer continues the prompt's last message."""
         chance = self._random
         kind = chance.random()
         if kind < 0.25:
@@ -260,7 +259,7 @@ class Maker:
         return tuple(messages), continues
 
     def prompt_ids(self, length: int) -> tuple[int, ...]:
-        """Return any token ids, including special tokens."""
+        """Return random token ids, which may be special tokens."""
         return tuple(self._random.randrange(VOCAB_SIZE) for _ in range(length))
 
     def _text(self, most_lines: int = 4) -> str:

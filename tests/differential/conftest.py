@@ -1,6 +1,4 @@
-"""A real engine behind a gateway for all tests of this folder, and vLLM's own server beside it with the same
-arguments.
-"""
+"""Fixtures: a real engine behind a gateway, and vLLM's own server beside it with the same arguments."""
 
 from __future__ import annotations
 

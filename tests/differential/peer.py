@@ -67,9 +67,8 @@ class Peer:
         return of_peer(response.status_code, response.json())
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
-        """Post a request. If the connection ends without an answer, post the request once more: keep-alive is not
-        compared.
-        """
+        """Post a request. If the connection ends without an answer, post it once more, since keep-alive is not
+        compared."""
         try:
             return await self._client.post(path, json=body)
         except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError) as error:

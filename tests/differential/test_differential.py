@@ -94,8 +94,8 @@ async def test_greedy_requests_are_answered_alike(requests: int, both: tuple[Pee
 
 
 def _assert_spread(cases: Sequence[Case], answers: dict[int, Answer], share: float) -> None:
-    """Check that the requests were of many kinds. A comparison of requests of few kinds would prove nothing. `share`:
-    number of requests in parts of 500."""
+    """Check that the requests were of many kinds, since few kinds would prove nothing. `share`: number of requests
+    divided by 500."""
     answered = [case for case in cases if not answers[case.number].refused]
     choices = [choice for case in answered for choice in answers[case.number].choices]
     cut_by_stop = [
@@ -123,8 +123,8 @@ def _assert_spread(cases: Sequence[Case], answers: dict[int, Answer], share: flo
 
 
 async def test_defaults_of_the_checkpoint_are_alike(both: tuple[Peer, TestCluster]) -> None:
-    """Seeded calls that leave temperature and top_p to the generation config sample the same tokens on both sides, also
-    for n > 1.
+    """Seeded calls without temperature and top_p use the generation config, and sample the same tokens on both sides,
+    also for n > 1.
 
     Calls are made one at a time, with prompts so short that all outputs fit into one step. A seed with a chunked
     prefill ends an unmodified vLLM on CPU.
@@ -148,9 +148,8 @@ async def _both_ways(case: Case, both: tuple[Peer, TestCluster]) -> tuple[Answer
 
 
 async def test_exception_completion_k_plus_one(both: tuple[Peer, TestCluster]) -> None:
-    """The peer's map for completions has one more entry exactly where the chosen token is not among the k likeliest
-    tokens.
-    """
+    """The peer's map for completions has one more entry than ours if the chosen token is not among the k likeliest
+    tokens, and only then."""
     prompt, forced = Maker(SEED).prompt_ids(20), {300: 100.0}
     for asked, bias, extra in ((2, forced, 1), (2, {}, 0), (0, forced, 1), (0, {}, 1)):
         case = Case(1, prompt, {"temperature": 0.0, "max_tokens": 1, "logit_bias": bias}, asked, as_ids=True)
@@ -161,7 +160,7 @@ async def test_exception_completion_k_plus_one(both: tuple[Peer, TestCluster]) -
 
 
 async def test_exception_greedy_n(both: tuple[Peer, TestCluster]) -> None:
-    """Several outputs at temperature 0 are refused by the peer; our gateway returns the same answer several times."""
+    """The peer refuses several outputs at temperature 0. Our gateway returns the same answer several times."""
     prompt = Maker(SEED).prompt_ids(20)
     theirs, mine = await _both_ways(Case(1, prompt, {"temperature": 0.0, "n": 3}), both)
     assert "n must be 1" in theirs.refused
@@ -171,9 +170,8 @@ async def test_exception_greedy_n(both: tuple[Peer, TestCluster]) -> None:
 
 
 async def test_exception_more_than_the_context(both: tuple[Peer, TestCluster]) -> None:
-    """max_tokens above the context is refused by the peer. Our gateway cuts max_tokens to the context, as both sides do
-    with a long prompt.
-    """
+    """The peer refuses max_tokens above the context. Our gateway cuts max_tokens to the context, as both sides do with
+    a long prompt."""
     prompt = Maker(SEED).prompt_ids(MAX_MODEL_LEN - 8)
     options = {"temperature": 0.0, "ignore_eos": True}
     theirs, cut = await _both_ways(Case(1, prompt, {**options, "max_tokens": MAX_MODEL_LEN}), both)

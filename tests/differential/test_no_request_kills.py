@@ -1,8 +1,8 @@
-"""No request kills the engine, as seen by a caller: odd, extreme, cut off and random calls over the public API.
+"""No call kills the engine: odd, extreme, cut off and random calls over the public API.
 
-tests/worker/engine/vllm/test_killers.py searches at the engine's interface. The tests here include the gateway and the
-link, and callers leave at random points. The content of answers is not checked, except for plain calls beside and after
-the odd calls.
+tests/worker/engine/vllm/test_killers.py tests the engine's interface. The tests here include the gateway and the link,
+and callers leave at random points. The content of answers is not checked, except for plain calls beside and after the
+odd calls.
 """
 
 from __future__ import annotations
@@ -74,9 +74,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class OddCall:
-    """An odd call. `leave_after`: number of pieces of a stream, or milliseconds of a unary call, after which the
-    caller leaves; None: the caller stays.
-    """
+    """An odd call. `leave_after`: the caller leaves after this number of pieces of a stream, or of milliseconds of a
+    unary call; None if the caller stays."""
 
     number: int
     request: Any
@@ -168,9 +167,8 @@ class Oddities:
 
 
 async def _outcome(stub: Any, odd: OddCall) -> str:
-    """Make the call and return the error reason or status, or `OK` if the call was answered. Fails if an error is not
-    well formed.
-    """
+    """Make the call and return the error reason or status, or `OK` if the call was answered. Fails if an error is
+    malformed."""
     kind = "Chat" if isinstance(odd.request, pb.ChatRequest) else "Complete"
     call = getattr(stub, f"{'Stream' if odd.streamed else ''}{kind}")(odd.request, timeout=odd.timeout_s)
     try:
@@ -281,9 +279,8 @@ async def test_a_format_that_nothing_fits_is_the_callers_fault(
 
 
 async def test_the_last_outputs_seed_must_fit_too(cluster: TestCluster) -> None:
-    """A seed whose successors for n outputs would exceed 64 bits is refused before the gateway sends any part of the
-    call.
-    """
+    """With n outputs, a seed whose last successor exceeds 64 bits is refused before any part of the call is sent to a
+    worker."""
     answer = await refused(cluster.stub.Chat(chat(model=MODEL, seed=2**63 - 2, n=3)))
     assert (answer.reason, answer.fields) == ("INVALID_FIELD", ["seed"])
     fits = await cluster.stub.Chat(chat(model=MODEL, seed=2**63 - 2, n=2), timeout=LONGEST_S)

@@ -1,4 +1,4 @@
-"""A cluster on the simulated engine, shared with the gateway's tests."""
+"""Fixtures: a cluster on the simulated engine, shared with the gateway's tests."""
 
 from tests.gateway.conftest import bundle, checkpoint
 

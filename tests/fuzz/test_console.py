@@ -1,4 +1,4 @@
-"""All data that browsers and others may send to the console: paths, heads, cookies and bodies, of each role."""
+"""Any data that browsers and others may send to the console, in each role: paths, heads, cookies and bodies."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def admin_bodies() -> st.SearchStrategy[dict[str, object]]:
 
 
 async def test_admin_requests(browsers: dict[str, Browser]) -> None:
-    """Any JSON to any admin method, of any role, is answered or refused, never with a server error."""
+    """In each role, any JSON to any admin method is answered or refused, never with a server error."""
     async with nothing_unexpected():
         for batch in batches(st.tuples(st.sampled_from(ROLES), st.sampled_from(list(VERBS)), admin_bodies())):
 
@@ -72,7 +72,7 @@ async def test_admin_requests(browsers: dict[str, Browser]) -> None:
 
 
 def requests(cookies: list[str]) -> st.SearchStrategy[bytes]:
-    """Return a strategy for a complete request whose head is usually correct."""
+    """Return a strategy for a complete HTTP request whose head is usually correct."""
     paths = [*PATHS, *(f"/console/static/{name}" for name in read_files()), "/console/api/Tenants.List"]
     cookie = st.sampled_from(cookies)
     changed = st.builds(
@@ -93,7 +93,7 @@ def requests(cookies: list[str]) -> st.SearchStrategy[bytes]:
 
 
 async def test_requests(keyed: Keyed, browsers: dict[str, Browser]) -> None:
-    """Any request to any path of the console gets an answer or none, and ends no connection except its own."""
+    """Any request to any path of the console gets an answer or none. It ends no connection except its own."""
     cookies = [f"{name}={value}" for browser in browsers.values() for name, value in browser.cookies.items()]
     address = keyed.gateway.endpoints["http"]
     async with nothing_unexpected():

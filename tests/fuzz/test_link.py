@@ -40,8 +40,8 @@ async def cluster(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIter
 async def check_healthy(cluster: TestCluster) -> None:
     """Check that the healthy worker has its link, that calls to it are answered, and that no other call remains.
 
-    First wait until the faulty workers have left: a faulty worker may have joined the same model with less capacity
-    than the call needs.
+    Before the check, wait until the faulty workers have left. One of them may serve the same model with less capacity
+    than a call needs.
     """
     await until(lambda: len(cluster.gateway.hub.links) == 1, "the faulty workers have left")
     assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=60)).usage.completion_tokens == 3
@@ -63,7 +63,7 @@ def steps() -> st.SearchStrategy[pb.StepOutputs]:
 
 
 def turns() -> st.SearchStrategy[list[pb.WorkerTurn]]:
-    """Return a strategy for turns that follow a Hello."""
+    """Return a strategy for the messages that a worker sends after its Hello."""
     room = st.just(pb.Credit(grant_id=1, sequences=8, tokens=10_000))
     turn = messages(pb.WorkerTurn, step=steps(), credit=room | messages(pb.Credit))
     return st.lists(turn, max_size=8).map(
@@ -72,7 +72,8 @@ def turns() -> st.SearchStrategy[list[pb.WorkerTurn]]:
 
 
 async def test_a_mad_workers_turns(cluster: TestCluster, bundle: Bundle) -> None:
-    """Whatever turns a faulty worker with waiting calls sends, the calls end in time and the gateway stays healthy."""
+    """Whatever messages a faulty worker sends while calls wait for it, the calls end in time and the gateway stays
+    healthy."""
     number = 0
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel, nothing_unexpected():
         for batch in batches(turns()):
@@ -109,9 +110,8 @@ async def test_a_mad_workers_turns(cluster: TestCluster, bundle: Bundle) -> None
 
 
 async def test_any_first_messages(cluster: TestCluster) -> None:
-    """Whatever a peer sends first (any Hello, blob, beat, controller frame or invalid bytes), the healthy worker keeps
-    its link.
-    """
+    """Whatever a peer sends first (any Hello, blob, heartbeat, controller frame or invalid bytes), the healthy worker
+    keeps its link."""
     kinds = {"Turn": pb.WorkerTurn, "Bulk": pb.Blob, "Beat": pb.WorkerBeat, "Control": pb.ControllerFrame}
     frames = st.one_of(
         *(
@@ -136,7 +136,8 @@ async def test_any_first_messages(cluster: TestCluster) -> None:
 
 
 async def test_a_worker_that_tells_no_length_hides_none(cluster: TestCluster) -> None:
-    """A Hello of the same model without max_model_len does not make calls UNAVAILABLE."""
+    """If a faulty worker's Hello lacks max_model_len, calls to the same model are still served by the healthy
+    worker."""
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
         call: Any = pb_grpc.LinkStub(channel).Turn(timeout=5)
         hello = pb.Hello(protocol_min=1, protocol_max=1, worker_id="mad", incarnation="1", model="sim", epoch=1)
@@ -149,7 +150,7 @@ async def test_a_worker_that_tells_no_length_hides_none(cluster: TestCluster) ->
 
 
 class FaultyGateway(Hub):
-    """Faulty gateway that welcomes a worker and sends the worker the given turns."""
+    """A faulty gateway that accepts a worker and sends it the given messages."""
 
     def __init__(self) -> None:
         super().__init__("mad", Door(), tuple, tuple)
@@ -159,7 +160,7 @@ class FaultyGateway(Hub):
         self.stays_s = 0.05
 
     async def Turn(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
-        """Send one sequence of turns on each link."""
+        """Send one sequence of messages on each link."""
         await read(context)
         await context.write(pb.GatewayTurn(welcome=pb.Welcome(protocol=1, gateway_id="mad", incarnation="m")))
         turns = await self.turns.get()
@@ -175,7 +176,7 @@ class FaultyGateway(Hub):
 
 
 def commands() -> st.SearchStrategy[list[pb.GatewayTurn]]:
-    """Return a strategy for turns of a gateway, mostly Submits."""
+    """Return a strategy for messages of a gateway, mostly Submits."""
     prompt = st.lists(st.integers(0, 300), max_size=5).map(lambda ids: b"".join(i.to_bytes(4, "little") for i in ids))
     submit = messages(pb.Submit, slot=slots(), prompt_ids=prompt | st.binary(max_size=9), prompt_blob=st.just(""))
     # Valid commands that would take the healthy gateway's credit or drain the worker are left out.
@@ -188,9 +189,8 @@ def commands() -> st.SearchStrategy[list[pb.GatewayTurn]]:
 
 
 async def test_a_mad_gateways_turns(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Whatever turns a faulty gateway sends, the worker keeps serving the other gateway and keeps no call of the faulty
-    gateway.
-    """
+    """Whatever messages a faulty gateway sends, the worker keeps serving the other gateway and keeps no call of the
+    faulty one."""
     faulty = FaultyGateway()
     server = hub_server(faulty)
     port = await server.start("127.0.0.1", 0)
@@ -226,7 +226,7 @@ async def test_a_mad_gateways_turns(cluster: TestCluster, checkpoint: Path, bund
 async def test_what_fuzzing_found(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, submits: list[pb.Submit], link_ends: bool
 ) -> None:
-    """An invalid Submit fails by itself or ends its link; the worker's process and the worker's other links stay."""
+    """An invalid Submit is refused or ends its link. The worker's process and its other links stay."""
     faulty = FaultyGateway()
     server = hub_server(faulty)
     port = await server.start("127.0.0.1", 0)

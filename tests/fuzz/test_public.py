@@ -1,4 +1,4 @@
-"""All data that callers may send: bytes, messages, frames, JSON, headers. `make fuzz FUZZ_S=600` runs longer."""
+"""Any data that callers may send: bytes, messages, frames, JSON, headers. `make fuzz FUZZ_S=600` runs longer."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def check_healthy(cluster: TestCluster) -> None:
 
 
 def calls() -> st.SearchStrategy[tuple[str, bytes]]:
-    """Return a strategy for a method and bytes, a message of the method, or a message of another method."""
+    """Return a strategy for a method, with arbitrary bytes, a message of the method, or a message of another method."""
     kinds = [pb.DESCRIPTOR.message_types_by_name[method.input_type.name] for method in SERVICE.methods]
     classes: list[type[Message]] = [getattr(pb, kind.name) for kind in kinds]
     said = st.sampled_from(["sim", "sim", "sim", "default", "", "x"])
@@ -89,7 +89,7 @@ async def test_grpc_messages(cluster: TestCluster) -> None:
 
 
 def frames() -> st.SearchStrategy[bytes]:
-    """Return a strategy for one HTTP/2 frame built by hand, so that every field may be wrong, or for invalid bytes."""
+    """Return a strategy for one HTTP/2 frame, built by hand so that every field may be wrong, or for invalid bytes."""
     # the header block of :method POST, :scheme http, :path /x/Chat, content-type application/grpc
     head = b"\x83\x86\x44\x07/x/Chat\x5f\x10application/grpc"
     chosen = st.sampled_from([head, head, head.replace(b"/x/Chat", b"/x/\xff\x00\r\n"), b"\x82\x86\x84", b"\x00" * 8])
@@ -190,7 +190,8 @@ def requests() -> st.SearchStrategy[bytes]:
 
 
 async def test_http_requests(cluster: TestCluster) -> None:
-    """Any request to the HTTP API gets an answer below 500 or no answer, and ends no connection except its own."""
+    """Any request to the HTTP API gets an answer with a status below 500, or none. It ends no connection except its
+    own."""
     address = cluster.gateway.endpoints["http"]
     async with nothing_unexpected():
         for batch in batches(requests()):

@@ -27,7 +27,7 @@ def bundle(checkpoint: Path) -> Bundle:
 
 @pytest.fixture
 async def watchful(tmp_path: Path) -> AsyncIterator[TestCluster]:
-    """Provide a running gateway without workers, which finds a failed worker within the default time."""
+    """Provide a running gateway without workers. It detects a failed worker within the default time."""
     async with running_cluster(tmp_path, timing=Timing()) as cluster:
         yield cluster
 

@@ -30,7 +30,7 @@ LORA = {"max_loras": 2, "max_cpu_loras": 4}
 
 
 class Bed:
-    """A cluster whose catalog has adapters of the model `sim`. All workers have the same files."""
+    """A cluster whose catalog has adapters of the model `sim`. All workers have the same adapter files."""
 
     def __init__(self, cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
         self.cluster = cluster
@@ -46,7 +46,7 @@ class Bed:
         return await self.cluster.add_worker(engine, self._bundle, adapter_files=files or self.files, **own)
 
     def catalog(self, *adapters: AdapterSpec, **fields: Any) -> None:
-        """Publish the model with these adapters."""
+        """Publish a catalog in which the model has these adapters."""
         self.revision += 1
         entry = CatalogEntry("sim", ("alias",), state=ModelState.READY, adapters=adapters, **fields)
         self.cluster.gateway.worker_events.apply_catalog([entry], self.revision)
@@ -56,11 +56,11 @@ class Bed:
         return self.cluster.gateway.directory.models[0].adapters.view(name)
 
     async def until_ready(self, count: int, name: str = "a") -> None:
-        """Wait until this number of workers takes calls for an adapter."""
+        """Wait until `count` workers accept calls for an adapter."""
         await until(lambda: self.view(name).ready == count, f"{count} workers have {name}")
 
     async def text(self, model: str, **fields: Any) -> str:
-        """Return the answer of a model or adapter. Its name is in the answer."""
+        """Return the text of an answer of a model or an adapter. Asserts that the answer names it."""
         answer = await self.cluster.stub.Chat(chat(model=model, ignore_eos=True, **fields), timeout=20)
         assert answer.model == model.replace("alias", "sim")
         return str(answer.choices[0].message.content)
@@ -89,8 +89,8 @@ A, B = AdapterSpec("a", "/a"), AdapterSpec("b", "/b", digest_of("/b"))
 
 
 async def test_adapters_are_models_of_their_own(bed: Bed) -> None:
-    """An adapter is called by the model's name or alias, with and without a digest in the catalog. It answers otherwise
-    than its model and than other adapters, and lists show it beside its model."""
+    """An adapter is called by its own name after the name or alias of its model, with and without a digest in the
+    catalog. It answers differently from its model and from other adapters. Lists show it beside its model."""
     await bed.worker()
     bed.catalog(A, B)
     await bed.until_ready(1, "a")
@@ -114,8 +114,8 @@ async def test_adapters_are_models_of_their_own(bed: Bed) -> None:
 
 
 async def test_a_call_waits_while_its_adapter_is_loaded(bed: Bed) -> None:
-    """A call for an adapter that is loading waits, holds back no call of its model, and is answered in the end. One
-    with a deadline ends with it."""
+    """A call for an adapter that is loading waits and is answered after the load. It does not delay calls of the model
+    itself. If it has a deadline, it ends at the deadline."""
     await bed.worker(max_num_seqs=2)
     bed.files.may_fetch.clear()
     bed.catalog(A)
@@ -134,7 +134,7 @@ async def test_a_call_waits_while_its_adapter_is_loaded(bed: Bed) -> None:
 
 
 async def test_a_call_waits_no_longer_than_the_queue_allows(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A call whose adapter is not loaded in time is refused as for a model that starts."""
+    """A call whose adapter is not loaded in time is refused with MODEL_LOADING."""
     async with running_bed(tmp_path, checkpoint, bundle, IMPATIENT) as bed:
         await bed.worker()
         bed.files.may_fetch.clear()
@@ -144,8 +144,8 @@ async def test_a_call_waits_no_longer_than_the_queue_allows(tmp_path: Path, chec
 
 
 async def test_an_adapter_that_fails_says_why(bed: Bed) -> None:
-    """Where an adapter cannot be loaded, the other workers serve it, and the reason is shown. Once no worker can load
-    it, calls that wait and new calls are refused with the reason."""
+    """If one worker cannot load an adapter, the reason is shown, and the other workers serve the adapter. If no worker
+    can load it, waiting and new calls are refused with the reason."""
     broken = NamedFiles()
     broken.broken["/a"] = "rank 128 is above max_lora_rank 64"
     bed.catalog(A)
@@ -177,8 +177,7 @@ async def test_an_adapter_that_fails_says_why(bed: Bed) -> None:
 
 
 async def test_workers_that_join_or_restart_get_the_adapters(bed: Bed) -> None:
-    """Workers that come later load the adapters with no further step. Calls go on while workers come and go, and none
-    fails."""
+    """Workers that join or restart load the adapters with no further step. Meanwhile all calls succeed."""
     bed.catalog(A)
     first = await bed.worker()
     await bed.until_ready(1)
@@ -205,8 +204,8 @@ async def test_workers_that_join_or_restart_get_the_adapters(bed: Bed) -> None:
 
 
 async def test_old_workers_get_neither_adapters_nor_their_calls(bed: Bed) -> None:
-    """A worker without the capability is sent no adapters and no call for one. If there are only such workers, the
-    state says so."""
+    """A worker without the capability gets no adapters and no calls for them. If all workers lack it, the state of the
+    adapter says so."""
     bed.catalog(A)
     old = await bed.worker(max_loras=0, max_cpu_loras=0)
     assert (bed.view().workers, "no worker that loads adapters" in bed.view().reason) == (0, True)
@@ -220,7 +219,7 @@ async def test_old_workers_get_neither_adapters_nor_their_calls(bed: Bed) -> Non
 
 
 async def test_an_adapter_of_one_version_is_called_there(bed: Bed) -> None:
-    """An adapter that belongs to one version goes to its workers only, however the model's calls are shared out."""
+    """Calls for an adapter of one version go only to workers of that version, whatever the weights of the versions."""
     versions = (VersionShare("v1", 0.5), VersionShare("v2", 0.5))
     bed.catalog(A, AdapterSpec("two", "/two", version="v2"), versions=versions)
     await bed.worker(version="v1")
@@ -231,7 +230,7 @@ async def test_an_adapter_of_one_version_is_called_there(bed: Bed) -> None:
 
 
 async def test_an_unloaded_adapter_is_gone_for_new_calls_only(bed: Bed) -> None:
-    """An adapter that is removed is refused as unknown, and a stream that runs ends normally."""
+    """A new call for a removed adapter is refused as unknown. A stream that already runs ends normally."""
     await bed.worker(decode_ms=5)
     bed.catalog(A)
     await bed.until_ready(1)
@@ -244,7 +243,8 @@ async def test_an_unloaded_adapter_is_gone_for_new_calls_only(bed: Bed) -> None:
 
 
 async def test_a_call_uses_the_files_that_count(bed: Bed) -> None:
-    """While an adapter's files are replaced, no call fails. A call that waits gets the files that count then."""
+    """While an adapter's files are replaced, no call fails. A waiting call uses the files that are valid when it
+    starts."""
     await bed.worker()
     bed.catalog(A)
     await bed.until_ready(1)
@@ -261,7 +261,8 @@ async def test_a_call_uses_the_files_that_count(bed: Bed) -> None:
 
 
 async def test_a_stream_resumes_only_where_its_adapter_is(bed: Bed) -> None:
-    """A stream that loses its worker goes on at a worker with the same adapter, with the same text as undisturbed."""
+    """A stream that loses its worker resumes on a worker with the same adapter, and has the same text as without the
+    loss."""
     bed.catalog(A)
     first = await bed.worker(decode_ms=5)
     await bed.until_ready(1)
@@ -280,8 +281,8 @@ async def test_a_stream_resumes_only_where_its_adapter_is(bed: Bed) -> None:
 async def test_a_stream_resumes_at_another_gateway_with_its_files(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stream with an adapter is resumed at another gateway with the same text. If the adapter's files have been
-    replaced meanwhile, the resume is refused."""
+    """A stream with an adapter is resumed at another gateway with the same text. If the adapter's files were replaced
+    meanwhile, the resume is refused."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     one, two = tmp_path / "a", tmp_path / "b"
     async with running_bed(one, checkpoint, bundle) as bed, running_bed(two, checkpoint, bundle) as other:
@@ -357,8 +358,8 @@ async def _equal(read_value: Any, wanted: object) -> bool:
 
 
 async def test_a_model_at_zero_starts_for_a_call_of_its_adapter(bed: Bed) -> None:
-    """A call for an adapter of a model without workers waits as for the model, and counts as its demand. When a worker
-    comes, the call waits until the worker has loaded the adapter."""
+    """A call for an adapter starts a model without workers: it waits, and counts as demand for the model. When a worker
+    joins, the call waits until the worker has loaded the adapter."""
     bed.catalog(A, bundle_digest=bed._bundle.digest, max_model_len=2048)
     seed = await bed.worker()
     await bed.text("sim")  # the gateway has the tokenizer now

@@ -1,4 +1,4 @@
-"""The batcher, which sends the requests that arrive while a batch is running together in the next batch."""
+"""The batcher. Requests that arrive while one batch runs are sent together as the next batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Store:
 
 
 async def test_what_comes_meanwhile_goes_together() -> None:
-    """The first request is sent at once, later requests are sent in the next batch up to the maximum size, and each
+    """The first request is sent at once. Later requests are sent in the next batch, up to the maximum size. Each
     request gets its own answer."""
     store = Store()
     ask = Batcher(store, most=3)
@@ -47,7 +47,7 @@ async def test_what_comes_meanwhile_goes_together() -> None:
 
 
 async def test_a_store_that_is_away_is_everyones_error() -> None:
-    """All requests of a batch fail with the store's error, and the next request is sent to the store again."""
+    """All requests of a batch fail with the store's error. The next request is sent to the store again."""
     store = Store()
     store.go.set()
     store.away = True
@@ -59,7 +59,7 @@ async def test_a_store_that_is_away_is_everyones_error() -> None:
 
 
 async def test_who_waits_behind_a_failure_does_not_wait_for_another() -> None:
-    """Requests that waited for a failed batch fail together with the batch, so that a lost store delays requests only
+    """Requests that waited behind a failed batch fail together with it, so that a lost store delays a request only
     once."""
     store = Store()
     store.away = True
@@ -74,8 +74,8 @@ async def test_who_waits_behind_a_failure_does_not_wait_for_another() -> None:
 
 
 async def test_who_no_longer_waits_is_not_asked() -> None:
-    """A request that is cancelled before its batch is sent is left out, and a request that is cancelled later does not
-    affect the other requests of the batch."""
+    """A request that is cancelled before its batch is sent is left out. A later cancellation does not affect the other
+    requests of the batch."""
     store = Store()
     ask = Batcher(store)
     first, gone = ask("a"), ask("b")

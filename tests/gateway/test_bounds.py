@@ -1,5 +1,5 @@
-"""Bounds of validation. No request makes an error long or slow, because counts are checked first and quoted values are
-cut."""
+"""Bounds of validation. No request makes an error long or its check slow, because counts are checked first and quoted
+values are cut."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ BAD_CHATS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("fields", BAD_CHATS, ids=lambda fields: next(iter(fields)))
 def test_no_field_of_a_body_is_echoed_whole(fields: dict[str, Any]) -> None:
     """An error quotes no field of an HTTP body in full. Formerly a request of 10 MB got an answer of 10 MB, and long
-    lists were searched before they were counted."""
+    lists were searched before their length was checked."""
     with pytest.raises(CallError) as raised:
         openai_requests.parse_chat(Fields(chat_body(**fields)))
     assert len(raised.value.message) < 1024

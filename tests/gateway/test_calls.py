@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 async def test_stream_and_whole_answer_agree(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The pieces of a stream add up to the whole answer, only the last chunk has finish_reason and usage, and offsets
+    """The pieces of a stream add up to the whole answer. Only the last chunk has finish_reason and usage, and offsets
     grow."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     chunks = [c async for c in cluster.stub.StreamChat(chat(max_tokens=40, ignore_eos=True))]
@@ -43,7 +43,8 @@ async def test_stream_and_whole_answer_agree(cluster: TestCluster, checkpoint: P
 
 
 async def test_tokens_are_the_engines(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The caller gets the text of exactly those ids that the engine generates for the same prompt without a gateway."""
+    """The caller gets the text of exactly the token ids that the engine generates for the same prompt without a
+    gateway."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     text = TextModel.from_bundle(bundle)
     answer = await cluster.stub.Complete(complete(max_tokens=30, ignore_eos=True))
@@ -63,8 +64,8 @@ async def test_tokens_are_the_engines(cluster: TestCluster, checkpoint: Path, bu
 
 
 async def test_several_choices(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A call with n choices runs as n requests, and the prompt counts once. With a seed, each choice is repeatable and
-    the choices differ."""
+    """A call with n choices runs as n requests, and its prompt counts once. With a seed, each choice is repeatable, and
+    the choices differ from each other."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     request = chat(n=3, temperature=1.0, seed=11, max_tokens=12, ignore_eos=True)
     first = [c async for c in cluster.stub.StreamChat(request)]
@@ -79,7 +80,7 @@ async def test_several_choices(cluster: TestCluster, checkpoint: Path, bundle: B
 
 
 async def test_stop_strings_end_the_engines_work(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A stop string ends the call and frees the engine's slot at once, and is not delivered."""
+    """A stop string ends the call, is not delivered, and frees the engine's slot at once."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=2), bundle)
     whole = (await cluster.stub.Complete(complete(max_tokens=60, ignore_eos=True))).choices[0].text
     stop = whole[20:24]
@@ -92,8 +93,8 @@ async def test_stop_strings_end_the_engines_work(cluster: TestCluster, checkpoin
 
 
 async def test_request_id_and_unknown_metadata(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A valid request id of the caller is returned at the beginning and at the end, an invalid request id is replaced,
-    and other metadata is ignored."""
+    """A valid request id of the caller is returned at the beginning and at the end of a call. An invalid request id is
+    replaced, and other metadata is ignored."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     call = cluster.stub.StreamChat(
         chat(), metadata=(("x-request-id", "abc-1"), ("x-whatever", "7"), ("x-b-bin", b"\xff"))
@@ -109,7 +110,8 @@ async def test_request_id_and_unknown_metadata(cluster: TestCluster, checkpoint:
 
 
 async def test_tokenize_and_detokenize(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Tokenize turns text and messages into ids and returns the context length, and Detokenize turns ids into text."""
+    """Tokenize returns the token ids of a text or of messages, and the context length. Detokenize returns the text of
+    ids."""
     await cluster.add_worker(sim_engine(checkpoint, max_model_len=512), bundle)
     text = TextModel.from_bundle(bundle)
     plain = await cluster.stub.Tokenize(pb.TokenizeRequest(model="sim", text="Grüße, 世界"))
@@ -124,8 +126,7 @@ async def test_tokenize_and_detokenize(cluster: TestCluster, checkpoint: Path, b
 
 
 async def test_models_health_and_workers_are_told(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A model without workers is listed with its state in the catalog, and a worker makes its model READY and
-    SERVING."""
+    """A model without workers is listed with its state in the catalog. With a worker it is READY and SERVING."""
     cluster.gateway.worker_events.apply_catalog(
         [
             CatalogEntry("sim", aliases=("default",), state=ModelState.LOADING, max_model_len=256),
@@ -158,7 +159,7 @@ async def test_models_health_and_workers_are_told(cluster: TestCluster, checkpoi
 
 
 async def test_more_calls_than_room_all_end(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Calls beyond the capacity of the engines wait in the gateway, not in the engines, and all calls are answered."""
+    """Calls beyond the capacity of the engines wait in the gateway, not in the engines. All calls are answered."""
     workers = [await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, max_num_seqs=4), bundle) for _ in range(2)]
     deepest = 0
 
@@ -194,7 +195,8 @@ async def test_long_prompts_travel_in_bulk(cluster: TestCluster, checkpoint: Pat
 
 
 async def test_silence_is_broken_by_progress(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """After every keepalive_s without a token, a chunk that has only progress is sent for queued and running calls."""
+    """While a call is queued or running without tokens, a chunk with only progress is sent every keepalive_s
+    seconds."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  keepalive_s: 0.05")
     async with running_cluster(tmp_path, config) as cluster:
         cluster.gateway.worker_events.apply_catalog(
@@ -212,8 +214,8 @@ async def test_silence_is_broken_by_progress(tmp_path: Path, checkpoint: Path, b
 
 
 async def test_text_before_an_error_is_delivered(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """The loss of a worker in mid-stream, with resume off, ends the call UNAVAILABLE with a reason, after all received
-    text has been delivered."""
+    """With resume off, the loss of a worker in mid-stream ends the call UNAVAILABLE with a reason. All received text is
+    delivered before the error."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_attempts: 1}")
     async with running_cluster(tmp_path, config) as cluster:
         worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
@@ -254,8 +256,8 @@ async def test_engine_trouble_reaches_the_caller_as_a_clear_error(
 async def test_a_grammar_without_a_way_on_is_the_callers(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """If a grammar allows no further token, the call's parameters contradict each other, and the call ends with an
-    error about the request."""
+    """A grammar that allows no further token contradicts the other parameters of the call. The call ends with an error
+    about the request."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, fault="nan@step:3"), bundle)
     form = pb.ResponseFormat(type="regex", regex="a+")
     answer = await refused(cluster.stub.StreamChat(chat(max_tokens=100, ignore_eos=True, response_format=form)))

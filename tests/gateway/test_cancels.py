@@ -1,4 +1,4 @@
-"""Deadlines, cancels and lost clients, which free the engine's slots at once and do not affect other calls."""
+"""Deadlines, cancels and lost clients. They free the engine's slots at once and do not affect other calls."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class StepClock:
 
 @pytest.mark.slow
 async def test_a_thousand_cancels_free_their_places(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """At 20 ms a step, a cancelled call's slot is free within two steps of the cancel (p99 of 1,000 cancels), and other
-    calls keep their tokens."""
+    """At 20 ms a step, the slot of a cancelled call is free within two steps (p99 of 1,000 cancels). Other calls keep
+    their tokens."""
     engine = StepClock(sim_engine(checkpoint, decode_ms=20, max_num_seqs=256, kv_blocks=2_000))
     await cluster.add_worker(engine, bundle)
     steady = chat("steady", max_tokens=150, ignore_eos=True)
@@ -112,7 +112,7 @@ async def test_deadlines_reach_the_engine(cluster: TestCluster, checkpoint: Path
 
 
 async def test_client_gone_in_mid_stream(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """All streams of a client connection that breaks are freed."""
+    """If a client's connection breaks, the slots of all its streams are freed."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     channel = grpc.aio.insecure_channel(
         cluster.gateway.endpoints["grpc"], options=[("grpc.use_local_subchannel_pool", 1)]
@@ -129,8 +129,8 @@ async def test_client_gone_in_mid_stream(cluster: TestCluster, checkpoint: Path,
 async def test_slow_reader_gets_whole_text_in_fewer_chunks(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A client that does not read for a time gets all text in fewer and larger chunks, and the engine does not wait for
-    the client."""
+    """A client that does not read for a time gets all text in fewer and larger chunks. The engine does not wait for the
+    client."""
     worker = await cluster.add_worker(
         sim_engine(checkpoint, decode_ms=0.2, max_model_len=4_000, kv_blocks=4_000), bundle
     )

@@ -41,13 +41,13 @@ async def test_a_gateway_with_wrong_models_serves_its_last_catalog(tmp_path: Pat
 
 
 def seen(state: ConfigState, valid: bool) -> bool:
-    """Return whether the state of the file is reported as `valid`."""
+    """Return whether the reported state of the file equals `valid`."""
     return state.valid is valid
 
 
 async def test_a_file_that_becomes_wrong_is_seen_before_a_restart(tmp_path: Path) -> None:
-    """A configuration file that becomes invalid, or valid again, is reported without a restart, because an alarm after
-    a restart is too late."""
+    """A configuration file that becomes invalid, or valid again, is reported without a restart. An alarm at the next
+    restart would be too late."""
     file = tmp_path / "cluster.yaml"
     file.write_text(LOOPBACK)
     state = ConfigState(file, look_s=0.01)

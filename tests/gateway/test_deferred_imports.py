@@ -25,7 +25,8 @@ def test_a_gateway_starts_without_what_only_large_requests_need() -> None:
 async def test_it_is_imported_when_nothing_runs_or_at_the_latest(
     busy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The deferred modules are imported at the first idle moment, or at the time limit if the gateway is never idle."""
+    """The deferred modules are imported at the first idle moment. If the gateway is never idle, they are imported at
+    the time limit."""
     name = f"imported_later_{busy}".lower()
     (tmp_path / f"{name}.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)

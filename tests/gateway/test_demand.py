@@ -1,5 +1,5 @@
-"""The demand tally. Counts of arrived sequences only grow, counts of waiting sequences match the queue, and calls are
-judged by the SLO."""
+"""The demand tally. Counts of arrived sequences never decrease, and counts of waiting sequences match the queue. Calls
+are judged by the SLO."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ CLASSES = {"interactive": 0, "batch": 2}
 def sequence(
     number: int, priority_class: str = "batch", arrived: float = 0.0, deadline: float | None = None
 ) -> WaitingSequence:
-    """Return a sequence with ten prompt tokens, of which three are expected in a cache, and seven expected output
-    tokens."""
+    """Return a sequence with ten prompt tokens and seven expected output tokens. Three of the prompt tokens are
+    expected to be cached."""
     rank = CLASSES[priority_class]
     return WaitingSequence(f"c{number}#0", "m", "t", 10, deadline, priority_class, arrived, rank, 3, 7)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.sampled_from(list(CLASSES))), max_size=80))
 def test_counts_are_those_of_the_line(steps: list[tuple[bool, int, str]]) -> None:
-    """The counts match the queue after any order of arrivals and departures, repeated departures included."""
+    """The counts match the queue after arrivals and departures in any order, even if a departure is reported twice."""
     tally, line, arrived = DemandTally(), dict[int, str](), dict.fromkeys(CLASSES, 0)
     for comes, number, name in steps:
         if comes and number not in line:
@@ -58,8 +58,8 @@ sequence ever runs."""
 
 @given(st.lists(LENGTHS, min_size=1, max_size=40), st.randoms())
 def test_in_the_end_demand_is_what_was_generated(lengths: list[tuple[int, int, bool]], chance: random.Random) -> None:
-    """The demand never decreases. Once further arrivals exceed the overestimate, a sequence that ran counts with its
-    actual output, and a sequence that did not run counts with its expected output."""
+    """The demand never decreases. A sequence that ran counts with its actual output once it has ended, and one that did
+    not run with its expected output. If the expectation was too high, the excess is subtracted from later arrivals."""
     tally, expected_tokens = DemandTally(), 0
 
     def read_expected() -> int:
@@ -89,7 +89,7 @@ def test_in_the_end_demand_is_what_was_generated(lengths: list[tuple[int, int, b
 
 
 def test_what_outgrows_its_guess_counts_while_it_runs() -> None:
-    """Output beyond the prediction counts in steps while a sequence runs, and sequences of another gateway do not
+    """Output beyond the prediction is added in steps while a sequence runs. Sequences of another gateway do not
     count."""
     tally = DemandTally()
     tally.arrived(sequence(1))
@@ -104,8 +104,8 @@ def test_what_outgrows_its_guess_counts_while_it_runs() -> None:
 
 
 def test_waits_and_deadlines() -> None:
-    """The counts include the longest wait and the nearest deadline, a served model has no held calls, and a sequence
-    that is put back counts once."""
+    """The counts include the longest wait and the nearest deadline. No call is held for a model with a worker. A
+    sequence that is put back into the queue counts once."""
     tally = DemandTally()
     for waiting in (
         sequence(1, arrived=1.0),
@@ -125,8 +125,8 @@ def test_waits_and_deadlines() -> None:
 
 
 def test_what_is_within_the_objectives() -> None:
-    """A call is within the SLO if it meets both objectives. A call without objectives is always within the SLO, and a
-    call without a first token never is."""
+    """A call is within the SLO if it meets both objectives. An objective of 0 is always met, and a call without a first
+    token is never within the SLO."""
     assert within_slo(1.0, 0.05, 2.0, 0.1)
     assert not within_slo(3.0, 0.05, 2.0, 0.1)
     assert not within_slo(1.0, 0.2, 2.0, 0.1)

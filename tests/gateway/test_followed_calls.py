@@ -1,4 +1,4 @@
-"""A call can be followed by its request id and its trace id through the gateway's log and metrics to its worker."""
+"""The gateway's log and metrics lead from a call's request id and trace id to its worker."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SECRET = "the-secret-of-the-caller"
 
 
 async def page(cluster: TestCluster) -> Any:
-    """Return the families of the metrics page in the OpenMetrics format, by name."""
+    """Return the metric families of the metrics page in OpenMetrics format, by name."""
     request = urllib.request.Request(
         f"http://{cluster.gateway.endpoints['metrics']}/metrics", headers={"Accept": "application/openmetrics-text"}
     )
@@ -50,15 +50,15 @@ def exemplars(family: Any) -> set[str]:
 
 
 def values(family: Any) -> dict[str, float]:
-    """Return the values of a family by worker."""
+    """Return the values of a metric family by worker."""
     return {
         sample.labels["worker"]: sample.value for sample in family.samples if sample.name != f"{family.name}_created"
     }
 
 
 async def test_a_call_leads_to_its_worker(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The access line of a call has its request id, trace id, counts, times and worker with pod and node, and the
-    histograms have its trace id as an exemplar; a trace that its caller does not record is no exemplar."""
+    """The access line of a call has its request id, trace id, counts, times, and its worker with pod and node. The
+    call's trace id is an exemplar in the histograms if the caller records the trace."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle, pod="gpu-a", host="ip-10-0-3-7")
     with capture_logs() as logs:
         for name, trace in (("followed", SAMPLED), ("unsampled", UNSAMPLED), ("untraced", "")):
@@ -82,7 +82,7 @@ async def test_a_call_leads_to_its_worker(cluster: TestCluster, checkpoint: Path
 
 
 async def test_a_call_that_fails_has_a_line(checkpoint: Path, tmp_path: Path) -> None:
-    """With a sample of no calls, a call that went well has no line, and one that was refused has one."""
+    """If no calls are sampled for the access log, a successful call has no access line, and a refused call has one."""
     text = LOOPBACK + "observe: {access_log: {sample_ratio: 0}}\n"
     async with running_cluster(tmp_path / "gateway", text) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle_of(checkpoint))
@@ -97,8 +97,8 @@ async def test_a_call_that_fails_has_a_line(checkpoint: Path, tmp_path: Path) ->
 async def test_a_gateway_process_logs_json_without_texts(
     checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Every line of a gateway process is a JSON object with the cluster's name; calls that are served or refused have
-    their request id in it, and no text of a prompt, also at the level debug."""
+    """Every line of a gateway process is a JSON object with the cluster's name. Lines about served or refused calls
+    have the request id. No line has text of a prompt, even at the level debug."""
     async with gateway_process(tmp_path / "gateway", LOOPBACK + "observe: {log_level: debug}\n") as gateway:
         metadata = (("x-request-id", "r-1"), ("traceparent", SAMPLED))
         await refused(gateway.stub.Chat(chat(SECRET, temperature=9), metadata=metadata))
@@ -117,7 +117,7 @@ async def test_a_gateway_process_logs_json_without_texts(
 async def test_vllms_series_and_the_process_are_exported(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """The page has vLLM's series of each worker, with what the engine counts, and the metrics of the process."""
+    """The page has vLLM's series for each worker, with the engine's counts, and the metrics of the process."""
     engine = sim_engine(checkpoint, decode_ms=1)
     worker = (await cluster.add_worker(engine, bundle)).identity.worker_id
     for _ in range(2):
@@ -139,8 +139,8 @@ async def test_vllms_series_and_the_process_are_exported(
 
 
 async def test_a_starting_worker_shows_its_weights(cluster: TestCluster) -> None:
-    """While a worker starts, the page has the bytes of its weights and its place; once its reports end, it has not. A
-    report that cannot be exported ends the stream."""
+    """While a worker starts, the metrics page shows the loaded bytes of its weights, its pod and its node. They
+    disappear when its reports end. A report that cannot be exported ends the stream."""
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as link:
         call = link_grpc.LinkStub(link).Starting()
         report = link_pb.StartingWorker(
@@ -170,8 +170,8 @@ async def test_a_starting_worker_shows_its_weights(cluster: TestCluster) -> None
 
 @given(st.integers(0, 2**128 - 1), st.floats(0, 1), st.floats(0, 1))
 def test_larger_ratios_sample_more(number: int, one: float, other: float) -> None:
-    """A call in the sample of a ratio is in that of every larger ratio, with and without a trace; 0 samples none and 1
-    all."""
+    """A call that is sampled at one ratio is also sampled at every larger ratio, with and without a trace. Ratio 0
+    samples no calls, and ratio 1 samples all."""
     trace, request_id = f"{number:032x}", str(number)
     less, more = sorted((one, other))
     for trace_id in (trace, ""):
@@ -182,7 +182,7 @@ def test_larger_ratios_sample_more(number: int, one: float, other: float) -> Non
 
 @pytest.mark.parametrize("traced", [True, False])
 def test_the_sample_has_its_size(traced: bool) -> None:
-    """Of many calls, the share in the sample is about the ratio."""
+    """Of many calls, the sampled share is close to the ratio."""
 
     def drawn() -> Iterator[bool]:
         for number in range(20_000):
@@ -194,8 +194,8 @@ def test_the_sample_has_its_size(traced: bool) -> None:
 
 @given(st.integers(1, 50), st.lists(st.floats(0, 2), max_size=200))
 def test_lines_are_bounded_and_counted(per_s: int, pauses: list[float]) -> None:
-    """In any period, at most `per_s` lines a second and as many at once are taken, and each line is either taken or
-    counted by the next taken one."""
+    """In any period, at most `per_s` lines a second are written, plus `per_s` lines at once. The next written line
+    counts the lines that were dropped before it."""
     budget, now, taken, left_out, pending = LineBudget(per_s), 0.0, 0, 0, 0
     for pause in pauses:
         now += pause

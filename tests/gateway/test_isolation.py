@@ -46,7 +46,7 @@ def breaks(*_: object) -> Any:
 
 
 class PanicException(BaseException):
-    """A stand-in for the exception of a panic in a Rust extension, which has this name."""
+    """A stand-in for the exception PanicException, which a Rust extension raises after a panic."""
 
 
 @dataclass
@@ -144,7 +144,7 @@ EVENTS = ("requeue", "began", "answered", "worker_failed", "resumed", "submissio
 
 @dataclass
 class Rig:
-    """A cluster with one worker, whose calls bypass the checks of the APIs."""
+    """A cluster with one worker. Its calls bypass the checks of the APIs."""
 
     cluster: TestCluster
     text: TextModel
@@ -175,7 +175,7 @@ class Rig:
 
     @asynccontextmanager
     async def entered(self, calls: Sequence[Call]) -> AsyncIterator[None]:
-        """Queue these calls, and at the end of the context leave each call, as the service does."""
+        """Queue these calls. At the end of the context, close each call as CallService does."""
         scheduler = self.cluster.gateway.scheduler
         model = self.cluster.gateway.directory.find("sim")
         assert model is not None
@@ -190,8 +190,7 @@ class Rig:
                     scheduler.host.accounting.ended(call, Outcome.INTERNAL)
 
     def held(self) -> object:
-        """Return everything that the gateway and the link hold for calls, which must be equal before and after a
-        test."""
+        """Return everything that the gateway and the link hold for calls. Before and after a test it must be equal."""
         scheduler, (link,) = self.cluster.gateway.scheduler, self.cluster.gateway.hub.links
         order = scheduler.charges.fair.order("sim").statistics()
         return (
@@ -235,8 +234,8 @@ def ended(call: Call) -> bool:
 async def test_no_exception_of_one_call_reaches_a_link(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, places: int
 ) -> None:
-    """No exception of a call ends a link. Formerly a lone surrogate in a regex ended a link, and with the link the
-    streams of other tenants."""
+    """No exception of one call ends a link. Formerly a lone surrogate in a regex ended a link, and with it the streams
+    of other tenants."""
     async with rig_of(cluster, bundle, sim_engine(checkpoint, decode_ms=2, max_num_seqs=places)) as rig:
         alone = (await cluster.stub.Complete(complete(max_tokens=60, ignore_eos=True))).choices[0].text
         stream = asyncio.ensure_future(cluster.stub.Complete(complete(max_tokens=60, ignore_eos=True)))
@@ -290,8 +289,8 @@ async def test_a_record_that_cannot_be_sealed_ends_its_call(
 
 
 async def test_every_step_of_a_calls_end_is_taken(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Every cleanup step runs if a call's text fails when it is read or counted. Formerly the slot and the queue entry
-    were not freed."""
+    """All cleanup steps run, even if the call's text fails while it is read or counted. Formerly the slot and the queue
+    entry were not freed."""
     async with rig_of(cluster, bundle, sim_engine(checkpoint, decode_ms=2)) as rig:
         call = rig.call(Poison(text="take"))
         async with rig.entered([call]):
@@ -326,8 +325,8 @@ class FaultyEngine:
 async def test_an_engine_that_fails_on_a_request_refuses_that_one(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, error: Callable[[], BaseException]
 ) -> None:
-    """If the engine raises in `submit`, only that request is refused. Formerly such an exception ended the worker's
-    reader and the link."""
+    """If the engine raises an exception in `submit`, only that request is refused. Formerly the exception ended the
+    worker's reader and the link."""
     engine = FaultyEngine(sim_engine(checkpoint, decode_ms=2), error)
     async with rig_of(cluster, bundle, cast(Engine, engine)) as rig:
         grammar = Grammar("regex", "a*")  # requests with a grammar are submitted beside the reader
@@ -343,7 +342,8 @@ async def test_an_engine_that_fails_on_a_request_refuses_that_one(
 
 
 def test_a_link_outlives_its_sinks() -> None:
-    """When a link ends, all sinks are called, even if one sink raises. Formerly the other sinks were not called."""
+    """When a link ends, all sinks are notified, even if one of them raises an exception. Formerly the others were not
+    notified."""
 
     class Raises(Silent):
         failure: BaseException | None = None

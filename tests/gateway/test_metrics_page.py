@@ -45,7 +45,7 @@ async def test_scrapers_get_the_form_that_they_ask_for() -> None:
 
 
 async def test_idle_connections_take_no_thread_and_scrapes_at_once_share_a_page() -> None:
-    """Idle connections have no thread, and simultaneous scrapes share a page. Formerly 300 idle connections had 300
+    """Idle connections need no thread, and simultaneous scrapes share one page. Formerly 300 idle connections had 300
     threads."""
     metrics, made = Metrics("c"), 0
     go = threading.Event()

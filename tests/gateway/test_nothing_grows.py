@@ -138,8 +138,9 @@ async def at_rest(cluster: TestCluster) -> None:
 
 
 async def settled(cluster: TestCluster) -> Held:
-    """Return everything that is held once a new link is complete. The threads and stubs of a link are created a little
-    after the link. On a busy machine a count may block the loop for so long that the link is lost and made again."""
+    """Return the counts once a new link is complete and they no longer change. The threads and stubs of a link are
+    created a little later than the link. On a busy machine, a count may block the event loop until the link is lost and
+    made again."""
     (worker,) = cluster.workers
     held = [Held.now()]
 
@@ -164,7 +165,7 @@ async def settled(cluster: TestCluster) -> Held:
 
 
 async def some_passes() -> None:
-    """Let the event loop run: ended calls are closed and freed, and a link is completed, over several passes."""
+    """Let the event loop run several passes, in which ended calls are closed and freed, and a link is completed."""
     for _ in range(50):
         await asyncio.sleep(0.002)
 
@@ -177,8 +178,8 @@ async def test_nothing_is_left_behind(
     what: Callable[[TestCluster], Awaitable[None]],
     count: int,
 ) -> None:
-    """Further rounds, after a first round that fills caches and pools, leave no task, timer, file or thread behind, and
-    less than one object of each type per five calls or lost links."""
+    """A first round fills caches and pools. Further rounds leave no task, timer, file or thread behind. Of each type,
+    less than one object remains for every five calls or lost links."""
     cluster.gateway.scheduler.routes.history.max_bytes = 10_000  # so that the first round fills it
     cluster.gateway.live.recent.calls.max_calls = 10
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.5), bundle, timing=QUICK)

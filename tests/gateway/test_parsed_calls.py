@@ -1,5 +1,5 @@
-"""Calls with tools and reasoning through a real gateway and real links. The worker's parts reach the caller whole, on
-every API, also when workers or the caller's stream are lost in between."""
+"""Calls with tools and reasoning through a real gateway and real links. All parts of an output reach the caller on
+every API, even if workers or the caller's stream are lost."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def request(**fields: Any) -> pb.ChatRequest:
 
 
 def shown(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message with name and arguments of each tool call only."""
+    """Return the message with only the name and the arguments of each tool call."""
     calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]]
     return {**message, "tool_calls": calls}
 
@@ -82,8 +82,8 @@ def joined(chunks: Sequence[pb.ChatChunk]) -> StreamState:
 
 
 async def test_every_api_shows_the_parts(cluster: TestCluster, bundle: Bundle) -> None:
-    """Whole and streamed answers over gRPC and over OpenAI's API have the same content, reasoning and tool calls, each
-    call with an id of its own."""
+    """Whole and streamed answers, over gRPC and over OpenAI's API, have the same content, reasoning and tool calls.
+    Each tool call has its own id."""
     await add(cluster, bundle)
     whole = (await cluster.stub.Chat(request())).choices[0]
     assert (whole.message.content, whole.message.reasoning_content) == (
@@ -116,7 +116,7 @@ async def test_every_api_shows_the_parts(cluster: TestCluster, bundle: Bundle) -
 
 
 async def test_a_lost_worker_changes_nothing(cluster: TestCluster, bundle: Bundle) -> None:
-    """The caller gets each part once, whichever part of the output was due when the worker was lost."""
+    """The caller gets each part once, at whatever point of the output the worker is lost."""
     for cut in range(1, len(SCRIPT) - 1):
         doomed = await add(cluster, bundle, step_s=0.005)
         call = cluster.stub.StreamChat(request())
@@ -136,7 +136,7 @@ async def test_a_lost_worker_changes_nothing(cluster: TestCluster, bundle: Bundl
 async def test_a_worker_with_another_parser_does_not_continue(
     cluster: TestCluster, bundle: Bundle, options: dict[str, Any]
 ) -> None:
-    """A stream whose worker is lost continues only on a worker with the same parsers, since others would make other
+    """A stream that loses its worker resumes only on a worker with the same parsers. Other parsers would make other
     parts of the same tokens."""
     doomed = await add(cluster, bundle, step_s=0.005)
     call = cluster.stub.StreamChat(request())
@@ -152,7 +152,7 @@ async def test_a_worker_with_another_parser_does_not_continue(
 
 
 async def test_a_resumed_stream_has_the_same_tool_calls(cluster: TestCluster, bundle: Bundle) -> None:
-    """A caller that resumes its broken stream gets the rest of the parts, and the ids of its tool calls stay."""
+    """A caller that resumes a broken stream gets the remaining parts, and its tool calls keep their ids."""
     await add(cluster, bundle)
     undisturbed = [chunk async for chunk in cluster.stub.StreamChat(request(resumable=True))]
     expected = joined(undisturbed)
@@ -166,8 +166,8 @@ async def test_a_resumed_stream_has_the_same_tool_calls(cluster: TestCluster, bu
 
 
 async def test_kimis_tool_calls_are_numbered(cluster: TestCluster, bundle: Bundle) -> None:
-    """With a parser of Kimi's models, the id of a tool call has the function's name and the call's number in the
-    conversation, on every API, and also after a resume."""
+    """With a parser of Kimi's models, the id of a tool call is made of the function's name and the call's number in the
+    conversation. This holds on every API and after a resume."""
     await add(cluster, bundle, tool_parser="kimi_k2")
     earlier = [pb.ToolCall(id=f"functions.time:{i}", name="time", arguments="{}") for i in range(2)]
     asked = request(resumable=True)
@@ -193,8 +193,8 @@ async def test_kimis_tool_calls_are_numbered(cluster: TestCluster, bundle: Bundl
 
 
 async def test_a_worker_without_a_parser(cluster: TestCluster, bundle: Bundle) -> None:
-    """A chat without tools is served as plain text by a worker that has no parser. A chat with tools is refused, with
-    the field and the remedy."""
+    """A worker without a parser serves a chat without tools as plain text. A chat with tools is refused with the field
+    name and a remedy."""
     await add(cluster, bundle, parses=False)
     answer = await cluster.stub.Chat(chat(max_tokens=50))
     assert answer.choices[0].message.content
@@ -204,7 +204,7 @@ async def test_a_worker_without_a_parser(cluster: TestCluster, bundle: Bundle) -
 
 
 async def test_parsing_is_asked_for(cluster: TestCluster, bundle: Bundle) -> None:
-    """The worker gets the tools, the tool choice and the stop strings of the call."""
+    """The worker gets the tools, the tool choice and the stop strings of a call."""
     worker = await add(cluster, bundle)
     choice = pb.ToolChoice(mode="function", name="time")
     await cluster.stub.Chat(request(tool_choice=choice, parallel_tool_calls=False, stop=["END"]))

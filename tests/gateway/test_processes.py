@@ -1,5 +1,5 @@
-"""Two gateway processes on one port. Both processes serve, each has its own metrics, and each serves without the
-other."""
+"""Two gateway processes on one port. Both serve, each has its own metrics, and either serves alone if the other is
+gone."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ async def ours(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterato
 
 
 def configuration_of(folder: Path) -> str:
-    """Return the path of the first process's configuration, written as `up` would write the file to the run folder."""
+    """Write the first process's configuration to a file, as `up` does in the run folder, and return the path."""
     (file,) = folder.glob("*-gateway/cluster.yaml")
     return file.read_text()
 
 
 async def ask(ours: serving.Ours, connections: int) -> list[Any]:
-    """Make two unary calls over each of many connections. Returns the answers."""
+    """Make two unary calls over each of `connections` connections. Returns the answers."""
     channels = [grpc.aio.insecure_channel(ours.grpc, options=OWN_CONNECTION) for _ in range(connections)]
     try:
         stubs = [pb_grpc.InferenceStub(channel) for channel in channels]
@@ -69,7 +69,7 @@ def answered(endpoints: Mapping[str, str]) -> int:
 
 
 def own_process(child: Any) -> int:
-    """Return the pid of the gateway itself, not of the gateway's guard process."""
+    """Return the pid of the gateway itself, not that of its guard process."""
     (process,) = child.commands()
     return int(process.pid)
 
@@ -84,8 +84,8 @@ def sockets(child: Any, address: str) -> Counter[str]:
 async def test_both_serve_and_one_goes_on_alone(
     ours: serving.Ours, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both processes get connections, the metrics of both add up to all calls, and `status` shows both. After one
-    process is killed, the other process serves the port alone."""
+    """Both processes get connections, their metrics add up to all calls, and `status` shows both. After one process is
+    killed, the other serves the port alone."""
     ((second, at_second),) = ours.siblings
     assert at_second["grpc"] == ours.grpc
     assert int(at_second["link"].rsplit(":", 1)[1]) == int(ours.endpoints["link"].rsplit(":", 1)[1]) + 9
@@ -117,8 +117,8 @@ async def test_both_serve_and_one_goes_on_alone(
 
 
 async def test_the_second_lives_without_the_first(ours: serving.Ours) -> None:
-    """A worker learns the second gateway's address from the first gateway, and keeps the address after the first
-    gateway is killed."""
+    """A worker learns the second gateway's address from the first gateway, and keeps it after the first gateway is
+    killed."""
     ((_, at_second),) = ours.siblings
     os.kill(own_process(ours.gateway), signal.SIGKILL)
     await until(lambda: not ours.gateway.alive, "the first is gone")
@@ -136,8 +136,8 @@ async def test_the_second_lives_without_the_first(ours: serving.Ours) -> None:
 async def test_what_cannot_be_shared_is_told(
     tmp_path: Path, processes: int, arguments: list[str], code: int, message: str
 ) -> None:
-    """A process number that is not configured is refused, and so are ports of 0, which other processes could not
-    know."""
+    """A process number that is not configured is refused. Ports of 0 are refused with several processes, since other
+    processes could not know the chosen port."""
     await tenants.make_key(tmp_path)
     file = tmp_path / "cluster.yaml"
     file.write_text(serving.configuration("m", tmp_path).replace("processes: 1", f"processes: {processes}"))

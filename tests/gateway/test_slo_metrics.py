@@ -1,4 +1,4 @@
-"""Metrics by which alerts and dashboards judge calls: SLO of the model, and versions while a canary runs."""
+"""Metrics by which alerts and dashboards judge calls: the SLO of the model, and the versions while a canary runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NEVER = 1e-9
 
 
 def by(samples: Samples, name: str, *labels: str) -> dict[tuple[str, ...], float]:
-    """Return the values of a metric by these labels."""
+    """Return the values of a metric by the values of these labels."""
     found = [(dict(pairs), value) for (metric, pairs), value in samples.items() if metric == f"headrace_{name}"]
     return {tuple(pairs[label] for label in labels): value for pairs, value in found}
 
@@ -35,7 +35,8 @@ def by(samples: Samples, name: str, *labels: str) -> dict[tuple[str, ...], float
 async def test_answered_calls_are_judged_by_the_slo_of_their_model(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, slo: dict[str, float], outcome: str
 ) -> None:
-    """An answered call counts as met, or by the first objective that it missed; the objectives are exported."""
+    """An answered call counts either as met or under the first objective that it missed. The objectives are
+    exported."""
     apply_catalog(cluster, entry(**slo))
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     for _ in range(3):
@@ -47,7 +48,7 @@ async def test_answered_calls_are_judged_by_the_slo_of_their_model(
 
 
 async def test_calls_without_a_worker_fail_and_invalid_ones_do_not_count(cluster: TestCluster) -> None:
-    """A call that lacked capacity has failed; a caller's mistake is in no count."""
+    """A call that found no capacity counts as failed. An invalid call does not count."""
     apply_catalog(cluster, entry(slo_ttft_s=3600.0))
     await refused(cluster.stub.Chat(chat(), timeout=0.2))
     await refused(cluster.stub.Chat(chat(temperature=9)))
@@ -57,8 +58,8 @@ async def test_calls_without_a_worker_fail_and_invalid_ones_do_not_count(cluster
 
 
 async def test_versions_are_counted_while_a_canary_runs(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Calls count for the version that ran them, first tokens of the canary are compared, and each version's workers
-    are known. Without a canary nothing is counted."""
+    """While a canary runs, calls are counted for the version that ran them, and the canary's times to first token are
+    compared. The workers of each version are counted. Without a canary, no calls are counted."""
     await two_workers(cluster, checkpoint, bundle)
     apply_catalog(cluster, entry(versions=(VersionShare("v1", 1.0),)))
     await ask(cluster, "before")

@@ -21,7 +21,7 @@ from tests.support.cluster import LOOPBACK, sim_engine, until
 
 @pytest.mark.slow
 async def test_sigterm_ends_a_gateway_after_its_streams(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """After SIGTERM a running stream is completed, a new call is refused with a hint to call another gateway, and the
+    """After SIGTERM, a running stream is completed, and a new call is refused with a hint to call another gateway. The
     process exits with code 0 as soon as the stream has ended."""
     file, ready = tmp_path / "cluster.yaml", tmp_path / "ready.json"
     file.write_text(LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 30"))

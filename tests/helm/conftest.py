@@ -1,4 +1,4 @@
-"""Fixtures with Helm, and with every preset rendered once."""
+"""Fixtures that require Helm and render every preset once."""
 
 from __future__ import annotations
 

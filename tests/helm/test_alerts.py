@@ -1,4 +1,4 @@
-"""Alerts, played by Prometheus' own tool: each fires for its cause, stays silent otherwise, and has its runbook."""
+"""Tests of the alerts with promtool: each alert fires for its cause only, and has a runbook."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RELEASE = {
 
 @functools.cache
 def rendered() -> dict[str, Any]:
-    """The rules of the release under test."""
+    """Return the rendered Prometheus rules of the release under test."""
     return dict(helm.template(RELEASE).only("PrometheusRule")["spec"])
 
 
@@ -49,7 +49,7 @@ def alerts() -> dict[str, dict[str, Any]]:
 
 
 def series_of(case: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return a case's series in promtool's form."""
+    """Return the input series of a case in promtool's form."""
     made = []
     for name, values in case["series"].items():
         metric, _, labels = name.removesuffix("}").partition("{")
@@ -60,7 +60,10 @@ def series_of(case: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def rules_of(alert: str) -> dict[str, Any]:
-    """Return an alert with the recorded series that it needs. With all rules, the cases would take a minute."""
+    """Return the rules of one alert: the alert and the recording rules that it uses.
+
+    With all rules of the chart, the tests would take a minute.
+    """
     rules = [rule for group in rendered()["groups"] for rule in group["rules"]]
     recorded = {rule["record"]: rule["expr"] for rule in rules if "record" in rule}
     needed, text = {alert}, alerts()[alert]["expr"]
@@ -87,7 +90,7 @@ def expected(alert: str, case: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_promtool_checks_the_rules(tmp_path: Path) -> None:
-    """`promtool check rules` accepts a release's rules, and those for Prometheus without Helm."""
+    """`promtool check rules` accepts the rules of a release, and the rules for a Prometheus without Helm."""
     file = tmp_path / "rules.yaml"
     file.write_text(yaml.safe_dump(rendered()))
     for path in (file, PLAIN_RULES):
@@ -99,7 +102,10 @@ def test_promtool_checks_the_rules(tmp_path: Path) -> None:
 
 
 def test_each_alert_fires_for_its_cause_and_not_otherwise(tmp_path: Path) -> None:
-    """alerts.yaml has cases of both kinds for each alert, and promtool finds in each what the case says."""
+    """In promtool, each alert fires in the cases of alerts.yaml that expect it, and is silent in the others.
+
+    Each alert has cases of both kinds.
+    """
     assert CASES.keys() == alerts().keys()
     files = []
     for alert, kinds in CASES.items():
@@ -132,7 +138,7 @@ def test_each_alert_fires_for_its_cause_and_not_otherwise(tmp_path: Path) -> Non
 
 
 def test_texts_name_labels_that_the_alert_has() -> None:
-    """Every label in the texts of an alert is one that the alert has in its cases."""
+    """The texts of an alert use only labels that the alert has."""
     for name, rule in alerts().items():
         texts = "".join(rule["annotations"].values())
         for case in CASES[name]["fires"]:
@@ -142,7 +148,7 @@ def test_texts_name_labels_that_the_alert_has() -> None:
 
 
 def test_limits_come_from_values() -> None:
-    """Every setting of monitoring.alerts changes the rules, and each model's own target is in them."""
+    """Every setting of monitoring.alerts is used in the rules, and the rules contain each model's SLO target."""
     defaults = yaml.safe_load((helm.CHART / "values.yaml").read_text())["monitoring"]["alerts"]
     text = (helm.CHART / "files" / "alerts" / "headrace.yaml").read_text()
     assert set(re.findall(r"\$\{(\w+)\}", text.split("groups:", 1)[1])) == {*defaults, "cluster", "namespace", "name"}
@@ -163,13 +169,13 @@ def test_limits_come_from_values() -> None:
     [{"startTime": "half an hour"}, {"latencyTarget": 1}, {"lostworkers": 3}, {"minimumCalls": 0}, {"restarts": None}],
 )
 def test_a_wrong_limit_is_refused(wrong: Mapping[str, Any]) -> None:
-    """A setting with a wrong name, unit or range, or with none, is refused with its path."""
+    """A setting with a wrong name, a wrong unit or an invalid value is refused, and the error has its path."""
     with pytest.raises(HelmFailed, match=r"monitoring[./]alerts"):
         helm.template({"monitoring": {"rules": {"enabled": True}, "alerts": wrong}})
 
 
 def test_rules_look_at_their_own_cluster_only() -> None:
-    """Every series of ours in a rule is selected by this release's cluster, so that two releases do not share rules."""
+    """The rules select only Headrace series of the release's own cluster, so that other releases do not affect them."""
     for group in rendered()["groups"]:
         for rule in group["rules"]:
             for name, rest in re.findall(r"\b(headrace[_:][a-z0-9_:]+)(\{headrace_cluster=\"c\")?", rule["expr"]):
@@ -187,7 +193,7 @@ def command_lines(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_each_alert_has_its_runbook(name: str) -> None:
-    """The page of an alert is named like the alert, has the four headings in order, and its commands exist."""
+    """The runbook of an alert has the alert's name and the four headings in order, and its commands exist."""
     text = (RUNBOOKS / f"{name}.md").read_text()
     assert text.startswith(f"# {name}\n")
     assert tuple(re.findall(r"^## .*$", text, re.MULTILINE)) == HEADINGS
@@ -208,7 +214,7 @@ def help_of(*path: str) -> str | None:
 
 
 def check_command(words: list[str]) -> None:
-    """Check that a command and its options exist."""
+    """Assert that a command and its options exist."""
     groups = {group.name for group in app.registered_groups}
     path = words[:1]
     if words[0] in groups and len(words) > 1 and re.fullmatch("[a-z-]+", words[1]) and help_of(*words[:2]):
@@ -220,7 +226,7 @@ def check_command(words: list[str]) -> None:
 
 
 def test_an_unknown_command_is_found() -> None:
-    """The check of commands finds a command and an option that do not exist."""
+    """`check_command` fails for an unknown command and for an unknown option."""
     with pytest.raises(AssertionError, match="no command"):
         check_command(["models-weight", "m"])
     with pytest.raises(AssertionError, match="no option"):
@@ -234,7 +240,7 @@ ENGINE_ARGUMENTS = {"max_num_seqs", "gpu_memory_utilization"}
 
 @functools.cache
 def reference_names() -> frozenset[str]:
-    """Return the names of the reference and of the chart's values: paths of keys, each key, metrics and options."""
+    """Return all names in docs/reference and in the chart's README: paths of keys, single keys, metrics and options."""
     pages = [*(ROOT / "docs" / "reference").glob("*.md"), helm.CHART / "README.md"]
     text = "".join(page.read_text() for page in pages)
     paths = re.findall(r"^\| `([\w.\[\]]+)`", text, re.MULTILINE)
@@ -243,9 +249,9 @@ def reference_names() -> frozenset[str]:
 
 
 def unknown_names(text: str) -> list[str]:
-    """Return the names in a page that look like log events and are neither events nor names of the reference.
+    """Return the names in a page that look like log events but are neither log events nor names of the reference.
 
-    A name looks like an event if it begins with the area of one, or if it is one word of several parts.
+    A name looks like a log event if it begins with the area of an event, or if it is a single word with underscores.
     """
     names = re.findall(r"`([a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*)?)`", text)
     like = [name for name in names if (name.split(".")[0] in AREAS if "." in name else "_" in name)]
@@ -254,12 +260,12 @@ def unknown_names(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", sorted(RUNBOOKS.glob("*.md")), ids=lambda page: page.stem)
 def test_log_events_in_runbooks_exist(page: Path) -> None:
-    """Every name in a runbook that looks like a log event is one of the events that are logged."""
+    """Each name in a runbook that looks like a log event is a log event or a name of the reference."""
     assert unknown_names(page.read_text()) == []
 
 
 def test_an_unknown_log_event_is_found() -> None:
-    """The check of events finds names of an old form and events that do not exist, and no keys and metrics."""
+    """`unknown_names` returns outdated and unknown event names, but neither configuration keys nor metrics."""
     text = "`link_down`, `link.lost`, `link.connected`, `scaling.gpu_budget`, `headrace_worker_info`, `max_num_seqs`"
     assert unknown_names(text) == ["link_down", "link.lost"]
 

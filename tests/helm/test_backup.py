@@ -1,4 +1,4 @@
-"""Backups of the chart: the CronJob, its volume, and its program against a real PostgreSQL."""
+"""Backups of the Helm chart: the CronJob, its volume, and its program with a real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -26,26 +26,28 @@ UPLOAD = {
 
 
 def pod(rendered: helm.Rendered) -> dict[str, Any]:
-    """Return the pod of the backup's CronJob."""
+    """Return the pod spec of the backup's CronJob."""
     job = rendered.only("CronJob")["spec"]["jobTemplate"]
     return dict(job["spec"]["template"]["spec"])
 
 
 def rendered_backup(**backup: Any) -> helm.Rendered:
-    """Render the chart with backups turned on."""
+    """Return the chart rendered with backups on. `backup`: further values of the section `backup`."""
     return helm.template(TRIAL, {"backup": {"enabled": True, **backup}})
 
 
 def test_backups_are_off_until_turned_on() -> None:
-    """Without `backup.enabled` there is neither a CronJob nor a claim."""
+    """Without `backup.enabled` there is neither a CronJob nor a volume claim."""
     rendered = helm.template(TRIAL)
     assert rendered.all("CronJob") == []
     assert rendered.all("PersistentVolumeClaim") == []
 
 
 def test_dumps_have_a_volume_of_their_own() -> None:
-    """The chart's claim survives `helm uninstall`; an existing claim is used as it is. No pod of the release mounts it,
-    and the objects satisfy the schemas."""
+    """Backups have a volume claim of their own, which survives `helm uninstall`. An existing claim can be used instead.
+
+    The objects satisfy the Kubernetes schemas.
+    """
     rendered = rendered_backup()
     claim = rendered.only("PersistentVolumeClaim")
     assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
@@ -60,8 +62,10 @@ def test_dumps_have_a_volume_of_their_own() -> None:
 
 
 def test_an_upload_comes_after_the_dump() -> None:
-    """With `upload` the dump is an init container, so the upload starts only when the dump is complete. It reads the
-    volume and cannot change it."""
+    """With `upload`, the dump runs in an init container, so that the upload starts after the dump is complete.
+
+    The upload container mounts the volume read-only.
+    """
     spec = pod(rendered_backup(upload=UPLOAD))
     (dump,), (upload,) = spec["initContainers"], spec["containers"]
     assert (dump["name"], upload["name"], upload["image"]) == ("backup", "upload", UPLOAD["image"])
@@ -86,7 +90,7 @@ def test_an_upload_comes_after_the_dump() -> None:
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any], part: str) -> None:
-    """An error names the value."""
+    """The error for an invalid backup value names the value."""
     with pytest.raises(helm.HelmFailed, match=part):
         helm.template(TRIAL, values)
 
@@ -100,8 +104,10 @@ def server() -> Iterator[postgres.PostgresServer]:
 
 @pytest.mark.needs("postgresql")
 def test_the_program_dumps_and_keeps_the_newest(server: postgres.PostgresServer, tmp_path: Path) -> None:
-    """The container's program, as rendered, writes a dump that `pg_restore` brings into an empty database, and keeps
-    the newest files. A database that is away leaves the files as they were, and the program fails."""
+    """The backup program writes a dump that `pg_restore` can restore, and keeps only the newest dumps.
+
+    If the database is unreachable, the program fails and leaves the earlier dumps unchanged.
+    """
     url = server.new_database()
     ledger = Ledger(url)
     ledger.upgrade()

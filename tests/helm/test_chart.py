@@ -1,6 +1,4 @@
-"""Checks of the chart by Helm itself (lint, package, upgrade without a restart), and of every object by the API's
-schemas.
-"""
+"""Tests of the chart: Helm's lint and package, upgrades without restarts, and the schema of every object."""
 
 from __future__ import annotations
 
@@ -34,7 +32,10 @@ def test_helm_finds_no_fault(values: Path | None) -> None:
 
 
 def test_the_package_holds_what_is_rendered(tmp_path: Path) -> None:
-    """The chart's package contains rules and dashboards, and renders like the folder."""
+    """The chart's package contains the alert rules and the values schema.
+
+    It renders the same objects as the chart's folder.
+    """
     helm.run("package", helm.CHART, "-d", tmp_path)
     (package,) = tmp_path.glob("headrace-*.tgz")
     with tarfile.open(package) as whole:
@@ -48,9 +49,7 @@ def test_the_package_holds_what_is_rendered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("release", schemas.RELEASES)
 def test_the_api_takes_every_object(preset: Rendered, release: str) -> None:
-    """The Kubernetes API accepts every built-in object strictly: an unknown field would be refused. Custom resources
-    are not checked here.
-    """
+    """The Kubernetes API's strict schemas accept every built-in object. Custom resources are not checked here."""
     for item in preset.objects:
         if schemas.is_built_in(item):
             schemas.check_built_in(item, release)
@@ -60,8 +59,9 @@ def test_the_api_takes_every_object(preset: Rendered, release: str) -> None:
 
 @needs_definitions
 def test_operators_take_every_object(preset: Rendered) -> None:
-    """RayCluster, ScaledObject, PodMonitor, PrometheusRule and routes are valid, and no field of these objects is
-    pruned. A kind whose definition is missing is named in the reason of a skip.
+    """Each custom resource satisfies its definition, and no field of it would be pruned.
+
+    If a definition is missing, the test is skipped with the name of the kind.
     """
     unknown = schemas.without_definition(preset.objects)
     assert set(unknown) <= MAYBE_UNDEFINED
@@ -79,7 +79,7 @@ def test_operators_take_every_object(preset: Rendered) -> None:
 
 @needs_definitions
 def test_the_schemas_see_what_is_wrong() -> None:
-    """The schemas refuse a misspelt field, a wrong type and a missing field, in an object of each sort."""
+    """The schemas refuse misspelt and missing fields in built-in objects and in custom resources, and wrong types."""
     rendered = helm.template(next(path for path in helm.PRESETS if path.stem == "multi-tenant"))
 
     def without(item: dict[str, Any], *path: str) -> dict[str, Any]:
@@ -131,9 +131,7 @@ def test_a_new_model_restarts_no_gateway() -> None:
 
 
 def test_images_come_from_the_site() -> None:
-    """If the site names a registry of its own, every image is pulled from that registry, including the images of
-    stores.
-    """
+    """If the values name an image registry, every image is pulled from it, including those of PostgreSQL and Valkey."""
     name = "registry.inside:5000/team"
     airgapped = next(path for path in helm.PRESETS if path.stem == "local-cpu")
     rendered = helm.template(airgapped, {"global": {"imageRegistry": name}, "imagePullSecrets": [{"name": "pull"}]})
@@ -167,7 +165,7 @@ def test_a_digest_pins_an_image() -> None:
 
 
 def test_extra_objects_are_templates() -> None:
-    """Extra objects are rendered as templates that see the release."""
+    """Extra objects are rendered as templates, which can use the release's name and namespace."""
     extra = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -179,9 +177,7 @@ def test_extra_objects_are_templates() -> None:
 
 
 def test_revoked_certificates_reach_the_gateways() -> None:
-    """The gateway's configuration names the pod's file of revoked certificates, so that a stolen certificate is
-    refused.
-    """
+    """The gateway's configuration names the mounted file of revoked certificates, so that the gateway refuses them."""
     lines = ["0A:1B", "0C\tCN=headrace link authority\tstolen"]
     rendered = helm.template({"revoked": {"links": lines}})
     held = rendered.only("ConfigMap", "headrace-revoked")["data"]
@@ -199,8 +195,9 @@ def test_revoked_certificates_reach_the_gateways() -> None:
 
 
 def test_two_clusters_side_by_side() -> None:
-    """Each Ray cluster has an image, a version of Ray, a network and a storage namespace of its own; the configuration
-    uses one Ray cluster.
+    """Two Ray clusters of a release have separate images, Ray versions, network policies and storage namespaces.
+
+    The configuration may use only one of them.
     """
     url = "http://headrace-green-head-svc:8265"
     used = [{"name": "green", "dashboard_url": url, "token_file": "/secrets/ray-token"}]
@@ -220,7 +217,7 @@ def test_two_clusters_side_by_side() -> None:
 
 
 def test_notes_tell_the_next_step() -> None:
-    """`helm install` ends with notes on secrets, on a key and on the first call."""
+    """`helm install` ends with notes on how to create the secrets and a key, and how to make the first call."""
     text = helm.run(
         "install", "headrace", helm.CHART, "-n", "ns", "--dry-run=client", "-f", helm.PRESETS[0], "--hide-secret"
     )

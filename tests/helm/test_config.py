@@ -1,4 +1,4 @@
-"""Inputs of pods, checked by the programs that read the inputs: the configuration, command lines, Ray's own parsers."""
+"""The pods' configuration, command lines and Ray settings, checked by the programs that read them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODELS = "{api_version: headrace/v1, name: x, models: []}"
 
 
 def merged(under: Any, over: Any) -> Any:
-    """Return values merged over a chart's own values, as Helm does."""
+    """Return `over` merged over `under`, as Helm merges given values over a chart's own values."""
     if isinstance(under, dict) and isinstance(over, dict):
         return {key: merged(under.get(key), over.get(key, under.get(key))) for key in {**under, **over}}
     return over
@@ -37,9 +37,7 @@ def merged(under: Any, over: Any) -> Any:
 
 @pytest.mark.parametrize("file", helm.PRESETS, ids=lambda file: file.stem)
 def test_the_configuration_is_the_values_verbatim(file: Path) -> None:
-    """No value is renamed, dropped or rounded on the way into cluster.yaml, and the program's
-    parser accepts the file.
-    """
+    """The values below `config` reach cluster.yaml unchanged, and the program's parser accepts the file."""
     values = yaml.safe_load((helm.CHART / "values.yaml").read_text())["config"]
     wanted = merged(values, yaml.safe_load(file.read_text()).get("config", {}))
     text = helm.template(file).cluster_yaml
@@ -65,7 +63,7 @@ def test_large_numbers_and_words_of_yaml_survive() -> None:
 
 
 def test_a_password_of_the_limits_store_makes_the_file_a_secret() -> None:
-    """The configuration file is a Secret if the limits store has a password, otherwise a ConfigMap."""
+    """The configuration file is in a Secret if the URL of the limits store has a password, otherwise in a ConfigMap."""
     url = "rediss://:hidden@valkey:6379/0"
     assert helm.template({"config": {"store": {"limits_url": url}}}).only("Secret", "headrace-config")
     assert helm.template({"config": {"store": {"limits_url": "redis://valkey:6379"}}}).only(
@@ -77,14 +75,14 @@ def test_a_password_of_the_limits_store_makes_the_file_a_secret() -> None:
 
 
 def secrets_by_name() -> dict[str, Any]:
-    """Return the Secrets that `headrace pod secrets` makes: name -> key -> value."""
+    """Return the Secrets that `headrace pod secrets` makes, as name -> key -> value."""
     made: Any = manifests(NAMESPACE, "headrace", (), None, 30).objects
     return {item["metadata"]["name"]: item["stringData"] for item in made}
 
 
 @pytest.mark.parametrize("part", ["gateway", "controller"])
 def test_the_command_lines_serve(preset: Rendered, part: str, tmp_path: Path) -> None:
-    """The arguments of each pod pass `--check`, with the files from the pod's mounts and from `pod secrets`."""
+    """The arguments of each pod pass `--check` with the pod's mounted files and the Secrets of `pod secrets`."""
     name = f"headrace-{part}"
     (workload,) = (
         o for o in preset.objects if o["kind"] in ("StatefulSet", "Deployment") and o["metadata"]["name"] == name
@@ -106,7 +104,7 @@ def test_the_command_lines_serve(preset: Rendered, part: str, tmp_path: Path) ->
 
 
 def test_the_jobs_command_line_is_known(preset: Rendered) -> None:
-    """`db upgrade` accepts the options of the Job."""
+    """`db upgrade` accepts the options that the database Job passes."""
     (container,) = preset.only("Job", "headrace-database")["spec"]["template"]["spec"]["containers"]
     assert container["command"] == ["headrace"]
     done = CliRunner().invoke(app, [*container["args"], "--help"])
@@ -114,7 +112,7 @@ def test_the_jobs_command_line_is_known(preset: Rendered) -> None:
 
 
 def test_the_notes_command_lines_are_known() -> None:
-    """Each option on the command lines of the notes exists."""
+    """Each option on the command lines in the chart's notes exists."""
     text = (helm.CHART / "templates" / "NOTES.txt").read_text()
     commands = [
         line.split("headrace ", 1)[1] for line in text.replace("-- env HEADRACE_API_KEY=$KEY ", "-- ").split("-- ")
@@ -133,7 +131,7 @@ def test_the_notes_command_lines_are_known() -> None:
 
 
 def test_the_schema_of_config_is_the_programs() -> None:
-    """The chart's schema of config equals the program's schema (scripts/chart_schema.py, from cluster/config)."""
+    """The chart's schema of `config` equals the schema that scripts/chart_schema.py makes from the program."""
     command = [sys.executable, "scripts/chart_schema.py", "--check"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
@@ -168,8 +166,9 @@ print("ANSWER " + json.dumps(out))
 
 @pytest.mark.slow
 def test_ray_reads_every_cluster_and_places_every_model() -> None:
-    """Ray's autoscaler and `ray start` read each RayCluster alike, and the cluster's groups at their maximum hold all
-    models.
+    """Ray's autoscaler and `ray start` read the same resources from each RayCluster.
+
+    At their maximum size, the cluster's worker groups have room for all models.
     """
     rendered = {file.stem: helm.template(file) for file in helm.PRESETS}
     clusters = [release.only("RayCluster") for release in rendered.values()]

@@ -19,13 +19,13 @@ UTILIZATION, OVERHEAD_GIB, BYTES_A_VALUE = 0.92, 2, 2
 
 
 def rows() -> list[list[str]]:
-    """Return the cells of the table of sizes."""
+    """Return the rows of the table of model sizes, each as a list of cells."""
     table = DOCS[0].read_text().split("| model | parameters")[1].split("\n\n")[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
 def test_sizes_follow_the_formula() -> None:
-    """Each row of the table of sizes follows the formula, to the digits that the row shows."""
+    """Each row of the table of model sizes follows the formula, to the digits that the row shows."""
     table = rows()
     assert len(table) >= 8
     for name, parameters, width, weights, shape, a_token, gpus, room, tokens in table:
@@ -75,9 +75,7 @@ def test_command_lines_are_known(file: str, words: list[str]) -> None:
 
 
 def test_enough_command_lines_were_seen() -> None:
-    """The reader of command lines finds the documented command lines: the lines of five known
-    commands are among them.
-    """
+    """`command_lines` finds the documented command lines, among them a few that are known."""
     commands = {" ".join(words[:2]) for _, words in command_lines()}
     assert {"pod secrets", "tenants create", "keys create", "chat default", "db upgrade", "import litellm"} <= commands
 

@@ -1,5 +1,6 @@
-"""Hooks of the chart: the configuration is checked before any object changes, and the check uses only objects that
-exist by then.
+"""Helm hooks of the chart: the configuration is checked before any object of the release changes.
+
+The check uses only objects that exist before the release.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ BEFORE = {"pre-install", "pre-upgrade"}
 
 
 def hooks(item: dict[str, Any]) -> set[str]:
-    """Return the hook phases in which an object is made; empty for an object of the release itself."""
+    """Return the Helm hook phases of an object; empty for an ordinary object of the release."""
     named = item["metadata"].get("annotations", {}).get(HELM, "")
     return set(filter(None, named.split(",")))
 
 
 def weight(item: dict[str, Any]) -> int:
-    """Return the order of an object among the hooks of a phase."""
+    """Return an object's order among the hooks of its phase."""
     return int(item["metadata"]["annotations"].get("helm.sh/hook-weight", "0"))
 
 
 def needs(job: dict[str, Any]) -> set[tuple[str, str]]:
-    """Return (kind, name) of the objects without which the pod of a Job cannot start."""
+    """Return (kind, name) of the objects that the pod of a Job needs to start."""
     spec = job["spec"]["template"]["spec"]
     needed = {("ServiceAccount", spec["serviceAccountName"])}
     for volume in spec["volumes"]:
@@ -48,7 +49,10 @@ def needs(job: dict[str, Any]) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("url", ["", "redis://:password@valkey:6379/0"])
 def test_the_check_needs_nothing_that_comes_later(url: str) -> None:
-    """The check needs no object of the release: at the first install a check that needs one would wait for ever."""
+    """The configuration check needs no object of the release.
+
+    At the first install such objects do not exist, and the check would wait for them forever.
+    """
     rendered = helm.template({"config": {"store": {"limits_url": url}}, "priorityClasses": {"create": True}})
     job = rendered.only("Job", "headrace-check")
     assert hooks(job) == BEFORE
@@ -62,7 +66,7 @@ def test_the_check_needs_nothing_that_comes_later(url: str) -> None:
 
 
 def test_the_check_reads_what_gateways_will_read(preset: Rendered) -> None:
-    """The check reads the same configuration text as the gateways, with the same image."""
+    """The configuration check reads the same text as the gateways, with the same image."""
     job = preset.only("Job", "headrace-check")
     (container,) = job["spec"]["template"]["spec"]["containers"]
     (gateway,) = (
@@ -83,8 +87,9 @@ def test_the_check_reads_what_gateways_will_read(preset: Rendered) -> None:
 
 
 def test_the_check_passes_presets_and_fails_a_wrong_model(preset: Rendered, tmp_path: Path) -> None:
-    """The command of the check exits with 0 on the mounted file of each preset, and with 2 on a wrong model, which
-    fails the Job at once.
+    """The configuration check exits with 0 for each preset, and with 2 for a wrong model.
+
+    Exit code 2 fails the check's Job at once.
     """
     job = preset.only("Job", "headrace-check")
     (container,) = job["spec"]["template"]["spec"]["containers"]
@@ -102,9 +107,10 @@ def test_the_check_passes_presets_and_fails_a_wrong_model(preset: Rendered, tmp_
 
 
 def test_the_tables_are_made_beside_the_release_under_argo_cd(preset: Rendered) -> None:
-    """Under Argo CD the Job that makes the tables runs with the release. Argo CD maps post-install and pre-upgrade to
-    both PreSync and PostSync, unless an object names a hook of its own. Before the first sync there is neither the
-    Job's account nor a database.
+    """Under Argo CD, the Job that creates the database tables runs in the phase Sync, together with the release.
+
+    From the Job's Helm hooks alone, Argo CD would also run it in the phase PreSync. At the first sync, neither the
+    Job's service account nor a database exists in that phase.
     """
     job = preset.only("Job", "headrace-database")
     assert job["metadata"]["annotations"][ARGO] == "Sync"

@@ -1,4 +1,4 @@
-"""Image recipes: hadolint finds no fault, no image runs as root, and every file that a recipe names exists."""
+"""Dockerfiles: hadolint finds no fault, no image runs as root, and every file that they copy exists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.name)
 def test_hadolint_finds_no_fault(recipe: Path) -> None:
-    """hadolint passes each recipe in its strictest mode."""
+    """hadolint accepts each Dockerfile in its strictest mode."""
     hadolint = Path(sys.prefix) / "bin" / "hadolint"
     done = subprocess.run(
         [hadolint, "--failure-threshold", "style", str(recipe)], capture_output=True, text=True, check=False
@@ -30,7 +30,7 @@ def test_hadolint_finds_no_fault(recipe: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.name)
 def test_versions_are_named_and_nobody_is_root(recipe: Path) -> None:
-    """Base images have versions, the last user of each shipped image is a number, and every copied file exists."""
+    """Base images have versions, the last user of each shipped image is numeric, and every copied file exists."""
     text = recipe.read_text()
     arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
     stages = re.findall(r"^FROM (\S+) AS (\S+)$", text, re.MULTILINE)
@@ -55,7 +55,7 @@ def test_versions_are_named_and_nobody_is_root(recipe: Path) -> None:
 
 
 def by_stage(text: str) -> dict[str, str]:
-    """Return the lines of each build stage."""
+    """Return the lines of each build stage, by the stage's name."""
     parts = re.split(r"^FROM \S+ AS (\S+)$", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -71,7 +71,10 @@ def test_the_gateways_image_has_no_engine() -> None:
 
 
 def test_versions_agree() -> None:
-    """Images, chart, package and the pinned Ray and vLLM have the same versions."""
+    """Images, chart and package have the same version of Headrace.
+
+    The versions of Ray and vLLM match the pinned versions.
+    """
     project = (ROOT / "pyproject.toml").read_text()
     version = re.search(r'^fallback_version = "(.+)\.dev0"$', project, re.MULTILINE)
     assert version is not None
@@ -98,9 +101,7 @@ def test_versions_agree() -> None:
 
 
 def test_the_compose_file_starts_a_right_configuration() -> None:
-    """The program's parser accepts the configuration that the compose file mounts, and each container has no
-    privileges.
-    """
+    """The program's parser accepts the configuration that the compose file mounts, and no container has privileges."""
     for name, service in COMPOSE["services"].items():
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name

@@ -70,7 +70,7 @@ VARIABLES = {
 
 
 def panels() -> Iterator[tuple[str, str]]:
-    """Yield (dashboard and panel, query), with Grafana's variables replaced as Grafana replaces them."""
+    """Yield (dashboard and panel, query) of each panel, with values in place of Grafana's variables."""
     for file in DASHBOARDS:
         dashboard = json.loads(file.read_text())
         found = [
@@ -83,13 +83,13 @@ def panels() -> Iterator[tuple[str, str]]:
 
 
 def scaling() -> Iterator[tuple[str, str]]:
-    """Yield the queries of KEDA."""
+    """Yield (source, query) of each KEDA trigger."""
     for trigger in helm.template(MONITORED).only("ScaledObject")["spec"]["triggers"]:
         yield "keda", trigger["metadata"]["query"]
 
 
 def selectors(expression: Any) -> Iterator[Any]:
-    """Yield every selector of series in a parsed query."""
+    """Yield every series selector in a parsed query."""
     if isinstance(expression, promql.VectorSelector):
         yield expression
     for name in ("expr", "lhs", "rhs", "vector_selector", "param"):
@@ -101,7 +101,7 @@ def selectors(expression: Any) -> Iterator[Any]:
 
 
 def labels_of(metric: str) -> set[str]:
-    """Return the labels of one of our metrics, by the name of the metric in Prometheus. Raises KeyError."""
+    """Return the labels of a metric, given its name in Prometheus. Raises KeyError for an unknown metric."""
     if metric in FOREIGN:
         return FOREIGN[metric] | SCRAPED
     if metric in ENGINE_DEFINITIONS:
@@ -126,13 +126,14 @@ VALUES = {
 
 
 def queries() -> list[tuple[str, str]]:
-    """Return the queries of the rules, of the dashboards and of the autoscaler."""
+    """Return (source, query) of each rule, dashboard panel and autoscaler trigger."""
     return [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules()] + [*panels(), *scaling()]
 
 
 def test_every_query_is_promql_over_metrics_that_exist() -> None:
-    """Prometheus' grammar parses each query, and each metric, label and label value in the query
-    exists in the gateway.
+    """Each query is valid PromQL over metrics, labels and label values that exist.
+
+    Every metric of the gateway is queried.
     """
     names = set()
     asked = queries()
@@ -153,7 +154,7 @@ def test_every_query_is_promql_over_metrics_that_exist() -> None:
 
 
 def test_the_rule_itself_sees_what_it_should() -> None:
-    """The check finds an unknown metric, a histogram without its suffix, and a selector deep inside a query."""
+    """`labels_of` rejects an unknown metric and a histogram without its suffix. `selectors` finds nested selectors."""
     with pytest.raises(KeyError):
         labels_of("headrace_request_total")
     with pytest.raises(KeyError):
@@ -163,7 +164,7 @@ def test_the_rule_itself_sees_what_it_should() -> None:
 
 
 def test_prometheus_itself_evaluates_every_query(tmp_path: Path) -> None:
-    """Each query has no value over no series. A query that the engine cannot type would be an error."""
+    """Prometheus evaluates each query without a type error. Without any series, the result is empty."""
     asked = [query for where, query in queries() if "absent(" not in query and "vector(" not in query]
     expressions = [{"expr": query, "eval_time": "5m", "exp_samples": []} for query in asked]
     tests = tmp_path / "tests.yaml"
@@ -178,7 +179,7 @@ def test_prometheus_itself_evaluates_every_query(tmp_path: Path) -> None:
 
 
 def test_alerts_reach_somebody() -> None:
-    """Alertmanager's own tool finds a receiver for every severity through the routes of the example."""
+    """With the example configuration, Alertmanager's own tool routes each severity to the expected receiver."""
     amtool, config = program("amtool"), ROOT / "deploy" / "monitoring" / "alertmanager.yaml"
     done = subprocess.run([amtool, "check-config", str(config)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -192,8 +193,9 @@ def test_alerts_reach_somebody() -> None:
 
 
 def test_dashboards_travel_whole() -> None:
-    """Each dashboard is a ConfigMap that Grafana's sidecar finds, with panels that do not overlap. Its content is
-    unchanged but for the address of the runbooks.
+    """Each dashboard becomes a ConfigMap that Grafana's sidecar finds. Only the address of the runbooks is replaced.
+
+    The panels of a dashboard do not overlap.
     """
     address = "https://runbooks.example.com"
     rendered = helm.template(MONITORED, {"monitoring": {"alerts": {"runbookUrl": address}}})

@@ -104,5 +104,5 @@ FIELDS: dict[str, Callable[[], bool]] = {
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_the_field_can_be_set(field: str) -> None:
-    """The field is in the rendered group as its operator wrote it."""
+    """Each field of the worker group is rendered as written in the values."""
     assert FIELDS[field]()

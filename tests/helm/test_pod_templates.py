@@ -1,4 +1,4 @@
-"""Pod templates of an operator: every field reaches the pod, and nothing that the chart needs can be overridden."""
+"""Pod templates in the values: every field reaches the pod, and no field can override what the chart needs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MOUNT = {"name": "extra", "mountPath": "/extra", "readOnly": True}
 
 
 def template(part: str) -> dict[str, Any]:
-    """Return a pod template with every field that a platform team asked for."""
+    """Return a pod template that sets every field that platform teams have asked for."""
     return {
         "metadata": {"labels": {"queue": "team-a"}, "annotations": {"karpenter.sh/do-not-disrupt": "true"}},
         "spec": {
@@ -62,7 +62,7 @@ def template(part: str) -> dict[str, Any]:
 
 
 def values(part: str, given: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Return values with a pod template for one part. `more`: further keys of the worker group."""
+    """Return values with the pod template `given` for one part. `more`: further keys of the worker group."""
     group = {**GROUP, **more, **({"podTemplate": given} if part == "worker" else {})}
     head = {"podTemplate": given} if part == "head" else {}
     made: dict[str, Any] = {"ray": {"clusters": [{"name": "blue", "head": head, "workerGroups": [group]}]}}
@@ -87,7 +87,7 @@ def plain() -> Rendered:
 
 
 def pod(release: Rendered, part: str) -> dict[str, Any]:
-    """Return the pod template of a part."""
+    """Return the rendered pod template of a part: gateway, controller, head or worker."""
     if part in ("head", "worker"):
         spec = release.only("RayCluster")["spec"]
         group = spec["headGroupSpec"] if part == "head" else spec["workerGroupSpecs"][0]
@@ -97,7 +97,7 @@ def pod(release: Rendered, part: str) -> dict[str, Any]:
 
 
 def main(template: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the chart's container of a pod."""
+    """Return the chart's own container in a pod template."""
     return dict(template["spec"]["containers"][0])
 
 
@@ -107,13 +107,13 @@ parts = pytest.mark.parametrize("part", CONTAINERS)
 @parts
 @pytest.mark.parametrize("field", ["runtimeClassName", "affinity", "priorityClassName", "schedulerName", "hostNetwork"])
 def test_a_field_reaches_the_pod(part: str, field: str) -> None:
-    """A field of a pod that the chart does not set is set as written."""
+    """A pod field that the chart leaves unset is set as written."""
     assert pod(rendered(part), part)["spec"][field] == template(part)["spec"][field]
 
 
 @parts
 def test_annotations_and_labels_reach_the_pod(part: str) -> None:
-    """Annotations and labels are added to the chart's own, which stay."""
+    """Annotations and labels are added to those of the chart."""
     changed, before = (pod(release, part)["metadata"] for release in (rendered(part), plain()))
     assert changed["labels"] == {**before["labels"], "queue": "team-a"}
     assert changed["annotations"] == {**before.get("annotations", {}), "karpenter.sh/do-not-disrupt": "true"}
@@ -121,7 +121,7 @@ def test_annotations_and_labels_reach_the_pod(part: str) -> None:
 
 @parts
 def test_spread_constraints_are_added(part: str) -> None:
-    """A spread over another node label is added to those of the chart."""
+    """A topology spread constraint is added to those of the chart."""
     changed, before = (
         pod(release, part)["spec"].get("topologySpreadConstraints", []) for release in (rendered(part), plain())
     )
@@ -130,7 +130,7 @@ def test_spread_constraints_are_added(part: str) -> None:
 
 @parts
 def test_security_contexts_are_merged(part: str) -> None:
-    """A group and a capability are added; what makes the pod restricted stays."""
+    """A supplementary group and a capability are added, and the chart's own restrictions stay."""
     changed, before = pod(rendered(part), part), pod(plain(), part)
     security = changed["spec"]["securityContext"]
     assert security == {**before["spec"]["securityContext"], "supplementalGroups": [44]}
@@ -148,7 +148,7 @@ def test_init_containers_run_before(part: str) -> None:
 
 @parts
 def test_volumes_and_mounts_are_added(part: str) -> None:
-    """Volumes and mounts are added to those of the chart, in the chart's container only."""
+    """Volumes are added to those of the chart, and mounts are added to the chart's container."""
     changed, before = pod(rendered(part), part), pod(plain(), part)
     extra = {"name": "extra", "configMap": {"name": "extra"}}
     assert changed["spec"]["volumes"] == [*before["spec"]["volumes"], extra]
@@ -157,13 +157,16 @@ def test_volumes_and_mounts_are_added(part: str) -> None:
 
 @parts
 def test_a_longer_grace_period_holds(part: str) -> None:
-    """A longer time to end than the chart's own is taken."""
+    """A grace period that is longer than the chart's own is used."""
     assert pod(rendered(part), part)["spec"]["terminationGracePeriodSeconds"] == 900
 
 
 @parts
 def test_a_sidecar_and_variables_are_added(part: str) -> None:
-    """A sidecar comes after the chart's container, which keeps its program, and variables after the chart's own."""
+    """A sidecar is placed after the chart's container, and variables are added after the chart's own.
+
+    The chart's container keeps its program.
+    """
     changed, before = pod(rendered(part), part), pod(plain(), part)
     assert [item["name"] for item in changed["spec"]["containers"]] == [CONTAINERS[part], "proxy"]
     assert main(changed)["env"] == [*main(before)["env"], {"name": "NCCL_IB_HCA", "value": "mlx5"}]
@@ -174,7 +177,7 @@ def test_a_sidecar_and_variables_are_added(part: str) -> None:
 
 @parts
 def test_tolerations_are_added(part: str) -> None:
-    """A toleration is added to those of the part."""
+    """A toleration is added to those of the chart."""
     extra = {"key": "spot", "operator": "Exists"}
     before = pod(plain(), part)["spec"].get("tolerations", [])
     assert pod(rendered(part), part)["spec"]["tolerations"] == [*before, extra]
@@ -182,13 +185,13 @@ def test_tolerations_are_added(part: str) -> None:
 
 @parts
 def test_names_of_services_resolve_on_the_nodes_network(part: str) -> None:
-    """A pod on its node's network asks the cluster's DNS."""
+    """A pod on its node's network uses the cluster's DNS."""
     assert pod(rendered(part), part)["spec"]["dnsPolicy"] == "ClusterFirstWithHostNet"
 
 
 @parts
 def test_the_api_takes_the_merged_pod(part: str) -> None:
-    """Strict schemas accept the release with a full pod template."""
+    """The Kubernetes API's strict schemas accept the release with a full pod template."""
     for item in rendered(part).objects:
         if schemas.is_built_in(item):
             schemas.check_built_in(item, schemas.RELEASES[-1])
@@ -197,7 +200,7 @@ def test_the_api_takes_the_merged_pod(part: str) -> None:
 
 
 def test_other_pods_stay_as_they_are() -> None:
-    """A pod template of one group changes no other object but the RayCluster."""
+    """The pod template of a worker group changes only the RayCluster object, and there only the workers' pods."""
     changed = {(item["kind"], item["metadata"]["name"]): item for item in rendered("worker").objects}
     before = {(item["kind"], item["metadata"]["name"]): item for item in plain().objects}
     assert changed.keys() == before.keys()
@@ -206,15 +209,17 @@ def test_other_pods_stay_as_they_are() -> None:
 
 
 def test_an_image_volume_replaces_the_model_cache() -> None:
-    """The volume of models may be replaced whole, for example by an OCI image."""
+    """A volume named `models` replaces the chart's model cache, for example with an OCI image."""
     volume = {"name": "models", "image": {"reference": "registry.example.com/models/qwen3:1", "pullPolicy": "Always"}}
     spec = pod(helm.template(values("worker", {"spec": {"volumes": [volume]}})), "worker")["spec"]
     assert [item for item in spec["volumes"] if item["name"] == "models"] == [volume]
 
 
 def test_the_jobs_run_where_gateways_do() -> None:
-    """Jobs take scheduling and identity from the gateways' template, and the database Job the volumes and variables, so
-    that it reaches the same database with the same authority.
+    """Jobs take the node selector, the tolerations and the security settings of the gateways' pod template.
+
+    The database Job also takes its volumes and variables, to reach the same database with the same certificate
+    authority.
     """
     given = copy.deepcopy(template("gateway"))
     given["spec"]["nodeSelector"] = {"pool": "cpu"}
@@ -242,12 +247,12 @@ def test_the_jobs_run_where_gateways_do() -> None:
 
 
 def worker(**spec: Any) -> dict[str, Any]:
-    """Return values with this spec in the pod template of the group."""
+    """Return values with the pod spec `spec` in the pod template of the worker group."""
     return values("worker", {"spec": spec})
 
 
 def container(part: str, **fields: Any) -> dict[str, Any]:
-    """Return values with these fields in the pod template of the chart's container."""
+    """Return values with `fields` for the chart's container in the pod template of `part`."""
     return values(part, {"spec": {"containers": [{"name": CONTAINERS[part], **fields}]}})
 
 
@@ -292,14 +297,14 @@ REFUSED = [
 
 @pytest.mark.parametrize(("given", "words"), REFUSED)
 def test_what_would_break_the_chart_is_refused(given: Mapping[str, Any], words: str) -> None:
-    """A template that would break what the chart sets is refused with the place and the remedy."""
+    """A pod template that would break the chart is refused, and the error names the key and the remedy."""
     with pytest.raises(helm.HelmFailed) as caught:
         helm.template(given)
     assert words in str(caught.value)
 
 
 def test_times_of_probes_can_be_changed() -> None:
-    """A slow disk gets more time to start, with the chart's own handler."""
+    """The times of a probe can be changed, for example for a slow disk. The probe's handler stays the chart's own."""
     probe = main(pod(helm.template(container("gateway", startupProbe={"failureThreshold": 300})), "gateway"))[
         "startupProbe"
     ]
@@ -307,7 +312,7 @@ def test_times_of_probes_can_be_changed() -> None:
 
 
 def test_null_removes_a_field() -> None:
-    """A null in the template of a group removes what the chart sets."""
+    """A null in a pod template removes a field that the chart sets."""
     spec = pod(helm.template(worker(securityContext={"fsGroup": None})), "worker")["spec"]
     before = pod(plain(), "worker")["spec"]["securityContext"]
     assert spec["securityContext"] == {key: value for key, value in before.items() if key != "fsGroup"}
@@ -317,7 +322,7 @@ def test_null_removes_a_field() -> None:
 
 
 def test_the_cluster_may_choose_the_user() -> None:
-    """With null no pod names a user or a group, and programs that ask for the user's name get one."""
+    """If the user and group ids are null, no pod sets them. Ray's containers then have the variable USER."""
     ids = {"runAsUser": None, "runAsGroup": None, "fsGroup": None}
     release = helm.template({"podSecurity": ids})
     for name, _, spec in pods(release):
@@ -341,8 +346,9 @@ def test_another_user_is_set_everywhere() -> None:
 
 
 def test_sets_of_hosts_are_counted_in_pods() -> None:
-    """With numOfHosts, replicas count sets: the budget keeps all pods of all sets but one, and a model may need all
-    hosts of a set.
+    """With numOfHosts, a replica of the group is a set of pods, and the budget keeps the pods of all sets but one.
+
+    A model may use all hosts of a set.
     """
     models = [{"name": "m", "source": "hf://o/m", "tensor_parallel_size": 8, "pipeline_parallel_size": 4}]
     given = values("", {}, numOfHosts=4, priority=5, minReplicas=2, maxReplicas=2)
@@ -355,7 +361,7 @@ def test_sets_of_hosts_are_counted_in_pods() -> None:
 
 
 def test_a_groups_network_is_its_own() -> None:
-    """A variable of a group overrides the one of all Ray containers, and is there once."""
+    """A variable of a worker group replaces the variable of that name that is set for all Ray containers."""
     both = [{"name": "NCCL_SOCKET_IFNAME", "value": "eth0"}, {"name": "NCCL_DEBUG", "value": "WARN"}]
     given = values("", {}, extraEnv=[{"name": "NCCL_SOCKET_IFNAME", "value": "ib0"}])
     release = helm.template(given, {"ray": {"extraEnv": both}})
@@ -366,7 +372,7 @@ def test_a_groups_network_is_its_own() -> None:
 
 
 def test_two_releases_share_priority_classes() -> None:
-    """One release makes the classes under a shared name, another one uses them; neither renames its own objects."""
+    """One release creates priority classes with shared names, and another release uses them without creating them."""
     names = {"serving": "llm-serving", "workers": "llm-workers"}
     owner, guest = (helm.template({"priorityClasses": {"create": create, "names": names}}) for create in (True, False))
     assert [item["metadata"]["name"] for item in owner.all("PriorityClass")] == list(names.values())

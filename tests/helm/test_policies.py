@@ -41,9 +41,7 @@ def pods(rendered: Rendered) -> Iterator[tuple[str, dict[str, str], dict[str, An
 
 
 def containers(rendered: Rendered) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (pod and container, container), including KubeRay's autoscaler container with the settings that the chart
-    makes.
-    """
+    """Yield (pod and container, container), including the autoscaler container that KubeRay adds."""
     for name, _, spec in pods(rendered):
         for container in (*spec.get("initContainers", ()), *spec["containers"]):
             yield f"{name}/{container['name']}", container
@@ -73,7 +71,7 @@ def test_pods_are_restricted(preset: Rendered) -> None:
 
 
 def test_every_container_says_what_it_needs(preset: Rendered) -> None:
-    """Every container requests CPU and memory and limits memory, and the shared memory of a pod fits in that limit."""
+    """Every container requests CPU and memory and limits memory. A pod's shared memory fits within the memory limit."""
     for name, container in containers(preset):
         assert container["resources"]["requests"].keys() >= {"cpu", "memory"}, name
         assert "memory" in container["resources"]["limits"], name
@@ -93,9 +91,7 @@ def size(text: str) -> float:
 
 
 def test_whatever_is_written_has_a_place(preset: Rendered) -> None:
-    """If the root folder of a container is read-only, HOME, the folders named on the command line
-    and /tmp are mounted.
-    """
+    """/tmp, HOME and every other folder that a container writes to are writable mounts."""
     for name, _, spec in pods(preset):
         for container in spec["containers"]:
             mounted = [mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")]
@@ -168,8 +164,9 @@ def test_ports_are_the_programs(preset: Rendered) -> None:
 
 
 def test_links_are_found_before_they_are_ready(preset: Rendered) -> None:
-    """The headless Service publishes pods that are not ready, and the Service's port gives the SRV name that workers
-    dial.
+    """The headless Service publishes gateway pods before they are ready.
+
+    The name of its port is a part of the SRV name that workers dial.
     """
     config = parse(preset.cluster_yaml)
     links = preset.only("Service", "headrace-links")["spec"]
@@ -183,7 +180,7 @@ def test_links_are_found_before_they_are_ready(preset: Rendered) -> None:
 
 
 def test_gateways_get_the_time_to_drain(preset: Rendered) -> None:
-    """Kubernetes waits longer than the gateway's drain, including the pause before the drain."""
+    """The grace period of gateway and worker pods covers the drain and the pause before it."""
     config = parse(preset.cluster_yaml)
     for name, labels, spec in pods(preset):
         if labels["app.kubernetes.io/component"] == "gateway" or labels.get("ray.io/node-type") == "worker":
@@ -194,9 +191,7 @@ def test_gateways_get_the_time_to_drain(preset: Rendered) -> None:
 
 
 def test_one_gateway_at_a_time_goes(preset: Rendered) -> None:
-    """A disruption budget limits evictions of gateways, and the update order limits updates, to one
-    gateway at a time.
-    """
+    """Evictions and updates take down at most one gateway at a time."""
     budget = preset.only("PodDisruptionBudget", "headrace-gateway")["spec"]
     assert budget["maxUnavailable"] == 1
     for kind in ("StatefulSet", "Deployment"):
@@ -206,7 +201,10 @@ def test_one_gateway_at_a_time_goes(preset: Rendered) -> None:
 
 
 def test_rights_are_the_least(preset: Rendered) -> None:
-    """There is one Role, for one Lease. Only the controller and a Ray head with an autoscaler have a token."""
+    """There is one Role, for one Lease.
+
+    Only the controller and a Ray head with an autoscaler have a service account token.
+    """
     assert not preset.all("ClusterRole")
     (role,) = preset.all("Role")
     assert [(rule["resources"], sorted(rule["verbs"])) for rule in role["rules"]] == [
@@ -271,7 +269,7 @@ OPERATOR = Peer("kuberay", {"app": "operator"})
 
 
 def site(rendered: Rendered) -> tuple[Peer, Peer, Peer, int]:
-    """Return Prometheus, KubeRay's operator, the DNS server and its port where a release is meant to run."""
+    """Return the peers Prometheus, KubeRay's operator and DNS server, and the DNS port, on the release's platform."""
     if rendered.all("Route"):
         prometheus = Peer("openshift-user-workload-monitoring", {"app": "prometheus"})
         return prometheus, Peer("openshift-operators", {}), Peer("openshift-dns", {"dns": "default"}), 5353
@@ -284,8 +282,9 @@ def network(rendered: Rendered) -> Network:
 
 
 def test_each_reaches_what_it_dials(preset: Rendered) -> None:
-    """Each part reaches what that part dials: links, Ray's dashboard, Ray's ports, DNS. Prometheus
-    reaches its targets.
+    """Each part of the release reaches what it connects to: links, Ray's dashboard, Ray's ports and DNS.
+
+    Prometheus reaches its targets.
     """
     there, allows = peers(preset), network(preset).allows
     gateway, controller, head, worker = (there[item] for item in ("gateway", "controller", "head", "worker"))
@@ -328,7 +327,7 @@ def test_nobody_else_reaches_ray_links_or_the_admin_port(preset: Rendered) -> No
 
 
 def test_callers_reach_the_two_client_ports() -> None:
-    """Without a setting every caller reaches the two client ports; with a setting only the named callers do."""
+    """By default every caller reaches the two client ports. With `networkPolicy.clients` only the named callers do."""
     open_to_all, named = helm.template(INSIDE), helm.template(EVERYTHING)
     through = Peer("gateways", {"app": "envoy"})
     platform = Peer("platform", {"app": "shell"})
@@ -361,8 +360,10 @@ def test_stores_inside_are_reached_by_their_users_alone() -> None:
     ("endpoint", "port"), [("http://otel.monitoring:4317", 4317), ("https://otel.monitoring", 4317)]
 )
 def test_gateways_alone_reach_the_collector(endpoint: str, port: int) -> None:
-    """With `observe.tracing` gateways reach the collector's namespace at the port of the endpoint, and nothing else
-    does. Without it nobody does."""
+    """With `observe.tracing`, gateways reach the span collector at its port, and no other pod does.
+
+    Without `observe.tracing`, gateways do not reach it either.
+    """
     collector = Peer("monitoring", {"app": "otel"})
     rendered = helm.template(INSIDE, {"config": {"observe": {"tracing": {"endpoint": endpoint}}}})
     there, allows = peers(rendered), network(rendered).allows

@@ -1,4 +1,4 @@
-"""Presets do what their first lines promise."""
+"""Each preset does what the first lines of its file promise."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ def groups(rendered: Rendered) -> dict[str, dict[str, Any]]:
     ],
 )
 def test_one_model_over_two_nodes(sizes: dict[str, Any]) -> None:
-    """The group holds the model in both shapes that the preset names, no eviction may take one of its nodes, and each
-    node has the network settings of the group.
+    """The worker group has enough GPUs for the model in both parallel layouts that the preset names.
+
+    None of its nodes may be evicted, and its containers have the group's network settings.
     """
     (model,) = yaml.safe_load(preset("two-nodes").read_text())["config"]["models"]
     rendered = helm.template(preset("two-nodes"), {"config": {"models": [{**model, **sizes}]}})
@@ -57,7 +58,7 @@ def test_one_model_over_two_nodes(sizes: dict[str, Any]) -> None:
 
 
 def test_one_tensor_parallel_group_over_two_nodes_must_be_allowed() -> None:
-    """Without permission for a slow network, a group of 16 does not fit."""
+    """A tensor-parallel group of 16 GPUs over two nodes is refused if the model does not allow it explicitly."""
     (model,) = yaml.safe_load(preset("two-nodes").read_text())["config"]["models"]
     wrong = {**model, "tensor_parallel_size": 16, "pipeline_parallel_size": 1}
     with pytest.raises(helm.HelmFailed, match=r"needs 16 GPUs .* on one node"):
@@ -65,9 +66,7 @@ def test_one_tensor_parallel_group_over_two_nodes_must_be_allowed() -> None:
 
 
 def test_spot_nodes_come_first_and_end_within_their_notice() -> None:
-    """The autoscaler prefers spot nodes, which tolerate their taint and drain within the notice; the head is on
-    demand, where its end is planned.
-    """
+    """The autoscaler prefers spot nodes, whose pods end within the spot notice. The head runs on an on-demand node."""
     rendered = helm.template(preset("spot"))
     by_name = groups(rendered)
     spot, steady = by_name["spot"], by_name["on-demand"]
@@ -81,8 +80,9 @@ def test_spot_nodes_come_first_and_end_within_their_notice() -> None:
 
 
 def test_openshift_chooses_the_user() -> None:
-    """No pod names a user or group, which the constraint restricted-v2 would refuse, and the database Job has the
-    authority of the database.
+    """No pod sets a user or a group, which OpenShift's constraint restricted-v2 would refuse.
+
+    The database Job trusts the certificate authority of the database.
     """
     rendered = helm.template(preset("openshift"))
     for name, _, spec in pods(rendered):
@@ -97,8 +97,9 @@ def test_openshift_chooses_the_user() -> None:
 
 
 def test_one_job_fills_the_cache_of_all_groups() -> None:
-    """Workers of every group wait for the file that the Job writes last, on the claim that the Job fills with every
-    model of the configuration.
+    """One Job writes every model of the configuration to a volume that all worker groups share.
+
+    Workers wait for the file that the Job writes last.
     """
     rendered = helm.template(preset("airgapped-fill"))
     job = rendered.only("Job", "headrace-models-1")["spec"]["template"]["spec"]
@@ -118,7 +119,7 @@ def test_one_job_fills_the_cache_of_all_groups() -> None:
 
 
 def test_only_the_job_reaches_the_mirror() -> None:
-    """The Job reaches the mirror inside the site, no other pod does, and none reaches an address outside."""
+    """Only the Job reaches the mirror inside the site, and no pod reaches an address outside."""
     rendered = helm.template(preset("airgapped-fill"))
     there, allows, mirror = peers(rendered), network(rendered).allows, Peer(address="10.0.2.9")
     assert [part for part in there if allows(there[part], mirror, 443)] == ["models"]
@@ -128,7 +129,7 @@ def test_only_the_job_reaches_the_mirror() -> None:
 
 
 def test_workers_reach_the_object_store_and_the_metadata_server() -> None:
-    """Workers of both groups reach stores outside and the cloud's metadata server; gateways reach neither."""
+    """Workers reach object stores outside and the cloud's metadata server, which gateways do not reach."""
     rendered = helm.template(preset("object-store"))
     there, allows, metadata = peers(rendered), network(rendered).allows, Peer(address="169.254.169.254")
     assert allows(there["worker"], INTERNET, 443)

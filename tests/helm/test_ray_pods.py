@@ -37,9 +37,7 @@ def shared_memory(spec: dict[str, Any]) -> float:
 
 
 def test_the_object_store_lies_in_shared_memory(preset: Rendered) -> None:
-    """By Ray's own calculation the object store fits in /dev/shm without spilling, and leaves half of /dev/shm for
-    engines.
-    """
+    """By Ray's own calculation, the object store fits into half of /dev/shm. The other half is left for engines."""
     for name, group in ray_groups(preset):
         spec = group["template"]["spec"]
         memory = int(size(spec["containers"][0]["resources"]["limits"]["memory"]))
@@ -61,15 +59,16 @@ def test_the_object_store_follows_shared_memory(shm: str) -> None:
 
 @pytest.mark.parametrize("shm", ["255Mi"])
 def test_too_little_shared_memory_is_refused(shm: str) -> None:
-    """Shared memory is refused if half of the memory is less than Ray's minimum."""
+    """Shared memory is refused if half of it is less than Ray's minimum for the object store."""
     group = {"name": "g", "minReplicas": 0, "maxReplicas": 1, "shmSize": shm}
     with pytest.raises(helm.HelmFailed, match="shmSize"):
         helm.template({"ray": {"clusters": [{"name": "blue", "workerGroups": [group]}]}})
 
 
 def test_what_is_written_to_the_nodes_disk_is_requested(preset: Rendered) -> None:
-    """Every emptyDir on disk is covered by a disk request, so that the scheduler fills no node until the kubelet evicts
-    pods.
+    """A pod's disk request covers its emptyDir volumes, so that the scheduler does not overfill a node's disk.
+
+    On a full disk the kubelet would evict pods.
     """
     for name, _, spec in pods(preset):
         on_disk = [item["emptyDir"] for item in spec.get("volumes", ()) if "emptyDir" in item]
@@ -94,8 +93,9 @@ def variables(container: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def test_ray_itself_gives_its_replicas_the_time_to_drain(preset: Rendered) -> None:
-    """SIGTERM and the preStop hook leave calls drain_timeout_s, and Kubernetes waits longer than Ray. The head has no
-    replicas and does not wait.
+    """After SIGTERM or the preStop hook, a worker pod gives its calls drain_timeout_s to end.
+
+    Kubernetes waits longer than Ray. The head has no replicas and does not wait.
     """
     drain_timeout_s = parse(preset.cluster_yaml).gateway.drain_timeout_s
     for name, group in ray_groups(preset):
@@ -121,7 +121,10 @@ def test_rays_time_follows_the_configuration(drain_timeout_s: float) -> None:
 
 
 def test_processes_know_their_pod_and_node(preset: Rendered) -> None:
-    """The downward API sets the names by which workers and usage records are joined to Kubernetes objects."""
+    """The downward API gives the processes the names of their pod and node.
+
+    With these names, workers and usage records can be joined to Kubernetes objects.
+    """
     for _, group in ray_groups(preset):
         by_name = variables(group["template"]["spec"]["containers"][0])
         assert by_name["POD_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
@@ -131,8 +134,10 @@ def test_processes_know_their_pod_and_node(preset: Rendered) -> None:
 
 
 def test_evictions_leave_workers_and_a_head_that_engines_depend_on(preset: Rendered) -> None:
-    """Each group and each head has a disruption budget of its own, in pods. Kubernetes cannot resolve a percentage or
-    maxUnavailable for the pods of a RayCluster, and would then refuse every eviction.
+    """Each worker group and each head has its own disruption budget, given as a number of pods.
+
+    For pods of a RayCluster, Kubernetes cannot evaluate a percentage or maxUnavailable, and would refuse every
+    eviction.
     """
     budgets = [item["spec"] for item in preset.all("PodDisruptionBudget")]
     for cluster in preset.all("RayCluster"):
@@ -150,7 +155,7 @@ def test_evictions_leave_workers_and_a_head_that_engines_depend_on(preset: Rende
 
 
 def test_budgets_of_ray_can_be_set() -> None:
-    """Budgets can be set for each group, and for a head that may be evicted."""
+    """The disruption budget can be set for each worker group and for each head."""
     group = {"name": "g", "minReplicas": 3, "maxReplicas": 3, "podDisruptionBudget": {"minAvailable": 1}}
     cluster = {"name": "blue", "workerGroups": [group], "head": {"podDisruptionBudget": {"minAvailable": 0}}}
     rendered = helm.template({"ray": {"clusters": [cluster]}})

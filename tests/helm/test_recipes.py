@@ -1,4 +1,4 @@
-"""Recipes of docs/kubernetes-recipes.md: values render, objects are valid and name what the chart reads."""
+"""Recipes of docs/kubernetes-recipes.md: the values render, the objects are valid, and their names match the chart."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ OBJECTS = [item for block in BLOCKS if "kind" in block[0] for item in block]
 
 
 def test_the_recipes_are_read() -> None:
-    """The reader of the page finds values and objects."""
+    """The values and the objects on the page are found."""
     assert len(VALUES) >= 8
     assert {item["kind"] for item in OBJECTS} == {"Certificate", "ExternalSecret"}
 
 
 @pytest.mark.parametrize("values", VALUES, ids=lambda values: "+".join(values))
 def test_values_render(values: dict[str, Any]) -> None:
-    """The chart takes the values, and renders valid objects."""
+    """The chart renders valid objects from the values of each recipe."""
     for item in helm.template(values).objects:
         if schemas.is_built_in(item):
             schemas.check_built_in(item, schemas.RELEASES[-1])
@@ -40,7 +40,7 @@ def test_values_render(values: dict[str, Any]) -> None:
 
 
 def test_objects_are_valid() -> None:
-    """The operators' definitions accept the objects, where the definitions are at hand."""
+    """The operators' definitions accept the objects, if the definitions are on this machine."""
     unknown = schemas.without_definition(OBJECTS)
     for item in OBJECTS:
         if item["kind"] not in unknown:
@@ -72,7 +72,10 @@ def test_certificates_have_the_names_of_pod_secrets() -> None:
 
 
 def test_external_secrets_have_the_charts_keys() -> None:
-    """The ExternalSecrets make the Secrets with the keys that pods mount; the one with the pepper never changes."""
+    """The ExternalSecrets make the Secrets with the keys that pods mount.
+
+    The Secret with the key pepper never changes.
+    """
     asked = {item["spec"]["target"]["name"]: item["spec"] for item in OBJECTS if item["kind"] == "ExternalSecret"}
     kept = asked["headrace-secrets"]
     assert {item["secretKey"] for item in kept["data"]} == set(MADE_ONCE)

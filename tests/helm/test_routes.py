@@ -1,4 +1,4 @@
-"""Ways in and out of a release: routes, Ingresses, additional policies, DNS, and `helm test`."""
+"""Network access to and from a release: routes, Ingresses, additional policies, DNS, and `helm test`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CA = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 
 @pytest.mark.parametrize("is_routed", [False, True])
 def test_the_console_is_routed_if_wanted(is_routed: bool) -> None:
-    """The routes and Ingresses lead to the console only if that is set, and never to another path of the gateways."""
+    """Routes and Ingresses expose /v1, and the console only if `gateway.consoleRoutes` is set."""
     values = gateway_api(caConfigMap="llm-ca")
     values["gateway"] |= {"ingress": {"enabled": True, "host": "llm.example.com"}, "consoleRoutes": is_routed}
     release = helm.template(values)
@@ -50,14 +50,15 @@ def preset_file(name: str) -> Path:
 
 
 def gateway_api(**backend: Any) -> dict[str, Any]:
-    """Return values with routes and a BackendTLSPolicy."""
+    """Return values with routes and a BackendTLSPolicy. `backend`: further keys of `backendTLS`."""
     routes = {"enabled": True, "parentRefs": [{"name": "public"}], "backendTLS": {"enabled": True, **backend}}
     return {"gateway": {"gatewayApi": routes}}
 
 
 def test_a_gateway_in_front_uses_tls_to_the_gateways() -> None:
-    """The policy targets the Service of the routes, with a name that `pod secrets` issues and a ConfigMap with ca.crt,
-    which every implementation supports.
+    """The BackendTLSPolicy targets the Service of the routes, with a host name that `pod secrets` issues.
+
+    It names a ConfigMap with ca.crt, which every implementation of the Gateway API supports.
     """
     release = helm.template(gateway_api(caConfigMap="llm-ca"))
     policy = release.only("BackendTLSPolicy")
@@ -79,7 +80,7 @@ def test_a_gateway_in_front_uses_tls_to_the_gateways() -> None:
 
 
 def test_the_chart_makes_the_authoritys_configmap() -> None:
-    """From the text of the authority the chart makes the ConfigMap that the policy names."""
+    """From the text of a CA certificate, the chart makes the ConfigMap that the BackendTLSPolicy names."""
     release = helm.template(gateway_api(caCertificate=CA, hostname="llm.example.com"))
     validation = release.only("BackendTLSPolicy")["spec"]["validation"]
     (named,) = validation["caCertificateRefs"]
@@ -97,14 +98,14 @@ def test_the_chart_makes_the_authoritys_configmap() -> None:
     ],
 )
 def test_half_a_setting_is_refused(values: dict[str, Any], words: str) -> None:
-    """A setting that lacks its other half is refused."""
+    """Incomplete and contradictory settings are refused."""
     with pytest.raises(helm.HelmFailed) as caught:
         helm.template(values)
     assert words in str(caught.value)
 
 
 def test_each_protocol_has_an_ingress_with_annotations_of_its_own() -> None:
-    """One annotation on the backend's protocol holds for a whole Ingress, so gRPC and HTTP have one each."""
+    """gRPC and HTTP have an Ingress each, since an annotation for the protocol applies to a whole Ingress."""
     protocol = "nginx.ingress.kubernetes.io/backend-protocol"
     ingress = {
         "enabled": True,
@@ -125,7 +126,7 @@ def test_each_protocol_has_an_ingress_with_annotations_of_its_own() -> None:
 
 
 def test_keda_logs_in_to_prometheus() -> None:
-    """Both triggers of KEDA name the TriggerAuthentication and carry the further metadata."""
+    """Both KEDA triggers name the TriggerAuthentication and have the additional metadata."""
     scaling = {
         "kind": "keda",
         "authenticationRef": {"name": "thanos", "kind": "ClusterTriggerAuthentication"},
@@ -142,12 +143,12 @@ def test_keda_logs_in_to_prometheus() -> None:
 
 
 def rule(cidr: str, port: int) -> dict[str, Any]:
-    """Return an egress rule to one address."""
+    """Return an egress rule to the addresses `cidr` at a TCP port."""
     return {"to": [{"ipBlock": {"cidr": cidr}}], "ports": [{"port": port, "protocol": "TCP"}]}
 
 
 def test_a_site_can_open_more() -> None:
-    """Additional rules open what they name, for the part that they name, and nothing else."""
+    """Additional rules allow exactly the connections that they name, and only for the named part of the release."""
     mesh = Peer("istio-system", {"app": "istiod"})
     control = {
         "to": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "istio-system"}}}],
@@ -169,7 +170,7 @@ def test_a_site_can_open_more() -> None:
 
 
 def test_dns_may_live_elsewhere() -> None:
-    """DNS can be on another port and in another namespace, or on the node; kube-system is then closed."""
+    """DNS can be on another port and in another namespace, or on the node. DNS in kube-system is then unreachable."""
     to = [
         {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "openshift-dns"}}},
         {"ipBlock": {"cidr": "169.254.20.10/32"}},
@@ -183,7 +184,10 @@ def test_dns_may_live_elsewhere() -> None:
 
 
 def test_ray_on_the_nodes_network_reaches_its_gateways() -> None:
-    """Ray pods on the nodes' network have the nodes' addresses, which alone are let in and are reached as targets."""
+    """If Ray pods use the nodes' network, the policies allow the nodes' addresses as sources and as targets.
+
+    Other addresses stay refused.
+    """
     host = {"podTemplate": {"spec": {"hostNetwork": True}}}
     group = {"name": "g", "minReplicas": 1, "maxReplicas": 1, **host}
     given = {"ray": {"clusters": [{"name": "blue", "head": host, "workerGroups": [group]}]}}
@@ -205,13 +209,13 @@ def test_ray_on_the_nodes_network_reaches_its_gateways() -> None:
 
 @pytest.mark.parametrize("file", [*map(preset_file, ("local-cpu", "multi-tenant"))], ids=lambda file: file.stem)
 def test_each_rendering_is_the_same(file: Path) -> None:
-    """Two renderings are equal: Argo CD would show a random value as out of sync for ever."""
+    """Two renderings of a preset are equal. Argo CD would show a random value as out of sync forever."""
     command = ("template", "headrace", helm.CHART, "-n", NAMESPACE, "-f", file)
     assert helm.run(*command) == helm.run(*command)
 
 
 def test_the_test_reaches_gateways_that_are_closed_to_others() -> None:
-    """The pod of `helm test` reaches the gateways' HTTP port alone, also where only some callers may."""
+    """The pod of `helm test` reaches only the HTTP port of the gateways, even if callers are restricted."""
     clients = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress"}}}]
     release = helm.template({"networkPolicy": {"clients": clients}})
     there, allows = peers(release), network(release).allows
@@ -225,8 +229,9 @@ def test_the_test_reaches_gateways_that_are_closed_to_others() -> None:
 
 @pytest.mark.parametrize(("status", "name", "code"), [("200", "", 0), ("503", "", 1), ("200", "other.example", 1)])
 def test_the_tests_program_judges_a_gateway(tmp_path: Path, status: str, name: str, code: int) -> None:
-    """The program of `helm test` passes for an answer of 200 under the expected name, and fails for another status or
-    another certificate.
+    """The program of `helm test` passes if the gateway answers 200 with a certificate for the expected name.
+
+    It fails for another status and for another name.
     """
     made = {item["metadata"]["name"]: item["stringData"] for item in secret_objects()}
     for key, text in made["headrace-tls"].items():

@@ -1,4 +1,7 @@
-"""`secrets.create`: the chart makes its Secret once, when Helm can see the cluster, and keeps an existing Secret."""
+"""With `secrets.create`, the chart makes its Secret once and keeps an existing Secret.
+
+For this, Helm must be able to read the cluster.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,9 @@ DISCOVERY: Mapping[str, Any] = {
 
 @contextlib.contextmanager
 def api_server(objects: Mapping[str, Any]) -> Iterator[str]:
-    """Run an API server with these objects, by `secrets/NAME` or `serviceaccounts/NAME`, and yield the URL of the
-    server.
+    """Run a Kubernetes API server with these objects, and yield its URL.
+
+    `objects`: by `secrets/NAME` or `serviceaccounts/NAME`.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -77,15 +81,16 @@ OWNED = {
 
 
 def secret(*keys: str) -> dict[str, Any]:
-    """Return the Secret as an earlier install of the release made it."""
+    """Return the Secret that an earlier install of the release made, with these keys."""
     data = dict.fromkeys(keys, "b2xk")
     return {"secrets/headrace-secrets": {"apiVersion": "v1", "kind": "Secret", "metadata": OWNED, "data": data}}
 
 
 @pytest.fixture(scope="module")
 def chart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a copy of the chart that makes only the Secret. The API server would have to know the kinds of all
-    other objects.
+    """Folder with a copy of the chart that renders only the Secret.
+
+    For other objects, the fake API server would have to know their kinds.
     """
     copy = tmp_path_factory.mktemp("charts") / "headrace"
     shutil.copytree(helm.CHART, copy)
@@ -96,7 +101,7 @@ def chart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rendered(chart: Path, objects: Mapping[str, Any], *arguments: str) -> dict[str, Any]:
-    """Return the Secret that the chart renders on a cluster with these objects. Raises HelmFailed."""
+    """Return the Secret that the chart renders for a cluster with these objects. Raises HelmFailed."""
     with api_server(objects) as url:
         asked = ("--set", "secrets.create=true", "--dry-run=server", "--kube-apiserver", url, *arguments)
         text = helm.run("template", "headrace", chart, "-n", helm.NAMESPACE, "--disable-openapi-validation", *asked)
@@ -106,7 +111,7 @@ def rendered(chart: Path, objects: Mapping[str, Any], *arguments: str) -> dict[s
 
 
 def test_the_first_install_makes_the_secret(chart: Path) -> None:
-    """The first install makes a Secret that is immutable and outlives the release. Without the Secret no pod starts."""
+    """The first install makes the Secret that all pods need. The Secret is immutable and outlives the release."""
     made = rendered(chart, ACCOUNT)
     assert made["immutable"] is True
     assert made["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
@@ -132,6 +137,6 @@ def test_what_is_there_is_kept(chart: Path, arguments: tuple[str, ...]) -> None:
 def test_no_second_pepper_is_made(
     chart: Path, objects: Mapping[str, Any], arguments: tuple[str, ...], words: str
 ) -> None:
-    """The chart refuses to make a second pepper, since a second pepper would silently invalidate every API key."""
+    """The chart refuses to make a second key pepper, which would silently invalidate every API key."""
     with pytest.raises(helm.HelmFailed, match=words):
         rendered(chart, objects, *arguments)

@@ -22,12 +22,15 @@ GROUP = {"name": "gpu", "gpusPerNode": 1, "minReplicas": 0, "maxReplicas": 1}
 
 
 def cluster(**changed: Any) -> dict[str, Any]:
-    """Return values with one Ray cluster, and changes in the only group of that cluster."""
+    """Return values with one Ray cluster. `changed`: changes of its only worker group."""
     return {"ray": {"clusters": [{"name": "blue", "workerGroups": [{**GROUP, **changed}]}]}}
 
 
 def models(*entries: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
-    """Return values with these models over one group of two nodes with four H100 each, and changes in the group."""
+    """Return values with these models and one worker group of two nodes with four H100 GPUs each.
+
+    `changed`: changes of the worker group.
+    """
     group = {"gpuType": "H100", "gpusPerNode": 4, "maxReplicas": 2, **changed}
     named = [{"name": f"m{at}", "source": "hf://o/m", **entry} for at, entry in enumerate(entries)]
     return {**cluster(**group), "config": {"models": named}}
@@ -89,8 +92,9 @@ WRONG_TOGETHER = [
 
 @pytest.mark.parametrize(("values", "words"), WRONG_TOGETHER)
 def test_halves_that_do_not_fit_are_refused(values: Mapping[str, Any], words: str) -> None:
-    """Values whose halves contradict each other are refused. Such values would install, and then fail at the first
-    restart or never place a replica.
+    """Values that contradict each other are refused.
+
+    Such a release could be installed, but would fail at the first restart or never place a replica.
     """
     with pytest.raises(helm.HelmFailed) as caught:
         helm.template(values)
@@ -116,7 +120,7 @@ def test_halves_that_do_not_fit_are_refused(values: Mapping[str, Any], words: st
     ],
 )
 def test_halves_that_fit_render(values: Mapping[str, Any]) -> None:
-    """Values whose halves fit are not refused."""
+    """Values that agree with each other are rendered."""
     assert helm.template(values).cluster_yaml
 
 
@@ -223,8 +227,9 @@ TOP = {key: item for key, item in SCHEMA["properties"].items() if key not in NOT
 
 
 def draws(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values with parts that agree, as the chart demands: groups in order, heads in config, a Valkey where
-    needed. Pod templates have tests of their own.
+    """Return random values after changes that make their parts agree, as the chart demands.
+
+    Pod templates are removed, since they have tests of their own.
     """
     made: dict[str, Any] = json.loads(json.dumps(values))
     clusters = made.get("ray", {}).get("clusters")
@@ -277,8 +282,9 @@ EXAMPLES = int(os.environ.get("CHART_EXAMPLES", "8"))
 )  # shrinking would take minutes and show little more
 @given(values=st.fixed_dictionaries({}, optional={key: from_schema(item) for key, item in TOP.items()}))
 def test_whatever_the_schema_allows_renders_and_is_valid(values: Mapping[str, Any]) -> None:
-    """Every rendered object is valid by the newest API's schemas or by the object's own definition, and our parser
-    accepts the configuration.
+    """The chart renders valid objects and a valid configuration from random values that the schema allows.
+
+    An object is checked by the newest Kubernetes API's schema or by its own definition.
     """
     rendered = helm.template(draws(values))
     parse(rendered.cluster_yaml)

@@ -17,6 +17,6 @@ subprocess.run([sys.executable, "-c", child], check=True)
 
 
 def test_no_core_dump_of_a_process_and_its_children() -> None:
-    """The soft limit for core dumps is 0 for a process and its child, and the hard limit is unchanged."""
+    """For a process and its child, the soft limit for core dumps is 0. The hard limit is unchanged."""
     output = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True).stdout
     assert output.split() == ["True", "0", "0"]

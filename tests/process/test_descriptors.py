@@ -1,4 +1,4 @@
-"""The descriptor limit of a process is raised. The test runs in a separate process."""
+"""The limit on open file descriptors of a process is raised. The test runs in a separate process."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ assert raise_descriptor_limit() == wanted
 
 
 def test_the_soft_limit_becomes_the_hard_one() -> None:
-    """The soft limit on descriptors is raised to the hard limit, and a second call changes nothing."""
+    """The soft limit on descriptors is raised to the hard limit. A second call changes nothing."""
     subprocess.run([sys.executable, "-c", PROGRAM], check=True)

@@ -18,8 +18,8 @@ def resident_bytes() -> int:
 
 
 def test_holes_in_the_heap_go_back() -> None:
-    """`return_free_pages` returns pages to the system that glibc keeps after most of 80 MB of small objects were
-    freed."""
+    """After most of 80 MB of small objects are freed, `return_free_pages` returns the pages that glibc has kept to the
+    system."""
     pieces = [bytearray(PIECE) for _ in range(PIECES)]
     kept = pieces[::100]
     before = resident_bytes()
@@ -31,8 +31,8 @@ def test_holes_in_the_heap_go_back() -> None:
 
 
 async def test_it_is_done_when_nobody_calls() -> None:
-    """Free memory is never returned while a call is open, is returned once at an idle moment, and again after the
-    interval."""
+    """Free memory is returned once at an idle moment, and again after the interval. It is not returned while a call is
+    open."""
     given: list[bool] = []
     busy, looks = [True], [0]
 

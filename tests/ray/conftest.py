@@ -26,13 +26,13 @@ ENGINE_ENVIRONMENT = {
 
 
 def new_local_ray(name: str) -> LocalRay:
-    """Return a local Ray that is not started. The path of the Ray's folder is short enough for sockets."""
+    """Return a local Ray that is not started. Its folder has a path that is short enough for sockets."""
     instance = f"{name}-{uuid.uuid4().hex[:8]}"
     return LocalRay(LocalRaySettings(instance, Path(tempfile.mkdtemp(prefix="hr-"))))
 
 
 def end_local_ray(ray: LocalRay) -> None:
-    """Stop a local Ray, and delete the files of that Ray."""
+    """Stop a local Ray and delete its files."""
     ray.stop()
     shutil.rmtree(ray.log_file.parent, ignore_errors=True)
     shutil.rmtree(ray.folder, ignore_errors=True)
@@ -40,7 +40,7 @@ def end_local_ray(ray: LocalRay) -> None:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[LocalRay]:
-    """The Ray that the tests share. The processes of this Ray have the engines' environment variables."""
+    """The Ray that the tests share. Its processes have the engines' environment variables."""
     ray = new_local_ray("shared")
     # `another` simulates an engine that starts in this process. The name must not reach the ranks that this Ray starts.
     environment = {**ENGINE_ENVIRONMENT, end_causes.ENGINE: "another"}
@@ -57,7 +57,7 @@ def local_ray() -> Iterator[LocalRay]:
 
 @pytest.fixture(scope="session")
 async def backend(local_ray: LocalRay) -> AsyncIterator[ChildBackend]:
-    """A backend with a driver process on the shared Ray, for the cluster named `test`."""
+    """A backend with a driver process on the shared Ray, for a cluster named `test`."""
     driver = ChildBackend("test", local_ray.address, local_ray.environment(), local_ray.log_file.parent / "driver.log")
     try:
         yield driver

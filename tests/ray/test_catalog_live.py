@@ -45,7 +45,7 @@ FILE = "{api_version: headrace/v1, name: test, models: []}"
 
 @dataclass
 class Load:
-    """Callers that each begin a new call as soon as the last call has ended, until the model is removed."""
+    """Callers that each begin a new call as soon as their last call has ended, until the model is removed."""
 
     cluster: TestCluster
     ended: int = 0
@@ -89,7 +89,7 @@ class Load:
 
 
 class Operator:
-    """An operator who applies entries and waits for the effect at the gateway."""
+    """An operator: applies entries, and waits for their effect at the gateway."""
 
     def __init__(self, cluster: TestCluster, service: StoredCatalogService, folder: Path) -> None:
         self._cluster = cluster
@@ -115,14 +115,13 @@ class Operator:
         return None if known is None else known.entry
 
     def workers(self, model: str = "m") -> dict[str, str]:
-        """Return the incarnations that accept calls, with their versions."""
+        """Return the versions of the workers that accept calls, by incarnation."""
         known = self._cluster.gateway.directory.find(model)
         links = [] if known is None else [link for link in known.links.values() if known.takes_calls(link)]
         return {link.identity.incarnation: link.identity.version for link in links if link.free.sequences}
 
     async def serve(self, *versions: str, model: str = "m") -> dict[str, str]:
-        """Wait until workers of exactly these versions are linked and accept calls, and return these workers as
-        workers() does."""
+        """Wait until workers of exactly these versions are linked and accept calls. Return them as workers() does."""
 
         def are_linked() -> bool:
             known = self._cluster.gateway.directory.find(model)
@@ -178,8 +177,8 @@ async def test_a_model_changes_under_load(tmp_path: Path) -> None:
 
 
 async def changes_under_load(backend: Backend, tmp_path: Path) -> None:
-    """Change a model step by step while callers stream, and check that each model that a step does not name keeps the
-    same workers."""
+    """Change a model step by step while callers stream. Check that each step keeps the workers of models that it does
+    not change."""
     async with running_cluster(tmp_path / "gateway") as cluster, operating(cluster, backend, tmp_path) as operator:
         load = Load(cluster)
         m: dict[str, Any] = {"name": "m", "source": operator.source(decode_ms=3)}

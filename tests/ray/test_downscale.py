@@ -26,7 +26,7 @@ def sim(folder: Path, address: str, replicas: int) -> ReplicaSettings:
 
 
 async def test_a_downscale_cuts_no_stream(backend: ChildBackend, tmp_path: Path) -> None:
-    """When Serve ends one of two replicas, both streams are complete: the stream of the ended replica resumes on the
+    """When Serve ends one of two replicas, both streams are complete. The stream of the ended replica resumes on the
     other replica, which is not restarted."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with running_cluster(tmp_path / "gateway") as cluster:

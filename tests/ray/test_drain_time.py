@@ -1,4 +1,4 @@
-"""Tests of the division of a node's drain time."""
+"""Tests of how a node's drain time is divided between running calls and the end of the node."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from cluster.ray.drain_time import ray_timeout_s, usable_s
 
 @given(st.floats(0, 10_000))
 def test_calls_have_the_time_that_is_configured(drain_timeout_s: float) -> None:
-    """Calls get at least the configured drain timeout out of the time that Ray waits."""
+    """Of the time that Ray waits, calls get at least the configured drain timeout."""
     assert usable_s(ray_timeout_s(drain_timeout_s)) >= drain_timeout_s - 1e-6
 
 
 @given(st.floats(0, 10_000))
 def test_something_is_left_for_the_end(left_s: float) -> None:
-    """Calls get at least a quarter of the remaining time and never all of the remaining time, however near the deadline
-    is."""
+    """Calls get at least a quarter of the remaining time, and never all of it, however near the deadline is."""
     assert left_s / 4 <= usable_s(left_s) <= left_s
     assert left_s == 0 or usable_s(left_s) < left_s

@@ -81,7 +81,7 @@ async def test_no_dashboard_is_ray_away() -> None:
 
 @pytest.mark.ray
 async def test_a_lost_driver_is_replaced(backend: ChildBackend) -> None:
-    """A call after the loss of the driver starts a new driver, and a failed request does not end the driver."""
+    """After the loss of the driver, the next call starts a new driver. A failed request does not end the driver."""
     await backend.observe()
     await backend.close()
     assert (await backend.observe()).nodes

@@ -127,8 +127,7 @@ def maps(process: psutil.Process) -> str:
 
 
 def has_avx512() -> bool:
-    """Return whether this machine has AVX-512. vLLM's kernels for other x86 CPUs have no communicator in shared
-    memory."""
+    """Return whether this machine has AVX-512. Without it, vLLM's x86 kernels have no communicator in shared memory."""
     return " avx512f " in Path("/proc/cpuinfo").read_text()
 
 
@@ -143,7 +142,7 @@ def sockets() -> set[str]:
 
 
 def _end_reason(door: Door, known: int) -> str | None:
-    """Return why the last engine ended, or None if the gateway knows of no more than `known` ends."""
+    """Return the reason of the last engine's end, or None if the gateway knows only the `known` earlier ends."""
     ends = door.lost_engines()
     return ends[-1].reason if len(ends) > known else None
 
@@ -159,9 +158,11 @@ async def test_llama_and_its_deaths(
     local_ray: LocalRay,
     tmp_path: Path,
 ) -> None:
-    """After SIGKILL of the replica, the engine core or a rank (LLaMA at TP 2), neither processes nor shared memory are
-    left, and the gateway reports which process ended, the cause and the log file. In the longer case, the model serves
-    again after each death."""
+    """After SIGKILL of the replica, the engine core or a rank (LLaMA at TP 2), no processes and no shared memory are
+    left. The gateway reports which process ended, the cause and the log file.
+
+    In the longer case, the model serves again after each death.
+    """
     folder, others, files = build_checkpoint("llama", tmp_path / "llama"), blocks(), sockets()
     await backend.deploy(two_ranks("llama", folder, door.address))
     link = await door.worker("llama", 400.0)

@@ -1,5 +1,6 @@
-"""Test of a temporary loss of Ray's head, whose tables are in Valkey: streams and new calls continue, and no healthy
-replica is restarted afterwards."""
+"""Test of a temporary loss of Ray's head, whose tables are in Valkey. Streams and new calls continue, and no healthy
+replica is restarted afterwards.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ for the start.
 
 @pytest.fixture
 def ray_with_head() -> Iterator[HeadAndNode]:
-    """A Ray of a head and one node with sixteen logical GPUs."""
+    """A Ray cluster of a head and one node with sixteen logical GPUs."""
     with head_and_node(ENGINE_ENVIRONMENT) as started:
         yield started
 
@@ -84,7 +85,7 @@ class Journal(JobBackend):
 
 @dataclass
 class Callers:
-    """Callers that each stream one answer after the other, with the faults that the callers have seen."""
+    """Callers that each stream one answer after another, and record the faults that they see."""
 
     cluster: TestCluster
     whole: str
@@ -105,7 +106,7 @@ class Callers:
 
 
 def request(model: str) -> pb.ChatRequest:
-    """Return a request that is equal each time."""
+    """Return the request that a caller sends to a model. It is the same each time."""
     return chat(model=model, max_tokens=TOKENS, ignore_eos=True)
 
 
@@ -164,7 +165,7 @@ def simulated(deployment: Deployment, folder: Path, replicas: int) -> ReplicaSet
 
 
 async def test_the_head_is_lost_and_comes_back(ray_with_head: HeadAndNode, tmp_path: Path) -> None:
-    """The loss of the head changes neither streams nor new calls nor the catalog (vLLM with TP 2), and once the head is
+    """The loss of the head changes neither streams nor new calls nor the catalog (vLLM with TP 2). Once the head is
     back, no worker is restarted, nothing is deployed again, and scaling works."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with running_deployment(ray_with_head, tmp_path) as deployment:

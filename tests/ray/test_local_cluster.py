@@ -50,7 +50,7 @@ def test_reaper_ends_the_tagged_alone(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_reaper_takes_shared_memory_along() -> None:
-    """The reaper removes the shared memory and semaphores of killed engines, but not those of another cluster."""
+    """The reaper removes the shared memory and semaphores of killed engines, but not those of other clusters."""
     hold = (
         "import multiprocessing as p, time; from multiprocessing import resource_tracker as t, shared_memory as m; "
         "t.register = lambda *a: 0; b = m.SharedMemory(create=True, size=64); l = p.get_context('spawn').Lock(); "
@@ -77,9 +77,8 @@ def test_reaper_takes_shared_memory_along() -> None:
 
 
 def test_reaper_finds_by_output(tmp_path: Path) -> None:
-    """A process without the tag belongs to the cluster if its output goes to a file below the cluster's folder. A
-    process that reads the file does not.
-    """
+    """A process without the tag belongs to the cluster if it writes its output to a file below the cluster's folder. A
+    process that reads such a file does not."""
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     path = tmp_path / "log"
     with path.open("wb") as log, path.open("rb") as source:
@@ -113,8 +112,8 @@ def test_a_ray_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_logs_come_home(tmp_path: Path) -> None:
-    """When the path of the run folder is too long for Ray's sockets, the stop copies Ray's logs to the run folder and
-    removes the substitute folder."""
+    """If the path of the run folder is too long for Ray's sockets, Ray uses a substitute folder. The stop copies Ray's
+    logs from there to the run folder and removes the substitute folder."""
     ray = LocalRay(LocalRaySettings("home", tmp_path / ("x" * 40)))
     try:
         ray.start()
@@ -127,7 +126,7 @@ def test_logs_come_home(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 async def test_stop_leaves_nothing_and_spares_a_foreign_ray() -> None:
-    """No process of the cluster is left after a stop, and another Ray still answers."""
+    """After a stop, no process of the cluster is left, and another Ray still answers."""
     foreign, ours = new_local_ray("foreign"), new_local_ray("ours")
     try:
         foreign.start()
@@ -154,7 +153,8 @@ async def test_stop_leaves_nothing_and_spares_a_foreign_ray() -> None:
 
 @pytest.mark.ray
 def test_remains_of_a_lost_cluster_are_found() -> None:
-    """The processes that a killed `headrace up` leaves can be ended by the instance and run folder of the cluster."""
+    """The processes that a killed `headrace up` leaves behind are found by the cluster's instance and run folder, and
+    can be ended."""
     ray = new_local_ray("lost")
     ray.start()
     try:

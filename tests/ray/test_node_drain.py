@@ -57,7 +57,7 @@ class Replicas:
 
 @contextlib.asynccontextmanager
 async def serving(cluster: TestCluster, ray: RayNodes, folder: Path) -> AsyncIterator[Replicas]:
-    """Run a controller of the simulated model. No replica is wanted at first."""
+    """Run a controller of the simulated model. At first it wants no replica."""
     address = cluster.gateway.endpoints["link"]
     spec = ModelSpec("sim", f"sim://{folder}?decode_ms=8&max_num_seqs=64")
     settings = ReplicaSettings(spec, "test", gateways=(address,), drain_timeout_s=DRAIN_S)
@@ -82,8 +82,8 @@ def open_links(gateway: Gateway) -> list[WorkerLink]:
 
 @pytest.mark.root
 def test_a_pods_hook_ends_its_node() -> None:
-    """`headrace pod drain` ends the only Ray node of the pod and succeeds, so that nothing is left to wait for when
-    Kubernetes sends SIGTERM."""
+    """`headrace pod drain` ends the only Ray node of the pod and succeeds. When Kubernetes then sends SIGTERM, nothing
+    is left to wait for."""
     with ray_nodes(DRAIN_S) as ray:
         ray.add("pod", *OWN_PROCESSES)
         process = ray.nodes["pod"]
@@ -102,8 +102,10 @@ def test_a_pods_hook_ends_its_node() -> None:
 
 
 async def test_sigterm_to_a_node_breaks_no_stream(tmp_path: Path) -> None:
-    """When a node with twenty streams gets SIGTERM, no stream breaks: short streams end on the node, some long streams
-    resume on another node, each stream has the text of an undisturbed stream, and the node ends before the deadline."""
+    """When a node with twenty streams gets SIGTERM, each stream has the text of an undisturbed stream.
+
+    Short streams end on the node, some long streams resume on another node, and the node ends before the deadline.
+    """
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     with ray_nodes(DRAIN_S) as ray:
         ray.add("first")

@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 async def test_a_changed_entry_cuts_no_stream(backend: ChildBackend, tmp_path: Path) -> None:
-    """A version change with two streams on each of two replicas cuts no stream and no call that begins meanwhile, and
-    only the new version serves in the end."""
+    """A version change cuts neither the two streams on each of two replicas nor calls that begin meanwhile. In the end
+    only the new version serves."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with running_cluster(tmp_path / "gateway") as cluster:
         address = cluster.gateway.endpoints["link"]

@@ -1,4 +1,4 @@
-"""Environment of replicas."""
+"""The environment variables that replicas get."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from cluster.worker.settings import ReplicaSettings
 
 
 def test_a_replica_keeps_the_network_interfaces_of_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The deploying process passes on what is the same everywhere, and no network interface: worker groups have their
-    own, in the environment of their nodes.
-    """
+    """Environment variables that are the same on all nodes are passed to replicas. Variables that name a network
+    interface are not passed, since each node sets its own."""
     for name, value in (("GLOO_SOCKET_IFNAME", "eth0"), ("NCCL_SOCKET_IFNAME", "eth0"), ("HF_HUB_OFFLINE", "1")):
         monkeypatch.setenv(name, value)
     passed = environment(ReplicaSettings(ModelSpec("m", "sim://"), "test"), logical_gpus=False)

@@ -1,5 +1,6 @@
-"""Test of the complete controller as `headrace up` runs it, with a local Ray: start, serving, and a stop after which
-nothing is left."""
+"""Test of the complete controller, as `headrace up` runs it with a local Ray: it starts and serves, and its stop leaves
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ pytestmark = pytest.mark.ray
 async def test_from_configuration_to_ready_to_nothing(
     door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model of the configuration file becomes READY with a tokenizer bundle, and no process is left after the stop of
-    Serve and Ray."""
+    """A model of the configuration file becomes READY with a tokenizer bundle. After the stop of Serve and Ray, no
+    process is left."""
     folder = build_tokenizer("llama", tmp_path / "model")
     text = f"""
 api_version: headrace/v1

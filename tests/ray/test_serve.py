@@ -116,8 +116,11 @@ async def test_unplaceable_model_says_why(backend: ChildBackend, door: Door) -> 
 async def test_dead_engine_ends_its_replica_and_a_new_one_serves(
     backend: ChildBackend, door: Door, tmp_path: Path
 ) -> None:
-    """A dead engine ends the replica's process, and a new replica serves within seconds. All that the replica has
-    logged until its end is also in the output that its environment names, each line with the worker's place."""
+    """A dead engine ends the replica's process, and a new replica serves within seconds.
+
+    All lines that the replica has logged until its end are also in the output that its environment names, each with the
+    pod and the node.
+    """
     copied = tmp_path / "container"
     copied.touch()
     dying = ReplicaSettings(

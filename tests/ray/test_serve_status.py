@@ -36,7 +36,7 @@ def converted(app: dict[str, Any]) -> Observed:
 
 
 def test_foreign_applications_are_left_out() -> None:
-    """Only an application whose prefix is the whole name of the cluster belongs to the cluster."""
+    """An application belongs to the cluster only if the prefix of its name is the cluster's whole name."""
     names = ["test:a", "test:b", "test2:c", "tes:d", "theirs", "test"]
     assert set(observed({"applications": {name: application() for name in names}}, "test")) == {"a", "b"}
     assert observed({}, "test") == {}
@@ -57,7 +57,7 @@ def test_replicas_are_counted_by_state() -> None:
 
 
 def test_refusal_and_bad_luck() -> None:
-    """The error reported for an application is the whole reason of a refusal, otherwise the last line of the
+    """If a model is refused, the error of its application is the whole reason. Otherwise it is the last line of the
     traceback."""
     refused = converted(application(message=f"failed to start. Retrying\nTraceback\n{ModelRefused('no such folder')}"))
     assert (refused.refused, refused.gave_up, refused.trouble) == (True, False, "no such folder")
@@ -73,7 +73,7 @@ def test_refusal_and_bad_luck() -> None:
 
 @pytest.mark.parametrize("deployments", [{}, {"worker": {"replicas": None, "deployment_config": None}}])
 def test_what_has_just_been_taken_shows_nothing(deployments: dict[str, Any]) -> None:
-    """An application whose deployment Serve has not created yet has neither digest nor target."""
+    """While Serve has not created an application's deployment, the application has neither digest nor target."""
     app = {**application(), "deployments": deployments}
     assert converted(app) == Observed("m", "", 0, deployed_at_s=5.0, version="v2", named=APP)
 

@@ -1,5 +1,6 @@
-"""Test of two Ray nodes in two network namespaces as an external cluster, which is used only through the dashboard,
-with a token."""
+"""Test of an external Ray cluster of two nodes in two network namespaces. It is used only through the dashboard, with a
+token.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ class TwoNodes:
 
 
 def start_node(host: Host, folder: Path, environment: dict[str, str], *arguments: str) -> None:
-    """Run `ray start --block` on a host. The reaper finds the process by the tag and ends the process."""
+    """Run `ray start --block` on a host. The reaper finds the process by its tag and ends it."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-gpus=1"]
     options = [f"--node-ip-address={host.address}", "--disable-usage-stats", "--object-store-memory=134217728"]
     with (folder / f"{host.namespace}.log").open("wb") as log:
@@ -114,9 +115,9 @@ def two_nodes() -> Iterator[TwoNodes]:
 @pytest.mark.engine
 @pytest.mark.long
 async def test_one_rank_on_each_node(two_nodes: TwoNodes, tmp_path: Path) -> None:
-    """A model with TP 2 over two nodes is FAILED with the reason.
+    """A model with TP 2 that needs two nodes is FAILED with the reason.
 
-    With allow_cross_node_tensor_parallel, each node has one rank, and the tokens equal those of transformers.
+    With allow_cross_node_tensor_parallel, each node runs one rank, and the tokens equal those of transformers.
     """
     folder = build_checkpoint("llama", tmp_path / "llama")
     backend = JobBackend("test", two_nodes.dashboard_url, two_nodes.token_file)

@@ -1,9 +1,11 @@
-"""Plugin of pytest for a run of a client library's tests, in the environment of the suites. Imports nothing of ours.
+"""A pytest plugin for the run of a client library's tests, in the environment of the suites. It imports nothing of
+Headrace.
 
-`CLIENT_SUITE` holds JSON: `excluded` (objects with `file`, `names` and `reason`), `names` (names of the tests to run;
-empty for all, the excluded ones included) and `report` (the file for the results). The results are JSON: the outcome of
-each test by its id, and under "stale" the exclusions that fit no test. The outcome of an excluded test is `excluded` if
-it does not pass, and `needless` if it passes.
+The variable `CLIENT_SUITE` is a JSON object with these keys. `excluded`: objects with `file`, `names` and `reason`.
+`names`: names of the tests to run; if empty, all tests run, with the excluded ones. `report`: the file for the results.
+
+The results are a JSON object: the outcome of each test by its id, and under `stale` the exclusions that fit no test.
+The outcome of an excluded test is `excluded` if it fails, and `needless` if it passes.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def key_of(nodeid: str) -> tuple[str, str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests that are not named. Without names, run the excluded tests too, as tests that must fail."""
+    """Deselect the tests that are not named. If no test is named, also run the excluded tests, as expected failures."""
     excluded = {(entry["file"], name): entry["reason"] for entry in GIVEN["excluded"] for name in entry["names"]}
     keys = [key_of(item.nodeid) for item in items]
     STALE.extend(f"{path}::{name}" for path, name in sorted(excluded.keys() - set(keys)))
@@ -47,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Record the outcome of a test. A failure of its setup or teardown fails the test."""
+    """Record the outcome of a test. If setup or teardown fails, the test has failed."""
     outcome: str = report.outcome
     if report.nodeid in EXCLUDED:  # a strict xfail: failed if it passes
         outcome = "needless" if report.when == "call" and outcome == "failed" else "excluded"

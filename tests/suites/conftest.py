@@ -1,4 +1,4 @@
-"""A gateway with toy models for all tests of this folder, under all model names that the suites use."""
+"""A gateway with toy models for all tests of this folder. The models have all names that the suites use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALIASES = ("gpt-6-astra", "gpt-3.5-turbo-instruct", "claude-opus-5-5", "model_id
 
 @pytest.fixture(scope="session")
 async def toy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TestCluster]:
-    """Start a gateway with a worker for each of two models: a scripted engine, and vLLM's own parsers in a thread."""
+    """Start a gateway with two models. The worker of each has a scripted engine, and vLLM's own parsers in a thread."""
     if not is_installed():
         pytest.skip(MISSING)
     folder = tmp_path_factory.mktemp("toy")
@@ -43,6 +43,6 @@ async def toy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TestClu
 
 
 def name_model(cluster: TestCluster, more: Sequence[str] = ()) -> None:
-    """Give the first model the names that the suites use, and more names."""
+    """Give the first model all names that the suites use, and the names in `more`."""
     entries = [CatalogEntry(MODEL, (*ALIASES, *more), state=ModelState.READY), CatalogEntry(OTHER)]
     cluster.gateway.directory.apply_catalog(entries)

@@ -17,7 +17,7 @@ MODEL, OTHER = "toy", "another-toy"
 
 
 class _Standard(ChatModelIntegrationTests):  # type: ignore[misc] # the types are not in our environment
-    """What both clients share."""
+    """The settings and steps that the tests of both clients share."""
 
     @property
     def supports_anthropic_inputs(self) -> bool:
@@ -54,7 +54,7 @@ class _Standard(ChatModelIntegrationTests):  # type: ignore[misc] # the types ar
 
 
 class TestChatOpenAI(_Standard):
-    """OpenAI's API."""
+    """The suite with LangChain's client of OpenAI's API."""
 
     @property
     def chat_model_class(self) -> Any:
@@ -66,7 +66,7 @@ class TestChatOpenAI(_Standard):
 
 
 class TestChatAnthropic(_Standard):
-    """Anthropic's API."""
+    """The suite with LangChain's client of Anthropic's API."""
 
     @property
     def chat_model_class(self) -> Any:

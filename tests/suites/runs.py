@@ -1,6 +1,6 @@
 """Runs of the client libraries' own tests against a gateway, in the environment of the suites (`make suites`).
 
-The suites bring plugins of pytest, so each runs in a process of its own.
+The suites come with pytest plugins, so each runs in its own process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def is_installed() -> bool:
 
 
 def deprecated_models() -> list[str]:
-    """Return the models of which anthropic's client warns. A test of the client calls each."""
+    """Return the models that anthropic's client reports as deprecated. A test of the client calls each of them."""
     command = [
         str(PYTHON),
         "-c",
@@ -58,7 +58,7 @@ class Suite:
 
     @property
     def folder(self) -> Path:
-        """Folder to which the paths of the test files are relative."""
+        """The folder to which the paths of the test files are relative."""
         source = FOLDER / "src" / self.name
         return source if source.is_dir() else HERE
 
@@ -71,8 +71,8 @@ def read_suites() -> Mapping[str, Suite]:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The results of a run. `outcomes`: passed, failed, skipped, excluded or needless (excluded, and passes), by the
-    id of the test."""
+    """The results of a run. `outcomes`: by test id, `passed`, `failed`, `skipped`, `excluded`, or `needless` for an
+    excluded test that passes."""
 
     outcomes: Mapping[str, str]
     stale: Sequence[str]
@@ -87,7 +87,7 @@ class Results:
 
     @property
     def not_passed(self) -> list[str]:
-        """Ids of the tests that were to pass and did not."""
+        """Ids of the tests that should have passed and did not."""
         return sorted(test for test, outcome in self.outcomes.items() if outcome not in ("passed", "excluded"))
 
     def by_file(self) -> Mapping[str, Counter[str]]:
@@ -123,8 +123,10 @@ def _command(suite: Suite) -> list[str]:
 
 
 async def run(suite: Suite, address: str, scratch: Path, names: Sequence[str] = ()) -> Results:
-    """Run the tests of a suite against the gateway at an HTTP address (host:port). `names`: names of the tests; empty
-    for all, the excluded ones included. `scratch`: a folder for the results. Raises TimeoutError."""
+    """Run the tests of a suite against the gateway at an HTTP address (host:port). Raises TimeoutError.
+
+    `names`: names of the tests; if empty, all tests run, with the excluded ones. `scratch`: a folder for the results.
+    """
     report = scratch / f"{suite.name}.json"
     report.unlink(missing_ok=True)
     process = await asyncio.create_subprocess_exec(

@@ -17,7 +17,8 @@ SUITES = read_suites()
 
 @pytest.fixture(scope="module")
 async def samples(toy: TestCluster, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Results]:
-    """Return the results of all samples, by the suite's name. They run at the same time: most of a run is imports."""
+    """Return the results of all samples, by the suite's name. The samples run at the same time, since imports take most
+    of a run."""
     address, scratch = toy.gateway.endpoints["http"], tmp_path_factory.mktemp("samples")
     results = await asyncio.gather(*(run(suite, address, scratch, suite.sample) for suite in SUITES.values()))
     return dict(zip(SUITES, results, strict=True))

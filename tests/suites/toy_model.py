@@ -1,6 +1,6 @@
-"""An engine that answers the prompts of the client libraries' tests as a model would that follows its instructions.
+"""An engine that answers the prompts of the client libraries' tests like a model that follows its instructions.
 
-It reads the prompt as text, as a model does: the tools in the system turn, and the last turn. Its tokens pass through
+It reads two things in the prompt's text: the tools in the system message, and the last message. Its tokens pass through
 vLLM's own parsers in a real worker. See loadtests/agents/scripted.py for the engine.
 """
 
@@ -30,12 +30,12 @@ _DECODER = json.JSONDecoder()
 
 
 def tools_in(prompt: str) -> list[Mapping[str, Any]]:
-    """Return the functions that a prompt offers."""
+    """Return the functions that a prompt offers as tools."""
     return [_DECODER.raw_decode(prompt, found.start())[0]["function"] for found in _TOOL.finditer(prompt)]
 
 
 def argument(name: str, schema: Mapping[str, Any], text: str) -> Any:
-    """Return the argument of a tool for a user's text: a number or a quotation of the text, else a word."""
+    """Return a tool's argument: a number or a quoted string from the user's text, otherwise a default."""
     if schema.get("type") == "integer":
         numbers = _NUMBER.findall(text)
         return int(numbers[0]) if numbers else 3
@@ -44,7 +44,8 @@ def argument(name: str, schema: Mapping[str, Any], text: str) -> Any:
 
 
 def call_for(tools: Sequence[Mapping[str, Any]], text: str) -> Call:
-    """Return the call of the tool whose name is in a user's text, else of the first tool. The longest name counts."""
+    """Return a call of the tool whose name is in the user's text, otherwise of the first tool. Of several names the
+    longest counts."""
     named = sorted((tool for tool in tools if tool["name"] in text), key=lambda tool: len(tool["name"]))
     tool = named[-1] if named else tools[0]
     schema = tool.get("parameters") or {}
@@ -70,7 +71,7 @@ def answer_to(prompt: str) -> str:
 
 @dataclass
 class _Answers:
-    """Answers by prompt, made when they are looked up."""
+    """A mapping from prompts to answers. An answer is made when its prompt is looked up."""
 
     tokenizer: Tokenizer
     known: dict[str, Sequence[int]] = field(default_factory=dict)
@@ -87,7 +88,7 @@ class ToyScripts(Scripts):
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ToyScripts:
-        """Return the scripts for a tokenizer."""
+        """Return the scripts, with a tokenizer for prompts and answers."""
         return cls(tokenizer, _Answers(tokenizer))  # type: ignore[arg-type] # of a mapping, only look-ups are used
 
     def key(self, prompt_token_ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Gateways with accounts, and workers that record all requests that they have accepted."""
+"""Gateways with usage accounting, and workers that record every accepted request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _numbers = itertools.count(1)
 
 
 class Witness(UsageKeeper):
-    """Usage keeper that also records every request that the worker has ever accepted."""
+    """Usage keeper that also records the usage of every request that the worker has accepted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,12 +43,12 @@ class Witness(UsageKeeper):
         return super().keep(usage, home, slot)
 
     def accepted(self, sealer: Sealer) -> list[tuple[OpenRecord, EndedUsage]]:
-        """Return the records that gateways sealed, with the counts of the engine."""
+        """Return the usage record that a gateway sealed and the engine's counts, for each accepted request."""
         return [(sealer.open(ended.sealed), ended) for ended in self.seen if ended.sealed]
 
 
 class AccountedWorker:
-    """Worker in this process with a usage keeper that is a witness."""
+    """Worker in this process whose usage keeper is a Witness."""
 
     def __init__(self, end: WorkerSession, identity: WorkerIdentity, witness: Witness) -> None:
         self.end = end
@@ -117,7 +117,7 @@ class Switch:
 async def accounting_cluster(
     folder: Path, insert: Callable[[Sequence[UsageRecord]], None], text: str = LOOPBACK
 ) -> AsyncIterator[TestCluster]:
-    """Run a gateway with accounts and without workers."""
+    """Run a gateway with usage accounting and without workers. `insert`: writes usage records to the database."""
     gateway = Gateway(parse(text), folder, usage_store=UsageStore([SECRET], insert))
     await gateway.start()
     cluster = TestCluster(gateway)
@@ -129,7 +129,7 @@ async def accounting_cluster(
 
 
 def records(ledger: Ledger) -> list[UsageRecord]:
-    """Return all usage records except those of idle time, by time."""
+    """Return all usage records in order of time, without those of idle replicas."""
     return [record for record in ledger.usage.records(UsageQuery(), limit=100_000) if record.tenant != "_idle"]
 
 

@@ -1,4 +1,4 @@
-"""Adapters on the disk of a test worker's node, without files."""
+"""Fake of AdapterFiles for test workers, without real files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ WAIT_S = 20.0
 
 
 def digest_of(source: str) -> str:
-    """Return the digest of the files under a source."""
+    """Return the made-up digest of a source's files."""
     return hashlib.sha256(source.encode()).hexdigest()
 
 
 class NamedFiles:
-    """Adapters whose files depend on their source alone. Implements AdapterFiles.
+    """Fake AdapterFiles: an adapter's digest depends only on the name of its source.
 
-    `broken`: reasons by source, for sources that cannot be fetched. `digests`: other digests, by source. A fetch waits
-    until `may_fetch` is set."""
+    `broken`: error by source, for sources that cannot be fetched. `digests`: digest by source, in place of the usual
+    digest. `fetch` waits until `may_fetch` is set.
+    """
 
     def __init__(self) -> None:
         self.broken: dict[str, str] = {}

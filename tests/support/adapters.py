@@ -27,7 +27,7 @@ def write_adapter(
     targets: Sequence[str] = TARGETS,
     **config: object,
 ) -> Path:
-    """Write an adapter of the base model in folder `base` into `folder` and return the folder.
+    """Write an adapter for the base model in `base` into `folder`, and return `folder`.
 
     `seed` decides the weights, which are normally distributed with the standard deviation `spread`. `config`: further
     keys of adapter_config.json.
@@ -53,7 +53,7 @@ def adapter_arrays(
 
 
 def write_config(folder: Path, **changes: object) -> None:
-    """Write adapter_config.json as PEFT does. A value of None in `changes` stays None."""
+    """Write adapter_config.json as PEFT does. `changes`: keys to set; None is written as null."""
     values: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -72,13 +72,13 @@ def write_config(folder: Path, **changes: object) -> None:
 
 
 def write_tensors(file: Path, arrays: Arrays, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file. Arrays of uint16 hold the upper halves of float32, which is BF16."""
+    """Write a safetensors file. An array of uint16 holds BF16 values, the upper halves of float32."""
     header, data = header_of(arrays), b"".join(array.tobytes() for array in arrays.values())
     write_parts(file, ({"__metadata__": dict(metadata)} if metadata else {}) | header, data)
 
 
 def header_of(arrays: Arrays) -> dict[str, Any]:
-    """Return the header of a safetensors file with these tensors in order."""
+    """Return the header of a safetensors file with these tensors, in this order."""
     header, at = dict[str, Any](), 0
     for name, array in arrays.items():
         header[name] = {
@@ -91,6 +91,6 @@ def header_of(arrays: Arrays) -> dict[str, Any]:
 
 
 def write_parts(file: Path, header: object, data: bytes) -> None:
-    """Write a safetensors file with this header, valid or not, and this data."""
+    """Write a safetensors file from a header, which may be invalid, and its data."""
     content = header if isinstance(header, bytes) else json.dumps(header).encode()
     file.write_bytes(len(content).to_bytes(8, "little") + content + data)

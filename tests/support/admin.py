@@ -16,8 +16,9 @@ from tests.support.keyed import bearer, eventually
 
 
 class AdminClient:
-    """Stubs of every admin service, with one credential. `metadata` replaces `key` for a credential
-    that is not a key.
+    """Client of all admin services with one credential.
+
+    `metadata` replaces `key` for a credential that is not a key.
     """
 
     def __init__(
@@ -46,7 +47,10 @@ class AdminClient:
         await self.channel.close()
 
     async def ask(self, verb: str, request: Any, timeout_s: float = 60.0) -> Any:
-        """Return the answer of `Service.Method`; the answers of a stream as a list. Raises AioRpcError."""
+        """Call the method `verb` (`Service.Method`). Raises AioRpcError.
+
+        Returns the answer; the answers of a stream as a list.
+        """
         service, method = verb.split(".")
         call = getattr(self._stubs[service], method)(request, metadata=self._metadata, timeout=timeout_s)
         return [message async for message in call] if hasattr(call, "__aiter__") else await call
@@ -60,7 +64,7 @@ class AdminClient:
         raise AssertionError(f"{verb} was granted: {answer}")
 
     async def code(self, verb: str, request: Any) -> str:
-        """Return the status of a call, including OK."""
+        """Call a method and return the name of its status code, such as OK."""
         try:
             await self.ask(verb, request)
         except grpc.aio.AioRpcError as error:
@@ -69,7 +73,7 @@ class AdminClient:
 
 
 async def role_key(ledger: Ledger, tenant: str, role: str) -> str:
-    """Return a key with a role. The tenant is created if missing."""
+    """Create a key with a role and return it. The tenant is created if it is missing."""
 
     def make() -> str:
         if tenant not in {entry.policy.name for entry in ledger.tenants.list()}:
@@ -80,7 +84,7 @@ async def role_key(ledger: Ledger, tenant: str, role: str) -> str:
 
 
 async def until_known(client: AdminClient, verb: str, request: Any) -> None:
-    """Wait until a credential is accepted."""
+    """Repeat a request until the client's credential is accepted."""
 
     async def known() -> bool:
         return await client.code(verb, request) != "UNAUTHENTICATED"

@@ -1,4 +1,7 @@
-"""Debian's Chromium for tests of the console: one browser, pages that may not reach any other host, and axe's rules."""
+"""Debian's Chromium for tests of the console, with accessibility checks by axe.
+
+Pages can reach only their own host.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ async def chromium() -> AsyncIterator[Browser]:
 
 @dataclass
 class Watched:
-    """A page, and what happened in it that must not."""
+    """A page, and its faults: requests to other hosts, dialogs and errors."""
 
     page: Page
     origin: str
@@ -57,8 +60,11 @@ class Watched:
     errors: list[str] = field(default_factory=list)
 
     async def faults(self) -> list[str]:
-        """Return what scripts in data have done: dialogs, calls of functions, requests to other hosts, reports of the
-        content security policy, and errors of the page's own scripts."""
+        """Return the page's faults, in words.
+
+        A fault is a dialog, a function call from data, a request to another host, a violation of the content security
+        policy, or an error of the page's own scripts.
+        """
         found: list[str] = await self.page.evaluate("[...window.__ran, ...window.__violations]")
         return [*found, *self.outside, *self.dialogs, *self.errors]
 
@@ -101,7 +107,7 @@ async def watched_page(
 
 @asynccontextmanager
 async def bare_page(browser: Browser, body: str = "") -> AsyncIterator[Watched]:
-    """Open a page that has the console's static files and policy, without a gateway."""
+    """Open a page with the console's static files and content security policy, without a gateway."""
     async with watched_page(browser, BARE_ORIGIN) as watched:
         await watched.page.route(f"{BARE_ORIGIN}/**", lambda route: _static(route, body))
         await watched.page.goto(f"{BARE_ORIGIN}/")
@@ -123,7 +129,7 @@ async def _static(route: Route, body: str) -> None:
 
 
 async def axe_violations(page: Page) -> list[str]:
-    """Return what axe finds wrong in a page: the rule, the element and the remedy."""
+    """Return the accessibility violations that axe finds in a page: rule, element and remedy."""
     await page.evaluate("window.__axe = true")
     await page.evaluate(AXE_SCRIPT)
     found = await page.evaluate("axe.run(document, {resultTypes: ['violations']})")

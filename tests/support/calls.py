@@ -30,7 +30,7 @@ def text_of(chunks: Iterable[pb.ChatChunk], index: int = 0) -> str:
 
 
 class Answer:
-    """An error as a client sees it: code, message, and the parts of google.rpc.Status."""
+    """The error of a gRPC call as a client sees it: code, message, and the parts of google.rpc.Status."""
 
     def __init__(self, error: grpc.aio.AioRpcError) -> None:
         self.code = error.code()
@@ -62,7 +62,7 @@ class Answer:
 
 
 async def rest_of(call: Any) -> list[Any]:
-    """Return the remaining messages of a stream that has been begun with `read`."""
+    """Return the remaining messages of a stream whose first messages were taken with `read`."""
     out = []
     while (message := await read(call)) is not None:
         out.append(message)

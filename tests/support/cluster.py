@@ -51,9 +51,7 @@ these default intervals a busy machine loses links now and then, since gateway a
 
 
 async def until(holds: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
-    """Wait for a condition that other tasks make true. Raises AssertionError with the name of the
-    condition on timeout.
-    """
+    """Wait until `holds` returns true. Raises AssertionError with the text `what` on timeout."""
     deadline = time.monotonic() + timeout_s
     while not holds():
         if time.monotonic() > deadline:
@@ -110,9 +108,9 @@ class TestCluster:
         renderer: PromptRenderer | None = None,
         adapter_files: AdapterFiles | None = None,
     ) -> Worker:
-        """Start an engine and link it to the gateway as a worker. If `info` is given, the engine already runs.
+        """Start an engine and link it to the gateway as a worker.
 
-        With `adapter_files` the engine is also an AdapterEngine.
+        `info`: given if the engine already runs. `adapter_files`: given if the engine is also an AdapterEngine.
         """
         number = next(_numbers)
         if info is None:
@@ -153,7 +151,7 @@ class TestCluster:
         return worker
 
     def linked(self, worker_id: str) -> bool:
-        """Return whether the link of a worker is up and has granted credit."""
+        """Return whether a worker's link is up and the worker has granted credit (free capacity)."""
         return any(link.identity.worker_id == worker_id and link.free.sequences > 0 for link in self.gateway.hub.links)
 
     @property
@@ -197,7 +195,7 @@ async def running_cluster(folder: Path, text: str = LOOPBACK, timing: Timing = P
 
 
 def sim_engine(folder: Path, **parameters: object) -> SimEngine:
-    """Return a simulated engine with the tokens of a checkpoint folder."""
+    """Return a simulated engine that uses the tokenizer in a checkpoint folder."""
     query = "&".join(f"{name}={value}" for name, value in parameters.items())
     return SimEngine(SimConfig.from_source(f"sim://{folder}?{query}"))
 

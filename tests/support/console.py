@@ -21,7 +21,10 @@ class Browser:
         self.csrf = ""
 
     async def fetch(self, path: str, body: Any = None, *, method: str = "", **headers: str) -> Reply:
-        """Send a request with the cookies and, with a body, the CSRF token. `headers` replace these headers."""
+        """Send a request with the cookies, and with the CSRF token if there is a body.
+
+        `headers` override these headers.
+        """
         own = {"host": self.host}
         if self.cookies:
             own["cookie"] = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
@@ -46,7 +49,7 @@ class Browser:
                 self.cookies[name] = value
 
     async def session(self) -> Any:
-        """Return the session, and keep its CSRF token."""
+        """Return the console session, and keep its CSRF token."""
         found = (await self.fetch("/console/session")).json
         self.csrf = found["csrf"]
         return found
@@ -59,11 +62,11 @@ class Browser:
         return reply
 
     async def admin(self, verb: str, **request: Any) -> Reply:
-        """Make an admin request."""
+        """Send a request to the admin API of the console. `verb`: `Service.Method`."""
         return await self.fetch(f"/console/api/{verb}", request)
 
     async def code(self, verb: str, request: Any) -> str:
-        """Return the code of the answer to an admin request, `OK` included. `request`: a protobuf message."""
+        """Send an admin request and return the code of the answer, such as `OK`. `request`: a protobuf message."""
         from google.protobuf import json_format
 
         body = json_format.MessageToDict(request, preserving_proto_field_name=True)

@@ -16,7 +16,10 @@ from tests.support.cluster import until
 
 
 class Watcher:
-    """One console: its document, to which it applies every change, and all events."""
+    """Reader of one event stream.
+
+    `document`: the overview with all changes applied; `names`: the names of all events.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -51,7 +54,7 @@ class Watcher:
             self.document = deltas.apply(self.document, data)
 
     def row(self, name: str, key: str) -> dict[str, Any] | None:
-        """Return a row of a list by its id; None if there is none."""
+        """Return the row with id `key` in the list `name`; None if there is none."""
         return next((row for row in self.document.get(name, ()) if row["id"] == key), None)
 
 
@@ -59,7 +62,7 @@ class Watcher:
 async def console_port(
     feed: FeedEndpoints, tenant: str = "", is_valid: Callable[[], bool] = lambda: True
 ) -> AsyncIterator[int]:
-    """Serve the events to viewers of one tenant at `/`, and the history at `/history`. Yields the port."""
+    """Serve the console's event stream to a viewer of `tenant`. Yields the port."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await feed.events(scope, receive, send, tenant, is_valid)
@@ -74,7 +77,7 @@ async def console_port(
 
 @asynccontextmanager
 async def watching(port: int) -> AsyncIterator[Watcher]:
-    """Open a console and wait for its first document."""
+    """Open an event stream and wait for its first document."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 26)
     writer.write(b"GET / HTTP/1.0\r\nhost: test\r\n\r\n")
     watcher = Watcher(reader, writer)

@@ -73,7 +73,7 @@ async def sign_in(page: Page, key: str) -> None:
 
 
 async def go(page: Page, name: str) -> None:
-    """Show a page of the console by its address."""
+    """Open a page of the console by changing the URL's fragment."""
     await page.evaluate("(name) => { location.hash = `#/${name}`; }", name)
     await shown(page, name)
 
@@ -90,7 +90,7 @@ async def shown(page: Page, name: str) -> None:
 async def console_pages(
     folder: Path, browser: Browser, *, more: str = "", gateway: str = "", timing: Timing = PATIENT
 ) -> AsyncIterator[ConsolePages]:
-    """Run a gateway without workers whose console admits every role."""
+    """Run a gateway whose console admits every role. The gateway has no workers."""
     settings = f"  console: {{tenants: true}}\n{gateway}"
     async with keyed_cluster(folder, more, settings, timing) as keyed:
         pages = ConsolePages(keyed, browser)

@@ -1,5 +1,6 @@
-"""A cluster to look at, for pictures of the console: three models, 12 simulated workers on four nodes, three tenants
-with calls, a real controller, and an hour of history that is made up.
+"""A cluster for pictures of the console, with a made-up history of one hour.
+
+It has three models, 12 simulated workers on four nodes, three tenants with calls, and a real controller.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Scene(ConsolePages):
     workers: dict[str, list[Worker]]
 
     async def lose_a_worker(self) -> Worker:
-        """Kill a worker that runs several sequences, and wait until they go on elsewhere."""
+        """Kill the engine of a worker that runs several sequences, and return the worker after it has ended."""
         victim = next(w for w in self.workers["assistant"][1:] if not w.task.done() and w.engine.load().running > 2)
         assert isinstance(victim.engine, SimEngine)
         victim.engine.faults.kill("CUDA error: an illegal memory access was encountered")
@@ -91,7 +92,7 @@ class Scene(ConsolePages):
 
 @asynccontextmanager
 async def console_scene(folder: Path, browser: Browser, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Scene]:
-    """Run the cluster."""
+    """Run the cluster with the calls of its tenants."""
     text = keyed_text(folder, COST, "  console: {tenants: true}\n").replace("name: test", "name: rivers")
     async with running_cluster(folder / "gateway", text, Timing()) as cluster:
         (folder / "cluster.yaml").write_text(text)
@@ -148,7 +149,7 @@ def _engine(model: str, number: int, checkpoint: Path) -> Engine:
 
 @asynccontextmanager
 async def _controller(gateway: Gateway, bundle: Bundle) -> AsyncIterator[None]:
-    """Run a controller over a fake Ray on which all replicas run."""
+    """Run a controller with a fake Ray that reports all replicas as running."""
     ray, now = FakeRay(), time.monotonic()
     scaler = Scaler(ScalingSettings(cold_start_s=30.0), now)
     models = DesiredModels()
@@ -187,7 +188,7 @@ async def _controller(gateway: Gateway, bundle: Bundle) -> AsyncIterator[None]:
 
 
 async def _calls(scene: Scene, tenant: str, number: int) -> None:
-    """Make one call of a tenant after the other."""
+    """Make calls of a tenant, one after the other, until cancelled."""
     seeded = random.Random(f"{tenant} {number}")
     metadata = bearer(scene.keys[tenant])
     while True:
@@ -201,7 +202,7 @@ async def _calls(scene: Scene, tenant: str, number: int) -> None:
 
 
 def _usage() -> Sequence[UsageRecord]:
-    """Return usage records of the last weeks."""
+    """Return made-up usage records of the last weeks."""
     day_s = 86_400.0
     return [
         record(
@@ -216,7 +217,7 @@ def _usage() -> Sequence[UsageRecord]:
 
 
 def _make_up_history(gateway: Gateway) -> None:
-    """Fill the last hour with values of the same size as the present ones."""
+    """Fill the last hour of the history with made-up values of the same size as the present values."""
     history = gateway.live.history
     assert history is not None
     seeded, last = random.Random(7), int(time.time() // STEP_S)

@@ -1,4 +1,4 @@
-"""Bounds on CPU time that hold on a slow or loaded machine too: each is scaled by reference work measured beside it."""
+"""Time limits for tests on slow or busy machines: each limit is scaled by a reference measurement."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LOOPS: Final = 40_000
 
 
 def reference_s(clock: Callable[[], float] = time.thread_time) -> float:
-    """Return the time of a fixed amount of work in this thread, in seconds of CPU time or of another clock."""
+    """Return the seconds that a fixed amount of work takes in this thread, by default in CPU time."""
     began_s = clock()
     seen: dict[str, int] = {}
     for number in range(_LOOPS):
@@ -24,16 +24,18 @@ def reference_s(clock: Callable[[], float] = time.thread_time) -> float:
 
 
 def slowness(clock: Callable[[], float] = time.thread_time) -> float:
-    """Return how much slower this machine is at the moment than the bounds assume; at least 1. With a clock of wall
-    time, the time without a core counts too.
+    """Return how many times slower this machine is now than the time limits assume; at least 1.
+
+    With a clock of wall time, the time without a core counts too.
     """
     return max(1.0, reference_s(clock) / REFERENCE_S)
 
 
 @contextmanager
 def time_within(bound_s: float) -> Iterator[None]:
-    """Assert that the context takes less than `bound_s` seconds. A machine that is slow or busy before or after the
-    context gets more, in proportion.
+    """Assert that the context takes less than `bound_s` seconds.
+
+    On a slow or busy machine the limit grows in proportion.
     """
     before, began_s = slowness(time.monotonic), time.monotonic()
     yield
@@ -44,8 +46,9 @@ def time_within(bound_s: float) -> Iterator[None]:
 
 @contextmanager
 def cpu_within(bound_s: float) -> Iterator[None]:
-    """Assert that the context takes less CPU time of this thread than `bound_s` seconds. A machine that is slow before
-    or after the context gets more, in proportion. The garbage collector rests meanwhile, since it would examine the
+    """Assert that the context takes less than `bound_s` seconds of CPU time in this thread.
+
+    On a slow machine the limit grows in proportion. The garbage collector is off meanwhile, since it would examine the
     objects of all tests.
     """
     before = slowness()
@@ -61,7 +64,7 @@ def cpu_within(bound_s: float) -> Iterator[None]:
 
 
 class Steps:
-    """An awaitable that measures the CPU time of each step of another one, up to its next pause."""
+    """Awaitable that runs `work` and measures the CPU time of each step between two suspensions."""
 
     def __init__(self, work: Awaitable[Any]) -> None:
         self._work = work

@@ -11,14 +11,14 @@ CHUNK = 65_536
 
 
 class Direction:
-    """A direction of the relayed connections."""
+    """One direction of a relayed connection."""
 
     def __init__(self) -> None:
         self._open = asyncio.Event()
         self._open.set()
 
     def cut(self) -> None:
-        """Block all data from now on, silently."""
+        """Hold back all data from now on, without closing the connection."""
         self._open.clear()
 
     def heal(self) -> None:
@@ -34,8 +34,10 @@ class Direction:
 
 
 class Cuttable:
-    """Relay of TCP connections. `up` carries data from clients to `target`, `down` carries data back. `ways`: the
-    directions of the current connections, in the order in which the connections were opened.
+    """Relay of TCP connections to `target`.
+
+    `ways`: the two directions of each current connection, in the order of opening. The first carries data from the
+    client to `target`, the second carries data back.
     """
 
     def __init__(self, target: str, listen: str = "127.0.0.1") -> None:
@@ -100,7 +102,7 @@ class Cuttable:
 
 @asynccontextmanager
 async def cuttable(target: str, listen: str = "127.0.0.1") -> AsyncIterator[Cuttable]:
-    """Run a relay to `host:port` that listens on an address of this host. The relay is stopped at the end."""
+    """Run a relay to `target` (`host:port`) that listens on the address `listen` of this host."""
     relay = Cuttable(target, listen)
     await relay.start()
     try:

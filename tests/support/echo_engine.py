@@ -1,4 +1,4 @@
-"""An engine that answers with the prompt, or with parts that the test sets, for tests of what is made of an answer."""
+"""An engine for tests that answers with the prompt, or with parsed parts that the test sets."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from cluster.api.types import RESUME_EXACT, EngineInfo, EngineLoad, EngineReques
 
 
 class EchoEngine:
-    """An engine whose output is the prompt's tokens, from the beginning. Requests that may have
-    parts get `parts` in place of text, once the test has set some."""
+    """An engine whose output is the prompt's tokens.
+
+    If `parts` is set, requests with parsing get these parts. If `answer` is set, its tokens replace the prompt's
+    tokens.
+    """
 
     def __init__(self, vocab: int, *, step_s: float = 0.001, tokens_a_step: int = 16) -> None:
         self._vocab = vocab

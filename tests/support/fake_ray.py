@@ -1,4 +1,4 @@
-"""Fake of rayserve's Backend port: a Ray that does everything at once."""
+"""Fake of the Backend of rayserve: a Ray that carries out every request at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.worker.settings import ReplicaSettings
 
 @dataclass
 class FakeRay:
-    """Applications in memory and a journal of requests. If `away` is set, every call fails."""
+    """Applications in memory, and a journal of requests. If `away` is set, every call fails with this message."""
 
     nodes: tuple[Mapping[str, float], ...] = ({"CPU": 8.0, "GPU": 8.0},)
     apps: dict[str, Observed] = field(default_factory=dict)
@@ -23,8 +23,9 @@ class FakeRay:
     """Deployment time of applications, in seconds."""
 
     def change(self, which: str, **fields: object) -> None:
-        """Change an application, given by its name or as the only application of a model, as Ray
-        changes it by itself.
+        """Change an application, as Ray does by itself.
+
+        `which`: its name, or the name of a model with one application.
         """
         app = which if which in self.apps else self.app_of(which)
         self.apps[app] = dataclasses.replace(self.apps[app], **fields)  # type: ignore[arg-type]
@@ -80,6 +81,6 @@ class FakeRay:
 
 
 def _short(app: str) -> str:
-    """Return `m`, or `m@v2` for a version other than the first. Application names would be too long."""
+    """Return a short name of an application for the journal: `m`, or `m@v2` for a version other than v1."""
     model, version, _ = app_parts(app)
     return model if version in ("", "v1") else f"{model}@{version}"

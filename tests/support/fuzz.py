@@ -22,8 +22,10 @@ BATCH = 20
 
 
 def batches(strategy: st.SearchStrategy[T]) -> Iterator[list[T]]:
-    """Yield lists of examples until FUZZ_S seconds are over. The seed is FUZZ_SEED, else the time. In CI it is 0, so
-    that a run depends on the change that it checks only; `make fuzz` looks for new examples.
+    """Yield lists of examples for FUZZ_S seconds.
+
+    The seed is FUZZ_SEED, else the time. In CI the seed is 0, so that a result depends only on the tested change; `make
+    fuzz` looks for new examples.
     """
     by_default = 0 if "CI" in os.environ and "FUZZ_S" not in os.environ else time.time_ns() % 1_000_000
     first = int(os.environ.get("FUZZ_SEED", by_default))
@@ -76,7 +78,7 @@ async def nothing_unexpected() -> AsyncIterator[None]:
 
 
 async def each(examples: list[T], attack: Callable[[T], Awaitable[None]]) -> None:
-    """Run all attacks of a batch at once. The error of a failing attack names the example."""
+    """Run `attack` on all examples of a batch at once. The error of a failing attack names its example."""
 
     async def run_attack(example: T) -> None:
         try:
@@ -88,8 +90,9 @@ async def each(examples: list[T], attack: Callable[[T], Awaitable[None]]) -> Non
 
 
 def messages(kind: type[Message], **fixed: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Return a strategy for valid messages of a type, with any field set or not set. `fixed`: values of top-level
-    fields by name.
+    """Return a strategy for valid messages of type `kind`, in which any field may be set.
+
+    `fixed`: strategies for top-level fields, by name.
     """
     return _fields(kind.DESCRIPTOR, 3, fixed).map(lambda fields: kind(**fields))
 

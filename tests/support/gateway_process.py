@@ -29,8 +29,9 @@ class GatewayProcess:
 
 @asynccontextmanager
 async def gateway_process(folder: Path, text: str = LOOPBACK) -> AsyncIterator[GatewayProcess]:
-    """Run a gateway on loopback with this configuration. The gateway's files lie in and beside `folder`; the process is
-    killed at the end.
+    """Run a gateway on loopback with this configuration, and kill it at the end.
+
+    The gateway's files are in and beside `folder`.
     """
     config, ready = folder.with_suffix(".yaml"), folder.with_suffix(".json")
     config.write_text(text)

@@ -19,7 +19,7 @@ _RARE = {**dict.fromkeys(range(0x20), 0.3), **dict.fromkeys(range(0x7F, 0x100), 
 
 @functools.cache
 def compiler() -> Any:
-    """Return a repaired compiler whose tokens are the 256 bytes and STOP."""
+    """Return a grammar compiler with our repairs, for a vocabulary of the 256 bytes and STOP."""
     import xgrammar
 
     tokens = [bytes([byte]) for byte in range(256)] + [b"</s>"]
@@ -36,7 +36,7 @@ def compiled(schema: object) -> Any:
 
 
 def accepts(grammar: Any, text: str) -> bool:
-    """Return whether a whole text is an output of the grammar."""
+    """Return whether the grammar accepts the whole text."""
     import xgrammar
 
     matcher = xgrammar.GrammarMatcher(grammar, terminate_without_stop_token=True)
@@ -44,7 +44,7 @@ def accepts(grammar: Any, text: str) -> bool:
 
 
 def samples(grammar: Any, seed: int, count: int, longest: int = 300) -> Iterator[str]:
-    """Yield up to `count` random outputs of a grammar; outputs of more than `longest` bytes are left out."""
+    """Yield up to `count` random outputs of a grammar. Outputs longer than `longest` bytes are left out."""
     import xgrammar
 
     draw, mask = random.Random(seed), xgrammar.allocate_token_bitmask(1, STOP + 1)
@@ -70,7 +70,7 @@ def samples(grammar: Any, seed: int, count: int, longest: int = 300) -> Iterator
 
 @functools.cache
 def _validator() -> Any:
-    """Return jsonschema's validator of draft 2020-12 with expressions whose classes are ASCII, as in ECMAScript."""
+    """Return jsonschema's validator for draft 2020-12. Character classes in patterns are ASCII, as in ECMAScript."""
     import jsonschema
 
     def pattern(_: Any, expression: str, value: object, __: object) -> Iterator[Any]:
@@ -82,7 +82,7 @@ def _validator() -> Any:
 
 
 def problem(schema: Mapping[str, object], text: str) -> str:
-    """Return why a text is not JSON that is valid by the schema; empty if it is."""
+    """Return why a text is not JSON that satisfies the schema; empty if it satisfies the schema."""
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -95,15 +95,16 @@ class Rendered:
 
     @property
     def cluster_yaml(self) -> str:
-        """Configuration in the form in which pods read it."""
+        """The text of cluster.yaml as pods read it."""
         (manifest,) = (item for item in self.objects if item["metadata"]["name"].endswith("-config"))
         return str({**manifest.get("data", {}), **manifest.get("stringData", {})}["cluster.yaml"])
 
     def lay_pod(
         self, spec: Mapping[str, Any], secrets: Mapping[str, Mapping[str, str]], folder: Path
     ) -> dict[str, str]:
-        """Write the files of a pod with one container under `folder`, from the pod's volumes and `secrets` (by name);
-        return mount path -> local path. A process can then be started with the pod's own arguments.
+        """Write the files that a pod with one container mounts, below `folder`. Returns mount path -> local path.
+
+        `secrets`: values by Secret and key. A process can then be started with the pod's own arguments.
         """
         (container,) = spec["containers"]
         volumes = {item["name"]: item for item in spec["volumes"]}

@@ -32,7 +32,7 @@ SIZES = (1, 3, 60)
 
 
 def first_pair(arrays: dict[str, Any]) -> tuple[str, str]:
-    """Return the names of the first layer's two tensors."""
+    """Return the names of the first two tensors, which belong to one layer."""
     a, b = list(arrays)[:2]
     return a, b
 
@@ -87,7 +87,7 @@ SPOILED: dict[str, Spoil] = {}
 
 
 def spoil(name: str) -> Callable[[Spoil], Spoil]:
-    """Register a way to spoil an adapter."""
+    """Register a function that spoils an adapter, under `name`."""
 
     def add(function: Spoil) -> Spoil:
         SPOILED[name] = function
@@ -331,8 +331,10 @@ def spoil_config(folder: Path, name: str) -> None:
 
 
 def write_hostile_adapters(folder: Path, base: Path) -> list[str]:
-    """Write an adapter for each hostile configuration, and for each other way and size, into folders of `folder`;
-    return the folders' names. `base`: folder of the base model."""
+    """Write one adapter for each hostile configuration, and for each combination of a spoiling function and a size.
+
+    Returns the names of their folders below `folder`. `base`: folder of the base model.
+    """
     names = []
     for number, name in enumerate(CONFIGS):
         names.append(f"config-{number}")

@@ -85,7 +85,7 @@ class Wire:
         return cls(*await asyncio.open_connection(host, int(port), limit=limit))
 
     def ask(self, path: str, body: Any = None, *, method: str = "", **headers: str) -> None:
-        """Send a request. A body that is not bytes is sent as JSON. Header names have `_` for `-`."""
+        """Send a request. A body that is not bytes is sent as JSON. In the names of `headers`, `_` stands for `-`."""
         content = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         named = {"host": "test", **({} if body is None else {"content-type": "application/json"})}
         named |= {name.replace("_", "-"): value for name, value in headers.items()}
@@ -96,8 +96,10 @@ class Wire:
         self.writer.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + content)
 
     async def head(self) -> tuple[int, dict[str, str]]:
-        """Read the head of a response and return the status and the headers. The values of a repeated header are joined
-        by a line feed."""
+        """Read the head of a response and return the status and the headers.
+
+        The values of a repeated header are joined by a line feed.
+        """
         lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").splitlines()
         headers: dict[str, str] = {}
         for name, value in (line.split(": ", 1) for line in lines[1:] if line):

@@ -23,8 +23,10 @@ class Hub:
 
 @contextmanager
 def running_hub(name: str, folder: Path, sizes: Mapping[str, int] | None = None) -> Iterator[Hub]:
-    """Serve the files of a folder as the repository `name`. `sizes`: sizes that the hub reports in place of the
-    files'."""
+    """Serve the files of a folder as the repository `name`.
+
+    `sizes`: file sizes to report in place of the real sizes.
+    """
     hub = Hub()
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""A gateway with `auth` over a ledger of its own, and callers with keys, over both APIs."""
+"""A gateway that requires API keys, with a ledger of its own, and requests with keys over gRPC and HTTP."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ SECRET, PEPPER = "s" * 32, "p" * 32
 
 
 def keyed_text(folder: Path, more: str = "", gateway: str = "") -> str:
-    """Return a configuration with keys, secrets and a ledger in a folder. `gateway`: more lines of
-    the section gateway.
+    """Return a configuration with keys, secrets and a ledger in a folder.
+
+    `more`: further sections; `gateway`: further lines of the section gateway.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "secret").write_text(SECRET + "\n")
@@ -70,8 +71,9 @@ class Keyed:
         await asyncio.to_thread(self.ledger.tenants.suspend, tenant, suspended)
 
     async def key(self, tenant: str, **fields: Any) -> str:
-        """Create a tenant and return a key of the tenant, once the gateway accepts the key. `fields`: fields of the
-        tenant's policy.
+        """Create a tenant and return a key of the tenant, once the gateway accepts the key.
+
+        `fields`: fields of the tenant's policy.
         """
         await asyncio.to_thread(self.ledger.tenants.create, TenantPolicy.from_json({"name": tenant, **fields}))
         key = await self.another_key(tenant)
@@ -79,11 +81,11 @@ class Keyed:
         return key
 
     async def another_key(self, tenant: str) -> str:
-        """Return another key of a tenant. The gateway accepts the key soon."""
+        """Create and return another key of a tenant. The gateway accepts the key a moment later."""
         return (await asyncio.to_thread(self.ledger.keys.create, tenant, "")).secret
 
     async def until_known(self, tenant: str, key: str) -> None:
-        """Wait until the gateway accepts a key with the tenant's current state in the database."""
+        """Wait until the gateway accepts a key and knows the tenant's current policy."""
         wanted = (await asyncio.to_thread(self.ledger.tenants.get, tenant)).policy
         await eventually(lambda: self._knows(wanted, key), f"{tenant} is known")
 
@@ -130,7 +132,7 @@ def bearer(key: str) -> tuple[tuple[str, str], ...]:
 async def keyed_cluster(
     folder: Path, more: str = "", gateway: str = "", timing: Timing = PATIENT
 ) -> AsyncIterator[Keyed]:
-    """Run a gateway without workers that requires keys."""
+    """Run a gateway that requires keys and has no workers."""
     text = keyed_text(folder, more, gateway)
     file = folder / "cluster.yaml"
     file.write_text(text)
@@ -143,7 +145,7 @@ async def keyed_cluster(
 
 
 async def session_end(stream: Any, call_id: int) -> str:
-    """Read a session until one of its calls has ended. Return the reason of the end, "" for a normal end."""
+    """Read a session until one of its calls has ended. Return the reason of the end; empty for a normal end."""
     while True:
         message = await asyncio.wait_for(read(stream), 60)
         assert message is not None, "the session ended early"
@@ -157,7 +159,7 @@ async def session_end(stream: Any, call_id: int) -> str:
 
 
 def reason_of(raw: bytes) -> str:
-    """Return the reason of the ErrorInfo in a serialized status; "" if there is no ErrorInfo."""
+    """Return the reason of the ErrorInfo in a serialized google.rpc.Status; empty if there is no ErrorInfo."""
     for part in status_pb2.Status.FromString(raw).details:
         info = error_details_pb2.ErrorInfo()
         if part.Unpack(info):

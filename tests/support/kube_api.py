@@ -19,8 +19,9 @@ TOKEN = "token of a service account"
 
 
 class FakeApi:
-    """Fake of the Kubernetes API. `leases`: Leases by name; `away`: answer every call with 503; `seen`: (method, path)
-    of each call.
+    """Fake of the Kubernetes API.
+
+    `leases`: Leases by name; `away`: if true, every call is answered with 503; `seen`: (method, path) of each call.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,7 +35,7 @@ class FakeApi:
         self._token_file.write_text(TOKEN + "\n")
 
     def lease(self, name: str = "headrace-controller", lease_s: float = 15.0) -> KubeLease:
-        """Return a client of this API."""
+        """Return a client for one Lease of this API."""
         return KubeLease(self.url, "ns", name, lease_s, self._token_file)
 
     def answer(self, method: str, path: str, token: str, body: Any) -> tuple[int, dict[str, Any]]:
@@ -75,7 +76,7 @@ class FakeApi:
 
 @contextlib.contextmanager
 def kube_api(folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[FakeApi]:
-    """Run the fake API. The token of the service account is in `folder`."""
+    """Run the fake API. The service account's token is written to `folder`."""
     api = FakeApi(folder)
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,6 +1,4 @@
-"""Strict schemas: the Kubernetes API's own schemas of four releases, and schemas of custom resources from a folder of
-their definitions.
-"""
+"""Strict schemas: those of the Kubernetes API in four releases, and those of custom resources from a folder."""
 
 from __future__ import annotations
 
@@ -57,12 +55,12 @@ def _validator(release: str, api_version: str, kind: str) -> Any:
 
 
 def is_built_in(manifest: Mapping[str, Any]) -> bool:
-    """Return whether the API itself knows the kind of an object."""
+    """Return whether the kind of an object belongs to the Kubernetes API itself."""
     return _validator(RELEASES[-1], manifest["apiVersion"], manifest["kind"]) is not None
 
 
 def check_built_in(manifest: Mapping[str, Any], release: str) -> None:
-    """Check an object. Raises Invalid if a release of the API would refuse the object, also for an unknown field."""
+    """Check an object. Raises Invalid if `release` of the Kubernetes API would refuse it, also for an unknown field."""
     validator = _validator(release, manifest["apiVersion"], manifest["kind"])
     if validator is None:
         raise Invalid(f"{release} has no {manifest['apiVersion']} {manifest['kind']}")
@@ -84,7 +82,10 @@ def _custom(group: str, version: str, kind: str) -> Any:
 
 
 def without_definition(objects: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the kinds of custom resources, sorted, whose definition is not in the folder. These cannot be checked."""
+    """Return the sorted kinds of custom resources that have no definition in the folder.
+
+    These kinds cannot be checked.
+    """
     return sorted({item["kind"] for item in objects if not is_built_in(item) and not _is_defined(item)})
 
 

@@ -1,4 +1,4 @@
-"""A listener for links whose reports no test reads."""
+"""A link listener that ignores all reports, for tests that do not read them."""
 
 from __future__ import annotations
 

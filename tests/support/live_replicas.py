@@ -29,7 +29,7 @@ class _App:
 
 
 class LiveReplicas:
-    """Backend with room for at most `gpus` replicas. Replicas that leave keep their GPUs until they have drained."""
+    """Backend with room for at most `gpus` replicas. A draining replica keeps its GPU until it has drained."""
 
     def __init__(self, gpus: int = 100) -> None:
         self._gpus = gpus

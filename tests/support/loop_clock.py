@@ -1,4 +1,4 @@
-"""A clock of the event loop, which leaves out the time in which the loop stands still because it gets no core."""
+"""A clock that counts only the time in which the event loop runs, not the time in which it gets no CPU core."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ T = TypeVar("T")
 
 
 class LoopClock:
-    """Count turns of TURN_S seconds of the event loop while the context is open.
+    """Clock that counts turns of the event loop, of TURN_S seconds each, while the context is open.
 
-    Work that waits for timers and for other threads takes as many turns on a busy machine as on an idle one, where each
-    turn takes TURN_S.
+    Work that waits for timers and for other threads takes as many turns on a busy machine as on an idle machine.
     """
 
     def __init__(self) -> None:
@@ -26,7 +25,7 @@ class LoopClock:
 
     @property
     def now_s(self) -> float:
-        """Seconds that the loop has run for since the context was entered, at most the seconds that have passed."""
+        """Seconds for which the event loop has run since the context was entered; at most the elapsed time."""
         return self.turns * TURN_S
 
     async def __aenter__(self) -> Self:
@@ -46,8 +45,9 @@ class LoopClock:
 
 
 async def within(bound_s: float, work: Awaitable[T]) -> T:
-    """Await `work`, and assert that it takes at most `bound_s` seconds of the event loop's clock. A hang ends after
-    HANG_S seconds.
+    """Await `work`, and assert that it takes at most `bound_s` seconds on a LoopClock.
+
+    After HANG_S seconds `work` is cancelled with TimeoutError.
     """
     async with LoopClock() as clock:
         result = await asyncio.wait_for(work, HANG_S)

@@ -1,9 +1,8 @@
-"""Report which test tools this machine lacks, and install the tools if possible and wanted. This is the first step of
-`make test`.
+"""Report the test tools that this machine lacks, and install them if possible and wanted.
 
-On Debian, root is asked on a terminal, and not asked if CI is set. NO_INSTALL=1 forbids installing. Without a terminal,
-without root or on another system no tool is installed: the tests concerned are skipped, and each names the remedy. This
-module uses the standard library only, since it runs before the environment is made.
+This is the first step of `make test`. Tools are installed only on Debian by root: after a question on a terminal, or
+without a question if CI is set. NO_INSTALL=1 forbids the installation. Tests whose tools are missing are skipped, and
+each skip names the remedy. This module uses only the standard library, since it runs before the environment is made.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ APT = ("apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120")
 
 
 class Way(enum.Enum):
-    """Ways to handle missing packages. The value is the message."""
+    """What to do about missing packages. The value is the message to the user."""
 
     INSTALL = "installing them"
     ASK = "install them now?"
@@ -34,7 +33,7 @@ class Way(enum.Enum):
 
 
 def way(*, root: bool, debian: bool, ci: bool, forbidden: bool, terminal: bool) -> Way:
-    """Return the way to handle missing packages."""
+    """Return what to do about missing packages."""
     if forbidden:
         return Way.FORBIDDEN
     if not debian:
@@ -83,7 +82,7 @@ def agreed() -> bool:
 
 
 def found_way() -> Way:
-    """Return the way to handle missing packages on this machine."""
+    """Return what to do about missing packages on this machine."""
     return way(
         root=os.geteuid() == 0,
         debian=os.path.exists("/etc/debian_version") and shutil.which("apt-get") is not None,
@@ -94,8 +93,9 @@ def found_way() -> Way:
 
 
 def main() -> int:
-    """Report the missing tools, ask, and install; never prevent the tests from running. `make setup` follows and brings
-    the rest.
+    """Report the missing tools, and install them if possible and wanted. Returns 0 in any case, so that the tests run.
+
+    `make setup` runs next and installs the rest.
     """
     lacking = [
         finding for finding in doctor.examine() if finding.missing and not finding.remedy.startswith(doctor.SETUP)

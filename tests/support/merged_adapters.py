@@ -1,4 +1,4 @@
-"""Adapters of a small model, and the tokens of the model into which one of them is merged."""
+"""Adapters of a small model, and the tokens of the model after one adapter is merged into its weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tests.support.adapters import adapter_arrays, write_adapter
 
 
 class MergedAdapters:
-    """Adapters by number, from 1, and the tokens of the base model into which one is merged."""
+    """Adapters with numbers from 1, and the tokens of the base model after one of them is merged into its weights."""
 
     def __init__(self, base: Path, root: Path, *, rank: int = 8, alpha: float = 16.0) -> None:
-        """`root`: folder that gets the adapters. `rank` and `alpha`: of all adapters."""
+        """`root`: folder for the adapters. `rank` and `alpha`: of all adapters."""
         self._base = base
         self._root = root
         self._rank = rank
@@ -24,7 +24,7 @@ class MergedAdapters:
         self._models: dict[int, Any] = {}
 
     def folder(self, number: int) -> Path:
-        """Return the folder of an adapter, whose name is the digest, as in a worker's store."""
+        """Return the folder of an adapter. As in a worker's store, the folder's name is the adapter's digest."""
         made = write_adapter(self._root / f"made-{number}", self._base, self._rank, number, alpha=self._alpha)
         check_adapter(made, base_shapes(self._base), self._rank)
         folder = self._root / adapter_digest(made)
@@ -33,7 +33,8 @@ class MergedAdapters:
         return folder
 
     def merged_tokens(self, number: int, prompt: Sequence[int], count: int) -> tuple[int, ...]:
-        """Return the greedy tokens of the base model with an adapter's weights added; 0: the base model."""
+        """Return `count` greedy tokens of the base model with adapter `number` merged. Number 0 is the base model
+        alone."""
         import torch
 
         model, ids = self._merged(number), list(prompt)

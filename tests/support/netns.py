@@ -1,6 +1,4 @@
-"""Network namespaces joined by a bridge: several hosts on one machine. A test creates and removes the namespaces; this
-needs root.
-"""
+"""Network namespaces that are joined by a bridge and act as several hosts. Creating them needs root."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ class Host:
 
     @property
     def inode(self) -> int:
-        """Inode of the host's network namespace, which is the target of /proc/<pid>/ns/net for
-        processes on the host.
-        """
+        """Inode of the host's network namespace. For a process on the host, /proc/<pid>/ns/net has the same inode."""
         return os.stat(f"/run/netns/{self.namespace}").st_ino
 
     def holds(self, pid: int) -> bool:
@@ -56,8 +52,10 @@ def _ip(*arguments: str) -> None:
 
 
 def _without_names(host: Host, unreachable: str, undo: contextlib.ExitStack) -> None:
-    """Make name lookups on a host fail at once. This machine's resolver is unreachable from the host, and each lookup
-    would wait 10 s for it (PyTorch's ranks look up the names of their peers as they meet).
+    """Make name lookups on a host fail at once.
+
+    The host cannot reach this machine's resolver, and each lookup would wait for 10 s. PyTorch's ranks look up the
+    names of their peers when they connect.
     """
     folder = RESOLVERS / host.namespace
     undo.callback(_forget, folder)

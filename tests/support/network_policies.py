@@ -20,7 +20,7 @@ class Peer:
 
     @property
     def namespace_labels(self) -> Mapping[str, str]:
-        """Labels of the namespace. Every namespace has this one label."""
+        """Labels of the peer's namespace: only the label with its name, which every namespace has."""
         return {"kubernetes.io/metadata.name": self.namespace}
 
 

@@ -1,4 +1,4 @@
-"""A collector of spans for tests: a real OTLP receiver over gRPC, which keeps what it gets."""
+"""A collector of spans for tests: a real OTLP receiver over gRPC that keeps all spans."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ class ReceivedSpan:
 
     @property
     def attributes(self) -> Mapping[str, Any]:
-        """All attributes."""
+        """All attributes of the span, by name."""
         return _values(self.span.attributes)
 
 
 @dataclass
 class Collector:
-    """A running receiver. `refusal`: status with which it refuses everything; None to accept."""
+    """A running receiver. `refusal`: status code with which it refuses all spans; None to accept them."""
 
     endpoint: str
     spans: list[ReceivedSpan] = field(default_factory=list)
@@ -90,11 +90,11 @@ class Collector:
         return sorted((span for span in self.spans if span.trace == trace_id), key=lambda span: span.start_s)
 
     def roots(self) -> list[ReceivedSpan]:
-        """Return the spans of calls."""
+        """Return the root spans of calls, which have the kind SERVER."""
         return [span for span in self.spans if span.span.kind == trace_pb2.Span.SPAN_KIND_SERVER]
 
     async def until_calls(self, calls: int) -> list[ReceivedSpan]:
-        """Wait until the collector has the spans of so many calls, and return these calls' spans."""
+        """Wait until the collector has the root spans of at least `calls` calls, and return these spans."""
         await until(lambda: len(self.roots()) >= calls, f"the collector has {calls} calls")
         return self.roots()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def overview(workers: int = 3, calls: int = 5, tenants: int = 2) -> dict[str, Any]:
-    """Return the document of a cluster with one model that serves and one that starts."""
+    """Return an overview of a cluster with one model that serves and one model that is starting."""
     return {
         "at": 1_791_000_000.0,
         "cluster": "demo",

@@ -1,7 +1,7 @@
-"""Order of tests in parallel processes: tests with engines run in one process, those with only Ray or namespaces in one
-process, and all other tests file by file.
+"""Distribution of tests over parallel processes.
 
-A small machine holds at most two engines at a time, and the tests of a file share fixtures.
+Tests with engines run in one process, tests with only Ray or network namespaces in another, and other tests file by
+file. A small machine has room for at most two engines at a time, and the tests of a file share fixtures.
 """
 
 from __future__ import annotations
@@ -20,20 +20,25 @@ _CLUSTER = re.compile(r"pytest\.mark\.(ray|root)\b")
 
 @functools.cache
 def scope(file: str) -> str:
-    """Return the group of tests to which a file belongs. The tests of a group run one after the
-    other in one process.
+    """Return the name of the group to which the tests of a file belong.
+
+    The tests of a group run in one process, one after the other.
     """
     text = (ROOT / file).read_text()
     return "engines" if _ENGINE.search(text) else "clusters" if _CLUSTER.search(text) else file
 
 
 class Scheduler(LoadScopeScheduling):  # type: ignore[misc] # xdist's classes are untyped
-    """Scheduler of pytest-xdist that distributes groups of tests: those with engines and clusters, which take longest,
-    then the largest first."""
+    """Scheduler of pytest-xdist that distributes groups of tests.
+
+    Groups with engines and clusters come first, since they take longest. The other groups follow, the largest first.
+    """
 
     def remove_node(self, node: Any) -> str | None:
-        """Remove a test process; if it has crashed, return the test that ran there. xdist would hand finished groups to
-        other processes, which then would wait for tests forever.
+        """Remove a test process. If it has crashed, return the test that ran there.
+
+        xdist would hand the finished groups of this process to other processes, which would then wait for tests
+        forever.
         """
         work = self.assigned_work[node]
         for finished in [group for group, tests in work.items() if all(tests.values())]:

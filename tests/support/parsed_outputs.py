@@ -1,4 +1,4 @@
-"""The output parser of a worker whose engine makes parsed outputs itself, for tests."""
+"""An output parser for test workers whose engine returns parsed outputs itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from cluster.worker.parsing.port import NoParsers
 
 
 class ParsedByEngine(NoParsers):
-    """An output parser that leaves `parsing` and the outputs to the engine."""
+    """An output parser that leaves all parsing to the engine."""
 
     async def open(self, request: EngineRequest) -> EngineRequest:
         """Return the request unchanged."""

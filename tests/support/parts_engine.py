@@ -1,4 +1,4 @@
-"""An engine whose outputs have parts, as a worker's parser makes them, for tests of the gateway."""
+"""A test engine whose outputs already have parts (content, reasoning, tool calls), as a worker's parser makes them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ FIRST_ID = 40
 
 
 class PartsEngine:
-    """An engine that gives every request the same output. `script`: the parts of each token. The last token is a stop
-    token. A request that asks for no parsing gets the tokens alone."""
+    """An engine that answers every request with the same tokens, of which the last is a stop token.
+
+    `script`: the parts of each token. A request without parsing gets only the tokens.
+    """
 
     def __init__(
         self,

@@ -1,5 +1,4 @@
-"""A journal of everything that a gateway tells its scheduling policy and that the policy answers, and its replay on
-another policy."""
+"""Recording of a gateway's calls to its scheduling policy and of the answers, and their replay on another policy."""
 
 from __future__ import annotations
 
@@ -23,9 +22,11 @@ from cluster.policy.scheduling.workers import Workers
 
 @dataclass
 class Journal:
-    """Events of one policy. `events` are (kind, arguments) in the order of their occurrence: a call of the policy, an
-    answer of the policy, or a change of a fair order or of the recent losses. `reads` are the policy's questions about
-    workers, each with the answer."""
+    """The recorded events of one policy, in order.
+
+    `events`: kind and arguments of each call, each answer, and each change of a fair order or of the recent losses of
+    workers. `reads`: each question of the policy about workers, with the answer.
+    """
 
     events: list[tuple[str, Any]] = field(default_factory=list)
     reads: list[tuple[Any, Any]] = field(default_factory=list)
@@ -36,7 +37,7 @@ class Journal:
 
 
 class RecordedOrder(FairOrder):
-    """A fair order that records the changes that do not come through the waiting room."""
+    """A fair order that records the changes made to it directly, not those made by the waiting room."""
 
     def __init__(self, journal: Journal, model: str, weight_of: Callable[[str], float]) -> None:
         super().__init__(weight_of=weight_of)
@@ -77,8 +78,10 @@ class _RecordedWorkers:
         self._workers = workers
 
     def route(self, call: RouteCall, now: float) -> RoutingDecision:
-        """See Workers. Recorded are the workers, so that a replay decides from all of them anew. The prompts of these
-        tests are too short to be looked up in the workers' caches."""
+        """See Workers. Records the candidate workers instead of the decision, so that a replay decides anew.
+
+        The prompts of these tests are too short to be looked up in the workers' caches.
+        """
         answer = list(self._workers.candidates(call.model, now, False))
         self._journal.reads.append(((call, now), answer))
         return self._workers.route(call, now)
@@ -133,7 +136,7 @@ class _RecordedWorkers:
 
 
 class _ReplayedWorkers:
-    """Workers that give the recorded answers. Each question must be the recorded question."""
+    """Workers that give the recorded answers. Each question must equal the recorded question."""
 
     def __init__(self, journal: Journal) -> None:
         self.reads = deque(journal.reads)
@@ -234,7 +237,7 @@ class RecordedPolicy(SchedulingPolicy):
         return removed
 
     def expire(self, now: float, longer_s: Callable[[str], float]) -> list[End]:
-        """See SchedulingPolicy. No sequence waits longer here."""
+        """See SchedulingPolicy. `longer_s` is ignored: the extra waiting time is 0 for every model."""
         self._say("expire", now)
         ends = super().expire(now, lambda model: 0.0)
         self._say("answer", ends)
@@ -282,9 +285,10 @@ def replay(
     policy_of: Callable[[Callable[[str], FairOrder], Workers], SchedulingPolicy],
     weight_of: Callable[[str], float],
 ) -> None:
-    """Tell another policy what the recorded policy was told, and compare each answer and each instruction.
+    """Repeat the recorded calls on another policy, and compare each answer and each instruction.
 
-    `policy_of` creates the other policy from fair orders and workers."""
+    `policy_of` creates the other policy from fair orders and workers.
+    """
     orders: dict[str, FairOrder] = {}
 
     def order_of(model: str) -> FairOrder:

@@ -1,4 +1,4 @@
-"""Clusters with simulated pooling workers, and readers of vectors."""
+"""Clusters with simulated pooling workers (embeddings and scores), and readers of vectors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def pooling_cluster(folder: Path, checkpoint: Path, bundle: Bundle) -> Asy
 
 
 def vectors_of(values: Sequence[Any]) -> Vectors:
-    """Return vectors as a matrix of float32: lists of numbers, or base64 of little-endian float32."""
+    """Return vectors as a matrix of float32. `values`: lists of numbers, or base64 of little-endian float32."""
     rows = [
         np.frombuffer(base64.b64decode(v), "<f4") if isinstance(v, str) else np.array(v, np.float32) for v in values
     ]
@@ -46,10 +46,10 @@ async def embedded(cluster: TestCluster, texts: Sequence[str], model: str = "emb
 
 
 class Tampered:
-    """A simulated engine that changes its outputs before they are sent."""
+    """Wrapper of a simulated engine that changes the engine's outputs."""
 
     def __init__(self, engine: Engine, change: Any) -> None:
-        """`change`: called with each output; changes it in place."""
+        """`change`: function that changes an output in place; it is called with each output."""
         self._engine = engine
         self._change = change
         self.submitted: list[EngineRequest] = []

@@ -26,8 +26,9 @@ START_S = 180.0
 
 
 def binaries() -> Path | None:
-    """Return the folder with the programs of the newest PostgreSQL; None if there is none. Debian keeps these programs
-    off PATH.
+    """Return the folder with the programs of the newest PostgreSQL; None if PostgreSQL is not installed.
+
+    Debian keeps these programs off PATH.
     """
     installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3].split(".")[0]))
     if installed:
@@ -44,8 +45,9 @@ def free_port() -> int:
 
 
 class PostgresServer:
-    """PostgreSQL server that can be started, stopped, killed and frozen. `url` returns the URL of one database of the
-    server. `settings`: further parameters of the server; `{folder}` in a value is the server's folder.
+    """PostgreSQL server that can be started, killed and removed.
+
+    `settings`: further parameters of the server; `{folder}` in a value is the server's folder.
     """
 
     def __init__(self, programs: Path, settings: Mapping[str, str] | None = None) -> None:
@@ -120,7 +122,7 @@ class PostgresServer:
                     self._process.wait(timeout=0.05)
 
     def connect(self, database: str) -> psycopg.Connection[Any]:
-        """Return a connection for statements of the test itself."""
+        """Return a connection for the test's own statements."""
         return psycopg.connect(
             host="127.0.0.1", port=self.port, user="headrace", password=PASSWORD, dbname=database, autocommit=True
         )
@@ -147,9 +149,7 @@ class PostgresServer:
 
 @contextlib.contextmanager
 def running(settings: Mapping[str, str] | None = None) -> Iterator[PostgresServer]:
-    """Run a server with these parameters for the duration of the context. Skips the test if PostgreSQL is not
-    installed.
-    """
+    """Run a server with the parameters `settings`. Skips the test if PostgreSQL is not installed."""
     programs = binaries()
     if programs is None:
         pytest.skip(doctor.missing_reason("postgresql"))

@@ -27,8 +27,9 @@ class Prometheus:
     address: str
 
     async def query(self, expression: str) -> list[dict[str, Any]]:
-        """Return the current result of a query. Raises AssertionError with Prometheus' message if it refuses the
-        query.
+        """Return the current result of a query.
+
+        If Prometheus refuses the query, raises AssertionError with its message.
         """
         return await asyncio.to_thread(self._query, expression)
 
@@ -44,7 +45,7 @@ class Prometheus:
         return list(result)
 
     async def has(self, expression: str) -> bool:
-        """Return whether a query has a result. A Prometheus that does not serve yet has none."""
+        """Return whether a query has a result; False if Prometheus does not serve yet."""
         try:
             return bool(await self.query(expression))
         except OSError:

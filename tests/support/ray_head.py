@@ -1,4 +1,4 @@
-"""A Ray whose head can be lost and can come back: Valkey keeps the head's tables, and the GPUs are on another host.
+"""A Ray whose head can be lost and restarted. Valkey keeps the head's tables, and the GPUs are on another host.
 
 There are two hosts in network namespaces (which needs root), and Valkey beside the gateway. All processes on the head's
 host end with the head, including Serve's controller.
@@ -69,7 +69,7 @@ class HeadAndNode:
         return f"http://{self.head.address}:{DASHBOARD_PORT}"
 
     def start(self) -> None:
-        """Start Valkey, the head and the node, each once the previous one listens."""
+        """Start Valkey, the head and the node. Each start waits until the previous process listens."""
         self.start_valkey()
         self.find_head()
         self._ray(self.node, f"--address={self.head.address}:{GCS_PORT}", "--num-cpus=16", "--num-gpus=16")
@@ -98,8 +98,11 @@ class HeadAndNode:
         _end(self.head)
 
     def find_head(self) -> None:
-        """Start the head on its host. After a loss, the head finds its data in Valkey. A head that ends by itself, as
-        on a busy machine whose dashboard misses a deadline, is started again, as a supervisor does."""
+        """Start the head on its host. After a loss, the head reads its earlier data from Valkey.
+
+        A head that ends by itself is started again, as by a supervisor. On a busy machine this happens if its dashboard
+        misses a deadline.
+        """
         words = ["--head", f"--port={GCS_PORT}", f"--dashboard-host={self.head.address}", "--include-dashboard=true"]
         self._ray(self.head, *words, f"--dashboard-port={DASHBOARD_PORT}", "--num-cpus=8", "--num-gpus=0")
         _until_open(self.head.address, GCS_PORT, "the head")
@@ -156,7 +159,7 @@ def _pids() -> list[int]:
 
 
 def _on(host: Host, pid: int) -> bool:
-    """Return whether a process runs on a host. A zombie process no longer has a namespace."""
+    """Return whether a process runs on a host. False for a zombie process, which has no namespace."""
     try:
         return host.holds(pid)
     except OSError:
@@ -176,8 +179,9 @@ def _until_open(address: str, port: int, what: str) -> None:
 
 @contextmanager
 def head_and_node(environment: Mapping[str, str], gcs_away_s: int = GCS_AWAY_S) -> Iterator[HeadAndNode]:
-    """Start Valkey, the head and the node, and remove them at the end. `environment`: variables for the replicas beside
-    Ray's own.
+    """Start Valkey, the head and the node, and remove them at the end.
+
+    `environment`: variables for the replicas, in addition to Ray's own.
     """
     folder = Path(tempfile.mkdtemp(prefix="hr-"))
     (folder / "token").write_text(secrets.token_hex(32))

@@ -20,8 +20,9 @@ from cluster.ray.local_cluster import LocalRay, LocalRaySettings
 
 @dataclass
 class RayNodes:
-    """Ray nodes. `add` starts a node; `terminate` sends a node the signal that Kubernetes sends to a pod's main
-    process.
+    """Nodes of a Ray cluster that tests can add and end.
+
+    `terminate` sends a node the signal that Kubernetes sends to a pod's main process.
     """
 
     head: LocalRay
@@ -34,8 +35,9 @@ class RayNodes:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def add(self, name: str, *inside: str) -> None:
-        """Run `ray start --block` with resources for replicas; return before the node has joined. `inside`: a program
-        that wraps the command, such as unshare.
+        """Start a node with resources for replicas by `ray start --block`. Returns before the node has joined.
+
+        `inside`: a program that wraps the command, such as unshare.
         """
         command = [
             *inside,
@@ -67,7 +69,7 @@ class RayNodes:
 
 @contextlib.contextmanager
 def ray_nodes(drain_timeout_s: float) -> Iterator[RayNodes]:
-    """Run a head. The head and all nodes end with the context."""
+    """Run a Ray head without nodes. The head and all added nodes end with the context."""
     folder = Path(tempfile.mkdtemp(prefix="hr-"))
     head = LocalRay(LocalRaySettings(f"nodes-{uuid.uuid4().hex[:8]}", folder, cpus=0, gpus=0))
     made = RayNodes(head, folder, drain_timeout_s)

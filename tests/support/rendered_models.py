@@ -1,4 +1,4 @@
-"""Model folders without weights whose chats vLLM's own code renders: tiny tokenizers of each family."""
+"""Model folders without weights, with tiny tokenizers, for models whose chats are rendered by vLLM's own code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEKKEN_TOKENS, TEKKEN_SPECIALS = 3000, 1000
 
 
 def build_rendered(renderer: str, folder: Path) -> Path:
-    """Write a tokenizer and a config.json of a model with this renderer into `folder`, and return the folder."""
+    """Write the tokenizer and config.json of a model with this renderer into `folder`, and return `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     size = build_tekken(folder) if renderer == "mistral" else _build_deepseek(folder)
     model_type, architecture = ARCHITECTURES[renderer]
@@ -34,7 +34,10 @@ def build_rendered(renderer: str, folder: Path) -> Path:
 
 
 def build_tekken(folder: Path) -> int:
-    """Write a tekken.json with the first tokens of a published one into `folder`. Returns the vocabulary's size."""
+    """Write a tekken.json with the first tokens of a published vocabulary into `folder`.
+
+    Returns the new vocabulary's size.
+    """
     import mistral_common
 
     source = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"

@@ -1,4 +1,4 @@
-"""A renderer for tests of gateways: it needs no vLLM, fails on request, and can be held back."""
+"""A chat renderer for tests of gateways. It needs no vLLM, can refuse chats, and can be paused."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from tests.worker.parsing.hosts import thread_host
 
 @dataclass
 class ByteKit(RendererKit):
-    """A kit whose prompts are the bytes of the chat's JSON, each an id. `open`: whether it renders now."""
+    """A renderer kit whose prompts have one token id for each byte of the chat's JSON.
+
+    `open`: set while the kit may render.
+    """
 
     open: threading.Event = field(default_factory=threading.Event)
     rendered: list[str] = field(default_factory=list)
     """First contents of the chats, in the order in which they were rendered."""
 
     def render(self, request: wire.Render) -> wire.Rendered:
-        """Render a chat once the kit is open."""
+        """Wait until the kit is open, then render a chat."""
         assert self.open.wait(60)
         content = json.loads(request.chat)["messages"][0]["content"]
         self.rendered.append(content)

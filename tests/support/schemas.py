@@ -1,4 +1,4 @@
-"""Random JSON schemas in the keywords of draft 2020-12, of which some cannot be enforced."""
+"""Random JSON schemas with keywords of draft 2020-12. Some of the schemas cannot be enforced."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SchemaGenerator:
         }
 
     def root(self) -> dict[str, Any]:
-        """Return a schema with two definitions that it may refer to."""
+        """Return a random schema with two definitions, to which its references may point."""
         return {**self._combined(3), "$defs": {"a": self._schema(1), "b": self._schema(2)}}
 
     def _chance(self, share: float) -> bool:

@@ -28,7 +28,7 @@ def refusal(
     violations: tuple[tuple[str, str], ...] = (),
     retry_after_s: float | None = None,
 ) -> status_pb2.Status:
-    """Return a google.rpc.Status as a gateway packs it."""
+    """Return an error as the google.rpc.Status that a gateway sends."""
     details: list[Any] = [error_details_pb2.ErrorInfo(domain="headrace", reason=reason)]
     if violations:
         fields = [error_details_pb2.BadRequest.FieldViolation(field=f, description=d) for f, d in violations]
@@ -50,7 +50,7 @@ MODEL_NOT_FOUND = refusal(code_pb2.NOT_FOUND, "MODEL_NOT_FOUND", "no model is ca
 
 @dataclass
 class Script:
-    """Script of the server's behaviour, with the requests that the server has received."""
+    """The answers that the server must give, and the requests that the server has received."""
 
     models: list[pb.Model] = field(default_factory=list)
     page_size: int = 100
@@ -78,7 +78,7 @@ class Script:
 
 
 class ScriptedInference(inference_pb2_grpc.InferenceServicer):
-    """Scripted public API."""
+    """Public API whose answers come from the script."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
@@ -131,23 +131,23 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
             yield pb.CompleteChunk(id="cmpl-1", model="tiny", choices=[choice], usage=self._usage() if last else None)
 
     def Resume(self, request: pb.ResumeRequest, context: Any) -> Iterator[pb.ResumeChunk]:
-        """Answer like a gateway of a release without resume."""
+        """Refuse the call with UNIMPLEMENTED, as a gateway without resume does."""
         context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         raise AssertionError("abort raises")
 
     def Session(self, request_iterator: object, context: Any) -> Iterator[pb.SessionEvents]:
-        """Answer like a gateway of a release without sessions."""
+        """Refuse the call with UNIMPLEMENTED, as a gateway without sessions does."""
         context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         raise AssertionError("abort raises")
 
     def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:
-        """Answer with vectors of a text's length and its number."""
+        """Answer with one vector for each text: the text's length and its index."""
         self._enter(request, context)
         vectors = [pb.Embedding(index=i, values=[len(text), i]) for i, text in enumerate(request.texts)]
         return pb.EmbedResponse(id="embd-1", model="tiny", embeddings=vectors, usage=self._usage())
 
     def Rerank(self, request: pb.RerankRequest, context: Any) -> pb.RerankResponse:
-        """Answer with the documents by length, the longest first."""
+        """Answer with the documents ranked by length, the longest first."""
         self._enter(request, context)
         order = sorted(range(len(request.documents)), key=lambda i: -len(request.documents[i]))
         results = [pb.RankedDocument(index=i, score=len(request.documents[i]) / 8) for i in order]
@@ -179,7 +179,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
 
 
 class ScriptedFleet(admin_pb2_grpc.FleetServicer):
-    """Scripted workers."""
+    """Admin API of the workers, whose answers come from the script."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
@@ -221,7 +221,7 @@ class ScriptedFleet(admin_pb2_grpc.FleetServicer):
 
 
 class ScriptedCatalog(admin_pb2_grpc.CatalogServicer):
-    """Scripted catalog."""
+    """Admin API of the catalog, whose answers come from the script."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
@@ -306,7 +306,7 @@ class CredentialRecorder(grpc.ServerInterceptor):
         self.script = script
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """Record the credentials, and let the call go on."""
+        """Record the credentials, and pass the call on."""
         self.script.credentials |= {str(v) for key, v in details.invocation_metadata if key == "authorization"}
         return continuation(details)
 

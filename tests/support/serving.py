@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass
 class Door(NoListener):
-    """Hub on a port that holds the newest catalog and the links, as a gateway does."""
+    """A gateway's end of the links: it keeps the newest catalog, and `hub` has the links."""
 
     hub: Hub = field(init=False)
     address: str = ""
@@ -53,11 +53,11 @@ class Door(NoListener):
         return self.hub.workers.lost.recent(time.time())
 
     def link_of(self, model: str) -> WorkerLink | None:
-        """Return a link to a worker of the model that has granted credit to this hub; None if there is none."""
+        """Return a link to a worker of the model that has granted credit (free capacity); None if there is none."""
         return next((x for x in self.hub.links if x.identity.model == model and x.free.sequences), None)
 
     async def worker(self, model: str, timeout_s: float = 240.0, but: str = "") -> WorkerLink:
-        """Wait for a worker of `model` whose incarnation is not `but`, and return the worker's link."""
+        """Wait for a worker of `model` whose incarnation (process start) is not `but`, and return the worker's link."""
         return await eventually(
             lambda: (x := self.link_of(model)) and (x if x.identity.incarnation != but else None),
             f"a worker of {model} has dialled in",
@@ -67,7 +67,7 @@ class Door(NoListener):
 
 @asynccontextmanager
 async def open_door(host: str = "127.0.0.1", door: Door | None = None) -> AsyncIterator[Door]:
-    """Run a hub on a free port of `host`. `door`: its listener, None for a new one."""
+    """Run a hub on a free port of `host`. `door`: the hub's listener; None for a new listener."""
     door = door or Door()
     door.hub = Hub("test", door, tuple, tuple)
     server = hub_server(door.hub)
@@ -102,7 +102,7 @@ class _Answer:
         self.output(TokenOutput("", (token_id,)))
 
     def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
-        """Handle one token with parts: collect the token."""
+        """Handle one token of a parsed output: collect the token."""
         self.token(token_id, now)
 
     def output(self, output: TokenOutput) -> None:

@@ -1,4 +1,4 @@
-"""The shared memory of engines on this machine, on which other engines may run too."""
+"""Blocks of shared memory of the engines on this machine. Engines of other tests may run here too."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ def blocks() -> set[str]:
 
 
 def left_blocks(before: set[str]) -> set[str]:
-    """Return the names of the blocks that are not among `before` and that no process has mapped: nothing will remove
-    them.
-    """
+    """Return the names of new blocks (not in `before`) that no process has mapped. Nothing will remove them."""
     left = blocks() - before
     for maps in Path("/proc").glob("[0-9]*/maps") if left else ():
         with suppress(OSError):  # the process has ended, or is another user's
@@ -25,5 +23,5 @@ def left_blocks(before: set[str]) -> set[str]:
 
 
 def named_blocks(pid: int) -> set[str]:
-    """Return the names of the blocks that a process has mapped and that still have a name."""
+    """Return the names of the blocks that a process has mapped and that are still in /dev/shm."""
     return watchdog.shared_memory_files(Path(f"/proc/{pid}/maps").read_text())

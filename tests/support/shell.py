@@ -17,7 +17,7 @@ def headrace(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def until(condition: Callable[[], Any], what: str, deadline_s: float = 240.0) -> Any:
-    """Wait until a condition that other processes make true holds; return the condition's value."""
+    """Wait until `condition` returns a true value, and return this value. Raises AssertionError after `deadline_s`."""
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
         value = condition()
@@ -28,7 +28,7 @@ def until(condition: Callable[[], Any], what: str, deadline_s: float = 240.0) ->
 
 
 def status() -> Any:
-    """Return the JSON value of `headrace status`, once a busy gateway answers within the command's time limit."""
+    """Return the JSON that `headrace status` prints. Repeats the command while a busy gateway misses its deadline."""
 
     def printed() -> str:
         done = headrace("status", "--json")

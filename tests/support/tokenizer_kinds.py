@@ -189,7 +189,7 @@ def _merges(tokenizer: Tokenizer) -> list[list[str]]:
 
 
 def synthetic(vocab_size: int) -> Tokenizer:
-    """Return an untrained byte-level tokenizer of `vocab_size`. Its merges join earlier pieces in a fixed pattern."""
+    """Return an untrained byte-level tokenizer of `vocab_size`. Its merges follow a fixed pattern."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: number for number, letter in enumerate(letters)}
     pieces, merges = list(letters), []

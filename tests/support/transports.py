@@ -6,7 +6,7 @@ import asyncio
 
 
 class Sink(asyncio.Transport):
-    """A transport that keeps each write, for a client that never reads."""
+    """A transport that keeps every write, as for a client that never reads."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -58,7 +58,9 @@ class Server:
             await self._process.wait()
 
     def freeze(self, on: bool) -> None:
-        """Stop the store's process, so that the store keeps its connections and answers nothing, or let the process
-        continue."""
+        """Suspend the store's process if `on`, else let it continue.
+
+        A suspended store keeps its connections and answers nothing.
+        """
         assert self._process is not None
         os.kill(self._process.pid, signal.SIGSTOP if on else signal.SIGCONT)

@@ -1,5 +1,6 @@
-"""Fixtures of the worker tests: a cluster on the simulated engine, a gateway's side of the links, and the end of what a
-failed test leaves in an engine."""
+"""Fixtures of the worker tests: a cluster on the simulated engine, the gateway side of the links, and a cleanup of
+engines after failed tests.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ __all__ = ["bundle", "checkpoint", "cluster"]
 
 @pytest.fixture(autouse=True)
 async def _shared_engines_are_left_empty() -> AsyncIterator[None]:
-    """Abort the requests that a failed test has left behind in an engine, which other tests share."""
+    """Abort the requests that a failed test has left in an engine. Other tests share the engine."""
     yield
     await abort_unfinished()
 
 
 @pytest.fixture
 async def door() -> AsyncIterator[Door]:
-    """A gateway's side of the links, on a loopback port."""
+    """The gateway side of the links, on a loopback port."""
     async with open_door() as opened:
         yield opened

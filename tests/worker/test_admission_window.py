@@ -1,4 +1,6 @@
-"""The admission window follows the prompts that an engine can start, so no slot is idle and few sequences queue."""
+"""The admission window follows the number of prompts that an engine can start: no slot is idle, and few sequences
+queue.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ pytestmark = pytest.mark.slow
 
 
 def test_short_prompts_come_many_at_once_and_long_ones_do_not() -> None:
-    """A window admits the prompts that one step can start.
+    """The window admits as many prompts as one step can start.
 
-    These are over a hundred prompts of 20 tokens, but only three prompts that each fill two steps.
+    With 20 tokens each these are over a hundred prompts. With two steps each these are three.
     """
     short, long = AdmissionWindow(256, 2048), AdmissionWindow(256, 2048)
     for number in range(200):
@@ -35,7 +37,7 @@ def test_short_prompts_come_many_at_once_and_long_ones_do_not() -> None:
 
 
 def test_calls_that_go_on_say_nothing_of_the_next_prompt() -> None:
-    """A hundred resumed sequences with few tokens to compute do not make the window admit more long prompts."""
+    """A hundred resumed sequences with few tokens to compute do not let the window admit more long prompts."""
     ahead = AdmissionWindow(256, 2048)
     for number in range(200):
         ahead.record_submit(str(number), 1000 if number < 100 else 8, begins=number < 100)
@@ -46,7 +48,8 @@ def test_calls_that_go_on_say_nothing_of_the_next_prompt() -> None:
 
 
 def test_nothing_more_while_a_long_prompt_is_before_it() -> None:
-    """With two prompts of several steps pending, a third waits in its gateway until one of the two has an output."""
+    """While two prompts of several steps are pending, a third one waits in its gateway. It is admitted once one of the
+    two has an output."""
     ahead = AdmissionWindow(8, 1000)
     ahead.record_submit("a", 5000)
     ahead.record_submit("b", 5000)
@@ -57,13 +60,14 @@ def test_nothing_more_while_a_long_prompt_is_before_it() -> None:
 
 
 def test_an_idle_engine_has_room_for_three() -> None:
-    """An idle engine with enough slots admits one sequence and two more, so that several gateways have credit."""
+    """An idle engine with enough slots admits three sequences, so that several gateways have credit."""
     assert AdmissionWindow(32, 2048).admissible_sequences == 1 + LOOKAHEAD_SEQUENCES
     assert AdmissionWindow(2, 2048).admissible_sequences == 2
 
 
 def test_more_than_places_only_where_calls_end_in_each_step() -> None:
-    """Two sequences more than there are slots are admitted only if two sequences end in each step."""
+    """If two sequences end in each step, two more sequences than slots are admitted. Otherwise only as many as slots
+    are."""
     fast, slow = AdmissionWindow(4, 2048), AdmissionWindow(4, 2048)
     for number in range(400):
         for name in (f"{number}-a", f"{number}-b"):
@@ -75,7 +79,7 @@ def test_more_than_places_only_where_calls_end_in_each_step() -> None:
 
 
 class LookaheadMachine(RuleBasedStateMachine):
-    """A state machine that tests the window with submits, first outputs, ends and steps in any order."""
+    """A state machine that tests the admission window with submits, first outputs, ends and steps in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +121,7 @@ class LookaheadMachine(RuleBasedStateMachine):
 
     @invariant()
     def never_idle(self) -> None:
-        """With a free slot and no pending prompt, a sequence is admitted."""
+        """If a slot is free and no prompt is pending, a sequence is admitted."""
         if not self.pending and len(self.live) < 6:
             assert self.ahead.admissible_sequences > 0
 
@@ -131,7 +135,7 @@ TestLookahead = LookaheadMachine.TestCase
 def test_the_engines_own_queue_stays_short(median: int, seed: int) -> None:
     """If a sender always uses the whole window, only a few sequences wait in the engine.
 
-    Meanwhile every slot is filled, as far as prompts can be computed.
+    Every slot is used, as far as the engine can compute the prompts in time.
     """
     chance = Random(seed)
     config = SimConfig.from_source("sim:///nowhere?max_num_seqs=32&kv_blocks=60000")

@@ -13,7 +13,7 @@ from cluster.worker.detached_requests import DETACHED_S, FAILED, DetachedRequest
 def make_request(
     stream: str, request_id: str, prompt: int, ids: list[int], last: TokenOutput | None = None
 ) -> DetachedRequest:
-    """Return a detached request whose parameters are the string `it`."""
+    """Return a detached request. Its parameters are the string `it`."""
     return DetachedRequest(stream, request_id, "it", prompt, ids, last=last)
 
 
@@ -24,7 +24,8 @@ IDS = st.lists(st.integers(0, 3), max_size=6)
 def test_a_claim_gets_all_that_follows_what_it_shows(
     before: list[int], steps: list[list[int]], shown: list[int], prompt: int, ends: bool
 ) -> None:
-    """A claim succeeds only with the same prompt length and first tokens. A claim returns all tokens in order, once."""
+    """A claim of a detached request succeeds only with the request's parameters, prompt length and first tokens. It
+    returns all tokens in order, and succeeds only once."""
     detached = DetachedRequests()
     detached.add(make_request("s", "r", 1, list(before)), 0.0)
     for number, ids in enumerate(steps):
@@ -64,7 +65,7 @@ def test_each_is_kept_for_a_moment(left: list[tuple[float, bool]], now: float) -
 
 @given(st.lists(st.integers(1, 9), max_size=6), st.integers(-2, 8), st.integers(-5, 60))
 def test_room_is_made_by_the_oldest(prompts: list[int], sequences: int, tokens: int) -> None:
-    """The oldest requests are dropped first, no more requests than needed, and all requests if needed."""
+    """If capacity is needed, the oldest requests are dropped first, and only as many as needed."""
     detached = DetachedRequests()
     for number, prompt in enumerate(prompts):
         detached.add(make_request(f"s{number}", f"r{number}", prompt, [1]), float(number))
@@ -80,7 +81,8 @@ def test_room_is_made_by_the_oldest(prompts: list[int], sequences: int, tokens: 
 
 
 def test_a_name_that_comes_again_is_the_newer_ones() -> None:
-    """A second request with the same name replaces the first, whose engine request id is returned for the abort."""
+    """A second request with the same stream name replaces the first. The first one's engine request id is returned for
+    an abort."""
     detached = DetachedRequests()
     detached.add(make_request("s", "old", 5, [1]), 0.0)
     assert detached.add(make_request("s", "new", 5, [1, 2]), 1.0) == ["old"]
@@ -91,7 +93,7 @@ def test_a_name_that_comes_again_is_the_newer_ones() -> None:
 
 @pytest.mark.parametrize("finish", FAILED)
 def test_what_the_engine_could_not_go_on_with_is_nobodys(finish: FinishReason) -> None:
-    """A request that ended in an error or an abort cannot be claimed, so that the request is computed again."""
+    """A request that ended in an error or an abort cannot be claimed, so its sequence is computed again."""
     detached = DetachedRequests()
     detached.add(make_request("s", "r", 5, [1]), 0.0)
     assert detached.output(TokenOutput("r", [], finish)) == 0

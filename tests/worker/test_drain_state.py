@@ -25,7 +25,7 @@ LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
 
 @dataclass(frozen=True)
 class Done:
-    """The result of a command."""
+    """The result of a run of the command line."""
 
     exit_code: int
     stdout: str
@@ -65,7 +65,8 @@ async def add(two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bu
 async def test_a_cordon_through_one_gateway_holds_at_both(
     two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A cordoned worker gets no new calls from either gateway and finishes its call; uncordon undoes the cordon."""
+    """A cordoned worker gets no new calls from either gateway and finishes its running call. Uncordon undoes the
+    cordon."""
     a, b = two
     worker = await add(two, checkpoint, bundle, decode_ms=20)
     name = worker.identity.worker_id
@@ -95,7 +96,7 @@ async def test_a_drained_worker_ends_empty_and_nothing_is_cut(
 ) -> None:
     """Streams of both gateways leave a drained worker within the drain time, with the text of an undisturbed stream.
 
-    The other gateway gets the drain state, too, and after uncordon the worker serves again.
+    The other gateway gets the drain state, too. After uncordon the worker serves again.
     """
     a, b = two
     worker = await add(two, checkpoint, bundle, decode_ms=30)  # so slow that no stream ends before the command arrives
@@ -121,7 +122,8 @@ async def test_a_drained_worker_ends_empty_and_nothing_is_cut(
 async def test_a_drain_without_another_worker_cuts_nothing(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """After the drain time the stream continues, and the command reports that it still runs, with exit code 1."""
+    """Without another worker, a stream continues after the drain time. The command reports that it still runs, and ends
+    with exit code 1."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=10), bundle)
     stream = cluster.stub.StreamChat(chat(max_tokens=600, ignore_eos=True))
     first = await stream.read()
@@ -144,7 +146,7 @@ async def test_a_node_names_all_its_workers(cluster: TestCluster, checkpoint: Pa
 
 @pytest.mark.slow
 async def test_kubernetes_names_are_known(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The name of a Kubernetes node drains the node's workers, and the name of a pod drains only the pod's worker.
+    """The name of a Kubernetes node drains all workers of the node. The name of a pod drains only the pod's worker.
 
     `workers` shows both names, in JSON and in the table. A worker of an older release has no such names.
     """
@@ -169,7 +171,8 @@ async def test_kubernetes_names_are_known(cluster: TestCluster, checkpoint: Path
 
 @pytest.mark.slow
 async def test_a_link_made_later_hears_it(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A link made after the cordon gets the drain state. Otherwise the gateway would assume that the worker serves."""
+    """A link that is made after a cordon gets the drain state. Otherwise its gateway would assume that the worker
+    serves."""
     async with running_cluster(tmp_path / "a") as a:
         worker = await a.add_worker(sim_engine(checkpoint), bundle)
         assert (await ask(a, "cordon", worker.identity.worker_id)).exit_code == 0
@@ -189,7 +192,7 @@ async def test_a_link_made_later_hears_it(tmp_path: Path, checkpoint: Path, bund
 )
 @pytest.mark.slow
 async def test_who_is_unknown_is_named(cluster: TestCluster, arguments: tuple[str, ...], says: str) -> None:
-    """An unknown target is an error with exit code 2, and the error shows where the names are listed."""
+    """An unknown target is an error with exit code 2. The error says which command lists the names."""
     done = await ask(cluster, *arguments)
     assert done.exit_code == 2
     assert says in done.stderr
@@ -197,7 +200,7 @@ async def test_who_is_unknown_is_named(cluster: TestCluster, arguments: tuple[st
 
 
 def test_a_worker_that_leaves_takes_no_work_again() -> None:
-    """Neither uncordon nor cordon changes the drain of a process that is about to end.
+    """Uncordon and cordon do not change the drain of a process that is about to end.
 
     A new link gets the drain state.
     """

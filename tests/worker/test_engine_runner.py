@@ -1,4 +1,4 @@
-"""The aborts of a worker's engine."""
+"""Aborts of requests in a worker's engine."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from cluster.worker.engine_runner import EngineRunner
 
 
 class _Failing(SimEngine):
-    """An engine whose aborts fail: on the id `fatal` because it is dead, on others for another reason."""
+    """An engine whose aborts fail: with EngineDead for the id `fatal`, and with ValueError for other ids."""
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """Fail."""
+        """Raise an error."""
         raise EngineDead("it is gone") if "fatal" in request_ids else ValueError(request_ids)
 
 
 async def test_a_failed_abort_ends_nothing_but_a_dead_engine_is_reported() -> None:
-    """An abort that fails is logged; an abort that finds the engine dead ends the wait with its error."""
+    """An abort that fails does not end the engine's runner. If an abort finds the engine dead, `wait_dead` raises the
+    error."""
     runner = EngineRunner(_Failing(SimConfig(vocab=9)))
     death = asyncio.ensure_future(runner.wait_dead())
     await runner.abort(["other"])

@@ -16,7 +16,7 @@ BUNDLE = Bundle({"tokenizer.json": b"{}"})
 
 
 def messages() -> tuple[GatewayMessages, Mock]:
-    """Return the messages of a worker whose parts are mocks, and the mock that records all calls in order."""
+    """Return GatewayMessages whose collaborators are mocks, and the mock that records their calls in order."""
     parts = Mock()
     for name in ("take_over", "accept", "abort"):
         setattr(parts.submits, name, AsyncMock())
@@ -26,8 +26,8 @@ def messages() -> tuple[GatewayMessages, Mock]:
 
 
 async def test_each_part_finds_what_it_depends_on() -> None:
-    """Adapters come before the Submits that name them, resumes before the Submits of their gateway, and the backlog and
-    the aborts after the Submits. Credit is granted last."""
+    """Adapters are applied before the Submits that name them, resumes before the Submits, and the backlog and the
+    aborts after the Submits. Credit is granted last."""
     subject, parts = messages()
     link = make_link()
     message = pb.GatewayTurn(
@@ -59,7 +59,7 @@ async def test_each_part_finds_what_it_depends_on() -> None:
 
 
 async def test_an_empty_message_changes_nothing() -> None:
-    """A message without content is acknowledged only."""
+    """A message without content is only acknowledged."""
     subject, parts = messages()
     link = make_link()
     await subject.apply(link, pb.GatewayTurn(seq=1))
@@ -68,7 +68,7 @@ async def test_an_empty_message_changes_nothing() -> None:
 
 
 async def test_the_bundle_is_sent_by_its_digest() -> None:
-    """A gateway gets the worker's bundle for its digest, and a refusal for another digest."""
+    """A gateway that requests the digest of the worker's bundle gets the bundle. Another digest is refused."""
     subject, _ = messages()
     link = make_link()
     for digest, has_data in ((BUNDLE.digest, True), ("another", False)):

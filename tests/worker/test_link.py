@@ -14,7 +14,7 @@ from cluster.worker.link_credit import LinkCredit, credit_order
 
 
 class _NoBeats(HeartbeatSender):
-    """Heartbeats of a link that leads nowhere."""
+    """The heartbeat sender of a link without a connection."""
 
     def __init__(self) -> None:
         pass
@@ -26,7 +26,8 @@ def make_link() -> Link:
 
 
 def test_an_abort_waits_for_its_submit() -> None:
-    """An abort during a Submit is reported when the Submit finishes, once; after that an abort applies at once."""
+    """An abort that arrives during a Submit is reported once, when the Submit finishes. Later, an abort applies at
+    once."""
     link = make_link()
     link.begin_submit(3, "r3")
     assert link.is_submitting(3)
@@ -38,7 +39,7 @@ def test_an_abort_waits_for_its_submit() -> None:
 
 
 def test_a_refused_submit_leaves_nothing() -> None:
-    """The slot of a refused Submit is free, and an abort that arrived meanwhile is forgotten."""
+    """After a refused Submit its slot is free, and an abort that arrived meanwhile is dropped."""
     link = make_link()
     link.begin_submit(3, "r3")
     link.request_to_abort(3)
@@ -48,7 +49,8 @@ def test_a_refused_submit_leaves_nothing() -> None:
 
 
 def test_credit_is_granted_while_the_worker_serves() -> None:
-    """A change of the free capacity gives a grant, which is late until the newest grant is acknowledged.
+    """A change of the free capacity leads to a grant of credit, which stays unacknowledged until the newest grant is
+    acknowledged.
 
     A cordoned worker grants nothing.
     """
@@ -78,7 +80,7 @@ def test_credit_is_granted_while_the_worker_serves() -> None:
 
 
 def test_each_worker_has_another_order_of_links() -> None:
-    """Not every worker has the same gateway first. Links to one gateway are in the order of their numbers."""
+    """Workers grant credit to gateways in different orders. Links to one gateway are in the order of their numbers."""
     firsts = {
         min("abc", key=lambda gateway: credit_order(worker, gateway, 1)) for worker in ("m-4f1", "m-b07", "m-c5d2")
     }

@@ -1,4 +1,4 @@
-"""The open links of a worker: which gateways count as lost, and how the gateways learn why the engine has ended."""
+"""The open links of a worker: which gateways count as lost, and how they learn why the engine has ended."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def added(links: OpenLinks, number: int, incarnation: str) -> FakeLink:
 
 
 def test_a_gateway_is_lost_once_no_link_to_it_has_beats() -> None:
-    """A gateway without links is lost; one with several links is lost once all of them are silent."""
+    """A gateway without links is lost. A gateway with several links is lost once all of them are silent."""
     links = OpenLinks()
     first, second = added(links, 1, "a"), added(links, 2, "a")
     assert not links.is_gateway_lost("a")
@@ -62,7 +62,8 @@ def test_a_gateway_is_lost_once_no_link_to_it_has_beats() -> None:
 
 
 async def test_every_gateway_gets_the_first_reason_and_closes_its_link() -> None:
-    """The report of the engine's end waits until the gateways have closed their links."""
+    """Gateways get the first reason of the engine's end. The report of the end waits until they have closed their
+    links."""
     links = OpenLinks()
     await links.report_engine_end()  # the engine runs: nothing to report
     link = added(links, 1, "a")

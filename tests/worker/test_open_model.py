@@ -1,4 +1,4 @@
-"""A damaged checkpoint is refused without a retry when a replica opens it, before any engine starts."""
+"""If a checkpoint is damaged, a replica refuses to open it without a retry, before an engine starts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def with_nan(folder: Path) -> None:
 
 
 def without_tensor(folder: Path) -> None:
-    """Remove a tensor that vLLM would not miss, since vLLM merges the tensor into a larger one."""
+    """Remove a tensor whose absence vLLM would not notice, since vLLM merges the tensor into a larger one."""
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.self_attn.k_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -76,7 +76,7 @@ def test_a_whole_checkpoint_is_opened(llama: Path, tmp_path: Path) -> None:
 
 
 def test_the_entry_decides_whether_control_tokens_are_escaped(llama: Path, tmp_path: Path) -> None:
-    """The tokenizer bundle of a model whose entry says `escape` names the control tokens; that of others does not."""
+    """The tokenizer bundle of a model names the control tokens only if the model's entry says `escape`."""
     for option in ("keep", "escape"):
         spec = ModelSpec("m", str(llama), control_tokens_in_content=option)
         bundle, _ = open_bundle(ReplicaSettings(spec, "c", cache_dir=str(tmp_path / "cache")))
@@ -88,7 +88,7 @@ def test_the_entry_decides_whether_control_tokens_are_escaped(llama: Path, tmp_p
 def test_an_entry_with_adapters_has_their_store(
     tmp_path: Path, engine: dict[str, object], has_store: bool, llama: Path
 ) -> None:
-    """With `engine.enable_lora` a replica keeps adapters below the cache folder, and checks them against its model."""
+    """With `engine.enable_lora`, a replica stores adapters in the cache folder, and checks them against its model."""
     for source, base in ((f"sim://{llama}", None), (str(llama), llama)):
         settings = ReplicaSettings(ModelSpec("m", source, engine=engine), "c", cache_dir=str(tmp_path))
         opened = open_model(settings)

@@ -80,7 +80,7 @@ class Pooled:
 
 @dataclass
 class Accounts(Door):
-    """A gateway's side of the links that keeps accounts."""
+    """A gateway side of the links that keeps the usage of requests."""
 
     keeps_accounts: bool = True
     records: list[EndedUsage] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Accounts(Door):
 
 
 class Gate:
-    """Clock of an engine whose steps end only while the gate is open."""
+    """A clock of an engine. A step ends only while the gate is open."""
 
     def __init__(self) -> None:
         self.open = asyncio.Event()
@@ -108,7 +108,7 @@ class Gate:
 
 
 def request(*ids: int) -> EngineRequest:
-    """Return a pooling request without an id, which the worker gives it."""
+    """Return a pooling request without an id. The worker sets the id."""
     return EngineRequest("", ids or (5, 6, 7), Sampling(max_tokens=1), pooling=EMBED)
 
 
@@ -131,8 +131,8 @@ async def serving(
 
 
 async def test_a_vector_over_the_link(door: Door) -> None:
-    """The gateway sees what the worker pools, and gets the engine's vector for each request, with the counts. Requests
-    of another kind are refused on the link, too."""
+    """The gateway gets the worker's pooling tasks, and each request's vector with its counts. A request for generated
+    tokens is refused."""
     async with serving(door, SimEngine(CONFIG)) as (_, link):
         assert link.info.pooling == PoolingInfo((PoolingTask.EMBED,), 48)
         assert "pools:embed" in link.info.capabilities
@@ -152,7 +152,8 @@ async def test_a_vector_over_the_link(door: Door) -> None:
 
 
 async def test_a_pooling_model_has_no_parsers(door: Door) -> None:
-    """A parser that a model's family would have is not reported for a pooling model, and its process is not started."""
+    """The worker of a pooling model reports no parser and starts no parser process, even if the model's family has a
+    parser."""
 
     async def start() -> None:
         raise AssertionError("the parser's process was started")
@@ -184,8 +185,8 @@ async def test_a_drain_waits_for_a_vector(door: Door) -> None:
 
 
 async def test_a_request_of_a_lost_gateway_is_not_kept(door: Door) -> None:
-    """When a link ends, its pooling request is aborted in the engine instead of running on for a resume, although the
-    request has a stream name. The gateway sends the text again."""
+    """When a link ends, its pooling request is aborted in the engine and not kept for a resume, even if it has a stream
+    name. The gateway sends the text again."""
     gate = Gate()
     engine = SimEngine(CONFIG, gate)
     async with serving(door, engine) as (replica, link):
@@ -239,7 +240,7 @@ async def test_an_error_has_no_vector(door: Door) -> None:
 
 @pytest.mark.parametrize("task", ["", "plan", "EMBED"])
 async def test_an_unknown_task_is_refused(door: Door, task: str) -> None:
-    """A Submit with a task that this worker does not know is refused, and the link goes on."""
+    """A Submit with a task that this worker does not know is refused, and the link stays open."""
     async with serving(door, SimEngine(CONFIG)) as (_, link):
         sink, after = Pooled(), Pooled()
         slot = link.submit(SubmittedRequest(request()), sink)

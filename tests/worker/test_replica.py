@@ -1,4 +1,6 @@
-"""A replica without Ray starts and dials gateways, or reports why it cannot, and ends its process with its engine."""
+"""A replica without Ray: it starts and connects to gateways, or reports why it cannot. Its process ends with its
+engine.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,13 @@ SOURCE = "sim://?vocab=1000&decode_ms=1"
 
 
 def settings(door: Door, source: str = SOURCE, **more: object) -> ReplicaSettings:
-    """Return settings of a simulated model whose replica dials the gateway side `door`."""
+    """Return settings of a simulated model whose replica connects to the gateway side `door`."""
     spec = ModelSpec(name="m", source=source, **more)  # type: ignore[arg-type]
     return ReplicaSettings(spec, "test", gateways=(door.address,))
 
 
 async def test_serves_until_stopped(door: Door) -> None:
-    """A started replica dials the gateway, serves and passes `check`, and a stopped replica does none of this."""
+    """A started replica connects to the gateway, serves and passes `check`. A stopped replica does none of these."""
     replica = Replica(settings(door), ReplicaPlacement("r1", "node1"), open_model)
     with pytest.raises(EngineDead, match="not started"):
         await replica.check()
@@ -50,8 +52,8 @@ async def test_serves_until_stopped(door: Door) -> None:
 
 
 async def test_a_start_shows_how_far_its_weights_are(door: Door) -> None:
-    """While a replica fetches its weights, the gateway has the bytes and the replica's place; the reports end with the
-    start, whether the replica then serves or could not start."""
+    """While a replica fetches its weights, the gateway gets the fetched bytes and the replica's pod and node. The
+    reports end with the start, whether it succeeds or fails."""
     for fails in (False, True):
         go_on, progress = threading.Event(), FetchProgress()
 
@@ -85,7 +87,7 @@ async def test_a_start_shows_how_far_its_weights_are(door: Door) -> None:
 
 
 async def test_a_gateway_of_an_older_release_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gateway that does not know the reports of starts gets one call; the worker then waits until its start ends."""
+    """A gateway that does not know the reports of starts gets one call. The worker sends it no more reports."""
     monkeypatch.setattr("cluster.worker.starting.REPORT_S", 0.01)
     asked: list[str] = []
 
@@ -107,7 +109,7 @@ async def test_a_gateway_of_an_older_release_is_not_asked_again(monkeypatch: pyt
 
 
 async def test_stop_drains_what_runs(door: Door) -> None:
-    """A running request is finished within the drain time when the replica stops."""
+    """When the replica stops, a running request is finished within the drain time."""
     replica = Replica(settings(door, SOURCE + "&max_num_seqs=4"), ReplicaPlacement("r1", "n"), open_model)
     await replica.start()
     running = asyncio.create_task(greedy(await door.worker("m"), [1, 2], 60))
@@ -151,7 +153,7 @@ async def test_a_stop_takes_no_longer_than_its_node(door: Door) -> None:
 
 
 async def test_dead_engine_ends_the_process(door: Door) -> None:
-    """A dead engine ends the links, then the process. `check` reports the reason."""
+    """When the engine dies, the links end, then the process ends. `check` reports the reason."""
     engine = SimEngine(SimConfig.from_source(SOURCE))
     exits: list[int] = []
     opened = OpenedModel(engine, Bundle({}), "")
@@ -171,7 +173,8 @@ async def test_dead_engine_ends_the_process(door: Door) -> None:
 
 
 async def test_a_sick_engine_goes_the_way_of_a_dead_one(door: Door) -> None:
-    """A wrong golden answer after an error closes the link and ends the process, and the reason names the node."""
+    """If the golden answer after an error is wrong, the link is closed and the process ends. The reason names the
+    node."""
     engine = SimEngine(SimConfig.from_source(SOURCE))
     exits: list[int] = []
     opened = OpenedModel(engine, Bundle({}), "")
@@ -191,7 +194,8 @@ async def test_a_sick_engine_goes_the_way_of_a_dead_one(door: Door) -> None:
 
 
 async def test_an_engine_that_is_sick_from_the_start_never_links(door: Door) -> None:
-    """NaN in the first golden answer ends the start without ModelRefused, since another node may have a healthy GPU."""
+    """NaN in the first golden answer ends the start. The error is not ModelRefused, since another node may have a
+    healthy GPU."""
     replica = Replica(settings(door, SOURCE + "&fault=nan@step:3"), ReplicaPlacement("r1", "node-7"), open_model)
     with pytest.raises(EngineCorrupt, match=r"node-7 is sick.*NaN in the logits"):
         await replica.start()
@@ -227,7 +231,7 @@ async def test_an_engine_that_is_sick_from_the_start_never_links(door: Door) -> 
 async def test_what_cannot_work_is_refused(
     door: Door, source: str, place: ReplicaPlacement, more: dict[str, object], reason: str
 ) -> None:
-    """ModelRefused names the wrong setting, and no link is made."""
+    """A wrong setting raises ModelRefused, which names the setting, and no link is made."""
     replica = Replica(settings(door, source, **more), place, open_model)
     with pytest.raises(ModelRefused) as caught:
         await replica.start()
@@ -236,7 +240,7 @@ async def test_what_cannot_work_is_refused(
 
 
 async def test_bad_luck_is_not_a_refusal(door: Door) -> None:
-    """An error that a retry may not meet is not turned into ModelRefused."""
+    """An error that a retry may avoid is not turned into ModelRefused."""
 
     def unlucky(settings: ReplicaSettings) -> OpenedModel:
         raise OSError("the disk is away")

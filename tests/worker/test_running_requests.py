@@ -1,4 +1,4 @@
-"""The running requests of a worker and their outputs, without an engine and without a connection."""
+"""The running requests of a worker and their outputs, tested without an engine and without a connection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INFO = EngineInfo("sim", "sim", "1", 16, 64, max_num_seqs=4, max_num_batched_tok
 
 
 class Subject:
-    """Running requests, and what they have ended at other objects."""
+    """The running requests of a worker, with records of ended parser sessions and released adapters."""
 
     def __init__(self) -> None:
         self.lost: set[str] = set()
@@ -45,8 +45,7 @@ class Subject:
         return self.requests.shares()
 
     def new(self, slot: int, prompt: int = 8, emitted: int = 0, adapter: str = "", **submit: object) -> RunningRequest:
-        """Return a new request in this slot, as if its Submit had arrived; its engine request id is `r` and its
-        slot."""
+        """Return a new request in this slot, as after its Submit. Its engine request id is `r` followed by the slot."""
         message = pb.Submit(slot=slot, **submit)  # type: ignore[arg-type]
         request = EngineRequest(
             f"r{slot}",
@@ -65,12 +64,12 @@ class Subject:
         return running
 
     def step(self, *outputs: TokenOutput) -> list[str]:
-        """Apply a step's outputs; return the ids of requests to abort."""
+        """Apply the outputs of a step; return the ids of requests to abort."""
         return self.requests.outputs.apply_step(outputs)[1]
 
 
 def slots_sent(outbox: Outbox) -> list[tuple[int, list[int]]]:
-    """Return the slots of the next message, each with its tokens."""
+    """Return the slots in the outbox's next message, each with its tokens."""
     outbox.flush()
     step = asyncio.run(outbox.next_message()).step
     ids = iter(step.token_ids)
@@ -78,7 +77,7 @@ def slots_sent(outbox: Outbox) -> list[tuple[int, list[int]]]:
 
 
 def test_tokens_count_from_start_to_end() -> None:
-    """Prompt and output tokens of running requests count until the request ends, and take capacity."""
+    """The prompt and output tokens of a running request use capacity until the request ends."""
     subject = Subject()
     requests = subject.requests
     free = requests.capacity()[0].tokens
@@ -99,7 +98,7 @@ def test_tokens_count_from_start_to_end() -> None:
 
 
 def test_expected_requests_take_capacity() -> None:
-    """A request that waits for its adapter takes a slot and its tokens, until the wait ends."""
+    """A request that waits for its adapter uses a slot and the capacity for its tokens, until the wait ends."""
     requests = Subject().requests
     capacity, slots = requests.capacity()
     with requests.expect(100):
@@ -109,7 +108,8 @@ def test_expected_requests_take_capacity() -> None:
 
 
 def test_an_ended_request_gives_back_what_it_holds() -> None:
-    """Its adapter is released and its slot is free. Its usage is kept if the engine has accepted it."""
+    """When a request ends, its adapter is released and its slot is free. Its usage is kept if the engine has accepted
+    it."""
     subject = Subject()
     subject.new(1, adapter="digest", sealed_record=b"sealed")
     subject.step(TokenOutput("r1", [1], FinishReason.LENGTH, prompt_tokens=8))
@@ -120,8 +120,8 @@ def test_an_ended_request_gives_back_what_it_holds() -> None:
 
 
 def test_a_stream_goes_on_at_another_link() -> None:
-    """The requests of a lost link run on. A Submit of the same stream gets the tokens that were generated meanwhile,
-    and nothing is computed again."""
+    """The requests of a lost link run on. A Submit of the same stream on another link gets the tokens that were
+    generated meanwhile, and nothing is computed again."""
     subject = Subject()
     requests, lost = subject.requests, subject.link
     subject.new(1, stream="call/0")
@@ -141,7 +141,8 @@ def test_a_stream_goes_on_at_another_link() -> None:
 
 
 def test_parsed_outputs_are_counted_once() -> None:
-    """A diverted output counts as work of its step and is sent when it is parsed, with the tokens that are left."""
+    """An output that is diverted to the parser counts as work of its step. It is sent after the parse, with the tokens
+    that the parser has kept."""
     subject = Subject()
     outputs = subject.requests.outputs
     subject.new(1)
@@ -157,7 +158,7 @@ def test_parsed_outputs_are_counted_once() -> None:
 
 
 def test_a_link_that_ends_with_the_worker_aborts_its_requests() -> None:
-    """No request runs on if the worker does not stay, or if it cannot be reattached."""
+    """When a link ends, its requests are aborted if the worker ends too, or if they have no stream name."""
     for stays, stream in ((False, "call/0"), (True, "")):
         subject = Subject()
         subject.new(1, stream=stream)

@@ -1,4 +1,6 @@
-"""Settings survive JSON, the digest changes when a new replica is required, and a refusal is found in any text."""
+"""Replica settings: conversion to JSON and back, the digest that requires new replicas, and refusals found in a
+text.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ def test_unknown_keys_are_refused() -> None:
 
 @pytest.mark.parametrize("change", [{"aliases": ()}, {"min_replicas": 1}, {"max_replicas": 9}, {"idle_s": 5.0}])
 def test_what_replicas_never_see_restarts_none(change: dict[str, Any]) -> None:
-    """Aliases and replica counts are not part of the digest."""
+    """Aliases and replica counts are not part of the digest, so their change restarts no replica."""
     assert dataclasses.replace(SETTINGS, spec=dataclasses.replace(SETTINGS.spec, **change)).digest == SETTINGS.digest
 
 
@@ -58,13 +60,13 @@ def test_what_replicas_never_see_restarts_none(change: dict[str, Any]) -> None:
     ],
 )
 def test_what_replicas_are_started_with_makes_them_anew(changed: ReplicaSettings) -> None:
-    """Every setting that a replica is started with is part of the digest."""
+    """Every setting with which a replica is started is part of the digest."""
     assert changed.digest != SETTINGS.digest
 
 
 @given(st.text())
 def test_refusal_is_found_again(reason: str) -> None:
-    """The reason of ModelRefused is found in the text that Ray wraps around it, and the reason survives a pickle."""
+    """The reason of ModelRefused is found in the text that Ray wraps around it. The reason survives pickling."""
     wrapped = f"Traceback (most recent call last):\n  ...\nray.X: {ModelRefused(reason)}\nand 1 more time(s)"
     assert find_refusal(wrapped) == reason
     assert find_refusal("Traceback: ValueError") == ""

@@ -52,7 +52,7 @@ def test_complete_continues(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_models_lists_names_aliases_and_states(run: Run, gateway: ScriptedGateway) -> None:
-    """`models` prints a table with the reason of each failure, and --json prints states without a prefix."""
+    """`models` prints a table of models with the reason of each failure. With --json, states have no STATE_ prefix."""
     gateway.script.models = [
         pb.Model(name="tiny", aliases=["default"], state=pb.Model.STATE_READY, max_model_len=64),
         pb.Model(name="big", state=pb.Model.STATE_FAILED, state_reason="models[big].source: no folder"),

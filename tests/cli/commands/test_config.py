@@ -42,7 +42,7 @@ def values(keys: str) -> str:
 
 
 def test_sets_of_hosts_count_as_their_nodes() -> None:
-    """A worker group with numOfHosts has that many nodes for each replica, which a model over several nodes may use."""
+    """A worker group with numOfHosts counts as that many nodes per replica, so that a model over several nodes fits."""
     text = values("tensor_parallel_size: 4, pipeline_parallel_size: 4")
     assert any("needs 16 GPUs" in str(finding) for finding in check(text, "f.yaml").errors)
     assert not check(text.replace("maxReplicas: 2", "maxReplicas: 2, numOfHosts: 2"), "f.yaml").errors
@@ -203,7 +203,7 @@ def test_what_every_process_takes_passes_without_a_warning(text: str) -> None:
 @given(name=st.from_regex(r"[a-z-][.a-z@-]{0,4}/[a-z._-]{1,5}(\.git)?", fullmatch=True))
 @example(name="o/a" + "b" * 96)
 def test_names_of_repositories_are_judged_as_the_hubs_client_does(name: str) -> None:
-    """The check accepts a name of a repository exactly if huggingface_hub accepts the name.
+    """The check accepts exactly the repository names that huggingface_hub accepts.
 
     A replica with any other name cannot start.
     """
@@ -219,7 +219,7 @@ def test_names_of_repositories_are_judged_as_the_hubs_client_does(name: str) -> 
 
 
 def test_a_wrong_section_brings_no_errors_about_its_defaults() -> None:
-    """A section with an error causes no further errors about default values, which are not in the file."""
+    """An invalid section causes no further errors about default values that the file does not contain."""
     names = "[{san: a.b, tenant: t}, {san: A.B., tenant: u}]"
     report = check(f"config: {{auth: {{client_certificates: {names}}}}}", "values.yaml")
     assert [finding.path for finding in report.errors] == ["config.auth"]
@@ -268,9 +268,9 @@ def test_json_of_a_file_that_is_not_there(run: Run) -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "deploy" / "presets").glob("*.yaml")), ids=lambda file: file.stem)
 def test_values_are_read_over_the_charts_own(run: Run, file: Path) -> None:
-    """Every preset passes the check.
+    """Every preset of the Helm chart passes the check.
 
-    The values of a preset give the same configuration as the ConfigMap that Helm would render from the values.
+    From a values file, the check reads the same configuration that Helm renders into the ConfigMap.
     """
     done = run("config", "check", str(file))
     assert done.exit_code == 0, done.stderr
@@ -283,7 +283,7 @@ def test_values_are_read_over_the_charts_own(run: Run, file: Path) -> None:
 
 
 def test_files_that_are_named_are_looked_for(run: Run, tmp_path: Path) -> None:
-    """With --files, a named file that is missing or too short is an error.
+    """With --files, the check reports each file named in the configuration that is missing or too short.
 
     Without --files there is no error, because the file may be on another machine.
     """
@@ -302,7 +302,7 @@ def test_files_that_are_named_are_looked_for(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_local_checkpoint_is_asked_for_its_heads(tmp_path: Path) -> None:
-    """Degrees of parallelism are checked against the numbers of heads and layers of a local checkpoint."""
+    """For a local checkpoint, the degrees of parallelism are checked against its numbers of heads and layers."""
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 12, "num_hidden_layers": 2}))
     (tmp_path / "model.safetensors").write_bytes(b"x")
 

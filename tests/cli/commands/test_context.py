@@ -1,4 +1,4 @@
-"""The commands context add, use, list, show and remove, and --context with a scripted gateway."""
+"""The commands `context add`, `use`, `list`, `show` and `remove`, and the option --context."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ Run = Callable[..., Result]
 
 
 def test_the_life_of_a_context(run: Run, tmp_path: Path) -> None:
-    """A context can be added, used, listed, shown and removed. Paths are stored absolute, and no key is stored."""
+    """A context can be added, used, listed, shown and removed.
+
+    The file of contexts has the absolute path of a key file, never the key itself.
+    """
     key = tmp_path / "key"
     key.write_text("hr_secret")
     assert run("context", "add", "a", "--endpoint", "a.example:1", "--api-key-file", str(key)).exit_code == 0
@@ -34,8 +37,11 @@ def test_the_life_of_a_context(run: Run, tmp_path: Path) -> None:
 
 
 def test_show_names_what_commands_use(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a name, `context show` shows the cluster that other commands would use: by --context, HEADRACE_CONTEXT or
-    HEADRACE_ENDPOINT, else the current one. It warns of HEADRACE_CONFIG, which commands about tenants use first."""
+    """Without a name, `context show` shows the cluster that other commands would use.
+
+    --context, HEADRACE_CONTEXT or HEADRACE_ENDPOINT selects the cluster, else the current context. If HEADRACE_CONFIG
+    is set, a warning says that commands about tenants use its file first.
+    """
     for name in ("a", "b"):
         run("context", "add", name, "--endpoint", f"{name}.example:1", "--use")
 
@@ -62,8 +68,11 @@ def test_show_names_what_commands_use(run: Run, monkeypatch: pytest.MonkeyPatch)
 def test_commands_use_the_context(
     run: Run, gateway: ScriptedGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Callers' and operators' commands use the address and the key of a context: of --context before or behind the
-    command's name, of HEADRACE_CONTEXT, or of the current one. An address on the command line gets no key of it."""
+    """Commands of callers and of operators use the address and the key of the selected context.
+
+    The option --context (before or after the command's name) or HEADRACE_CONTEXT selects it, else the current context
+    is used. If the command line gives an address, the context's key is not sent.
+    """
     key = tmp_path / "key"
     key.write_text("hr_of_the_context\n")
     at = ("--endpoint", gateway.endpoint, "--admin", gateway.endpoint, "--api-key-file", str(key))
@@ -101,7 +110,7 @@ def test_commands_use_the_context(
 
 
 def test_a_context_needs_its_variable(run: Run, gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A context whose variable is not set is refused before anything is sent; --api-key-file replaces the key."""
+    """If the environment variable for a context's key is not set, a command is refused before anything is sent."""
     run("context", "add", "here", "--endpoint", gateway.endpoint, "--api-key-env", "HERE_KEY", "--use")
     refused = run("chat", "m", "hi")
     assert refused.exit_code == 2

@@ -29,14 +29,17 @@ def test_embed_prints_a_row_for_each_text(run: Run, gateway: ScriptedGateway) ->
 
 
 def test_embed_reads_lines(run: Run, gateway: ScriptedGateway) -> None:
-    """With -, `embed` reads one text a line; --json prints all values. Without a text it is bad usage."""
+    """With `-`, `embed` reads one text per line from standard input, and --json prints all values.
+
+    Without a text the command is bad usage.
+    """
     done = run("embed", "tiny", "-", "--json", "--endpoint", gateway.endpoint, input="one\n\nthree\n")
     assert json.loads(done.stdout) == {"model": "tiny", "embeddings": [[3.0, 0.0], [5.0, 1.0]], "prompt_tokens": 7}
     assert run("embed", "tiny", "-", "--endpoint", gateway.endpoint, input="\n").exit_code == 2
 
 
 def test_rerank_prints_the_best_first(run: Run, gateway: ScriptedGateway) -> None:
-    """`rerank` prints the documents by score, with their places among the arguments, as a table or as JSON."""
+    """`rerank` prints the documents by score, each with its position among the arguments, as a table or as JSON."""
     done = run("rerank", "tiny", "q", "b", "long one", "--top-n", "2", "--endpoint", gateway.endpoint)
     assert [line.split() for line in done.stdout.splitlines()[1:]] == [
         ["+1.0000", "1", "long", "one"],
@@ -49,7 +52,7 @@ def test_rerank_prints_the_best_first(run: Run, gateway: ScriptedGateway) -> Non
 
 
 def test_a_refusal_is_one_line(run: Run, gateway: ScriptedGateway) -> None:
-    """A call that is refused ends the command with the reason and the message."""
+    """If a call is refused, the command prints one error line with the reason and the message."""
     gateway.script.refusals = [refusal(code_pb2.UNIMPLEMENTED, "UNSUPPORTED_FEATURE", "no task embed")]
     done = run("embed", "tiny", "one", "--endpoint", gateway.endpoint)
     assert (done.exit_code, done.stderr) == (1, "error: UNSUPPORTED_FEATURE: no task embed\n")

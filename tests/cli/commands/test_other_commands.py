@@ -1,4 +1,4 @@
-"""The commands config, doctor, version, prepare and down work, and `up` refuses invalid input before the start."""
+"""The commands config, doctor, version, prepare and down work, and `up` refuses invalid input before it starts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_wrong_configuration_names_each_key(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_schema_explains_every_key(run: Run) -> None:
-    """`config schema` prints a valid JSON schema that says which draft it follows, and describes every key."""
+    """`config schema` prints a valid JSON schema that names its draft and describes every key."""
     schema = json.loads(run("config", "schema").stdout)
     Draft202012Validator.check_schema(schema)
     assert schema["$schema"] == Draft202012Validator.META_SCHEMA["$id"]

@@ -30,7 +30,7 @@ def child(program: str, log: Path) -> Child:
 
 @given(st.lists(st.floats(0, 2 * HEALTHY_S), max_size=30))
 def test_the_pause_grows_to_its_bound_and_forgets_after_health(lives: list[float]) -> None:
-    """The pause doubles from the first pause up to the longest, and is reset after a process was healthy."""
+    """The pause before a restart doubles up to a maximum, and is reset after a process was healthy."""
     backoff = Backoff(1.0)
     expected = 1.0
     for lived in lives:

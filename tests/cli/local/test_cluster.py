@@ -42,7 +42,10 @@ def local(reports: list[str]) -> LocalCluster:
 
 
 async def test_a_lost_gateway_is_started_again_and_nothing_is_left() -> None:
-    """All processes are in state.json, a process that dies is replaced at the same address, and a stop ends all."""
+    """A killed gateway is replaced at the same address, and a stop ends all processes of the cluster.
+
+    state.json lists all processes.
+    """
     reports: list[str] = []
     cluster = local(reports)
     step = StepLine("", "cluster")
@@ -71,7 +74,7 @@ async def test_a_lost_gateway_is_started_again_and_nothing_is_left() -> None:
 
 
 async def test_a_gateway_that_cannot_start_is_named() -> None:
-    """The error names the gateway process and has the end of the process's log."""
+    """If a gateway process cannot start, the error names the process and quotes the end of its log."""
     cluster = local([])
     with (
         socket.create_server(split(cluster.config.gateway.listen.link)),

@@ -108,7 +108,7 @@ def test_it_gets_ready_and_names_paris(demo: Demo) -> None:
 
 
 def test_status_and_chat(demo: Demo) -> None:
-    """`status --json` shows the model as READY on the fast path of the real engine, and `chat` prints an answer."""
+    """`status --json` shows that the model is READY and its engine uses the fast path, and `chat` prints an answer."""
     shown = status()
     assert [(m["name"], m["state"]) for m in shown["models"]] == [("smollm2-135m-instruct", "READY")]
     assert shown["workers"][0]["engine_path"] == "fastpath", shown["workers"]
@@ -134,8 +134,10 @@ def test_a_cancel_reaches_the_real_engine(demo: Demo) -> None:
 @pytest.mark.needs("chromium")
 @pytest.mark.long
 async def test_a_chat_in_the_console_survives_its_worker(demo: Demo, tmp_path: Path) -> None:
-    """The demo prints the console's address. A chat with the real model in the playground goes on after its worker was
-    killed, with the same text as undisturbed, and the fleet page shows the lost worker."""
+    """The demo prints the console's address, and the console's fleet page shows a lost worker.
+
+    A chat in the console's playground continues after its worker was killed, with the text of an undisturbed chat.
+    """
     from playwright.async_api import expect
 
     from tests.support.browser import chromium, watched_page

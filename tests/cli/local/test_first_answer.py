@@ -1,4 +1,4 @@
-"""The first answer of a demo, and the commands to try, suit the kind of model."""
+"""The first answer of a demo, and the example commands, suit the kind of model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def models(
 async def test_each_kind_of_model_answers(
     models: TestCluster, capsys: pytest.CaptureFixture[str], model: str, tasks: tuple[PoolingTask, ...], says: str
 ) -> None:
-    """An embedding model shows vectors, a cross-encoder a ranking, and any other model a text with its speed."""
+    """The first answer is vectors for an embedding model, scores for a cross-encoder, else a text with its speed."""
     endpoint = models.gateway.endpoints["grpc"]
     assert await served_tasks(endpoint, model) == tasks
     await first_answer(endpoint, model, StepLine("[4/4]", "first answer"))
@@ -52,7 +52,7 @@ async def test_each_kind_of_model_answers(
 
 
 async def test_an_unknown_model_is_an_error(models: TestCluster) -> None:
-    """A model that is not there has no tasks, and its first call fails with the gateway's reason."""
+    """An unknown model has no pooling tasks, and the first call to it fails with the gateway's reason."""
     endpoint = models.gateway.endpoints["grpc"]
     assert await served_tasks(endpoint, "absent") == ()
     with pytest.raises(StartFailed, match="absent"):
@@ -64,7 +64,7 @@ async def test_an_unknown_model_is_an_error(models: TestCluster) -> None:
     [((PoolingTask.EMBED,), "embed m ", "chat"), ((PoolingTask.SCORE,), "rerank m ", "chat"), ((), "chat m ", "embed")],
 )
 def test_commands_to_try_suit_the_model(tasks: tuple[PoolingTask, ...], command: str, never: str) -> None:
-    """The commands that `up` prints call what the model serves, and nothing else."""
+    """`up` prints example commands only for what the model can do: `embed`, `rerank` or `chat`."""
     lines = list(_commands_to_try("headrace", "m", WHERE, tasks))
     assert lines[0].startswith(f"headrace {command}")
     assert "headrace status" in lines

@@ -1,4 +1,4 @@
-"""Tests of the models' states as `up` waits for them and reports them, with a scripted gateway."""
+"""Tests of how `up` waits for the states of models and reports them, with a scripted gateway."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def admin(gateway: ScriptedGateway) -> Iterator[Admin]:
 
 
 async def test_it_waits_until_every_model_is_ready_or_failed(gateway: ScriptedGateway, admin: Admin) -> None:
-    """The states are shown until each wanted model is READY or FAILED."""
+    """`wait_until_settled` shows the states of the wanted models until each of them is READY or FAILED."""
     shown: list[str] = []
     waiting = asyncio.create_task(model_states.wait_until_settled(admin, ["a", "b"], shown.append))
     await eventually(lambda: "waiting for the controller" in shown, "there is no entry yet")
@@ -42,7 +42,7 @@ async def test_it_waits_until_every_model_is_ready_or_failed(gateway: ScriptedGa
 async def test_new_reasons_are_reported_once(
     gateway: ScriptedGateway, admin: Admin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reason that appears after the first entry is reported once, except a reason that resolves by itself."""
+    """A new reason of a model's state is reported once. A reason that resolves by itself is left out."""
     monkeypatch.setattr(model_states, "WATCH_S", 0.02)
     gateway.script.entries = [entry("a", "READY", "1 of 2 replicas serve")]
     reports: list[str] = []
@@ -58,7 +58,7 @@ async def test_new_reasons_are_reported_once(
 
 
 async def test_a_silent_gateway_may_have_workers(gateway: ScriptedGateway, admin: Admin) -> None:
-    """Only a gateway that answers without a worker shows that no worker is linked."""
+    """`has_no_workers` is true if the gateway lists no worker, and false if the gateway does not answer."""
     assert await model_states.has_no_workers(admin)
     gateway.script.workers = [admin_pb2.Worker(worker_id="w")]
     assert not await model_states.has_no_workers(admin)

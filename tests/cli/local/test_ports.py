@@ -34,7 +34,7 @@ def test_open_ports_are_chosen_all_different() -> None:
 
 
 def test_chosen_ports_are_not_given_to_outgoing_connections() -> None:
-    """Between the choice and the listener's bind, no outgoing connection gets a chosen port."""
+    """Chosen ports lie outside the ephemeral range, so that no outgoing connection takes a port before its listener."""
     low, high = map(int, EPHEMERAL.read_text().split())
     for processes in (1, 3):
         addresses = choose_ports(config(processes)).gateway.listen.model_dump().values()
@@ -78,7 +78,7 @@ def test_open_ports_are_chosen_for_all_processes() -> None:
 
 
 def test_a_port_that_a_later_process_cannot_have_is_told() -> None:
-    """The error for a port of a later process has the address of that process, not the address in the file."""
+    """If the port of a second gateway process is in use, the error has that process's address."""
     with contextlib.ExitStack() as stack:
         port = _taken_with_a_free_one_below(stack, 9)
         with pytest.raises(PortTaken, match=rf"gateway\.listen\.link: 127\.0\.0\.1:{port} is not available"):
@@ -86,7 +86,7 @@ def test_a_port_that_a_later_process_cannot_have_is_told() -> None:
 
 
 def _taken_with_a_free_one_below(stack: contextlib.ExitStack, distance: int) -> int:
-    """Return a port below the ephemeral range. The port is in use, and the port `distance` below the port is free."""
+    """Return a port in use, with a free port `distance` below it. Both ports are below the ephemeral range."""
     for port in range(20000, 32000, distance + 1):
         taken, below = (stack.enter_context(socket.socket()) for _ in range(2))
         try:

@@ -1,4 +1,4 @@
-"""Tests of the Ray of a local cluster, with a fake of LocalRay whose process is a flag."""
+"""Tests of `RayProcess`, which supervises the Ray of a local cluster, with a fake of LocalRay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.serving import eventually
 
 
 class FakeRay:
-    """A LocalRay without processes. The last created one is `current`."""
+    """A LocalRay without processes. `current`: the newest instance."""
 
     current: FakeRay
     refuses = False
@@ -29,14 +29,14 @@ class FakeRay:
         self.is_draining = False
 
     def start(self) -> None:
-        """Run, or refuse to start once."""
+        """Pretend to start. Raises RayDidNotStart once after `refuses` was set."""
         if FakeRay.refuses:
             FakeRay.refuses = False
             raise RayDidNotStart("no port")
         self.pid, self.address = 1, f"ray:{id(self)}"
 
     def stop(self) -> None:
-        """End."""
+        """Pretend to end."""
         self.pid = None
 
     kill = stop
@@ -55,7 +55,10 @@ def ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RayProcess:
 
 
 async def test_a_dead_ray_is_replaced(ray: RayProcess) -> None:
-    """A Ray that ends, or that drains without a worker, is replaced until one starts, and the address is then new."""
+    """A Ray that has ended, or that drains and has no workers, is replaced by a Ray at a new address.
+
+    A failed start is repeated.
+    """
     await ray.start()
     first, unused = FakeRay.current, asyncio.Event()
     assert await ray.address() == (first.address, {"RAY_ADDRESS": first.address})
@@ -79,7 +82,7 @@ async def test_a_dead_ray_is_replaced(ray: RayProcess) -> None:
 
 
 async def test_a_ray_that_does_not_start_is_named_with_its_log(ray: RayProcess) -> None:
-    """The error has Ray's reason and the log file, and a start that is stopped raises no error."""
+    """The error of a failed start has Ray's reason and the log file. Stopping an unfinished start raises no error."""
     FakeRay.refuses = True
     with pytest.raises(StartFailed, match=r"no port\n  its log: .*ray.log"):
         await ray.start()
@@ -89,7 +92,7 @@ async def test_a_ray_that_does_not_start_is_named_with_its_log(ray: RayProcess) 
 
 
 def test_the_session_of_the_previous_run_is_deleted(tmp_path: Path) -> None:
-    """The link leads to the new session folder, and only a session folder of an earlier run is deleted."""
+    """The link points to the newest session folder. An older session folder is deleted only if Headrace made it."""
     link, ours, other = tmp_path / "ray-session", tmp_path / "headrace-1-a", tmp_path / "elsewhere" / "mine"
     for folder in (ours, other):
         folder.mkdir(parents=True)

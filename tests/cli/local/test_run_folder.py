@@ -36,7 +36,7 @@ def test_a_lock_ends_with_its_process() -> None:
 
 
 def test_a_pid_used_again_is_not_ours() -> None:
-    """A process id with another start time is not taken for the running process."""
+    """A process with the recorded id but with another start time does not count as the recorded process."""
     own = ProcessId.of(os.getpid())
     assert own.alive()
     assert not ProcessId(own.pid, own.created - 60).alive()
@@ -54,7 +54,7 @@ def test_folders_of_dead_clusters_are_known_but_not_running() -> None:
 
 
 def test_unreadable_state_is_no_state() -> None:
-    """A damaged state.json is read as an empty state, so that the file does not prevent the next start."""
+    """A damaged state.json is read as an empty state and does not prevent the next start."""
     run = RunFolder("a")
     run.path.mkdir(parents=True)
     run.state_file.write_text("{")

@@ -1,4 +1,4 @@
-"""A support bundle of a real gateway has its state and decisions, and none of its secrets or prompts."""
+"""A support bundle of a real gateway has the gateway's state and decisions, but no secrets and no prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ PROMPT = "The password of the vault is swordfish"
 
 
 async def test_a_bundle_of_a_real_gateway(tmp_path: Path) -> None:
-    """State, routes, metrics and configuration are there; keys, secrets and prompts are not; names can be hashed."""
+    """The bundle has state, routes, metrics and configuration, but no keys, secrets or prompts.
+
+    With --hash-names, the names of tenants are hashed.
+    """
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with keyed_cluster(tmp_path / "gateway", "tenants: [{name: fixed, log_prompts: true}]\n") as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle_of(checkpoint))

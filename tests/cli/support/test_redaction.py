@@ -1,4 +1,7 @@
-"""No secret of a configuration is in a support bundle, wherever else it has got to; harmless settings stay readable."""
+"""A support bundle contains no secret of the configuration, even if logs or metrics repeat it.
+
+Harmless settings stay readable.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ ROUNDS = iter(range(1_000_000))
 
 
 def configured(folder: Path, place: str, secret: str) -> dict[str, Any]:
-    """Return a configuration that has a secret at a place. Files of secrets are written to the folder."""
+    """Return a configuration with `secret` at `place`, one of PLACES. Files with secrets are written to `folder`."""
     config: dict[str, Any] = {"api_version": "headrace/v1", "name": "demo", "models": [{"name": "m", "source": "/m"}]}
     quoted = quote(secret, safe="")
     if place.endswith("file"):
@@ -77,7 +80,7 @@ def configured(folder: Path, place: str, secret: str) -> dict[str, Any]:
 
 
 def bundle_of(folder: Path, config: dict[str, Any], echo: str) -> bytes:
-    """Return the decompressed archive of a cluster with this configuration, whose other parts repeat a text."""
+    """Return the decompressed archive of a cluster with this configuration. Its other parts contain the text `echo`."""
     file = folder / "cluster.yaml"
     file.write_text(yaml.safe_dump(config, allow_unicode=True))
     log = folder / "gateway.log"
@@ -103,8 +106,10 @@ def bundle_of(folder: Path, config: dict[str, Any], echo: str) -> bytes:
 @example(place="database password", secret='p%"w&ord=+ / x')
 @example(place="engine token", secret="\\back\\slash\\")
 def test_no_secret_of_the_configuration_is_in_the_bundle(tmp_path: Path, place: str, secret: str) -> None:
-    """Wherever a secret stands in the configuration, it is in no byte of the archive, though logs, metrics, states and
-    errors repeat it as it is, quoted, or in base64."""
+    """The archive contains no secret of the configuration: neither as it is, nor quoted, nor in base64.
+
+    Logs, metrics, states and errors repeat the secret in these forms.
+    """
     folder = tmp_path / str(next(ROUNDS))
     folder.mkdir()
     data = bundle_of(folder, configured(folder, place, secret), secret)
@@ -123,7 +128,7 @@ def test_no_secret_of_the_configuration_is_in_the_bundle(tmp_path: Path, place: 
     )
 )
 def test_unknown_texts_are_left_out(document: Any) -> None:
-    """Of a document with unknown keys no text stays, whatever its form."""
+    """Every text below an unknown key is redacted, at any depth."""
     kept = json.dumps(Rules().apply({"something": document}), ensure_ascii=False)
 
     def texts(value: Any) -> list[str]:
@@ -138,7 +143,10 @@ def test_unknown_texts_are_left_out(document: Any) -> None:
 
 
 def test_harmless_settings_stay() -> None:
-    """Numbers, switches, names, addresses and paths of files stay as they are, also those whose key sounds secret."""
+    """Numbers, switches, names, addresses and file paths of known settings stay as they are.
+
+    They stay even if the key contains a word such as `token`.
+    """
     config = {
         "gateway": {"resume": {"token_expires_s": 900}, "queue": {"max_tokens": 7}, "tls": {"key_file": "/tls/key"}},
         "models": [{"name": "m", "source": "hf://org/name", "control_tokens_in_content": "keep"}],
@@ -174,7 +182,7 @@ def test_harmless_settings_stay() -> None:
     ],
 )
 def test_texts_of_the_form_of_a_secret(text: str, shown: str) -> None:
-    """Keys, tokens, passwords in addresses and private keys are replaced, though no configuration has them."""
+    """Keys, tokens, private keys and passwords in addresses are recognized by their form and redacted."""
     assert Redactor(()).text(text) == shown
 
 
@@ -188,12 +196,15 @@ def test_texts_of_the_form_of_a_secret(text: str, shown: str) -> None:
     ],
 )
 def test_addresses_without_credentials(address: str, shown: str, secrets: set[str]) -> None:
-    """An address keeps its host and path, and a user name with a password."""
+    """`without_credentials` keeps an address's host and path, and a user name that comes with a password."""
     assert without_credentials(address) == (shown, secrets)
 
 
 def test_names_of_tenants_can_be_hashed() -> None:
-    """A name is replaced everywhere by one hash, which differs with the salt; longer names are not cut."""
+    """A tenant's name is replaced everywhere by the same hash, which depends on the salt.
+
+    Longer names that contain the tenant's name are not changed.
+    """
     names = {"acme", "acme-eu"}
     redactor = Redactor((), b"salt", names)
     text = redactor.text('tenants/acme x{tenant="acme-eu"} acme-us pacme acme.')
@@ -206,7 +217,7 @@ def test_names_of_tenants_can_be_hashed() -> None:
 
 
 def test_a_part_that_still_has_a_secret_is_left_out() -> None:
-    """A secret that the structure of a part makes up is found in the finished part."""
+    """A part whose finished JSON still contains a secret is left out of the bundle."""
     parts = Parts(1.0, clock=lambda: 0.0)
     parts.documents["a.json"] = {"one": "two"}
     files = redacted_files(parts, Redactor(['one": "two']), {})
@@ -215,7 +226,7 @@ def test_a_part_that_still_has_a_secret_is_left_out() -> None:
 
 
 def test_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long part keeps its last whole lines, and the manifest says that it was cut."""
+    """A part that is too long keeps its last whole lines, and the manifest records that it was cut."""
     assert cut("one\ntwo\nthree\n", 10) == (b"three\n", True)
     assert cut("one\n", 10) == (b"one\n", False)
     parts = Parts(1.0, clock=lambda: 0.0)
@@ -226,7 +237,7 @@ def test_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_time_is_bounded(tmp_path: Path) -> None:
-    """After the deadline nothing more is collected, and the manifest says why. Special files are not read."""
+    """After the deadline no further part is collected, and the manifest says so. Special files are not read."""
     now = [0.0]
     parts = Parts(1.0, clock=lambda: now[0])
     assert parts.document("first", lambda: 1) == 1
@@ -240,6 +251,6 @@ def test_time_is_bounded(tmp_path: Path) -> None:
 
 
 def test_only_events_of_headrace_are_taken_from_a_log() -> None:
-    """Other lines, JSON or not, and tracebacks are left out."""
+    """Only Headrace's own events are taken from a log, without their tracebacks. All other lines are left out."""
     lines = ['{"event": "call.ended", "exception": "Traceback: secret"}', '{"event": "x"}', "[1]", "text", ""]
     assert event_lines(lines, {"call.ended": ""}, 10) == ([{"event": "call.ended"}], 3)

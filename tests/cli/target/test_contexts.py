@@ -1,4 +1,4 @@
-"""Contexts: what a command's options, the environment and the stored contexts select, and the file of contexts."""
+"""How options, environment variables and stored contexts select a cluster, and the file of contexts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cluster_contexts(draw: st.DrawFn) -> ClusterContext:
 
 @st.composite
 def stored(draw: st.DrawFn) -> Contexts:
-    """Some contexts, of which one may be the current one."""
+    """Up to three contexts, one of which may be the current context."""
     contexts = Contexts(by_name={one.name: one for one in draw(st.lists(cluster_contexts(), max_size=3))})
     return contexts.using(draw(st.sampled_from([LOCAL, *contexts.by_name])))
 
@@ -64,9 +64,9 @@ OPTIONS = st.builds(
 def test_a_contexts_key_goes_to_its_own_address_only(
     typed: TypedOptions, environment: dict[str, str], contexts: Contexts
 ) -> None:
-    """The key of a context is used with the address of that context and with no other, whatever else is set.
+    """A context's key is used only with that context's own address, whatever else is set.
 
-    An address on the command line is used, or the command is refused.
+    If the command line gives an address, that address is used, or the command is refused.
     """
     try:
         target = select_target(typed, environment, contexts)
@@ -86,8 +86,10 @@ def test_a_contexts_key_goes_to_its_own_address_only(
 
 @given(typed=OPTIONS, environment=ENVIRONMENTS, contexts=stored())
 def test_the_nearer_choice_wins(typed: TypedOptions, environment: dict[str, str], contexts: Contexts) -> None:
-    """An option comes before a variable, and a variable before the current context. Two names for a cluster in one
-    place are a contradiction."""
+    """An option comes before an environment variable, and a variable before the current context.
+
+    A context and an address given in the same place contradict each other and are refused.
+    """
     both_typed = bool(typed.context and (typed.endpoint or typed.admin))
     both_set = "HEADRACE_CONTEXT" in environment and "HEADRACE_ENDPOINT" in environment
     is_typed = bool(typed.context or typed.endpoint or typed.admin)
@@ -108,7 +110,7 @@ def test_the_nearer_choice_wins(typed: TypedOptions, environment: dict[str, str]
 
 @given(contexts=stored())
 def test_the_file_keeps_the_contexts(tmp_path_factory: pytest.TempPathFactory, contexts: Contexts) -> None:
-    """The written file is read back equal, and only its owner can read or write it."""
+    """Contexts that are written to the file are read back unchanged. Only the file's owner can read or write it."""
     file = tmp_path_factory.mktemp("contexts") / "headrace" / "contexts.yaml"
     write_contexts(file, contexts)
     assert read_contexts(file) == contexts
@@ -116,7 +118,10 @@ def test_the_file_keeps_the_contexts(tmp_path_factory: pytest.TempPathFactory, c
 
 
 def test_the_file_is_in_the_configuration_folder(tmp_path: Path) -> None:
-    """The file is below XDG_CONFIG_HOME if that is an absolute path, else below ~/.config. A missing file is empty."""
+    """The file of contexts is below XDG_CONFIG_HOME if that is an absolute path, else below ~/.config.
+
+    If the file is missing, there are no contexts.
+    """
     assert contexts_file({"XDG_CONFIG_HOME": "/x"}) == Path("/x/headrace/contexts.yaml")
     for unset in ({}, {"XDG_CONFIG_HOME": ""}, {"XDG_CONFIG_HOME": "relative"}):
         assert contexts_file(unset) == Path.home() / ".config/headrace/contexts.yaml"
@@ -136,7 +141,7 @@ def test_the_file_is_in_the_configuration_folder(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_file_is_refused_with_its_name(tmp_path: Path, text: str, part: str) -> None:
-    """An error of the file names the file, what is wrong, and the remedy."""
+    """The error for an invalid file of contexts names the file, the mistake and the remedy."""
     file = tmp_path / "contexts.yaml"
     file.write_text(text)
     with pytest.raises(ContextError, match=r"mend the file") as error:
@@ -146,7 +151,7 @@ def test_a_wrong_file_is_refused_with_its_name(tmp_path: Path, text: str, part: 
 
 
 def test_a_file_that_others_may_write_is_refused(tmp_path: Path) -> None:
-    """Another user who could write the file could send keys to an address of their own."""
+    """A file of contexts that other users can write is refused: they could direct keys to their own address."""
     file = tmp_path / "contexts.yaml"
     write_contexts(file, Contexts())
     file.chmod(0o620)
@@ -167,7 +172,7 @@ def test_a_file_that_others_may_write_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_context_is_refused(parts: dict[str, str], part: str) -> None:
-    """An error of a context names the option. A key in place of a variable's name is refused, and not repeated."""
+    """The error for an invalid context names the option. A key given in place of a variable's name is not printed."""
     with pytest.raises(ContextError, match=part) as error:
         ClusterContext(**{"name": "a", "endpoint": "b:1", **parts})
     assert "hr_abcdef" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The command top shows what a real gateway answers, to each role what it may see."""
+"""The command `top` shows the overview of a real gateway, limited to what the caller's role may see."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from tests.support.shell import headrace
 
 
 async def test_top_of_a_real_gateway(tmp_path: Path) -> None:
-    """An operator sees a tenant's call and its worker, the tenant's administrator the call without the worker;
-    a wrong key is exit code 1."""
+    """An operator sees a tenant's call and its worker. The tenant's administrator sees the call without the worker.
+
+    With a wrong key the exit code is 1.
+    """
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with keyed_cluster(tmp_path / "gateway") as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle_of(checkpoint))

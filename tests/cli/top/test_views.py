@@ -1,4 +1,4 @@
-"""The views of top sort, filter and cut the rows of any overview document."""
+"""The views of `top` sort, filter and cut the rows of any overview document."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.overviews import overview
 
 
 def lines_of(picture: Picture, state: TopState, width: int = 80, height: int = 24) -> list[str]:
-    """Return the lines of the screen on a terminal of a size."""
+    """Return the screen's lines on a terminal of `width` columns and `height` lines."""
     console = Console(width=width, height=height, force_terminal=True, color_system=None, legacy_windows=False)
     with console.capture() as capture:
         console.print(screen(picture, state, width, height), height=height)
@@ -26,7 +26,7 @@ def lines_of(picture: Picture, state: TopState, width: int = 80, height: int = 2
 @pytest.mark.parametrize("size", [(80, 24), (40, 10), (200, 60)])
 @pytest.mark.parametrize("view", range(len(VIEWS)))
 def test_each_view_fits_the_terminal(view: int, size: tuple[int, int]) -> None:
-    """Each view fills the terminal exactly, with the keys in the last line, also with many more rows than lines."""
+    """Each view fills the terminal exactly, even with many more rows than lines. The last line lists the keys."""
     width, height = size
     lines = lines_of(Picture(overview(workers=300, calls=500, tenants=200)), TopState(view=view), width, height)
     assert len(lines) == height
@@ -36,7 +36,10 @@ def test_each_view_fits_the_terminal(view: int, size: tuple[int, int]) -> None:
 
 
 def test_the_fleet_at_80_columns() -> None:
-    """A terminal of 80 columns shows state, load and the progress of a start; a lost worker is shown as lost."""
+    """A terminal of 80 columns shows the state and the load, and marks a lost worker.
+
+    A terminal of 160 columns also shows the progress of a start.
+    """
     text = "\n".join(lines_of(Picture(overview()), TopState()))
     assert "demo" in text
     assert "2 of 3 workers ready" in text
@@ -48,7 +51,7 @@ def test_the_fleet_at_80_columns() -> None:
 
 
 def test_what_is_wrong_is_in_the_head() -> None:
-    """An unreachable gateway, a silent controller and silent gateways are named in the head."""
+    """The head of the screen names an unreachable gateway, a silent controller and silent gateways."""
     document = overview()
     assert "no answer for 12.0 s: refused" in lines_of(Picture(document, 12.0, "refused"), TopState())[1]
     document["controller"] = {"age_s": 40.0}
@@ -61,7 +64,7 @@ def test_what_is_wrong_is_in_the_head() -> None:
 
 
 def test_rows_are_sorted_and_missing_values_come_last() -> None:
-    """A view is sorted by a column in both orders; rows without a value are the last ones in both."""
+    """A view can be sorted by a column in both directions. Rows without a value come last in either direction."""
     view = VIEWS[2]
     at = next(at for at, column in enumerate(view.columns) if column.field == "ttft_s")
     rising = [row["id"] for row in selected(overview(calls=3), view, at, True, "")]
@@ -73,7 +76,7 @@ def test_rows_are_sorted_and_missing_values_come_last() -> None:
 
 
 def test_a_filter_keeps_rows_that_contain_it() -> None:
-    """The filter looks at all cells, without regard to case. If nothing is left, the screen says how to undo it."""
+    """The filter searches all cells and ignores case. If no row is left, the screen says so."""
     document = overview()
     assert [row["id"] for row in selected(document, VIEWS[1], 0, True, "LOST")] == ["sim-w2"]
     assert "no row contains 'zebra'" in lines_of(Picture(document), TopState(wanted="zebra"))[3]
@@ -103,13 +106,13 @@ def test_keys() -> None:
 
 
 def test_escape_sequences_are_one_key() -> None:
-    """What a terminal sends at once is split into keys."""
+    """Input is split into keys, and an escape sequence counts as one key."""
     assert split_keys("a\x1b[Bq\x1bOA\x1b[5~\x1b") == ["a", "\x1b[B", "q", "\x1bOA", "\x1b[5~", "\x1b"]
 
 
 @given(text=st.text(), state=st.just(TopState(wanted="x")))
 def test_no_text_of_keys_fails(text: str, state: TopState) -> None:
-    """Any input leaves a state that can be shown."""
+    """After any typed input, `top` is in a state that can be shown."""
     for key in split_keys(text):
         state = pressed(state, key)
     assert state.page in VIEWS
@@ -138,7 +141,7 @@ def test_any_document_can_be_shown(document: dict[str, Any], view: int, sort: in
 
 
 def test_values_as_texts() -> None:
-    """Missing values are a dash; durations have the fitting unit; a text is one line without control characters."""
+    """Missing values are shown as a dash, durations in a fitting unit, and texts without control characters."""
     assert [seconds(value) for value in (None, 0.0123, 2.5, 150, 7200)] == ["-", "12 ms", "2.5 s", "2 min", "2.0 h"]
     assert text_of("a\nb\x1b[2J") == "a b\\x1b[2J"
     assert items_of({"models": "no list"}, "models") == []

@@ -1,5 +1,5 @@
-"""Large request bodies are parsed to the same requests as by the parser of small bodies. A large body is parsed in a
-helper process. Its values are counted before they are parsed, and only known fields are parsed."""
+"""Large request bodies. They are parsed in a helper process, to the same requests as by the parser of small bodies.
+Values are counted before they are parsed, and only known fields are parsed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ MESSAGES = st.lists(
 
 
 def _outcome(read: Any) -> Any:
-    """Return the parsed request with unpacked prompts, or the outcome and the invalid fields of the error."""
+    """Return the parsed request with unpacked prompts. If parsing fails, return the outcome and the invalid fields."""
     try:
         parsed: ParsedRequest = read()
     except CallError as error:
@@ -118,8 +118,8 @@ class _Recording(dict[str, Any]):
 
 
 def test_no_field_that_is_read_is_skipped() -> None:
-    """The splitter of large bodies passes on every field that the parser reads. A missing field would be lost in large
-    bodies only."""
+    """The splitter of large bodies passes on every field that the parser reads. A field that it dropped would be lost
+    in large bodies only."""
     for parse, body, known in (
         (parse_chat, chat_body(logprobs=True, stream=True), CHAT_FIELDS),
         (parse_completion, completion_body(stream=True), COMPLETION_FIELDS),
@@ -203,7 +203,7 @@ def test_a_scan_counts_what_a_message_holds(request_: Any) -> None:
 
 @given(st.binary(max_size=200))
 def test_a_scan_of_anything_ends(data: bytes) -> None:
-    """A scan of any bytes ends after at most one element a byte, also if the bytes are malformed."""
+    """A scan of any bytes counts at most one element for each byte and then ends, even if the bytes are malformed."""
     assert scan(pb.SessionRequest.DESCRIPTOR, data, 50).elements <= 51 + len(data)
 
 
@@ -270,7 +270,8 @@ def test_a_scan_counts_all_that_protobuf_makes(data: bytes) -> None:
          "arguments", "model", "malformed"],
 )  # fmt: skip
 def test_messages_that_hold_too_much_are_refused_by_their_field(name: str, data: bytes, field: str) -> None:
-    """A message that exceeds its bounds is refused before protobuf builds an object for every two bytes."""
+    """A message that exceeds its bounds is refused before protobuf parses it. Parsing could build one object for every
+    two bytes."""
     with cpu_within(0.2 + 40e-9 * len(data)), pytest.raises(CallError) as raised:
         READER.message(data, name)
     assert raised.value.violations[0].field == field

@@ -1,4 +1,4 @@
-"""The fields that the official clients can send, beside those that the gateway reads."""
+"""Coverage of the fields that official clients can send. Each is read, refused, or documented as without effect."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ignored(path: str) -> set[str]:
      ("/v1/messages/count_tokens", COUNT_FIELDS, MessageCountTokensParams)],
 )  # fmt: skip
 def test_each_field_of_the_official_client_is_known(path: str, fields: frozenset[str], client: type) -> None:
-    """Each field of a request that the official client can send is read, refused by name, or listed in docs/api.md as
-    one without effect; so a new field of a client is not ignored by accident."""
+    """Each request field of the official client is read, refused by name, or listed in docs/api.md as without effect.
+    So a new field of a client is not ignored by accident."""
     known = client.__required_keys__ | client.__optional_keys__  # type: ignore[attr-defined]
     assert known - fields == ignored(path)

@@ -1,4 +1,4 @@
-"""Texts of float32 values: the same float32 again, and the shortest text that numpy finds."""
+"""JSON texts of float32 values. A text is parsed to the same float32, and is as short as numpy's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLOATS = st.one_of(
 
 @given(st.lists(FLOATS, max_size=40))
 def test_every_float32_has_its_shortest_text(values: list[float]) -> None:
-    """The text of a value is the same float32 again, and the number that numpy writes for it."""
+    """The text of a value is parsed to the same float32, and equals numpy's text as a number."""
     numbers = np.array(values, "<f4")
     short = short_floats(numbers.tobytes())
     assert np.array_equal(np.array(short).astype("<f4"), numbers)

@@ -1,4 +1,5 @@
-"""Hostile chats on all three APIs: each is served or refused by name, and none keeps the event loop from others."""
+"""Hostile chats on all three APIs. Each is served, or refused with the name of the field. None blocks the event loop
+for long."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ USER = {"role": "user", "content": "Hi"}
 
 
 def _tool(name: Any, schema: str = "{}") -> dict[str, str]:
-    """Return a tool by API: its JSON text."""
+    """Return the JSON text of a tool in the form of each API."""
     quoted = json.dumps(name)
     return {
         "chat": f'{{"type": "function", "function": {{"name": {quoted}, "parameters": {schema}}}}}',
@@ -43,7 +44,7 @@ def _tool(name: Any, schema: str = "{}") -> dict[str, str]:
 
 
 def _call(arguments: str) -> dict[str, str]:
-    """Return a message of the assistant with one tool call, by API."""
+    """Return an assistant message with one tool call, in the form of each API."""
     function = f'{{"name": "f", "arguments": {json.dumps(arguments)}}}'
     use = f'{{"type": "tool_use", "id": "1", "name": "f", "input": {arguments}}}'
     return {
@@ -118,13 +119,13 @@ async def busy(
 
 
 class Stalls:
-    """The longest time without other tasks while the context is open, in CPU seconds of the event loop's thread."""
+    """Context manager that measures the event loop's longest pass, in CPU seconds of its thread."""
 
     longest_s = 0.0
 
     @property
     def too_long(self) -> bool:
-        """Whether the longest pass took more than STALL_S, or in proportion more on a slow machine."""
+        """Whether the longest pass took more than STALL_S. The limit is larger on a slow machine."""
         return self.longest_s > STALL_S * slowness()
 
     async def __aenter__(self) -> Stalls:
@@ -146,8 +147,7 @@ API = {"chat": "/v1/chat/completions", "messages": "/v1/messages"}
 
 @pytest.mark.parametrize("api", API)
 async def test_hostile_bodies(busy: TestCluster, api: str) -> None:
-    """A hostile body is served, or gets a 400 in the API's form, without a pass of the event loop of more than
-    STALL_S."""
+    """A hostile body is served, or gets a 400 in the API's form. No pass of the event loop takes more than STALL_S."""
     good = {"chat": chat_body, "messages": message_body}[api](max_tokens=2)
     for title, body in bodies(api, good).items():
         for _ in range(TRIES):
@@ -167,7 +167,7 @@ async def test_hostile_bodies(busy: TestCluster, api: str) -> None:
 
 
 async def test_hostile_messages(busy: TestCluster) -> None:
-    """A hostile gRPC message is served or refused as the caller's error, without a long pass of the event loop."""
+    """A hostile gRPC message is served, or refused as the caller's error. No pass of the event loop takes long."""
     for title, request in requests().items():
         data = request.SerializeToString()
         method: Any = busy.channel.unary_unary("/cluster.v1.Inference/Chat")

@@ -1,4 +1,4 @@
-"""Large JSON texts are counted and parsed as the module json would."""
+"""Counting and parsing of large JSON texts, with the same results as the module json."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ PIECES = (
 
 
 def exact(value: Any) -> Any:
-    """Return a value in a form that is equal only if types, the order of members, and signs of zero are."""
+    """Return a form of the value for exact comparison, in which types, the order of members and the signs of zeros
+    count."""
     if isinstance(value, dict):
         return [(name, exact(item)) for name, item in value.items()]
     return [exact(item) for item in value] if isinstance(value, list) else (type(value), repr(value))
 
 
 def agrees(data: bytes) -> None:
-    """Check that a value that is decoded is the value of the module json."""
+    """Check that `data` is either not decoded, or decoded to the value that the module json gives."""
     if (decoded := decode(data)) is None:
         return
     assert exact(decoded[0]) == exact(json.loads(data.decode()))
@@ -45,7 +46,7 @@ def agrees(data: bytes) -> None:
 @settings(max_examples=500)
 @given(value=VALUES, ascii_only=st.booleans(), indent=st.sampled_from([None, 1]))
 def test_written_json_is_decoded_alike(value: Any, ascii_only: bool, indent: int | None) -> None:
-    """A text that json has written is decoded to json's value."""
+    """A text that the module json has written is decoded to the same value as by that module."""
     agrees(json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass"))
 
 
@@ -53,14 +54,16 @@ def test_written_json_is_decoded_alike(value: Any, ascii_only: bool, indent: int
 @given(pieces=st.lists(st.sampled_from(PIECES), max_size=12))
 @example(pieces=["[" * 300, "]" * 300])
 def test_odd_texts_are_decoded_alike(pieces: list[str]) -> None:
-    """A text that may not be JSON is decoded to json's value or left to json."""
+    """A text of random JSON tokens, valid or not, is either decoded to the same value as by the module json or left to
+    it."""
     for text in ("".join(pieces), f"[{','.join(pieces)}]"):
         agrees(text.encode("utf-8", "surrogatepass"))
 
 
 @given(value=VALUES, at=st.integers(0, 200), byte=st.integers(0, 255))
 def test_spoilt_bytes_are_decoded_alike(value: Any, at: int, byte: int) -> None:
-    """A text with a wrong byte, which may not be UTF-8, is decoded to json's value or left to json."""
+    """A text with one wrong byte is either decoded to the same value as by the module json or left to it. The text may
+    be invalid UTF-8."""
     data = bytearray(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     data[at % len(data)] = byte
     agrees(bytes(data))
@@ -76,7 +79,7 @@ def outcome(data: bytes, levels: int) -> Any:
 
 @given(value=VALUES, levels=st.integers(1, 4), spoilt=st.sampled_from([b"", b",", b"NaN", b"\xff"]))
 def test_the_length_of_a_text_does_not_matter(value: Any, levels: int, spoilt: bytes) -> None:
-    """A text gives the same value or error as with white space that makes it large, except for positions in errors."""
+    """White space that makes a text large changes neither the value nor the error, except for positions in errors."""
     data = json.dumps(value).encode() + spoilt
     short, long = outcome(data, levels), outcome(data + b" " * COUNTED_BYTES, levels)
     if isinstance(short, str):
@@ -90,7 +93,7 @@ def test_the_length_of_a_text_does_not_matter(value: Any, levels: int, spoilt: b
     ("value", "depth"), [(None, 0), (1, 0), ("text", 0), ([], 1), ({}, 1), ([[]], 2), ({"a": [{}]}, 3)]
 )
 def test_depth(value: Any, depth: int) -> None:
-    """A value is deeper than every number of levels below its own depth."""
+    """`is_deeper` is true for each number of levels below the depth of the value, and for no other."""
     assert [is_deeper(value, levels) for levels in range(5)] == [levels < depth for levels in range(5)]
     assert not is_deeper(value, MAX_DEPTH)
 

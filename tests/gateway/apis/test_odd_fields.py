@@ -55,7 +55,7 @@ async def busy(
 
 
 def _odd(kind: Any, depth: int = 3) -> Iterator[Any]:
-    """Yield messages of a type. Each message holds the name of the model and one odd value."""
+    """Yield messages of this type. Each holds the name of the model and one odd value."""
     for field in kind.DESCRIPTOR.fields:
         for value in _values(field, depth):
             message = kind()

@@ -1,4 +1,4 @@
-"""The priority class of a call, within what its tenant may use."""
+"""The priority class of a call: a call may name one of the classes that its tenant may use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tests.support.http import chat_body, completion_body
 async def test_a_call_of_a_later_class_waits_for_the_tenants_other_calls(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A call that asks for a class that is served later is served after a call that came later without one."""
+    """A call that names a class of lower priority waits for a call of the same tenant that came later and names no
+    class."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, max_num_seqs=1), bundle)
     first = cluster.stub.StreamChat(chat(max_tokens=60, ignore_eos=True))
     await first.read()
@@ -38,7 +39,8 @@ async def test_a_call_of_a_later_class_waits_for_the_tenants_other_calls(
 async def test_the_error_lists_the_classes_of_the_tenant(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A class that is unknown or served before the tenant's own is refused. The error lists the allowed classes."""
+    """A class that is unknown, or is served before the tenant's own class, is refused. The error lists the allowed
+    classes."""
     await cluster.add_worker(sim_engine(checkpoint), bundle)
     for name in ("interactive", "x" * 1000):
         answer = await refused(cluster.stub.Chat(chat(priority=name)))
@@ -48,7 +50,7 @@ async def test_the_error_lists_the_classes_of_the_tenant(
 
 
 def test_http_reads_the_class() -> None:
-    """Bodies of both paths may name a class; null and vLLM's default of 0 stand for the tenant's class."""
+    """Bodies of both HTTP paths may name a class. Null, and vLLM's default of 0, stand for the tenant's class."""
     for value, name in (("batch", "batch"), (None, ""), (0, ""), ("", "")):
         assert parse_chat(Fields(chat_body(priority=value))).requests[0].priority_class == name
         assert parse_completion(Fields(completion_body(priority=value))).requests[0].priority_class == name

@@ -1,4 +1,5 @@
-"""Requests with tools and reasoning: both APIs make the same generation request of them, large or small."""
+"""Requests with tools and reasoning. Both APIs parse them to the same generation request, whether it is small or
+large."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def read(**fields: Any) -> GenerationRequest:
 
 
 def unpacked(request: GenerationRequest) -> GenerationRequest:
-    """Return a request of a helper process with its prompt unpacked."""
+    """Return a request from a helper process with its prompt unpacked."""
     assert isinstance(request.prompt, PackedPrompt)
     return replace(request, prompt=request.prompt.unpacked())
 
@@ -89,7 +90,7 @@ MESSAGE = pb.ChatRequest(
 
 
 def test_both_apis_make_the_same_request() -> None:
-    """A body and a gRPC message that say the same give equal requests, also in a helper process. Arguments in the
+    """A body and a gRPC message with the same contents give equal requests, also in a helper process. Arguments in the
     history that are not a JSON object become an empty object."""
     small = read(**BODY)
     assert small == grpc_requests.parse_chat(MESSAGE)
@@ -116,7 +117,8 @@ def test_both_apis_make_the_same_request() -> None:
     ],
 )
 def test_the_choice_has_vllms_defaults(fields: dict[str, Any], choice: str, needs_tools: bool) -> None:
-    """Without a choice, a call with tools may call them. With the choice `none`, the template still gets the tools."""
+    """Without a tool choice, a call with tools may call them. With the choice `none`, the template still gets the
+    tools."""
     output = read(**fields).output
     assert (json.loads(output.parser_request)["tool_choice"], output.needs_tools) == (choice, needs_tools)
     prompt = read(**fields).prompt
@@ -125,7 +127,8 @@ def test_the_choice_has_vllms_defaults(fields: dict[str, Any], choice: str, need
 
 
 def test_only_whole_answers_are_parsed_whole() -> None:
-    """An HTTP answer without a stream and the gRPC method Chat are whole; all other answers are not."""
+    """The request for an HTTP answer without streaming, or for the gRPC method Chat, is marked as whole. A request for
+    a stream, or in a session, is not."""
     assert read().output.is_whole
     assert not read(stream=True).output.is_whole
     assert grpc_requests.READ["Chat"].read(chat()).output.is_whole
@@ -137,7 +140,8 @@ def test_only_whole_answers_are_parsed_whole() -> None:
 
 
 def test_reasoning_fields_are_read() -> None:
-    """A budget of -1 is none, reasoning can be hidden, and `reasoning` takes precedence over its older name."""
+    """A reasoning budget of -1 means no budget, reasoning can be hidden, and `reasoning` takes precedence over its
+    older name."""
     assert read(thinking_token_budget=-1).options.max_reasoning_tokens is None
     assert read(thinking_token_budget=0).options.max_reasoning_tokens == 0
     assert read().output.include_reasoning
@@ -150,14 +154,14 @@ def test_reasoning_fields_are_read() -> None:
 
 
 def test_tool_results_without_calls_are_accepted() -> None:
-    """A tool result without its call is accepted, as in vLLM: the template decides."""
+    """A tool result without its tool call is accepted, as in vLLM. The template decides how to render it."""
     prompt = read(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}]).prompt
     assert isinstance(prompt, ChatPrompt)
     assert prompt.messages[0] == {"role": "tool", "content": "x", "tool_call_id": "1"}
 
 
 def test_tokenize_counts_tools() -> None:
-    """Tokenize gets the tools that a chat would get; with a plain text they are refused."""
+    """Tokenize passes the tools of a chat to the template. Tools beside a plain text are refused."""
     request = pb.TokenizeRequest(model="sim", messages=MESSAGE.messages, tools=PB_TOOLS)
     asked = grpc_requests.tokenize_call(request).prompt
     of_chat = grpc_requests.parse_chat(MESSAGE).prompt
@@ -201,7 +205,7 @@ def test_bad_bodies_are_refused_soon(fields: dict[str, Any], path: str) -> None:
 
 
 def test_long_arguments_are_accepted() -> None:
-    """Arguments of megabytes in the history are accepted: a model may have written them."""
+    """Arguments of several megabytes in the history are accepted, since a model may have written them."""
     request = unpacked(BodyReader().http(json.dumps(chat_body(**call(LONG))).encode(), "chat").requests[0])
     assert isinstance(request.prompt, ChatPrompt)
     (earlier,) = request.prompt.messages[0]["tool_calls"]
@@ -227,7 +231,7 @@ def test_bad_messages_are_refused_soon(request_: pb.ChatRequest, path: str) -> N
 
 
 def test_dense_schemas_are_not_parsed_on_the_event_loop() -> None:
-    """JSON within a gRPC message counts as values: a message with many values goes to a helper process."""
+    """Values of JSON texts in a gRPC message are counted. A message with many of them is parsed in a helper process."""
     for parameters, small in (('{"x": "' + "y" * 16_000 + '"}', True), ('{"x": [' + "1," * 8000 + "1]}", False)):
         request = chat(tools=[pb.Tool(name=f"f{i}", parameters_json=parameters) for i in range(20)])
         assert bodies._is_small_message(pb.ChatRequest, request.SerializeToString()) == small
@@ -254,8 +258,9 @@ async def opened(cluster: TestCluster, request: GenerationRequest) -> tuple[Outp
 async def test_a_call_with_tools_goes_to_a_worker_with_a_parser(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """Without a worker with a parser, a call with tools is refused at once. With one, it goes there, with the parser
-    request and the stop strings. A chat whose tools must not be called is parsed too; other chats are not."""
+    """If no worker has a parser, a call with tools is refused at once. Otherwise the call goes to a worker with a
+    parser, with the parser request and the stop strings. A chat whose tools must not be called is parsed too; other
+    chats are not."""
     await add_worker(cluster, checkpoint, bundle)
     asked = chat(tools=PB_TOOLS, stop=["never so"])
     answer = await refused(cluster.stub.Chat(asked))
@@ -287,8 +292,8 @@ async def test_a_chat_is_parsed_where_a_worker_parses_reasoning(
 
 
 async def test_large_tools_can_be_sent(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The tools do not count against the bound on a request beside its prompt. They are sent for each output, so their
-    size bounds the number of outputs."""
+    """The size of the tools does not count against the size limit on the rest of a request. Tools are sent once for
+    each output, so their size limits the number of outputs."""
     parameters = {"max_model_len": 300_000, "kv_blocks": 20_000, "max_num_batched_tokens": 300_000}
     worker = await add_worker(cluster, checkpoint, bundle, "tools:hermes", **parameters)
     tools = [pb.Tool(name="f", description="y" * 2 * MAX_SUBMIT_BYTES)]

@@ -1,5 +1,5 @@
-"""Invalid Unicode is refused by the APIs. Reason: a lone surrogate in the grammar of a queued call once broke the link
-to a worker."""
+"""Invalid Unicode is refused by all APIs. Formerly a lone surrogate in the grammar of a queued call broke the link to a
+worker."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_other_bytes_are_refused_where_they_are() -> None:
     ids=["template arguments", "schema", "tool arguments"],
 )  # fmt: skip
 def test_json_within_a_message_is_looked_through(fields: dict[str, Any], path: str) -> None:
-    """An escaped lone surrogate is refused in a JSON text that is the value of a protobuf field."""
+    """An escaped lone surrogate is refused in a protobuf field that holds a JSON text."""
     request = pb.ChatRequest(model="sim", messages=[pb.Message(role="user", content="x")])
     for name, value in fields.items():
         if name == "messages":

@@ -8,7 +8,8 @@ from cluster.gateway.apis.unread_answers import UnreadAnswers
 
 
 async def held(answers: UnreadAnswers, tenant: str, size: int, read: asyncio.Event, log: list[str]) -> None:
-    """Hold an answer until it is read."""
+    """Wait until the bound allows an answer of `size` bytes, log the tenant, and hold the answer until `read` is
+    set."""
     with answers.answer(tenant) as answer:
         await answer.hold(size)
         log.append(tenant)
@@ -16,14 +17,14 @@ async def held(answers: UnreadAnswers, tenant: str, size: int, read: asyncio.Eve
 
 
 async def settle() -> None:
-    """Let all tasks run that can."""
+    """Run the event loop until all tasks wait."""
     for _ in range(20):
         await asyncio.sleep(0)
 
 
 async def test_a_tenants_unread_answers_are_bounded() -> None:
-    """A tenant's further answer waits until another one was read or its client has left; other tenants do not wait, and
-    a single answer of any size is made. In the end nothing is held."""
+    """At the bound, a tenant's next answer waits until one of its answers was read or its client disconnected. Answers
+    of other tenants do not wait, and a single answer may have any size. At the end, no bytes are held."""
     answers, log = UnreadAnswers(100), list[str]()
     reads = [asyncio.Event() for _ in range(5)]
     sizes = [("slow", 60), ("slow", 40), ("slow", 1), ("other", 500), ("slow", 30)]

@@ -77,8 +77,8 @@ class World:
 
 
 async def test_keys_tokens_and_certificates() -> None:
-    """A key, a token and a certificate each yield a tenant, a role and a subject, and the case of the scheme does not
-    matter."""
+    """A key, a token and a certificate each yield a tenant, a role and a subject. The case of the authorization scheme
+    does not matter."""
     world = World()
     key = await world.principal(f"Bearer {KEY}")
     assert (key.tenant.name, key.by, key.subject, key.role) == ("acme", "key", "k1", "caller")
@@ -134,7 +134,7 @@ async def test_a_bad_token_is_not_saved_by_a_good_certificate() -> None:
 
 
 async def test_a_certificate_of_nobody() -> None:
-    """A certificate that no rule names is distinguished from missing credentials in the audit only."""
+    """Only the audit distinguishes a certificate that no rule names from missing credentials."""
     world = World()
     assert (await world.refused(names=("DNS:x",))).message == BAD_KEY
     assert world.failures[0][0] == "unknown_certificate"
@@ -155,8 +155,8 @@ async def test_without_issuers_a_jwt_is_a_bad_key() -> None:
 
 
 async def test_a_stale_snapshot_is_no_bad_key() -> None:
-    """While the snapshot is too old, the caller gets an error that allows a retry, and no failed authentication is
-    reported."""
+    """While the snapshot of the tenants is too old, the caller gets an error that allows a retry. No failed
+    authentication is reported."""
     world = World()
 
     def stale() -> AccessSnapshot:

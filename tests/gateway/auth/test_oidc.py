@@ -159,7 +159,8 @@ def verifier(scripted: Scripted, clock: Clock) -> OidcVerifier:
 
 
 async def reason(verifier: OidcVerifier, token: str) -> str:
-    """Return the reason for which a token is refused, and check that the caller gets the message for a bad key."""
+    """Return the reason for which a token is refused. Asserts that the caller gets the same message as for a bad
+    key."""
     with pytest.raises(TokenRefused) as caught:
         await verifier.verify(token)
     assert caught.value.outcome is Outcome.UNAUTHENTICATED_KEY
@@ -168,7 +169,7 @@ async def reason(verifier: OidcVerifier, token: str) -> str:
 
 
 async def test_tokens_of_a_real_issuer(real: RealIssuer) -> None:
-    """A token's tenant is found by claim name and by claim path, and a token for another audience is refused."""
+    """The tenant of a token is found by a claim's name or path. A token for another audience is refused."""
     verifier = OidcVerifier([Issuer(real.url, "headrace", "org", "headrace_role")])
     claims = await verifier.verify(real.token("ada"))
     assert (claims.tenant, claims.role, claims.subject, claims.issuer) == ("acme", "operator", "ada", real.url)
@@ -225,8 +226,8 @@ async def test_the_algorithms_that_are_allowed(
 
 
 async def test_no_signature_and_a_public_key_as_a_secret(verifier: OidcVerifier, scripted: Scripted) -> None:
-    """Tokens with alg=none in any spelling, and tokens with an HMAC keyed with the issuer's public key in any form, are
-    refused without a fetch."""
+    """Tokens with alg=none in any spelling are refused without a fetch. So are HMAC tokens whose secret is the issuer's
+    public key in any form."""
     good = sign()
     _, body, signature = good.split(".")
     for word in ("none", "None", "NONE", "", "nOnE"):
@@ -354,7 +355,7 @@ async def test_rotation_and_the_pause_between_fetches(verifier: OidcVerifier, sc
 
 async def test_an_issuer_that_is_away(verifier: OidcVerifier, scripted: Scripted, clock: Clock) -> None:
     """While the issuer is unreachable, a verifier without keys raises STORE_UNAVAILABLE. Known keys stay valid for a
-    day, are renewed in the background, and then expire."""
+    day, and renewals are tried in the background. After the day the keys expire."""
     scripted.away = True
     with pytest.raises(CallError) as caught:
         await verifier.verify(sign())

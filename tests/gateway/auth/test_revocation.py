@@ -131,8 +131,7 @@ async def world_in(folder: Path) -> AsyncIterator[World]:
 
 
 async def test_a_revoked_caller_is_ended_and_refused(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A caller whose certificate is revoked can no longer make calls or use the admin port, and other callers
-    continue."""
+    """A caller whose certificate is revoked can no longer make calls or use the admin port. Other callers continue."""
     async with world_in(tmp_path) as world:
         engine = sim_engine(checkpoint, decode_ms=20)
         await world.keyed.cluster.add_worker(engine, bundle, tls=world.workers["one"])
@@ -161,7 +160,7 @@ async def test_a_revoked_caller_is_ended_and_refused(tmp_path: Path, checkpoint:
 
 
 async def test_a_revoked_worker_is_ended_and_refused(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A worker whose certificate is revoked no longer serves, and the worker's calls continue on another worker."""
+    """A worker whose certificate is revoked no longer serves. Its calls continue on another worker."""
     async with world_in(tmp_path) as world:
         cluster = world.keyed.cluster
         one, two = [
@@ -216,8 +215,8 @@ def test_a_list_that_cannot_be_read_ends_the_start(tmp_path: Path, text: str | N
 
 
 def test_an_authority_lists_what_it_issued(tmp_path: Path) -> None:
-    """A certificate whose file is lost can be revoked with its line from the list of issued certificates, which has the
-    same line format."""
+    """If the file of a certificate is lost, the certificate can be revoked by its serial number, which is in the list
+    of issued certificates. This adds the same line as revoking the file."""
     headrace("certs", "ca", tmp_path)
     headrace("certs", "worker", tmp_path, "--model", "m")
     headrace("certs", "worker", tmp_path, "--controller", "--name", "controller")

@@ -45,9 +45,9 @@ async def keyed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bund
 
 
 async def test_from_nothing_to_a_call_and_to_its_end(keyed: Keyed) -> None:
-    """A key made by `tenants create` and `keys create` works over both APIs, and calls without a key are refused.
-    `tenants suspend` ends a gRPC stream, an HTTP stream and a session's call within two seconds, and `tenants resume`
-    admits calls again."""
+    """A key made by `tenants create` and `keys create` works over both APIs. Calls without a key are refused. `tenants
+    suspend` ends a gRPC stream, an HTTP stream and a session's call within two seconds. `tenants resume` admits calls
+    again."""
     stub = keyed.cluster.stub
     assert (await keyed.cli("tenants", "create", "lab", "--model", "*")).returncode == 0
     key = (await keyed.cli("keys", "create", "lab")).stdout.strip()
@@ -125,8 +125,7 @@ async def test_a_call_that_waits_ends_with_its_tenant(keyed: Keyed, checkpoint: 
 
 
 async def test_a_revoked_key_opens_nothing_more(keyed: Keyed) -> None:
-    """A revoked key is refused for new calls, also in a session that the key had opened, and the tenant's other key
-    still works."""
+    """A revoked key is refused for new calls, also in a session that it opened. The tenant's other key still works."""
     key = await keyed.key("revokes")
     other = await keyed.another_key("revokes")
     session = keyed.cluster.stub.Session(metadata=bearer(key))
@@ -202,8 +201,7 @@ async def test_bounds_of_a_tenant(keyed: Keyed) -> None:
 
 
 async def test_a_tenants_own_aliases(keyed: Keyed) -> None:
-    """An alias of a tenant resolves to the alias's model and is listed for that tenant, and other tenants do not have
-    the alias."""
+    """An alias of a tenant resolves to its model and is listed, but only for that tenant."""
     key, other = await keyed.key("aliased"), await keyed.key("plain")
     aliases = {"gpt-4o": "sim", "sim-alias": "hidden"}
     await asyncio.to_thread(keyed.ledger.tenants.set_model_aliases, "aliased", aliases)
@@ -226,7 +224,7 @@ async def test_a_tenants_own_aliases(keyed: Keyed) -> None:
 
 
 async def test_health_asks_for_no_key_and_names_no_model(keyed: Keyed) -> None:
-    """Health probes need no key, and the health service does not know a service that is named like a model."""
+    """Health probes need no key. The health service does not know a service with the name of a model."""
     health: Any = health_pb2_grpc.HealthStub(keyed.cluster.channel)
     assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
     assert (await refused(health.Check(health_pb2.HealthCheckRequest(service="hidden")))).code.name == "NOT_FOUND"
@@ -234,8 +232,8 @@ async def test_health_asks_for_no_key_and_names_no_model(keyed: Keyed) -> None:
 
 
 async def test_failures_are_counted_and_audited(keyed: Keyed) -> None:
-    """Failed authentications are counted by reason and audited with the key id that the key claims, never with the key
-    itself."""
+    """Failed authentications are counted by reason. They are audited with the key id that the caller claims, never with
+    the key itself."""
     key = await keyed.key("seen")
     wrong = key[:-1] + ("A" if key[-1] != "A" else "B")
     assert (await refused(keyed.cluster.stub.Chat(chat(), metadata=bearer(wrong)))).reason == "UNAUTHENTICATED_KEY"
@@ -257,7 +255,7 @@ async def test_failures_are_counted_and_audited(keyed: Keyed) -> None:
 
 
 def test_metrics_name_so_many_tenants() -> None:
-    """Metrics name the first tenants, and all other tenants share one series, so that names cannot flood a scraper."""
+    """Metrics name only the first tenants. All other tenants share one series, so that names cannot flood a scraper."""
     metrics = Metrics("c", max_tenants=2)
     for tenant in ("a", "b", "c", "d", "a"):
         metrics.count("prompt_tokens_total", "m", tenant)
@@ -266,7 +264,7 @@ def test_metrics_name_so_many_tenants() -> None:
 
 
 async def test_a_gateway_that_knows_nobody_says_so(tmp_path: Path) -> None:
-    """If the database has never answered, callers of both APIs get an error that asks for a retry, and probes are
+    """If the database has never answered, callers of both APIs get an error that asks for a retry. Health probes are
     answered."""
     (tmp_path / "ledger.db").mkdir()  # no database can be opened there
     store = f"store: {{database_url: 'sqlite:///{tmp_path / 'ledger.db'}'}}\n"

@@ -50,7 +50,7 @@ async def error_of(awaitable: Any) -> tuple[Any, ...]:
 
 
 def alike(told: tuple[Any, ...], name: str) -> tuple[Any, ...]:
-    """Return the error with `name`, which has six letters, replaced by `secret`."""
+    """Return the error with `name` replaced by `secret`. Both have six letters."""
     code, details, trailers = told
     plain = [(k, v.replace(name.encode(), b"secret") if isinstance(v, bytes) else v) for k, v in trailers]
     return code, details.replace(name, "secret"), plain
@@ -115,7 +115,7 @@ async def test_only_ones_own_models_are_listed(keyed: Keyed) -> None:
 
 
 async def test_no_answer_names_another_tenant(keyed: Keyed) -> None:
-    """No response contains the name of another tenant, and no error does."""
+    """No response and no error contains the name of another tenant."""
     await keyed.key("the-neighbour")
     key = await keyed.key("curious", models=["sim"])
     shown = [
@@ -131,8 +131,8 @@ async def test_no_answer_names_another_tenant(keyed: Keyed) -> None:
 
 
 async def test_another_tenants_prefix_is_never_hit(keyed: Keyed) -> None:
-    """A cached prompt is found by the tenant that sent the prompt and by the tenant's cache group, but by no other
-    tenant, even with a copied salt."""
+    """A cached prompt is found only by the tenant that sent it and by the tenant's cache group. A copied salt does not
+    help another tenant."""
     keys = {
         "warm": await keyed.key("warm"),
         "cold": await keyed.key("cold"),
@@ -170,7 +170,8 @@ async def _principal(keyed: Keyed, key: str) -> Any:
 
 
 async def test_workers_see_no_tenants_name(keyed: Keyed) -> None:
-    """Workers get only a salt and a handle, which are derived from the cluster's secret and differ for each tenant."""
+    """Workers get only a salt and a handle for a tenant, not its name. Both are derived from the cluster's secret and
+    differ for each tenant."""
     who = [await _principal(keyed, await keyed.key(name)) for name in ("seen-one", "seen-two")]
     handles = {one.tenant.handle for one in who}
     salts = {keyed.door.cache_salt(one, "") for one in who}
@@ -180,8 +181,8 @@ async def test_workers_see_no_tenants_name(keyed: Keyed) -> None:
 
 
 async def test_the_place_in_line_counts_ones_own(keyed: Keyed, bundle: Bundle) -> None:
-    """Fifty queued calls of another tenant do not change a call's queue position, and one queued call of the same
-    tenant does."""
+    """Fifty queued calls of another tenant do not change a call's queue position. One queued call of the same tenant
+    does."""
     busy, key = await keyed.key("busy"), await keyed.key("patient")
     entry = CatalogEntry(name="line", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=2048)
     keyed.gateway.directory.apply_catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
@@ -220,8 +221,8 @@ async def test_anothers_use_moves_none_of_ones_limits(keyed: Keyed) -> None:
 
 
 async def test_ones_usage_is_ones_own(keyed: Keyed) -> None:
-    """The usage in an answer does not depend on concurrent calls of other tenants, and no path of the client ports
-    reveals usage, tenants or metrics."""
+    """The usage in an answer does not depend on concurrent calls of other tenants. No path of the client ports reveals
+    usage, tenants or metrics."""
     mine, other = await keyed.key("counts"), await keyed.key("counted")
     request = pb.CompleteRequest(model="sim", prompt_token_ids=[9] * 50, max_tokens=5, temperature=0, ignore_eos=True)
     alone = (await keyed.cluster.stub.Complete(request, metadata=bearer(mine))).usage
@@ -249,8 +250,8 @@ async def test_the_metrics_port_is_another_one(keyed: Keyed) -> None:
 
 
 async def test_no_time_tells_of_anothers_prefix(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """If a prompt takes a fifth of a second to compute, the second call with the prompt is fast for the same tenant and
-    as slow as the first call for another tenant."""
+    """A prompt takes 0.2 s to compute. A second call with it is fast for the same tenant, and as slow as the first for
+    another tenant."""
     async with keyed_cluster(tmp_path) as slow:
         engine = sim_engine(checkpoint, decode_ms=1, prefill_tokens_per_s=5000, max_num_seqs=4)
         await slow.cluster.add_worker(engine, bundle)

@@ -1,5 +1,5 @@
-"""The example deploy/tenants.yaml, used as the first lines of the file say. Secrets are made, keys are created, and
-tenants are isolated."""
+"""The example deploy/tenants.yaml, used as its first lines say: secrets are made, keys are created, and tenants are
+isolated."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 async def test_it_works_as_it_says(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """The model can be called, also by the CLI, with a key of the declared tenant and with a key of a tenant created by
-    hand, and with no other key."""
+    """With a key of the declared tenant, or of a tenant created by hand, the model can be called, also by the CLI.
+    Other keys are refused."""
     text = FILE.read_text() + f"gateway: {{drain_timeout_s: 0, listen: {PORTS}}}\n"
     make_secrets(parse(text))
     async with running_cluster(tmp_path / "gateway", text) as cluster:
@@ -83,6 +83,6 @@ def test_secrets_are_made_once(cache: Path) -> None:
 
 
 def test_the_parts_read_what_the_user_wrote() -> None:
-    """`up` passes the user's configuration to the started processes, sections on tenants included."""
+    """`up` passes the user's configuration, including sections on tenants, to the processes that it starts."""
     config = load(FILE)
     assert parse(LocalCluster(config, RunFolder("tenants"), lambda text: None).config_text()).tenants == config.tenants

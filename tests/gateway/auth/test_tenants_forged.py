@@ -98,7 +98,7 @@ def token(iss: str, key: Any = SIGNING, **claims: Any) -> str:
 
 
 def part(value: Any) -> str:
-    """Return one encoded part of a token."""
+    """Return one part of a token, in its encoded form."""
     raw = value if isinstance(value, bytes) else json.dumps(value).encode()
     return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
@@ -110,7 +110,7 @@ def unsigned(iss: str, algorithm: str) -> str:
 
 
 def with_public_key(iss: str) -> str:
-    """Return an HS256 token that is keyed with the issuer's public key. A careless verifier would treat this key as a
+    """Return an HS256 token whose HMAC key is the issuer's public key. A careless verifier would use that key as a
     shared secret."""
     body = {"iss": iss, "aud": "headrace", "org": "acme", "exp": time.time() + 60}
     text = f"{part({'alg': 'HS256', 'typ': 'JWT'})}.{part(body)}"
@@ -181,7 +181,7 @@ async def test_a_megabyte(keyed: Keyed, key: str) -> None:
 
 @pytest.mark.parametrize("good_first", [True, False])
 async def test_smuggled(keyed: Keyed, key: str, good_first: bool) -> None:
-    """A call with two authorization headers is refused, whichever header is valid."""
+    """A call with two authorization headers is refused, even if one of them is valid."""
     values = [f"Bearer {key}", "Bearer hr_x_y"]
     values = values if good_first else values[::-1]
     pairs = tuple(("authorization", value) for value in values)
@@ -239,7 +239,7 @@ async def test_nobodys_body_is_not_read(keyed: Keyed) -> None:
 async def test_an_issuers_role_on_the_admin_port(
     keyed: Keyed, key: str, issuer: str, claims: dict[str, Any], code: str
 ) -> None:
-    """The role claim of a valid token is used on the admin port, and an unknown role counts as the role of a caller."""
+    """On the admin port, the role claim of a valid token applies. An unknown role gives only the role caller."""
     async with AdminClient(keyed.gateway.endpoints["admin"], token(issuer, **claims)) as client:
         assert await client.code("Tenants.List", tenants_pb2.ListTenantsRequest()) == code
 

@@ -28,7 +28,7 @@ def call_with(outputs: int = 1) -> Call:
 
 
 async def test_an_update_wakes_the_api_once() -> None:
-    """An update ends the next wait, before or during it, and a listener gets each update instead."""
+    """An update that arrives before or during a wait ends the wait. A listener, if set, gets each update instead."""
     output = call_with().output
     output.wake()
     output.wake()
@@ -46,7 +46,8 @@ async def test_an_update_wakes_the_api_once() -> None:
 
 
 def test_a_keepalive_is_sent_once() -> None:
-    """A silent call has one keep-alive, which hides the fast path and counts as a sign of life."""
+    """A silent call sends one keep-alive. While it is due, the fast path returns no text. After it, the silence is
+    measured anew."""
     output = call_with().output
     assert (output.silent_s(4.0), output.pop_keepalive()) == (3.0, False)
     output.fall_silent(4.0)
@@ -55,7 +56,7 @@ def test_a_keepalive_is_sent_once() -> None:
 
 
 def test_text_comes_before_the_error() -> None:
-    """The first error counts, and is raised after all text has been popped."""
+    """Only the first error of a call counts. It is raised after all text has been popped."""
     call = call_with()
     call.sequences[0].detokenizer.push([7, 7])
     call.fail(ERROR)
@@ -84,7 +85,7 @@ async def test_a_whole_answer_has_all_pieces() -> None:
 
 
 def test_the_end_of_a_guard_replaces_the_finish_reason() -> None:
-    """If a guard refuses text at the very end, the sequence has the guard's finish reason, too."""
+    """If a guard refuses text at the very end, the sequence has the guard's finish reason."""
     call = call_with()
     (sequence,) = call.sequences
     sequence.finish("length")

@@ -18,8 +18,8 @@ KINDS = st.sampled_from(["works", "raises", "waits", "waits and raises"])
 
 @given(st.lists(st.lists(KINDS, max_size=4), max_size=4))
 def test_every_step_is_taken_whichever_fails(groups: list[list[str]]) -> None:
-    """All steps run once with the call's outcome, whichever steps fail. The last step runs first, and steps that wait
-    run after all other steps."""
+    """All steps run once with the call's outcome, even if some fail. The step that was added last runs first. Steps
+    that wait for a store run after all others."""
     taken: list[int] = []
 
     async def wait(number: int, kind: str) -> None:

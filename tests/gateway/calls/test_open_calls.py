@@ -1,4 +1,4 @@
-"""The open calls of a gateway, and the ends that come from outside the call."""
+"""The open calls of a gateway: they are counted, and ended by aborts, by suspensions and by the stop of the gateway."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 
 class Text:
-    """A text source that holds only token ids."""
+    """A text source that only stores token ids."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
@@ -77,7 +77,7 @@ def test_counts_by_model() -> None:
 
 
 def test_aborts_by_request_id_or_call_id_within_a_tenant() -> None:
-    """A call is aborted by either id. A tenant aborts only calls of that tenant."""
+    """A call is aborted by its request id or its call id. A tenant can abort only its own calls."""
     calls = [open_call(1), open_call(2, tenant="beta"), open_call(3)]
     open_calls = opened(calls)
     assert open_calls.abort("request-1", "beta") == []
@@ -87,14 +87,14 @@ def test_aborts_by_request_id_or_call_id_within_a_tenant() -> None:
 
 
 def test_ends_the_calls_of_suspended_tenants_only() -> None:
-    """Only calls of suspended tenants end, with the error of the tenant."""
+    """Only calls of suspended tenants end. Their error says that the tenant is suspended."""
     calls = [open_call(1), open_call(2, tenant="beta")]
     opened(calls, suspended=["beta"]).end_suspended()
     assert outcomes(calls) == [None, Outcome.PERMISSION_DENIED]
 
 
 def test_a_closed_gateway_refuses_calls_and_notifies_sessions() -> None:
-    """`close` notifies each listener once, and new calls are refused with the reason afterwards."""
+    """`close` notifies each listener once. Afterwards, new calls are refused with the given reason."""
     open_calls, notified = opened([]), []
     open_calls.on_close.add(lambda: notified.append(True))
     open_calls.check_not_closing()
@@ -105,7 +105,7 @@ def test_a_closed_gateway_refuses_calls_and_notifies_sessions() -> None:
 
 
 async def test_hands_over_only_streams_that_can_be_resumed() -> None:
-    """Until the given time, every resumable stream ends; all other calls continue until `end_all`."""
+    """Every resumable stream ends by the given time. Other calls continue until `end_all`."""
     long, short, plain = open_call(1, max_tokens=90, streams=True), open_call(2, streams=True), open_call(3)
     open_calls = OpenCalls(lambda tenant: None, lambda: 0.0)  # a busy machine would leave no time for the second stream
     for call in (short, long, plain):
@@ -117,7 +117,7 @@ async def test_hands_over_only_streams_that_can_be_resumed() -> None:
 
 
 async def test_streams_with_the_most_tokens_left_are_handed_over_first() -> None:
-    """If there is no time for all streams, those with few tokens left continue."""
+    """If the time does not suffice for all streams, those with the fewest tokens left continue."""
     long, short = open_call(1, max_tokens=90, streams=True), open_call(2, streams=True)
     times = iter([0.0, 2.0])
     open_calls = OpenCalls(lambda tenant: None, lambda: next(times))

@@ -1,4 +1,4 @@
-"""Who pays for the prompt of a resumed call."""
+"""Rules that decide whether a tenant is charged for the prompt of a resumed call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FREE, IF_ALIVE, PAID = ResumeTerms.FREE, ResumeTerms.IF_ALIVE, ResumeTerms.PAID
 
 @pytest.mark.parametrize("may_be_computed", [False, True])
 def test_a_new_call_pays(may_be_computed: bool) -> None:
-    """A call that began at this gateway pays before and after the first output."""
+    """A call that began at this gateway is charged for its prompt, before and after the first output."""
     payment = PromptPayment()
     assert payment.is_due(may_be_computed)
     payment.record_output(None)
@@ -32,7 +32,8 @@ def test_a_new_call_pays(may_be_computed: bool) -> None:
     ],
 )
 def test_the_terms_decide_after_the_first_output(terms: ResumeTerms, origin_lost: bool | None, is_due: bool) -> None:
-    """The worker's report matters only if the client pays a gateway that is alive."""
+    """After the first output, the resume terms decide. Under IF_ALIVE, the prompt is free if the worker has reported
+    that the first gateway was lost."""
     payment = PromptPayment()
     payment.resume(FREE)
     payment.resume(terms)
@@ -42,7 +43,8 @@ def test_the_terms_decide_after_the_first_output(terms: ResumeTerms, origin_lost
 
 @pytest.mark.parametrize(("terms", "is_due"), [(FREE, False), (IF_ALIVE, True), (PAID, True)])
 def test_a_call_that_its_client_ends_early_may_pay(terms: ResumeTerms, is_due: bool) -> None:
-    """Before any output, only a prompt that an engine may compute is charged."""
+    """A call that its client ends before any output is charged for its prompt only if an engine may have computed it
+    and the terms are not FREE."""
     payment = PromptPayment()
     payment.resume(terms)
     assert payment.is_due(True) is is_due

@@ -35,7 +35,7 @@ JSON = st.recursive(
 
 
 def nested(levels: int) -> dict[str, Any]:
-    """Return a schema of so many levels."""
+    """Return a JSON schema with `levels` levels of nesting."""
     schema: dict[str, Any] = {}
     for _ in range(levels - 1):
         schema = {"items": schema}
@@ -66,7 +66,7 @@ BAD: list[tuple[list[Any], str]] = [
 
 @pytest.mark.parametrize(("tools", "field"), BAD)
 def test_a_wrong_tool_is_named(tools: list[Any], field: str) -> None:
-    """The error for a wrong tool names its field, and is short."""
+    """The error for an invalid tool is short and names the field."""
     with pytest.raises(CallError) as raised:
         check_tools("tools", tools)
     assert [v.field for v in raised.value.violations] == [field]
@@ -82,7 +82,7 @@ def test_valid_tools_pass() -> None:
 
 @given(JSON)
 def test_any_parameters_are_an_object_or_refused(parameters: Any) -> None:
-    """Parameters of any JSON type give an error that names them, unless they are an object or null."""
+    """A tool's `parameters` must be an object or null. A value of another JSON type gives an error that names them."""
     tools = [function_tool("f", None, parameters)]
     if isinstance(parameters, dict | None):
         check_tools("tools", tools, inner="")
@@ -111,7 +111,7 @@ TOOLS = [function_tool("f", None, {"type": "object"}), function_tool("g", "Ünï
     ],
 )
 def test_a_choice_needs_its_tools(tools: list[Any], choice: Any, passes: bool) -> None:
-    """Every choice but `none` needs tools, and a named function must be one of them, as in vLLM."""
+    """Every tool choice except `none` needs tools. A function that the choice names must be among them, as in vLLM."""
     if passes:
         check_choice(tools, choice)
         return
@@ -139,13 +139,15 @@ def test_an_unknown_effort_is_refused() -> None:
     ],
 )
 def test_template_arguments_are_merged_as_in_vllm(given_: Any, effort: str, expected: Any) -> None:
-    """The effort overrides the argument of that name and sets enable_thinking; null and "auto" are dropped."""
+    """The reasoning effort replaces the template argument of the same name and sets enable_thinking. Null and "auto"
+    are removed."""
     assert template_arguments(given_, effort) == expected
 
 
 @given(st.lists(st.builds(function_tool, st.just("f"), st.text(), st.none() | st.dictionaries(st.text(), JSON))), JSON)
 def test_the_parser_request_is_json_with_the_fields(tools: list[Any], argument: Any) -> None:
-    """The request to the parsers is a JSON object; the tools in it are unchanged, and flags are plain values."""
+    """The request to the parsers is a JSON object with unchanged tools. Of the template arguments it has only those
+    that are strings, numbers or booleans."""
     text = parser_request(
         tools,
         named_choice("f"),
@@ -165,7 +167,8 @@ def test_the_parser_request_is_json_with_the_fields(tools: list[Any], argument: 
 
 
 def test_the_parser_request_is_bounded() -> None:
-    """Tools of more than a megabyte are refused, counted in bytes. Template arguments do not make a request large."""
+    """Tools of more than a megabyte are refused; the size is counted in bytes. Template arguments do not make a request
+    large."""
 
     def request(description: str, arguments: dict[str, Any] | None = None) -> str:
         tools = [function_tool("f", description, None)]
@@ -184,7 +187,8 @@ def test_the_parser_request_is_bounded() -> None:
     ("tools", "choice", "needs"), [(TOOLS, "auto", True), (TOOLS, "none", False), ([], "none", False)]
 )
 def test_only_a_call_that_may_call_tools_needs_a_parser(tools: list[Any], choice: str, needs: bool) -> None:
-    """A call needs a parser of tool calls if it has tools and its choice is not `none`. Earlier calls are counted."""
+    """A call needs a parser of tool calls if it has tools and its choice is not `none`. Tool calls earlier in the
+    conversation are counted."""
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
     messages: list[dict[str, Any]] = [
         {"role": "assistant", "content": "", "tool_calls": [call, call]},
@@ -197,7 +201,8 @@ def test_only_a_call_that_may_call_tools_needs_a_parser(tools: list[Any], choice
 
 @pytest.mark.slow
 def test_kimis_ids_are_vllms() -> None:
-    """The ids of Kimi's tool calls, and the count of the calls before them, are those of vLLM's server."""
+    """The ids of Kimi's tool calls are the same as in vLLM's server. So is the count of earlier tool calls, which is
+    part of an id."""
     from vllm.parser.utils import count_chat_history_tool_calls
     from vllm.renderers.chat_utils import make_tool_call_id
 

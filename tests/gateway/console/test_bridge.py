@@ -77,7 +77,7 @@ async def operator(keyed: Keyed) -> Browser:
     ],
 )
 def test_wrong_bodies_name_the_field(kind: Any, body: bytes, field: str) -> None:
-    """A wrong body is refused, and the error names the outermost wrong field where there is one."""
+    """A wrong body is refused. If a field is wrong, the error names the outermost wrong one."""
     with pytest.raises(CallError) as caught:
         parse(kind, body)
     assert caught.value.outcome is Outcome.INVALID_FIELD
@@ -87,7 +87,7 @@ def test_wrong_bodies_name_the_field(kind: Any, body: bytes, field: str) -> None
 
 @given(st.sampled_from(KINDS), JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=100))
 def test_any_body_is_a_message_or_refused(kind: Any, body: bytes) -> None:
-    """A body of any form is a message of the method, or is refused as an invalid field."""
+    """A body of any form is either parsed as a message of the method or refused as an invalid field."""
     assert outcome_of(kind, body) in (Outcome.OK, Outcome.INVALID_FIELD)
 
 
@@ -111,7 +111,7 @@ def test_fields_of_any_value(data: st.DataObject) -> None:
 
 
 def test_answers_have_all_fields_by_their_names() -> None:
-    """An answer has the names of the proto files and the fields that are unset, so that a page need not guess."""
+    """An answer uses the field names of the proto files and includes fields that are unset."""
     key = json.loads(encode(tenants_pb2.Key(display_name="x")))
     assert key["display_name"] == "x"
     assert key["rotated_from"] == ""
@@ -121,7 +121,7 @@ def test_answers_have_all_fields_by_their_names() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_request_can_be_written(kind: Any) -> None:
-    """What `encode` writes of a request, `parse` reads again."""
+    """`parse` reads back any request that `encode` has written."""
     assert parse(kind, encode(kind())) == kind()
 
 
@@ -145,7 +145,7 @@ async def test_a_tenants_life(operator: Browser) -> None:
 
 
 async def test_errors(operator: Browser) -> None:
-    """An error holds the code, the message and the field, with the fitting status."""
+    """An error has the matching HTTP status, and holds the code, the message and the field."""
     for verb, request, status, code, field in (
         ("Tenants.Get", {"name": "tenants/nothing"}, 404, "NOT_FOUND", ""),
         ("Tenants.Get", {"name": "nothing"}, 400, "INVALID_ARGUMENT", "name"),
@@ -159,7 +159,7 @@ async def test_errors(operator: Browser) -> None:
 
 
 async def test_a_stream_is_lines(keyed: Keyed, operator: Browser) -> None:
-    """A stream of messages is one JSON object a line."""
+    """A stream of messages is written as one JSON object a line."""
     keyed.ledger.usage.insert([record(f"r{number}", tenant="ops") for number in range(1200)])
     reply = await operator.admin("Usage.Export", parent="tenants/ops")
     assert reply.headers["content-type"] == "application/x-ndjson"
@@ -175,14 +175,14 @@ async def test_unknown_methods(operator: Browser, path: str) -> None:
 
 
 async def test_only_post(operator: Browser) -> None:
-    """A method is called with POST and JSON alone."""
+    """A method accepts only POST and only JSON."""
     assert (await operator.fetch("/console/api/Fleet.ListWorkers")).status == 405
     reply = await operator.fetch("/console/api/Fleet.ListWorkers", {}, content_type="text/plain")
     assert reply.status == 415
 
 
 async def test_large_bodies(operator: Browser) -> None:
-    """A body of more than a mebibyte is refused, and a smaller one is read off the event loop."""
+    """A body of more than 1 MiB is refused. A smaller large body is parsed off the event loop."""
     assert (await operator.fetch("/console/api/Catalog.Diff", b" " * ((1 << 20) + 1))).status == 413
     document = json_format.MessageToDict(catalog_pb2.DiffRequest(document=b"x" * 500_000))
     reply = await operator.admin("Catalog.Diff", **document)
@@ -192,7 +192,7 @@ async def test_large_bodies(operator: Browser) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 @given(st.sampled_from(["Tenants.Create", "Keys.Create", "Usage.Query", "Catalog.Apply"]), st.binary(max_size=60))
 async def test_any_bytes(operator: Browser, verb: str, body: bytes) -> None:
-    """A body of any bytes is answered with an error that names no internals, and never with 500."""
+    """A body of any bytes is answered with an error that names no internals, and never with status 500."""
     reply = await operator.fetch(f"/console/api/{verb}", body)
     assert reply.status in (200, 400, 404, 503)
     assert b"Traceback" not in reply.body

@@ -1,4 +1,4 @@
-"""What the console learns from other parts of a gateway: costs, limits, and the words of scaling decisions."""
+"""Data that the console gets from other parts of a gateway: costs, limits, and explanations of scaling decisions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RECORD = UsageRecord("r1", "acme", "k1", "sim", "v1", "q1", 0.0, "ok", gpu="H100
 
 
 def test_gpu_seconds_have_prices() -> None:
-    """A record costs its GPU-seconds by the rate of its accelerator, and nothing if there is no rate."""
+    """A record costs its GPU-seconds at the rate of its accelerator. Without a rate it costs nothing."""
     recent = RecentCalls(lambda: 0.0)
     charge = _charger(recent, {"H100": 100.0})
     charge(RECORD)
@@ -35,7 +35,7 @@ def test_gpu_seconds_have_prices() -> None:
 
 
 async def test_each_ended_sequence_is_charged_once(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """With prices, the record of each sequence that has ended is charged."""
+    """With prices, the record of each ended sequence is charged once."""
     async with keyed_cluster(tmp_path, "cost: {currency: EUR, gpu_hour: {H100: 3.0}}\n") as keyed:
         accounting = keyed.gateway.dispatch.accounting
         assert accounting is not None
@@ -50,8 +50,8 @@ async def test_each_ended_sequence_is_charged_once(tmp_path: Path, checkpoint: P
 
 
 def test_limits_are_shown_with_their_use() -> None:
-    """Each limit of a tenant is shown; what is used of it is None until it is known. The budget that is nearest to its
-    end is shown by itself."""
+    """Each limit of a tenant is shown with its use, which is None until it is known. The budget closest to its end is
+    shown separately."""
     policies = {
         "acme": TenantPolicy("acme", limits=TenantLimits(tokens_per_minute=1000, daily_tokens=50, monthly_tokens=100)),
         "free": TenantPolicy("free"),
@@ -73,14 +73,14 @@ def test_limits_are_shown_with_their_use() -> None:
 
 
 class Controller:
-    """A controller behind the port `Ask`, which counts its questions."""
+    """A controller behind the port `Ask`. It counts the requests that it gets."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.is_away = False
 
     async def ask(self, verb: str, body: bytes, actor: str, timeout_s: float) -> bytes:
-        """Answer with the last decision, or as a gateway without a controller."""
+        """Answer with the last decision. Raises CallError if the controller is away."""
         request = scaling_pb2.ExplainScalingRequest.FromString(body)
         self.asked.append(request.name)
         if self.is_away:
@@ -91,8 +91,8 @@ class Controller:
 
 
 async def test_words_of_decisions_are_asked_for_seldom() -> None:
-    """Each model's words are asked for at most once in REFRESH_S, few at a time, and are None while no controller
-    answers."""
+    """The explanation of each model's decision is requested at most once in REFRESH_S, for few models at a time. It is
+    None while no controller answers."""
     controller = Controller()
     reasons = ScalingReasons(controller.ask)
     models = [KnownModel(CatalogEntry(f"m{at}"), in_catalog=True) for at in range(MAX_ASKED + 2)]

@@ -1,4 +1,4 @@
-"""The endpoints of the feed: who gets what, and how a stream ends."""
+"""The endpoints of the feed: the data for each viewer, and the end of a stream."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from tests.support.keyed import bearer, eventually, keyed_cluster
 
 
 async def test_a_stream_pings_and_ends_with_its_session(cluster: TestCluster) -> None:
-    """A stream is pinged while nothing happens, and ends with the event `end` when its session is no longer valid."""
+    """A stream gets pings while there are no other events. It ends with the event `end` when its session is no longer
+    valid."""
     is_valid = True
     feed = FeedEndpoints(cluster.gateway.live, ping_s=0.05, check_s=0.02)
     async with console_port(feed, is_valid=lambda: is_valid) as port, watching(port) as console:
@@ -35,7 +36,7 @@ async def test_a_stream_pings_and_ends_with_its_session(cluster: TestCluster) ->
 
 
 async def test_a_process_shows_few_consoles(cluster: TestCluster) -> None:
-    """The 33rd console of a process gets 503, and a place when another has left."""
+    """The 33rd console of a process gets status 503. It is accepted once another console has disconnected."""
     feed = FeedEndpoints(cluster.gateway.live)
     async with console_port(feed) as port, AsyncExitStack() as stack:
         first = AsyncExitStack()
@@ -51,7 +52,7 @@ async def test_a_process_shows_few_consoles(cluster: TestCluster) -> None:
 
 
 async def test_a_stopping_gateway_ends_its_streams(tmp_path: Path) -> None:
-    """A gateway that stops does not wait for its consoles: each gets the event `end`."""
+    """A stopping gateway does not wait for its consoles: each gets the event `end`."""
     async with running_cluster(tmp_path) as cluster, console_port(FeedEndpoints(cluster.gateway.live)) as port:
         async with watching(port) as console:
             cluster.gateway.service.close("stopping")
@@ -62,7 +63,7 @@ async def test_a_stopping_gateway_ends_its_streams(tmp_path: Path) -> None:
 
 
 def test_a_slow_reader_is_cut() -> None:
-    """A subscriber that reads nothing holds a bounded number of events, and is cut at the next."""
+    """A subscriber that does not read holds a bounded number of events. The next event ends its stream."""
     cut: list[bool] = []
     subscriber = Subscriber("")
     subscriber.on_cut = lambda: cut.append(True)
@@ -75,7 +76,7 @@ def test_a_slow_reader_is_cut() -> None:
 
 
 async def test_a_viewer_that_reads_nothing_is_disconnected(cluster: TestCluster) -> None:
-    """A client that opens the stream and does not read is cut, and others go on."""
+    """A client that opens the stream and does not read is disconnected. Other streams continue."""
     live = cluster.gateway.live
     async with console_port(FeedEndpoints(live)) as port, watching(port) as console:
         with socket.create_connection(("127.0.0.1", port)) as deaf:
@@ -93,8 +94,8 @@ async def test_a_viewer_that_reads_nothing_is_disconnected(cluster: TestCluster)
 
 
 async def test_roles_see_what_they_may(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """An operator sees all tenants with workers and gateways. A tenant's administrator sees its own calls and sums, and
-    no name of a worker, a gateway or another tenant, in the verb and in the stream."""
+    """An operator sees all tenants, with workers and gateways. A tenant's administrator sees its own calls and sums,
+    without names of workers, gateways and other tenants. Both hold for the method and for the stream."""
     async with keyed_cluster(tmp_path) as keyed:
         cluster = keyed.cluster
         worker = await cluster.add_worker(sim_engine(checkpoint), bundle, host="host-of-worker")
@@ -147,7 +148,7 @@ async def test_roles_see_what_they_may(tmp_path: Path, checkpoint: Path, bundle:
     ],
 )
 async def test_queries_of_the_history(cluster: TestCluster, query: str, tenant: str, status: int, words: str) -> None:
-    """A wrong query is answered with the field and the remedy; series that are not known are null."""
+    """A wrong query is refused with the field and the remedy. Unknown series are null."""
     sent: list[Any] = []
 
     async def send(message: Any) -> None:

@@ -1,5 +1,5 @@
-"""Laws of the overview: changes lead to the next document, merging does not depend on order, and a viewer of one tenant
-sees nothing of others."""
+"""Properties of the overview. Changes lead to the next document, merging does not depend on order, and a viewer of one
+tenant sees nothing of others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ seconds = st.integers(1000, 1010).map(float)
 
 @st.composite
 def workers(draw: st.DrawFn, gateway: str) -> list[dict[str, Any]]:
-    """Return rows of some workers, each in one of two incarnations."""
+    """Draw rows of some workers, each in one of two incarnations."""
     rows = []
     for name in draw(st.lists(st.sampled_from(WORKERS), unique=True)):
         is_lost = draw(st.booleans())
@@ -52,7 +52,7 @@ def workers(draw: st.DrawFn, gateway: str) -> list[dict[str, Any]]:
 
 @st.composite
 def calls(draw: st.DrawFn, gateway: str) -> list[dict[str, Any]]:
-    """Return rows of some calls, whose ids other gateways may have too."""
+    """Draw rows of some calls. Calls of other gateways may have the same ids."""
     rows = []
     for number in draw(st.lists(st.integers(0, 6), unique=True)):
         is_ended = draw(st.booleans())
@@ -78,7 +78,7 @@ def calls(draw: st.DrawFn, gateway: str) -> list[dict[str, Any]]:
 
 @st.composite
 def part(draw: st.DrawFn) -> Part:
-    """Return the part of a gateway."""
+    """Draw the part of a gateway: its share of the overview."""
     gateway = draw(st.sampled_from(GATEWAYS))
     return {
         "format": FORMAT,
@@ -128,20 +128,20 @@ parts_of_cluster = st.lists(part(), max_size=5, unique_by=lambda each: (each["ga
 
 
 async def document(parts: list[Part], at: float = 1010.0) -> dict[str, Any]:
-    """Return the document of some parts."""
+    """Return the document that merges these parts."""
     merged = await overview.merge(parts, at)
     return merged | {"cluster": "demo", "version": "1", "scaling": [{"id": "model-hidden", "reason": "hidden"}]}
 
 
 def run(work: Any) -> Any:
-    """Run a coroutine to its end, outside the loop of the tests."""
+    """Run a coroutine to its end, outside the event loop of the tests."""
     return asyncio.new_event_loop().run_until_complete(work)
 
 
 @settings(deadline=None, max_examples=60)
 @given(parts_of_cluster, parts_of_cluster)
 def test_changes_lead_to_the_next_document(before: list[Part], after: list[Part]) -> None:
-    """The changes between two documents, encoded and read again, make the next document of the one before."""
+    """The changes between two documents, encoded and decoded again, turn the first document into the second."""
 
     async def check() -> None:
         old, new = await document(before), await document(after, 1011.0)
@@ -180,8 +180,8 @@ def _unordered(document: dict[str, Any]) -> dict[str, Any]:
 @settings(deadline=None, max_examples=100)
 @given(parts_of_cluster)
 def test_a_viewer_of_one_tenant_sees_nothing_of_others(parts: list[Part]) -> None:
-    """The bytes for a viewer of one tenant hold no name of another tenant, of a worker, a gateway, a place or a closed
-    model, and no number that depends on the calls of others."""
+    """The bytes for a viewer of one tenant hold no name of another tenant, of a worker, a gateway, a node or a model
+    that the tenant may not use. No number in them depends on the calls of others."""
 
     async def check() -> None:
         whole = await document(parts)
@@ -197,7 +197,7 @@ def test_a_viewer_of_one_tenant_sees_nothing_of_others(parts: list[Part]) -> Non
 
 
 def _without_others(part: Part) -> Part:
-    """Return a part as it would be if no other tenant had made any call."""
+    """Return the part as it would be if other tenants had made no calls."""
     quiet = [row | {"ttft_counts": [0] * 23, "tokens_per_s": 0.0, "waiting": 0} for row in part["models"]]
     return part | {
         "calls": [row for row in part["calls"] if row["tenant"] == TENANTS[0]],
@@ -220,8 +220,8 @@ def _part_of(gateway: str, at: float, ended: dict[str, float]) -> Part:
 
 
 def test_parts_of_others_arrive_whole_in_pieces() -> None:
-    """A process that has got all calls of another once keeps them, though each further part holds those of the last
-    seconds only. One that has got no part with all calls asks for one, also after a part was missing for long."""
+    """A process keeps the ended calls that it has received from another process, although later parts hold only those
+    of the last seconds. At first, and after a long gap, it asks for a part with all calls."""
     store, ended = PeerParts(), {"old": 10.0, "older": 5.0}
     assert store.needs_all(100.0)
     store.put(part_for_peers(_part_of("other", 100.0, ended), has_all=False), 100.0)
@@ -238,7 +238,8 @@ def test_parts_of_others_arrive_whole_in_pieces() -> None:
 
 
 def test_a_worker_that_one_gateway_has_lost_is_shown_by_those_that_have_it() -> None:
-    """A row LOST counts only if no gateway is linked to the worker. The sequences that others continue are added."""
+    """A worker counts as LOST only if no gateway is linked to it. Its numbers of resumed sequences from several
+    gateways are added."""
     lost = {"id": "w", "incarnation": "i", "state": LOST, "links": [], "resumed": 2}
     linked = {"id": "w", "incarnation": "i", "state": "READY", "links": ["g2"], "resumed": 0}
 
@@ -252,7 +253,8 @@ def test_a_worker_that_one_gateway_has_lost_is_shown_by_those_that_have_it() -> 
 
 
 def test_quantiles_lie_in_the_bucket_of_the_value() -> None:
-    """A quantile is interpolated within its bucket; above the last bound it is that bound; without values None."""
+    """A quantile is interpolated within its bucket. Above the last bound it equals that bound; without values it is
+    None."""
     bounds = (1.0, 2.0, 4.0)
     assert overview.quantile([0, 10, 0, 0], 0.5, bounds) == 1.5
     assert overview.quantile([5, 5, 0, 0], 0.99, bounds) == 1.98

@@ -1,4 +1,4 @@
-"""The page and its static files: headers, entity tags, compression, and paths that reach no other file."""
+"""The page and its static files: headers, entity tags, compression, and no access to other files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = read_files()
 
 @pytest.mark.parametrize("path", ["/", *(f"{STATIC}{name}" for name in FILES)])
 async def test_each_file_is_served(cluster: TestCluster, path: str) -> None:
-    """The page and each file in the folder are served as they are, with the headers that protect the page."""
+    """The page and each file of the folder are served unchanged, with the headers that protect the page."""
     reply = await Browser(cluster).fetch(path)
     name = path.removeprefix(STATIC) if path != "/" else "index.html"
     assert (reply.status, reply.body) == (200, (FOLDER / name).read_bytes())
@@ -47,7 +47,8 @@ def test_the_policy_allows_own_scripts_only() -> None:
 
 
 async def test_an_unchanged_file_is_not_sent_again(cluster: TestCluster) -> None:
-    """A browser that shows the entity tag of a file gets 304 without a body; another tag gets the file."""
+    """A browser that sends the current entity tag of a file gets 304 without a body. For another tag it gets the
+    file."""
     browser = Browser(cluster)
     etag = (await browser.fetch("/")).headers["etag"]
     for tags in (etag, f'"x", {etag}'):
@@ -58,7 +59,7 @@ async def test_an_unchanged_file_is_not_sent_again(cluster: TestCluster) -> None
 
 
 async def test_files_are_compressed(cluster: TestCluster) -> None:
-    """A browser that accepts gzip gets the same content compressed, and HEAD gets no content."""
+    """A browser that accepts gzip gets the same content compressed. A HEAD request gets no content."""
     browser = Browser(cluster)
     for _ in range(2):
         reply = await browser.fetch("/", accept_encoding="gzip, br")
@@ -101,13 +102,13 @@ async def test_no_other_file_is_reached(cluster: TestCluster, name: str) -> None
 
 @given(st.text(max_size=40))
 def test_every_endpoint_is_a_file_of_the_folder(name: str) -> None:
-    """The table of paths holds the files of the folder and nothing else."""
+    """The table of paths holds exactly the files of the folder."""
     endpoints = page_endpoints(FILES)
     assert (f"{STATIC}{name}" in endpoints) == (name in FILES)
 
 
 def test_links_and_other_files_are_left_out(tmp_path: Path) -> None:
-    """Only files of known types are served; a link out of the folder, and files of other types, are not."""
+    """Only files of known types are served. Links out of the folder and files of other types are not."""
     folder = tmp_path / "static"
     (folder / "kept").mkdir(parents=True)
     (tmp_path / "outside.js").write_text(SECRET)
@@ -127,7 +128,8 @@ async def report(cluster: TestCluster, body: bytes) -> Reply:
 
 
 async def test_reports_of_the_policy_are_counted(cluster: TestCluster) -> None:
-    """A browser's report is counted and logged without the text that was stopped, and few are logged."""
+    """All reports of browsers are counted, and only a few are logged. Log lines do not contain the text of the blocked
+    script."""
     fields = {"effective-directive": "script-src-elem", "blocked-uri": "inline", "script-sample": SECRET}
     with capture_logs() as logs:
         for _ in range(5):
@@ -159,5 +161,5 @@ async def test_a_long_report_is_refused(cluster: TestCluster) -> None:
 
 
 def test_paths_need_no_quoting() -> None:
-    """The names of the files are the same in a URL."""
+    """The names of the files need no escaping in a URL."""
     assert all(urllib.parse.quote(name) == name for name in FILES)

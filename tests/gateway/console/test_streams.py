@@ -1,4 +1,4 @@
-"""Event streams of the console: each viewer's scope, and streams that end with their session."""
+"""Event streams of the console: the scope of each viewer, and streams that end with the session."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.cluster import LOOPBACK, until
 
 
 class CountingFeed:
-    """A feed that sends the viewer's tenant once and then waits for the client to leave."""
+    """A feed that sends the name of the viewer's tenant once and then waits until the client disconnects."""
 
     def __init__(self) -> None:
         self.open = 0
@@ -50,7 +50,7 @@ class CountingFeed:
 
 
 class Page:
-    """A server with one stream and the history, for a viewer that the test chooses."""
+    """A server with one event stream and the history. The test chooses the viewer."""
 
     def __init__(self) -> None:
         self.feed = CountingFeed()
@@ -63,7 +63,7 @@ class Page:
         self.port = 0
 
     def viewer_for(self, seconds: float, role: str = "operator", tenant: str = "ops") -> Viewer:
-        """Return a viewer whose session lasts for some seconds."""
+        """Return a viewer whose session lasts for `seconds`."""
         session = ConsoleSession.begin("nobody", "", tenant, role, expires_at_s=self.wall + seconds)
         principal = Principal(TenantPolicy(tenant), role)
         return Viewer(session, principal, principal)
@@ -98,7 +98,7 @@ async def page() -> AsyncIterator[Page]:
     ("role", "scope"), [("operator", ""), ("viewer", ""), ("tenant_admin", "acme"), ("caller", "acme")]
 )
 async def test_each_role_has_its_scope(page: Page, role: str, scope: str) -> None:
-    """Operators and viewers see all tenants; the others see their own only."""
+    """Operators and viewers see all tenants. Other roles see only their own tenant."""
     page.viewer = page.viewer_for(60, role, "acme")
     reader, writer = await page.get("/events")
     head = (await reader.readuntil(b"\r\n\r\n")).decode()
@@ -112,7 +112,7 @@ async def test_each_role_has_its_scope(page: Page, role: str, scope: str) -> Non
 
 
 async def test_a_stream_ends_with_its_session(page: Page) -> None:
-    """A stream ends in good form when a change ends its session, and goes on at any other change."""
+    """A stream ends properly when a change ends its session, and continues after any other change."""
     reader, _ = await page.get("/events")
     await reader.readuntil(b"data: {}\n\n")
     for change in page.changes:
@@ -127,14 +127,15 @@ async def test_a_stream_ends_with_its_session(page: Page) -> None:
 
 
 async def test_a_stream_ends_when_its_session_expires(page: Page) -> None:
-    """A stream ends when its session expires, without any change."""
+    """A stream ends when its session expires, even without any change."""
     page.viewer = page.viewer_for(0.2)
     reader, _ = await page.get("/events")
     assert (await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 60)).endswith(b"0\r\n\r\n")
 
 
 async def test_streams_end_with_the_gateway(page: Page) -> None:
-    """All streams end when the gateway stops, so that it need not wait for them, and none begins after that."""
+    """All streams end when the gateway stops, so the gateway need not wait for them. No stream is accepted
+    afterwards."""
     connections = [await page.get("/events") for _ in range(3)]
     await until(lambda: page.feed.open == 3, "the streams have begun")
     page.streams.close()
@@ -146,7 +147,7 @@ async def test_streams_end_with_the_gateway(page: Page) -> None:
 
 
 async def test_a_broken_feed_is_an_error(page: Page) -> None:
-    """A feed that fails before it answers gets the status 500, without its message."""
+    """A feed that fails before it has answered causes status 500. The answer does not contain the error's message."""
     page.feed.fails = True
     reader, _ = await page.get("/events")
     head = await reader.readuntil(b"\r\n\r\n")

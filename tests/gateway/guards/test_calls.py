@@ -55,7 +55,7 @@ class Tenant:
 
     @property
     def who(self) -> Any:
-        """The gRPC metadata that authenticates calls of the tenant."""
+        """gRPC metadata that authenticates the tenant's calls."""
         return bearer(self.key)
 
     async def guard(self, *rules: dict[str, Any], **fields: Any) -> None:
@@ -69,7 +69,7 @@ class Tenant:
         return str(answer.choices[0].message.content)
 
     def counted(self, guard: str, outcome: str) -> float:
-        """Return the value of guard_actions_total for the tenant, a guard and an outcome."""
+        """Return the value of guard_actions_total for this tenant, guard and outcome."""
         labels = {"headrace_cluster": "test", "tenant": self.name, "reason": guard, "outcome": outcome}
         registry = self.keyed.gateway.metrics.registry
         return registry.get_sample_value("headrace_guard_actions_total", labels) or 0.0
@@ -114,7 +114,7 @@ def redacting(secret: str, **fields: Any) -> dict[str, Any]:
 
 
 async def test_an_output_is_redacted_over_every_face(keyed: Keyed) -> None:
-    """A secret that spans tokens is redacted over every API, and the log probabilities do not hold the secret."""
+    """A secret that spans several tokens is redacted over every API, and the log probabilities do not contain it."""
     lab = await tenant(keyed, "redact")
     bare = await lab.text()
     secret = middle(bare)
@@ -152,8 +152,7 @@ async def test_an_output_is_redacted_over_every_face(keyed: Keyed) -> None:
 
 
 async def test_each_of_several_outputs_has_guards_of_its_own(keyed: Keyed) -> None:
-    """Each sequence of a call with n = 3 has separate guards. A match in one sequence neither continues in another
-    sequence nor ends another sequence."""
+    """Each sequence of a call with n = 3 has its own guards. A match in one sequence does not affect the others."""
     lab = await tenant(keyed, "several")
     ask = chat(n=3, seed=5, **{**ASK, "temperature": 1.0})
     bare = [choice.message.content for choice in (await lab.stub.Chat(ask, metadata=lab.who)).choices]
@@ -256,8 +255,7 @@ async def test_the_model_sees_the_redacted_prompt(keyed: Keyed) -> None:
 
 
 async def test_sizes(keyed: Keyed) -> None:
-    """A size guard refuses prompts and outputs that exceed the bounds on characters and messages, and passes smaller
-    ones."""
+    """A size guard refuses prompts and outputs that exceed its bounds on characters or messages. Smaller ones pass."""
     lab = await tenant(keyed, "sizes")
     bare = await lab.text()
     await lab.guard(
@@ -277,7 +275,7 @@ async def test_sizes(keyed: Keyed) -> None:
 
 async def test_a_file_of_patterns_is_read_again(keyed: Keyed, tmp_path: Path) -> None:
     """A pattern file is reloaded when it changes. If the changed file is invalid, the last valid patterns stay in
-    force. If the file is missing, the guard fails as its setting `fail` says."""
+    force. If the file is missing, the setting `fail` decides."""
     lab = await tenant(keyed, "files")
     file = tmp_path / "pii.yaml"
     await lab.guard({"builtin": "patterns", "patterns_file": str(file)})
@@ -384,13 +382,13 @@ async def test_a_guard_server_elsewhere_is_asked_over_tls(keyed: Keyed, tmp_path
     [("unix:/run/g", True), ("localhost:1", True), ("[::1]:1", True), ("10.0.0.1:1", False), ("guard:1", False)],
 )
 def test_what_is_on_this_host(address: str, here: bool) -> None:
-    """Only addresses on this host count as local, so that a guard server there may be called without TLS."""
+    """Only addresses on this host count as local. A guard server at a local address may be called without TLS."""
     assert on_this_host(address) is here
 
 
 async def test_guards_by_the_command_line(keyed: Keyed) -> None:
-    """The command line sets guards as the configuration file does, and refuses guards that a gateway could not
-    apply."""
+    """The command line accepts the same guards as the configuration file. Guards that a gateway could not apply are
+    refused."""
     lab = await tenant(keyed, "typed")
     rule = "[{builtin: patterns, on: output, action: redact, patterns: {mail: '[a-z]{1,9}@x'}}]"
     done = await keyed.cli("tenants", "update", "typed", "--set", f"guards={rule}")
@@ -405,7 +403,7 @@ async def test_guards_by_the_command_line(keyed: Keyed) -> None:
 
 
 async def test_who_has_no_guards_keeps_the_short_way(keyed: Keyed) -> None:
-    """The tokens of a call without output guards are sent directly from the link to the connection."""
+    """Without output guards, the tokens of a call take the fast path from the link to the connection."""
     lab = await tenant(keyed, "bare")
     await lab.guard({"builtin": "sizes", "max_characters": 1000})
     stream = lab.stub.StreamChat(chat(**{**ASK, "max_tokens": 20_000}), metadata=lab.who)
@@ -420,7 +418,7 @@ async def test_who_has_no_guards_keeps_the_short_way(keyed: Keyed) -> None:
 
 
 async def test_a_guard_goes_on_with_a_call_on_another_worker(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A secret is redacted even if one worker emits the first half of the secret and another worker the second half."""
+    """A secret is redacted even if one worker emits its first half and another worker its second half."""
     async with keyed_cluster(tmp_path) as keyed:
         engines = [sim_engine(checkpoint, decode_ms=5, max_model_len=50_000) for _ in range(2)]
         for engine in engines:

@@ -1,4 +1,4 @@
-"""Guards of a parsed output: each channel is filtered as a text of its own, however it is cut into parts."""
+"""Guards of a parsed output. Each channel is filtered as a text of its own, however it is split into parts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def guarded(action: Action) -> GuardedParts:
 
 
 def cut(data: st.DataObject, parts: list[OutputPart]) -> list[list[OutputPart]]:
-    """Return the parts, cut at random, in feeds of one part each. The name of a tool call is never cut."""
+    """Split the parts at random, and return them as feeds of one part each. The name of a tool call is not split."""
     out = []
     for part in parts:
         at = 0 if part.kind is PartKind.TOOL_NAME else data.draw(st.integers(0, len(part.text)))
@@ -36,7 +36,8 @@ def cut(data: st.DataObject, parts: list[OutputPart]) -> list[list[OutputPart]]:
 
 
 def texts(parts: list[OutputPart]) -> list[OutputPart]:
-    """Return the text of each channel in order, as one part each. A name is a channel of its own."""
+    """Return one part for each channel in order, with the whole text of the channel. A tool name is a channel of its
+    own."""
     out = []
     for (kind, call), group in groupby(parts, lambda part: (part.kind, part.call)):
         members = list(group)
@@ -49,8 +50,8 @@ def texts(parts: list[OutputPart]) -> list[OutputPart]:
 
 @given(st.data(), channels, st.sampled_from(["redact", "refuse"]))
 def test_each_channel_is_filtered(data: st.DataObject, parts: list[OutputPart], action: Action) -> None:
-    """The output is that of filtering each channel as a whole. After a refusal nothing more is returned, and nothing
-    of the refused match."""
+    """The output is the same as if each channel were filtered as a whole. After a refusal nothing more is returned. No
+    part of a refused match is returned."""
     guards = guarded(action)
     out: list[OutputPart] = []
     for feed in cut(data, parts):
@@ -71,8 +72,8 @@ def test_each_channel_is_filtered(data: st.DataObject, parts: list[OutputPart], 
 
 @given(st.data(), channels, st.integers(1, 20))
 def test_a_size_counts_over_all_channels(data: st.DataObject, parts: list[OutputPart], most: int) -> None:
-    """An output of more characters than the limit ends at the limit, however the characters are spread over the
-    reasoning, the content and the tool calls."""
+    """An output over the size limit ends at the limit, however its characters are divided between reasoning, content
+    and tool calls."""
     size = SizeStage(most, "refuse", ignore)
     guards = GuardedParts(lambda: GuardChain([size], [1.0], lambda number, error: False, lambda: 0.0))
     out: list[OutputPart] = []

@@ -31,8 +31,8 @@ PROMPTS = st.builds(
 
 @given(PROMPTS)
 def test_every_text_can_be_rewritten(prompt: ChatPrompt) -> None:
-    """The texts of a prompt put back give the same prompt. With all texts in upper case, no lower case is left in what
-    callers wrote: contents, template arguments, tools with their schemas, and documents."""
+    """Putting the texts of a prompt back gives the same prompt. Putting them back in upper case leaves no lower case in
+    what callers wrote: contents, template arguments, tools with their schemas, and documents."""
     texts = texts_of(prompt)
     assert with_texts(prompt, texts) == prompt
     changed: Any = with_texts(prompt, [text.upper() for text in texts])

@@ -27,8 +27,7 @@ def _guards(timeout_s: float, decided: list[GuardDecision]) -> CallGuards:
 
 
 async def test_matches_are_counted_in_the_search(bundle: Bundle) -> None:
-    """The matches in a long prompt are counted in the thread of the search, and take almost no time on the event
-    loop."""
+    """In a long prompt, the search's thread also counts the matches. This takes almost no time on the event loop."""
     model, prompt = TextModel.from_bundle(bundle), TextPrompt("a@b " * MATCHES)
     decided: list[GuardDecision] = []
     guarded: list[Prompt] = []
@@ -50,7 +49,7 @@ async def test_matches_are_counted_in_the_search(bundle: Bundle) -> None:
 
 
 def test_a_search_that_took_too_long_ends(bundle: Bundle) -> None:
-    """A search ends after the time limit of the guard, and the thread of the search is free again."""
+    """A search ends at the guard's time limit, and its thread is free again."""
 
     async def search() -> float:
         guards = _guards(0.05, [])

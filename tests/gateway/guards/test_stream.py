@@ -1,5 +1,4 @@
-"""Guard stages as stream filters: however a text is cut into chunks, the output equals the output for the whole
-text."""
+"""Guard stages as stream filters. However a text is split into chunks, the output is the same as for the whole text."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ CHUNKS = st.lists(st.text("ab1é x", max_size=6), max_size=16)
 
 
 def stage_of(what: Any, action: Action) -> GuardStage:
-    """Return the guard stage of a generated description: a number is a size limit, anything else holds patterns."""
+    """Return the guard stage for a generated description. A number is a size limit; anything else is patterns."""
     return SizeStage(what, action, ignore) if isinstance(what, int) else PatternStage(Patterns(what), action, ignore)
 
 
@@ -72,8 +71,8 @@ def wanted_of(guards: Sequence[tuple[Any, Action]], text: str) -> str:
 
 @given(GUARDS, CHUNKS)
 def test_any_cut_gives_what_the_whole_text_gives(guards: list[tuple[Any, Action]], chunks: list[str]) -> None:
-    """However a text is cut, the output equals the output for the whole text, and a stage never holds back more
-    characters than the longest possible match."""
+    """However a text is split, the output is the same as for the whole text. A stage never holds back more characters
+    than its longest possible match."""
     stages = [stage_of(what, action) for what, action in guards]
     filters, out = chain(stages), ""
     bound = sum(Patterns(what).longest for what, _ in guards if not isinstance(what, int))
@@ -90,7 +89,7 @@ def test_any_cut_gives_what_the_whole_text_gives(guards: list[tuple[Any, Action]
 def test_marks_tell_which_tokens_a_redaction_has_touched(
     sources: dict[str, str], chunks: list[str], more: list[str]
 ) -> None:
-    """A mark is hidden exactly if a redaction touched a character of the token."""
+    """The mark of a token is hidden if a redaction touched a character of the token, and only then."""
     chunks = chunks + more
     text = "".join(chunks)
     spans = list(Patterns(sources).find(text))
@@ -115,7 +114,7 @@ def test_marks_tell_which_tokens_a_redaction_has_touched(
 
 
 class Slow:
-    """A guard stage that advances the clock, and raises the given error if any, at the second step."""
+    """A guard stage that is slow at its second step: it advances the clock, and raises `error` if given."""
 
     refused = ""
     held = 0
@@ -166,8 +165,7 @@ def test_a_guard_that_is_late_or_breaks(error: Exception | None, fails_open: boo
 
 
 def test_decisions_are_told_once_with_their_text() -> None:
-    """Each match is reported once, with the text that matched, however often the characters of the match are
-    scanned."""
+    """Each match is reported once with its text, however often its characters are scanned."""
     decisions: list[tuple[str, str]] = []
     stage = PatternStage(
         Patterns({"digits": r"\b\d{2,4}\b"}), "flag", lambda name, text: decisions.append((name, text))

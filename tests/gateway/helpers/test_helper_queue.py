@@ -6,7 +6,7 @@ from cluster.gateway.helpers.helper_queue import HelperQueue
 
 
 async def test_tenants_take_turns() -> None:
-    """A tenant's job that comes after many jobs of another tenant is the second job to be done."""
+    """A job that arrives after many jobs of another tenant is the second job to run."""
     queue = HelperQueue()
     loud = [queue.add("loud") for _ in range(10)]
     quiet = queue.add("quiet")

@@ -14,7 +14,8 @@ LONG = bytes(range(251)) * (2 * CHUNK_BYTES // 251 + 1)
 
 
 def joined(chunks: Sequence[pb.Blob], key: str) -> bytes:
-    """Return the data of chunks, which must all have this key and of which only the last may be marked as last."""
+    """Return the joined data of the chunks. Asserts that all have this key, and that at most the final one is marked as
+    last."""
     assert {chunk.key for chunk in chunks} == {key}
     assert [chunk.last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     return b"".join(chunk.data for chunk in chunks)
@@ -26,7 +27,7 @@ def sent(blobs: asyncio.Queue[pb.Blob]) -> list[pb.Blob]:
 
 
 def test_everything_is_inline_before_the_stream() -> None:
-    """Without a Bulk stream, a long prompt and a long chat stay in their messages."""
+    """Without a Bulk stream, a long prompt and a long chat are sent within their own messages."""
     bulk, submit, render = BulkSender(), pb.Submit(prompt_ids=LONG), pb.Render(chat=LONG)
     assert not bulk.extract_prompt(submit)
     bulk.send_chat(render)
@@ -34,7 +35,7 @@ def test_everything_is_inline_before_the_stream() -> None:
 
 
 def test_long_data_are_sent_in_chunks() -> None:
-    """A long prompt and a long chat are replaced by the keys of their chunks, and the chunks are sent."""
+    """A long prompt and a long chat are sent in chunks. Their messages hold only the keys of the chunks."""
     bulk, blobs = BulkSender(), asyncio.Queue[pb.Blob]()
     bulk.open(blobs)
     submit = pb.Submit(slot=7, attempt=2, prompt_ids=LONG)
@@ -51,7 +52,7 @@ def test_long_data_are_sent_in_chunks() -> None:
 
 
 def test_short_data_stay_inline() -> None:
-    """A prompt and a chat of the largest inline size stay in their messages."""
+    """A prompt and a chat of the largest inline size are sent within their own messages."""
     bulk, blobs = BulkSender(), asyncio.Queue[pb.Blob]()
     bulk.open(blobs)
     assert not bulk.extract_prompt(pb.Submit(prompt_ids=b"x" * TURN_PROMPT_BYTES))

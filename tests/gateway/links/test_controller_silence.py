@@ -1,4 +1,4 @@
-"""The age of a controller's last message."""
+"""Silence of a controller: how long ago its last message arrived."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.cluster import running_cluster, until
 
 
 async def test_an_idle_controller_is_not_silent(tmp_path: Path) -> None:
-    """A controller whose catalog does not change is heard again and again, on the same stream."""
+    """A controller whose catalog does not change still sends messages regularly, on the same stream."""
     async with running_cluster(tmp_path) as cluster:
         controller, gateways = cluster.gateway.hub.controller, [cluster.gateway.endpoints["link"]]
         links = ControllerLinks(controller_id="c", gateways=gateways, tls=None, bundles=lambda _: None, idle_s=0.02)

@@ -1,5 +1,4 @@
-"""Streams of a killed gateway. The streams run on briefly at their workers, where a resume at another gateway finds
-them."""
+"""Streams of a killed gateway. They run on briefly at their workers, where a resume at another gateway finds them."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ class Doomed:
         os.kill(self.pid, signal.SIGKILL)
 
     def count(self, kind: str) -> int:
-        """Return the value of a counter of the worker's engine."""
+        """Return the value of the engine's counter `kind`."""
         found: int = getattr(self.worker.engine.statistics(), kind)  # type: ignore[attr-defined]
         return found
 
@@ -61,7 +60,7 @@ async def doomed(
 
 
 async def begun(doomed: Doomed, requests: Sequence[Any]) -> list[list[Any]]:
-    """Read some chunks of each stream, then kill the separate gateway. Returns all chunks that had arrived."""
+    """Read some chunks of each stream, then kill the separate gateway. Returns all chunks that arrived."""
     calls = [doomed.stub.StreamChat(request, wait_for_ready=True) for request in requests]
     chunks = [[await asyncio.wait_for(read(call), 60) for _ in range(4)] for call in calls]
     doomed.kill()
@@ -87,7 +86,7 @@ async def go_on(doomed: Doomed, requests: Sequence[Any], chunks: Sequence[list[A
 
 
 def of_any_kind(tokens: int) -> list[Any]:
-    """Return requests whose tokens depend on more than the prompt."""
+    """Return requests of different kinds: with and without a seed, a stop string and several outputs."""
     return [
         chat("One", max_tokens=tokens, ignore_eos=True, resumable=True),
         chat("Two", max_tokens=tokens, ignore_eos=True, resumable=True, temperature=0.8, seed=5),
@@ -98,8 +97,8 @@ def of_any_kind(tokens: int) -> list[Any]:
 
 @pytest.mark.parametrize("tokens", [60, 500], ids=["end-meanwhile", "go-on"])
 async def test_they_are_found_running(doomed: Doomed, tokens: int) -> None:
-    """Streams that still run or have ended meanwhile are resumed without another submission or computation, and callers
-    get the output that they would have got without the loss of the gateway."""
+    """Streams that still run, or have ended meanwhile, are resumed without another submission or computation. Callers
+    get the same output as without the loss of the gateway."""
     requests = of_any_kind(tokens)
     whole = await asyncio.gather(*(rest_of(doomed.survivor.stub.StreamChat(request)) for request in requests))
     submitted = doomed.count("submitted")
@@ -123,8 +122,8 @@ async def test_they_are_found_running(doomed: Doomed, tokens: int) -> None:
 
 
 async def test_an_end_that_was_lost_is_found(doomed: Doomed) -> None:
-    """If the last chunks of a stream were in flight when its gateway died, a resume delivers these chunks without
-    another submission to the engine."""
+    """If the last chunks of a stream were in flight when its gateway died, a resume delivers them without another
+    submission to the engine."""
     request = chat(max_tokens=40, ignore_eos=True, resumable=True)
     chunks = await rest_of(doomed.stub.StreamChat(request, wait_for_ready=True))
     submitted = doomed.count("submitted")
@@ -136,8 +135,8 @@ async def test_an_end_that_was_lost_is_found(doomed: Doomed) -> None:
 
 
 async def test_one_that_has_come_back_before_is_not_kept_twice(doomed: Doomed) -> None:
-    """If a stopped gateway's streams are resumed at another gateway while the stopped gateway's links are still up, the
-    stopped gateway's requests end at once, and no request is kept when the links end."""
+    """A stream of a stopped gateway is resumed at another gateway while the stopped gateway's links are still up. The
+    stopped gateway's request ends at once, and is not kept as detached when the links end."""
     request = chat(max_tokens=2000, ignore_eos=True, resumable=True)
     call = doomed.stub.StreamChat(request, wait_for_ready=True)
     chunks = [await asyncio.wait_for(read(call), 60) for _ in range(4)]
@@ -154,8 +153,8 @@ async def test_one_that_has_come_back_before_is_not_kept_twice(doomed: Doomed) -
 
 
 async def test_they_end_when_nobody_comes(doomed: Doomed) -> None:
-    """A detached request that is not resumed frees its slot after a moment, and a request that cannot be resumed frees
-    its slot at once."""
+    """A detached request that is not resumed frees its slot after a moment. A request that cannot be resumed frees its
+    slot at once."""
     lasting = [chat(max_tokens=3000, ignore_eos=True, resumable=resumable) for resumable in (True, False)]
     kinds = [*lasting, chat(max_tokens=3000, ignore_eos=True, resumable=True, logprobs=True)]
     await begun(doomed, kinds)
@@ -169,8 +168,8 @@ async def test_they_end_when_nobody_comes(doomed: Doomed) -> None:
 
 
 async def test_they_keep_their_places(doomed: Doomed) -> None:
-    """While detached requests hold all slots, resumed calls start at once, and new calls wait until the detached
-    requests have been resumed and have ended."""
+    """While detached requests hold all slots, resumed calls start at once. New calls wait until the detached requests
+    have been resumed and have ended."""
     requests = [chat(str(number), max_tokens=700, ignore_eos=True, resumable=True) for number in range(PLACES)]
     chunks = await begun(doomed, requests)
     await until(lambda: doomed.worker.end.statistics().detached == PLACES, "all are without a gateway")

@@ -1,5 +1,5 @@
-"""The link listener. A peer that dials before a gateway serves waits in the backlog of the port, and is served once the
-gateway serves the link."""
+"""The link listener. A peer that connects before the gateway serves links waits in the backlog of the port, and is
+served afterwards."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ ANSWER_S = 60.0
 
 
 def config_of(link: str) -> str:
-    """Return a configuration in which the gateway listens for links at this address."""
+    """Return a configuration with `link` as the gateway's address for links."""
     model = {"name": "m", "source": "sim:///of-nobody"}
     gateway = {"listen": {"link": link}}
     return yaml.safe_dump({"api_version": "headrace/v1", "name": "early", "gateway": gateway, "models": [model]})
 
 
 async def test_who_dials_early_is_heard_later() -> None:
-    """A connection to the bound port is established before the gateway reads from it, and is answered afterwards."""
+    """A connection to the bound port is established before the gateway reads from it, and is answered once the gateway
+    does."""
     listener = bind_link(parse(config_of("127.0.0.1:0")))
     reader, writer = await asyncio.open_connection(*listener.getsockname())
     writer.write(PREFACE)
@@ -40,7 +41,7 @@ async def test_who_dials_early_is_heard_later() -> None:
 
 
 def test_a_port_that_is_taken_is_told_with_its_setting() -> None:
-    """The error for a link port that is in use has the same form as the error for any other listener."""
+    """The error for a link port that is in use names the setting, like the error of any other listener."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(RuntimeError, match=rf"gateway\.listen\.link: {address} cannot be bound: "):

@@ -34,7 +34,7 @@ def alive(load: EngineLoad = BUSY) -> LinkLiveness:
 )
 def test_who_beats_and_steps_or_says_why_not_is_not_suspected(story: list[tuple[float, str, int]]) -> None:
     """No mixture of steps, reported work, idle time and messages in either direction raises a false alarm. A false
-    alarm would cost prefills."""
+    alarm would repeat the prefills of all calls of the worker."""
     liveness, now, load, sent = alive(), 0.0, BUSY, 0
     for pause_s, what, messages in story:
         now += pause_s
@@ -78,7 +78,7 @@ def test_each_way_of_standing_still_is_found_by_its_bound(reason: str, at: float
 
 
 def test_long_steps_get_longer() -> None:
-    """An engine whose steps take a second is not stuck after half a second."""
+    """An engine whose steps usually take a second is not reported as stuck after half a second."""
     slow = EngineLoad(running=1, steps=1, step_s=0.9, step_p99_s=1.0)
     liveness = alive(slow)
     for tick in range(1, 50):
@@ -91,8 +91,8 @@ def test_long_steps_get_longer() -> None:
 
 
 def test_who_has_never_beaten_gets_the_time_to_connect() -> None:
-    """A worker is not suspected while it connects for beats. Connecting may take longer than the time after which a
-    hang is detected."""
+    """A worker is not suspected while it connects its stream for beats. Connecting may take longer than the time limit
+    for a hang."""
     liveness = LinkLiveness(0.0, hang_s=0.5, silence_s=5.0)
     assert liveness.suspicion(4.9) is None
     assert liveness.suspicion(5.1) is not None
@@ -100,8 +100,8 @@ def test_who_has_never_beaten_gets_the_time_to_connect() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.0, 0.1), st.floats(0.0, 10.0)), max_size=30), st.floats(0.0, 1.0))
 def test_what_one_oversleeps_is_nobodys_silence(rests: list[tuple[float, float]], part: float) -> None:
-    """Waking time includes each sleep in full and at most LATE_S of oversleeping, and never goes backward or overtakes
-    the clock."""
+    """The waking time counts each sleep in full, plus at most LATE_S of oversleeping. It never goes backward, and never
+    runs ahead of the clock."""
     clock, now, waked = Waking(0.0, 0.0), 0.0, 0.0
     for rest_s, late_s in rests:
         clock.rest(now, rest_s)
@@ -115,7 +115,7 @@ def test_what_one_oversleeps_is_nobodys_silence(rests: list[tuple[float, float]]
 
 @given(st.integers(1, 40), st.floats(0.0, 3.0))
 def test_on_a_busy_machine_nobody_is_silent_before_its_time(looks: int, late_s: float) -> None:
-    """Beats that are as late as the gateway's own checks raise no alarm, and a dead worker is found after the usual
+    """Beats that are only as late as the gateway's own checks raise no alarm. A dead worker is found after the usual
     number of checks."""
     rest_s, bound_s = 0.05, 0.5
     clock, now = Waking(0.0, rest_s), 0.0

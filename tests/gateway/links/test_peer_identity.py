@@ -78,7 +78,7 @@ class Secured:
         return pb.Hello(protocol_min=1, protocol_max=1, **told)
 
     async def says(self, credentials: grpc.ChannelCredentials | None, method: str, message: Any) -> CODE:
-        """Open a stream, send one message, and return the status code of the stream. The gateway must not send a
+        """Open a stream, send one message, and return the status code of the stream. Asserts that the gateway sends no
         message."""
         options = (("grpc.use_local_subchannel_pool", 1),)
         channel = (
@@ -109,7 +109,7 @@ class Secured:
 
 @pytest.fixture(scope="module")
 async def secured(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Secured]:
-    """Provide one gateway for all attempts. No attempt may disturb this gateway."""
+    """Provide one gateway for all attempts. No attempt may affect its worker."""
     folder = tmp_path_factory.mktemp("certs")
     make_files(folder)
     async with running_cluster(folder / "state", config(folder), QUICK) as cluster:
@@ -137,9 +137,8 @@ async def test_without_a_certificate_of_ours(secured: Secured, tmp_path: Path) -
 
 
 async def test_a_certificate_for_something_else(secured: Secured) -> None:
-    """A worker of one model cannot act as a worker of another model: it cannot replace that worker's link, read that
-    worker's prompts or keep that worker from being suspected. A worker cannot act as the controller, and the controller
-    cannot act as a worker."""
+    """A worker of one model cannot act as a worker of another model: it cannot replace the other worker's link, read
+    its prompts or send its beats. A worker cannot act as the controller, and the controller cannot act as a worker."""
     mine = secured.worker.identity
     place: dict[str, Any] = {"worker_id": mine.worker_id, "incarnation": mine.incarnation, "epoch": 1}
     attempts: list[tuple[str, str, Any]] = [
@@ -165,7 +164,7 @@ async def test_a_certificate_for_something_else(secured: Secured) -> None:
 
 
 async def test_a_hello_is_taken_once(secured: Secured) -> None:
-    """A replayed Hello, byte for byte and with the right certificate, does not end the existing link."""
+    """A replayed Hello does not end the existing link, even if it is identical and comes with the right certificate."""
     hello = codec.hello_to_pb(secured.worker.identity, secured.worker.info, 1)
     assert await secured.as_holder("worker", "Turn", pb.WorkerTurn(hello=hello)) is CODE.FAILED_PRECONDITION
     await secured.undisturbed()
@@ -173,7 +172,7 @@ async def test_a_hello_is_taken_once(secured: Secured) -> None:
 
 @pytest.mark.parametrize("method", ["Turn", "Bulk", "Beat", "Control"])
 async def test_garbage_in_place_of_messages(secured: Secured, method: str) -> None:
-    """A stream ends after an invalid or oversized message, and after silence."""
+    """A stream ends after an invalid message, after an oversized message, and after silence."""
     options = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1))
     credentials = secured.files("worker").channel_credentials()
     async with grpc.aio.secure_channel(secured.address, credentials, options=options) as channel:
@@ -231,7 +230,7 @@ async def test_other_weights_than_pinned(secured: Secured, bundle: Bundle) -> No
 async def test_a_worker_says_nothing_to_who_is_no_gateway(
     secured: Secured, checkpoint: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
-    """A peer that pretends to be a gateway with a worker's certificate gets no Hello from workers and no calls."""
+    """A peer that acts as a gateway but has a worker's certificate gets no Hello from workers."""
     files = secured.files("other")
     seen: list[str] = []
 
@@ -259,8 +258,8 @@ async def test_a_worker_says_nothing_to_who_is_no_gateway(
 
 @pytest.mark.slow
 async def test_both_sides_take_renewed_certificates(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """If all certificate files are replaced by files of another authority, no restart is needed: the open link
-    continues and the next link uses the new files. A missing key only delays the next link."""
+    """All certificate files can be replaced by files of another authority without a restart. The open link continues,
+    and the next link uses the new files. A missing key only delays the next link."""
     make_files(tmp_path / "old")
     make_files(tmp_path / "new")
     used = tmp_path / "used"

@@ -1,4 +1,4 @@
-"""Prefill pacing. A link knows how many tokens of resumed requests the worker's engine has not begun to compute."""
+"""Prefill pacing. A link counts the tokens of resumed requests that the worker's engine has not begun to compute."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Silent:
     def refused(self, reason: str, message: str, field: str) -> None: ...
 
     def token(self, token_id: int, now: float) -> None:
-        """Record the time, which the link reads."""
+        """Record the time of the token, which the link reads."""
         self.last_token_at = now
 
     def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None: ...
@@ -44,18 +44,19 @@ class Silent:
 
 
 class StepCounts(NoListener):
-    """Listener that records the number of remaining resumed tokens at the beginning of each step."""
+    """Listener that records, at the beginning of each step, the number of tokens of resumed requests that are not yet
+    computed."""
 
     def __init__(self) -> None:
         self.resumed_tokens: list[int] = []
 
     def step_begun(self, link: WorkerLink, resumed: bool) -> None:
-        """Record the number of remaining resumed tokens."""
+        """Record the number of tokens of resumed requests that are not yet computed."""
         self.resumed_tokens.append(link.pacing.resumed_tokens)
 
 
 def linked(listener: LinkListener | None = None) -> WorkerLink:
-    """Return a link to a worker that has granted ample credit."""
+    """Return a link to a worker with ample credit."""
     link = WorkerLink(WorkerIdentity("w", "i", "m"), INFO, 1, listener or NoListener(), LinkLiveness(0.0, 1.0, 1.0))
     link.apply(pb.WorkerTurn(seq=1, credit=pb.Credit(grant_id=1, sequences=1000, tokens=1_000_000)))
     return link
@@ -76,8 +77,8 @@ def turn(*accepted: int, step: bool = False) -> pb.WorkerTurn:
 
 
 def test_room_is_there_again_when_a_step_has_begun_with_them() -> None:
-    """A request stops counting when a step has begun with the request. If requests counted until their first tokens,
-    every other step would have no prefill; if only time counted, a step would be overfilled."""
+    """A resumed request stops counting once a step that includes it has begun. If requests counted until their first
+    tokens, every other step would have no prefill. If only time counted, steps would be overfilled."""
     listener = StepCounts()
     link, counts_at_begin = linked(listener), listener.resumed_tokens
     submit(link, 10, 0)
@@ -95,7 +96,7 @@ def test_room_is_there_again_when_a_step_has_begun_with_them() -> None:
 
 
 def test_a_long_one_takes_as_many_steps_as_it_needs() -> None:
-    """The part of a prompt that does not fit into a step keeps counting until the next step."""
+    """The part of a prompt that does not fit into one step still counts until the next step."""
     link = linked()
     slot = submit(link, 2 * STEP_TOKENS, 8)
     link.apply(turn(slot, step=True))
@@ -131,8 +132,8 @@ def test_nothing_stays_behind(acts: list[tuple[str, int]]) -> None:
 
 @given(st.floats(0.001, 0.2), st.floats(1e-6, 1e-3), st.lists(st.integers(16, 2048), min_size=1, max_size=9))
 def test_the_budget_makes_a_step_as_long_as_it_may_be(usual_s: float, per_token_s: float, prompts: list[int]) -> None:
-    """If the cost is learned from prompts with a fixed cost per token, a step that uses the full budget takes STRETCH
-    times as long as a long step."""
+    """The budget is learned from prompts with a fixed cost per token. A step that uses the full budget takes STRETCH
+    times as long as the longest of twenty usual steps."""
     most = 2048
     replays = PrefillPacing(most)
     assert replays.budget() == int(UNKNOWN * most)
@@ -149,7 +150,7 @@ def test_the_budget_makes_a_step_as_long_as_it_may_be(usual_s: float, per_token_
 
 @given(st.floats(0.001, 0.05), st.floats(0.06, 0.2))
 def test_the_budget_follows_the_longest_of_twenty_steps(usual_s: float, long_s: float) -> None:
-    """If one step in ten is long anyway, a step with resumed requests may be longer than these long steps."""
+    """If one step in ten is long, the budget allows steps of STRETCH times the length of these long steps."""
     replays = PrefillPacing(2048)
     tokens = 100
     for number in range(3000):

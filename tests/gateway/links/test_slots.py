@@ -1,5 +1,5 @@
-"""Parts of parsed outputs arrive with their tokens, however the worker's steps are merged into messages. Vectors arrive
-with the end of their requests."""
+"""Parts of parsed outputs arrive with their tokens, however the worker merges steps into messages. Vectors arrive with
+the end of their requests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLOTS = (1, 2, 3)
 
 @dataclass
 class Received:
-    """Sink that joins what it gets, and checks that a token's parts come with the token."""
+    """Sink that collects tokens and parts, and checks that the parts of a token arrive with the token."""
 
     texts: Sequence[str]
     """The text of each token's part; "" for none."""
@@ -63,7 +63,8 @@ class Received:
     st.booleans(),
 )
 def test_parts_come_with_their_tokens(messages: list[list[tuple[int, str]]], merge_all: bool) -> None:
-    """After each event a sink has the parts of exactly the tokens that it has, and in the end it has all of them."""
+    """After each event, a sink has the parts of exactly the tokens that it has received. At the end it has all tokens
+    and parts."""
     if merge_all:
         messages = [[entry for message in messages for entry in message]]
     texts = {slot: [t for message in messages for s, t in message if s == slot] for slot in SLOTS}
@@ -82,7 +83,8 @@ def test_parts_come_with_their_tokens(messages: list[list[tuple[int, str]]], mer
 
 
 def test_a_vector_comes_with_the_end_of_its_request() -> None:
-    """The vectors of a step reach their sinks, whose slots are then free, and the others' tokens are not touched."""
+    """The vectors of a step are delivered to their sinks and free their slots. The tokens of other requests are
+    unaffected."""
     table = SlotTable("w", PrefillPacing(1000), lambda slots: None, lambda gap_s, count: None)
     sinks = {slot: Received([""] * 9) for slot in SLOTS}
     columns = codec.StepColumns()

@@ -1,5 +1,5 @@
-"""A stopped gateway (SIGSTOP) beside another gateway. The streams of the other gateway keep the engine's pace, and the
-streams of the stopped gateway continue later."""
+"""A stopped gateway (SIGSTOP) beside a second gateway. Streams at the second gateway keep the engine's pace, and
+streams at the stopped gateway continue later."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ async def linked_to_both(cluster: TestCluster, other: GatewayProcess, checkpoint
 async def test_a_stopped_gateway_slows_nobody(
     cluster: TestCluster, other: GatewayProcess, checkpoint: Path, bundle: Bundle, long: bool
 ) -> None:
-    """While a gateway is stopped, a stream at the other gateway gets a token from every step. After a long stop the
-    stopped gateway holds no slot in the engine. The streams of the stopped gateway are complete after a long and after
-    a short stop, and after a short stop this gateway suspects no worker."""
+    """While a gateway is stopped, a stream at the other gateway gets a token from every step. After a long stop, the
+    stopped gateway holds no slot in the engine. Its streams are complete after a long and after a short stop. After a
+    short stop it suspects no worker."""
     worker = await linked_to_both(cluster, other, checkpoint, bundle)
     request = chat(max_tokens=TOKENS, ignore_eos=True)
     whole = text_of([chunk async for chunk in cluster.stub.StreamChat(request)])

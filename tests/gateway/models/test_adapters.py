@@ -1,4 +1,4 @@
-"""Adapters as models of their own: who may use them, what their names are, and what their state is."""
+"""Adapters as models of their own: which tenants may use them, their names and their states."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ SHARED, PRIVATE = AdapterSpec("shared", "/s"), AdapterSpec("private", "/p", tena
     ],
 )
 def test_who_may_use_an_adapter(tmp_path: Path, who: Principal, allowed: set[str]) -> None:
-    """An adapter is open to tenants that may use its model, or that name it in their policy, unless it is private to
-    others. Lists have what can be called."""
+    """A tenant may use an adapter if it may use the adapter's model, or if its policy names the adapter. It may not use
+    an adapter that is private to other tenants. Lists hold exactly what may be called."""
     directory = directory_with(tmp_path, SHARED, PRIVATE)
     for name in ("m:shared", "x:shared", "m:private", "x:private"):
         if name in allowed:
@@ -70,7 +70,7 @@ def test_who_may_use_an_adapter(tmp_path: Path, who: Principal, allowed: set[str
 
 
 def test_anothers_adapter_is_refused_like_none(tmp_path: Path) -> None:
-    """Another tenant's adapter is refused with the same work as an adapter that does not exist."""
+    """Refusing another tenant's adapter takes the same work as refusing an adapter that does not exist."""
     directory = directory_with(tmp_path, SHARED, PRIVATE)
     who = caller("rival", "m")
     work_of(directory, "m:absent", who)
@@ -78,8 +78,8 @@ def test_anothers_adapter_is_refused_like_none(tmp_path: Path) -> None:
 
 
 def test_adapters_of_anothers_model_are_refused_like_none(tmp_path: Path) -> None:
-    """A name `model:adapter` is refused with the same work whether the caller's tenant has no access to the model, or
-    there is no such model."""
+    """Refusing a name `model:adapter` takes the same work, whether the caller may not use the model or the model does
+    not exist."""
     directory = directory_with(tmp_path, SHARED, PRIVATE)
     who = caller("rival", "other", "mine:*")
     work_of(directory, "absent:shared", who)
@@ -94,8 +94,8 @@ def test_adapters_of_anothers_model_are_refused_like_none(tmp_path: Path) -> Non
 def test_lists_have_what_can_be_called(
     tmp_path_factory: pytest.TempPathFactory, adapters: list[tuple[str, str]], patterns: list[str]
 ) -> None:
-    """Whatever the patterns are, the adapters in a list are those that the caller may use, also after a change of the
-    catalog."""
+    """For any patterns in a policy, a list holds exactly the adapters that the caller may use, also after the catalog
+    has changed."""
     names = {name: AdapterSpec(name, "/s", tenants=(tenant,) if tenant else ()) for tenant, name in adapters}
     directory, who = directory_with(tmp_path_factory.mktemp("law"), SHARED), caller("acme", *patterns)
     directory.lookup.adapters_of(who)
@@ -108,7 +108,7 @@ def test_lists_have_what_can_be_called(
 
 
 def test_a_list_costs_the_adapters_once(tmp_path: Path) -> None:
-    """A tenant with many patterns may ask for the list again and again, and each adapter's entry names no others."""
+    """For a tenant with many patterns, listing 1,000 adapters is fast, and so is building the entry of each adapter."""
     directory = directory_with(tmp_path, *(AdapterSpec(f"a{i}", "/s") for i in range(1000)))
     who = caller("rival", "m:*", *(f"other-{i}-*" for i in range(64)))
     with cpu_within(0.02):
@@ -119,8 +119,8 @@ def test_a_list_costs_the_adapters_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_reported_first", [True, False])
 async def test_a_worker_that_follows_a_lost_gateway_is_told(tmp_path: Path, is_reported_first: bool) -> None:
-    """Another gateway sends a worker an adapter and ends before the adapter is removed again. This gateway, for which
-    nothing has changed between the two catalogs that it gets, then sends its set, once."""
+    """Another gateway gives a worker one more adapter and is then lost. This gateway sends its own, unchanged set of
+    adapters to the worker once, so that the worker drops the additional adapter."""
     directory = directory_with(tmp_path, SHARED)
     (link,) = linked(directory, "one")
     mine = AdapterStatus("shared", A, AdapterState.READY)
@@ -144,8 +144,8 @@ async def test_a_worker_that_follows_a_lost_gateway_is_told(tmp_path: Path, is_r
 
 
 async def test_routing_reads_a_report_once(tmp_path: Path) -> None:
-    """Routing reads a worker's row after each message, and gets the same keys until the worker reports or the digests
-    that count change."""
+    """Routing reads the keys of a worker's adapters after each message. The keys are computed again only when the
+    worker reports, or when the valid digest of an adapter changes."""
     directory = directory_with(tmp_path, SHARED)
     one, two = linked(directory, "one", "two")
     adapters = directory.models[0].adapters
@@ -162,14 +162,15 @@ async def test_routing_reads_a_report_once(tmp_path: Path) -> None:
 
 
 def test_aliases_of_a_tenant_name_adapters_too(tmp_path: Path) -> None:
-    """A tenant's alias may stand for an adapter, and for the model before the colon."""
+    """A tenant's alias may stand for an adapter, or for the model in a name `model:adapter`."""
     directory = directory_with(tmp_path, SHARED)
     who = caller("t", "m", aliases={"support": "m:shared", "mine": "x"})
     assert {directory.lookup.target(name, who).name for name in ("support", "mine:shared")} == {"m:shared"}
 
 
 async def test_a_fallback_needs_the_adapter_too(tmp_path: Path) -> None:
-    """A call for an adapter falls back only to a model that has a ready adapter of the same name for the caller."""
+    """A call for an adapter falls back only to a model with a ready adapter of the same name that the caller may
+    use."""
     directory = directory_with(tmp_path, SHARED, PRIVATE)
     entries = [CatalogEntry("n", fallback=("m",)), CatalogEntry("m", adapters=(SHARED, PRIVATE))]
     directory.apply_catalog(entries, 8)
@@ -185,12 +186,12 @@ async def test_a_fallback_needs_the_adapter_too(tmp_path: Path) -> None:
 
 
 def report(link: WorkerLink, *statuses: AdapterStatus) -> None:
-    """Have a worker report its adapters."""
+    """Report these adapters from a worker."""
     link.apply(pb.WorkerTurn(adapters=adapter_report_to_pb(statuses)))
 
 
 class Listener(NoListener):
-    """A listener that passes the reports of adapters to a directory, as a gateway does."""
+    """A listener that passes the reports of adapters to a directory, as in a gateway."""
 
     def __init__(self, directory: ModelDirectory) -> None:
         self._directory = directory
@@ -203,7 +204,7 @@ class Listener(NoListener):
 def linked(
     directory: ModelDirectory, *names: str, version: str = "", capabilities: tuple[str, ...] = (ADAPTERS,)
 ) -> list[WorkerLink]:
-    """Return links of workers of the model `m`, which the directory has."""
+    """Link workers of the model `m` to the directory, and return the links."""
     info = EngineInfo("class", "sim", "0", 16, 100, 4, 2048, 2048, 100, capabilities=capabilities)
     links = []
     for name in names:
@@ -214,15 +215,15 @@ def linked(
 
 
 async def sent(link: WorkerLink) -> tuple[int, list[str]]:
-    """Return the revision and the adapters that the gateway has sent to a worker last."""
+    """Return the revision and the adapters that the gateway last sent to a worker."""
     link.box.grant_ack(1)
     message = await link.box.next_message()
     return message.adapters.revision, [adapter.name for adapter in message.adapters.adapters]
 
 
 async def test_workers_get_the_adapters_of_their_version(tmp_path: Path) -> None:
-    """A worker gets its version's adapters when its link comes up and when they change, with the catalog's revision. A
-    worker without the capability gets none."""
+    """A worker gets the adapters of its version, with the catalog's revision, when its link is established and when
+    they change. A worker without the capability gets none."""
     directory = directory_with(tmp_path, SHARED, AdapterSpec("two", "/t", version="v2"))
     (one,), (two,) = linked(directory, "one", version="v1"), linked(directory, "two", version="v2")
     (old,) = linked(directory, "old", capabilities=())
@@ -238,15 +239,16 @@ async def test_workers_get_the_adapters_of_their_version(tmp_path: Path) -> None
 
 
 async def test_a_gateway_that_restarts_without_a_controller_knows_the_adapters(tmp_path: Path) -> None:
-    """A gateway that starts before the controller sends the adapters of the last catalog with its revision."""
+    """A gateway that starts before the controller sends workers the adapters of the stored catalog, with that catalog's
+    revision."""
     directory_with(tmp_path, SHARED)
     (link,) = linked(ModelDirectory(tmp_path, no_bundle), "one")
     assert await sent(link) == (7, ["shared"])
 
 
 async def test_the_state_of_an_adapter(tmp_path: Path) -> None:
-    """An adapter is ready as soon as one worker has it, failed when no worker could load it, and loading before.
-    The reasons of failures are shown, and workers that cannot load adapters do not count."""
+    """An adapter is ready once one worker has loaded it, failed if no worker could load it, and loading in all other
+    cases. The reasons of failures are shown. Workers that cannot load adapters do not count."""
     directory = directory_with(tmp_path, AdapterSpec("a", "/a", A))
     adapters = directory.models[0].adapters
     assert (adapters.view("a").state, adapters.view("a").workers) == (AdapterState.LOADING, 0)
@@ -275,8 +277,8 @@ async def test_the_state_of_an_adapter(tmp_path: Path) -> None:
 
 
 async def test_the_digest_is_learned_from_the_first_ready_worker(tmp_path: Path) -> None:
-    """Without a digest in the catalog, the first one that is ready counts for as long as any worker has it. Another
-    worker's other digest is logged and gets no calls."""
+    """If the catalog has no digest, the digest of the first ready worker is valid for as long as any worker has it. A
+    worker with another digest is logged and gets no calls."""
     directory = directory_with(tmp_path, AdapterSpec("a", "/a"))
     adapters = directory.models[0].adapters
     one, two = linked(directory, "one", "two")
@@ -304,8 +306,8 @@ reports = st.dictionaries(st.sampled_from("ab"), st.tuples(st.sampled_from([A, B
 def test_counts_are_those_of_the_reports(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[str, dict[str, tuple[str, AdapterState]] | None]]
 ) -> None:
-    """After any reports and losses of workers, an adapter is ready exactly where the newest reports say so, and the
-    digest that counts is one of those that are ready."""
+    """After any reports and losses of workers, an adapter is ready on exactly the workers whose newest reports say so.
+    The valid digest is one that a ready worker has."""
     directory = directory_with(tmp_path_factory.mktemp("law"), AdapterSpec("a", "/a"), AdapterSpec("b", "/b", B))
     links: dict[str, WorkerLink] = {}
     adapters = directory.models[0].adapters

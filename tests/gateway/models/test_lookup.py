@@ -29,7 +29,7 @@ def caller(*models: str) -> Principal:
 
 
 def work_of(directory: ModelDirectory, name: str, who: Principal) -> list[tuple[str, int]]:
-    """Return every line of code that runs when `who` is refused the model `name`."""
+    """Return every line of code that runs when `who` asks for the model `name` and is refused."""
     lines: list[tuple[str, int]] = []
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -51,7 +51,7 @@ def work_of(directory: ModelDirectory, name: str, who: Principal) -> list[tuple[
 
 @pytest.mark.parametrize("mine", [("open",), ("open", "other-*"), ("nothing",)])
 def test_anothers_model_is_refused_like_none(tmp_path: Path, mine: tuple[str, ...]) -> None:
-    """Another tenant's model is refused with the same work as a model that does not exist. Formerly the refusal took 12
+    """Refusing another tenant's model takes the same work as refusing a model that does not exist. Formerly it took 12
     to 18 us longer."""
     directory = ModelDirectory(tmp_path, no_bundle)
     aliases = tuple(f"alias-{number}" for number in range(20))
@@ -69,8 +69,8 @@ def test_anothers_model_is_refused_like_none(tmp_path: Path, mine: tuple[str, ..
 
 
 def test_what_a_caller_may_use_follows_the_catalog(tmp_path: Path) -> None:
-    """The models that a caller may use follow the newest catalog, because the models allowed by a policy are cached for
-    that catalog only."""
+    """The models that a caller may use follow the newest catalog. The models that a policy allows are cached for one
+    catalog only."""
     directory = ModelDirectory(tmp_path, no_bundle)
     directory.apply_catalog([CatalogEntry("a", ("x",), state=ModelState.READY)])
     one, other = caller("x"), caller("b*")

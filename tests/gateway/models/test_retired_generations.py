@@ -1,4 +1,4 @@
-"""A gateway remembers which workers a replacement of a model has retired."""
+"""Retired generations of a model: the gateway remembers the compatibility keys of their workers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ OLD = CompatibilityKey("old", "sha256:b", "c")
 
 
 def link(generation: str, key: CompatibilityKey = OLD, *, serves: bool = True) -> Any:
-    """Return a link of a worker of a generation."""
+    """Return the link of a worker of this generation."""
     identity = SimpleNamespace(generation=generation)
     return SimpleNamespace(identity=identity, compatibility_key=key, takes_new_requests=serves)
 
 
 def test_workers_of_a_retired_generation_leave() -> None:
-    """The key of a worker counts once its generation was retired and the worker has left, until such a worker
-    returns."""
+    """The compatibility key of a worker is remembered once its generation was retired and the worker has left. It is
+    forgotten when a worker with the same key joins."""
     retired = RetiredGenerations()
     retired.left(link("g0"))
     assert not retired.had_compatible(OLD), "its generation was not retired"
@@ -32,7 +32,8 @@ def test_workers_of_a_retired_generation_leave() -> None:
 
 
 def test_a_replacement_is_rolled_back() -> None:
-    """A generation that is no longer retired is forgotten if a worker of it takes new requests."""
+    """If a replacement is rolled back, its old generation is no longer retired. The generation is then forgotten if one
+    of its workers accepts new requests."""
     for serves in (True, False):
         retired = RetiredGenerations()
         retired.update(["g1"], [])
@@ -42,7 +43,7 @@ def test_a_replacement_is_rolled_back() -> None:
 
 
 def test_the_oldest_are_forgotten() -> None:
-    """At most MAX_REMEMBERED keys are kept, the newest ones."""
+    """At most MAX_REMEMBERED keys are kept: the newest ones."""
     retired = RetiredGenerations()
     retired.update(["g1"], [])
     keys = [CompatibilityKey(f"w{number}", "sha256:b", "c") for number in range(MAX_REMEMBERED + 1)]

@@ -1,4 +1,4 @@
-"""The last catalog survives a restart of the gateway."""
+"""The stored catalog, which survives a restart of the gateway."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def test_the_last_catalog_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '{"revision": 1, "models": ["zz"]}', '{"revision": 1}'])
 def test_a_damaged_file_counts_as_no_catalog(tmp_path: Path, content: str) -> None:
-    """A file that cannot be read is ignored."""
+    """A catalog file that cannot be parsed is ignored."""
     (tmp_path / "catalog.json").write_text(content)
     assert StoredCatalog(tmp_path).load() == (0, ())

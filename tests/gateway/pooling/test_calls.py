@@ -1,4 +1,4 @@
-"""Pooling calls through queues, routing, links and accounts: lost workers, cancels, fairness, usage, limits, guards."""
+"""Pooling calls in queues, routing, links and accounts: lost workers, cancels, fairness, usage, limits and guards."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def sample(cluster: TestCluster, name: str, **labels: str) -> float:
 
 
 async def test_a_lost_worker_is_not_seen_by_the_caller(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A batch whose worker is lost half-way has the vectors of an undisturbed one: the rest is computed from scratch on
-    another worker."""
+    """If the worker of a batch is lost half-way, the caller gets the same vectors as without the loss. Another worker
+    computes the missing ones from scratch."""
     doomed = await cluster.add_worker(sim_engine(checkpoint, **SLOW), bundle)
     call = asyncio.ensure_future(cluster.stub.Embed(embed(BATCH)))
     await until(lambda: doomed.engine.load().steps > 5, "the worker has computed some inputs")
@@ -86,7 +86,7 @@ async def test_a_lost_worker_is_not_seen_by_the_caller(cluster: TestCluster, che
 
 
 async def test_a_draining_worker_keeps_the_call(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """While a worker drains, the rest of a batch goes to another one."""
+    """If a worker begins to drain in the middle of a batch, the rest of the batch goes to another worker."""
     leaving = await cluster.add_worker(sim_engine(checkpoint, **SLOW), bundle)
     call = asyncio.ensure_future(cluster.stub.Embed(embed(BATCH[:200])))
     await until(lambda: leaving.engine.load().steps > 2, "the worker has computed some inputs")
@@ -100,8 +100,8 @@ async def test_a_draining_worker_keeps_the_call(cluster: TestCluster, checkpoint
 async def test_an_unsound_vector_is_computed_elsewhere(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, broken: Any
 ) -> None:
-    """A vector that is missing, has the wrong length or has numbers that are not finite is never returned: another
-    worker computes it, and without one the call fails."""
+    """A vector that is missing, of wrong length or not finite is never returned. Another worker computes it; without
+    another worker the call fails."""
 
     def change(output: TokenOutput) -> None:
         if isinstance(broken, float):
@@ -127,8 +127,8 @@ async def test_an_unsound_vector_is_computed_elsewhere(
 
 
 async def test_a_worker_that_generates_is_told_apart(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A worker of an older release ignores what it does not know and generates a token: the call fails with a remedy
-    and is never answered with it."""
+    """A worker of an older release does not know pooling and generates a token. The call then fails with an error that
+    names a remedy, and the token is not returned."""
     pooling = await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle)
 
     def change(output: TokenOutput) -> None:
@@ -145,8 +145,8 @@ async def test_a_worker_that_generates_is_told_apart(cluster: TestCluster, check
 
 
 async def test_a_cancelled_batch_leaves_nothing(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A batch that is cancelled, whose client disconnects or whose deadline passes leaves the queues, the links and the
-    engine."""
+    """A batch leaves the queues, the links and the engine if it is cancelled, its client disconnects or its deadline
+    passes."""
     worker = await cluster.add_worker(sim_engine(checkpoint, **SLOW), bundle)
     for kind in ("grpc", "http", "deadline", "session"):
         wanted = worker.engine.load().steps + 3
@@ -179,7 +179,8 @@ def _has_steps(worker: Worker, steps: int) -> bool:
 
 
 async def test_a_session_answers_with_one_event(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """In a session, a call has one event with its answer and usage, beside other calls, or a status."""
+    """In a session, a pooling call ends with one event that holds its answer and usage, or a status. Other calls of the
+    session are unaffected."""
     await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle)
     session = cluster.stub.Session()
     rerank = pb.RerankRequest(model="sim", query="q", documents=["a", "b"], return_documents=True)
@@ -214,8 +215,8 @@ async def test_a_session_answers_with_one_event(cluster: TestCluster, checkpoint
 async def test_answers_that_nobody_reads_are_bounded(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, in_session: bool
 ) -> None:
-    """While a client does not read its answer, a further call of its tenant waits as an open call; it is answered when
-    the first answer was read."""
+    """While a client does not read its answer, the tenant's next call waits as an open call. That call is answered
+    after the first answer was read."""
     await cluster.add_worker(sim_engine(checkpoint, embed_dimensions=65_536), bundle)
     service = cluster.gateway.service
     unread = service.unread_answers = UnreadAnswers(1)
@@ -251,8 +252,8 @@ async def keyed(tmp_path: Path) -> AsyncIterator[Keyed]:
 
 
 async def test_a_batch_does_not_starve_another_tenant(keyed: Keyed, checkpoint: Path, bundle: Bundle) -> None:
-    """While a batch of 2,048 inputs waits and runs, the calls of another tenant take their turns: ten of them are
-    answered while most of the batch waits."""
+    """While a batch of 2,048 inputs waits and runs, another tenant's calls are served in turn: ten of them are answered
+    while most of the batch still waits."""
     engine = sim_engine(checkpoint, **{**SLOW, "max_num_seqs": 8, "decode_ms": 40})
     worker = await keyed.cluster.add_worker(engine, bundle)
     crowd, small = await keyed.key("crowd"), await keyed.key("small")
@@ -269,7 +270,7 @@ async def test_a_batch_does_not_starve_another_tenant(keyed: Keyed, checkpoint: 
 
 
 async def test_limits_count_the_tokens_of_all_inputs(keyed: Keyed, checkpoint: Path, bundle: Bundle) -> None:
-    """A call takes the tokens of all its inputs from the limit per minute, and a call with more than the limit is
+    """A call takes the tokens of all its inputs from the limit per minute. A call with more tokens than the limit is
     refused before it runs."""
     await keyed.cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle)
     key = await keyed.key("some", limits={"tokens_per_minute": 200})
@@ -284,8 +285,8 @@ async def test_limits_count_the_tokens_of_all_inputs(keyed: Keyed, checkpoint: P
 
 
 async def test_guards_read_every_input(keyed: Keyed, checkpoint: Path, bundle: Bundle) -> None:
-    """A guard redacts a text before it is embedded, in every form of the input, or refuses the call; the prompt log has
-    the inputs."""
+    """For every form of input, a guard either redacts a text before it is embedded, or refuses the call. The prompt log
+    holds the inputs."""
     cluster = keyed.cluster
     await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle)
     rule = {"builtin": "patterns", "on": "input", "action": "redact", "patterns": {"name": "Adalbert"}}
@@ -327,8 +328,8 @@ async def test_guards_read_every_input(keyed: Keyed, checkpoint: Path, bundle: B
 async def test_usage_has_the_tokens_of_every_input(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """A call has one record for each input, with the input's tokens and no output, and counts as one request, also with
-    more inputs than a call has outputs otherwise."""
+    """A pooling call has one usage record for each input, with the input's tokens and no output. The call counts as one
+    request, even with more inputs than a generation call may have outputs."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         worker = await start_worker(
             sim_engine(checkpoint, **EMBEDDER), bundle, [cluster.gateway.endpoints["link"]], gpus=1.0
@@ -355,8 +356,8 @@ async def test_usage_has_the_tokens_of_every_input(
 
 
 async def test_times_between_tokens_are_not_distorted(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Pooling calls count as requests with prompt tokens and times, and leave the histograms of first tokens and of
-    gaps, and the expected output of the tenant, as they are."""
+    """Pooling calls count in the metrics of requests, prompt tokens and times. The histograms of times to first token
+    and between tokens do not change, and neither does the tenant's expected output length."""
     await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle)
     answer = await cluster.stub.Embed(embed(BATCH[:50]))
     await cluster.until_idle()
@@ -372,8 +373,8 @@ async def test_times_between_tokens_are_not_distorted(cluster: TestCluster, chec
 
 
 async def test_routing_is_explained(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A batch is spread over the workers, the calls with one affinity key prefer one worker, and the history of routes
-    has the call."""
+    """A batch is spread over the workers. Calls with the same affinity key prefer one worker. The history of routes has
+    the call."""
     workers = [await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle) for _ in range(3)]
     meta = (("x-request-id", "mine"),)
     await cluster.stub.Embed(embed(BATCH), metadata=meta)
@@ -391,8 +392,8 @@ async def test_routing_is_explained(cluster: TestCluster, checkpoint: Path, bund
 
 
 async def test_a_batch_keeps_its_version(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """All vectors of a call come from one version, even if its only worker is lost: then the call waits for another
-    worker of that version, since vectors of two versions cannot be compared."""
+    """All vectors of a call come from one version, since vectors of two versions cannot be compared. If the version's
+    only worker is lost, the call waits for another worker of that version."""
     shares = (VersionShare("v1", 0.5), VersionShare("v2", 0.5))
     entry = CatalogEntry("sim", state=ModelState.READY, versions=shares)
     cluster.gateway.worker_events.apply_catalog([entry])
@@ -414,8 +415,8 @@ async def test_a_batch_keeps_its_version(cluster: TestCluster, checkpoint: Path,
 
 
 async def test_a_fallback_has_the_same_task(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """While a model has no worker, the first of its fallbacks with the task takes its calls. Those without are
-    passed over."""
+    """While a model has no worker, its calls go to the first fallback model with the same task. Fallback models without
+    the task are skipped."""
     lost = CatalogEntry(
         "lost", state=ModelState.READY, fallback=("sim", "spare"), engine_class="e", tasks=(PoolingTask.EMBED,)
     )
@@ -427,8 +428,8 @@ async def test_a_fallback_has_the_same_task(cluster: TestCluster, checkpoint: Pa
 
 
 async def test_the_catalog_knows_the_tasks_before_a_worker(cluster: TestCluster, bundle: Bundle) -> None:
-    """Before its first worker, a model's tasks come from the catalog: the other kind of call is refused at once, and
-    the lists show the tasks. Without a catalog's word, a score waits for a worker to tell the task."""
+    """Before a model's first worker connects, its tasks come from the catalog. Calls for other tasks are refused at
+    once, and lists show the tasks. If the catalog has no tasks, a call is refused because the model is loading."""
     entry = CatalogEntry("sim", state=ModelState.LOADING, engine_class="e", tasks=(PoolingTask.SCORE,))
     cluster.gateway.worker_events.apply_catalog([entry, CatalogEntry("new", state=ModelState.LOADING)])
     assert (await refused(cluster.stub.Chat(chat()))).reason == "UNSUPPORTED_FEATURE"

@@ -1,4 +1,4 @@
-"""The examples of docs/embeddings.md run as they stand, but for the addresses."""
+"""The examples of docs/embeddings.md run unchanged, except for the addresses in them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 
 
 async def test_the_python_examples_run(pooling: TestCluster) -> None:
-    """Each Python block of the page runs, with its assertions."""
+    """Each Python block of the page runs, and its assertions hold."""
     found = blocks("python")
     assert len(found) >= 3
     for source in found:
@@ -37,7 +37,8 @@ async def test_the_python_examples_run(pooling: TestCluster) -> None:
 
 
 async def test_the_commands_run(pooling: TestCluster, tmp_path: Path) -> None:
-    """Each command line of the page succeeds: `headrace` on the gateway, `curl` as the request that it sends."""
+    """Each command line of the page succeeds. `headrace` runs as written, and `curl` is replaced by the request that it
+    would send."""
     lines = [line for block in blocks("console") for line in re.split(r"^\$ ", block, flags=re.M) if line]
     assert len(lines) >= 5
     ran = 0
@@ -64,5 +65,5 @@ async def test_the_commands_run(pooling: TestCluster, tmp_path: Path) -> None:
 
 
 def test_the_page_has_the_limit() -> None:
-    """The page names the number of inputs that is allowed."""
+    """The page states the number of inputs that is allowed."""
     assert f"{MAX_INPUTS:,} inputs" in PAGE

@@ -1,4 +1,4 @@
-"""Embeddings on every API: the same vectors in all forms, usage, shorter vectors, and what is refused."""
+"""Embeddings on every API: equal vectors in all forms of input, usage, shorter vectors, and refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def body(**fields: Any) -> dict[str, Any]:
 
 
 async def embeddings(cluster: TestCluster, **fields: Any) -> tuple[Vectors, Reply]:
-    """Return the vectors of an answer of /v1/embeddings, and the response."""
+    """Return the vectors in an answer of /v1/embeddings, and the whole reply."""
     reply = await fetch(cluster, "/v1/embeddings", body(**fields))
     assert reply.status == 200, reply.body
     data = reply.json["data"]
@@ -67,7 +67,7 @@ async def test_all_forms_of_an_input_have_the_same_vectors(pooling: TestCluster)
 
 
 async def test_openais_client(pooling: TestCluster) -> None:
-    """OpenAI's client, which asks for base64 by default, gets the same float32 values in both encodings."""
+    """OpenAI's client gets the same float32 values in both encodings. By default it asks for base64."""
     vectors = await embedded(pooling, TEXTS)
     async with client(pooling) as ai:
         default = await ai.embeddings.create(model="embed", input=TEXTS)
@@ -81,8 +81,8 @@ async def test_openais_client(pooling: TestCluster) -> None:
 
 
 async def test_a_large_answer_has_the_values_of_small_ones(pooling: TestCluster) -> None:
-    """As many inputs as are allowed, whose body and answer helper processes read and write, have the vectors that each
-    input has by itself, in order."""
+    """In a batch of the largest allowed size, each input has the same vector as by itself, in order. Helper processes
+    parse the body and write the answer."""
     texts = [f"{i} of {MAX_INPUTS}" for i in range(MAX_INPUTS)]
     vectors, reply = await embeddings(pooling, input=texts)
     assert vectors.shape == (MAX_INPUTS, DIMENSIONS)
@@ -98,8 +98,8 @@ LONG = "word " * 200
 
 
 async def test_long_inputs_are_refused_or_cut(pooling: TestCluster) -> None:
-    """An input that is longer than the model's context is refused with its index. It can be cut to the context or to
-    a number of tokens, and then equals the input of its first tokens."""
+    """An input longer than the model's context is refused with its index. Truncated to the context or to a number of
+    tokens, it has the vector of an input of only those tokens."""
     reply = await fetch(pooling, "/v1/embeddings", body(input=["short", LONG]))
     assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
     assert reply.error["param"] == "input[1]"
@@ -143,8 +143,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("fields", "param", "says"), BAD, ids=[f"{param}-{i}" for i, (_, param, _) in enumerate(BAD)])
 async def test_a_wrong_field_is_named(pooling: TestCluster, fields: dict[str, Any], param: str, says: str) -> None:
-    """The error for a wrong field names the field and what is allowed, whether the gateway or a helper process parses
-    the body."""
+    """The error for a wrong field names the field and the allowed values, whether the gateway or a helper process
+    parses the body."""
     for padding in (0, 3 << 20):
         reply = await fetch(pooling, "/v1/embeddings", body(**fields, unknown="x" * padding))
         assert reply.status == 400, reply.body
@@ -153,7 +153,7 @@ async def test_a_wrong_field_is_named(pooling: TestCluster, fields: dict[str, An
 
 
 async def test_a_wrong_message_is_refused(pooling: TestCluster) -> None:
-    """The errors of gRPC name the fields of its messages."""
+    """A gRPC error names the wrong field of the message."""
     for request, fields in (
         (pb.EmbedRequest(model="embed"), ["texts"]),
         (pb.EmbedRequest(model="embed", texts=["a"], token_ids=[pb.TokenIds(ids=[1])]), ["token_ids"]),
@@ -167,8 +167,8 @@ async def test_a_wrong_message_is_refused(pooling: TestCluster) -> None:
 
 
 async def test_the_other_kind_of_model_is_refused_with_a_remedy(pooling: TestCluster) -> None:
-    """A pooling call to a model that generates, and a generation call to a model that pools, are refused at once; the
-    error names what to use. Lists of models show the tasks."""
+    """A pooling call to a model that generates text is refused at once, and so is a generation call to a pooling model.
+    The error names what to use. Lists of models show the tasks."""
     reply = await fetch(pooling, "/v1/embeddings", body(model="sim"))
     assert (reply.status, reply.error["code"], reply.error["param"]) == (400, "unsupported_feature", "model")
     assert "it generates text" in reply.error["message"]
@@ -191,7 +191,7 @@ async def test_the_other_kind_of_model_is_refused_with_a_remedy(pooling: TestClu
 
 
 async def test_a_single_number_is_written_shortly(pooling: TestCluster) -> None:
-    """The JSON of a vector has no more than nine digits a number."""
+    """The JSON of a vector has at most nine digits for each number."""
     text = (await embeddings(pooling))[1].body.decode()
     numbers = json.loads(text, parse_float=lambda word: len(word.split("e")[0].replace("-", "").replace(".", "")))
     lengths = [length for item in numbers["data"] for length in item["embedding"]]

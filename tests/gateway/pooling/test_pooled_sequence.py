@@ -1,4 +1,4 @@
-"""A pooled sequence with the scheduler and real links: it leaves a draining worker like any other sequence."""
+"""A pooled sequence with the scheduler and real links. It leaves a draining worker like any other sequence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOW = 1000.0
 
 
 def test_a_draining_worker_hands_its_pooled_sequences_over() -> None:
-    """A sequence that a draining worker has not computed is sent to another worker, and ends there with its vector."""
+    """A sequence that a draining worker has not computed is sent to another worker, which returns its vector."""
     times = [NOW]
     serial, metrics = itertools.count(1), Metrics("test")
     charges = ServiceCharges({"standard": 0}, metrics)

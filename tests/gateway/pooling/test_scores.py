@@ -1,4 +1,4 @@
-"""Scores and rankings: a cross-encoder scores pairs, an embedding model compares vectors, on every API alike."""
+"""Scores and rankings on every API: a cross-encoder scores pairs, and an embedding model compares vectors."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ async def scored(cluster: TestCluster, first: Any, second: Any, model: str = "sc
 
 
 async def ranking(cluster: TestCluster, path: str = "/rerank", **fields: Any) -> tuple[list[tuple[int, float]], Reply]:
-    """Return the indices and scores of an answer of /rerank, and the response."""
+    """Return the indices and scores in an answer of /rerank, and the whole reply."""
     reply = await fetch(cluster, path, rerank_body(**fields))
     assert reply.status == 200, reply.body
     return [(result["index"], result["relevance_score"]) for result in reply.json["results"]], reply
 
 
 async def test_a_ranking_is_sorted_scores(pooling: TestCluster) -> None:
-    """A ranking has the scores of /score, the best first and equal ones in the order of the request, with the texts of
-    the documents, over all paths, gRPC and the SDK."""
+    """A ranking has the scores of /score and the texts of the documents. The best document is first, and documents with
+    equal scores keep the order of the request. This holds for all HTTP paths, gRPC and the SDK."""
     scores = await scored(pooling, QUERY, DOCUMENTS)
     assert scores[0] == scores[4]
     wanted = sorted(enumerate(scores), key=lambda item: -item[1])
@@ -66,8 +66,8 @@ async def test_a_ranking_is_sorted_scores(pooling: TestCluster) -> None:
 
 
 async def test_pairs_are_one_to_many_or_in_step(pooling: TestCluster) -> None:
-    """/score takes one text and many, or two arrays of equal length, under each of vLLM's names; the score of a pair
-    does not depend on its neighbours, and its order matters."""
+    """/score takes one text and many, or two arrays of equal length, under each of vLLM's field names. The score of a
+    pair depends on the order of its texts, and not on other pairs."""
     many = await scored(pooling, QUERY, DOCUMENTS)
     assert await scored(pooling, [QUERY] * len(DOCUMENTS), DOCUMENTS) == many
     assert [(await scored(pooling, QUERY, text))[0] for text in DOCUMENTS] == many
@@ -78,8 +78,7 @@ async def test_pairs_are_one_to_many_or_in_step(pooling: TestCluster) -> None:
 
 
 async def test_an_embedding_model_compares_vectors(pooling: TestCluster) -> None:
-    """With an embedding model, the score of a pair is the cosine of the texts' vectors, and each text is computed
-    once."""
+    """With an embedding model, the score of a pair is the cosine of the two vectors. Each text is computed once."""
     query, *vectors = await embedded(pooling, [QUERY, *DOCUMENTS])
     cosines = [float(vector @ query) for vector in vectors]
     scores = await scored(pooling, QUERY, DOCUMENTS, model="embed")
@@ -112,7 +111,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
 async def test_a_wrong_field_is_named(
     pooling: TestCluster, path: str, fields: dict[str, Any], param: str, says: str
 ) -> None:
-    """The error for a wrong field names the field as the caller wrote it."""
+    """The error for a wrong field uses the field name that the caller wrote."""
     body = rerank_body(**fields) if path == "/rerank" else {"model": "score", **fields}
     reply = await fetch(pooling, path, body)
     assert reply.status == 400, reply.body
@@ -120,7 +119,7 @@ async def test_a_wrong_field_is_named(
 
 
 async def test_long_documents_are_cut(pooling: TestCluster) -> None:
-    """With truncation, a pair that is too long is scored, and the query is kept."""
+    """With truncation, a pair that is too long is scored: the document is cut and the query is kept."""
     long = "word " * 200
     one, other = await scored(pooling, [QUERY, "no cat"], [long, long], truncate_prompt_tokens=-1)
     assert one != other

@@ -1,5 +1,5 @@
-"""Budget notices. Each notice is signed, retried, and delivered once by one gateway, whatever is unreachable
-meanwhile."""
+"""Budget notices. Each notice is signed, retried, and delivered once by one gateway, even if the database or the
+receiver is unreachable for a time."""
 
 from __future__ import annotations
 
@@ -111,13 +111,13 @@ def watch_of(ledger: Ledger, receiver: Receiver, clock: Clock, *thresholds: floa
 
 
 def use(ledger: Ledger, name: str, tokens: int, at_s: float = NOON) -> None:
-    """Record an ended call with this number of tokens."""
+    """Record an ended call of the tenant `name` with this number of tokens."""
     ledger.usage.insert([record(name, opened_at_s=at_s, prompt_tokens=tokens, cached_tokens=0, completion_tokens=0)])
 
 
 def test_each_threshold_once_a_period(ledger: Ledger, receiver: Receiver) -> None:
-    """Each threshold (80 %, 100 %) causes one notice per day. The next day starts again, and the month has separate
-    notices."""
+    """Each threshold (80 %, 100 %) causes one notice a day. A new day begins without notices, and the month has notices
+    of its own."""
     clock = Clock()
     watch = watch_of(ledger, receiver, clock)
     watch.check()
@@ -217,7 +217,7 @@ def test_many_gateways_tell_once(ledger: Ledger, receiver: Receiver, tmp_path: P
 
 
 def test_a_gateway_that_dies_in_a_try_delays_it(ledger: Ledger, receiver: Receiver) -> None:
-    """A notice that a gateway has claimed and not sent is sent by another gateway after the pause."""
+    """If a gateway has claimed a notice and not sent it, another gateway sends it after the retry pause."""
     clock = Clock()
     use(ledger, "1", 820)
     found = BudgetUse("acme", "daily_tokens", day_name(NOON), 820, 1000)
@@ -232,8 +232,8 @@ def test_a_gateway_that_dies_in_a_try_delays_it(ledger: Ledger, receiver: Receiv
 
 
 def test_a_database_that_is_away_loses_no_notice(receiver: Receiver) -> None:
-    """While the database is down, nothing is sent and the last ratio stays. Thresholds that are crossed meanwhile cause
-    notices afterwards."""
+    """While the database is down, nothing is sent and the last ratio of use is kept. Thresholds that are crossed
+    meanwhile cause notices afterwards."""
     with postgres.running() as server:
         ledger = Ledger(server.new_database())
         ledger.upgrade()
@@ -252,7 +252,7 @@ def test_a_database_that_is_away_loses_no_notice(receiver: Receiver) -> None:
 
 
 def test_an_erased_tenant_leaves_no_notice(ledger: Ledger, receiver: Receiver) -> None:
-    """The notices of an erased tenant are erased, and notices of long past periods are deleted."""
+    """The notices of an erased tenant are erased. Notices of long past periods are deleted."""
     ledger.tenants.create(TenantPolicy("acme"))
     use(ledger, "1", 820)
     watch_of(ledger, receiver, Clock()).check()
@@ -262,8 +262,8 @@ def test_an_erased_tenant_leaves_no_notice(ledger: Ledger, receiver: Receiver) -
 
 @pytest.mark.slow
 async def test_a_real_gateway_tells(tmp_path: Path, checkpoint: Path, bundle: Bundle, receiver: Receiver) -> None:
-    """If calls take a tenant over half of its budget while the store of shared limits is down, the metric and a notice
-    to the operator's server report the use, and a new gateway on the same ledger knows the use."""
+    """Calls use more than half of a tenant's budget while the store of shared limits is down. The metric and a notice
+    to the operator's server report the use, and a new gateway on the same ledger knows it."""
     (tmp_path / "hook").write_text("h" * 32)
     more = (
         f"observe: {{budget_webhook: {{url: '{receiver.url}', secret_file: {tmp_path / 'hook'}, thresholds: [0.5]}}}}\n"

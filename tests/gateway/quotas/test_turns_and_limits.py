@@ -61,7 +61,7 @@ async def test_a_flood_does_not_hold_up_a_quiet_tenant(tmp_path: Path, checkpoin
 
 
 async def test_a_full_room_sheds_the_lower_class(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """If the queue is full, a call of a higher class replaces a call of a lower class, and the replaced call ends with
+    """If the queue is full, a call of a higher class replaces a call of a lower class. The replaced call ends with
     SHED."""
     async with keyed_cluster(tmp_path, gateway="  queue: {max_requests: 2}\n") as keyed:
         worker = sim_engine(checkpoint, decode_ms=5, max_num_seqs=1)
@@ -80,8 +80,8 @@ async def test_a_full_room_sheds_the_lower_class(tmp_path: Path, checkpoint: Pat
 
 
 async def test_never_more_than_the_limit(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """The gateway admits as many of many concurrent calls over both APIs as the limit allows. The errors of the other
-    calls name the limit and when to retry, and each call has its line in the log."""
+    """Of many concurrent calls over both APIs, the gateway admits as many as the limit allows. The errors of the others
+    name the limit and the time to retry, and each call has its line in the log."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
         key = await keyed.key("few", limits={"requests_per_minute": 7})
@@ -113,8 +113,7 @@ async def test_never_more_than_the_limit(tmp_path: Path, checkpoint: Path, bundl
 async def test_a_call_larger_than_its_limit_is_not_to_be_repeated(
     tmp_path: Path, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A call that can never fit into its limit gets no retry time, but gets a header that keeps clients from
-    retrying."""
+    """A call that can never fit into its limit gets no retry time. A header tells clients not to retry."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
         key = await keyed.key("tiny", limits={"tokens_per_minute": 5})
@@ -127,8 +126,8 @@ async def test_a_call_larger_than_its_limit_is_not_to_be_repeated(
 
 
 async def test_nothing_leaks(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """However calls end (with several outputs, cancelled, late, or with a lost worker), every reservation is settled
-    and the used tokens stay counted."""
+    """Every reservation is settled and only used tokens stay counted, however calls end: with several outputs,
+    cancelled, late, or with a lost worker."""
     async with keyed_cluster(tmp_path, gateway="  resume: {max_wait_s: 0.3}\n") as keyed:
         worker = await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=20), bundle)
         key = await keyed.key("some", limits={"tokens_per_minute": 10_000, "concurrent_requests": 2})
@@ -180,8 +179,8 @@ async def test_a_spent_budget_ends_a_running_call(tmp_path: Path, checkpoint: Pa
 
 
 async def test_gateways_share_their_tenants_accounts(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A gateway learns from the shared worker how much service another gateway's calls got, and that calls wait at the
-    other gateway."""
+    """Two gateways share a worker. From the worker, one gateway learns how much service calls of the other gateway got,
+    and that calls wait there."""
     async with running_cluster(tmp_path / "a") as a, running_cluster(tmp_path / "b") as b:
         engine = sim_engine(checkpoint, decode_ms=5, max_num_seqs=2)
         end = WorkerSession(
@@ -241,7 +240,7 @@ async def test_every_try_counts(tmp_path: Path, checkpoint: Path, bundle: Bundle
 
 
 async def test_a_prompt_of_several_is_a_request_each(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Three prompts in one body count as three requests, and a served call counts as one request."""
+    """A body with three prompts counts as three requests. A served call counts as one request."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint), bundle)
         key = await keyed.key("three", limits={"requests_per_minute": 4})
@@ -252,7 +251,7 @@ async def test_a_prompt_of_several_is_a_request_each(tmp_path: Path, checkpoint:
 
 
 async def test_tokens_that_no_call_has_count_too(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Tokenize and Detokenize use up tokens_per_minute, and refuse more ids than the model's context holds."""
+    """Tokenize and Detokenize use up tokens_per_minute. They refuse more ids than the model's context holds."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, max_model_len=256), bundle)
         stub = keyed.cluster.stub

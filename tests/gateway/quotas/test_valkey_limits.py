@@ -63,7 +63,7 @@ def tenant(on_budget: str = "finish", **limits: int) -> TenantPolicy:
 
 
 async def contract(limits: LimitsPort, pass_minute: Callable[[], None]) -> None:
-    """Check the behaviour that local and shared limits have in common."""
+    """Check the behaviour that local and shared limits have in common. `pass_minute` lets a minute pass."""
     policy = tenant("stop", requests_per_minute=4, tokens_per_minute=200, concurrent_requests=2, daily_tokens=150)
     got = await limits.reserve(policy, ReservationRequest("a", 10, 20))
     assert isinstance(got, Granted)
@@ -130,7 +130,7 @@ async def test_contract_in_the_store(gateways: Gateways) -> None:
 
 
 async def test_two_gateways_admit_one_limit_between_them(gateways: Gateways) -> None:
-    """Two gateways together admit as many of a hundred concurrent calls as the limit allows. The store's own clock is
+    """Of a hundred concurrent calls at two gateways, as many are admitted as one limit allows. The store's own clock is
     used."""
     one = await gateways.add(
         "g1", virtual=False, timeout_s=10.0
@@ -174,7 +174,7 @@ async def test_store_clock_stepping_back_frees_nothing(gateways: Gateways) -> No
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
 async def test_without_its_store_each_keeps_to_its_share(gateways: Gateways, server: Server, how: str) -> None:
-    """While the store is killed or silent, no request fails, each of two gateways admits half of the limit, and
+    """While the store is killed or silent, no request fails. Each of two gateways then admits half of the limit, and
     `degraded` is set until the store is back."""
     one = await gateways.add(
         "g1", virtual=False, timeout_s=10.0

@@ -1,4 +1,5 @@
-"""First claims in the limits store, else in the database, else in a file. Without any store nothing is resumed."""
+"""First claims of resume tokens. They are kept in the limits store, or if it is missing in the database, or else in a
+file. Without any store, no call is resumed."""
 
 from __future__ import annotations
 
@@ -19,13 +20,12 @@ __all__ = ["server"]
 
 
 async def firsts(stores: list[FirstClaims], name: str) -> int:
-    """Return the number of claims on a name that were first, if the name is claimed four times at once in each
-    store."""
+    """Claim a name four times at once in each store, and return the number of claims that were granted as first."""
     return sum(await asyncio.gather(*(store.claim_first(name, 60.0) for store in stores * 4)))
 
 
 async def test_a_file_outlives_its_gateways(tmp_path: Path) -> None:
-    """Two gateways of a host agree on the first claim, a restarted gateway knows earlier claims, and expired claims are
+    """Two gateways on one host agree on the first claim. A restarted gateway knows earlier claims. Expired claims are
     forgotten."""
     now = 100.0
     file = tmp_path / "new" / "resumed.db"

@@ -1,5 +1,4 @@
-"""Resume after the loss, hang or drain of a worker. The caller gets the same text as from a worker without such an
-event."""
+"""Resume after the loss, hang or drain of a worker. The caller gets the same text as from an undisturbed worker."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ IMPATIENT = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume
 
 
 def with_calls(cluster: TestCluster) -> Worker:
-    """Return a worker that runs a sequence."""
+    """Return a worker that is running a sequence."""
     return next(worker for worker in cluster.workers if worker.end.statistics().running)
 
 
@@ -45,8 +44,8 @@ def with_calls(cluster: TestCluster) -> Worker:
 async def test_a_stream_goes_on_at_another_worker(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, fields: Mapping[str, Any]
 ) -> None:
-    """After the loss of a worker in mid-stream, the caller gets every token once and in order, with the token's log
-    probability, and the usage has the number of resumes."""
+    """After the loss of a worker in mid-stream, the caller gets every token once and in order, with its log
+    probability. The usage has the number of resumes."""
     for _ in range(3):
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
     request = chat(max_tokens=120, ignore_eos=True, **fields)
@@ -72,7 +71,7 @@ async def test_a_stream_goes_on_at_another_worker(
 
 async def test_only_a_worker_like_the_first_goes_on(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """A call does not resume on a worker with other weights or another dtype, even if that worker has capacity. The
-    call ends UNAVAILABLE after all received text. Meanwhile new calls use the capacity of that worker."""
+    call ends UNAVAILABLE after all received text was delivered. Meanwhile new calls use that worker."""
     async with running_cluster(tmp_path, IMPATIENT) as cluster:
         doomed = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
         call = cluster.stub.StreamChat(chat(max_tokens=1000, ignore_eos=True))
@@ -119,8 +118,8 @@ async def test_it_waits_for_a_worker_to_come(cluster: TestCluster, checkpoint: P
     ],
 )
 def test_a_model_promises_what_all_its_workers_do(each: list[tuple[str, ...]], common: Sequence[str]) -> None:
-    """ListModels reports the capabilities that all workers of a model have, and the weakest resume capability of these
-    workers."""
+    """ListModels reports the capabilities that all workers of a model have, and the weakest resume capability among
+    them."""
     assert list(common_capabilities(each)) == list(common)
 
 
@@ -146,8 +145,8 @@ async def test_those_that_go_on_come_before_those_that_begin(
 
 
 async def test_continued_calls_follow_one_another(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """If prefill pacing allows one resumed prompt at a time, the next prompt is sent after the prefill of the previous
-    prompt, not after the end of a call."""
+    """If prefill pacing allows only one resumed prompt at a time, the next prompt is sent after the prefill of the
+    previous one. It does not wait for the end of a call."""
     doomed = await cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
     calls = [cluster.stub.StreamChat(chat(str(i), max_tokens=1000, ignore_eos=True)) for i in range(3)]
     for call in calls:
@@ -176,7 +175,7 @@ async def test_a_call_that_fails_everywhere_ends(cluster: TestCluster, checkpoin
 async def test_one_engines_nonsense_is_made_good_by_another(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A call does not return to an engine that failed the call, as long as there is another engine."""
+    """A call that failed on one engine does not return to it while another engine is there."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, fault="nan@step:9"), bundle)
     call = cluster.stub.StreamChat(chat(max_tokens=60, ignore_eos=True))
     first = await read(call)
@@ -189,8 +188,8 @@ async def test_one_engines_nonsense_is_made_good_by_another(
 
 @pytest.mark.slow
 async def test_a_stuck_engine_is_found_and_spared(watchful: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """If an engine stops stepping while its process sends heartbeats, its calls move to another worker within the bound
-    and the engine gets no new calls. The engine gets calls again when it steps again."""
+    """If an engine stops stepping while its process still sends beats, its calls move to another worker in time, and
+    the engine gets no new calls. It gets calls again when it steps again."""
     stuck = sim_engine(checkpoint, decode_ms=5)
     await watchful.add_worker(stuck, bundle)
     request = chat(max_tokens=150, ignore_eos=True)
@@ -217,8 +216,7 @@ async def test_a_stuck_engine_is_found_and_spared(watchful: TestCluster, checkpo
 async def test_a_link_cut_one_way_is_found(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, watchful: TestCluster, way: str
 ) -> None:
-    """If a link carries no messages in one direction although heartbeats pass, the calls on the link are resumed on
-    another worker."""
+    """If a link carries no messages in one direction although beats pass, its calls are resumed on another worker."""
     async with cuttable(watchful.gateway.endpoints["link"]) as relay:
         await watchful.add_worker(sim_engine(checkpoint, decode_ms=5), bundle, gateways=[relay.address])
         request = chat(max_tokens=300, ignore_eos=True)
@@ -236,8 +234,8 @@ async def test_a_link_cut_one_way_is_found(
 
 
 async def test_streams_move_when_their_worker_leaves(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The streams of a draining worker move to other workers. The draining worker is empty long before its longest
-    stream would have ended, and all streams are complete."""
+    """The streams of a draining worker move to other workers, and all are complete. The draining worker is empty long
+    before its longest stream would have ended."""
     leaving = await cluster.add_worker(sim_engine(checkpoint, decode_ms=10), bundle)
     request = chat(max_tokens=400, ignore_eos=True)
     calls = [cluster.stub.StreamChat(request) for _ in range(3)]

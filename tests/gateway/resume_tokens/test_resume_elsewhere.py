@@ -1,5 +1,5 @@
-"""Resume of a stream at another gateway, with the stream's resume tokens. A resume is exact, succeeds once, and is
-allowed only for the stream's own caller."""
+"""Resume of a stream at another gateway with the stream's resume tokens. A resume gives exactly the missing output,
+succeeds once, and is allowed only to the stream's own caller."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ async def until_linked(cluster: TestCluster, worker: Worker) -> None:
 
 
 def kept(chunks: Sequence[Any]) -> list[Any]:
-    """Return the chunks whose resume tokens a frugal client keeps, which are the chunks from the last whole token
-    on."""
+    """Return the chunks whose resume tokens a frugal client keeps: the chunk of the last whole token, and those after
+    it."""
     return list(chunks)[max((at for at, chunk in enumerate(chunks) if chunk.resume_token_whole), default=0) :]
 
 
@@ -90,7 +90,7 @@ async def broken(call: Any, chunks: list[Any]) -> Answer:
 
 
 async def rest(cluster: TestCluster, request: pb.ResumeRequest) -> list[Any]:
-    """Return all chunks of a resumed stream, unwrapped."""
+    """Return the chat or completion chunks of a resumed stream."""
     kind = "chat" if request.HasField("chat") else "complete"
     return [getattr(one, kind) for one in await asyncio.wait_for(rest_of(cluster.stub.Resume(request)), 60)]
 
@@ -109,8 +109,8 @@ async def rest(cluster: TestCluster, request: pb.ResumeRequest) -> list[Any]:
 )
 @pytest.mark.parametrize("frugal", [True, False])
 async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, Any], frugal: bool) -> None:
-    """A stream that is cut twice and resumed at the other gateway delivers the same text, log probabilities and counts
-    as an uncut stream. The client may keep all resume tokens or only the tokens since the last whole token."""
+    """A stream that is cut twice, and resumed at the other gateway each time, delivers the same text, log probabilities
+    and counts as an uncut stream. The client may keep all resume tokens, or only those since the last whole token."""
     request = chat(max_tokens=100, resumable=True, **{"ignore_eos": True, **fields})
     undisturbed = await rest_of(pair.first.stub.StreamChat(request))
     chunks = await cut(pair.first, request, 70)
@@ -143,8 +143,8 @@ async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, An
 
 
 async def test_it_goes_back_to_the_worker_that_has_its_blocks(pair: Pair, checkpoint: Path, bundle: Bundle) -> None:
-    """A resumed call is sent to the worker that computed the call's tokens, although there are two other workers. This
-    worker computes less than a KV block again. The same holds after the call has changed workers."""
+    """A resumed call is sent to the worker that computed its tokens, although there are two other workers. That worker
+    computes less than a KV block again. The same holds after the call has changed workers."""
     workers = [pair.worker, *[await both(pair.first, pair.second, checkpoint, bundle) for _ in range(2)]]
 
     def counts(kind: str) -> list[int]:
@@ -175,8 +175,8 @@ async def test_it_goes_back_to_the_worker_that_has_its_blocks(pair: Pair, checkp
 async def test_all_of_a_lost_gateway_go_back_at_once(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the loss of a gateway, all calls resume at once, each on the worker that has the call's KV blocks, although
-    a worker could prefill only few such prompts in a step. No prompt is computed again."""
+    """After the loss of a gateway, all calls resume at once, each on the worker that has its KV blocks. This holds
+    although a worker could prefill only a few such prompts in a step. No prompt is computed again."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     engine = {"decode_ms": 30, "max_num_batched_tokens": 128, "max_num_seqs": 32, "kv_blocks": 4096}
     async with running_cluster(tmp_path / "a") as first, running_cluster(tmp_path / "b") as second:
@@ -207,7 +207,7 @@ async def test_all_of_a_lost_gateway_go_back_at_once(
 
 @pytest.mark.parametrize("kind", ["chat", "complete"])
 async def test_in_a_session(pair: Pair, kind: str) -> None:
-    """The calls of a session carry resume tokens like streams, and can be resumed in a session of another gateway."""
+    """The calls of a session carry resume tokens as streams do, and can be resumed in a session of another gateway."""
     request: Any = chat(max_tokens=60, ignore_eos=True, resumable=True)
     if kind == "complete":
         request = complete(max_tokens=60, ignore_eos=True, resumable=True)
@@ -238,8 +238,8 @@ async def test_without_being_asked_nothing_is_sealed(pair: Pair) -> None:
 
 
 async def test_each_segment_is_resumed_once(pair: Pair) -> None:
-    """Only one of several resumes with the same tokens succeeds, at once or later and at either of two gateways. All
-    other resumes are refused."""
+    """Of several resumes with the same tokens, only one succeeds. This holds for resumes at once or later, and at
+    either of two gateways."""
     request = chat(max_tokens=60, ignore_eos=True, resumable=True)
     chunks = await cut(pair.first, request, 8)
     asked = resume(request, chunks)
@@ -255,8 +255,8 @@ async def test_each_segment_is_resumed_once(pair: Pair) -> None:
 
 
 async def test_what_is_no_token_of_the_call_is_refused(pair: Pair) -> None:
-    """A resume that does not present all tokens in order with the same request is refused with the name of the wrong
-    field, and starts nothing."""
+    """A resume must present all tokens in order and the same request. Otherwise it is refused with the name of the
+    wrong field, and starts nothing."""
     request = chat(max_tokens=60, ignore_eos=True, resumable=True)
     chunks = await cut(pair.first, request, 6)
     others = await cut(pair.first, request, 6)
@@ -294,8 +294,8 @@ async def test_what_is_no_token_of_the_call_is_refused(pair: Pair) -> None:
 
 @pytest.mark.parametrize("drain_s", [0.05, 1.0])
 async def test_a_stopping_gateway_hands_its_streams_on(pair: Pair, drain_s: float) -> None:
-    """At the end of the drain time, a stream ends UNAVAILABLE with a retry delay, and the stream's tokens suffice for a
-    resume. The same holds for a stream on an old connection that has as much time to close."""
+    """For a short and a long drain time, a stream of a stopping gateway ends UNAVAILABLE with a retry delay. Its resume
+    tokens suffice for a resume at another gateway. The same holds for a stream on an old connection that is closed."""
     assert pair.first.gateway.config.gateway.drain_timeout_s <= 1.0
     request = chat(max_tokens=800, ignore_eos=True, resumable=True)
     whole = await pair.second.stub.Chat(request)
@@ -314,9 +314,8 @@ async def test_a_stopping_gateway_hands_its_streams_on(pair: Pair, drain_s: floa
 
 
 async def test_streams_are_handed_on_one_by_one(pair: Pair) -> None:
-    """If the controller knows another gateway, the resumable streams end evenly over the second half of the drain time,
-    and the streams with the most tokens left end first. Streams that are not resumable run to the end of the drain
-    time."""
+    """If the controller knows another gateway, the resumable streams end evenly over the second half of the drain time.
+    Those with the most tokens left end first. Streams that are not resumable run to the end of the drain time."""
     drain_s = 2.0
     gateways = [one.gateway.endpoints["link"] for one in (pair.first, pair.second)]
     end = ControllerLinks(controller_id="c", gateways=gateways, tls=None, bundles=lambda _: None)
@@ -384,8 +383,7 @@ async def test_it_waits_for_a_worker_and_can_be_asked_again(
 async def test_tokens_expire_and_deadlines_stay(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Expired tokens are refused with RESUME_EXPIRED, and a resumed call ends at the deadline of the call's first
-    request."""
+    """Expired tokens are refused with RESUME_EXPIRED. A resumed call ends at the deadline of its first request."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     short = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {token_expires_s: 2}")
     async with running_cluster(tmp_path / "a", short) as cluster:
@@ -411,9 +409,9 @@ async def test_tokens_expire_and_deadlines_stay(
 
 
 async def test_only_its_own_caller_goes_on_and_pays(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A resume by another tenant or with another key gets the same error as a resume with forged tokens, and a
-    suspended tenant is refused. The ledger has each delivered token once, under the request's id. The ledger has the
-    prompt twice, because the client had left a gateway that still serves."""
+    """A resume by another tenant or with another key gets the same error as a resume with forged tokens. A suspended
+    tenant is refused. The ledger has each delivered token once, under the request's id. It has the prompt twice,
+    because the client had left a gateway that still serves."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
         own, foreign = await keyed.key("acme", models=["*"]), await keyed.key("other", models=["*"])

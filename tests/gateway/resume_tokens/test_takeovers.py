@@ -1,5 +1,5 @@
-"""Resume claims. A call has one live generation, and a resume ends the call's earlier reader and pays for the
-prompt."""
+"""Resume claims. Only one generation of a call is live. A resume ends the earlier reader of the call and is charged for
+the prompt."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Rig:
 
 @asynccontextmanager
 async def rig_of(folder: Path, checkpoint: Path, bundle: Bundle, workers: int = 2) -> AsyncIterator[Rig]:
-    """Provide a rig of two gateways with `auth`."""
+    """Run a rig of two gateways with `auth` and `workers` workers."""
     async with keyed_cluster(folder) as keyed, running_cluster(folder / "other", keyed_text(folder)) as other:
         first = keyed.cluster
         async with cuttable(first.gateway.endpoints["link"]) as relay:
@@ -143,9 +143,8 @@ async def test_a_resumption_ends_the_reader_before_it(
 async def test_one_generation_and_every_prompt_is_paid(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, seed: int
 ) -> None:
-    """A generation of a call runs and each prompt is charged, in any interleaving of cancels and resumes at any
-    prefix and at two gateways. Formerly, resumes at prefixes of one stream gave 22 generations for the price of one
-    prompt."""
+    """Only one generation of a call runs, and each prompt is charged, for random cancels and resumes at any prefix and
+    at two gateways. Formerly, resumes at prefixes of one stream gave 22 generations for the price of one prompt."""
     rng = random.Random(seed)
     async with rig_of(tmp_path, checkpoint, bundle) as rig:
         request = lasting(2000)
@@ -175,8 +174,8 @@ async def test_one_generation_and_every_prompt_is_paid(
 
 @pytest.mark.slow
 async def test_a_lost_gateways_prompt_is_paid_once(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """The first resume of a lost gateway's call is not charged for the prompt, and a second resume from another prefix
-    is charged for the prompt."""
+    """The first resume of a lost gateway's call is not charged for the prompt. A second resume from another prefix is
+    charged."""
     async with rig_of(tmp_path, checkpoint, bundle, workers=1) as rig:
         request = lasting(400)
         call, chunks = await rig.begin(request, 12)
@@ -198,7 +197,7 @@ async def test_a_lost_gateways_prompt_is_paid_once(tmp_path: Path, checkpoint: P
 
 @pytest.mark.slow
 async def test_what_a_gateway_gives_up_is_resumed_free(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A stream whose gateway stops is resumed at another gateway without a second charge for the prompt."""
+    """If a gateway stops, its stream is resumed at another gateway without a second charge for the prompt."""
     async with rig_of(tmp_path, checkpoint, bundle) as rig:
         request = lasting(400)
         call, chunks = await rig.begin(request, 6)
@@ -225,15 +224,15 @@ class Kept:
 
 
 def chain(last: int, maker: Maker) -> TokenChain:
-    """Return a chain of the tokens of one call."""
+    """Return a token chain of one call. `last`: number of the last token. `maker`: the gateway that made that token."""
     head = CallHead("c", "r", "t", "s", "m", "d", "p")
     return TokenChain(head=head, maker=maker, last=last.to_bytes(16, "big"), number=last)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(0, 3)), min_size=1, max_size=20))
 def test_generations_only_rise(shown: list[tuple[bool, int, int]]) -> None:
-    """If any prefixes of any generations are claimed at two gateways at once, all resumes have different generations,
-    each resume has a higher generation than the presented tokens, and at most one resume per generation is free."""
+    """Any prefixes of any generations are claimed at two gateways at once. All resumes get different generations, each
+    higher than that of the presented tokens. At most one resume per generation is free."""
 
     async def run() -> None:
         kept = Kept()
@@ -250,8 +249,8 @@ def test_generations_only_rise(shown: list[tuple[bool, int, int]]) -> None:
 
 
 async def test_who_pays() -> None:
-    """A client pays for a resume if the client left a gateway that still serves, and does not pay if the gateway gave
-    the call up or is lost."""
+    """A client pays for a resume if it left a gateway that still serves. The resume is free if that gateway gave the
+    call up. It is also free if the gateway is lost."""
     kept = Kept()
     mine = ResumeClaims(kept, "a")
     assert (await mine.claim(chain(1, Maker("a")), 60.0)).terms is ResumeTerms.PAID
@@ -262,7 +261,7 @@ async def test_who_pays() -> None:
 
 
 class Held(Kept):
-    """Store of first claims that answers only once three names have been sent."""
+    """Store of first claims that answers only after three names have been claimed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,7 +278,7 @@ class Held(Kept):
 
 
 async def test_a_claim_waits_for_the_store_once() -> None:
-    """All names that the first resume of a generation claims are sent to the store before it answers."""
+    """The first resume of a generation claims several names. All of them are sent to the store before it answers."""
     store = Held()
     async with asyncio.timeout(10):
         assert (await ResumeClaims(store, "a").claim(chain(1, Maker("b")), 60.0)).generation == 1
@@ -299,7 +298,7 @@ async def test_tokens_that_were_presented_before_claim_nothing() -> None:
 
 
 async def test_it_cannot_be_resumed_for_ever() -> None:
-    """The number of resumes per generation is bounded, and a call that may have crashed workers is never resumed."""
+    """The number of resumes per generation is bounded. A call that may have crashed workers cannot be resumed."""
     claims = ResumeClaims(Kept(), "a")
     for last in range(MOST_RESUMPTIONS):
         await claims.claim(chain(last, Maker("a")), 60.0)
@@ -313,7 +312,7 @@ async def test_it_cannot_be_resumed_for_ever() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4))), st.sampled_from("abc"), st.integers(0, 4))
 def test_a_worker_runs_nothing_that_is_outdated(takeovers: list[tuple[str, int]], call: str, generation: int) -> None:
-    """A worker runs only the newest generation of a call, in whatever order the takeovers of the call arrive."""
+    """A worker runs only the newest generation of a call, in whatever order the takeovers of the call reach it."""
     generations = ResumeGenerations()
     for name, number in takeovers:
         generations.record(name, number)

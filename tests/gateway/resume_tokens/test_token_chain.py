@@ -1,4 +1,4 @@
-"""Resume tokens of a call. The complete list in order records what was delivered, and no other list is accepted."""
+"""Resume tokens of a call. Their complete list, in order, records what was delivered. Other lists are refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sealed(
     call_id: str = "chatcmpl-1",
     wholes: Set[int] = frozenset(),
 ) -> list[bytes]:
-    """Return the sealed tokens for these steps. The tokens with the numbers in `wholes` are whole."""
+    """Return the sealed tokens for these steps. `wholes`: numbers of the tokens that are whole."""
     out: list[bytes] = []
     before = TokenChain().last
     chars = [0, 0, 0]
@@ -71,7 +71,7 @@ def opened(tokens: list[bytes], envelopes: Envelopes) -> TokenChain:
 @settings(deadline=None)
 @given(STEPS)
 def test_a_chain_says_what_was_delivered(steps: list[list[tuple[int, list[int]]]]) -> None:
-    """All opened tokens of a call together give every choice's ids in order and the call's head."""
+    """Together, the tokens of a call give each choice's token ids in order, and the call's head."""
     envelopes = Envelopes([SECRET], "resume-token", "resume token")
     tokens = sealed(steps, Envelopes([SECRET], "resume-token", "resume token"))
     chain = opened(tokens, envelopes)
@@ -87,8 +87,8 @@ def test_a_chain_says_what_was_delivered(steps: list[list[tuple[int, list[int]]]
 @settings(deadline=None)
 @given(STEPS, st.sets(st.integers(2, 12), min_size=1))
 def test_a_list_may_begin_with_a_whole_one(steps: list[list[tuple[int, list[int]]]], wholes: set[int]) -> None:
-    """A list that begins with a whole token gives the same state as the complete list. A list that begins with any
-    other token, except the first, is refused."""
+    """A list that begins with a whole token gives the same state as the complete list. A list is refused if it begins
+    with a later token that is not whole."""
     envelopes = Envelopes([SECRET], "resume-token", "resume token")
     tokens = sealed(steps, envelopes, wholes=wholes)
     chain = opened(tokens, envelopes)
@@ -108,7 +108,7 @@ def test_a_list_may_begin_with_a_whole_one(steps: list[list[tuple[int, list[int]
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_nothing_else_is_accepted(data: st.DataObject) -> None:
-    """A list is refused if a token is missing, repeated, moved, changed, cut, of another call or sealed with another
+    """A list is refused if a token is missing, repeated, moved, changed, cut, from another call or sealed with another
     secret. A prefix of the complete list is accepted."""
     envelopes = Envelopes([SECRET], "resume-token", "resume token")
     tokens = sealed([[(0, [1])]] * data.draw(st.integers(2, 6), label="length"), envelopes)
@@ -157,7 +157,7 @@ def test_the_short_way_is_the_same(number: int, expires_s: int, chars: int, toke
 
 
 def test_one_purpose_does_not_open_anothers() -> None:
-    """A worker's sealed record cannot be passed off as a resume token."""
+    """A worker's sealed record is refused as a resume token."""
     record = Envelopes([SECRET], "sealed-record", "sealed record").seal(b"x")
     with pytest.raises(SealError):
         Envelopes([SECRET], "resume-token", "resume token").open(record)

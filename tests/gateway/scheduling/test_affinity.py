@@ -19,13 +19,13 @@ HEADER = "x-headrace-affinity"
 
 @pytest.fixture
 async def cluster(tmp_path: Path) -> AsyncIterator[TestCluster]:
-    """Provide a running gateway without workers, on which a key outweighs any load."""
+    """Provide a running gateway without workers, at which an affinity key outweighs any load."""
     async with running_cluster(tmp_path, LOOPBACK + "routing: {weights: {affinity_tokens: 1.0e+9}}\n") as cluster:
         yield cluster
 
 
 async def test_calls_with_one_key_go_to_one_worker(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Calls without a key take turns on idle workers. Calls with a key go to one worker, over gRPC and over HTTP.
+    """Calls without a key go to idle workers in turn. Calls with one key go to one worker, over gRPC and over HTTP.
 
     Several keys use several workers.
     """
@@ -35,7 +35,7 @@ async def test_calls_with_one_key_go_to_one_worker(cluster: TestCluster, checkpo
     submitted = Counter[int]()
 
     async def homes(key: str, over_http: bool = False) -> set[int]:
-        """Return the engines that get four calls with this key."""
+        """Send four calls with this key, and return the numbers of the engines that get them."""
         for _ in range(4):
             if over_http:
                 async with client(cluster) as ai:

@@ -1,4 +1,4 @@
-"""Tests of cache-aware routing with a real gateway and simulated engines: calls go where their prefix is cached."""
+"""Cache-aware routing with a real gateway and simulated engines: calls go to workers that have cached their prefix."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ BLOCK, TOKENS, TURNS = 16, 24, 4
 
 
 def prompt(number: int, tokens: int = 40 * BLOCK) -> list[int]:
-    """Return a prompt that shares no block with the prompts of other numbers."""
+    """Return a prompt of `tokens` token ids. Prompts of different numbers have no KV block in common."""
     return [100 + (number * 7919 + at * (number + 3)) % 600 for at in range(tokens)]
 
 
 async def turn(cluster: TestCluster, ids: list[int], tokens: int = TOKENS) -> tuple[list[int], int]:
-    """Send a prompt; return a prompt that begins with it, and the number of cached tokens."""
+    """Complete a prompt. Returns a longer prompt that begins with it, and the number of cached tokens."""
     request = complete("", prompt_token_ids=ids, max_tokens=tokens, ignore_eos=True)
     answer = await cluster.stub.Complete(request)
     assert isinstance(answer, pb.CompleteResponse)
@@ -35,7 +35,7 @@ async def turn(cluster: TestCluster, ids: list[int], tokens: int = TOKENS) -> tu
 
 
 def matched(cluster: TestCluster, ids: list[int], salt: str = "") -> dict[str, int]:
-    """Return the tokens of a prompt that the gateway believes cached, by worker."""
+    """Return how many tokens of a prompt the gateway believes to be cached, for each worker."""
     request = EngineRequest("", ids, Sampling(max_tokens=1), cache_salt=salt)
     return dict(cluster.gateway.scheduler.worker_caches.cached_tokens("sim", f"{ids}{salt}", request) or {})
 
@@ -57,7 +57,8 @@ async def test_turns_of_a_conversation_go_to_the_worker_that_holds_it(
 
 
 async def test_the_gateway_knows_what_the_engines_hold(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Reports arrive, name the blocks under the call's salt alone, follow evictions, and end with the link."""
+    """From an engine's reports, the gateway knows the blocks that the engine holds, under the call's salt only. Evicted
+    blocks are removed, and all blocks when the link ends."""
     async with running_cluster(tmp_path) as cluster:
         engine = sim_engine(checkpoint, decode_ms=1, block_size=BLOCK, kv_blocks=128, max_model_len=2048)
         worker = await cluster.add_worker(engine, bundle)
@@ -86,8 +87,8 @@ async def test_a_new_link_gets_all_blocks(tmp_path: Path, checkpoint: Path, bund
 
 
 async def test_a_new_gateway_knows_all_blocks_of_its_workers(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Conversations that another gateway has served go to the workers that hold them, two seconds after a gateway has
-    started in its place."""
+    """A gateway starts in place of another one. Two seconds later, conversations of the other gateway go to the workers
+    that hold their blocks."""
     port = free_port()
     text = LOOPBACK.replace('link: "127.0.0.1:0"', f'link: "127.0.0.1:{port}"')
     async with running_cluster(tmp_path) as first:
@@ -114,8 +115,8 @@ class _Link:
 
 
 async def test_workers_with_many_blocks_do_not_stop_the_event_loop() -> None:
-    """Each pass of the event loop applies one batch of the reports of many workers that connect at once. Calls see the
-    batches that have been applied."""
+    """When many workers connect at once, each pass of the event loop applies one batch of their reports. Calls see the
+    batches applied so far."""
     caches, workers, pieces = WorkerCaches(), 20, 4
     ids = prompt(0, pieces * BLOCKS_PER_MESSAGE * BLOCK)
     change = KvChange(True, prefix_hashes(ids, BLOCK, seed_of("")))
@@ -137,8 +138,8 @@ async def test_workers_with_many_blocks_do_not_stop_the_event_loop() -> None:
 
 @pytest.mark.parametrize("after", [0, 1, BLOCK - 1])
 async def test_all_whole_blocks_of_a_sent_prompt_are_expected(after: int) -> None:
-    """A prompt that was sent to a worker counts as cached there before the worker's next report: for the next turn with
-    all whole blocks, even if the prompt's last token ends a block; for the same prompt without that block."""
+    """A prompt that was sent to a worker counts as cached there before the worker's next report. A longer prompt finds
+    all whole blocks. The same prompt does not find a block that ends with its last token."""
     caches, link, ids = WorkerCaches(), _Link(0), prompt(0, 40 * BLOCK + after)
     (message,) = kv_blocks_to_pb(KvChange(True))
     caches.report(link, message)  # type: ignore[arg-type]
@@ -154,7 +155,8 @@ async def test_all_whole_blocks_of_a_sent_prompt_are_expected(after: int) -> Non
 
 
 async def test_a_warm_call_goes_before_an_older_cold_one(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """When a slot becomes free, a tenant's call whose prompt the worker holds is sent before its older calls."""
+    """When a slot becomes free, a tenant's call whose prompt is cached on the worker is sent before the tenant's older
+    calls."""
     async with running_cluster(tmp_path) as cluster:
         engine = sim_engine(checkpoint, decode_ms=5, block_size=BLOCK, max_num_seqs=1)
         await cluster.add_worker(engine, bundle)
@@ -182,9 +184,8 @@ async def test_a_warm_call_goes_before_an_older_cold_one(tmp_path: Path, checkpo
 
 @pytest.mark.parametrize("patience", [0, 24_000])
 async def test_a_call_waits_for_its_holder(tmp_path: Path, checkpoint: Path, bundle: Bundle, patience: int) -> None:
-    """A call whose prompt is on a worker without a free slot waits for this worker, and later calls without a cached
-    prompt pass it. Without patience the call goes elsewhere at once.
-    """
+    """A call whose prompt is cached on a worker without a free slot waits for this worker. Later calls without a cached
+    prompt pass it. With a patience of zero, the call goes to another worker at once."""
     text = LOOPBACK + f"routing: {{weights: {{full_worker_tokens: 0, patience_tokens: {patience}}}}}\n"
     async with running_cluster(tmp_path, text) as cluster:
         engines = [sim_engine(checkpoint, decode_ms=5, block_size=BLOCK, max_num_seqs=1) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Chats whose prompts a worker makes: through a real gateway and real links, and in the queue before them."""
+"""Chats whose prompts a worker renders, through a real gateway with real links, and the queue of these chats."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.support.rendering import ByteKit, byte_renderer
 
 @pytest.fixture(scope="session")
 def rendered(checkpoint: Path) -> Bundle:
-    """The bundle of a model without a chat template, which names a renderer."""
+    """Provide the bundle of a model that has no chat template but names a renderer."""
     files = dict(build_bundle(checkpoint, tokenizer_mode="deepseek_v32").files)
     assert f'"{RENDERER}": "deepseek_v32"' in files["tokenizer_config.json"].decode()
     del files["chat_template.jinja"]
@@ -46,7 +46,7 @@ def rendered(checkpoint: Path) -> Bundle:
 async def add(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, *, is_open: bool = True, renders: bool = True
 ) -> tuple[ByteKit, Worker]:
-    """Add a worker whose prompts are the bytes of the chats."""
+    """Add a worker whose renderer returns the bytes of a chat as its prompt."""
     kit, renderer = byte_renderer(is_open=is_open)
     engine = sim_engine(checkpoint, decode_ms=1)
     return kit, await cluster.add_worker(engine, bundle, renderer=renderer if renders else None)
@@ -61,7 +61,8 @@ def expected(text: str = "Hello, who are you?") -> bytes:
 
 
 async def test_every_api_gets_the_workers_prompt(cluster: TestCluster, checkpoint: Path, rendered: Bundle) -> None:
-    """The ids that the worker makes are counted, tokenized and run: over gRPC and over OpenAI's API."""
+    """The token ids that a worker renders are counted, returned by Tokenize and run, over gRPC and over OpenAI's
+    API."""
     await add(cluster, checkpoint, rendered)
     answer = await cluster.stub.Chat(chat(max_tokens=4))
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(expected()), 4)
@@ -76,7 +77,8 @@ async def test_every_api_gets_the_workers_prompt(cluster: TestCluster, checkpoin
 
 @pytest.mark.slow
 async def test_errors_of_renderers_reach_the_caller(cluster: TestCluster, checkpoint: Path, rendered: Bundle) -> None:
-    """A refusal names the field; a prompt beyond the context is counted by the worker, also if it came on Bulk."""
+    """If a renderer refuses a chat, the error names the field. A prompt longer than the context is refused with the
+    worker's token count, also for a chat that was sent over Bulk."""
     await add(cluster, checkpoint, rendered)
     error = await refused(cluster.stub.Chat(chat("refuse this")))
     assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["messages"])
@@ -89,7 +91,7 @@ async def test_errors_of_renderers_reach_the_caller(cluster: TestCluster, checkp
 
 
 async def test_chats_wait_for_the_first_worker(cluster: TestCluster, checkpoint: Path, rendered: Bundle) -> None:
-    """Without a worker a chat waits, counted by its bytes as demand, and is answered once there is a worker."""
+    """Without a worker, a chat waits and its bytes count as demand. It is answered once there is a worker."""
     _, worker = await add(cluster, checkpoint, rendered)
     await cluster.stub.Complete(complete(max_tokens=1))  # so that the gateway has the tokenizer
     await worker.stop()
@@ -109,7 +111,8 @@ async def test_chats_wait_for_the_first_worker(cluster: TestCluster, checkpoint:
 
 
 async def test_a_wait_ends_at_its_deadline(cluster: TestCluster, checkpoint: Path, rendered: Bundle) -> None:
-    """A chat that no worker renders in time ends with its deadline, and a withdrawn one at once; nothing is left."""
+    """A chat that no worker renders in time ends at its deadline. A cancelled chat ends at once. Nothing of either is
+    left."""
     kit, worker = await add(cluster, checkpoint, rendered, is_open=False)
     error = await refused(cluster.stub.Chat(chat(), timeout=0.3))
     assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -123,7 +126,7 @@ async def test_a_wait_ends_at_its_deadline(cluster: TestCluster, checkpoint: Pat
 
 
 async def test_workers_without_a_renderer_are_named(cluster: TestCluster, checkpoint: Path, rendered: Bundle) -> None:
-    """If no worker announces a renderer, chats are refused with the remedy, and completions are answered."""
+    """If no worker announces a renderer, chats are refused with the remedy. Completions are answered."""
     await add(cluster, checkpoint, rendered, renders=False)
     error = await refused(cluster.stub.Chat(chat()))
     assert (error.code, error.fields) == (grpc.StatusCode.UNIMPLEMENTED, ["messages"])
@@ -134,7 +137,7 @@ async def test_workers_without_a_renderer_are_named(cluster: TestCluster, checkp
 async def test_a_template_serves_while_no_worker_renders(
     cluster: TestCluster, checkpoint: Path, rendered: Bundle, bundle: Bundle
 ) -> None:
-    """A model with a template beside its renderer uses the template if its workers could not load the renderer."""
+    """If a model has a template and a renderer, and its workers could not load the renderer, the template is used."""
     both = Bundle({**rendered.files, "chat_template.jinja": bundle.files["chat_template.jinja"]})
     await add(cluster, checkpoint, both, renders=False)
     by_template = (await cluster.stub.Chat(chat(max_tokens=2))).usage.prompt_tokens
@@ -144,7 +147,7 @@ async def test_a_template_serves_while_no_worker_renders(
 
 
 async def test_a_lost_worker_changes_nothing(cluster: TestCluster, checkpoint: Path, rendered: Bundle) -> None:
-    """A chat whose worker is lost before it answers is rendered by another."""
+    """If a worker is lost before it has rendered a chat, another worker renders it."""
     kit, worker = await add(cluster, checkpoint, rendered, is_open=False)
     call = asyncio.ensure_future(cluster.stub.Chat(chat(max_tokens=2)))
     await until(lambda: any(len(link.renders) for link in cluster.gateway.hub.links), "the chat is sent")
@@ -157,7 +160,7 @@ async def test_a_lost_worker_changes_nothing(cluster: TestCluster, checkpoint: P
 
 
 async def test_the_queues_bounds_hold(tmp_path: Path, checkpoint: Path, rendered: Bundle) -> None:
-    """Chats beyond the bounds of the queue are refused, by number and by their bytes."""
+    """Chats beyond the bounds of the queue are refused. There is a bound on their number and one on their bytes."""
     bounds = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  queue: {max_requests: 2, max_tokens: 100}")
     async with running_cluster(tmp_path, bounds) as cluster:
         kit, _ = await add(cluster, checkpoint, rendered, is_open=False)
@@ -177,7 +180,7 @@ INFO = EngineInfo("sim", "sim", "1", 16, 100, 8, 64, 4096, 768, capabilities=("r
 
 
 class Queue:
-    """The renders of one model with one link, whose messages the test answers itself."""
+    """The queue of one model's chats, with links whose messages the test answers."""
 
     def __init__(self) -> None:
         self.model = KnownModel(CatalogEntry(name="m", state=ModelState.LOADING), True)
@@ -202,14 +205,14 @@ class Queue:
         link.end("cut")
 
     def ask(self, tenant: str, text: str, **fields: Any) -> asyncio.Task[Any]:
-        """Let a chat of a tenant wait."""
+        """Put a chat of a tenant into the queue."""
         request = ChatToRender(self.model, "sha256:b", TenantPolicy(name=tenant), 0, text.encode(), **fields)
         return asyncio.ensure_future(self.renders.render(request))
 
 
 @asynccontextmanager
 async def settled() -> AsyncIterator[None]:
-    """Let all tasks run before and after the body."""
+    """Let all tasks run before and after the body of the context."""
     for _ in range(20):
         await asyncio.sleep(0)
     yield
@@ -218,7 +221,7 @@ async def settled() -> AsyncIterator[None]:
 
 
 async def sent(link: WorkerLink) -> list[pb.Render]:
-    """Return the chats that a link sends now."""
+    """Return the chats that a link has to send now."""
     return list((await link.box.next_message()).renders)
 
 
@@ -229,7 +232,7 @@ def answer(link: WorkerLink, render: pb.Render, size: int = 3) -> bool:
 
 
 async def test_tenants_take_turns() -> None:
-    """A tenant with one chat waits for two turns at most, however many chats another tenant sent before."""
+    """A tenant's only chat waits for at most two other chats, however many chats another tenant sent before."""
     queue = Queue()
     link = queue.link()
     flood = [queue.ask("flood", f"{i} " + "x" * 400) for i in range(30)]
@@ -253,7 +256,7 @@ async def test_tenants_take_turns() -> None:
 
 
 async def test_a_chat_that_loses_workers_fails_in_the_end() -> None:
-    """A chat is sent again after the loss of its worker, but not for ever."""
+    """A chat is sent again after the loss of its worker. After several losses it fails."""
     queue = Queue()
     call = queue.ask("a", "chat")
     for _ in range(MAX_ATTEMPTS):
@@ -269,7 +272,8 @@ async def test_a_chat_that_loses_workers_fails_in_the_end() -> None:
 
 
 async def test_answers_that_do_not_fit_end_the_link() -> None:
-    """A worker that sends other ids than it counts, or more than requested, loses its link; the chat waits on."""
+    """A worker loses its link if it sends more token ids than requested, or another number than it states. The chat
+    waits for another worker."""
     for wrong in (
         pb.Rendered(number=1, token_ids=bytes(8), tokens=3),
         pb.Rendered(number=1, token_ids=bytes(400), tokens=100),
@@ -290,8 +294,7 @@ async def test_answers_that_do_not_fit_end_the_link() -> None:
 
 
 async def test_ends_of_waiting_chats() -> None:
-    """A waiting chat ends when it is too old, when its tenant is suspended, when the model fails, and when the gateway
-    stops."""
+    """A waiting chat ends if it is too old, if its tenant is suspended, if its model fails, or if the gateway stops."""
     queue = Queue()
     outcomes = []
     for end in ("age", "tenant", "model", "stop"):
@@ -318,7 +321,8 @@ async def test_ends_of_waiting_chats() -> None:
 
 
 async def test_a_replaced_tokenizer_ends_the_wait() -> None:
-    """If the first worker has another tokenizer than the chat was to be rendered with, the call is to be repeated."""
+    """If the first worker has another tokenizer than the waiting chat expects, the call fails with an error that asks
+    for a retry."""
     queue = Queue()
     call = queue.ask("a", "chat")
     async with settled():

@@ -1,4 +1,5 @@
-"""A gateway's scheduler and the simulator's policy decide alike: all that a scheduler told its policy is replayed."""
+"""A gateway's scheduler and the simulator's policy make the same decisions: all events of the scheduler are replayed on
+the policy."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ WEIGHTS = {"a": 1.0, "b": 2.0}
 
 @dataclass
 class PlainText:
-    """A text source that keeps the tokens and has no text."""
+    """A text source that keeps only token ids."""
 
     token_ids: list[int] = field(default_factory=list)
     searches_text: bool = False
@@ -49,7 +50,7 @@ class PlainText:
     pending_chars: int = 0
 
     def pending_tokens(self) -> int:
-        """0, since no text is kept."""
+        """Return 0, since no text is kept."""
         return 0
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
@@ -75,7 +76,7 @@ class PlainText:
 
 
 class Host:
-    """A gateway as the scheduler sees it. Implements SchedulerHost."""
+    """The scheduler's view of a gateway. Implements SchedulerHost."""
 
     accounting = None
 
@@ -86,7 +87,7 @@ class Host:
         raise NotImplementedError
 
     def gateway_count(self) -> int:
-        """The number of gateways is unknown."""
+        """Return the number of gateways, which is unknown here."""
         return 0
 
     def model_unserved(self) -> None:
@@ -96,12 +97,12 @@ class Host:
         """Do nothing."""
 
     def claimed_calls(self, model: str) -> Sequence[tuple[str, int]]:
-        """No call was resumed here."""
+        """Return no calls, since none was resumed here."""
         return ()
 
 
 class Gateway(RuleBasedStateMachine):
-    """A gateway's scheduler with real calls and real links, whose workers are the rules."""
+    """State machine test of a gateway's scheduler with real calls and real links. The rules act as the workers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,14 +209,14 @@ class Gateway(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.05, 0.05, 0.3, 1.0, 3.0]))
     def time_passes(self, seconds: float) -> None:
-        """Let time pass, as the gateway's periodic work does."""
+        """Let time pass, and do the gateway's periodic work."""
         self.now += seconds
         for call in self.calls:
             self.scheduler.follow(call)
         self.scheduler.upkeep.expire()
 
     def teardown(self) -> None:
-        """Replay the journal on a policy that is made as the simulator makes it. Afterwards nothing is left."""
+        """Replay the journal on a policy that is built as in the simulator. Check that nothing is left afterwards."""
         for call in self.calls:
             self.scheduler.leave(call)
         assert self.scheduler.queues.waiting("m") == (0, 0)
@@ -227,7 +228,7 @@ class Gateway(RuleBasedStateMachine):
 
 
 def room_of(order_of: Any) -> WaitingRoom:
-    """Return a waiting room that refuses and sheds when more than six sequences wait."""
+    """Return a waiting room that refuses or sheds sequences when more than six wait."""
     return WaitingRoom(max_requests=6, max_tokens=10_000, max_wait_s=4.0, order_of=order_of)
 
 

@@ -88,13 +88,13 @@ class Scaled:
         return None if model is None else model.state
 
     async def at_zero(self) -> None:
-        """Wait until the model has no worker."""
+        """Wait until the model has no workers."""
         await until(lambda: self.state() is ModelState.IDLE and not self.cluster.gateway.hub.links, "it is at zero")
 
 
 @asynccontextmanager
 async def scaled(tmp_path: Path, checkpoint: Path, bundle: Bundle, decide_s: float = 0.5) -> AsyncIterator[Scaled]:
-    """Provide a gateway whose model was started, has served no call and is scaled to zero."""
+    """Provide a gateway whose model was started, got no call, and was scaled to zero."""
     async with running_cluster(tmp_path) as cluster:
         ray = RayHere(cluster, checkpoint, bundle)
         gateways = [cluster.gateway.endpoints["link"]]
@@ -126,8 +126,8 @@ async def scaled(tmp_path: Path, checkpoint: Path, bundle: Bundle, decide_s: flo
 async def test_a_call_starts_the_model_and_is_told_how_far_that_is(
     tmp_path: Path, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A call for a model at zero is not refused. The call starts the model at once, gets the state, the progress and
-    the estimated time of the start, and then gets the complete answer."""
+    """A call for a model without workers waits and starts the model at once. The caller gets the state, the progress
+    and the estimated duration of the start, and then the complete answer."""
     async with scaled(tmp_path, checkpoint, bundle, DECIDE_S) as at_zero:
         ray, stub = at_zero.ray, at_zero.cluster.stub
         ray.journal.clear()
@@ -150,7 +150,7 @@ async def test_a_call_starts_the_model_and_is_told_how_far_that_is(
 
 
 async def test_many_at_zero_are_all_served(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Many calls for a model at zero succeed, over gRPC and with the openai client, streamed or not."""
+    """Many calls for a model without workers succeed, over gRPC and with the openai client, streamed or not."""
     async with scaled(tmp_path, checkpoint, bundle) as at_zero:
         cluster = at_zero.cluster
         async with client(cluster) as ai:
@@ -194,8 +194,8 @@ async def test_a_start_that_fails_tells_why(tmp_path: Path, checkpoint: Path, bu
 
 
 async def test_a_gateway_restarted_meanwhile_knows_it(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A gateway that is restarted while a model is at zero tokenizes and holds calls by the state in its folder, until
-    a worker has connected."""
+    """A gateway restarts while a model has no workers. It still tokenizes and holds calls for the model, by the state
+    in its folder, until a worker connects."""
     async with scaled(tmp_path / "first", checkpoint, bundle):
         pass
     async with running_cluster(tmp_path / "first") as later:
@@ -206,15 +206,15 @@ async def test_a_gateway_restarted_meanwhile_knows_it(tmp_path: Path, checkpoint
 
 
 def test_comments_of_event_streams() -> None:
-    """A comment in an event stream is one line with a keep-alive or the progress of a start, so that every client skips
-    the comment."""
+    """A comment in an event stream is one line, with a keep-alive or the progress of a start. Every client skips it."""
     assert keep_alive(CallProgress("queued", 3)) == KEEP_ALIVE
     comment = keep_alive(CallProgress("loading", 1, 0.4, 18.0))
     assert comment == b": loading 40%, about 18 s to go\n\n"
 
 
 async def test_a_stream_that_comes_back_starts_the_model(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A stream that is resumed while its model is at zero counts as demand like a new call, and starts the model."""
+    """A stream that is resumed while its model has no workers counts as demand, like a new call, and starts the
+    model."""
     request = chat(max_tokens=60, ignore_eos=True, resumable=True)
     async with scaled(tmp_path, checkpoint, bundle) as its:
         its.ray.may_start.set()

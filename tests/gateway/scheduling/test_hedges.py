@@ -1,5 +1,5 @@
-"""Hedges as a gateway carries them out. The first of two workers to answer keeps the sequence, and nothing is left of
-the other, whatever happens to both."""
+"""Hedges in a gateway. The first of two workers to answer keeps the sequence. The other worker keeps nothing of it,
+whatever happens to either."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 class Gateway(RuleBasedStateMachine):
-    """A gateway's scheduler with real calls and real links, whose workers are the rules. All calls may be hedged."""
+    """State machine test of a gateway's scheduler with real calls and real links. The rules act as the workers. All
+    calls may be hedged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,8 +86,8 @@ class Gateway(RuleBasedStateMachine):
 
     @initialize()
     def learn(self) -> None:
-        """Connect two workers, and let them answer as many calls as are needed to know when a first token is late. Then
-        send a call that is late."""
+        """Connect two workers, and answer enough calls for the gateway to know when a first token is late. Then open a
+        call and let its first token be late."""
         for name in ("w0", "w1"):
             self.link_up(name)
         for number in range(LEARNT):
@@ -132,7 +133,7 @@ class Gateway(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.01, 2 * TTFT_S, 2.0]))
     def time_passes(self, seconds: float) -> None:
-        """Let time pass, and hedge what is late then."""
+        """Let time pass, and hedge the calls whose first token is late."""
         self.now += seconds
         before = {call.id for call in self.calls if call.sequences[0].hedge is not None}
         self.scheduler.hedges.send_late()
@@ -142,7 +143,7 @@ class Gateway(RuleBasedStateMachine):
         self.scheduler.upkeep.expire()
 
     def slots(self) -> list[tuple[WorkerLink, int, OutputSequence[Any]]]:
-        """Return everything that runs on a worker: the link, the slot and the sequence."""
+        """Return all slots in use at workers: the link, the slot and the sequence."""
         found: list[tuple[WorkerLink, int, OutputSequence[Any]]] = []
         for link in self.links.values():
             for sink in link.slots.sinks:
@@ -160,8 +161,8 @@ class Gateway(RuleBasedStateMachine):
     @precondition(lambda self: self.slots())
     @rule(number=st.integers(0, 9), what=st.sampled_from(["token", "token", "finish", "error", "accept", "full", "no"]))
     def message(self, number: int, what: str) -> None:
-        """Let a worker report on a request: accepted, refused, or an output. Requests of hedged sequences come first,
-        so that both of their workers report in any order."""
+        """Report from a worker that a request was accepted, was refused or has an output. Hedged sequences come first,
+        so that their two workers report in any order."""
         slots = self.slots()
         slots.sort(key=lambda entry: (entry[2].hedge is None, entry[2].key, entry[0].name))
         link, slot, sequence = slots[number % min(len(slots), 4)]
@@ -192,7 +193,7 @@ class Gateway(RuleBasedStateMachine):
     @precondition(lambda self: self.links)
     @rule(number=st.integers(0, 2), drains=st.booleans())
     def link_lost(self, number: int, drains: bool) -> None:
-        """Break the link of a worker, perhaps after it has announced a drain."""
+        """Break the link of a worker. `drains`: whether the worker has announced a drain before."""
         name = sorted(self.links)[number % len(self.links)]
         link = self.links[name]
         hedged = [call for call in self.calls if call.sequences[0].hedge is not None]
@@ -209,7 +210,7 @@ class Gateway(RuleBasedStateMachine):
     @precondition(lambda self: self.calls)
     @rule(number=st.integers(0, 9), how=st.sampled_from(["leave", "fail", "cut"]))
     def end_call(self, number: int, how: str) -> None:
-        """End a call: the caller leaves, an operator ends the call, or its budget is used up."""
+        """End a call. `how`: the caller disconnects, an operator ends the call, or the budget is used up."""
         call = self.calls.pop(number % len(self.calls))
         if how == "cut":
             self.scheduler.cut(call)
@@ -217,7 +218,8 @@ class Gateway(RuleBasedStateMachine):
         self.trace_is_whole(call)
 
     def trace_is_whole(self, call: Call) -> None:
-        """The spans of an ended call are one tree, and its attempts have ended and share its tokens out among them."""
+        """Check that the spans of an ended call form one tree, that its attempts have ended, and that their tokens add
+        up to the call's."""
         assert call.trace is not None
         assert all(attempt.ended_at is not None for attempt in call.trace.attempts)
         (sequence,) = call.sequences
@@ -229,7 +231,7 @@ class Gateway(RuleBasedStateMachine):
 
     @invariant()
     def open_attempts_match_slots(self) -> None:
-        """The record of a call has one open attempt for each worker that runs its sequence."""
+        """Check that the record of a call has one open attempt for each worker that runs its sequence."""
         for call in self.calls:
             assert call.trace is not None
             open_attempts = [each.worker.incarnation for each in call.trace.attempts if each.ended_at is None]
@@ -238,7 +240,8 @@ class Gateway(RuleBasedStateMachine):
 
     @invariant()
     def slots_match_states(self) -> None:
-        """A hedged sequence has two slots on two workers, any other running sequence has one, others have none."""
+        """Check that a hedged sequence has two slots on two workers, any other running sequence one slot, and other
+        sequences none."""
         slots = self.slots()
         for call in self.calls:
             (sequence,) = call.sequences
@@ -264,7 +267,7 @@ class Gateway(RuleBasedStateMachine):
         )
 
     def teardown(self) -> None:
-        """Once all calls have ended, no link, queue or account holds anything."""
+        """Close all calls, and check that no link, queue or account holds anything."""
         for call in self.calls:
             self.scheduler.leave(call)
             self.trace_is_whole(call)
@@ -289,8 +292,8 @@ TestGateway = Gateway.TestCase
 def test_one_worker_of_a_hedged_sequence_is_counted(
     won: bool, loser_first: bool, in_vain: int, kept: int, wasted_s: float, kept_s: float
 ) -> None:
-    """The record has the counts of the worker that kept the sequence, in whatever order both workers report them, and
-    waits for both."""
+    """A usage record waits for the reports of both workers, in either order. It has the counts of the worker that kept
+    the sequence."""
     account = CallAccount(OpenRecord("r", "t", "k", "m", "v1", "q", 0.0, prompt_tokens=PROMPT), b"sealed", awaited=2)
     loser, winner = ("first", "second") if won else ("second", "first")
     account.in_vain.append(loser)
@@ -312,9 +315,9 @@ def test_one_worker_of_a_hedged_sequence_is_counted(
 async def test_a_late_first_token_comes_from_a_second_worker(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """A call on a slow worker is answered by another worker and has one usage record with the tokens of that worker.
+    """A call on a slow worker is answered by another worker. It has one usage record, with the tokens of that worker.
 
-    It leaves nothing on the slow worker, and its explanation shows both decisions.
+    The slow worker keeps nothing of the call, and the call's explanation shows both decisions.
     """
     text = LOOPBACK + "routing: {hedging: {share: 1}}\n"
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert, text) as cluster:

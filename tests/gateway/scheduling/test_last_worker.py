@@ -1,4 +1,4 @@
-"""Loss of a model's last worker. Calls wait for the next worker, unless the catalog no longer has the model."""
+"""Loss of a model's last worker. Calls wait for the next worker if the catalog still has the model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ QUICK = Timing(redial_min_s=0.05, redial_max_s=0.1)
 
 
 async def test_calls_wait_for_a_worker_that_comes_back(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A gateway without a catalog keeps the context length and tokenizer of a model's last worker. A call without a
-    worker is encoded, waits, and is answered by the next worker."""
+    """A gateway without a catalog keeps the context length and the tokenizer of a model's last worker. A later call is
+    encoded, waits, and is answered by the next worker."""
     engine = sim_engine(checkpoint, decode_ms=1, max_model_len=64)
     await cluster.add_worker(engine, bundle, timing=QUICK)
     cluster.gateway.hub.links[0].close("as if it had been taken for silent")
@@ -29,7 +29,7 @@ async def test_calls_wait_for_a_worker_that_comes_back(cluster: TestCluster, che
 
 
 async def test_what_the_catalog_has_let_go_is_refused(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Calls for a model that is no longer in the catalog are refused once the model's last worker is gone."""
+    """If a model is no longer in the catalog, its calls are refused after its last worker has left."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     assert (await cluster.stub.Chat(chat(max_tokens=2, ignore_eos=True))).choices, "the tokenizer is here, too"
     cluster.gateway.worker_events.apply_catalog([])
@@ -43,8 +43,7 @@ async def test_what_the_catalog_has_let_go_is_refused(cluster: TestCluster, chec
 async def test_a_stream_that_lost_it_is_demand_from_then_on(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A stream that has lost its worker counts as waiting demand like a new call, from the loss until the stream has
-    resumed."""
+    """A stream that has lost its worker counts as waiting demand, like a new call, until it has resumed."""
 
     def class_counts() -> ClassCounts:
         ((counts,),) = [model.classes for model in cluster.gateway.dispatch.demand.current()]

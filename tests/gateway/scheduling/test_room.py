@@ -1,4 +1,4 @@
-"""Use of a worker's slots with one, two and eight real gateways. The slots are filled, and the engine's own queue stays
+"""Use of a worker's slots with one, two and eight real gateways. The slots are filled, and the engine's queue stays
 short."""
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ PLACES, CALLS, TOKENS = 8, 24, 25
 
 
 class Watch:
-    """Counter of the engine's steps in which a slot was free while a call waited at a gateway. Steps are counted, not
-    seconds, because on a busy machine steps stop together with this process."""
+    """Counter of engine steps at which a slot was free while a call waited at a gateway. It counts steps instead of
+    seconds, because on a busy machine the steps pause together with this process."""
 
     def __init__(self, clusters: list[TestCluster], end: WorkerSession, engine: SimEngine) -> None:
         self._clusters = clusters
@@ -47,9 +47,9 @@ class Watch:
 async def test_places_are_filled_and_the_engines_queue_is_short(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, gateways: int
 ) -> None:
-    """Credit follows the calls when three times as many calls as slots arrive first at one half of the gateways and
-    then at the other half. At most two calls wait in the engine, and no slot is free for 200 ms while a call waits at a
-    gateway."""
+    """Three times as many calls as slots arrive, first at one half of the gateways and then at the other half. At most
+    two calls wait in the engine, and no slot is free for 200 ms while a call waits, because credit follows the
+    calls."""
     async with AsyncExitStack() as stack:
         clusters = [await stack.enter_async_context(running_cluster(tmp_path / f"{i}")) for i in range(gateways)]
         engine = sim_engine(checkpoint, decode_ms=10, max_num_seqs=PLACES)

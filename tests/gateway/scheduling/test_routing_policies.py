@@ -1,4 +1,4 @@
-"""The policies of the section `routing` through a real gateway with three simulated engines."""
+"""The policies of the section `routing`, through a real gateway with three simulated engines."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.support.cluster import LOOPBACK, running_cluster, sim_engine
 
 @pytest.mark.parametrize("policy", get_args(PolicyName))
 async def test_each_policy_serves(policy: PolicyName, tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Each policy sends calls to workers. In round robin idle workers take turns, and with consistent hashing equal
-    prompts go to one worker."""
+    """Each policy sends calls to workers. With round robin, idle workers get calls in turn. With consistent hashing,
+    equal prompts go to one worker."""
     async with running_cluster(tmp_path, LOOPBACK + f"routing: {{policy: {policy}}}\n") as cluster:
         engines = [sim_engine(checkpoint, decode_ms=0.2) for _ in range(3)]
         for engine in engines:

@@ -1,4 +1,4 @@
-"""The demand for a model without workers is reported at once, for the first waiting call only."""
+"""Demand for a model without workers is reported at once, and only for the first waiting call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def model(name: str, *, served: bool) -> Any:
 
 
 def test_the_first_call_is_reported() -> None:
-    """A model is reported once, and again after it was served in between."""
+    """A model without workers is reported once. It is reported again only after it was served in between."""
     reports: list[int] = []
     unserved = UnservedModels(lambda: reports.append(1))
     unserved.note(model("a", served=True))

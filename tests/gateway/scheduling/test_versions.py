@@ -65,8 +65,8 @@ async def two_workers(
 async def test_calls_are_shared_out_by_weight_and_stay_so(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """The same request id always gets the same version, the calls are divided between the versions by weight, and all
-    calls are counted for the controller."""
+    """The same request id always gets the same version. Calls are divided between the versions by weight, and all are
+    counted for the controller."""
     first, second = await two_workers(cluster, checkpoint, bundle)
     apply_catalog(cluster, entry(versions=TWO))
     went = [await ask(cluster, f"r{i}") for i in range(40)]
@@ -105,8 +105,7 @@ async def test_a_slow_first_token_and_a_dead_worker_count_against_a_trial(
 async def test_a_version_without_room_or_workers_is_stood_in_for(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """Calls of a version without capacity or workers are sent to the other version, since both versions have the same
-    tokenizer."""
+    """If a version has no capacity or no workers, its calls go to the other version, which has the same tokenizer."""
     first, second = await two_workers(cluster, checkpoint, bundle, max_num_seqs=1)
     apply_catalog(cluster, entry(versions=TWO))
     mine = of_version("v2", TWO)
@@ -136,8 +135,7 @@ async def test_several_outputs_of_a_call_come_from_one_version(
 async def test_what_is_replaced_gets_no_new_call_and_keeps_what_it_has(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A retired generation finishes its streams and gets no new streams, and the other generation keeps the model
-    READY."""
+    """A retired generation finishes its streams and gets no new ones. The other generation keeps the model READY."""
     first, second = await two_workers(cluster, checkpoint, bundle)
     apply_catalog(cluster, entry())
     streams = [cluster.stub.StreamChat(chat(max_tokens=300, ignore_eos=True)) for _ in range(8)]
@@ -159,9 +157,9 @@ async def test_what_is_replaced_gets_no_new_call_and_keeps_what_it_has(
 async def test_a_stream_of_what_was_replaced_does_not_wait_for_its_like(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A stream whose worker's generation was replaced resumes on a compatible worker. If there is no compatible worker
-    and the new generation serves, the stream fails at once. The stream waits if the new generation does not serve yet
-    or is rolled back."""
+    """A stream whose worker's generation was replaced resumes on a compatible worker. If there is none and the new
+    generation serves, the stream fails at once. If the new generation does not serve yet or is rolled back, the stream
+    waits."""
 
     async def begun_at(worker: Worker) -> Any:
         stream = cluster.stub.StreamChat(chat(max_tokens=3000, ignore_eos=True))
@@ -205,8 +203,8 @@ async def test_a_stream_of_what_was_replaced_does_not_wait_for_its_like(
 
 
 async def test_a_quarantined_version_is_left(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A quarantined version gets no new calls, and the version's streams move to workers with the same weights. If all
-    versions are quarantined, calls are refused."""
+    """A quarantined version gets no new calls, and its streams move to workers with the same weights. If all versions
+    are quarantined, calls are refused."""
     first, second = await two_workers(cluster, checkpoint, bundle)
     twin = await cluster.add_worker(
         sim_engine(checkpoint, decode_ms=1), bundle, version="v1", generation="g3", weight_digest="two"
@@ -245,8 +243,8 @@ async def test_a_model_that_leaves_serves_what_has_come(cluster: TestCluster, ch
 
 
 async def test_fallback_only_without_a_worker_and_told(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The first fallback model with a worker answers a call, and is named in the answer and in a header. The call
-    counts as demand for the requested model."""
+    """The first fallback model with a worker answers a call. The answer and a header name that model. The call counts
+    as demand for the requested model."""
     apply_catalog(
         cluster,
         CatalogEntry("big", state=ModelState.LOADING, fallback=("away", "sim"), bundle_digest=bundle.digest),
@@ -287,7 +285,7 @@ async def in_thread(request: urllib.request.Request) -> tuple[Any, str | None]:
 async def test_each_version_has_its_own_pin(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, digest: str, taken: bool
 ) -> None:
-    """A worker with the weights of one version is not admitted as a worker of the other version."""
+    """A worker with the weights of one version is refused as a worker of the other version."""
     pinned = VersionShare("v1", weight_digests=("one",), weights_pinned=True), VersionShare("v2", 0.0)
     apply_catalog(cluster, entry(versions=pinned))
     engine = sim_engine(checkpoint, decode_ms=1)

@@ -1,4 +1,5 @@
-"""Requests that crash engines. Such a request takes down at most two workers, and no oversized request is queued."""
+"""Requests that harm workers. A request that crashes engines takes down at most two of them. A request that is too
+large for a link is not queued."""
 
 from __future__ import annotations
 
@@ -31,8 +32,9 @@ DEADLY = 13
 class Mortal:
     """A simulated engine that crashes on a request with the seed DEADLY, after `tokens` tokens of the request.
 
-    It crashes once each other request that it runs has got a token there. With `crash`, it gives no outputs at all, and
-    crashes once this is set."""
+    The crash waits until each other running request has got a token there. If `crash` is given, the engine gives no
+    outputs, and crashes once this event is set.
+    """
 
     inner: SimEngine
     tokens: int = 0
@@ -70,7 +72,7 @@ class Mortal:
 async def test_a_query_of_death_takes_two_workers(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, tokens: int
 ) -> None:
-    """A request that crashes its engine takes down two workers, not max_attempts workers with all their streams."""
+    """A request that crashes its engine takes down two workers, not `max_attempts` workers with all their streams."""
     for _ in range(4):
         await cluster.add_worker(cast(Engine, Mortal(sim_engine(checkpoint, decode_ms=2), tokens)), bundle)
     request = complete(max_tokens=700, ignore_eos=True)
@@ -91,8 +93,8 @@ async def test_a_query_of_death_takes_two_workers(
 
 @pytest.mark.slow
 async def test_no_neighbour_fails_with_a_query_of_death(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Streams that resume beside a request that crashes engines, and lose two workers with it without a token in
-    between, go on. The request takes down a third worker, and ends there."""
+    """Streams beside a request that crashes engines lose two workers with it, without a token in between. They resume
+    and continue. The request takes down a third worker and then fails."""
     await cluster.add_worker(cast(Engine, Mortal(sim_engine(checkpoint, decode_ms=2))), bundle)
     request = complete(max_tokens=300, ignore_eos=True)
     whole = (await cluster.stub.Complete(request)).choices[0].text
@@ -166,8 +168,8 @@ def test_a_broken_connection_is_no_lost_worker() -> None:
     others=st.lists(st.tuples(st.integers(10, 99), st.floats(0, 2 * WINDOW_S)), max_size=12),
 )
 def test_a_sequence_is_blamed_for_what_others_do_not_share(own: set[int], others: list[tuple[int, float]]) -> None:
-    """A suspect sequence waits until all losses of one event are known, and resumes only if most of the losses were not
-    losses of the sequence itself."""
+    """A suspect sequence waits for SETTLE_S, until all losses of the same event are known. It resumes only if most of
+    the lost workers did not run it."""
     losses = WorkerLosses()
     now = 2 * WINDOW_S
     for link, at in sorted(others, key=lambda one: one[1]):
@@ -191,8 +193,8 @@ REQUESTS = st.builds(
 
 @given(sampling=REQUESTS, ids=st.lists(st.integers(0, 9), max_size=9), salt=st.sampled_from(["", "s" * 150_000]))
 def test_no_large_request_is_queued(sampling: Sampling, ids: list[int], salt: str) -> None:
-    """A request that is too large for a link is refused before it is queued. Formerly, 16 million stop token ids
-    blocked five workers in turn."""
+    """A request that is too large for a link is refused before it is queued. Formerly, a request with 16 million stop
+    token ids blocked five workers in turn."""
     request = EngineRequest("", ids, sampling, cache_salt=salt)
     size = submit_to_pb(1, 1, EngineRequest("", [], sampling, cache_salt=salt)).ByteSize()
     if size <= MAX_SUBMIT_BYTES:

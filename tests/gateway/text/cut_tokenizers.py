@@ -1,4 +1,5 @@
-"""Tiny tokenizers whose added tokens make cutting a text hard: tokens that overlap, strip spaces or look at words."""
+"""Tiny tokenizers whose added tokens make it hard to cut a text: tokens that overlap, strip spaces or depend on word
+boundaries."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tests.support.corpus import SAMPLES
 
 @dataclass(frozen=True)
 class Kind:
-    """The tokenizer of one family, loaded by transformers and by the gateway, and token ids that are worth testing."""
+    """The tokenizer of one family, loaded by transformers and by the gateway, with token ids that are worth testing."""
 
     family: str
     folder: Path
@@ -28,8 +28,8 @@ class Kind:
 
 
 def kind_of(family: str, folder: Path, theirs: Any, ours: TextModel) -> Kind:
-    """Return the Kind of a family. The token ids in the Kind are tokens that are not complete characters, special
-    tokens, and tokens of the sample texts."""
+    """Return the Kind of a family. Its token ids are incomplete characters, special tokens, and tokens of the sample
+    texts."""
     broken = [i for i in range(len(theirs)) if "\ufffd" in theirs.decode([i])]
     sample = [token_id for text in SAMPLES for token_id in theirs.encode(text, add_special_tokens=False)]
     return Kind(family, folder, theirs, ours, tuple(broken), tuple(theirs.all_special_ids), tuple(sample))

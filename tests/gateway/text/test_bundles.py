@@ -1,5 +1,5 @@
-"""A bundle holds the files that the gateway needs, is the same after every transfer, and cannot be built from a folder
-without a usable tokenizer."""
+"""A bundle holds the files that the gateway needs and is the same after every transfer. It cannot be built from a
+folder without a usable tokenizer."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ def test_pack_and_unpack(bundle: Bundle) -> None:
 
 @given(bundle=BUNDLES, other=BUNDLES)
 def test_digests_tell_contents_apart(bundle: Bundle, other: Bundle) -> None:
-    """Two bundles have the same digest exactly if they have the same contents."""
+    """Two bundles have the same digest if they have the same contents, and only then."""
     assert (bundle.digest == other.digest) == (bundle.files == other.files)
 
 
 @given(bundle=BUNDLES, data=st.data())
 def test_a_cut_bundle_is_refused(bundle: Bundle, data: st.DataObject) -> None:
-    """The truncated bytes of a bundle are refused or yield some of the files unchanged, but never a changed file."""
+    """The truncated bytes of a bundle are refused, or yield some of the files unchanged. They never yield a changed
+    file."""
     packed = bundle.pack()
     cut = packed[: data.draw(st.integers(0, max(len(packed) - 1, 0)))]
     try:
@@ -57,7 +58,7 @@ def test_save_and_load(tmp_path_factory: pytest.TempPathFactory, files: dict[str
 
 
 def test_equal_folders_have_equal_digests(kind: Kind) -> None:
-    """Two bundles that are built from the same folder have the same digest, and hold text files only."""
+    """Two bundles that are built from the same folder have the same digest. They hold text files only."""
     bundle = build_bundle(kind.folder)
     assert bundle.digest == build_bundle(kind.folder).digest
     assert sorted(bundle.files) == [

@@ -88,7 +88,8 @@ def test_equals_vllm(kind: Kind, data: st.DataObject) -> None:
 @given(data=st.data())
 @pytest.mark.slow
 def test_long_prompts_prime_by_their_tail(kind: Kind, data: st.DataObject) -> None:
-    """The tail of a long prompt primes the stream as the whole prompt does, whatever tokens the tail contains."""
+    """For a long prompt, only the tail is decoded before the output. The output's text is the same as with the whole
+    prompt, whatever tokens the tail contains."""
     tail = [t for part in data.draw(st.lists(token_ids(kind), min_size=3, max_size=8), label="tail") for t in part]
     prompt = [*kind.sample_ids[:200], *tail]
     steps = [[token_id] for token_id in data.draw(token_ids(kind), label="ids")]
@@ -98,8 +99,8 @@ def test_long_prompts_prime_by_their_tail(kind: Kind, data: st.DataObject) -> No
 
 @pytest.mark.parametrize("family", ["mistral", "llama2"])
 def test_tails_that_do_not_prime(kinds: dict[str, Kind], family: str) -> None:
-    """The whole prompt primes the stream if the tail has no text, or if the tail is inside a run of bytes that an
-    earlier byte makes invalid."""
+    """The whole prompt is decoded if its tail has no text, or if the tail lies in a run of bytes that an earlier byte
+    makes invalid."""
     kind = kinds[family]
     byte = kind.theirs.convert_tokens_to_ids
     emoji = [byte(f"<0x{b:02X}>") for b in "🎉".encode()]
@@ -131,7 +132,7 @@ def test_text_is_whole_again(kind: Kind) -> None:
 
 @pytest.mark.parametrize("stop", [[], ["river"]])
 def test_tokens_without_text_cost_no_more_the_more_there_are(kind: Kind, stop: list[str]) -> None:
-    """The CPU time of a call that ends in thousands of special tokens or broken characters stays small."""
+    """A call that ends in thousands of special tokens or broken characters takes little CPU time."""
     for token_id in (kind.special_ids[0], kind.byte_ids[0], len(kind.theirs) + 1):
         detokenizer = kind.ours.detokenizer(list(kind.sample_ids[:20]), stop=stop)
         with cpu_within(1.5):
@@ -140,8 +141,8 @@ def test_tokens_without_text_cost_no_more_the_more_there_are(kind: Kind, stop: l
 
 
 def test_a_character_that_never_ends_comes_out_with_the_others(kind: Kind) -> None:
-    """An incomplete character that never ends is sent as the decoder shows it. No other text is lost, and the text
-    after the incomplete character continues."""
+    """A character that stays incomplete is sent as the decoder shows it. No other text is lost, and the text after it
+    continues."""
     first = kind.theirs.encode("Once", add_special_tokens=False)
     for broken, special in [(10, 3), (70, 0), (500, 7)]:
         ids = [*[kind.byte_ids[0]] * broken, *[kind.special_ids[0]] * special, *kind.sample_ids[:30]]
@@ -157,7 +158,7 @@ def test_a_character_that_never_ends_comes_out_with_the_others(kind: Kind) -> No
 
 
 def test_holds_back_what_may_begin_a_stop_string(kinds: dict[str, Kind]) -> None:
-    """The detokenizer holds back up to len(stop) - 1 characters, and returns them at the end if the stop string never
+    """The detokenizer holds back up to len(stop) - 1 characters. It returns them at the end if the stop string never
     comes."""
     kind = kinds["llama"]
     detokenizer = kind.ours.detokenizer([0], stop=["river bank"])

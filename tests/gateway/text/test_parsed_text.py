@@ -1,5 +1,5 @@
-"""A parsed output is the same for its caller, however it is cut into steps, by whichever workers it is computed, and at
-whichever gateway it continues."""
+"""A parsed output is the same for its caller, however it is split into steps, and whatever workers and gateways it
+moves between."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def flat(tokens: Sequence[Sequence[OutputPart]]) -> list[OutputPart]:
 
 
 def steps(data: st.DataObject, first: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield the tokens [start, stop) of each step of a worker."""
+    """Yield the steps of a worker, each as the tokens [start, stop)."""
     while first < end:
         stop = data.draw(st.integers(first + 1, end))
         yield first, stop
@@ -78,7 +78,7 @@ def steps(data: st.DataObject, first: int, end: int) -> Iterator[tuple[int, int]
 def run_worker(
     text: ParsedText, tokens: Sequence[Sequence[OutputPart]], emitted: int, end: int, data: st.DataObject
 ) -> list[OutputPart]:
-    """Compute the tokens from `emitted` to `end` as one worker does. Returns what was popped meanwhile."""
+    """Compute the tokens from `emitted` to `end` as one worker does. Returns the parts that were popped meanwhile."""
     out: list[OutputPart] = []
     for start, stop in steps(data, emitted, end):
         begins = start == emitted
@@ -97,7 +97,8 @@ def run_worker(
 
 @given(st.data(), of_tokens)
 def test_workers_may_change(data: st.DataObject, tokens: list[list[OutputPart]]) -> None:
-    """The joined parts are those of the tokens, however many workers computed them and however they were popped."""
+    """The popped parts add up to the parts of the tokens, however many workers computed the tokens and whenever the
+    parts were popped."""
     text = ParsedText(PlainText())
     ends = sorted([*data.draw(st.lists(st.integers(1, len(tokens)), max_size=3)), len(tokens)])
     emitted, out = 0, []
@@ -113,7 +114,7 @@ def test_workers_may_change(data: st.DataObject, tokens: list[list[OutputPart]])
 
 @given(st.data(), of_tokens)
 def test_gateways_may_change(data: st.DataObject, tokens: list[list[OutputPart]]) -> None:
-    """Another gateway that knows the delivered tokens and their number of characters delivers the rest."""
+    """A gateway that knows the delivered tokens and their number of characters delivers the remaining parts."""
     first = ParsedText(PlainText())
     at = data.draw(st.integers(1, len(tokens)))
     run_worker(first, tokens, 0, at, data)
@@ -128,8 +129,8 @@ def test_gateways_may_change(data: st.DataObject, tokens: list[list[OutputPart]]
 
 @given(st.integers(1, 5), st.integers(0, 5), st.booleans())
 def test_a_worker_without_a_parser_sends_plain_text(count: int, restored: int, late_parts: bool) -> None:
-    """If the first output has no parts, the output is the plain text of its tokens, also after a change of gateway.
-    Parts that arrive later are ignored."""
+    """If the first output of a worker has no parts, the whole output is the plain text of its tokens, also after a
+    change of gateway. Later parts are ignored."""
     text = ParsedText(PlainText())
     if restored:
         text.restore(list(range(restored)), restored)
@@ -142,7 +143,7 @@ def test_a_worker_without_a_parser_sends_plain_text(count: int, restored: int, l
 
 
 def test_reasoning_may_be_left_out() -> None:
-    """A caller that does not want the reasoning gets the content and the tool calls."""
+    """If the caller wants no reasoning, only content and tool calls are delivered."""
     text = ParsedText(PlainText(), include_reasoning=False)
     shown = [OutputPart(PartKind.CONTENT, "c"), OutputPart(PartKind.TOOL_NAME, "f")]
     text.push_parsed([1], ParsedOutput([OutputPart(PartKind.REASONING, "r"), *shown]), False, True)
@@ -153,7 +154,7 @@ def test_reasoning_may_be_left_out() -> None:
 
 
 def test_a_stop_string_ends_the_output() -> None:
-    """The stop string that the worker has found is returned, and all parts before it are delivered."""
+    """The stop string that the worker has found is returned. All parts before it are delivered."""
     text = ParsedText(PlainText())
     parsed = ParsedOutput([OutputPart(PartKind.CONTENT, "c")], stop_string="END")
     assert text.push_parsed([1], parsed, False, True) == "END"
@@ -162,7 +163,8 @@ def test_a_stop_string_ends_the_output() -> None:
 
 @given(st.lists(st.text("ab", min_size=1, max_size=4), min_size=1), st.booleans())
 def test_content_may_pass_beside_the_text(texts: list[str], is_returned: bool) -> None:
-    """Content that the caller delivers itself counts as delivered; a text that is given back comes with `pop_text`."""
+    """Content that the API delivers directly counts as delivered. A text that it gives back is returned by
+    `pop_text`."""
     text = ParsedText(PlainText())
     text.push_parsed((0,), ParsedOutput(), False, True)
     before = text.passes_content

@@ -1,5 +1,5 @@
-"""If a text is interrupted anywhere and another detokenizer continues it, the whole text equals the uninterrupted
-text."""
+"""If a text is interrupted at any point and another detokenizer continues it, the whole text equals the uninterrupted
+one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LAW = settings(
 
 
 def run(ours: Detokenizer, ids: Sequence[int], takes: Sequence[bool]) -> tuple[str, str | None]:
-    """Push ids one by one, and pop the text after some of them. Returns the popped text, and the stop string that ended
-    the text, None if no stop string did."""
+    """Push ids one by one, and pop the text after some of them. Returns the popped text and the stop string that ended
+    it, if any."""
     text = ""
     for number, token_id in enumerate(ids):
         stop = ours.push([token_id])
@@ -35,9 +35,8 @@ def run(ours: Detokenizer, ids: Sequence[int], takes: Sequence[bool]) -> tuple[s
 @LAW
 @given(data=st.data())
 def test_a_cut_changes_nothing(kind: Kind, data: st.DataObject) -> None:
-    """Wherever a text is interrupted, the text before and the text after the interruption joined equal the
-    uninterrupted text, with the same stop string and tokens. The interruption may be in a character, in a stop string,
-    after a special token or after a run of bytes."""
+    """The texts before and after an interruption add up to the uninterrupted text, with the same stop string and
+    tokens. The interruption may be in a character, in a stop string, after a special token or after a run of bytes."""
     prompt = data.draw(token_ids(kind), label="prompt")
     ids = data.draw(token_ids(kind), label="ids")
     takes = data.draw(st.lists(st.booleans(), min_size=1, max_size=4), label="takes")

@@ -54,8 +54,8 @@ def model(**options: Any) -> dict[str, Any]:
 
 
 def same(data: bytes) -> bool:
-    """Return whether from_parts, read_tokenizer and the library yield the same tokenizer. Fails if from_parts leaves
-    the file to the library."""
+    """Return whether from_parts, read_tokenizer and the library yield the same tokenizer. Asserts that from_parts does
+    not leave the file to the library."""
     ours = from_parts(json.loads(data))
     assert ours is not None, "it was left to the library"
     return bool(ours.to_str() == read_tokenizer(data).to_str() == Tokenizer.from_buffer(data).to_str())

@@ -1,4 +1,4 @@
-"""A body of /v1/chat/completions or /v1/messages gives the prompt that vLLM's server renders from the same body."""
+"""A body of /v1/chat/completions or /v1/messages gives the same prompt as in vLLM's server."""
 
 from __future__ import annotations
 
@@ -201,7 +201,8 @@ def ours(body: Mapping[str, Any], render: Callable[..., str]) -> str | None:
 
 @pytest.mark.parametrize("name", sorted(SOURCES))
 def test_prompts_equal_vllms(kinds: dict[str, Kind], name: str) -> None:
-    """The ids of each public template equal vLLM's for tools, tool results, documents, reasoning and developers."""
+    """For each public template, the ids of chats with tools, tool results, documents, reasoning and developer messages
+    equal vLLM's."""
     kind = kinds["mistral"]
     model, rendered = with_template(kind, {"default": SOURCES[name]}), 0
     for title, fields in CONVERSATIONS.items():
@@ -220,7 +221,7 @@ def test_prompts_equal_vllms(kinds: dict[str, Kind], name: str) -> None:
 @settings(max_examples=40, deadline=None)
 @given(BODIES)
 def test_any_body_gives_vllms_prompt(kinds: dict[str, Kind], body: dict[str, Any]) -> None:
-    """For any body, every template gives vLLM's prompt, or both fail. Three of the templates show all that they get."""
+    """For any body, every template gives vLLM's prompt, or both fail. Three of the templates print all their inputs."""
     tokenizer = kinds["mistral"].theirs
     special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token")}
     for name, source in (SOURCES | OWN).items():
@@ -276,8 +277,8 @@ def test_any_body_of_messages_gives_vllms_prompt(kinds: dict[str, Kind], body: d
 
 @pytest.mark.parametrize("name", sorted(PROBED))
 def test_a_late_system_message_is_rendered(kinds: dict[str, Kind], name: str) -> None:
-    """Every template renders a later system message of /v1/messages, at its place or merged into the first one, as with
-    vLLM. OpenAI's API leaves the decision to the template."""
+    """Every template renders a later system message of /v1/messages as with vLLM: at its place, or merged into the
+    first one. On OpenAI's API, the template decides."""
     kind, source = kinds["mistral"], PROBED[name]
     late = {"role": "system", "content": "Now in French."}
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well"}, late]
@@ -305,7 +306,7 @@ def _template(source: str, special: tuple[tuple[str, str], ...]) -> ChatTemplate
 
 @pytest.mark.parametrize("name", [*FORMATS, *SOURCES])
 def test_the_content_format_is_vllms(name: str) -> None:
-    """The content format of a template is the one that vLLM detects."""
+    """For each template, the gateway finds the same content format as vLLM."""
     from vllm.renderers.hf import _detect_content_format, _try_extract_ast
 
     source = (FORMATS | SOURCES)[name]

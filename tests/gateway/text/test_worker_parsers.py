@@ -1,4 +1,4 @@
-"""The parsers of a sequence's workers: an output continues only on a worker that parses it as before."""
+"""The parsers of a sequence's workers. A parsed output continues only on a worker with the same parsers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OTHER = (f"{TOOL_PARSER}mistral",)
 
 
 def test_a_worker_with_other_parsers_is_not_accepted() -> None:
-    """Once an output is parsed, only workers with the same parsers may continue it."""
+    """Once an output is parsed, only a worker with the same parsers may continue it."""
     parsers = WorkerParsers()
     assert parsers.tool_parser == ""
     assert parsers.accept(FIRST, False)
@@ -22,7 +22,7 @@ def test_a_worker_with_other_parsers_is_not_accepted() -> None:
 
 
 def test_any_worker_may_begin_to_parse() -> None:
-    """While no worker has parsed the output, the parsers of the last worker count."""
+    """While no worker has parsed the output, any worker may continue it. The parsers of the last worker then count."""
     parsers = WorkerParsers()
     assert parsers.accept(OTHER, False)
     assert parsers.accept((), False)

@@ -1,4 +1,4 @@
-"""A collector, and gateways that send their spans there."""
+"""A trace collector, and gateways that send their spans to it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from tests.support.otlp import Collector, running_collector
 
 @pytest.fixture
 async def collector() -> AsyncIterator[Collector]:
-    """Run a collector on loopback."""
+    """Run a trace collector on loopback."""
     async with running_collector() as running:
         yield running

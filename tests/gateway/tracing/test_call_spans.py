@@ -1,4 +1,4 @@
-"""The spans of an ended call, made of any record that a gateway may have."""
+"""The spans of an ended call, built from any record that a gateway may have of it."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def spans_of(trace: CallTrace, known: CallFacts) -> list[SpanRecord]:
 
 
 def route(at: float, first_output_at: float | None = None) -> Route:
-    """Return a decision."""
+    """Return the route of a sequence that was sent at the time `at`, in seconds."""
     return Route(0, at, "w1", "least_loaded", 12, first_output_at=first_output_at)
 
 
 def check_tree(spans: list[SpanRecord]) -> None:
-    """Check that the spans are one tree of one trace, within the call's span and in the order of time."""
+    """Check that the spans form one tree of one trace, lie within the call's span, and are in order of time."""
     root, *others = spans
     known = {span.span_id: span for span in spans}
     assert len(known) == len(spans), "each span has an id of its own"
@@ -79,8 +79,8 @@ waits = st.sampled_from([0.0, 0.001, 0.01, 1.0])
 
 @given(st.data())
 def test_any_record_makes_one_tree(data: st.DataObject) -> None:
-    """Whatever has become of a call's attempts, and whatever durations workers report, the spans are one tree: each
-    lies within its parent, and none ends before it begins."""
+    """For any attempts of a call, and any durations that workers report, the spans form one tree. Each lies within its
+    parent, and none ends before it begins."""
     clock = Clock()
     trace = new_trace(clock)
     draw = data.draw
@@ -120,8 +120,8 @@ def test_any_record_makes_one_tree(data: st.DataObject) -> None:
 
 
 def test_a_worker_that_measures_is_believed_and_placed_in_the_middle() -> None:
-    """The worker's durations are spans of the worker, in order, in the middle between Submit and first output. What the
-    link took is on both sides of them alike."""
+    """The durations that a worker measured become its spans, in order. Together they lie in the middle between Submit
+    and the first output, since the link takes equal times on both sides."""
     clock = Clock()
     trace = new_trace(clock)
     trace.queued()
@@ -148,7 +148,8 @@ def test_a_worker_that_measures_is_believed_and_placed_in_the_middle() -> None:
 
 
 def test_a_worker_that_measures_nothing_has_the_gateways_times() -> None:
-    """For a worker of an older release, prefill and decode are what the gateway has seen, and say so."""
+    """A worker of an older release measures nothing. Its prefill and decode spans then have the times that the gateway
+    saw, and say so."""
     clock = Clock()
     trace = new_trace(clock)
     trace.queued()
@@ -165,8 +166,8 @@ def test_a_worker_that_measures_nothing_has_the_gateways_times() -> None:
 
 
 def test_a_refused_call_has_its_admission() -> None:
-    """A call that is refused before the queue has the call's span and the admission, both with the outcome as error. A
-    model that does not exist is not in the span's name."""
+    """A call that is refused before the queue has the span of the call and the span of its admission, both with the
+    outcome as error. The span's name does not contain the name of an unknown model."""
     trace = new_trace(Clock())
     known = facts(outcome="model_not_found", is_error=True, is_known_model=False, requested_model="no-such-model")
     root, admission = spans_of(trace, known)
@@ -178,7 +179,8 @@ def test_a_refused_call_has_its_admission() -> None:
 
 
 def test_attempts_are_bounded() -> None:
-    """A call of many inputs has at most MAX_ATTEMPTS attempts in its trace, and says how many are left out."""
+    """A call with many inputs has at most MAX_ATTEMPTS attempts in its trace. The trace states how many are left
+    out."""
     trace = new_trace(Clock())
     trace.queued()
     made = [trace.begin_attempt(i, route(100.0), WorkerIdentity("w1", "i1", "m"), 0) for i in range(MAX_ATTEMPTS + 7)]
@@ -190,7 +192,7 @@ def test_attempts_are_bounded() -> None:
 
 @pytest.mark.parametrize("end", ["lost", "refused"])
 def test_a_wait_that_never_ended_is_in_the_trace(end: str) -> None:
-    """If a call ends while its sequence waits for another worker, that wait is the last span, with the outcome."""
+    """If a call ends while its sequence waits for another worker, the wait is the last span and has the outcome."""
     clock = Clock()
     trace = new_trace(clock)
     trace.queued()

@@ -37,7 +37,7 @@ SAMPLED, NOT_SAMPLED = f"00-{TRACE_ID}-{CALLER}-01", f"00-{TRACE_ID}-{CALLER}-00
 
 
 def tracing(collector: Collector, **more: Any) -> str:
-    """Return the section `observe` that traces all calls."""
+    """Return the configuration section `observe` that traces all calls."""
     return f"observe: {json.dumps({'tracing': {'endpoint': collector.endpoint, 'sample_ratio': 1.0, **more}})}\n"
 
 
@@ -49,13 +49,13 @@ async def traced_cluster(tmp_path: Path, collector: Collector, **more: Any) -> A
 
 
 async def kill(worker: Worker) -> None:
-    """End a worker without a word, as a crash of its process does."""
+    """End a worker without a message to the gateway, like a crash of its process."""
     worker.task.cancel()
     await asyncio.gather(worker.task, return_exceptions=True)
 
 
 def only(spans: Sequence[ReceivedSpan], name: str) -> ReceivedSpan:
-    """Return the only span of a name."""
+    """Return the only span with this name."""
     (span,) = [each for each in spans if each.name == name]
     return span
 
@@ -63,9 +63,8 @@ def only(spans: Sequence[ReceivedSpan], name: str) -> ReceivedSpan:
 async def test_a_call_is_followed_from_its_caller_to_the_ledger_over_a_resume(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, collector: Collector
 ) -> None:
-    """One trace id, which the caller has chosen, leads from the caller's span through the gateway's spans to both
-    workers that have served the call, the second after the first was killed in mid-stream, to the access line and to
-    the usage record."""
+    """A call is resumed after its first worker was killed in mid-stream. The caller has chosen its trace id. The same
+    id is in the gateway's spans, in the spans of both workers, in the access line and in the usage record."""
     async with keyed_cluster(tmp_path, tracing(collector)) as keyed:
         cluster, places = keyed.cluster, {}
         assert keyed.gateway.dispatch.accounting is not None
@@ -136,7 +135,7 @@ async def test_a_call_is_followed_from_its_caller_to_the_ledger_over_a_resume(
 
 
 def _check_tree(root: ReceivedSpan, spans: Sequence[ReceivedSpan]) -> None:
-    """Check that every span lies below the call's span, within its time."""
+    """Check that every span is a descendant of the call's span and lies within its time."""
     known = {span.id: span for span in spans}
     for span in spans:
         if span is not root:
@@ -195,8 +194,9 @@ async def test_every_api_passes_the_callers_context_on(
 async def test_the_caller_or_the_ratio_decides(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, collector: Collector
 ) -> None:
-    """A caller's flag decides whether a call is sampled, and the ratio decides for the others. A call that is not
-    sampled has no record, but its caller's trace id, also at the worker, for the logs."""
+    """The sampled flag of the caller's trace decides whether a call is sampled. Without a caller's trace, the ratio
+    decides. A call that is not sampled has no trace record, but the caller's trace id is kept for the logs of gateway
+    and worker."""
     async with traced_cluster(tmp_path, collector) as cluster:
         worker = await cluster.add_worker(sim_engine(checkpoint), bundle)
         submitted: list[str] = []
@@ -224,8 +224,8 @@ async def test_the_caller_or_the_ratio_decides(
 async def test_a_call_that_its_client_resumes_stays_in_its_trace(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, collector: Collector
 ) -> None:
-    """A stream whose client comes back with resume tokens has a second call in the trace of the first, below the first
-    call's span, although the client names no trace; it begins with a resume."""
+    """A client resumes a stream with resume tokens and names no trace. The second call is still in the trace of the
+    first, below the first call's span, and begins with a resume span."""
     async with traced_cluster(tmp_path, collector) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
         request = chat(max_tokens=40, ignore_eos=True, resumable=True)
@@ -242,7 +242,7 @@ async def test_a_call_that_its_client_resumes_stays_in_its_trace(
 
 
 async def test_callers_may_be_ignored(tmp_path: Path, checkpoint: Path, bundle: Bundle, collector: Collector) -> None:
-    """Without `follow_caller` the ratio decides for all calls, also for those of callers that sample."""
+    """Without `follow_caller` the ratio decides for all calls, even for calls whose caller's trace is sampled."""
     async with traced_cluster(tmp_path, collector, follow_caller=False, sample_ratio=0.0) as cluster:
         await cluster.add_worker(sim_engine(checkpoint), bundle)
         await cluster.stub.Chat(chat(), metadata=(("traceparent", SAMPLED),))
@@ -253,8 +253,8 @@ async def test_callers_may_be_ignored(tmp_path: Path, checkpoint: Path, bundle: 
 async def test_refused_and_failed_calls_are_traced(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, collector: Collector
 ) -> None:
-    """A call of an unknown model, an invalid call, and a call whose caller leaves have traces that say how they ended;
-    only the first two are errors. Error messages, which may quote the request, are not in the trace."""
+    """A call of an unknown model, an invalid call and a call whose client disconnects have traces that say how they
+    ended. Only the first two count as errors. Error messages, which may quote the request, are not in the trace."""
     async with traced_cluster(tmp_path, collector) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
         await refused(cluster.stub.Chat(chat(model="no-such-model")))
@@ -275,8 +275,8 @@ async def test_refused_and_failed_calls_are_traced(
 async def test_parsed_and_pooled_calls_are_traced(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, collector: Collector
 ) -> None:
-    """A chat whose output is parsed has its times from the worker, as any other. A pooling call has an attempt for each
-    input, up to a bound."""
+    """A chat whose output is parsed has times from its worker like any other chat. A pooling call has an attempt for
+    each input, up to a bound."""
     async with traced_cluster(tmp_path, collector) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle, model="embed")
         await cluster.stub.Embed(pb.EmbedRequest(model="embed", texts=["one", "two", "three"]))
@@ -296,8 +296,8 @@ async def test_parsed_and_pooled_calls_are_traced(
 async def test_a_collector_that_is_away_slows_no_call(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, collector: Collector
 ) -> None:
-    """While nothing listens at the collector's address, calls are answered, the queue stays within its bound, and every
-    span is counted as dropped or failed."""
+    """While nothing listens at the collector's address, calls are answered, the queue of spans stays within its bound,
+    and every span is counted as dropped or failed."""
     async with traced_cluster(tmp_path, collector, max_queued_spans=512) as cluster:
         collector.refusal = grpc.StatusCode.PERMISSION_DENIED
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.1), bundle)

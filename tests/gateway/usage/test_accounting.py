@@ -1,5 +1,4 @@
-"""Usage records. Each admitted sequence has one record, however its call ends, and a call that no worker accepted has
-no record."""
+"""Usage records. Each sequence that a worker accepted has one record, however its call ends. Other calls have none."""
 
 from __future__ import annotations
 
@@ -58,8 +57,8 @@ async def settled(cluster: TestCluster, *workers: AccountedWorker) -> None:
 
 
 async def test_every_end_has_its_record(tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger) -> None:
-    """Every sequence has one record with its delivered and generated tokens, whether the sequence finished, was stopped
-    by a stop string, was one of several, was cancelled, passed its deadline, or failed in the engine."""
+    """Every sequence has one record with its delivered and generated tokens. This holds if it finished, was stopped by
+    a stop string, was one of several, was cancelled, passed its deadline, or failed in the engine."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         engine = sim_engine(checkpoint, decode_ms=2)
         worker = await start_worker(engine, bundle, [cluster.gateway.endpoints["link"]])
@@ -155,7 +154,7 @@ async def test_a_retried_call_has_one_record(tmp_path: Path, checkpoint: Path, b
 async def test_counts_wait_while_the_database_is_away(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """Calls are served while the database is down, and the worker keeps the calls' counts until the database has
+    """Calls are served while the database is down. The worker keeps the counts of the calls until the database has
     them."""
     switch = Switch(ledger.usage.insert)
     async with accounting_cluster(tmp_path / "g", switch.insert) as cluster:
@@ -183,8 +182,8 @@ async def test_counts_wait_while_the_database_is_away(
 async def test_a_lost_gateways_call_counts_what_a_lost_worker_had_made(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """After the loss of a call's first worker and then of the call's gateway, the second worker's report includes every
-    token that the caller has read."""
+    """A call loses its first worker and then its gateway. The report of its second worker includes every token that the
+    caller has read."""
     gone = Switch(ledger.usage.insert)
     gone.away = True
     async with (
@@ -214,8 +213,8 @@ async def test_a_lost_gateways_call_counts_what_a_lost_worker_had_made(
 async def test_a_lost_gateways_calls_are_told_to_another(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """Records that a lost gateway had not written to the database are written by another gateway as estimates. If the
-    lost gateway's disk returns, the exact records on the disk replace the estimates, and no record is there twice."""
+    """If a lost gateway had not written its records to the database, another gateway writes them as estimates. If the
+    lost gateway's disk returns, its exact records replace the estimates, and no record is there twice."""
     gone = Switch(ledger.usage.insert)
     gone.away = True
     async with accounting_cluster(tmp_path / "b", ledger.usage.insert) as other:
@@ -255,7 +254,7 @@ async def test_a_lost_gateways_calls_are_told_to_another(
 async def test_gpu_seconds_of_calls_and_idle_are_the_replicas_lifetime(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """The GPU seconds of all tenants and of `_idle` add up to 4 times the lifetime of a replica with 4 GPUs, within 1
+    """For a replica with 4 GPUs, the GPU seconds of all tenants and of `_idle` add up to 4 times its lifetime, within 1
     %."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         engine = sim_engine(checkpoint, decode_ms=5)
@@ -287,8 +286,7 @@ async def test_gpu_seconds_of_calls_and_idle_are_the_replicas_lifetime(
 async def test_a_short_call_is_charged_its_own_steps(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """A call with a single token is charged for the step that computed the token, and no call is charged for the idle
-    time before the call."""
+    """A call with a single token is charged for the step that computed the token, not for the idle time before."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         engine = sim_engine(checkpoint, decode_ms=20)
         worker = await start_worker(engine, bundle, [cluster.gateway.endpoints["link"]], gpus=1)
@@ -310,7 +308,7 @@ async def test_a_short_call_is_charged_its_own_steps(
 
 
 def test_a_gateway_without_a_ledger_imports_none() -> None:
-    """A gateway without `auth` imports neither the modules for accounts nor those for a database."""
+    """A gateway without `auth` imports no modules for accounts or databases."""
     program = "import sys; import cluster.gateway.server; print(*sys.modules)"
     imported = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -1,5 +1,5 @@
-"""Accounting under faults. Gateways are killed at random points, their disks are deleted and the database is stopped,
-and every admitted call is recorded exactly once."""
+"""Accounting under faults. Gateways are killed at random points, their disks are deleted and the database is stopped.
+Every admitted call is still recorded exactly once."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Site:
         )
 
     def address(self, number: int, listener: str) -> str:
-        """Return the address of a gateway's listener. The address is the same for all incarnations of the gateway."""
+        """Return the address of a gateway's listener, which is the same for all its incarnations."""
         return str(yaml.safe_load(self._text[number])["gateway"]["listen"][listener])
 
     def config_file(self, number: int) -> Path:
@@ -112,13 +112,12 @@ class Site:
         return exec_gateway(self._children, self._folder, name, self._text[number]), self._folder / name
 
     async def knows_callers(self, number: int) -> None:
-        """Wait until a gateway has loaded the tenants and keys. From then on the gateway serves without the
-        database."""
+        """Wait until a gateway has loaded the tenants and keys. It can then serve without the database."""
         home = self.running[number][1]
         await until((home / "state" / "snapshot.json").exists, f"gateway {number} knows who may call")
 
     async def kill(self, number: int) -> None:
-        """Kill a gateway with SIGKILL, delete the gateway's disk, and start the next incarnation of the gateway."""
+        """Kill a gateway with SIGKILL, delete its disk, and start its next incarnation."""
         child, home = self.running[number]
         await until(lambda: bool(child.commands()), "its process has begun")
         (process,) = child.commands()
@@ -129,8 +128,8 @@ class Site:
 
 
 async def call_for_ever(address: str, key: str, chance: random.Random, stop: asyncio.Event) -> None:
-    """Make calls of random kinds without end, one after the other. The kinds are plain, streamed, with several outputs,
-    cancelled, and past the deadline. Failures are ignored."""
+    """Make calls of random kinds one after the other, until `stop` is set. The kinds are plain, streamed, with several
+    outputs, cancelled, and past the deadline. Failures are ignored."""
     metadata = (("authorization", f"Bearer {key}"),)
     async with grpc.aio.insecure_channel(address, options=OWN_CONNECTION) as channel:
         stub = pb_grpc.InferenceStub(channel)
@@ -169,7 +168,7 @@ async def _pause(stop: asyncio.Event) -> None:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Provide an empty database of each kind."""
+    """Provide an empty database of each kind; a test runs once for each."""
     if request.param == "sqlite":
         yield Database(f"sqlite:///{tmp_path / 'ledger.db'}", None)
         return
@@ -181,8 +180,8 @@ def database(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
 async def test_every_admitted_call_is_there_once(
     database: Database, tmp_path: Path, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """After five kills, the ledger has every sequence that workers have accepted exactly once, and nothing else. Two
-    kills happen while the database is down, and after one kill no gateway has any record on disk."""
+    """After five kills, the ledger has exactly the sequences that workers have accepted, each once. Two kills happen
+    while the database is down. After one kill, no gateway has any record on disk."""
     chance = random.Random(20261124)
     ledger = await asyncio.to_thread(Ledger, database.url, peppers=[PEPPER.encode()])
     await asyncio.to_thread(ledger.upgrade)
@@ -257,7 +256,7 @@ async def test_every_admitted_call_is_there_once(
 
 
 def _accepts(workers: list[AccountedWorker], chance: random.Random) -> Callable[[str], Any]:
-    """Return a function that waits for a random number of further calls to end at the workers."""
+    """Return a function that waits until a random number of further calls have ended at the workers."""
 
     async def more(what: str) -> None:
         wanted = sum(len(worker.witness.seen) for worker in workers) + chance.randrange(15, 60)

@@ -1,5 +1,4 @@
-"""The prompt log. Only prompts of tenants whose policy asks for logging are written, and prompts are kept as long as
-the policy says."""
+"""The prompt log. It holds only prompts of tenants whose policy asks for logging, for as long as the policy says."""
 
 from __future__ import annotations
 
@@ -50,7 +49,7 @@ async def lines_of(keyed: Keyed, tenant: str, count: int) -> list[dict[str, Any]
 
 
 async def test_prompt_and_output_of_a_tenant_that_wants_it(keyed: Keyed) -> None:
-    """Prompts and outputs of calls over gRPC and HTTP are logged with request id and outcome. Keys in the texts are
+    """Prompts and outputs of calls over gRPC and HTTP are logged with request id and outcome. API keys in the texts are
     hidden, and only the owner can read the files."""
     key = await keyed.key("wants-it", log_prompts=True)
     answer = await keyed.cluster.stub.Chat(chat(WORDS), metadata=bearer(key))
@@ -71,8 +70,8 @@ async def test_prompt_and_output_of_a_tenant_that_wants_it(keyed: Keyed) -> None
 
 
 async def test_of_all_others_no_byte_rests_anywhere(keyed: Keyed, capfd: pytest.CaptureFixture[str]) -> None:
-    """The text of calls of other tenants, failed calls included, is in no file of the gateway, the ledger or the spool,
-    and in no log line."""
+    """If a tenant has no prompt log, the text of its calls, even of failed ones, is in no file of the gateway, the
+    ledger or the spool, and in no log line."""
     key = await keyed.key("says-nothing")
     rare = "zanzibarquokka"
     await keyed.cluster.stub.Chat(chat(rare), metadata=bearer(key))

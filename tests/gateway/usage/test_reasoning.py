@@ -1,4 +1,4 @@
-"""Reasoning tokens in usage records. They are a part of the completion tokens, and no token is counted twice."""
+"""Reasoning tokens in usage records. They are a part of the completion tokens, and each token is counted once."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from tests.gateway.text.test_parsed_text import PlainText
 
 
 class Events:
-    """Receiver of the events of calls, which ignores all events."""
+    """Receiver that ignores the events of calls."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_: None
 
 
 class Link:
-    """A link to a worker, without a connection."""
+    """Stub of a link, without a connection."""
 
     def __init__(self) -> None:
         self.identity = WorkerIdentity("w", "incarnation", "sim", version="v1")
@@ -57,8 +57,8 @@ class Link:
 
 
 def parsed_call(call_id: str, restored: Sequence[int]) -> Call:
-    """Return a running call with a parsed output for each of these numbers of tokens that another gateway has
-    delivered."""
+    """Return a running call with parsed outputs. `restored`: for each output, the number of tokens that another gateway
+    has delivered."""
     call = Call(call_id, "sim", TenantPolicy("acme"), 0, 1.0, None, lambda: 2.0, cast("CallEvents[Any]", Events()))
     for index, tokens in enumerate(restored):
         text = ParsedText(PlainText())
@@ -73,8 +73,8 @@ def parsed_call(call_id: str, restored: Sequence[int]) -> Call:
 
 
 def send(sequence: CallSequence, tokens: int, reasoning: int | None) -> None:
-    """Send `tokens` tokens to a sequence, and deliver them. `reasoning`: number of reasoning tokens of an output that
-    ends; None if the output does not end."""
+    """Send `tokens` tokens to a sequence and deliver them. `reasoning`: number of reasoning tokens of an output that
+    ends; None if it does not end."""
     finish = None if reasoning is None else FinishReason.STOP
     parsed = ParsedOutput(reasoning_tokens=reasoning or 0)
     sequence.output(TokenOutput("", tuple(range(tokens)), finish, prompt_tokens=3, parsed=parsed))
@@ -95,7 +95,7 @@ def usage_records(call: Call) -> list[UsageRecord]:
 
 @given(st.integers(0, 50), st.lists(st.integers(0, 20), min_size=1, max_size=6))
 def test_parts_of_an_output_count_each_token_once(reasoning: int, parts: list[int]) -> None:
-    """The reasoning tokens of an output's parts add up to those of the output, and a part has no more than its
+    """The reasoning tokens of an output's parts add up to those of the output. In no part do they exceed the part's
     tokens."""
     bounds = list(itertools.accumulate(parts, initial=0))
     counted = [reasoning_in_part(reasoning, first, end) for first, end in itertools.pairwise(bounds)]
@@ -109,8 +109,8 @@ outputs = st.tuples(st.integers(0, 20), st.integers(1, 20), st.none() | st.integ
 
 @given(st.lists(outputs, min_size=1, max_size=4))
 def test_reasoning_is_a_part_of_each_record(call_outputs: list[tuple[int, int, int | None]]) -> None:
-    """Whatever workers report, a record has at most as many reasoning tokens as completion tokens, and the records of
-    a call have at most what was reported. The metrics count what the records count."""
+    """Whatever workers report, a record has at most as many reasoning tokens as completion tokens. All records of a
+    call together have at most the reported number. The metrics count the same as the records."""
     call = parsed_call("c", [restored for restored, _, _ in call_outputs])
     for sequence, (_, tokens, reasoning) in zip(call.sequences, call_outputs, strict=True):
         send(sequence, tokens, reasoning)
@@ -127,8 +127,8 @@ def test_reasoning_is_a_part_of_each_record(call_outputs: list[tuple[int, int, i
 
 @pytest.mark.parametrize(("reasoning", "first", "second"), [(5, 5, 0), (12, 12, 0), (15, 12, 3), (20, 12, 8)])
 def test_a_resumed_output_is_counted_by_two_gateways(reasoning: int, first: int, second: int) -> None:
-    """If two gateways see the end of one output of 20 tokens, of which the second delivers the last 8, then each counts
-    the reasoning in its own part."""
+    """Two gateways deliver one output of 20 tokens: the first gateway 12, the second the last 8. Each counts the
+    reasoning tokens in its own part."""
     before, after = parsed_call("a", [0]), parsed_call("b", [12])
     send(before.sequences[0], 12, reasoning)
     send(after.sequences[0], 8, reasoning)
@@ -136,8 +136,8 @@ def test_a_resumed_output_is_counted_by_two_gateways(reasoning: int, first: int,
 
 
 async def test_records_of_a_gateway(tmp_path: Path) -> None:
-    """The record of an ended output has its reasoning tokens; the records of a cancelled output and of a call whose
-    gateway was lost have 0."""
+    """The record of an ended output has its reasoning tokens. The records of a cancelled output, and of a call whose
+    gateway was lost, have 0."""
     written: list[UsageRecord] = []
     sealer, link = Sealer([b"s" * 32]), cast(WorkerLink, Link())
     accounting = Accounting(incarnation="g", sealer=sealer, folder=tmp_path, insert=written.extend)
@@ -161,7 +161,7 @@ async def test_records_of_a_gateway(tmp_path: Path) -> None:
 
 
 def test_reasoning_tokens_are_counted_in_metrics(tmp_path: Path) -> None:
-    """The counter of reasoning tokens grows with each call by the reasoning that this gateway delivered."""
+    """Each call increases the counter of reasoning tokens by the number that this gateway delivered."""
 
     async def fetch(digest: str) -> Any:
         raise LookupError(digest)

@@ -19,9 +19,9 @@ GPUS = 2.0
 
 
 class Twin:
-    """A simulated engine in virtual time.
+    """A simulated engine in virtual time, with a GPU meter that charges its steps.
 
-    The meter charges the steps of the engine. For comparison, the steps are also charged exactly.
+    `true` has the exact charges for comparison.
     """
 
     def __init__(self, **parameters: float) -> None:
@@ -45,7 +45,7 @@ class Twin:
         self.shares[name] = self.meter.open_share(self.now)
 
     def step(self) -> None:
-        """Run one step. As in a worker, the meter is called only for steps with outputs."""
+        """Run one step. The meter is called only for steps with outputs, as in a worker."""
         plan = self.model.schedule()
         computed = sum(tokens for _, tokens in plan.work)
         for sequence, tokens in plan.work:
@@ -76,7 +76,8 @@ class Twin:
 
 
 def test_shares_are_those_of_the_tokens_computed() -> None:
-    """Each of many requests with different lengths and arrival times owes the share of its tokens in each step."""
+    """Each request is charged its share of the tokens that each step computes. The requests differ in length and
+    arrival."""
     twin = Twin(decode_ms=10, prefill_tokens_per_s=20_000, max_num_seqs=32, kv_blocks=50_000)
     chance = random.Random(5)
     for number in range(200):
@@ -89,7 +90,8 @@ def test_shares_are_those_of_the_tokens_computed() -> None:
 
 
 def test_a_long_prompt_pays_for_all_its_steps() -> None:
-    """A prompt of many steps owes its share of each step, and the requests that run meanwhile do not pay for it."""
+    """A prompt that takes many steps is charged its share of each. Requests that run meanwhile are not charged for
+    it."""
     twin = Twin(decode_ms=10, prefill_tokens_per_s=20_000, max_num_batched_tokens=512, kv_blocks=50_000)
     for number in range(4):
         twin.submit(f"short{number}", 20, 400)
@@ -113,7 +115,8 @@ def test_a_long_prompt_pays_for_all_its_steps() -> None:
 def test_all_shares_and_idle_are_lifetime_times_gpus(
     calls: list[tuple[int, int, int, float]], max_step_tokens: int
 ) -> None:
-    """With any requests, preemptions and pauses, charges and idle time add up to lifetime x GPUs within 1 %."""
+    """Charges plus idle time equal the lifetime times the number of GPUs, within 1 %, for any requests, preemptions and
+    pauses."""
     twin = Twin(
         decode_ms=5, prefill_tokens_per_s=20_000, max_num_batched_tokens=max_step_tokens, max_num_seqs=4, kv_blocks=60
     )
@@ -134,7 +137,7 @@ def test_all_shares_and_idle_are_lifetime_times_gpus(
 
 
 def test_idle_time_is_told_once() -> None:
-    """An idle engine is idle on all its GPUs, and each idle second is reported once."""
+    """An idle engine has idle time on all its GPUs, and each idle second is reported once."""
     meter = GpuMeter(4.0, 1000, now=10.0)
     assert meter.idle(11.0) == pytest.approx(4.0)
     assert meter.idle(11.0) == 0.0

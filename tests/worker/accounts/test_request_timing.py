@@ -1,4 +1,4 @@
-"""Times of a request at its worker: the durations add up to the time that has passed."""
+"""The durations of a request at its worker add up to the time that has passed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ seconds = st.floats(0, 100)
 def test_durations_add_up(
     queue_s: float, prefill_s: float, more_s: float, decode_s: float, parse_s: float, measured: bool, is_parsed: bool
 ) -> None:
-    """The durations up to the first output, and those up to the end, add up to what has passed, whether the engine
-    measures or not, and whether the output is parsed or not. The engine's own durations are kept."""
+    """The durations up to the first output add up to the time that has passed, and so do the durations up to the end.
+
+    This holds with and without the engine's own measurements, which are kept, and with and without parsing.
+    """
     engine = RequestTimes(queue_s=queue_s, prefill_s=prefill_s) if measured else None
     timing, total_s = RequestTiming(1000.0), queue_s + prefill_s + more_s
     timing.record_first(engine, 1000.0 + total_s)
@@ -35,7 +37,8 @@ def test_durations_add_up(
 
 
 def test_an_only_output_has_all_durations() -> None:
-    """A request whose first parsed output is its last one reports everything at once; one without output nothing."""
+    """A request whose first parsed output is also its last reports all durations at once. A request without output
+    reports none."""
     timing = RequestTiming(10.0)
     timing.record_first(RequestTimes(queue_s=1.0, prefill_s=2.0), 14.0)
     timing.record_last(15.0)

@@ -1,4 +1,4 @@
-"""The adapters in an engine's memory, by themselves."""
+"""Loads of adapters into an engine's memory, tested without a worker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.worker.adapters.test_worker_adapters import Engine
 
 @pytest.mark.timeout(60)  # not asyncio's: a request that waits for an ended load blocks the event loop
 async def test_a_request_does_not_wait_for_a_load_that_has_ended() -> None:
-    """A request that begins right after its adapter was loaded and dropped for another one loads the adapter again."""
+    """A request whose adapter has just been loaded, and then dropped for another adapter, loads its adapter again."""
     engine, tasks = Engine(1), AdapterTasks()
     engine.gates["a"] = asyncio.Event()
     loads = AdapterLoads(

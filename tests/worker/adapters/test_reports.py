@@ -1,4 +1,4 @@
-"""Reports of adapters to links: when they are sent, and to whom."""
+"""Reports of adapters: when a worker sends them, and to which links."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SentReports(Outbox):
 
 @asynccontextmanager
 async def running(reports: AdapterReports) -> AsyncIterator[None]:
-    """Send reports within the block."""
+    """Run the sender of reports within the block."""
     task = asyncio.create_task(reports.run())
     try:
         yield
@@ -39,7 +39,7 @@ async def running(reports: AdapterReports) -> AsyncIterator[None]:
 
 
 async def test_a_change_is_reported_once_to_every_link() -> None:
-    """A new link gets a report at once, and all links get one for several changes at the same time."""
+    """A new link gets a report at once. Several changes at the same time give one report to every link."""
     statuses: list[AdapterStatus] = []
     reports = AdapterReports(lambda: list(statuses), report_s=0.0)
     first, second, gone = SentReports(), SentReports(), SentReports()
@@ -58,7 +58,7 @@ async def test_a_change_is_reported_once_to_every_link() -> None:
 
 
 async def test_moved_adapters_are_reported_later() -> None:
-    """A change of the slots alone waits for several times the time between reports; another change does not wait."""
+    """If adapters have only moved between slots, the report is delayed. Any other change is reported at once."""
     reports = AdapterReports(lambda: [READY], report_s=0.1)
     outbox = SentReports()
     reports.attach(1, outbox)

@@ -1,4 +1,4 @@
-"""A worker's adapters: what gateways want becomes ready, requests hold what they use, and a failure stays alone."""
+"""A worker's adapters: wanted adapters become ready, adapters in use stay loaded, and a failure affects one adapter."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ SLOTS, CAPACITY = 2, 3
 
 
 def digest_of(source: str) -> str:
-    """Return the digest that `Files` finds at a source."""
+    """Return the digest of the adapter that `Files` fetches from a source."""
     return source.encode().hex().rjust(64, "0")
 
 
 class Files:
-    """A store of adapters without files. `faults` are raised for a source; `fetched` are all sources in order."""
+    """A store of adapters without files. `faults`: errors to raise, by source; `fetched`: all fetched sources, in
+    order."""
 
     def __init__(self) -> None:
         self.faults: dict[str, Exception] = {}
@@ -58,7 +59,8 @@ class Files:
 
 
 class Engine:
-    """An engine that holds adapters and checks the rules. A closed gate holds the load of its digest."""
+    """An engine that holds adapters and checks the rules of loading. `gates`: by digest, events for which a load
+    waits."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self.capacity = capacity
@@ -84,7 +86,7 @@ class Engine:
 
 
 class Subject:
-    """A worker's adapters over fakes, and the reports of one link."""
+    """A worker's adapters, with a fake engine and a fake store."""
 
     def __init__(self, capacity: int = CAPACITY, version: str = "", hold_s: float = 60.0) -> None:
         self.files, self.engine = Files(), Engine(capacity)
@@ -111,7 +113,7 @@ class Subject:
         await asyncio.gather(self.task, return_exceptions=True)
 
     def want(self, *names: str, link: int = 1, pinned: Sequence[str] = ()) -> None:
-        """Send the set of adapters with these names, whose sources are their names."""
+        """Send the set of wanted adapters. The source of each adapter is its name."""
         self.revision += 1
         specs = tuple(AdapterSpec(name, name, pinned=name in pinned) for name in names)
         self.adapters.receive(link, AdapterSet(self.revision, specs))
@@ -128,19 +130,20 @@ class Subject:
 
 
 def info_of(**changes: Any) -> EngineInfo:
-    """Return an EngineInfo."""
+    """Return an EngineInfo with the given fields changed."""
     plain = {"engine_class": "sim", "engine_path": "sim", "engine_version": "1", "block_size": 16, "kv_blocks": 64}
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 512, "vocab_size": 99}
     return EngineInfo(**plain, **sizes, **changes)  # type: ignore[arg-type]
 
 
 def report_in(outbox: Outbox) -> Callable[[], dict[str, AdapterState]]:
-    """Return a function that returns the states that wait in an outbox."""
+    """Return a function that returns the state of each adapter in the report that waits in an outbox."""
     return lambda: {status.name: status.state for status in outbox._adapters or ()}
 
 
 async def test_what_is_wanted_becomes_ready_and_every_link_knows() -> None:
-    """All links get each change, a new link gets the whole, and a link that ended nothing more."""
+    """Every link gets each change of the adapters. A new link gets all adapters, and an ended link gets nothing
+    more."""
     async with Subject() as subject:
         first, second = Outbox(), Outbox()
         subject.adapters.attach(1, first)
@@ -158,7 +161,7 @@ async def test_what_is_wanted_becomes_ready_and_every_link_knows() -> None:
 
 
 async def test_a_failure_is_told_with_its_reason_and_tried_again() -> None:
-    """One adapter's failure holds up no other, and ends when its files are there."""
+    """A failed adapter does not delay the other adapters, and becomes ready once its files can be fetched."""
     async with Subject() as subject:
         subject.files.faults = {"a": ValueError("r: 512 is too much"), "b": OSError("no disk"), "c": KeyError("odd")}
         subject.want("a", "b", "c", "d")
@@ -173,7 +176,7 @@ async def test_a_failure_is_told_with_its_reason_and_tried_again() -> None:
 
 
 async def test_a_slow_load_holds_nobody_up() -> None:
-    """While an adapter loads, requests for others and for the base model do not wait."""
+    """While an adapter loads, requests for other adapters and for the base model do not wait."""
     async with Subject() as subject:
         subject.engine.gates[digest_of("slow")] = gate = asyncio.Event()
         subject.want("a")
@@ -191,7 +194,8 @@ async def test_a_slow_load_holds_nobody_up() -> None:
 
 
 async def test_more_adapters_than_memory_are_loaded_on_demand() -> None:
-    """All are ready; a request loads its adapter in place of the least recently used one that is not in use."""
+    """All wanted adapters are ready. A request loads its adapter in place of the least recently used adapter that is
+    not in use."""
     async with Subject() as subject:
         subject.want(*"abcde")
         await subject.all_ready()
@@ -230,7 +234,8 @@ async def test_what_is_gone_serves_its_requests_to_the_end() -> None:
 
 
 async def test_a_digest_that_the_catalog_learns_changes_nothing() -> None:
-    """A catalog that names the digest which the worker has found, or other tenants, loads nothing again."""
+    """An adapter is not loaded again if the catalog later names the digest that the worker has found, or other
+    tenants."""
     async with Subject() as subject:
         subject.want("a")
         await subject.all_ready()
@@ -265,7 +270,7 @@ async def test_pinned_adapters_stay_and_what_finds_no_place_says_so() -> None:
 
 
 async def test_what_the_engine_refuses_has_failed() -> None:
-    """A refused load fails its request and its adapter, and is tried again."""
+    """If the engine refuses to load an adapter, the request and the adapter fail, and the load is tried again."""
     async with Subject(capacity=1) as subject:
         subject.want("a", "b")
         await subject.all_ready()
@@ -282,7 +287,7 @@ async def test_what_the_engine_refuses_has_failed() -> None:
 
 
 async def test_a_load_that_spoils_the_engine_ends_it_once() -> None:
-    """An engine that must be replaced is reported, and its successor will not load the same files."""
+    """If a load corrupts the engine, the engine is reported as dead, and the store marks the adapter as refused."""
     async with Subject() as subject:
         subject.engine.faults[digest_of("a")] = EngineCorrupt("rank 1 failed")
         subject.want("a")
@@ -292,7 +297,7 @@ async def test_a_load_that_spoils_the_engine_ends_it_once() -> None:
 
 
 async def test_a_worker_without_adapters_refuses_them() -> None:
-    """Requests are refused, and neither set nor report reaches anything."""
+    """A worker without adapters refuses requests for adapters, ignores a set of adapters, and reports none."""
     adapters = WorkerAdapters(info_of(), Engine(), Files(), lambda dead: pytest.fail(str(dead)))
     outbox = Outbox()
     adapters.attach(1, outbox)
@@ -324,8 +329,8 @@ async def test_waiting_requests_that_are_cut_hold_nothing() -> None:
 
 
 async def test_requests_cause_few_reports() -> None:
-    """However often requests change which adapters lie in a slot, there is one report a while later, and the more
-    adapters there are, the later. What changes otherwise is reported at once."""
+    """Requests that move adapters between slots cause a single delayed report; the delay grows with the number of
+    adapters."""
     async with Subject(capacity=100) as subject:
         outbox = Outbox()
         subject.adapters.attach(1, outbox)
@@ -351,8 +356,8 @@ async def test_requests_cause_few_reports() -> None:
 
 
 async def test_a_request_waits_for_memory_for_a_bounded_time() -> None:
-    """While all adapters in memory are in use, a request for another one ends, and the worker no longer says that it
-    takes such requests, until the adapter is loaded."""
+    """While all adapters in memory are in use, a request for another adapter is refused after a while. That adapter
+    counts as loading until it is loaded."""
     async with Subject(capacity=1, hold_s=0.01) as subject:
         subject.want("a", "b")
         await subject.all_ready()
@@ -373,8 +378,8 @@ async def test_a_request_waits_for_memory_for_a_bounded_time() -> None:
 
 
 async def test_steady_requests_for_one_adapter_do_not_keep_another_out() -> None:
-    """Requests for one adapter overlap without an end. A request for another one gets its turn, and then the first one
-    again."""
+    """If requests for two adapters overlap without end, and memory has space for one adapter, both adapters are served
+    in turn."""
     async with Subject(capacity=1, hold_s=0.01) as subject:
         subject.want("a", "b")
         await subject.all_ready()
@@ -404,8 +409,11 @@ async def test_steady_requests_for_one_adapter_do_not_keep_another_out() -> None
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), capacity=st.integers(1, 3), failing=st.sets(st.sampled_from("abcdef"), max_size=2))
 def test_any_order_of_sets_and_requests_keeps_the_rules(seed: int, capacity: int, failing: set[str]) -> None:
-    """Requests and changes in any order: every request that is let in finds its adapter in the engine until it ends,
-    the engine never holds more than it can, and in the end the engine holds wanted adapters only."""
+    """The rules hold for requests and changed sets in any order.
+
+    Every accepted request finds its adapter in the engine until the request ends. The engine never holds more adapters
+    than its capacity, and in the end it holds only wanted ones.
+    """
 
     async def scene() -> None:
         rng = random.Random(seed)
@@ -509,8 +517,10 @@ class Gateway(pb_grpc.LinkServicer):
 
 @asynccontextmanager
 async def serving(max_cpu_loras: int, decode_ms: float = 1.0) -> AsyncIterator[tuple[Gateway, WorkerSession]]:
-    """Yield a gateway and the session of a worker that is linked to it. The worker's engine holds `max_cpu_loras`
-    adapters, and one in a slot."""
+    """Yield a gateway and the session of a worker that is linked to it.
+
+    The worker's engine has one slot for adapters, and memory for `max_cpu_loras` adapters.
+    """
     memory = max_cpu_loras
     engine = SimEngine(SimConfig(vocab=1000, max_model_len=512, decode_ms=decode_ms, max_loras=1, max_cpu_loras=memory))
     info = await engine.start()
@@ -539,8 +549,8 @@ async def serving(max_cpu_loras: int, decode_ms: float = 1.0) -> AsyncIterator[t
 
 
 async def test_requests_for_adapters_over_a_link() -> None:
-    """Set, report and Submits cross a real link: each adapter has its own tokens, also one that is loaded on demand.
-    An unknown digest is refused."""
+    """Over a real link, each adapter generates its own tokens, also an adapter that is loaded on demand. A request with
+    an unknown digest is refused."""
     async with serving(max_cpu_loras=2) as (gateway, _):
         specs = tuple(AdapterSpec(name, name) for name in "abc")
         gateway.to_send.put_nowait(pb.GatewayTurn(adapters=adapter_set_to_pb(AdapterSet(3, specs))))
@@ -562,8 +572,8 @@ async def test_requests_for_adapters_over_a_link() -> None:
 
 
 async def test_an_abort_ends_the_wait_for_memory() -> None:
-    """A request that waits until an adapter is no longer in use counts as one that runs, and an abort ends it at once.
-    What is aborted leaves nothing behind."""
+    """A request that waits for memory for its adapter counts as running. An abort ends it at once, and nothing of it
+    remains."""
     async with serving(max_cpu_loras=1, decode_ms=50.0) as (gateway, session):
         session._adapters.loads._hold_s = 60.0
         specs = tuple(AdapterSpec(name, name) for name in "ab")

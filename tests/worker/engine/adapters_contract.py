@@ -1,4 +1,6 @@
-"""Adapters on two ranks and on the public path. Run by `make contract-v2`: each test starts an engine of its own."""
+"""Adapters on two ranks, and on the public path (AsyncLLM). Each test starts its own engine; run by `make
+contract-v2`.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ pytestmark = pytest.mark.engine
 
 
 async def test_two_ranks_serve_adapters_until_a_load_fails(llama_folder: Path, tmp_path: Path) -> None:
-    """With all slots full, base model and adapters are right on two ranks. After a failed load the ranks' replies are
-    in disorder, so the engine must be replaced."""
+    """With all slots full, the base model and the adapters give the right tokens on two ranks. A failed load mixes up
+    the replies of the ranks, so the engine must be replaced."""
     adapters = MergedAdapters(llama_folder, tmp_path / "adapters", rank=RANK)
     engine = VllmEngine(tiny_spec(engine=ENGINE, tensor_parallel_size=2), llama_folder, executor="mp")
     try:
@@ -37,7 +39,7 @@ async def test_two_ranks_serve_adapters_until_a_load_fails(llama_folder: Path, t
 
 
 async def test_the_public_path_serves_adapters(llama_folder: Path, tmp_path: Path) -> None:
-    """Through AsyncLLM adapters are served as over the fast path, and a failed load leaves the engine alive."""
+    """AsyncLLM serves adapters like the fast path, and a failed load leaves the engine alive."""
     adapters = MergedAdapters(llama_folder, tmp_path / "adapters", rank=RANK)
     engine = VllmEngine(tiny_spec(engine=ENGINE), llama_folder, prefer_fastpath=False)
     try:

@@ -1,4 +1,4 @@
-"""Check of the environment of `make contract-v2`: the engine schedules asynchronously on either runner."""
+"""Check that the engine schedules asynchronously in the environment of `make contract-v2`, on both model runners."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from tests.worker.engine.contract import Subject
 
 
 def test_it_schedules_asynchronously(fast_subject: Subject) -> None:
-    """The engine schedules asynchronously, as vLLM does on GPUs. The tests' plugin enables this on the CPU platform."""
+    """The engine schedules asynchronously, as vLLM does on GPUs. On CPUs the tests' plugin enables this."""
     assert schedules_asynchronously(fast_subject)

@@ -117,11 +117,11 @@ class Subject:
 
     @property
     def resumes_seeds(self) -> bool:
-        """Whether seeded requests can be resumed; on the V1 runner of vLLM 0.31 they cannot (docs/support.md)."""
+        """Whether the engine can resume seeded requests. The V1 runner of vLLM 0.31 cannot (docs/support.md)."""
         return not self.info.engine_class.endswith("-cpu31")
 
     def prompt(self, seed: int, tokens: int = 5) -> tuple[int, ...]:
-        """Return token ids for a prompt. Each seed gives different ids."""
+        """Return the token ids of a prompt. Each seed gives different ids."""
         span = self.token_hi - self.token_lo
         return tuple(self.token_lo + (seed * 7919 + i * (31 + seed % 7)) % span for i in range(tokens))
 
@@ -154,7 +154,7 @@ class Answer:
 
 
 class Driver:
-    """The only caller of an engine's `step`. The driver steps until a condition holds and collects the outputs."""
+    """The only caller of an engine's `step`. It runs steps until a condition holds, and collects the outputs."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -173,7 +173,7 @@ class Driver:
         return request.request_id
 
     async def step(self) -> Sequence[TokenOutput]:
-        """Run one step and return its outputs. Each output must be of a known request that has not finished."""
+        """Run one step and return its outputs. Check that each output is of a known request that has not finished."""
         # Not wait_for: its task would leave a gap after the step's return in which an abort could run.
         async with asyncio.timeout(self.subject.deadline_s):
             outputs = await self.engine.step()
@@ -205,7 +205,8 @@ class Driver:
         return [self.answers[i] for i in ids]
 
     async def empty(self) -> None:
-        """Check that no request runs and none waits, at the latest once two later requests have ended."""
+        """Check that no request runs or waits. Up to two short requests are run first, so that an engine can report the
+        end of earlier ones."""
         for _ in range(2):
             load = self.engine.load()
             if load.running == load.waiting == 0:
@@ -216,7 +217,8 @@ class Driver:
 
 
 async def abort_unfinished() -> None:
-    """Abort what the drivers of a test have not finished, so that a failed test fails alone on a shared engine."""
+    """Abort the requests that the drivers of a test have not finished. Otherwise a failed test would disturb later
+    tests on the shared engine."""
     drivers, _drivers[:] = list(_drivers), []
     for driver in drivers:
         unfinished = [key for key, answer in driver.answers.items() if answer.finish is None]
@@ -240,7 +242,7 @@ def request(prompt: Sequence[int], max_tokens: int = 6, **changes: object) -> En
 
 
 def prefixes(subject: Subject, token_ids: Sequence[int], salt: str) -> list[int]:
-    """Return the prefix hashes of the whole blocks of tokens."""
+    """Return the prefix hashes of the whole KV blocks of `token_ids`."""
     return list(map(int, prefix_hashes(token_ids, subject.info.block_size, seed_of(salt))))
 
 
@@ -248,7 +250,8 @@ class EngineContract:
     """The rules that every engine must keep. Each test checks one rule."""
 
     async def test_kv_events_predict_the_cached_tokens(self, engine: Subject) -> None:
-        """A mirror of the engine's KV events knows for each prompt how many tokens are cached under its salt."""
+        """A KV mirror that reads the engine's KV events predicts how many tokens of each prompt are cached under its
+        salt."""
         assert {KV_EVENTS, PREFIX_EXACT} <= set(engine.info.capabilities)
         size, source = engine.info.block_size, engine.kv_events or cast(KvEventSource, engine.engine)
         mirror, driver = KvMirror(size), Driver(engine)
@@ -293,8 +296,8 @@ class EngineContract:
         assert all(o.prompt_tokens is None and o.cached_tokens is None for o in answer.outputs[1:])
 
     async def test_first_output_of_a_sampled_call_has_its_times(self, engine: Subject) -> None:
-        """The first output of a request with a sampled traceparent, and no other output, has the times that the engine
-        has measured."""
+        """If a request's traceparent is sampled, its first output has the times that the engine has measured. Other
+        outputs have no times."""
         driver, context = Driver(engine), f"00-{'a' * 32}-{'b' * 16}"
         (sampled,) = await driver.run(request(engine.prompt(13), traceparent=f"{context}-01"))
         (other,) = await driver.run(request(engine.prompt(13), traceparent=f"{context}-00"))
@@ -327,7 +330,7 @@ class EngineContract:
         assert (answer.finish, answer.outputs[-1].stop_token_id) == (FinishReason.STOP, stop)
 
     async def test_min_tokens_holds_stop_tokens_back(self, engine: Subject) -> None:
-        """An engine generates no stop token before min_tokens."""
+        """An answer has no stop token within its first min_tokens tokens."""
         driver = Driver(engine)
         (free,) = await driver.run(request(engine.prompt(8), max_tokens=2))
         stops = tuple(set(free.token_ids))
@@ -336,8 +339,8 @@ class EngineContract:
         assert not set(answer.token_ids[:5]) & set(stops)
 
     async def test_salts_isolate_the_prefix_cache(self, engine: Subject) -> None:
-        """A prompt is found in the cache in whole blocks with its own salt, and never with another salt. The engine's
-        counts have the tokens that were looked up and found."""
+        """The whole blocks of a prompt are found in the cache with the prompt's salt, and not with another salt. The
+        engine counts the tokens that it looked up and found."""
         driver = Driver(engine)
         size = engine.info.block_size
         prompt = engine.prompt(9, tokens=2 * size + 1)
@@ -355,7 +358,8 @@ class EngineContract:
 
     @pytest.mark.parametrize("k", [0, 3])
     async def test_logprobs_have_the_sampled_token_first(self, engine: Subject, k: int) -> None:
-        """Each position has the sampled token, then at most k others in order. No log probability is above zero."""
+        """Each position has the sampled token first, then at most `k` other tokens in order. No log probability is
+        above zero."""
         (answer,) = await Driver(engine).run(request(engine.prompt(10), max_tokens=3, logprobs=k))
         positions = [p for output in answer.outputs for p in output.logprobs or ()]
         assert [p.token_ids[0] for p in positions] == list(answer.token_ids)
@@ -367,13 +371,13 @@ class EngineContract:
             assert len(set(position.token_ids[1:])) == len(top)
 
     async def test_no_logprobs_unless_asked(self, engine: Subject) -> None:
-        """An output of a request without the parameter `logprobs` has no log probabilities."""
+        """Without the parameter `logprobs`, outputs have no log probabilities."""
         (answer,) = await Driver(engine).run(request(engine.prompt(10), max_tokens=2))
         assert all(output.logprobs is None for output in answer.outputs)
 
     async def test_an_abort_frees_the_slot(self, engine: Subject) -> None:
-        """An aborted request is gone, without further output, in the step that answers a request submitted after the
-        abort. Other requests are unchanged."""
+        """An aborted request has no further output and has left the engine before a later request gets its first token.
+        Other requests are unchanged."""
         driver = Driver(engine)
         prompts = [engine.prompt(11), engine.prompt(12)]
         (undisturbed,) = await driver.run(request(prompts[0], max_tokens=12))
@@ -397,7 +401,8 @@ class EngineContract:
         assert answer.finish is FinishReason.LENGTH
 
     async def test_duplicate_id_is_refused_and_harmless(self, engine: Subject) -> None:
-        """A second request with a live id is refused, and the tokens of the first request do not change."""
+        """A request with the id of a running request is refused, and the tokens of the running request do not
+        change."""
         driver = Driver(engine)
         (alone,) = await driver.run(request(engine.prompt(14), max_tokens=5))
         first = request(engine.prompt(14), max_tokens=5)
@@ -428,7 +433,8 @@ class EngineContract:
         await driver.empty()
 
     async def test_priority_decides_who_is_next_when_full(self, engine: Subject) -> None:
-        """A free slot of a full engine goes to the request with the lower priority number."""
+        """When a slot of a full engine becomes free, the waiting request with the lowest priority number gets the
+        slot."""
         places = engine.info.max_num_seqs
         assert places <= MAX_PLACES, f"give the contract an engine with max_num_seqs <= {MAX_PLACES}"
         driver = Driver(engine)
@@ -448,11 +454,13 @@ class EngineContract:
 
     @pytest.mark.parametrize("name", RESUMED)
     async def test_cut_anywhere_equals_uncut(self, engine: Subject, name: str) -> None:
-        """A request cut after any token and resumed in a batch has the uncut request's tokens, end and logprobs."""
+        """A request that is cut after any token and resumed in a batch has the tokens, end and logprobs of the uncut
+        request."""
         await cut_everywhere(engine, engine.prompt(40, tokens=40), CUTS + 1, RESUMED[name])
 
     async def test_a_continued_call_keeps_min_tokens_and_stop_tokens(self, engine: Subject) -> None:
-        """In a resumed request, emitted tokens count towards min_tokens. Stop tokens work as in the uncut request."""
+        """In a resumed request, emitted tokens count towards min_tokens, and stop tokens work as in the uncut
+        request."""
         driver = Driver(engine)
         (free,) = await driver.run(request(engine.prompt(43), max_tokens=30))
         for least in (0, 20):
@@ -461,7 +469,8 @@ class EngineContract:
             assert len(uncut.token_ids) >= max(1, least)
 
     async def test_a_continued_call_tells_its_true_prompt(self, engine: Subject) -> None:
-        """prompt_tokens of a resumed request excludes emitted tokens, and cached_tokens never exceeds prompt_tokens."""
+        """In a resumed request, prompt_tokens does not count emitted tokens, and cached_tokens never exceeds
+        prompt_tokens."""
         if RESUME_PLAIN in engine.info.capabilities:
             pytest.skip("this engine continues a call as a new prompt")
         size = engine.info.block_size
@@ -489,7 +498,7 @@ class EngineContract:
         await Driver(engine).empty()
 
     async def test_storm_of_submits_and_aborts_leaves_nothing(self, engine: Subject) -> None:
-        """After submits and aborts that race with steps, every request has ended or was aborted."""
+        """After submits and aborts at random times, every request has ended or was aborted."""
         driver = Driver(engine)
 
         async def caller(number: int) -> str:
@@ -544,7 +553,7 @@ CONTROLS = ("frequency penalty", "presence penalty", "json grammar, seed", "rege
 async def plain_rests(subject: Subject, prompt: Sequence[int], name: str) -> tuple[int, int]:
     """Resume a request as a new prompt after every cut.
 
-    Returns the number of cuts, and the number of cuts after which the request continues like the uncut request.
+    Return the number of cuts, and the number of cuts after which the request continues like the uncut request.
     """
     driver, changes = Driver(subject), RESUMED[name]
     (uncut,) = await driver.run(request(prompt, max_tokens=CUTS + 1, **changes))
@@ -557,11 +566,8 @@ async def plain_rests(subject: Subject, prompt: Sequence[int], name: str) -> tup
 
 
 async def cut_everywhere(subject: Subject, prompt: Sequence[int], tokens: int, changes: Mapping[str, object]) -> Answer:
-    """Resume a request after every prefix of its answer, all at the same time, and compare each whole answer with the
-    uninterrupted one.
-
-    Returns the uninterrupted answer.
-    """
+    """Resume a request after every prefix of its answer, all at the same time, and check that each resumed answer
+    equals the uninterrupted answer. Return the uninterrupted answer."""
     driver = Driver(subject)
     (uncut,) = await driver.run(request(prompt, max_tokens=tokens, **changes))
     cuts = range(1, len(uncut.token_ids))

@@ -27,7 +27,7 @@ NEAR = 1e-5
 
 
 def info_of(subject: Subject) -> PoolingInfo:
-    """Return what the subject's model computes."""
+    """Return the PoolingInfo of the subject's model."""
     assert subject.info.pooling is not None
     return subject.info.pooling
 
@@ -41,7 +41,7 @@ def pool(
     priority: int = 0,
     emitted: Sequence[int] = (),
 ) -> EngineRequest:
-    """Return a pooling request with an id of its own."""
+    """Return a pooling request. Without `request_id`, it gets a unique id."""
     return EngineRequest(
         request_id or f"pool-{next(_serial)}",
         ids,
@@ -53,7 +53,7 @@ def pool(
 
 
 def vector(answer: Answer) -> list[float]:
-    """Return the vector of a request that has ended well: its only output, which has counts and no tokens."""
+    """Return the vector of a successful request. Check that its only output has the counts and no tokens."""
     (output,) = answer.outputs
     assert (output.finish, list(output.token_ids), output.message) == (FinishReason.STOP, [], "")
     assert output.vector is not None
@@ -61,13 +61,13 @@ def vector(answer: Answer) -> list[float]:
 
 
 def scaled(values: Sequence[float], dimensions: int) -> list[float]:
-    """Return the first values of a vector, scaled to length 1."""
+    """Return the first `dimensions` values of a vector, scaled to length 1."""
     length = math.hypot(*values[:dimensions])
     return [value / length for value in values[:dimensions]]
 
 
 async def refuse(driver: Driver, request: EngineRequest, field: str, outcome: Outcome) -> str:
-    """Submit a request that must be refused for `field`; return the message."""
+    """Submit a request that the engine must refuse with this field and outcome; return the message."""
     with pytest.raises(EngineRefused) as refused:
         await driver.submit(request)
     assert (refused.value.field, refused.value.reason) == (field, outcome.name)
@@ -75,7 +75,7 @@ async def refuse(driver: Driver, request: EngineRequest, field: str, outcome: Ou
 
 
 class PoolingContract:
-    """Tests of the contract."""
+    """Tests of the contract of pooling models."""
 
     @pytest.fixture
     def engine(self) -> Subject:
@@ -93,7 +93,8 @@ class PoolingContract:
         return info_of(engine).tasks[0]
 
     def test_names_its_tasks(self, engine: Subject) -> None:
-        """The capabilities name the tasks, and no way to resume; credit suffices for the longest text."""
+        """The capabilities name the tasks and no kind of resume. The KV tokens suffice for the longest text and for a
+        full step."""
         info = info_of(engine)
         assert pooling_tasks(engine.info.capabilities) == info.tasks
         assert not weakest_resume_capability(engine.info.capabilities)
@@ -101,7 +102,7 @@ class PoolingContract:
         assert engine.info.kv_tokens >= engine.info.max_num_batched_tokens
 
     async def test_one_output_with_counts(self, driver: Driver, task: PoolingTask) -> None:
-        """A request ends with its first output, which has the vector and the prompt's length; the engine is idle."""
+        """A request has one output, with the vector and the length of the prompt. The engine is idle afterwards."""
         ids = driver.subject.prompt(1, 7)
         (answer,) = await driver.run(pool(ids, task))
         values = vector(answer)
@@ -116,7 +117,7 @@ class PoolingContract:
         assert (load.running, load.waiting, load.prefill_tokens) == (0, 0, 0)
 
     async def test_vectors_do_not_depend_on_the_batch(self, driver: Driver, task: PoolingTask) -> None:
-        """Texts of different lengths have the same vectors together as alone, and different vectors from each other."""
+        """A text has the same vector in a batch as alone, and different texts have different vectors."""
         prompts = [driver.subject.prompt(seed, 3 + 5 * seed) for seed in range(6)]
         together = [vector(answer) for answer in await driver.run(*(pool(ids, task) for ids in prompts))]
         for ids, expected in zip(prompts, together, strict=True):
@@ -125,13 +126,13 @@ class PoolingContract:
         assert all(math.dist(one, other) > 10 * NEAR for one, other in itertools.combinations(together, 2))
 
     async def test_more_requests_than_slots(self, driver: Driver, task: PoolingTask) -> None:
-        """Requests above the number of slots wait in the engine, and all get their vectors."""
+        """If there are more requests than slots, some wait in the engine, and all get their vectors."""
         prompts = [driver.subject.prompt(seed) for seed in range(driver.subject.info.max_num_seqs + 3)]
         answers = await driver.run(*(pool(ids, task) for ids in prompts))
         assert len({tuple(vector(answer)) for answer in answers}) == len(prompts)
 
     async def test_a_text_may_fill_the_context(self, driver: Driver, task: PoolingTask) -> None:
-        """A text of exactly the context's length has a vector, since no token is generated. A longer one is refused."""
+        """A text as long as the context has a vector, since no token is generated. A longer text is refused."""
         longest = driver.subject.info.max_model_len
         (answer,) = await driver.run(pool(driver.subject.prompt(3, longest), task))
         assert answer.outputs[0].prompt_tokens == longest
@@ -141,8 +142,8 @@ class PoolingContract:
         assert str(longest) in message
 
     async def test_wrong_ids_are_refused(self, driver: Driver, task: PoolingTask) -> None:
-        """No ids, ids outside the vocabulary and emitted tokens are refused, and a request beside them has its
-        vector."""
+        """A prompt without ids, ids outside the vocabulary and emitted tokens are refused. Another request still gets
+        its vector."""
         good = pool(driver.subject.prompt(4), task)
         await driver.submit(good)
         await refuse(driver, pool((), task), "prompt_token_ids", Outcome.INVALID_FIELD)
@@ -153,7 +154,7 @@ class PoolingContract:
         assert vector(driver.answers[good.request_id])
 
     async def test_requests_of_another_kind_are_refused(self, driver: Driver, task: PoolingTask) -> None:
-        """A request for tokens, and one for a task that the model lacks, are refused while others run."""
+        """A request for generated tokens is refused, and so is a task that the model lacks. Other requests run on."""
         good = pool(driver.subject.prompt(5), task)
         await driver.submit(good)
         generation = EngineRequest("tokens", driver.subject.prompt(5), Sampling(max_tokens=4))
@@ -167,8 +168,8 @@ class PoolingContract:
         assert vector(driver.answers[good.request_id])
 
     async def test_allowed_dimensions(self, driver: Driver) -> None:
-        """Vectors of all allowed lengths, computed in one batch, are the beginnings of the full vector, scaled to
-        length 1. The model's own length may be named, too; a score has no other."""
+        """A shorter vector of an allowed length is the beginning of the full vector, scaled to length 1. The full
+        length may also be requested. A score has the length 1 only."""
         info = info_of(driver.subject)
         ids = driver.subject.prompt(6, 9)
         if PoolingTask.EMBED not in info.tasks:
@@ -185,20 +186,20 @@ class PoolingContract:
             assert values == pytest.approx(scaled(whole, length), abs=NEAR)
 
     async def test_other_dimensions_are_refused(self, driver: Driver, task: PoolingTask) -> None:
-        """Lengths of vectors that the model does not allow are refused."""
+        """A length of the vector that the model does not allow is refused."""
         for length in (0, -1, info_of(driver.subject).dimensions + 1, 2**31 - 1):
             wrong = pool(driver.subject.prompt(7), task, length)
             await refuse(driver, wrong, "dimensions", Outcome.INVALID_FIELD)
 
     async def test_a_second_text_outside_the_prompt_is_refused(self, driver: Driver, task: PoolingTask) -> None:
-        """The second text must begin inside the prompt."""
+        """A second text that does not begin inside the prompt is refused."""
         for at in (5, 6, 2**32 - 1):
             await refuse(
                 driver, pool(driver.subject.prompt(8), task, None, at), "second_text_at", Outcome.INVALID_FIELD
             )
 
     async def test_an_aborted_request_has_no_output(self, driver: Driver, task: PoolingTask) -> None:
-        """An aborted request has no output, and its id may not be used while it runs."""
+        """An aborted request has no output. While a request runs, its id is refused for another request."""
         aborted, kept = (pool(driver.subject.prompt(9), task) for _ in range(2))
         await driver.submit(aborted)
         again = pool(driver.subject.prompt(9), task, request_id=aborted.request_id)
@@ -210,7 +211,7 @@ class PoolingContract:
         assert driver.engine.load().running == 0
 
     async def test_all_tasks_in_one_batch(self, driver: Driver) -> None:
-        """Requests for all tasks of the model run together, each with its own kind of result."""
+        """Requests for all tasks of the model run in one batch, and each gets the result of its task."""
         tasks = info_of(driver.subject).tasks
         requests = [pool(driver.subject.prompt(seed), tasks[seed % len(tasks)]) for seed in range(6)]
         lengths = {PoolingTask.EMBED: info_of(driver.subject).dimensions, PoolingTask.SCORE: 1}

@@ -1,4 +1,4 @@
-"""The golden check finds sick engines, accepts healthy engines, and is not visible to callers."""
+"""The golden check finds sick engines, accepts healthy engines, and does not affect the callers' requests."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ async def subject() -> tuple[SimEngine, Driver]:
 
 
 class TestContract(EngineContract):
-    """The engine contract, tested with a checked engine."""
+    """The engine contract for an engine with the golden check."""
 
     @pytest.fixture
     async def engine(self) -> AsyncIterator[Subject]:
-        """A checked engine that wraps a simulated engine."""
+        """A simulated engine with the golden check."""
         engine, driver = await subject()
         yield driver.subject
         assert engine.statistics().kv_used_blocks == 0
 
 
 async def test_an_error_of_a_well_engine_changes_nothing() -> None:
-    """A request that ends in an error starts a golden request, and the other requests keep their tokens."""
+    """A request that ends in an error starts a golden request. The other requests keep their tokens."""
     engine, driver = await subject()
     (undisturbed,) = await driver.run(request(driver.subject.prompt(2), 40))
     asked = engine.statistics().submitted
@@ -68,7 +68,7 @@ async def test_an_error_of_a_well_engine_changes_nothing() -> None:
 
 
 async def test_errors_are_answered_by_one_question_at_a_time() -> None:
-    """While a golden request runs, any number of further errors leads to only one more golden request."""
+    """All errors that occur while a golden request runs lead to only one more golden request."""
     engine, driver = await subject()
     asked = engine.statistics().submitted
     for at in (1, 2, 3, 4):
@@ -80,7 +80,8 @@ async def test_errors_are_answered_by_one_question_at_a_time() -> None:
 
 @pytest.mark.parametrize("fault", ["wrong", "nan"])
 async def test_a_wrong_answer_is_sickness(fault: str) -> None:
-    """After an error, a golden answer that is wrong or has NaN raises EngineCorrupt, and the error names the node."""
+    """If the golden answer after an error is wrong or has NaN, EngineCorrupt is raised, and the message names the
+    node."""
     engine, driver = await subject()
     engine.faults.arm("step", fault, at=0)
     engine.faults.arm("step", "nan", at=3)
@@ -90,7 +91,7 @@ async def test_a_wrong_answer_is_sickness(fault: str) -> None:
 
 
 async def test_an_engine_that_loses_emitted_tokens_does_not_start() -> None:
-    """An engine that claims exact resume but drops emitted tokens raises EngineCorrupt at start."""
+    """If an engine reports exact resume but drops emitted tokens, its start raises EngineCorrupt."""
 
     class Forgetful(SimEngine):
         async def submit(self, request: EngineRequest) -> None:
@@ -102,7 +103,7 @@ async def test_an_engine_that_loses_emitted_tokens_does_not_start() -> None:
 
 
 class Apart(SimEngine):
-    """An engine whose resumed requests with a seed continue with different tokens."""
+    """An engine whose resumed requests continue with different tokens if they have a seed."""
 
     def __init__(self) -> None:
         super().__init__(SMALL, VirtualClock())
@@ -127,7 +128,7 @@ class Apart(SimEngine):
 
 @pytest.mark.parametrize("word", [RESUME_STATE, RESUME_PLAIN])
 async def test_no_check_makes_a_word_better(word: str) -> None:
-    """The check never upgrades the resume capability that an engine reports."""
+    """The golden check never improves the resume capability that an engine reports."""
 
     class Modest(SimEngine):
         async def start(self) -> EngineInfo:
@@ -139,7 +140,8 @@ async def test_no_check_makes_a_word_better(word: str) -> None:
 
 
 async def test_an_engine_whose_seeded_calls_part_is_not_exact() -> None:
-    """An engine whose seeded requests continue differently is healthy, but its capability becomes `resume:state`.
+    """An engine whose resumed requests with a seed get different tokens is healthy, but has the capability
+    `resume:state`.
 
     The other capabilities stay.
     """
@@ -149,7 +151,7 @@ async def test_an_engine_whose_seeded_calls_part_is_not_exact() -> None:
 
 
 async def test_an_engine_that_goes_on_with_no_seed_shows_nothing_by_them() -> None:
-    """If resumed requests with a seed are refused, the greedy requests decide."""
+    """If an engine refuses to resume requests with a seed, the greedy requests decide its resume capability."""
 
     class Refusing(SimEngine):
         async def submit(self, request: EngineRequest) -> None:
@@ -164,7 +166,7 @@ async def test_an_engine_that_goes_on_with_no_seed_shows_nothing_by_them() -> No
 
 @pytest.mark.parametrize("most", [0, 2, 7])
 async def test_an_engine_that_gives_few_logprobs_is_examined_too(most: int) -> None:
-    """The check requests as many log probabilities as max_logprobs allows, and detects changed values with them."""
+    """The check requests at most max_logprobs log probabilities, and detects changed values with these."""
 
     class Terse(SimEngine):
         shift = 0.0
@@ -192,7 +194,7 @@ async def test_an_engine_that_gives_few_logprobs_is_examined_too(most: int) -> N
 
 @pytest.mark.parametrize("length", [2, 8, 20, 4096])
 async def test_the_question_fits_every_engine(length: int) -> None:
-    """The golden prompt and its answer fit into any context length and stay within the vocabulary."""
+    """The golden prompt and its answer fit into any context length. Their tokens are within the vocabulary."""
     info = EngineInfo("sim", "sim", "1", 16, 64, 4, 64, length, 9)
     question = golden_request(info, "1")
     assert question.request_id.startswith(PREFIX)
@@ -228,7 +230,8 @@ tolerances = st.sampled_from([0.02, 0.5])
 def test_a_healthy_engine_is_never_called_sick(
     given_values: list[tuple[list[float], list[float]]], top: int, tolerance: float
 ) -> None:
-    """Changes of log probabilities within the tolerance prove nothing, even if another token becomes the greedy token.
+    """Log probabilities that differ within the tolerance pass the check, even if another token becomes the greedy
+    token.
 
     Positions after a different token are not compared.
     """
@@ -250,7 +253,8 @@ def test_a_healthy_engine_is_never_called_sick(
 def test_an_engine_beyond_the_tolerance_is_called_sick(
     values: list[float], moves: list[float], token: int, tolerance: float
 ) -> None:
-    """If all values are given, a change of one value beyond the tolerance is found, whichever token is greedy."""
+    """If the answers list all log probabilities, a change of one value beyond the tolerance is found, for any greedy
+    token."""
     expected = softmax(values)
     actual = [value + 0.999 * tolerance * move for value, move in zip(expected, moves, strict=True)]
     actual[token] = expected[token] + 1.01 * tolerance
@@ -261,7 +265,8 @@ def test_an_engine_beyond_the_tolerance_is_called_sick(
 
 @given(logits, st.integers(1, 4), tolerances)
 def test_another_model_is_called_sick(values: list[float], top: int, tolerance: float) -> None:
-    """A greedy token that must have been clearly less likely in the reference is found, even if not listed there."""
+    """An answer is wrong if its greedy token was clearly less likely in the reference, even if the reference does not
+    list it."""
     right = sorted(softmax(values), reverse=True)
     right[0] += 2.1 * tolerance
     reference = GoldenAnswer([greedy(right, top + 1)])
@@ -273,7 +278,7 @@ def test_another_model_is_called_sick(values: list[float], top: int, tolerance: 
 def test_more_values_never_hide_what_fewer_prove(
     values: list[float], others: list[float], fewer: int, more: int, tolerance: float
 ) -> None:
-    """If a short list of values proves an answer wrong, a longer list proves it wrong, too."""
+    """If a short list of log probabilities proves an answer wrong, a longer list proves it, too."""
     fewer, more = sorted((fewer, more))
 
     def verdict(top: int) -> str:
@@ -285,7 +290,8 @@ def test_more_values_never_hide_what_fewer_prove(
 
 
 def test_a_token_outside_the_list_is_undecided() -> None:
-    """A token outside the list proves nothing while its value is consistent with the list's smallest value."""
+    """A token outside the reference's list proves nothing while its value is consistent with the smallest listed
+    value."""
     reference = GoldenAnswer([PositionLogprobs([1, 1, 2, 3], [-2.0, -2.0, -2.2, -2.4])])
 
     def answer(*values: float) -> GoldenAnswer:
@@ -297,7 +303,7 @@ def test_a_token_outside_the_list_is_undecided() -> None:
 
 
 def test_a_tie_may_end_either_way() -> None:
-    """A token that is as likely as the reference's token is right, whatever follows it.
+    """A token that is as likely as the reference's token is right, and later positions are not compared.
 
     A clearly less likely token is wrong, and so is a token that is not the most likely one in its own list.
     """

@@ -15,7 +15,7 @@ durations = st.floats(1e-4, 100.0)
 
 @given(st.lists(durations, min_size=1, max_size=16))
 def test_the_quantile_is_that_of_all_durations(given_s: list[float]) -> None:
-    """The p99 equals the p99 of the sorted durations, at most one bucket too long and never too short."""
+    """The estimated p99 is at least the p99 of all durations, and at most one bucket longer."""
     quantile = Quantile()
     for seconds in given_s:
         quantile.add(seconds)
@@ -33,7 +33,7 @@ def test_one_slow_step_in_a_thousand_does_not_move_it() -> None:
 
 
 def test_it_forgets_what_was_long_ago() -> None:
-    """After a few thousand faster steps, earlier slow steps no longer count."""
+    """After a few thousand faster steps, the slow steps before them no longer count."""
     quantile = Quantile()
     for seconds in [1.0] * 500 + [0.01] * 16 * FORGET_AFTER:
         quantile.add(seconds)
@@ -42,7 +42,7 @@ def test_it_forgets_what_was_long_ago() -> None:
 
 @given(durations, st.integers(SAMPLE_TOKENS, 2048), st.integers(1, 2048))
 def test_work_explains_in_proportion_and_not_for_ever(seconds: float, learned: int, tokens: int) -> None:
-    """Prompt tokens explain a step up to PATIENCE times their learned duration, and little more."""
+    """Prompt tokens explain a step of up to PATIENCE times the time that they usually take, and not much longer."""
     pace = StepTimes(most_tokens=2048)
     pace.began(0.0)
     pace.step(seconds)
@@ -54,7 +54,7 @@ def test_work_explains_in_proportion_and_not_for_ever(seconds: float, learned: i
 
 
 def test_a_step_computes_no_more_than_its_most() -> None:
-    """A queue of prompts explains no more time than the one chunk that a step can compute."""
+    """A long queue of prompts explains only the time of one chunk, since a step computes at most one chunk."""
     pace = StepTimes(most_tokens=100)
     pace.began(0.0)
     pace.step(0.2)
@@ -64,7 +64,7 @@ def test_a_step_computes_no_more_than_its_most() -> None:
 
 
 def test_a_few_steps_that_stood_do_not_excuse_a_hang() -> None:
-    """Steps that were slow for another reason, one in twenty, do not increase the time that prompts explain."""
+    """One step in twenty that is slow for another reason does not extend the time that prompts explain."""
     pace = StepTimes(most_tokens=100)
     now = 0.0
     pace.began(now)

@@ -35,14 +35,15 @@ The tokens are the same in vLLM 0.31 to 0.33, so that a seeded request may resum
 
 
 def test_the_runner_is_v2(fast_subject: Subject) -> None:
-    """The engine class names the V2 runner's noise scheme, and the resume capability follows from batch invariance."""
+    """The engine class contains the V2 runner's noise scheme. The engine resumes exactly only if it is
+    batch-invariant."""
     assert fast_subject.info.engine_class.endswith("-v2")
     word = RESUME_EXACT if is_batch_invariant("float32") else RESUME_STATE
     assert word in fast_subject.info.capabilities
 
 
 class TestV2(EngineContract):
-    """The engine contract, tested over the fast path."""
+    """The engine contract over the fast path."""
 
     @pytest.fixture
     def engine(self, fast_subject: Subject) -> Subject:
@@ -52,14 +53,14 @@ class TestV2(EngineContract):
 
 @pytest.mark.parametrize("name", CONTROLS)
 async def test_control(name: str, fast_subject: Subject) -> None:
-    """A request resumed as a new prompt continues differently, so that the contract would detect such a resume."""
+    """A request resumed as a new prompt continues differently, so the contract would detect an inexact resume."""
     cuts, alike = await plain_rests(fast_subject, fast_subject.prompt(40, tokens=40), name)
     assert cuts > 8
     assert alike < cuts
 
 
 async def test_noise_is_that_of_other_releases(fast_subject: Subject) -> None:
-    """A seed gives the same tokens as in other releases, which SEEDED records."""
+    """A seed gives the tokens that other releases give, as recorded in SEEDED."""
     (answer,) = await Driver(fast_subject).run(request(fast_subject.prompt(50), max_tokens=12, temperature=1.0, seed=7))
     assert answer.token_ids == SEEDED
 
@@ -80,7 +81,7 @@ async def test_what_would_end_a_rank_is_refused(
 ) -> None:
     """A request at the bound of the V2 runner's tables is served.
 
-    A request above the bound is refused, and the engine stays alive.
+    A request above the bound is refused, and the engine keeps running.
     """
     driver = Driver(fast_subject)
     prompt = fast_subject.prompt(51)

@@ -1,4 +1,4 @@
-"""Tests of the KV mirror against a model engine that holds copies of blocks."""
+"""Tests of the KV mirror against a model of an engine that may hold several copies of a block."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ PROMPTS = st.lists(st.sampled_from((0, 1)), min_size=1, max_size=12).map(
 
 
 def hash_of(key: Key) -> int:
-    """Return the prefix hash of the last block of a prompt's beginning."""
+    """Return the prefix hash of the last block of `key`, which has a salt and the tokens from the prompt's
+    beginning."""
     salt, tokens = key
     return int(prefix_hashes(tokens, SIZE, seed_of(salt))[-1])
 
 
 class Mirrored(RuleBasedStateMachine):
-    """An engine that stores prompts, with copies, and evicts copies from the end."""
+    """A model of an engine that stores the blocks of prompts, some in several copies, and evicts them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +118,11 @@ def test_events_that_do_not_fit_are_counted_and_ignored(event: BlocksStored | Bl
 
 
 def test_a_block_that_comes_and_goes_between_reports_is_named() -> None:
-    """A gateway that expects a block must learn that it is gone, and one that predicted it, that it was gone."""
+    """A block that is stored and removed between two reports is reported as removed, since a gateway may expect the
+    block.
+
+    A block that is removed and stored again is reported as removed and as stored.
+    """
     mirror = KvMirror(SIZE)
     mirror.apply([BlocksStored(["a"], None, range(SIZE), SIZE), BlocksRemoved(["a"])])
     change = mirror.pop_change()

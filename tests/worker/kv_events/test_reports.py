@@ -15,7 +15,7 @@ SIZE = 4
 
 
 class Events:
-    """A source of events that a test adds. Implements KvEventSource."""
+    """A source of events, which a test puts into its queue. Implements KvEventSource."""
 
     def __init__(self) -> None:
         self.queue: asyncio.Queue[Sequence[KvEvent]] = asyncio.Queue()
@@ -26,7 +26,7 @@ class Events:
 
 
 async def heartbeats(*outboxes: Outbox) -> None:
-    """Wake the writers of these outboxes again and again, as a link's heartbeats do."""
+    """Wake the writers of these outboxes repeatedly, as a link's heartbeats do."""
     while True:
         for outbox in outboxes:
             outbox.flush()
@@ -34,7 +34,8 @@ async def heartbeats(*outboxes: Outbox) -> None:
 
 
 async def known(outbox: Outbox, held: set[int], wanted: set[int]) -> set[int]:
-    """Read an outbox until the gateway that reads it knows the wanted blocks. `held`: what it knows now."""
+    """Read messages from an outbox until they add up to the wanted blocks. `held`: the blocks that are already
+    known."""
     async with asyncio.timeout(60):
         while held != wanted:
             message = await outbox.next_message()
@@ -67,7 +68,8 @@ async def test_every_gateway_knows_all_blocks_whenever_it_has_connected() -> Non
 
 
 async def test_a_large_report_is_sent_in_pieces_between_which_other_work_runs() -> None:
-    """A gateway that connects to a worker with many blocks knows all of them, and those that change meanwhile."""
+    """A gateway that connects to a worker with many blocks gets all of them in several messages, and meanwhile the
+    changes."""
     count = 5 * BLOCKS_PER_MESSAGE + 7
     hashes = list(map(int, prefix_hashes(range(count * SIZE), SIZE, seed_of(""))))
     source, early, late = Events(), Outbox(), Outbox()

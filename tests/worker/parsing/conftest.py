@@ -16,13 +16,13 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer that has the special tokens of all formats."""
+    """A folder with a tokenizer that has the special tokens of all output formats."""
     return build_folder(tmp_path_factory.mktemp("parsing"))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama checkpoint for the tokenizer with the marks of all formats."""
+    """A tiny Llama checkpoint with the tokenizer in `folder`."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 

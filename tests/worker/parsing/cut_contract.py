@@ -1,5 +1,7 @@
-"""Parsed answers of a real engine, cut after every token. Run these tests only in the environment of
-loadtests.interpreted, on either runner: `make contract-v2` does."""
+"""Parsed answers of a real engine that are cut after every token and resumed.
+
+Run these tests with `make contract-v2`, in the environment of loadtests.interpreted, on both model runners.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ TOOL = {
 
 
 def format_of(name: str) -> Format:
-    """Return the format of a pair of parsers."""
+    """Return the format whose parsers have this name."""
     if name.startswith("+"):
         whole = next(form for form in FORMATS if form.name == f"hermes{name}")
         return dataclasses.replace(whole, tools="")
@@ -44,8 +46,8 @@ def format_of(name: str) -> Format:
 
 
 async def cut_everywhere(driver: Driver, folder: Path, form: Format, seed: int) -> set[PartKind]:
-    """Resume a parsed answer after each of its tokens, and compare tokens and parts with those of the answer that was
-    not cut. Returns the kinds of its parts."""
+    """Resume a parsed answer after each of its tokens, and check that its tokens and parts are those of the uncut
+    answer. Return the kinds of its parts."""
     parser, _ = parser_of(folder, form)
     prompt = encode(folder, "<|im_start|>user\nBook it.<|im_end|>\n<|im_start|>assistant\n")
     prompt += encode(folder, "<think>\n") if form.reasoning else []
@@ -75,8 +77,10 @@ async def cut_everywhere(driver: Driver, folder: Path, form: Format, seed: int) 
 
 @pytest.mark.parametrize("reasoning", sorted({name.partition("+")[2] for name in NAMES}))
 async def test_a_parsed_answer_that_is_cut_anywhere_ends_alike(reasoning: str, folder: Path, checkpoint: Path) -> None:
-    """A stream that is cut after any of its tokens and resumed has the tokens and the parts of a stream that is not:
-    with a forced call, with reasoning before it, and with reasoning alone."""
+    """A stream that is cut after any token and resumed has the tokens and parts of the uncut stream.
+
+    This holds for a forced tool call, for a forced tool call after reasoning, and for reasoning alone.
+    """
     async with started(checkpoint, reasoning, deadline_s=600.0) as driver:
         assert schedules_asynchronously(driver.subject)
         for form in map(format_of, NAMES):

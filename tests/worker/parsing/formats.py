@@ -1,4 +1,6 @@
-"""Outputs in the formats of many model families, and one tokenizer that has the special tokens of all of them."""
+"""Output formats of many model families, with examples, and one tokenizer that has the special tokens of all of
+them.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ CALLS: Calls = (("get_weather", {"city": "Zürich", "days": 3}), ("find_hotel", 
 
 
 def as_json(arguments: Arguments) -> str:
-    """Return arguments as the models write them."""
+    """Return a tool call's arguments as JSON, in the form that models write."""
     return json.dumps(arguments, ensure_ascii=False)
 
 
@@ -109,7 +111,7 @@ def _invokes(calls: Calls, mark: str, outer: str, kind: str = "") -> str:
 
 @dataclass(frozen=True)
 class Format:
-    """A family's parsers, and an output with content, reasoning and tool calls in its format."""
+    """The output format of a model family: its parsers, and an example with content, reasoning and tool calls."""
 
     tools: str
     reasoning: str
@@ -126,7 +128,7 @@ class Format:
 
     @property
     def name(self) -> str:
-        """The name of the parsers."""
+        """The names of the parsers, such as `hermes+qwen3`."""
         return f"{self.tools}+{self.reasoning}" if self.reasoning else self.tools
 
 
@@ -208,7 +210,7 @@ def build_folder(folder: Path) -> Path:
 
 @cache
 def tokenizer_of(folder: Path) -> Any:
-    """Return the tokenizer in `folder`, loaded as in the parser process."""
+    """Return the tokenizer in `folder`, loaded as the parser process does."""
     from vllm.tokenizers.hf import get_cached_tokenizer
 
     from cluster.worker.weights.vocabulary import load_tokenizer
@@ -217,24 +219,25 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def kit_for(folder: Path, form: Format, long_call: int = 256) -> ParserKit:
-    """Return the kit of a format's parsers."""
+    """Return a ParserKit with the parsers of a format."""
     names = ParserNames(form.tools, form.reasoning)
     return kit_of(tokenizer_of(folder), KitSettings(str(folder), names, long_call=long_call))
 
 
 def encode(folder: Path, text: str) -> list[int]:
-    """Return the ids of an output."""
+    """Return the token ids of an output's text."""
     ids: list[int] = tokenizer_of(folder).encode(text, add_special_tokens=False)
     return ids
 
 
 def opening_for(form: Format, prompt: Sequence[int], *rest: Any, **changes: Any) -> wire.Open:
-    """Return the message of `opening` with the format's arguments of the chat template."""
+    """Return the message that `opening` makes, with the chat template arguments of the format."""
     return opening(prompt, *rest, **({"chat_template_kwargs": dict(form.template_kwargs)} | changes))
 
 
 def opening(prompt: Sequence[int], emitted: Sequence[int] = (), **changes: Any) -> wire.Open:
-    """Return the message that opens a session with TOOLS. `changes`: fields of OutputParsing.request, or of Open."""
+    """Return the message that opens a parser session for a request with TOOLS. `changes`: fields of
+    OutputParsing.request, or of Open."""
     own = {key: changes.pop(key) for key in ("stop", "is_whole", "min_tokens") if key in changes}
     request = json.dumps({"tools": TOOLS, "tool_choice": "auto"} | changes)
     fields: dict[str, Any] = {"stop": (), "is_whole": False, "min_tokens": 0} | own
@@ -249,12 +252,12 @@ def opening(prompt: Sequence[int], emitted: Sequence[int] = (), **changes: Any) 
 
 
 def joined(steps: Sequence[wire.Parsed]) -> list[OutputPart]:
-    """Return the parts of all steps, joined."""
+    """Return the parts of all steps, with adjacent parts joined."""
     return merge_parts([part for step in steps for part in step.parts])
 
 
 def called(parts: Sequence[wire.Part]) -> list[tuple[str, Any]]:
-    """Return name and arguments of each tool call in the parts."""
+    """Return the name and the arguments of each tool call in the parts."""
     calls: dict[int, list[str]] = {}
     for kind, text, call in parts:
         if kind == PartKind.TOOL_NAME:
@@ -265,5 +268,5 @@ def called(parts: Sequence[wire.Part]) -> list[tuple[str, Any]]:
 
 
 def as_parts(parts: Sequence[OutputPart]) -> list[OutputPart]:
-    """Return the parts of an output of the worker, joined."""
+    """Return the parts of a worker's output, with adjacent parts joined."""
     return merge_parts(parts)

@@ -1,4 +1,4 @@
-"""Parsers for tests: in a thread, in a fork of the test's process, and faulty ones."""
+"""Parsers for tests: in a thread, in a fork of the test's process, and parsers that fail."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ HANG, DIE, RAISE = "please hang", "please die", "please raise"
 
 @dataclass(frozen=True)
 class FaultyKit(ParserKit):
-    """A kit whose sessions fail when they parse for a request that asks for it."""
+    """A parser kit whose sessions fail if the request contains one of the words HANG, DIE and RAISE."""
 
     def open(
         self, opening: wire.Open, working: Callable[[], None] = lambda: None
     ) -> tuple[ParserSession | None, wire.Opened]:
-        """Open a session, which fails if the request contains one of the words."""
+        """Open a session. If the request contains one of the words, the session fails when it parses."""
         session, opened = super().open(opening, working)
         for word, fail in ((HANG, _hang), (DIE, _die), (RAISE, _raise)):
             if word in opening.request and session is not None:
@@ -102,14 +102,14 @@ def fork_host(kit: Kit | Callable[[], Kit]) -> ParserHost:
 
 @dataclass
 class Hosts:
-    """A starter of parsers that remembers them."""
+    """A function that starts parsers and records them in `started`."""
 
     start: Callable[[ParserKit], ParserHost]
     kit: ParserKit
     started: list[ParserHost] = field(default_factory=list)
 
     def __call__(self) -> ParserHost:
-        """Start a parser."""
+        """Start a parser and record it."""
         self.started.append(self.start(self.kit))
         return self.started[-1]
 
@@ -117,7 +117,7 @@ class Hosts:
 def parser_of(
     folder: Path, form: Format, start: Callable[[ParserKit], ParserHost] = thread_host, **options: Any
 ) -> tuple[OutputParser, Hosts]:
-    """Return an output parser for a format, and the starter of its processes."""
+    """Return an output parser for a format, and the Hosts that starts its processes."""
     hosts = Hosts(start, faulty(kit_for(folder, form)))
     return OutputParser(ParserNames(form.tools, form.reasoning), hosts, **options), hosts
 
@@ -136,7 +136,7 @@ def request_of(
 def outputs_of(
     request_id: str, ids: Sequence[int], size: int, finish: FinishReason = FinishReason.LENGTH
 ) -> list[TokenOutput]:
-    """Return the outputs of steps with `size` tokens each; the last one ends the request."""
+    """Return the outputs of steps of `size` tokens each. The last output ends the request."""
     outputs = [TokenOutput(request_id, list(ids[at : at + size])) for at in range(0, len(ids), size)]
     outputs[-1].finish = finish
     return outputs

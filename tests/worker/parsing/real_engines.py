@@ -18,7 +18,7 @@ from tests.worker.parsing.test_output_parser import collect, parts_of
 
 @contextlib.asynccontextmanager
 async def started(checkpoint: Path, reasoning: str, deadline_s: float = 120.0) -> AsyncIterator[Driver]:
-    """Start an engine that knows a parser of reasoning. `deadline_s`: upper bound on the seconds of a wait."""
+    """Start an engine with a reasoning parser. `deadline_s`: longest wait of the driver, in seconds."""
     engine = VllmEngine(tiny_spec(), checkpoint, reasoning_parser=reasoning)
     try:
         yield Driver(Subject(engine, await engine.start(), TOKEN_LO, TOKEN_HI, deadline_s))

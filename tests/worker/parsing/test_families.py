@@ -40,7 +40,7 @@ API = Path(__file__).resolve().parents[3] / "docs" / "api.md"
 def test_a_family_has_the_parsers_that_its_template_writes(
     model_type: str, template: str, tools: str, reasoning: str
 ) -> None:
-    """A model gets a parser if its family has one and its template contains the parser's marks, else none."""
+    """A model gets its family's parser if the chat template contains the parser's marks, otherwise no parser."""
     source = (TEMPLATES / f"{template}.jinja").read_text()
     assert family_parsers(model_type, source) == ParserNames(tools, reasoning)
     assert family_parsers(model_type, "") == ParserNames()
@@ -66,14 +66,15 @@ def test_every_row_names_a_parser_of_the_pinned_vllm() -> None:
     ],
 )
 def test_the_entry_overrides_the_family(engine: dict[str, Any], names: ParserNames, given: set[str]) -> None:
-    """`engine.tool_call_parser` and `engine.reasoning_parser` replace the family's parsers; `none` removes them."""
+    """`engine.tool_call_parser` and `engine.reasoning_parser` replace the family's parsers. The value `none` removes
+    them."""
     template = (TEMPLATES / "qwen3-training.jinja").read_bytes()
     bundle = Bundle({"config.json": json.dumps({"model_type": "qwen3"}).encode(), "chat_template.jinja": template})
     assert chosen_parsers(bundle, engine) == (names, frozenset(given))
 
 
 def test_the_capabilities_name_the_parsers() -> None:
-    """A worker's capabilities name its parsers, and a worker without parsers has none of these words."""
+    """A worker's capabilities name its parsers. A worker without parsers has no such capability."""
     assert ParserNames("hermes", "qwen3").capabilities == ("tools:hermes", "reasoning:qwen3")
     assert ParserNames("", "qwen3").capabilities == ("reasoning:qwen3",)
     assert ParserNames().capabilities == ()
@@ -81,7 +82,7 @@ def test_the_capabilities_name_the_parsers() -> None:
 
 @pytest.mark.parametrize(("row", "kind", "least"), [("tool calls", "tools", 15), ("reasoning", "reasoning", 5)])
 def test_the_docs_list_the_tested_parsers(row: str, kind: str, least: int) -> None:
-    """docs/api.md lists exactly the parsers that the laws of test_sessions.py cover and that find their own calls."""
+    """docs/api.md lists exactly the parsers that test_sessions.py tests and whose streamed calls are valid."""
     (line,) = re.findall(rf"^\| {row} \| (`.*) \|$", API.read_text(), re.MULTILINE)
     tested = {getattr(form, kind) for form in FORMATS if form.is_right} - {""}
     assert re.findall(r"`(\w+)`", line) == sorted(tested)

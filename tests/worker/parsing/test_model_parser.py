@@ -1,4 +1,4 @@
-"""The output parser of an opened model."""
+"""The output parser that a model gets when it is opened."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HERMES_TEMPLATE = "{% if tools %}<tool_call>{% endif %}{% for message in message
 
 
 def model(folder: Path, tmp_path: Path, model_type: str = "llama", template: str = HERMES_TEMPLATE) -> Path:
-    """Return a copy of a folder with this type and template."""
+    """Return a copy of a model folder with this model type and chat template."""
     copy = Path(shutil.copytree(folder, tmp_path / "model"))
     (copy / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": 2000}))
     (copy / "chat_template.jinja").write_text(template)
@@ -48,12 +48,13 @@ def names_of(folder: Path, engine: dict[str, Any]) -> ParserNames | None:
 def test_the_family_and_the_entry_choose_the_parsers(
     folder: Path, tmp_path: Path, engine: dict[str, Any], names: ParserNames | None
 ) -> None:
-    """A model gets its family's parsers, and those that its entry names instead."""
+    """A model gets the parsers that its entry names, otherwise those of its family."""
     assert names_of(model(folder, tmp_path), engine) == names
 
 
 def test_a_parser_must_accept_the_tokenizer(tmp_path: Path) -> None:
-    """A family's parser whose tokens the tokenizer lacks is left out; one that the entry names is an error."""
+    """If the tokenizer lacks a parser's tokens, the parser is left out. If the entry names this parser, it is an
+    error."""
     plain = build_tokenizer("llama", tmp_path / "plain")
     (plain / "config.json").write_text("{}")
     mistral = model(plain, tmp_path, "mistral", "[TOOL_CALLS]")
@@ -68,7 +69,7 @@ def test_a_parser_must_accept_the_tokenizer(tmp_path: Path) -> None:
 def test_a_simulated_engine_has_parsers_only_on_request(
     folder: Path, tmp_path: Path, engine: dict[str, Any], words: tuple[str, ...]
 ) -> None:
-    """A simulated engine has the parsers that its entry names; its capabilities show them."""
+    """A simulated engine has only the parsers that its entry names, and its capabilities list them."""
     source = f"sim://{model(folder, tmp_path)}?decode_ms=1"
     opened = open_model(ReplicaSettings(ModelSpec("m", source, engine=engine), "c"))
     info = with_parsers(EngineInfo("sim", "sim", "1", 1, 1, 1, 1, 1, 1, capabilities=("x",)), opened.parser)

@@ -1,4 +1,4 @@
-"""The worker's side of the parser process: outputs come back parsed, also after the process has died or hung."""
+"""The worker's side of the parser process: outputs are parsed, even after the process has died or hung."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def running(parser: OutputParser) -> AsyncIterator[OutputParser]:
 
 
 async def collect(parser: OutputParser, ids: set[str]) -> dict[str, list[TokenOutput]]:
-    """Return all parsed outputs of the requests until each has ended; close their sessions."""
+    """Return the parsed outputs of each request once all requests have ended; close their sessions."""
     got: dict[str, list[TokenOutput]] = {request_id: [] for request_id in ids}
     async with asyncio.timeout(60):
         while ids:
@@ -66,12 +66,12 @@ async def collect(parser: OutputParser, ids: set[str]) -> dict[str, list[TokenOu
 
 
 def parts_of(outputs: Sequence[TokenOutput]) -> list[Any]:
-    """Return the joined parts of outputs, each of which must be parsed."""
+    """Return the joined parts of outputs, all of which must be parsed."""
     return as_parts([part for output in outputs for part in (output.parsed or ParsedOutput()).parts])
 
 
 async def parse(parser: OutputParser, form: Format, folder: Path, size: int = 3, **changes: Any) -> list[TokenOutput]:
-    """Parse the format's output in steps of `size` tokens; return the parsed outputs."""
+    """Parse the output of a format in steps of `size` tokens; return the parsed outputs."""
     request = request_of(form, "r", prompt_ids(folder, form), **changes)
     await parser.open(request)
     passed: list[TokenOutput] = []
@@ -83,7 +83,8 @@ async def parse(parser: OutputParser, form: Format, folder: Path, size: int = 3,
 
 
 async def test_outputs_come_back_parsed_with_their_tokens(folder: Path) -> None:
-    """Each diverted output comes back with its tokens and its parts; outputs without a session are not diverted."""
+    """An output that is diverted to the parser is returned with its tokens and its parts. The output of a request
+    without a parser session is not diverted."""
     parser, _ = parser_of(folder, HERMES)
     async with running(parser):
         outputs = await parse(parser, HERMES, folder)
@@ -96,7 +97,7 @@ async def test_outputs_come_back_parsed_with_their_tokens(folder: Path) -> None:
 
 
 async def test_a_request_without_tools_needs_no_session_where_its_text_is_its_content(folder: Path) -> None:
-    """Without tools and without a parser for reasoning, most parsers change nothing, and the request is not parsed."""
+    """Without tools and without a reasoning parser, most parsers change nothing. A request is not parsed then."""
     parser, hosts = parser_of(folder, ONLY_TOOLS)
     plain = request_of(ONLY_TOOLS, "r", [1], tool_choice="none")
     assert await parser.open(plain) == replace(plain, parsing=None)
@@ -109,7 +110,7 @@ async def test_a_request_without_tools_needs_no_session_where_its_text_is_its_co
 
 
 async def test_a_whole_answer_costs_nothing_before_its_end(folder: Path) -> None:
-    """The outputs of a whole answer without stop strings are not diverted before the last one, which has all parts."""
+    """If an answer is not streamed and has no stop strings, its parts are made only with the last output."""
     parser, _ = parser_of(folder, HERMES)
     async with running(parser):
         *earlier, last = await parse(parser, HERMES, folder, is_whole=True)
@@ -123,7 +124,7 @@ async def test_a_whole_answer_costs_nothing_before_its_end(folder: Path) -> None
 
 @pytest.mark.parametrize("is_whole", [False, True])
 async def test_a_killed_process_changes_no_parts(folder: Path, is_whole: bool) -> None:
-    """After the process has been killed at any point, the requests go on, and their joined parts are the same."""
+    """If the process is killed at any point, the requests go on, and their joined parts do not change."""
     forms = {"a": HERMES.output, "b": HERMES.short, "c": "Only text. " * 9}
     parser, hosts = parser_of(folder, HERMES, fork_host)
     async with running(parser):
@@ -141,7 +142,7 @@ async def _parse_together(
     kills: Sequence[int] = (),
     hosts: Hosts | None = None,
 ) -> dict[str, list[Any]]:
-    """Parse several outputs in common steps, and kill the process before the steps `kills`."""
+    """Parse the outputs of several requests in the same steps. `kills`: steps before which the process is killed."""
     steps = {}
     for name, text in texts.items():
         await parser.open(request_of(HERMES, name, prompt_ids(folder, HERMES), is_whole=is_whole, stop=("never",)))
@@ -160,7 +161,7 @@ async def _parse_together(
 
 
 async def test_a_resumed_request_repeats_the_parts_of_its_emitted_tokens(folder: Path) -> None:
-    """The first output of a resumed request has the parts of the emitted tokens too."""
+    """The first output of a resumed request also has the parts of the emitted tokens."""
     parser, _ = parser_of(folder, HERMES)
     ids = encode(folder, HERMES.output)
     async with running(parser):
@@ -172,8 +173,8 @@ async def test_a_resumed_request_repeats_the_parts_of_its_emitted_tokens(folder:
 
 
 async def test_a_stop_string_ends_the_request(folder: Path) -> None:
-    """The output with a stop string is the last one, has finish STOP and no tokens after the string; later outputs of
-    the engine vanish."""
+    """The output with a stop string is the request's last one. It has the finish STOP and no tokens after the string.
+    Later outputs of the engine are dropped."""
     parser, _ = parser_of(folder, ONLY_TOOLS)
     ids = encode(folder, "one two STOP three four five")
     async with running(parser):
@@ -195,7 +196,7 @@ async def test_a_stop_string_ends_the_request(folder: Path) -> None:
 
 
 async def test_a_parser_that_raises_ends_its_own_request(folder: Path) -> None:
-    """A request whose parser raises ends with an error; the others are parsed."""
+    """A request whose parser raises an error ends with an error. The other requests are parsed."""
     parser, hosts = parser_of(folder, ONLY_TOOLS)
     async with running(parser):
         await parser.open(request_of(ONLY_TOOLS, "bad", [1], chat_template_kwargs={"x": RAISE}))
@@ -209,7 +210,8 @@ async def test_a_parser_that_raises_ends_its_own_request(folder: Path) -> None:
 
 @pytest.mark.parametrize("word", [HANG, DIE])
 async def test_a_parse_that_hangs_or_kills_the_process_fails_alone(folder: Path, word: str) -> None:
-    """A request whose parse hangs, or ends the process each time, fails; others continue in a new process."""
+    """A request whose parse hangs, or ends every process that tries it, fails. The other requests continue in a new
+    process."""
 
     def watch(host: ParserHost) -> HangWatch:
         return HangWatch(host.progress.read, lambda: 0.0, wall_limit_s=0.3)
@@ -236,8 +238,8 @@ def _raise() -> ParserKit:
 
 
 async def test_a_process_that_cannot_load_its_parsers_refuses_and_is_tried_again(folder: Path) -> None:
-    """Requests that wait for a process which cannot load its parsers are refused with the reason; the next process may
-    work."""
+    """If a process cannot load its parsers, the requests that wait for it are refused with the reason. The next process
+    may work."""
 
     def broken(kit: ParserKit) -> ParserHost:
         return thread_host(kit) if hosts.started else thread_host(_raise)
@@ -252,7 +254,7 @@ async def test_a_process_that_cannot_load_its_parsers_refuses_and_is_tried_again
 
 
 async def test_no_process_remains(folder: Path) -> None:
-    """When the worker ends, its parser process has ended."""
+    """The parser process has ended once the parser has stopped."""
     parser, hosts = parser_of(folder, ONLY_TOOLS, fork_host)
     async with running(parser):
         await parser.open(request_of(ONLY_TOOLS, "r", [1]))
@@ -263,7 +265,8 @@ async def test_no_process_remains(folder: Path) -> None:
 
 
 async def test_a_grammar_of_the_caller_stays_and_begins_after_the_reasoning(folder: Path) -> None:
-    """A response_format without forced tools is kept as it is, with the place where it begins."""
+    """The grammar of a response_format is kept, and begins after the reasoning. With a forced tool call, a grammar of
+    the tools is made."""
     parser, _ = parser_of(folder, HERMES)
     sampling = Sampling(max_tokens=9, grammar=Grammar("json_schema", '{"type": "object"}'))
     async with running(parser):
@@ -287,7 +290,7 @@ async def test_a_grammar_of_the_caller_stays_and_begins_after_the_reasoning(fold
     ],
 )
 async def test_a_wrong_request_is_refused(folder: Path, changes: dict[str, Any], field: str) -> None:
-    """A request that cannot be parsed is refused by its field, and leaves no session."""
+    """A request that the parser cannot handle is refused with the name of the field, and no session remains."""
     parser, _ = parser_of(folder, ONLY_TOOLS)
     async with running(parser):
         with pytest.raises(EngineRefused) as refused:
@@ -297,7 +300,8 @@ async def test_a_wrong_request_is_refused(folder: Path, changes: dict[str, Any],
 
 
 async def test_a_worker_without_a_parser_of_tools_refuses_tools_only_where_they_are_needed(folder: Path) -> None:
-    """Without a parser for tool calls, only requests that need tools are refused; the field is `tools`."""
+    """A worker without a parser for tool calls refuses only requests that need tools. The error has the field
+    `tools`."""
     needs = request_of(ONLY_TOOLS, "r", [1], needs_tools=True)
     only_reasoning = OutputParser(ParserNames("", "qwen3"), lambda: pytest.fail("no process is needed"))
     for parser in (NoParsers(), only_reasoning):

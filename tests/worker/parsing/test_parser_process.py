@@ -1,4 +1,4 @@
-"""The parser process itself: as a fork of the fork server and as a new interpreter; and watching it for hangs."""
+"""The parser process, forked by the fork server or started as a new interpreter, and the detection of its hangs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ asyncio.run(main(Path(sys.argv[1])))
 
 @pytest.fixture(params=["fork-server", pytest.param("spawn", marks=pytest.mark.long)])
 def owner(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A process that has started a parser process in one of the two ways."""
+    """A process that has started a parser process, and the way in which it was started."""
     environment = {**os.environ, fork_server.START: request.param, "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-c", OWNER, str(folder)]
     with subprocess.Popen(
@@ -70,7 +70,7 @@ def owner(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[subpro
 @pytest.mark.engine
 @pytest.mark.slow
 def test_a_parser_process_parses_and_ends_with_its_owner(owner: tuple[subprocess.Popen[str], str]) -> None:
-    """A parser process of either kind parses an output, and ends when its owner is killed."""
+    """A parser process that was started in either way parses an output, and ends when its owner is killed."""
     process, way = owner
     assert process.stdout is not None
     pid, forked, parts = json.loads(process.stdout.readline())
@@ -84,7 +84,7 @@ def test_a_parser_process_parses_and_ends_with_its_owner(owner: tuple[subprocess
 
 @given(st.lists(st.integers(0, 1 << 40), max_size=9))
 def test_progress_is_the_last_record(sessions: list[int]) -> None:
-    """The reader sees the session that was recorded last, and a count that changes with each record."""
+    """The reader gets the session that was recorded last, and a count that changes with each record."""
     memory = new_memory()
     reader, writer = ParserProgress(os.dup(memory)), ParserProgress(memory)
     counts = set()
@@ -108,7 +108,7 @@ def test_progress_is_the_last_record(sessions: list[int]) -> None:
 def test_work_on_one_message_hangs_by_cpu_time_or_by_wall_time(
     readings: list[tuple[tuple[int, int], float, float]], hung: int
 ) -> None:
-    """A session hangs if the process works on one of its messages for too long; waiting for a core does not count."""
+    """A session counts as hung if one of its messages takes too much CPU time, or a much longer wall time."""
     now = iter(readings)
     current = readings[0]
     watch = HangWatch(lambda: current[0], lambda: current[1])
@@ -119,7 +119,7 @@ def test_work_on_one_message_hangs_by_cpu_time_or_by_wall_time(
 
 
 def test_the_cpu_time_of_a_process_grows() -> None:
-    """The CPU time of this process grows with its work, and that of an unknown process is 0."""
+    """The measured CPU time of this process grows with its work. The CPU time of an unknown process is 0."""
     before = cpu_seconds(os.getpid())
     sum(range(3_000_000))
     assert cpu_seconds(os.getpid()) > before

@@ -1,4 +1,4 @@
-"""A real engine with parsers: forced tool calls are valid, begin after the reasoning, and resume exactly."""
+"""A real engine with parsers: forced tool calls are valid, begin after the reasoning, and are resumed exactly."""
 
 from __future__ import annotations
 
@@ -40,9 +40,8 @@ STRICT = {
 
 
 async def test_forced_calls_are_valid_after_the_reasoning_and_resume_exactly(folder: Path, checkpoint: Path) -> None:
-    """With tool_choice required and a strict tool, the engine ends its reasoning within the budget, then makes a call
-    whose arguments are valid by the schema. A request that is cut continues with the same tokens and parts.
-    """
+    """With tool_choice `required` and a strict tool, the engine ends its reasoning within the budget and then makes a
+    valid tool call. A request that is cut and resumed has the same tokens and parts."""
     parser, _ = parser_of(folder, HERMES)
     prompt = encode(folder, "<|im_start|>user\nBook it.<|im_end|>\n<|im_start|>assistant\n<think>\n")
     async with started(checkpoint, HERMES.reasoning) as driver, running(parser):

@@ -1,4 +1,4 @@
-"""Laws of the parsing of one output, over vLLM's real parsers: neither splits nor resumes change the parts."""
+"""The parsing of one output with vLLM's real parsers: neither the split into steps nor a resume changes the parts."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ all_formats = pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.nam
 
 
 def prompt_ids(folder: Path, form: Format) -> list[int]:
-    """Return a prompt, in which the reasoning has begun if the format has reasoning."""
+    """Return the token ids of a prompt. If the format has reasoning, the prompt ends within the reasoning."""
     return encode(folder, PROMPT + ("<think>\n" if form.reasoning else ""))
 
 
 def run(
     kit: ParserKit, message: wire.Open, steps: Sequence[Sequence[int]], state: int = wire.ENDED
 ) -> list[wire.Parsed]:
-    """Feed the steps to a new session; the last one ends the output in the way `state`."""
+    """Parse the steps in a new session and return the result of each. `state`: how the last step ends the output."""
     session, opened = kit.open(message)
     assert session is not None, opened
     states = [wire.RUNS] * (len(steps) - 1) + [state]
@@ -63,7 +63,7 @@ def vllm_parser(kit: ParserKit, form: Format, request: Any) -> Any:
 
 
 def vllm_stream(kit: ParserKit, form: Format, prompt: list[int], ids: list[int], stop: Sequence[str] = ()) -> Any:
-    """Return the parts that vLLM's own server streams if the engine emits one token a step, and the stop string.
+    """Return the parts that vLLM's own server streams, with one token per step, and the stop string.
 
     The calls are those of OpenAIServingChat.chat_completion_stream_generator and of OutputProcessor.
     """
@@ -111,7 +111,8 @@ def steps_of(ids: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form.streams], ids=lambda form: form.name)
 def test_any_split_gives_the_parts_of_vllms_server(folder: Path, form: Format) -> None:
-    """However the tokens are split into steps, the joined parts are those of vLLM's own server with a token a step."""
+    """For any split of the tokens into steps, the joined parts are those of vLLM's own server with one token per
+    step."""
     kit = kit_for(folder, form)
     prompt, ids = prompt_ids(folder, form), encode(folder, form.output)
     expected, _ = vllm_stream(kit, form, prompt, ids)
@@ -126,7 +127,7 @@ def test_any_split_gives_the_parts_of_vllms_server(folder: Path, form: Format) -
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form.is_right], ids=lambda form: form.name)
 def test_the_formats_are_right(folder: Path, form: Format) -> None:
-    """The example of each format has tool calls that its parser finds, so that the other tests test something."""
+    """Each format's parser finds the tool calls in its example. Otherwise the other tests would prove nothing."""
     kit = kit_for(folder, form)
     for text, calls in ((form.output, CALLS), (form.long, LONG)):
         parts = joined(run(kit, opening_for(form, prompt_ids(folder, form)), [encode(folder, text)]))
@@ -139,7 +140,8 @@ def test_the_formats_are_right(folder: Path, form: Format) -> None:
 
 @all_formats
 def test_a_resume_at_any_token_continues_the_parts(folder: Path, form: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A session that begins after any number of emitted tokens repeats their parts, and goes on with the same parts."""
+    """A session that begins after any number of emitted tokens repeats their parts, then continues like an uncut
+    session."""
     kit = kit_for(folder, form)
     prompt = prompt_ids(folder, form)
     ids = encode(folder, form.short)
@@ -150,7 +152,7 @@ def test_a_resume_at_any_token_continues_the_parts(folder: Path, form: Format, m
 
 @all_formats
 def test_a_whole_answer_is_vllms_parse(folder: Path, form: Format) -> None:
-    """An answer that is not streamed has the reasoning, content and tool calls of vLLM's parse of the whole text."""
+    """An answer that is not streamed has the reasoning, content and tool calls that vLLM parses from the whole text."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     kit = kit_for(folder, form)
@@ -178,7 +180,7 @@ def parts_or_error(kit: ParserKit, message: wire.Open, steps: Sequence[Sequence[
 
 
 def texts_of(form: Format) -> list[str]:
-    """Return outputs with several calls, with text after a call, and with a long call."""
+    """Return outputs with several tool calls, with text after a tool call, and with a long tool call."""
     return [f"{form.output} And then.\n{form.short.removeprefix(THOUGHT)}", form.long]
 
 
@@ -186,7 +188,7 @@ def texts_of(form: Format) -> list[str]:
     "form", {form.tools: form for form in FORMATS if form.tools in COALESCED}.values(), ids=lambda form: form.name
 )
 def test_coalescing_changes_no_parts(folder: Path, form: Format) -> None:
-    """The parsers whose long calls are coalesced make the same parts, also of outputs that are cut short."""
+    """Fewer parses of a long tool call do not change the parts, even if the output is cut short."""
     prompt = prompt_ids(folder, form)
     for text in texts_of(form):
         ids = encode(folder, text)
@@ -206,7 +208,7 @@ def test_coalescing_changes_no_parts(folder: Path, form: Format) -> None:
     "form", [form for form in FORMATS if form.tools in REPLAYED_TOGETHER], ids=lambda form: form.name
 )
 def test_a_replay_in_few_parses_changes_no_parts(folder: Path, form: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parsers to which emitted tokens are replayed together make the same parts, wherever the output is cut."""
+    """Emitted tokens that are parsed together in a resume give the same parts, wherever the output is cut."""
     monkeypatch.setattr(session_module, "REPLAYED_TOKENS", 9)
     kit, prompt = kit_for(folder, form), prompt_ids(folder, form)
     assert kit.replays_together
@@ -219,7 +221,7 @@ def test_a_replay_in_few_parses_changes_no_parts(folder: Path, form: Format, mon
 
 
 def test_the_parses_of_a_long_call_grow_with_its_logarithm() -> None:
-    """A call with a hundred thousand tokens is parsed less than 1,500 times, and first after each token."""
+    """A tool call of 100,000 tokens is parsed fewer than 1,500 times: at first after each token, later less often."""
     coalescing = Coalescing()
     coalescing.record(10, in_call=True)
     due = [position for position in range(11, 100_000) if coalescing.is_due(position)]
@@ -232,7 +234,7 @@ def test_the_parses_of_a_long_call_grow_with_its_logarithm() -> None:
 @pytest.mark.parametrize("name", ["hermes", "mistral", "llama3_json"])
 @pytest.mark.parametrize("stop", [("nd",), ("lo", "look"), ("city", "day"), ("Z", "never seen"), ("</tool",)])
 def test_a_stop_string_ends_the_output_as_in_vllm(folder: Path, name: str, stop: tuple[str, ...]) -> None:
-    """A stop string ends the output at the same token and with the same parts as in vLLM, at any split."""
+    """At any split, a stop string ends the output at the same token and with the same parts as in vLLM."""
     form = next(form for form in FORMATS if form.tools == name)
     kit = kit_for(folder, form)
     prompt, ids = prompt_ids(folder, form), encode(folder, "And ünd: " + form.output + " The end.")
@@ -249,7 +251,8 @@ def test_a_stop_string_ends_the_output_as_in_vllm(folder: Path, name: str, stop:
 
 @pytest.mark.parametrize("name", sorted(LEAVE_TEXT_UNCHANGED - {"xlam"}))
 def test_without_tools_the_content_is_the_text(folder: Path, name: str) -> None:
-    """The parsers that are not run for requests without tools would make the output's text their only content."""
+    """Some parsers are skipped if a request has no tools. Without the skip, they would return the text unchanged as
+    content."""
     form = replace(next((form for form in FORMATS if form.tools == name), FORMATS[0]), tools=name, reasoning="")
     kit = kit_for(folder, form)
     for message in ({"tool_choice": "none"}, {"tool_choice": "none", "tools": []}):
@@ -263,7 +266,8 @@ def test_without_tools_the_content_is_the_text(folder: Path, name: str) -> None:
 
 
 def test_a_stop_string_counts_only_after_min_tokens(folder: Path) -> None:
-    """A stop string within the first min_tokens tokens does not end the output, also after a resume."""
+    """A stop string within the first min_tokens tokens does not end the output, neither in a new nor in a resumed
+    request."""
     form = FORMATS[0]
     kit = kit_for(folder, form)
     ids = encode(folder, "one stop two stop three")
@@ -276,7 +280,7 @@ def test_a_stop_string_counts_only_after_min_tokens(folder: Path) -> None:
 
 
 def test_only_the_first_call_counts_without_parallel_tool_calls(folder: Path) -> None:
-    """parallel_tool_calls false keeps the first tool call, streamed and whole, as vLLM's server does."""
+    """With parallel_tool_calls false, only the first tool call is kept, streamed or not, as in vLLM's server."""
     form = FORMATS[0]
     kit = kit_for(folder, form)
     ids = encode(folder, form.output)
@@ -298,7 +302,7 @@ def test_reasoning_tokens_are_counted_at_the_end(folder: Path) -> None:
 
 
 def test_the_text_of_a_stop_token_is_no_output(folder: Path) -> None:
-    """The token that ended the output by itself has no text, and the same token within the output has text."""
+    """A stop token that has ended the output adds no text. The same token elsewhere in the output adds its text."""
     form = FORMATS[0]
     kit = kit_for(folder, form)
     ids = encode(folder, "Hello<|im_end|>")
@@ -307,7 +311,8 @@ def test_the_text_of_a_stop_token_is_no_output(folder: Path) -> None:
 
 
 def test_a_forced_call_has_a_grammar_that_begins_after_the_reasoning(folder: Path) -> None:
-    """tool_choice required makes a structural tag, which holds at once or after the reasoning; auto makes none."""
+    """With tool_choice `required` the grammar is a structural tag. It applies after the reasoning, or at once if there
+    is none. With `auto` there is no grammar."""
     form = next(form for form in FORMATS if form.name == "hermes+qwen3")
     kit = kit_for(folder, form)
     _, forced = kit.open(opening_for(form, prompt_ids(folder, form), tool_choice="required"))
@@ -322,8 +327,10 @@ def test_a_forced_call_has_a_grammar_that_begins_after_the_reasoning(folder: Pat
 
 
 def test_mistrals_parser_makes_no_lark_grammar(folder: Path) -> None:
-    """With the parser of Mistral's models and a tokenizer of theirs in transformers' form, a call may be chosen freely,
-    without a grammar in Lark, and a forced call, which would be shown as content, is refused."""
+    """With Mistral's parser and a tokenizer in transformers' form, no grammar in Lark is made.
+
+    A tool call of the model's choice has no grammar. A forced tool call is refused, since it would be shown as content.
+    """
     form = next(form for form in FORMATS if form.name == "mistral")
     kit = kit_for(folder, form)
     session, opened = kit.open(opening_for(form, [1]))

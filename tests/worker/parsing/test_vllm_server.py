@@ -1,4 +1,4 @@
-"""Answers equal those of vLLM's own server: its chat generators run on the same tokens, streamed and as a whole."""
+"""Our answers equal those of vLLM's own server, whose chat generators get the same tokens, streamed and as a whole."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ Message = tuple[str, str, list[tuple[str, str]], int]
 
 
 def texts_of(form: Format) -> Iterator[str]:
-    """Yield outputs: calls, a call that is cut short, no call, and JSON without marks."""
+    """Yield outputs: complete tool calls, a tool call that is cut short, no tool call, and a tool call in JSON without
+    marks."""
     yield form.output
     yield form.output[: len(form.output) * 2 // 3]
     yield "Just “text”, <b>no</b> call. {"
@@ -34,7 +35,8 @@ def texts_of(form: Format) -> Iterator[str]:
 def engine_outputs(
     kit: ParserKit, request: Any, prompt: list[int], ids: Sequence[int], stop: Sequence[str]
 ) -> Iterator[Any]:
-    """Yield the outputs that vLLM's engine gives its server, with one token a step. The last token is a stop token."""
+    """Yield the outputs that vLLM's engine would give its server, with one token each. The last token is a stop
+    token."""
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
@@ -56,13 +58,13 @@ def engine_outputs(
 
 
 async def asynchronously(values: Iterator[Any]) -> AsyncIterator[Any]:
-    """Yield the values."""
+    """Yield the values from an asynchronous iterator."""
     for value in values:
         yield value
 
 
 def server_of(kit: ParserKit, form: Format) -> Any:
-    """Return vLLM's server without an engine: only what its generators read."""
+    """Return vLLM's server without an engine, with only the attributes that its generators read."""
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 
     server = OpenAIServingChat.__new__(OpenAIServingChat)
@@ -81,7 +83,7 @@ def server_of(kit: ParserKit, form: Format) -> Any:
 async def vllm_message(
     kit: ParserKit, form: Format, prompt: list[int], ids: Sequence[int], stop: Sequence[str], fields: dict[str, Any]
 ) -> Message:
-    """Return the message of vLLM's server."""
+    """Return the message that vLLM's server makes of an output."""
     from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
@@ -120,7 +122,7 @@ def _streamed(chunks: Sequence[dict[str, Any]]) -> Message:
 def our_message(
     kit: ParserKit, prompt: list[int], ids: Sequence[int], stop: Sequence[str], fields: dict[str, Any]
 ) -> Message:
-    """Return the message that a session's parts make."""
+    """Return the message that consists of the parts from our parser session."""
     asked = {name: value for name, value in fields.items() if name != "stream"}
     opening = wire.Open(
         1, json.dumps(asked), tuple(stop), not fields["stream"], wire.pack_ids(prompt), b"", 0, None
@@ -138,8 +140,11 @@ def our_message(
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 async def test_messages_equal_those_of_vllms_server(folder: Path, form: Format) -> None:
-    """Whatever the tool choice, streamed or not, with stop strings or with a single call, the message is vLLM's. The
-    exception: where vLLM streams nothing, the streamed message is that of the whole answer."""
+    """The message equals that of vLLM's server for every tool choice, streamed or not, with and without stop strings
+    and parallel tool calls.
+
+    If vLLM does not stream a format, our streamed message equals vLLM's message that is not streamed.
+    """
     kit, prompt = kit_for(folder, form), prompt_ids(folder, form)
     for text in texts_of(form):
         ids = [*encode(folder, text), kit.tokenizer.eos_token_id]

@@ -1,4 +1,4 @@
-"""A worker with a parser: parts reach the gateway's side of the link beside the tokens."""
+"""A worker with a parser: the gateway gets the parts of outputs with the tokens."""
 
 from __future__ import annotations
 
@@ -43,40 +43,40 @@ class Answer:
         """Do nothing."""
 
     def refused(self, reason: str, message: str, field: str) -> None:
-        """Keep reason and field."""
+        """Record the reason and the field."""
         self.refusal = reason, field
         self.ended.set()
 
     def token(self, token_id: int, now: float) -> None:
-        """Collect one token without details."""
+        """Record a token without parts."""
         self.output(TokenOutput("", (token_id,)))
 
     def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
-        """Collect one token with its parts."""
+        """Record a token with its parts."""
         self.output(TokenOutput("", (token_id,), parsed=ParsedOutput(parts)))
 
     def output(self, output: TokenOutput) -> None:
-        """Collect an output."""
+        """Record an output."""
         self.outputs.append(output)
         if output.finish is not None:
             self.ended.set()
 
     def lost(self, why: str) -> None:
-        """Fail."""
+        """Record the loss of the worker as the refusal LOST."""
         self.refused("LOST", why, "")
 
     def failed(self, error: BaseException) -> None:
-        """Fail."""
+        """Record the failure as the refusal FAILED."""
         self.refused("FAILED", str(error), "")
 
     @property
     def tokens(self) -> list[int]:
-        """All tokens."""
+        """The tokens of all outputs."""
         return [token for output in self.outputs for token in output.token_ids]
 
     @property
     def parts(self) -> list[Any]:
-        """All parts, joined."""
+        """The parts of all outputs, with adjacent parts joined."""
         return as_parts([part for output in self.outputs if output.parsed for part in output.parsed.parts])
 
 
@@ -90,7 +90,7 @@ class Served:
     parser: OutputParser
 
     def work(self) -> tuple[int, int]:
-        """Return the counts of prefilled and of decoded tokens."""
+        """Return the number of prefilled tokens and of decoded tokens."""
         outputs = self.end._requests.outputs
         return outputs.prefilled_tokens, outputs.decoded_tokens
 
@@ -102,7 +102,7 @@ class Served:
         return answer
 
     def submit(self, **changes: Any) -> Answer:
-        """Submit a request with parsing."""
+        """Submit a request whose output is parsed."""
         answer = Answer()
         sampling = changes.pop("sampling", Sampling(max_tokens=40, temperature=0.0, ignore_eos=True))
         emitted = changes.pop("emitted", ())
@@ -137,8 +137,8 @@ async def serving(door: Door, folder: Path) -> AsyncIterator[Served]:
 
 
 async def test_parts_arrive_beside_unchanged_tokens(door: Door, folder: Path) -> None:
-    """A parsed request gets the tokens of a plain one, shows with its first output that it is
-    parsed, and the parts make the tokens' text."""
+    """A parsed request gets the same tokens as a plain request. Its first output shows that it is parsed, and its parts
+    add up to the tokens' text."""
     async with serving(door, folder) as served:
         assert {f"{TOOL_PARSER}hermes"} <= set(served.link.info.capabilities)
         assert not any(word.startswith(REASONING_PARSER) for word in served.link.info.capabilities)
@@ -153,7 +153,8 @@ async def test_parts_arrive_beside_unchanged_tokens(door: Door, folder: Path) ->
 
 
 async def test_parsed_tokens_are_counted_like_plain_ones(door: Door, folder: Path) -> None:
-    """The work of a parsed request counts once, as that of a plain request; a stop string leaves none uncounted."""
+    """The tokens of a parsed request count once as work, like those of a plain request, even if a stop string cuts them
+    off."""
     async with serving(door, folder) as served:
         counts = []
         for changes in ({"tool_choice": "none"}, {}, {"is_whole": True}):
@@ -174,7 +175,8 @@ async def test_a_resumed_request_repeats_its_parts(door: Door, folder: Path) -> 
 
 
 async def test_a_stop_string_ends_the_request_in_the_engine(door: Door, folder: Path) -> None:
-    """A stop string ends a request with STOP and the tokens up to it; the engine and the worker are then free."""
+    """A stop string ends a request with the finish STOP and the tokens up to the string. The request then uses no
+    capacity of the engine or the worker."""
     async with serving(door, folder) as served:
         whole = await served.ask()
         text = whole.parts[0][1]
@@ -191,7 +193,7 @@ async def test_a_stop_string_ends_the_request_in_the_engine(door: Door, folder: 
 
 
 async def test_an_abort_and_a_refusal_leave_nothing(door: Door, folder: Path) -> None:
-    """Aborted and refused requests leave no session, and no request in the engine."""
+    """Aborted and refused requests leave neither a parser session nor a request in the engine."""
     async with serving(door, folder) as served:
         long = Sampling(max_tokens=2000, temperature=0.0, ignore_eos=True)
         answer = served.submit(sampling=long)
@@ -208,7 +210,7 @@ async def test_an_abort_and_a_refusal_leave_nothing(door: Door, folder: Path) ->
 
 
 async def test_a_failed_parse_ends_one_request(door: Door, folder: Path) -> None:
-    """A request whose parser raises ends with an error, and is aborted in the engine; others go on."""
+    """A request whose parser raises an error ends with an error, and is aborted in the engine. Other requests go on."""
     async with serving(door, folder) as served:
         long = Sampling(max_tokens=2000, temperature=0.0, ignore_eos=True)
         failed = await served.ask(chat_template_kwargs={"x": RAISE}, sampling=long)

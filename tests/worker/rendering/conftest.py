@@ -1,4 +1,4 @@
-"""Fixtures of the renderer's tests."""
+"""Fixtures of the tests of prompt rendering."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ os.environ.setdefault("VLLM_SYSTEM_START_DATE", "2026-01-01")
 def kit(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Any, RendererKit]]:
-    """The name of a renderer, its tokenizer, and the kit."""
+    """The name of a renderer, its tokenizer, and its RendererKit."""
     folder: Path = build_rendered(request.param, tmp_path_factory.mktemp(request.param))
     tokenizer = renderer_tokenizer(request.param, str(folder))
     made = RendererKit(request.param, tokenizer, str(folder))

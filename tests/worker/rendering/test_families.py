@@ -34,7 +34,7 @@ from cluster.worker.rendering.families import MODES, PARSERS, renderer_of, token
 def test_renderers(
     mode: str, model_type: str, architecture: str, has_template: bool, has_tekken: bool, renderer: str
 ) -> None:
-    """A model has the renderer of vLLM's server, except that a template beside tekken.json is kept."""
+    """A model has the renderer of vLLM's server. Exception: a chat template beside tekken.json is used."""
     found = renderer_of(mode, model_type, [architecture], has_template=has_template, has_tekken=has_tekken)
     assert found == renderer
 
@@ -48,14 +48,15 @@ def test_parsers_of_renderers_exist() -> None:
 
 
 def test_a_renderer_chooses_the_parsers() -> None:
-    """A model without a chat template gets its renderer's parsers; the entry's keys take precedence."""
+    """A model without a chat template gets its renderer's parsers. Parsers that the entry names take precedence."""
     bundle = Bundle({"tokenizer_config.json": json.dumps({RENDERER: "deepseek_v32"}).encode()})
     assert chosen_parsers(bundle, {})[0] == ParserNames("deepseek_v32", "deepseek_v3")
     assert chosen_parsers(bundle, {"reasoning_parser": "none"})[0] == ParserNames("deepseek_v32", "")
 
 
 def test_tokenizer_modes() -> None:
-    """The engine gets the renderer's tokenizer mode, and its own choice for harmony and for templates."""
+    """The engine gets the tokenizer mode of the renderer. For harmony and for chat templates, the engine chooses the
+    mode."""
     assert [tokenizer_mode_of(name) for name in ("mistral", "deepseek_v4", "harmony", "")] == [
         *("mistral", "deepseek_v4"),
         *("", ""),

@@ -1,4 +1,4 @@
-"""Prompts of the renderer's process equal those of vLLM's server, from the caller's body to the token ids."""
+"""The renderer's process makes the same prompts as vLLM's server, from the caller's body to the token ids."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ FORMAT = {"deepseek_v32": "string", "deepseek_v4": "openai", "deepseek_v41": "op
 
 
 def theirs(renderer: str, tokenizer: Any, body: Mapping[str, Any]) -> list[int] | None:
-    """Return the ids that vLLM's server makes of a body, by the functions that its renderers call; None for a
-    refusal."""
+    """Return the token ids that vLLM's server makes of a body, by the functions that its renderers call, or None if the
+    body is refused."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     request = ChatCompletionRequest.model_validate(json.loads(json.dumps(body)))
@@ -65,7 +65,8 @@ def _rendered(renderer: str, tokenizer: Any, request: Any) -> list[int]:
 
 
 def ours(kit: RendererKit, body: Mapping[str, Any]) -> list[int] | None:
-    """Return the ids of a body, as the gateway and the renderer's process make them; None for a refusal."""
+    """Return the token ids that the gateway and the renderer's process make of a body, or None if the body is
+    refused."""
     try:
         prompt = parse_chat(read_object(json.dumps(body).encode())).requests[0].prompt
     except CallError:
@@ -77,7 +78,8 @@ def ours(kit: RendererKit, body: Mapping[str, Any]) -> list[int] | None:
 
 
 def test_conversations(kit: tuple[str, Any, RendererKit]) -> None:
-    """Tools, tool results, reasoning, developers and continued messages give vLLM's ids, or vLLM refuses them too."""
+    """Tools, tool results, reasoning, developer messages and continued messages give vLLM's ids, or vLLM refuses them,
+    too."""
     renderer, tokenizer, renders = kit
     rendered = 0
     for title, fields in CONVERSATIONS.items():
@@ -91,7 +93,8 @@ def test_conversations(kit: tuple[str, Any, RendererKit]) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=BODIES)
 def test_any_body(kit: tuple[str, Any, RendererKit], body: dict[str, Any]) -> None:
-    """For any body whose renderer arguments are the caller's own, the ids are vLLM's, or both refuse it."""
+    """For any body, the token ids are vLLM's, or both sides refuse the body. For Mistral and harmony, bodies have no
+    chat_template_kwargs."""
     renderer, tokenizer, renders = kit
     given_arguments = body.get("chat_template_kwargs") or {}
     if renderer in (MISTRAL, HARMONY) and given_arguments:  # the gateway accepts some that vLLM refuses or ignores
@@ -100,7 +103,7 @@ def test_any_body(kit: tuple[str, Any, RendererKit], body: dict[str, Any]) -> No
 
 
 def test_refusals_name_the_field(kit: tuple[str, Any, RendererKit]) -> None:
-    """A chat that vLLM refuses, or that is no chat, gives an error with the field and a bounded message."""
+    """A chat that is invalid, or that vLLM refuses, gives an error with the field and a bounded message."""
     _, _, renders = kit
     for chat in (b"", b"[]", b'{"messages": 1}', b'{"messages": [{"role": "x"}]}', b"\xff"):
         rendered = renders.render(wire.Render(7, chat, 100))
@@ -111,7 +114,7 @@ def test_refusals_name_the_field(kit: tuple[str, Any, RendererKit]) -> None:
 
 
 def test_long_prompts_have_no_ids(kit: tuple[str, Any, RendererKit]) -> None:
-    """A prompt of more tokens than requested is answered with their number alone."""
+    """If a prompt has more tokens than the request allows, the answer has the number of tokens and no ids."""
     _, _, renders = kit
     chat = json.dumps({"messages": [{"role": "user", "content": "Hello there"}]}).encode()
     whole = renders.render(wire.Render(1, chat, 1000))
@@ -122,7 +125,7 @@ def test_long_prompts_have_no_ids(kit: tuple[str, Any, RendererKit]) -> None:
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=60))
 def test_equal_chats_have_equal_prompts(kit: tuple[str, Any, RendererKit], text: str) -> None:
-    """Rendering is a function of the chat: the same chat gives the same ids, whatever was rendered before."""
+    """The same chat always gives the same token ids, whatever was rendered before."""
     _, _, renders = kit
     chat = json.dumps({"messages": [{"role": "user", "content": text}]}).encode()
     first = renders.render(wire.Render(1, chat, 1000))

@@ -1,4 +1,4 @@
-"""The worker's side of the renderer's process: every chat is answered, also after the process has died or hung."""
+"""The worker's side of the renderer's process: every chat is answered, even after the process has died or hung."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ INFO = EngineInfo("sim", "sim", "1", 16, 100, 8, 64, 4096, 768)
 
 
 def watch(host: ParserHost) -> HangWatch:
-    """Return a watch that soon finds a process that computes."""
+    """Return a watch that reports a process as hung after 0.3 s of CPU time."""
     return HangWatch(host.progress.read, lambda: cpu_seconds(host.pid), 0.3, 60.0)
 
 
 class FaultyKit(ByteKit):
-    """A kit that fails on chats with one of the words."""
+    """A kit that fails on a chat that contains one of the words HANG, DIE and RAISE."""
 
     def render(self, request: wire.Render) -> wire.Rendered:
-        """Render a chat, or fail."""
+        """Render a chat. If it contains one of the words, hang, end the process or raise an error."""
         while HANG.encode() in request.chat:
             pass
         if DIE.encode() in request.chat:
@@ -55,7 +55,7 @@ def open_kit(kind: type[ByteKit] = ByteKit) -> ByteKit:
 
 
 def chat(text: str) -> bytes:
-    """Return a chat of one message."""
+    """Return a chat with one message."""
     return json.dumps({"messages": [{"role": "user", "content": text}]}).encode()
 
 
@@ -75,7 +75,7 @@ async def running(
 
 
 async def test_chats_are_answered_in_any_number() -> None:
-    """Each of many chats gets its own prompt, also those that wait before the process is ready."""
+    """Each of many chats gets its own prompt, even a chat that arrives before the process is ready."""
     async with running(lambda: thread_host(open_kit())) as renderer:
         texts = [f"text {i}" for i in range(20)]
         answers = await asyncio.gather(*(renderer.render(chat(text), MOST) for text in texts))
@@ -84,8 +84,8 @@ async def test_chats_are_answered_in_any_number() -> None:
 
 
 async def test_only_the_faulty_chat_fails() -> None:
-    """A chat on which the process dies, hangs or raises fails with its field; all others are answered, also after a
-    chat that was withdrawn."""
+    """A chat on which the process dies, hangs or raises an error fails with the field `messages`. All other chats are
+    answered, even after a cancelled chat."""
     kit = open_kit(FaultyKit)
     async with running(lambda: fork_host(kit), watch) as renderer:
         texts = ["a", DIE, "b", HANG, "c", RAISE, "d"]
@@ -102,7 +102,7 @@ async def test_only_the_faulty_chat_fails() -> None:
 
 
 async def test_a_process_that_does_not_start_answers() -> None:
-    """If the renderer cannot be loaded, its chats get the reason at once, and no field is blamed."""
+    """If the renderer cannot be loaded, each chat fails at once with the reason and without a field."""
 
     def load() -> RendererKit:
         raise ValueError("no such tokenizer")
@@ -116,7 +116,7 @@ async def test_a_process_that_does_not_start_answers() -> None:
 @pytest.mark.engine
 @pytest.mark.slow
 def test_a_real_process_renders(tmp_path: Path) -> None:
-    """A model's folder gives a worker that announces its renderer, whose own process makes the prompts."""
+    """The capabilities of a worker name the renderer of its model. The renderer's own process makes a prompt."""
     folder = build_rendered("deepseek_v32", tmp_path)
     spec = ModelSpec(name="m", source=f"file://{folder}")
     renderer = model_renderer(spec, folder, build_bundle(folder))

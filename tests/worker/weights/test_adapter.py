@@ -1,4 +1,4 @@
-"""Checks of adapters: a good adapter is accepted, and every hostile one is refused with the one error type."""
+"""Checks of adapters: a good adapter is accepted, and every hostile adapter is refused with AdapterError."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MEMORY_BYTES = 256 << 20
 
 
 def write_base(folder: Path, hidden: int, layers: int = 2) -> Path:
-    """Write a checkpoint with the linear layers of a Llama, of zeros."""
+    """Write a checkpoint with the linear layers of a Llama, all zeros."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {"model.embed_tokens.weight": np.zeros((2 * hidden, hidden), np.float16)}
     for layer in range(layers):
@@ -104,7 +104,8 @@ def test_what_does_not_change_the_meaning_is_accepted(tmp_path: Path, base: Path
 
 
 def test_names_without_a_prefix_and_other_files_are_accepted(tmp_path: Path, base: Path) -> None:
-    """Some tools leave the prefix base_model.model. out. Files that the check does not read do not matter."""
+    """An adapter is accepted if its tensor names lack the prefix `base_model.model.`, which some tools omit. Files that
+    the check does not read do not matter."""
     folder = write_adapter(tmp_path / "a", base)
     digest = adapter_digest(folder)
     (folder / "README.md").write_text("# Adapter")
@@ -138,7 +139,7 @@ def test_a_hostile_configuration_is_refused_by_name(tmp_path: Path, base: Path, 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", SPOILED)
 def test_a_hostile_adapter_raises_the_one_error(tmp_path: Path, base: Path, name: str, size: int) -> None:
-    """A hostile adapter raises AdapterError with a short text, and its check takes little memory."""
+    """A hostile adapter raises AdapterError with a short text, and the check takes little memory."""
     folder = write_adapter(tmp_path / "a", base)
     arrays = adapter_arrays(base, 8)
     SPOILED[name](folder, size, arrays)
@@ -156,7 +157,7 @@ def test_a_hostile_adapter_raises_the_one_error(tmp_path: Path, base: Path, name
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path, base: Path) -> None:
-    """vLLM accepts an adapter of a smaller model; the check names the layer and both shapes."""
+    """An adapter of a smaller model, which vLLM would accept, is refused. The error names the layer and both shapes."""
     other = write_base(tmp_path / "other", 32)
     folder = write_adapter(tmp_path / "a", other)
     with pytest.raises(AdapterError, match=r"q_proj.*\[8, 32\].*\[8, 64\].*belongs to another model"):
@@ -168,7 +169,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, base: Path) -> N
 def test_any_change_of_bytes_is_refused_or_harmless(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Whatever bytes change in either file, the check accepts it or raises AdapterError."""
+    """If any bytes of either file change, the check accepts the adapter or raises AdapterError, and no other error."""
     folder = tmp_path_factory.mktemp("fuzzed")
     base = write_base(folder / "base", 16, layers=1)
     write_adapter(folder / "a", base, 2, targets=("q_proj", "down_proj"))
@@ -194,7 +195,7 @@ def test_a_base_model_without_readable_files_is_named(tmp_path: Path) -> None:
 
 
 def test_shapes_of_quantized_layers_are_known(tmp_path: Path) -> None:
-    """The shape of a layer with packed weights in GPTQ's form follows from its groups."""
+    """The shape of a layer with packed weights in GPTQ's form is derived from its group indices."""
     arrays = {
         "model.layers.0.self_attn.q_proj.qweight": np.zeros((8, 32), np.int32),
         "model.layers.0.self_attn.q_proj.g_idx": np.zeros(64, np.int32),

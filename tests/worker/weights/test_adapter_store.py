@@ -1,4 +1,4 @@
-"""The adapters on a node's disk: sources, digests, permissions, and what is never followed or kept."""
+"""The store of adapters on a node's disk: sources, digests, permissions, links, and refused adapters."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ def store(tmp_path: Path) -> AdapterStore:
 
 @pytest.fixture
 def folder(tmp_path: Path, store: AdapterStore) -> Path:
-    """A good adapter's folder."""
+    """The folder of a good adapter."""
     assert store.base is not None
     assert store.base is not None
     return write_adapter(tmp_path / "source", store.base)
 
 
 def left(store: AdapterStore) -> list[str]:
-    """Return the names in the store."""
+    """Return the names of the entries in the store's folder."""
     return sorted(file.name for file in store.root.iterdir())
 
 
 def test_an_adapter_lies_private_under_its_digest(store: AdapterStore, folder: Path) -> None:
-    """The stored folder is named by the digest, holds only the adapter's files, and nobody else can read it."""
+    """A stored adapter's folder is named by the digest and holds only the adapter's files. Only its owner can read
+    it."""
     (folder / "training_args.bin").write_bytes(b"x")
     stored = store.fetch(AdapterSpec("a", str(folder)))
     assert stored.digest == adapter_digest(folder)
@@ -56,7 +57,7 @@ def test_an_adapter_lies_private_under_its_digest(store: AdapterStore, folder: P
 
 
 def test_a_stored_adapter_needs_no_source(store: AdapterStore, folder: Path) -> None:
-    """An adapter whose digest is known is used from the store, although its source is gone."""
+    """An adapter whose digest is known is used from the store, even if its source no longer exists."""
     stored = store.fetch(AdapterSpec("a", str(folder)))
     (folder / WEIGHTS).unlink()
     assert store.fetch(AdapterSpec("b", str(folder), stored.digest)) == stored
@@ -78,7 +79,7 @@ def test_another_digest_is_refused(store: AdapterStore, folder: Path) -> None:
 
 
 def test_a_damaged_adapter_leaves_nothing(store: AdapterStore, folder: Path) -> None:
-    """The error names the adapter and not the copy, and nothing stays in the store."""
+    """A damaged adapter is refused, and nothing stays in the store. The error names the adapter, not its copy."""
     os.truncate(folder / WEIGHTS, 100)
     with pytest.raises(AdapterError, match=rf"adapters\[a\]/{WEIGHTS} has 100 bytes"):
         store.fetch(AdapterSpec("a", str(folder)))
@@ -94,7 +95,8 @@ def test_a_link_to_another_file_is_not_followed(store: AdapterStore, folder: Pat
 
 
 def test_links_within_the_hubs_cache_are_followed(store: AdapterStore, folder: Path) -> None:
-    """A snapshot in the hub's cache consists of links to files beside it."""
+    """In the hub's cache a snapshot consists of links to files beside it. These links are followed, and the files are
+    copied."""
     hub = store.rules.cache_dir / "hub" / "models--o--n"
     snapshot, blobs = hub / "snapshots" / "main", hub / "blobs"
     snapshot.mkdir(parents=True)
@@ -137,7 +139,8 @@ def test_sources_and_licenses_follow_the_rules(store: AdapterStore, folder: Path
 
 
 def test_what_an_engine_failed_on_is_not_tried_again(store: AdapterStore, folder: Path) -> None:
-    """After a failed load with several ranks the replica is replaced; its successor must not fail in the same way."""
+    """An adapter that an engine failed to load is refused. Otherwise the replica's successor would fail in the same
+    way."""
     stored = store.fetch(AdapterSpec("a", str(folder)))
     store.mark_refused(stored.digest, "rank 1 could not read it")
     for digest in ("", stored.digest):
@@ -156,7 +159,7 @@ def test_unfinished_fetches_are_removed_after_a_day(store: AdapterStore, folder:
 
 
 def test_the_same_adapter_is_fetched_at_once_by_several(store: AdapterStore, folder: Path) -> None:
-    """Replicas of a node that start together share the store, and none sees another's unfinished files."""
+    """Replicas that start together on a node share the store, and none of them sees unfinished files of another."""
     found, errors = [], []
 
     def fetch() -> None:
@@ -177,7 +180,7 @@ def test_the_same_adapter_is_fetched_at_once_by_several(store: AdapterStore, fol
 
 @pytest.fixture
 def server(folder: Path) -> Iterator[str]:
-    """The address of a web server for the adapter's folder."""
+    """A web server with the adapter's files; yields its address."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -204,15 +207,14 @@ def test_an_adapter_comes_from_a_web_server(store: AdapterStore, folder: Path, s
 
 
 def test_a_simulated_engine_reads_no_weights(tmp_path: Path, folder: Path) -> None:
-    """Without a base model only the digest is taken."""
+    """Without a base model, as for a simulated engine, only the adapter's digest is computed."""
     sim = AdapterStore(SourceRules(tmp_path / "sim"), None, 16)
     (folder / WEIGHTS).write_bytes(b"not a tensor")
     assert sim.fetch(AdapterSpec("a", str(folder))).digest == adapter_digest(folder)
 
 
 def test_a_giant_file_is_not_fetched(store: AdapterStore, folder: Path, server: str) -> None:
-    """A file that is larger than any adapter of the model fills no disk: it is refused by its size before any byte of
-    it, or of another file, is fetched."""
+    """A file that is too large for any adapter of the model is refused by its size, before any file is fetched."""
     pytest.importorskip("fsspec")
     pytest.importorskip("aiohttp")
     os.truncate(folder / WEIGHTS, 1 << 40)  # a hole
@@ -224,7 +226,7 @@ def test_a_giant_file_is_not_fetched(store: AdapterStore, folder: Path, server: 
 def test_a_giant_file_of_the_hub_is_not_fetched(
     store: AdapterStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An adapter comes from the hub, unless the hub has a larger file than any adapter of the model: then no file is
+    """An adapter is fetched from the hub. If a file on the hub is too large for any adapter of the model, no file is
     fetched."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the variable as it was at the import

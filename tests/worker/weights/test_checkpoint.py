@@ -59,7 +59,7 @@ def test_whole_checkpoints_pass_and_each_tensor_is_missed(
 ) -> None:
     """An undamaged checkpoint of any architecture passes.
 
-    If a tensor is missing or misshapen, the error names the tensor.
+    If a tensor is missing or has a wrong shape, the error names the tensor.
     """
     folder = Path(shutil.copytree(whole(model_type), tmp_path / "m"))
     check(folder)
@@ -84,7 +84,8 @@ def test_whole_checkpoints_pass_and_each_tensor_is_missed(
 def test_other_names_and_buffers_of_old_checkpoints_pass(
     whole: Callable[[str], Path], tmp_path: Path, model_type: str, prefix: str
 ) -> None:
-    """Checkpoints of the bare model pass, even with masks or a tied output matrix."""
+    """Checkpoints of a bare model, whose tensor names lack a prefix, are accepted, even with masks or a tied output
+    matrix."""
     import torch
 
     folder = Path(shutil.copytree(whole(model_type), tmp_path / "m"))
@@ -106,7 +107,7 @@ def test_other_names_and_buffers_of_old_checkpoints_pass(
 def test_what_is_not_known_is_left_to_the_engine(
     whole: Callable[[str], Path], tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    """Quantized checkpoints, and architectures that transformers does not know, are not compared."""
+    """Tensors are not checked for quantized checkpoints and for architectures that transformers does not know."""
     folder = Path(shutil.copytree(whole("llama"), tmp_path / "m"))
     config = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(config))
@@ -115,7 +116,7 @@ def test_what_is_not_known_is_left_to_the_engine(
 
 
 def test_an_entry_may_say_that_a_tensor_is_not_needed(whole: Callable[[str], Path], tmp_path: Path) -> None:
-    """An entry can allow a missing tensor with vLLM's option, or by overriding config.json."""
+    """An entry can allow a missing tensor: with vLLM's option, or with a changed value of config.json."""
     folder = Path(shutil.copytree(whole("llama"), tmp_path / "m"))
     rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
     check(folder, engine={"model_loader_extra_config": {"enable_weights_track": False}})
@@ -123,7 +124,7 @@ def test_an_entry_may_say_that_a_tensor_is_not_needed(whole: Callable[[str], Pat
 
 
 def test_shards_pass_with_and_without_their_index(shards: Path, tmp_path: Path) -> None:
-    """Shards pass with and without an index, and a file that the index does not name is ignored."""
+    """Shards are accepted with and without an index. A file that the index does not name is ignored."""
     folder = Path(shutil.copytree(shards, tmp_path / "m"))
     (folder / "consolidated.safetensors").write_bytes(b"another form of the same")
     check(folder)
@@ -144,7 +145,7 @@ def test_a_missing_shard_is_named(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_only_the_index_has_is_named(shards: Path, tmp_path: Path) -> None:
-    """The error for a tensor that only the index has names the tensor and the file that should contain it."""
+    """If only the index has a tensor, the error names the tensor and the file that should contain it."""
     folder = Path(shutil.copytree(shards, tmp_path / "m"))
     name, file = next(iter(json.loads((folder / INDEX).read_text())["weight_map"].items()))
     rewrite(folder, lambda tensors: tensors.pop(name), file)

@@ -1,4 +1,4 @@
-"""The progress of weights: their bytes, and the rate at which they come."""
+"""The progress of fetched weights: the bytes, and their rate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from cluster.worker.weights.hub_progress import reporting_bar
 
 
 def test_the_rate_is_that_of_the_last_seconds() -> None:
-    """The rate is the mean of the window, is 0 before the second report and after a pause, and never below 0."""
+    """The rate is the mean over a window of seconds. It is 0 before the second report and after a pause, and never
+    below 0."""
     now = [100.0]
     progress = FetchProgress(lambda: now[0])
     assert progress.bytes_per_s == 0
@@ -27,7 +28,7 @@ def test_the_rate_is_that_of_the_last_seconds() -> None:
 @given(st.lists(st.tuples(st.floats(0, 20), st.integers(0, 10**12)), max_size=50))
 @example([(0.0, 0), (5e-324, 1)])
 def test_any_progress_has_a_rate(reports: list[tuple[float, int]]) -> None:
-    """Whatever is reported, the rate is a finite number of at least 0, and the memory stays bounded."""
+    """For any reports, the rate is finite and at least 0, and the memory for the reports stays bounded."""
     now = 0.0
     progress = FetchProgress(lambda: now)
     for pause, fetched in reports:
@@ -38,8 +39,8 @@ def test_any_progress_has_a_rate(reports: list[tuple[float, int]]) -> None:
 
 
 def test_a_hub_download_reports_its_bytes(capfd: pytest.CaptureFixture[str]) -> None:
-    """Bars of bytes report the farthest of them, whose total may grow; bars of files report nothing; nothing is
-    printed."""
+    """Of several progress bars in bytes, the one that is farthest is reported, and its total may grow. Bars that count
+    files report nothing. Nothing is printed."""
     seen: list[tuple[int, int, str]] = []
     bar = reporting_bar(lambda *progress: seen.append(progress), "org/model")
     network = bar(total=0, initial=0, unit="B", unit_scale=True, desc="Downloading")

@@ -1,4 +1,4 @@
-"""Weights are downloaded over HTTP once per node, and a download that broke off is resumed at the same byte."""
+"""Weights are downloaded over HTTP once per node. A download that broke off is resumed at the same byte."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def server() -> Iterator[Server]:
 
 
 def test_all_of_it_once(server: Server, tmp_path: Path) -> None:
-    """All files are fetched with progress up to the last byte, and a second call uses no network."""
+    """All files are fetched, and the progress is reported up to the last byte. A second call uses no network."""
     seen: list[tuple[int, int]] = []
     folder = fetch(server.address, tmp_path, PATTERNS, lambda done, total, name: seen.append((done, total)))
     assert {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith(".")} == FILES
@@ -158,7 +158,7 @@ def test_a_damaged_folder_is_mended(server: Server, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_fetched_says_why(server: Server, tmp_path: Path) -> None:
-    """The error names the reason: no files, no config.json, or a full disk."""
+    """If a fetch fails, the error names the reason: no files, no config.json, or a full disk."""
     with pytest.raises(FetchError, match=r"no config.json"):
         fetch(server.address, tmp_path / "p", ("*.safetensors",))
     with pytest.raises(FetchError, match=r"the disk is full: .* set weights.cache_dir"):
@@ -169,7 +169,7 @@ def test_what_cannot_be_fetched_says_why(server: Server, tmp_path: Path) -> None
 
 
 def test_as_a_models_source(server: Server, tmp_path: Path) -> None:
-    """A web address as a model's source follows the rules for all sources."""
+    """The rules for sources also hold for a web address as a model's source."""
     spec = ModelSpec("m", server.address)
     folder = resolve(spec, SourceRules(tmp_path))
     assert (folder / "two.safetensors").read_bytes() == SHARD[::-1]
@@ -199,7 +199,7 @@ MODULES: dict[str, bytes] = {
 
 
 def test_the_settings_of_an_embedding_model_are_fetched(server: Server, tmp_path: Path) -> None:
-    """The files of the modules' folders are fetched from a web server and from an object store alike."""
+    """The files in the module folders of an embedding model are fetched from a web server and from an object store."""
     import fsspec
 
     server.files = dict(MODULES)
@@ -219,7 +219,7 @@ def test_the_settings_of_an_embedding_model_are_fetched(server: Server, tmp_path
 
 @pytest.mark.parametrize("path", ["../up", "/etc", "a/b", ".git", "x" * 65])
 def test_a_module_outside_the_folder_is_refused(server: Server, tmp_path: Path, path: str) -> None:
-    """A modules.json that names another place than a folder of the model is refused, and nothing is written there."""
+    """A modules.json with a path that is not a plain folder name is refused, and nothing is written there."""
     modules = json.dumps([{"type": "sentence_transformers.models.Pooling", "path": path}]).encode()
     server.files = MODULES | {"modules.json": modules}
     with pytest.raises(FetchError, match=r"modules\.json names the folder"):

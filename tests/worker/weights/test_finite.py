@@ -49,7 +49,7 @@ def patterns(kind: torch.dtype) -> torch.Tensor:
 
 
 def refused(folder: Path, tensors: dict[str, Any], piece_bytes: int = PIECE_BYTES) -> str:
-    """Return why a folder with these tensors is refused; empty if the folder is not refused."""
+    """Return the reason why a folder with these tensors is refused, or an empty text if it is accepted."""
     try:
         weight_digest(write(folder, tensors), folder / "cache", piece_bytes=piece_bytes)
     except ValueError as error:
@@ -98,7 +98,7 @@ def test_a_nan_anywhere_is_found_and_the_digest_is_of_all_bytes(
 
 
 def test_a_record_of_a_digest_without_the_check_is_made_again(tmp_path: Path) -> None:
-    """A record of an earlier release, which did not check for NaN, is not used."""
+    """The stored digest of an earlier release, which did not check for NaN, is not used."""
     folder, cache = write(tmp_path / "m", {"a.weight": torch.ones(2, 2)}), tmp_path / "cache"
     digest = weight_digest(folder, cache)
     (record,) = (cache / "digests").iterdir()

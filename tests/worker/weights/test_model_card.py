@@ -1,4 +1,4 @@
-"""Model cards are read, and licences are allowed or refused."""
+"""Model cards and licences: a card is read, and its licence is allowed or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bundle of a pooling model has what a gateway needs to encode texts and pairs as transformers does."""
+"""With the bundle of a pooling model, a gateway encodes texts and pairs of texts as transformers does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORDS_AND_MORE = [*WORDS, "The", "RIVER", "unknown", "?"]
 
 
 def texts(least: int) -> st.SearchStrategy[str]:
-    """Return texts of at least `least` words."""
+    """Return a strategy for texts of at least `least` words."""
     return st.lists(st.sampled_from(WORDS_AND_MORE), min_size=least, max_size=12).map(" ".join)
 
 
@@ -39,7 +39,7 @@ def in_bundle(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def both(folder: Path) -> tuple[Any, Any]:
-    """The bundle's tokenizer, and transformers'."""
+    """The bundle's tokenizer, and the tokenizer of transformers."""
     from transformers import AutoTokenizer
 
     return in_bundle(folder), AutoTokenizer.from_pretrained(folder)
@@ -47,8 +47,8 @@ def both(folder: Path) -> tuple[Any, Any]:
 
 @given(texts(0), st.none() | texts(1))
 def test_pairs_have_their_special_tokens_and_types(both: tuple[Any, Any], first: str, second: str | None) -> None:
-    """A text and a pair have the ids and the token types of transformers, special tokens included. The types of a pair
-    begin with 0 and go over to 1 once, so that one position tells them."""
+    """A text or a pair has the ids and token types of transformers, special tokens included. In a pair the types change
+    once from 0 to 1, so one position describes them."""
     bundled, tokenizer = both
     got = bundled.encode(*((first,) if second is None else (first, second)))
     expected = tokenizer(first, second, return_token_type_ids=True)
@@ -58,15 +58,16 @@ def test_pairs_have_their_special_tokens_and_types(both: tuple[Any, Any], first:
 
 
 def test_a_long_text_is_not_cut(tmp_path: Path) -> None:
-    """The real embedding model's tokenizer cuts and pads texts to 128 tokens; in the bundle it does neither, since the
-    model takes 256."""
+    """The embedding model's own tokenizer cuts and pads texts to 128 tokens. In the bundle it does neither, since the
+    model accepts 256 tokens."""
     tokenizer = in_bundle(minilm(tmp_path))
     assert len(tokenizer.encode("river " * 200).ids) == 202
     assert len(tokenizer.encode("river").ids) == 3
 
 
 def test_texts_are_made_lower_case_where_the_model_says_so(folder: Path, tmp_path: Path) -> None:
-    """With sentence-transformers' do_lower_case the bundle's tokenizer gives a text the ids of its lower-case form."""
+    """If the model sets sentence-transformers' do_lower_case, the bundle's tokenizer gives a text the ids of its
+    lower-case form."""
     cased = Path(shutil.copytree(folder, tmp_path / "cased"))
     content = json.loads((cased / "tokenizer.json").read_text())
     content["normalizer"]["lowercase"] = False

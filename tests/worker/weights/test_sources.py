@@ -79,7 +79,7 @@ def test_an_empty_model_folder_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("trust", "allow"), [(False, False), (True, False), (False, True)])
 def test_remote_code_needs_both_words(tmp_path: Path, trust: bool, allow: bool) -> None:
-    """A config.json with auto_map is refused unless the entry trusts remote code and the cluster allows it."""
+    """A config.json with auto_map is refused, unless the entry trusts remote code and the cluster allows it."""
     folder = checkpoint(tmp_path / "m", auto_map={"AutoModel": "modeling.Model"})
     with pytest.raises(SourceError, match="auto_map"):
         resolve(ModelSpec("m", str(folder), trust_remote_code=trust), SourceRules(tmp_path, allow_remote_code=allow))
@@ -95,7 +95,7 @@ def test_offline_hub_names_the_remedy(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_digest_is_by_content_and_kept(tmp_path: Path) -> None:
-    """Equal content has the same digest in any folder, and the record of a digest is used until a file changes."""
+    """Equal content has the same digest in any folder. The stored digest of a folder is used until a file changes."""
     one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
     cache = tmp_path / "cache"
     digest = weight_digest(one, cache)
@@ -124,7 +124,7 @@ def test_digest_covers_the_configuration_and_the_names(tmp_path: Path) -> None:
 
 
 def test_a_damaged_record_is_made_again(tmp_path: Path) -> None:
-    """A record that is not JSON is replaced."""
+    """If the stored digest is not JSON, the digest is computed and stored again."""
     folder, cache = checkpoint(tmp_path / "a"), tmp_path / "cache"
     digest = weight_digest(folder, cache)
     for record in (cache / "digests").iterdir():
@@ -136,7 +136,7 @@ def test_a_damaged_record_is_made_again(tmp_path: Path) -> None:
 def test_the_default_model_is_made_once(tmp_path: Path) -> None:
     """Two concurrent calls create the folder of the default model once.
 
-    The unfinished folder of a dead process is removed, and the progress ends at its total.
+    The unfinished folder of a dead process is removed, and the last progress report equals the total.
     """
     torn = tmp_path / "models" / f".{demo_model.FOLDER}.making-dead"
     torn.mkdir(parents=True)
@@ -169,7 +169,7 @@ def test_the_default_model_is_made_once(tmp_path: Path) -> None:
 
 
 def embedding_model(folder: Path, pooling: str = "cls", kind: str = "Pooling") -> Path:
-    """Create a folder that looks like an embedding model's; return the folder."""
+    """Create a folder with the files of an embedding model; return the folder."""
     checkpoint(folder)
     modules = [{"type": f"sentence_transformers.models.{kind}", "path": "1_Module"}]
     (folder / "modules.json").write_text(json.dumps(modules))
@@ -180,8 +180,8 @@ def embedding_model(folder: Path, pooling: str = "cls", kind: str = "Pooling") -
 
 @pytest.mark.parametrize("kind", ["Pooling", "Dense"])
 def test_an_embedding_model_without_its_settings_is_refused(tmp_path: Path, kind: str) -> None:
-    """A folder whose modules.json names settings that are not there is refused, since its vectors would be wrong. A
-    module without settings is no fault."""
+    """A folder without the settings that a module in modules.json needs is refused, since its vectors would be wrong. A
+    module that needs no settings is accepted."""
     folder = embedding_model(tmp_path / "m", kind=kind)
     assert resolve(ModelSpec("m", str(folder)), SourceRules(tmp_path)) == folder
     (folder / "1_Module" / "config.json").unlink()
@@ -203,7 +203,7 @@ def test_an_embedding_model_without_its_settings_is_refused(tmp_path: Path, kind
     ],
 )
 def test_a_wrong_list_of_modules_is_refused(tmp_path: Path, content: str, says: str) -> None:
-    """A modules.json that cannot be read, or leads out of the folder, is refused with the reason."""
+    """A modules.json that cannot be read, or that has a path outside the folder, is refused with the reason."""
     folder = embedding_model(tmp_path / "m")
     (folder / "modules.json").write_text(content)
     with pytest.raises(SourceError, match=says):
@@ -211,7 +211,7 @@ def test_a_wrong_list_of_modules_is_refused(tmp_path: Path, content: str, says: 
 
 
 def test_the_digest_covers_how_a_model_pools(tmp_path: Path) -> None:
-    """Equal weights with other settings of pooling have another digest, since their vectors differ."""
+    """Equal weights with different pooling settings have different digests, since their vectors differ."""
     one, other, same = (
         embedding_model(tmp_path / name, pooling) for name, pooling in (("a", "cls"), ("b", "last"), ("c", "cls"))
     )
@@ -220,7 +220,7 @@ def test_the_digest_covers_how_a_model_pools(tmp_path: Path) -> None:
 
 
 def test_the_embedding_model_is_copied_once(tmp_path: Path) -> None:
-    """demo://minilm is a folder with the settings of its pooling, which a second call returns as it is."""
+    """demo://minilm is a folder with the model's pooling settings. A second call returns the same folder unchanged."""
     minilm(tmp_path)
     spec, rules = ModelSpec("m", "demo://minilm"), SourceRules(tmp_path)
     folder = resolve(spec, rules)
@@ -232,7 +232,8 @@ def test_the_embedding_model_is_copied_once(tmp_path: Path) -> None:
 
 
 def test_the_last_report_of_a_demo_model_is_its_total(tmp_path: Path) -> None:
-    """The sizes that a thread reports during the creation end before the report of the total, also on a slow disk."""
+    """While a demo model is created, a thread reports its size. The report of the total comes last, also on a slow
+    disk."""
     reports: list[tuple[int, int, str]] = []
     size_reported = threading.Event()
 
@@ -251,7 +252,7 @@ def test_the_last_report_of_a_demo_model_is_its_total(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_named_with_the_remedy(tmp_path: Path) -> None:
-    """A demo model whose package is not installed raises an error that names the package and what installs it."""
+    """A demo model whose package is not installed raises an error that names the package and how to install it."""
     absent = dataclasses.replace(demo_model.MINILM, package="headrace-absent-package")
     with pytest.raises(demo_model.DemoModelError, match=r"headrace-absent-package.*make minilm"):
         demo_model.make_demo_model(absent, tmp_path)

@@ -1,4 +1,4 @@
-"""Mistral's own tokenizer file: the gateway's tokenizer has the ids and the texts of mistral-common."""
+"""Mistral's own tokenizer file: the gateway's tokenizer gives the ids and the texts of mistral-common."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(folder: Path) -> Models:
-    """The gateway's tokenizer, and mistral-common's."""
+    """The gateway's tokenizer, and the tokenizer of mistral-common."""
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
     bundle = Bundle.unpack(build_bundle(folder).pack())
@@ -41,7 +41,8 @@ def models(folder: Path) -> Models:
 @settings(max_examples=200, deadline=None)
 @given(TEXTS)
 def test_prompts_equal_mistral_commons(models: Models, text: str) -> None:
-    """A prompt has mistral-common's ids, also if it contains the texts of special tokens, and they decode to it."""
+    """A prompt has the ids of mistral-common, even if it contains the texts of special tokens, and the ids decode to
+    it."""
     ours, theirs = models
     ids = theirs.encode(text, bos=True, eos=False)
     assert ours.codec.encode_prompt(text) == ids
@@ -52,7 +53,7 @@ def test_prompts_equal_mistral_commons(models: Models, text: str) -> None:
 @given(st.lists(st.integers(0, TEKKEN_TOKENS - 1), max_size=20))
 def test_outputs_equal_mistral_commons(models: Models, ids: list[int]) -> None:
     """Any ids decode to mistral-common's text, at once and token by token. Special ids are skipped as in transformers:
-    bytes before and after one may form a character."""
+    the bytes before and after a special id may form one character."""
     from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 
     ours, theirs = models

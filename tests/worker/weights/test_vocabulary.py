@@ -1,4 +1,4 @@
-"""Tokenizers that a model cannot use are refused when the model is opened, and every usable kind of file works."""
+"""Tokenizers: one that a model cannot use is refused when the model is opened, and every usable kind of file works."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def model(llama: Path, tmp_path: Path) -> Path:
 
 
 def ids_of(bundle: Bundle, text: str) -> list[int]:
-    """Return a text's token ids, computed by the bundle's tokenizer."""
+    """Return a text's token ids by the bundle's tokenizer."""
     ids: list[int] = Tokenizer.from_str(bundle.files["tokenizer.json"].decode()).encode(text).ids
     return ids
 
@@ -102,7 +102,7 @@ def test_a_damaged_tokenizer_file_is_refused(model: Path, content: str, why: str
 
 
 def test_each_kind_of_tokenizer_file_is_taken(llama: Path, tmp_path: Path) -> None:
-    """tokenizer.json alone, vocab.json with merges.txt, and a sentencepiece model can each tokenize text."""
+    """A model can have tokenizer.json alone, vocab.json with merges.txt, or a sentencepiece model."""
     import sentencepiece
 
     alone = folder_of(tmp_path / "alone")
@@ -131,7 +131,7 @@ def test_each_kind_of_tokenizer_file_is_taken(llama: Path, tmp_path: Path) -> No
 
 
 def test_kinds_that_are_not_served_are_named(tmp_path: Path) -> None:
-    """The error names the kinds of files that are not served: Mistral's own tokenizer and folder, and gguf files."""
+    """The error names each kind of file that is not served: Mistral's tokenizer and folder, and gguf files."""
     (folder_of(tmp_path / "tekken", "mistral") / "tekken.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tekken\.json cannot be read"):
         build_bundle(tmp_path / "tekken")
@@ -160,7 +160,8 @@ def test_added_tokens_beyond_the_vocabulary_are_refused(model: Path, special: bo
 
 
 def test_the_tokenizer_of_a_larger_model_is_refused(model: Path) -> None:
-    """Ordinary tokens outside the vocabulary are refused, and a vocabulary larger than the tokenizer passes."""
+    """A tokenizer with ordinary tokens outside the vocabulary is refused. A vocabulary that is larger than the
+    tokenizer is accepted."""
     edit(model, "config.json", lambda config: config.update(vocab_size=SIZE - 100))
     with pytest.raises(
         ValueError, match=rf"has 99 tokens that the model does not have: its vocabulary has {SIZE - 100}"
@@ -186,7 +187,7 @@ def test_the_vocabulary_of_a_multimodal_model_is_its_text_models(model: Path, ne
 def test_a_special_token_that_text_never_needs_is_left_out(model: Path, role: str) -> None:
     """An image placeholder or padding token outside the vocabulary is omitted. Published text models have such tokens.
 
-    The gateway treats the token's string as ordinary text, so that no caller can send an id that the model lacks.
+    The gateway reads the token's string as ordinary text. No caller can send an id that the model lacks.
     """
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokenizer.add_special_tokens(["<odd>"])
@@ -199,7 +200,7 @@ def test_a_special_token_that_text_never_needs_is_left_out(model: Path, role: st
 
 @pytest.mark.parametrize("role", ["bos_token", "eos_token", "pad_token"])
 def test_a_special_token_that_text_needs_is_missed(model: Path, role: str) -> None:
-    """BOS, EOS and tokens in the chat template must be in the vocabulary."""
+    """BOS, EOS and tokens in the chat template must be in the vocabulary. Otherwise the model is refused."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokenizer.add_special_tokens(["<odd>"])
     tokenizer.save(str(model / "tokenizer.json"))

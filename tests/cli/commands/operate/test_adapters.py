@@ -1,4 +1,4 @@
-"""The command `adapters check` says whether a worker would load an adapter."""
+"""The command `adapters check` reports whether a worker would load an adapter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ Run = Callable[..., Result]
 
 
 def test_check_prints_the_digest_or_the_fault(run: Run, tmp_path: Path) -> None:
-    """A good adapter has exit code 0 and its digest is printed; of a bad one the file, key and remedy."""
+    """`adapters check` prints the digest of a good adapter and exits with 0.
+
+    For a bad adapter it exits with 2, and the error names the file, the key and the remedy.
+    """
     base = write_base(tmp_path / "base", 32)
     folder = write_adapter(tmp_path / "a", base)
     done = run("adapters", "check", str(folder), "--model", str(base))

@@ -1,4 +1,4 @@
-"""The command explain request prints what the admin API says about a call, as text and as JSON."""
+"""The command `explain request` prints how a call was routed, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run = Callable[..., Result]
 
 
 def explained_call() -> pb.ExplainedCall:
-    """Return a call that was sent to one worker, lost it, and was resumed on another one."""
+    """Return a call that was resumed on a second worker after its first worker was lost."""
     first = pb.ExplainedRoute(
         after_s=0.0021, worker="sim-w2", reason="cached_prefix", why="sim-w2 held most.", tokens=700,
         prediction="exact", predicted_cached_tokens=640, cached_tokens=624, first_output_s=0.05, compared=18,
@@ -39,8 +39,10 @@ def explained_call() -> pb.ExplainedCall:
 
 
 def test_explain_request(run: Run, gateway: ScriptedGateway) -> None:
-    """The text has a table of candidates, the best first and the chosen one marked, the reason, and the prediction
-    beside what came."""
+    """The text shows why each worker was chosen, and the predicted and the actual number of cached tokens.
+
+    A table lists the candidate workers, the best first, and marks the chosen worker.
+    """
     gateway.script.explained = [explained_call()]
     done = run("explain", "request", "r-1", "--tenant", "acme", "--admin", gateway.endpoint)
     assert done.exit_code == 0
@@ -68,7 +70,7 @@ def test_explain_request(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_explain_request_as_json(run: Run, gateway: ScriptedGateway) -> None:
-    """The JSON has all fields of the admin API, and leaves out numbers that are not known."""
+    """The JSON has the fields of the admin API's answer. Unknown numbers are left out."""
     gateway.script.explained = [explained_call()]
     done = run("explain", "request", "r-1", "--json", "--admin", gateway.endpoint)
     assert done.exit_code == 0, done.output
@@ -80,8 +82,10 @@ def test_explain_request_as_json(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_an_unknown_call(run: Run, gateway: ScriptedGateway) -> None:
-    """All named gateways are asked. If none knows the call, the gateway's error is printed and the exit code is 1. An
-    unreachable gateway is exit code 3."""
+    """Every gateway given with --admin is asked. If no gateway knows the call, the exit code is 1.
+
+    If a gateway is unreachable, the exit code is 3.
+    """
     at = ("--admin", gateway.endpoint)
     done = run("explain", "request", "r-1", *at, *at)
     assert (done.exit_code, "remembers no such call" in done.stderr) == (1, True)
@@ -90,7 +94,7 @@ def test_an_unknown_call(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_links_to_the_console(run: Run, gateway: ScriptedGateway) -> None:
-    """With a context that has the console's URL, explanations of calls and scaling end with a link to its page."""
+    """If the context has a console URL, `explain request` and `explain scaling` end with a link to the console."""
     gateway.script.explained = [explained_call()]
     added = run("context", "add", "c", "--endpoint", gateway.endpoint, "--admin", gateway.endpoint, "--console",
                 "https://llm.example.com/")  # fmt: skip
@@ -104,7 +108,7 @@ def test_links_to_the_console(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_the_console_of_a_local_cluster() -> None:
-    """A local cluster's console is at its public URL, else at its HTTP port; there is none if it is off."""
+    """`console_url` returns the public URL, else the address of the HTTP port; empty if the console is off."""
     text = "api_version: headrace/v1\nname: x\nmodels: []\ngateway: {console: %s}\n"
     assert console_url(parse(text % "{}"), "127.0.0.1:8000") == "http://127.0.0.1:8000"
     assert console_url(parse(text % "{public_url: 'https://a.example'}"), "127.0.0.1:8000") == "https://a.example"

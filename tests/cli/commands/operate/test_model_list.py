@@ -1,4 +1,4 @@
-"""The command models with a scripted gateway: replicas and nodes where the admin address is known."""
+"""The commands `models` and `workers` show replicas and nodes if the address of the admin API is given."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ Run = Callable[..., Result]
 
 
 def test_replicas_and_nodes_are_shown(run: Run, gateway: ScriptedGateway) -> None:
-    """With an admin address, `models` shows each model's replicas and nodes, and `workers` shows pods and GPUs. Without
-    one, or if the admin API does not answer, it shows what callers may know, with a note in the latter case."""
+    """Given the admin address, `models` shows the replicas and nodes of each model, and `workers` shows pods and GPUs.
+
+    Without the address, `models` shows only what callers may see. If the admin API does not answer, a note is added.
+    """
     gateway.script.models = [
         inference_pb2.Model(name=name, state=inference_pb2.Model.STATE_READY) for name in ("tiny", "private")
     ]
@@ -49,7 +51,7 @@ def test_replicas_and_nodes_are_shown(run: Run, gateway: ScriptedGateway) -> Non
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["n1", "n2", ""]))))
 def test_each_worker_is_counted_once(places: list[tuple[str, str]]) -> None:
-    """The counts of all nodes of a model add up to its workers, and nodes are in order."""
+    """The counts of a model's nodes add up to its number of workers, and the nodes are sorted."""
     counts = nodes_by_model(places)
     assert {model: sum(nodes.values()) for model, nodes in counts.items()} == {
         model: sum(1 for other, _ in places if other == model) for model, _ in places

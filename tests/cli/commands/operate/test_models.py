@@ -44,9 +44,9 @@ def layers(tmp_path: Path) -> Path:
 
 
 def test_apply_lays_files_over_each_other(run: Run, gateway: ScriptedGateway, layers: Path) -> None:
-    """`apply` merges the files of a folder in order of name, sends only models, and shows the changes.
+    """`apply` merges the files of a folder in order of name, sends only the key `models`, and shows the changes.
 
-    Keys other than models are named in a note.
+    A note names the keys that are not sent.
     """
     gateway.script.changes = CHANGES
     over = layers / "over.yaml.last"
@@ -78,7 +78,7 @@ def test_diff_says_by_its_exit_code(run: Run, gateway: ScriptedGateway, layers: 
 
 
 def test_values_of_the_chart_are_read(run: Run, gateway: ScriptedGateway, tmp_path: Path) -> None:
-    """Of values of the chart, the models below `config` are sent."""
+    """From a values file of the Helm chart, `diff` sends the models below the key `config`."""
     file = tmp_path / "values.yaml"
     file.write_text("gateway: {replicas: 2}\nconfig: {name: prod, models: [{name: m, source: /m}]}\n")
     assert run("diff", "-f", str(file), "--admin", gateway.endpoint).exit_code == 0
@@ -123,7 +123,7 @@ def test_versions(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_one_model(run: Run, gateway: ScriptedGateway) -> None:
-    """`models get` shows a model with the versions and the fields of the model's card."""
+    """`models get` shows a model's versions and the fields of its model card."""
     versions = [pb.VersionStatus(version="v1", weight=1.0, state="READY", replicas=1, replicas_desired=2)]
     gateway.script.entries = [
         admin_pb2.CatalogEntry(name="m", license="apache-2.0", card={"language": "en"}, versions=versions)

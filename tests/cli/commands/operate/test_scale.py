@@ -14,7 +14,7 @@ Run = Callable[..., Result]
 
 
 def test_scale_to_a_number_and_back(run: Run, gateway: ScriptedGateway) -> None:
-    """`scale` sends a number of replicas, including zero, or `auto`, and any other value is bad usage and not sent."""
+    """`scale` sends a number of replicas, zero included, or `auto`. Any other value is bad usage and is not sent."""
     at = ("--admin", gateway.endpoint)
     assert "manual" in run("scale", "tiny", "3", "--reason", "a fair", *at).stdout
     assert run("scale", "tiny", "0", *at).exit_code == 0
@@ -29,7 +29,7 @@ def test_scale_to_a_number_and_back(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_freeze_one_or_all(run: Run, gateway: ScriptedGateway) -> None:
-    """`freeze` applies to the given model, and `freeze` and `unfreeze` without a model apply to all models."""
+    """`freeze MODEL` freezes the scaling of one model. Without a model, `freeze` and `unfreeze` apply to all models."""
     at = ("--admin", gateway.endpoint)
     assert "frozen" in run("freeze", "tiny", *at).stdout
     assert "all" in run("freeze", *at).stdout
@@ -38,7 +38,7 @@ def test_freeze_one_or_all(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_explain_scaling(run: Run, gateway: ScriptedGateway) -> None:
-    """`explain scaling` shows a model's state and the decisions with their numbers, as text and as JSON."""
+    """`explain scaling` shows a model's scaling state and its scaling decisions, as text and as JSON."""
     at = ("--admin", gateway.endpoint)
     decision = pb.ScalingDecision(
         at_s=1e9, replicas_before=1, replicas=3, action="up", why="forecast", numbers={"load": 2.5}, passes=1

@@ -1,4 +1,4 @@
-"""The command slo prints the attainment of a month from a database and from a gateway, with what is missing."""
+"""The command `slo` prints a month's SLO attainment: the share of judged calls that met the SLO of their model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_attainment_of_a_month(run: Run, file: Path) -> None:
-    """The JSON has calls, good calls, attainment, the objective and the error budget, and says what it is made from."""
+    """The JSON has calls, good calls, attainment, the objective and the error budget.
+
+    It names the source of the numbers and says which calls the source misses.
+    """
     done = run("slo", "--month", "2026-10", "--json", "-f", str(file))
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout)
@@ -60,7 +63,10 @@ def test_attainment_of_a_month(run: Run, file: Path) -> None:
 
 
 def test_attainment_for_people(run: Run, file: Path) -> None:
-    """The table has a row for each tenant and model, and the source and its gaps below."""
+    """The table has one row for each tenant and model.
+
+    The text below the table names the source of the numbers and says which calls the source misses.
+    """
     text = run("slo", "--month", "2026-10", "--tenant", "acme", "--model", "tiny", "-f", str(file)).stdout
     lines = text.splitlines()
     assert lines[0].split()[:4] == ["tenant", "model", "objective", "calls"]
@@ -73,12 +79,15 @@ def test_attainment_for_people(run: Run, file: Path) -> None:
 
 @pytest.mark.parametrize("month", ["october", "2026-13", "2026-1", "9999-01"])
 def test_a_wrong_month_is_bad_usage(run: Run, file: Path, month: str) -> None:
-    """A month of another form, or of the future, is exit code 2 with the option and the remedy."""
+    """A malformed month or a future month is bad usage: the exit code is 2, and the error names the option."""
     done = run("slo", "--month", month, "-f", str(file))
     assert (done.exit_code, f"--month {month}" in done.stderr) == (2, True)
 
 
 def test_days_of_a_month() -> None:
-    """A month has its last day, leap years included; without one it is the month of `now_s` in UTC."""
+    """`days_of` returns the first and the last day of a month, also in leap years.
+
+    Without a month it takes the month of the given time in UTC.
+    """
     assert days_of("2024-02", OCTOBER_S) == ("2024-02-01", "2024-02-29")
     assert days_of("", OCTOBER_S) == ("2026-10-01", "2026-10-31")

@@ -1,4 +1,4 @@
-"""The command support-bundle writes a private archive of a cluster that is up, and of one that is not."""
+"""The command `support-bundle` writes an archive that only its owner can read, with or without a running cluster."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ KEY = "hr_k1_0123456789abcdefghij"
 
 @pytest.fixture
 def metrics() -> Iterator[str]:
-    """The address of a page of metrics."""
+    """The address of a running server with one page of metrics."""
 
     class Page(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            """Answer with one sample."""
+            """Answer with one metric sample."""
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b'headrace_requests_total{tenant="acme"} 3\n')
@@ -48,7 +48,7 @@ def metrics() -> Iterator[str]:
 
 
 def unpacked(file: Path) -> dict[str, Any]:
-    """Return the files of an archive: JSON documents as values, others as texts."""
+    """Return the files of an archive by name. JSON files are parsed; other files are texts."""
     found: dict[str, Any] = {}
     with tarfile.open(fileobj=io.BytesIO(file.read_bytes())) as archive:
         for entry in archive:
@@ -62,7 +62,10 @@ def unpacked(file: Path) -> dict[str, Any]:
 def test_a_bundle_of_a_running_cluster(
     run: Run, gateway: ScriptedGateway, metrics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The archive has configuration, state, decisions, metrics and events, without keys and with hashed names."""
+    """The archive has configuration, state, routing decisions, metrics and events.
+
+    Keys and passwords are left out, and names of tenants are hashed.
+    """
     monkeypatch.setenv("HEADRACE_API_KEY", KEY)
     config, log, values = tmp_path / "c.yaml", tmp_path / "gateway.log", tmp_path / "values.yaml"
     config.write_text(
@@ -105,7 +108,10 @@ def test_a_bundle_of_a_running_cluster(
 
 
 def test_a_bundle_without_a_cluster(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unreachable gateway and a missing configuration are in the manifest; the archive is written all the same."""
+    """The archive is written even if the gateway is unreachable and there is no configuration.
+
+    The manifest gives the reason for each missing part.
+    """
     monkeypatch.chdir(tmp_path)
     done = run("support-bundle", "--admin", "127.0.0.1:1", "--metrics", "127.0.0.1:1", "--metrics", "nonsense")
     assert done.exit_code == 0, done.output
@@ -120,7 +126,7 @@ def test_a_bundle_without_a_cluster(run: Run, tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_archive_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
-    """A folder that does not exist is exit code 1, and nothing is left behind."""
+    """If the archive's folder does not exist, the exit code is 1 and no file is written."""
     done = run("support-bundle", "--admin", "127.0.0.1:1", "-o", str(tmp_path / "none" / "x.tar.gz"))
     assert (done.exit_code, "cannot be written" in done.stderr) == (1, True)
     assert list(tmp_path.rglob("*.tar.gz")) == []

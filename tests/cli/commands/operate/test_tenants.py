@@ -49,7 +49,7 @@ def good(result: Result) -> Any:
 
 
 def test_from_nothing_to_a_key_that_works(run: Run, cache: Path) -> None:
-    """Commands without options create the local ledger and the local pepper, and the new key can be authenticated."""
+    """Commands without options create a local ledger and a local key pepper, and the new API key is accepted."""
     made = good(run("tenants", "create", "acme", "--weight", "4", "--set", "limits.tokens_per_minute=5000", "--json"))
     assert (made["weight"], made["limits"]["tokens_per_minute"], made["origin"]) == (4.0, 5000, "api")
     result = run("keys", "create", "acme", "--name", "ci")
@@ -67,7 +67,7 @@ def test_from_nothing_to_a_key_that_works(run: Run, cache: Path) -> None:
 def test_the_first_operator_is_made_on_the_file_of_a_configuration(run: Run, tmp_path: Path) -> None:
     """The first operator can be created before any process has started, as documented in docs/admin.md.
 
-    The commands create the SQLite database of the configuration.
+    The commands create the SQLite database that the configuration names.
     """
     file = tmp_path / "cluster.yaml"
     file.write_text(f"auth: {{api_keys: {{}}}}\nstore: {{database_url: 'sqlite:///{tmp_path / 'l.db'}'}}\n")
@@ -121,7 +121,10 @@ def test_a_tenants_life(run: Run) -> None:
 
 
 def test_keys_are_rotated_and_revoked(run: Run) -> None:
-    """A rotated key names the replaced key, a revoked key is listed as revoked, and unknown keys are refused."""
+    """A key made by a rotation names the key that it replaces, and a revoked key is listed as revoked.
+
+    Unknown keys, roles and tenants are refused.
+    """
     run("tenants", "create", "acme")
     first = good(run("keys", "create", "acme", "--expires-days", "2", "--json"))
     second = good(run("keys", "rotate", "acme", first["id"], "--overlap-s", "3600", "--json"))

@@ -1,4 +1,4 @@
-"""The command top prints one picture without a terminal, and shows pictures and follows keys on one."""
+"""The command `top` prints all views once without a terminal. On a terminal it is interactive."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[4]
 
 
 def test_json_is_the_document(run: Run, gateway: ScriptedGateway) -> None:
-    """`--json` prints the document of the gateway once, with its calls."""
+    """`top --json` prints the gateway's overview document once, including the calls."""
     gateway.script.overview = json.dumps(overview()).encode()
     done = run("top", "--json", "--admin", gateway.endpoint)
     assert (done.exit_code, json.loads(done.stdout)) == (0, overview())
@@ -33,7 +33,7 @@ def test_json_is_the_document(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_without_a_terminal_one_picture_is_printed(run: Run, gateway: ScriptedGateway) -> None:
-    """Without a terminal all views are printed below each other, and the command ends."""
+    """Without a terminal, `top` prints all views once, one below the other, and ends."""
     gateway.script.overview = json.dumps(overview()).encode()
     done = run("top", "--admin", gateway.endpoint)
     assert done.exit_code == 0, done.output
@@ -49,7 +49,7 @@ def test_without_a_terminal_one_picture_is_printed(run: Run, gateway: ScriptedGa
 
 
 def test_errors(run: Run, gateway: ScriptedGateway) -> None:
-    """An unreachable gateway is exit code 3, a wrong interval 2, an answer that is no overview 1."""
+    """Exit codes: 3 for an unreachable gateway, 2 for an invalid interval, 1 for an answer that is no overview."""
     assert run("top", "--admin", "127.0.0.1:1").exit_code == 3
     assert run("top", "--interval", "0", "--admin", gateway.endpoint).exit_code == 2
     gateway.script.overview = b"[1]"
@@ -58,7 +58,7 @@ def test_errors(run: Run, gateway: ScriptedGateway) -> None:
 
 
 class Terminal:
-    """A command on a pseudo-terminal of 80 columns and 24 lines."""
+    """A command that runs on a pseudo-terminal of 80 columns and 24 lines."""
 
     def __init__(self, *arguments: str) -> None:
         self.master, self.slave = pty.openpty()
@@ -72,7 +72,7 @@ class Terminal:
         self.text = ""
 
     def until(self, wanted: str) -> None:
-        """Read until a text has been shown."""
+        """Read the output until `wanted` has appeared."""
         deadline = time.monotonic() + 60
         start = len(self.text)
         while wanted not in self.text[start:]:
@@ -80,11 +80,11 @@ class Terminal:
             self.text += os.read(self.master, 65536).decode(errors="replace")
 
     def press(self, keys: str) -> None:
-        """Send keys."""
+        """Type keys on the terminal."""
         os.write(self.master, keys.encode())
 
     def close(self) -> None:
-        """End the command if it runs."""
+        """Kill the command if it still runs."""
         self.process.kill()
         self.process.wait(60)
         os.close(self.master)
@@ -92,7 +92,10 @@ class Terminal:
 
 
 def test_keys_on_a_terminal(gateway: ScriptedGateway) -> None:
-    """Keys change the view, new pictures come, an unreachable gateway is shown, and the terminal is left as it was."""
+    """Keys change the view, the screen is refreshed, and an unreachable gateway is shown.
+
+    At the end the terminal has its earlier settings.
+    """
     gateway.script.overview = json.dumps(overview()).encode()
     terminal = Terminal("top", "--interval", "0.2", "--admin", gateway.endpoint)
     try:

@@ -1,6 +1,6 @@
 """The processes of a pod report missing settings and answer probes, and only one controller acts at a time.
 
-The tests also check that the Secrets from `pod secrets` fit together.
+The tests also check that the Secrets from `pod secrets` match each other.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Run = Callable[..., Result]
 
 
 def write_secrets(folder: Path) -> Path:
-    """Write the Secrets of `pod secrets` as files, e.g. link-gateway/tls.crt, secrets/cluster. Returns the folder."""
+    """Write the Secrets that `pod secrets` makes to files such as link-gateway/tls.crt. Returns `folder`."""
     for manifest in manifests("ns", "headrace", ("llm.example.com",), None, 30).objects:
         data: Any = manifest["stringData"]
         metadata: Any = manifest["metadata"]
@@ -56,7 +56,7 @@ def write_secrets(folder: Path) -> Path:
 
 
 def pod_config(files: Path, **ports: int) -> str:
-    """Return the cluster.yaml of a pod, with the given folder of files and the given ports."""
+    """Return the cluster.yaml of a pod. `files`: the folder of its Secrets; `ports`: ports by listener."""
     listen = {
         name: f"0.0.0.0:{ports.get(name, at)}"
         for at, name in enumerate(("grpc", "http", "link", "admin", "metrics"), 1)
@@ -131,7 +131,7 @@ def test_a_right_pod_is_said_to_be_right(run: Run, tmp_path: Path) -> None:
 def test_what_a_pod_lacks_is_said_before_it_starts(
     run: Run, tmp_path: Path, part: str, change: dict[str, Any], words: str
 ) -> None:
-    """A process of a pod exits with code 2 and the setting's name if a setting or file is missing.
+    """If a setting is invalid or a file is missing, a pod's process exits with code 2 and names the setting.
 
     The exit code and the name are the same with and without `--check`.
     """
@@ -171,7 +171,7 @@ def health(address: str, service: str = "") -> int:
 
 @pytest.mark.slow
 def test_a_gateway_of_a_pod_serves_with_its_secrets_and_ends_in_time(run: Run, tmp_path: Path) -> None:
-    """A pod's gateway answers probes in plain text, serves callers with a key over TLS, and ends on SIGTERM."""
+    """A pod's gateway answers probes without TLS, serves callers with a key over TLS, and ends on SIGTERM."""
     files = write_secrets(tmp_path)
     names = ("grpc", "http", "link", "admin", "metrics")
     ports = {name: free_port() for name in names}
@@ -207,7 +207,10 @@ def test_a_gateway_of_a_pod_serves_with_its_secrets_and_ends_in_time(run: Run, t
 
 
 def wait_until_serving(address: str, process: subprocess.Popen[str]) -> bool:
-    """Wait until a process answers probes. Returns False if the process ends first or does not answer in time."""
+    """Wait until a process answers a probe, and return whether it serves.
+
+    Returns False if the process ends first or does not answer in time.
+    """
     for _ in range(200):
         if process.poll() is not None:
             return False
@@ -238,7 +241,7 @@ async def test_a_controllers_probe_is_answered_while_it_runs() -> None:
 async def test_one_controller_acts_by_the_lease_and_gives_it_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A controller acquires the Lease and releases the Lease at the end, also while Ray and gateways are unreachable.
+    """A controller acquires the Lease and releases it at the end, even if Ray and the gateways are unreachable.
 
     The requests are sent over HTTPS, with the pod's service account.
     """
@@ -278,7 +281,7 @@ async def test_one_controller_acts_by_the_lease_and_gives_it_up(
 
 
 async def test_a_lease_is_not_to_be_had_outside_a_pod(tmp_path: Path) -> None:
-    """A controller with a Lease raises ValueError outside a pod."""
+    """Outside a pod, starting a controller with a Lease raises ValueError."""
     config: Config = parse(pod_config(write_secrets(tmp_path)))
     with pytest.raises(ValueError, match="needs a pod"):
         await pod.run_pod_controller(config, tmp_path, "x", asyncio.Event(), tmp_path / "none")
@@ -320,10 +323,10 @@ def handshake_succeeds(server: Path, client: Path | None, name: str, roots: Path
 
 
 def test_the_secrets_fit_together(tmp_path: Path) -> None:
-    """The certificates of the link cover the names in SRV records.
+    """The gateway's link certificate is valid for the host names in SRV records.
 
-    The certificate of the client ports covers the names of the Service. A certificate of one authority is not accepted
-    where the other authority is trusted.
+    The certificate of the client ports is valid for the names of the Service. A client that trusts only one certificate
+    authority rejects the certificate of the other authority.
     """
     files = write_secrets(tmp_path)
     for role in ("worker", "controller"):

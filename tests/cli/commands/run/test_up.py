@@ -136,9 +136,9 @@ def _state_reason() -> str:
 
 
 def test_the_end_of_an_engine_is_said(up: Up) -> None:
-    """The end of an engine is reported with the reason by `up`, by `status` and in the catalog.
+    """`up`, `status` and the catalog report that an engine has ended, with the reason.
 
-    The replacement replica resumes the running call.
+    A replacement replica resumes the running call.
     """
     with Client(up.run.endpoints()["grpc"], timeout_s=60) as client:
         client.chat("default", "Hello", max_tokens=DIES_AFTER, temperature=0.0, ignore_eos=True)
@@ -150,10 +150,10 @@ def test_the_end_of_an_engine_is_said(up: Up) -> None:
 
 @pytest.mark.parametrize("end", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGKILL])
 def test_a_lost_ray_starts_afresh(up: Up, end: signal.Signals) -> None:
-    """A new Ray is started after the head of Ray has ended, and the same gateway process serves the model again.
+    """After Ray's head has ended, a new Ray is started, and the same gateway process serves the model again.
 
-    The engines end together with Ray's head. After SIGTERM, Ray waits for the replicas, but does not wait for the rest
-    of drain_timeout_s after all replicas have ended.
+    The engines end together with Ray's head. After SIGTERM, Ray waits until all replicas have ended, for at most
+    drain_timeout_s.
     """
     before, gateway = up.process("ray"), up.process("gateway")
     lost = up.run.log_file("up").read_text().count("ray ended")

@@ -1,4 +1,4 @@
-"""The commands of `headrace adapters` at a real gateway with a real controller, whose Ray is a fake."""
+"""Tests of the `headrace adapters` commands with a real gateway and a real controller. Ray is a fake."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Site:
     files: tuple[NamedFiles, NamedFiles]
 
     async def adapters(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of `headrace adapters` as an operator does."""
+        """Run a `headrace adapters` command with these arguments."""
         admin = self.cluster.gateway.endpoints["admin"]
         return await asyncio.to_thread(headrace, "adapters", *arguments, "--admin", admin)
 
@@ -50,7 +50,7 @@ class Site:
 
 @pytest.fixture
 async def site(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Site]:
-    """Provide a site whose model has the adapter `own` in its entry."""
+    """Provide a site. The catalog entry of its model declares the adapter `own`."""
     async with running_cluster(tmp_path / "gateway", TEXT) as cluster:
         models, published = DesiredModels(), PublishedCatalog()
         catalog = EditableCatalog(
@@ -86,8 +86,8 @@ async def site(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterato
 
 
 async def test_an_adapter_is_loaded_listed_and_unloaded(site: Site) -> None:
-    """`load --wait` returns once all workers have the adapter, which is then called and listed. `unload` removes it.
-    The adapter of the entry stays, and no call of the model fails meanwhile."""
+    """`load --wait` returns once all workers have the adapter. The adapter is then listed and can be called. `unload`
+    removes it. The adapter `own` of the catalog entry stays, and no call of the model fails meanwhile."""
     calls = [asyncio.ensure_future(site.cluster.stub.Chat(chat(max_tokens=100, ignore_eos=True))) for _ in range(2)]
     done = await site.adapters("load", "default", "a", "/a", "--tenant", "default", "--pinned", "--wait", "--json")
     assert done.returncode == 0, done.stderr
@@ -106,8 +106,8 @@ async def test_an_adapter_is_loaded_listed_and_unloaded(site: Site) -> None:
 
 
 async def test_a_worker_that_cannot_load_it_is_named(site: Site) -> None:
-    """If one worker cannot load the adapter, `load --wait` ends with exit code 1 and the reason, and the others serve
-    it."""
+    """If one worker cannot load an adapter, `load --wait` ends with exit code 1 and the reason. The other workers serve
+    the adapter."""
     site.files[0].broken["/a"] = "adapter_config.json is missing"
     done = await site.adapters("load", "sim", "a", "/a", "--wait", "--json")
     assert done.returncode == 1, done.stderr
@@ -119,7 +119,7 @@ async def test_a_worker_that_cannot_load_it_is_named(site: Site) -> None:
 
 
 async def test_a_wrong_request_is_refused(site: Site) -> None:
-    """A wrong request ends with an exit code and the reason, and changes nothing."""
+    """An invalid command ends with an exit code and the reason, and changes nothing."""
     for arguments, code, error in (
         (("load", "sim", "own", "/a"), 1, "is declared in the model's entry"),
         (("load", "sim", "a:b", "/a"), 2, "adapter: 'a:b' must be letters"),

@@ -1,5 +1,5 @@
-"""Effects of admin requests at other gateways and on running calls, and the admin API without `auth`, with TLS, and
-while the database does not answer."""
+"""Admin requests that affect other gateways and running calls. Also the admin API without `auth`, with TLS, and while
+the database does not answer."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ async def add_worker(cluster: TestCluster, checkpoint: Path, bundle: Bundle, **m
 
 @pytest.mark.slow
 async def test_two_gateways_know_within_two_seconds(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Changes that are made at one gateway apply at the other gateway too, and end running calls at both gateways. The
-    test creates a tenant and a key, suspends and resumes the tenant, and revokes the key."""
+    """Changes at one gateway apply at the other gateway within two seconds: a new tenant and key, the suspension of the
+    tenant, its end, and the revocation of the key. The suspension ends running calls at both gateways."""
     text = keyed_text(tmp_path)
     async with (
         keyed_cluster(tmp_path) as keyed,
@@ -100,7 +100,7 @@ async def test_two_gateways_know_within_two_seconds(tmp_path: Path, checkpoint: 
 @pytest.mark.slow
 async def test_an_aborted_call_frees_its_place(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """A call that is aborted by its request id ends with CANCELLED and frees the engine's only slot for the next call.
-    This holds over gRPC, over HTTP and in a session, for running and for waiting calls. Other calls are untouched."""
+    This holds over gRPC, over HTTP and in a session, for running and for waiting calls. Other calls continue."""
     async with keyed_cluster(tmp_path) as keyed, operator_of(keyed) as operator:
         cluster = keyed.cluster
         await add_worker(cluster, checkpoint, bundle, max_num_seqs=1)
@@ -173,8 +173,8 @@ def _flushed(keyed: Keyed) -> list[dict[str, Any]]:
 
 
 async def test_without_auth_who_reaches_it_rules(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Without `auth` a caller needs no key to list the fleet and abort calls, and tenant methods fail with an error
-    that says that there are no tenants."""
+    """Without `auth`, a caller needs no key to list the fleet and abort calls. Tenant methods fail, and the error says
+    that there are no tenants."""
     await add_worker(cluster, checkpoint, bundle)
     stream = cluster.stub.StreamChat(chat(**LONG), metadata=(("x-request-id", "mine"),))
     assert await read(stream) is not None
@@ -196,8 +196,8 @@ async def test_without_auth_who_reaches_it_rules(cluster: TestCluster, checkpoin
 
 
 async def test_tls_and_certificates_on_the_admin_port(tmp_path: Path) -> None:
-    """If gateway.tls is set, the admin port accepts TLS only. The holder of a certificate with a role is an operator,
-    and the holder of a certificate without a role is a caller. Reflection lists the services for every client."""
+    """If gateway.tls is set, the admin port accepts TLS only. The holder of a certificate with a role is an operator.
+    The holder of a certificate without a role is a caller. Reflection lists the services for every client."""
     authority, callers = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
     files = authority.issue("gateway.example.com")
     shown = {name: callers.issue(f"{name}.example.com") for name in ("ops", "plain")}
@@ -263,9 +263,7 @@ async def _all_unavailable(operator: AdminClient, verbs: Sequence[tuple[str, Any
 
 
 async def _longest_pause(work: Coroutine[Any, Any, None]) -> tuple[float, float]:
-    """Return the longest time in seconds for which the event loop did not run during the work, and the duration of the
-    work.
-    """
+    """Return the longest pause of the event loop during the work, and the duration of the work. Both are in seconds."""
     began, task, longest_s = time.monotonic(), asyncio.create_task(work), 0.0
     while not task.done():
         before = time.monotonic()

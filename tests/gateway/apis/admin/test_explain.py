@@ -1,4 +1,4 @@
-"""Explanations of calls by a real gateway with simulated engines: where a call went, why, and what came of it."""
+"""Explanations of calls by a real gateway with simulated engines: the chosen worker, the reason, and the outcome."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ PREDICTED, MISPREDICTED = "prefix_predicted_tokens_total", "prefix_mispredicted_
 
 
 def prompt(number: int, tokens: int = 40 * BLOCK) -> list[int]:
-    """Return a prompt that shares no block with the prompts of other numbers."""
+    """Return a prompt of `tokens` token ids. Prompts of different numbers have no KV block in common."""
     return [100 + (number * 7919 + at * (number + 3)) % 600 for at in range(tokens)]
 
 
 async def send(cluster: TestCluster, ids: list[int], request_id: str, key: str = "") -> Any:
-    """Complete a prompt under a request id."""
+    """Send a completion request with the token ids of a prompt, a request id and an API key."""
     request = complete("", prompt_token_ids=ids, max_tokens=4, ignore_eos=True)
     metadata = (("x-request-id", request_id), *(bearer(key) if key else ()))
     return await cluster.stub.Complete(request, metadata=metadata)
@@ -45,7 +45,8 @@ async def explained(admin: AdminClient, request_id: str, parent: str = "") -> An
 
 
 async def add_workers(cluster: TestCluster, checkpoint: Path, bundle: Bundle, count: int, **more: Any) -> list[Worker]:
-    """Start workers whose capabilities lack `without`, if given."""
+    """Start `count` workers. `more`: parameters of the simulated engine, and `without`, a capability that is
+    removed."""
     without, workers = more.pop("without", ""), []
     for _ in range(count):
         engine = sim_engine(checkpoint, block_size=BLOCK, **{"decode_ms": 1, **more})
@@ -57,7 +58,7 @@ async def add_workers(cluster: TestCluster, checkpoint: Path, bundle: Bundle, co
 
 
 def counted(cluster: TestCluster, name: str) -> dict[tuple[str, ...], float]:
-    """Return the series of a counter, by label values."""
+    """Return the values of a counter by their label values."""
     return dict(cluster.gateway.metrics._counters.get(name, {}))
 
 
@@ -65,8 +66,9 @@ def counted(cluster: TestCluster, name: str) -> dict[tuple[str, ...], float]:
 async def test_a_cached_prefix_is_predicted_and_found(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, without: str
 ) -> None:
-    """The explanation names each worker with its scores and cached tokens, the choice in words, and what the engine
-    found. The prediction is approximate if the engine's cache has more than blocks of full attention."""
+    """The explanation names each worker with its scores and cached tokens, the reason of the choice, and the cached
+    tokens that the engine found. If the engine caches more than blocks of full attention, the prediction is marked as
+    approximate."""
     state = "approximate" if without else "exact"
     async with running_cluster(tmp_path) as cluster:
         await add_workers(cluster, checkpoint, bundle, 3, without=without)
@@ -98,8 +100,9 @@ async def test_a_cached_prefix_is_predicted_and_found(
 
 
 async def test_what_was_not_predicted(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A call with a short prompt, or with one worker, has no prediction and does not count as one. A request id that
-    two calls have finds both, in order. An unknown id is refused, and the error says how long calls are kept."""
+    """A call with a short prompt, or with only one worker, has no prediction and is not counted as predicted. If two
+    calls have the same request id, the explanation lists both in order. An unknown id is refused, and the error says
+    how long calls are kept."""
     async with running_cluster(tmp_path) as cluster, AdminClient(cluster.gateway.endpoints["admin"]) as admin:
         (alone,) = await add_workers(cluster, checkpoint, bundle, 1)
         await send(cluster, prompt(0), "alone")
@@ -121,7 +124,7 @@ async def test_what_was_not_predicted(tmp_path: Path, checkpoint: Path, bundle: 
 
 
 async def test_each_resume_adds_a_decision(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A call that loses its worker has a second route, to the worker that resumed it, and runs meanwhile."""
+    """A call that loses its worker is resumed, and its explanation then has a second route with the reason `lost`."""
     async with running_cluster(tmp_path) as cluster, AdminClient(cluster.gateway.endpoints["admin"]) as admin:
         workers = await add_workers(cluster, checkpoint, bundle, 2, decode_ms=5)
         stream = cluster.stub.StreamChat(chat(max_tokens=100, ignore_eos=True), metadata=(("x-request-id", "r"),))
@@ -140,8 +143,9 @@ async def test_each_resume_adds_a_decision(tmp_path: Path, checkpoint: Path, bun
 
 
 async def test_a_tenant_sees_its_own_calls_without_workers(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A tenant administrator sees the calls of its own tenant, without the names of workers and gateways and without
-    their scores. Another tenant's call is answered like an unknown one. The usage record has the same numbers."""
+    """A tenant administrator sees the calls of its own tenant, without scores and without names of workers and
+    gateways. For another tenant's call it gets the same error as for an unknown call. The usage record has the numbers
+    of the explanation."""
     async with keyed_cluster(tmp_path) as keyed:
         await add_workers(keyed.cluster, checkpoint, bundle, 2)
         keys = {tenant: await keyed.key(tenant) for tenant in ("acme", "rival")}
@@ -203,7 +207,7 @@ async def test_a_tenant_sees_its_own_calls_without_workers(tmp_path: Path, check
     ],
 )
 def test_the_reason_in_words(reason: str, again: str, words: str) -> None:
-    """The sentence names the reason, another worker that held more of the prompt, and the filters."""
+    """The explanation names the reason of the choice, another worker that held more of the prompt, and the filters."""
     route = pb.ExplainedRoute(
         worker="w1", reason=reason, again=again, tokens=700, prediction="exact", predicted_cached_tokens=640
     )
@@ -217,8 +221,8 @@ def test_the_reason_in_words(reason: str, again: str, words: str) -> None:
 
 
 def test_a_wait_for_the_holder_in_words() -> None:
-    """The explanation says how long a call waited for the worker with its prompt, and whether in vain. A caller of one
-    tenant sees the wait and no worker."""
+    """The explanation says how long a call waited for the worker that held its prompt, and whether another worker got
+    the call. A caller of one tenant sees the wait without the worker's name."""
     history = RouteHistory()
     remembered = RememberedRoutes(history, "g", clock=lambda: 2.0)
     call = RoutedCall("c", "c", "r", "t", "m", 0.0)
@@ -235,7 +239,7 @@ def test_a_wait_for_the_holder_in_words() -> None:
 
 
 async def test_concurrent_calls_are_kept_apart(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Each output of a call has a route of its own, also among many calls at the same time."""
+    """Each output of a call has a route of its own, even among many concurrent calls."""
     async with running_cluster(tmp_path) as cluster, AdminClient(cluster.gateway.endpoints["admin"]) as admin:
         await add_workers(cluster, checkpoint, bundle, 2)
         requests = [chat(max_tokens=3, n=1 + number % 3, ignore_eos=True) for number in range(12)]

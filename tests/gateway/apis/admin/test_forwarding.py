@@ -73,8 +73,8 @@ async def controlled(tmp_path: Path) -> AsyncIterator[Controlled]:
 
 
 async def test_a_verb_goes_there_and_back(controlled: Controlled) -> None:
-    """The controller gets the name of the caller, the operator gets the controller's answers and errors, and the audit
-    holds the name, the answers and the errors."""
+    """The controller gets the caller's name, and the operator gets the controller's answers and errors. The audit holds
+    the name, the answers and the errors."""
     ask = controlled.operator.ask
     answer = await ask("Catalog.Scale", Scale(name="m", replicas=3, reason="a fair"))
     assert (answer.model.name, answer.model.desired) == ("m", 3)
@@ -112,7 +112,8 @@ async def test_a_slow_verb_holds_no_other_up(controlled: Controlled) -> None:
 
 
 def test_the_audit_keeps_plain_fields() -> None:
-    """Audit details hold the scalar fields of a request except for the object and the reason. Long texts are cut."""
+    """Audit details hold the scalar fields of a request. They leave out the name of the changed object and the reason,
+    and cut long texts."""
     request = Scale(name="m", reason="r" * 9999, replicas=2)
     assert details(request, "name") == {"replicas": 2}
     assert details(scaling_pb2.FreezeRequest(name="x" * 999)) == {"name": "x" * MAX_DETAIL}

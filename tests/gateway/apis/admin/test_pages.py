@@ -18,7 +18,7 @@ words = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters=
 
 @given(st.floats(allow_nan=False, allow_infinity=False), words, words)
 def test_a_token_leads_back(at_s: float, last: str, of: str) -> None:
-    """A page token yields the position of the last row, but only with the list that the token was made for."""
+    """A page token yields the position of the last row. It is accepted only for the list that it was made for."""
     token = next_token([at_s, last], "audit", of)
     assert position_of(token, (float, str), "audit", of) == (at_s, last)
     with pytest.raises(CallError, match="another list"):
@@ -27,7 +27,7 @@ def test_a_token_leads_back(at_s: float, last: str, of: str) -> None:
 
 @given(st.text(max_size=200))
 def test_a_token_that_nobody_made(token: str) -> None:
-    """A text that is not a page token raises CallError, which names the field, and never another exception."""
+    """A text that is not a page token raises CallError with the name of the field, and no other exception."""
     if token:
         with pytest.raises(CallError) as caught:
             position_of(token, (str,), "tenants", "")
@@ -36,8 +36,7 @@ def test_a_token_that_nobody_made(token: str) -> None:
 
 @pytest.mark.parametrize("after", [[1.0], ["a", "b"], [float("nan")], [None], "a", {"a": 1}, ["a\0"]])
 def test_a_token_of_another_shape(after: Any) -> None:
-    """A page token with the right digest and values of the wrong types is refused before the values reach the
-    database."""
+    """A page token with a valid digest but values of wrong types is refused before the values reach the database."""
     with pytest.raises(CallError, match="page_token"):
         position_of(next_token(after, "tenants"), (str,), "tenants")
 
@@ -57,7 +56,7 @@ def test_a_filter_that_is_none(text: str) -> None:
 
 
 def test_a_page_has_a_size() -> None:
-    """A page size of zero stands for the maximum, a larger size is reduced to the maximum, and a negative size is
+    """A page size of zero means the maximum. A larger size is reduced to the maximum, and a negative size is
     refused."""
     assert (page_size(0), page_size(5), page_size(10**9)) == (MAX_PAGE, 5, MAX_PAGE)
     with pytest.raises(CallError, match="page_size"):

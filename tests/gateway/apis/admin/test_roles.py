@@ -38,7 +38,7 @@ class World:
 
 @pytest.fixture(scope="module")
 async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    """Start a gateway that has a model in the catalog. No worker is started, since no test makes a call."""
+    """Start a gateway with one model in the catalog and no worker. No test makes a call."""
     async with keyed_cluster(tmp_path_factory.mktemp("roles"), "tenants: [{name: fixed}]\n") as keyed:
         keyed.gateway.directory.apply_catalog([CatalogEntry(name="sim", state=ModelState.LOADING)])
         address, ledger = keyed.gateway.endpoints["admin"], keyed.ledger
@@ -241,8 +241,8 @@ async def test_an_administrator_makes_nobody_greater(world: World, role: str) ->
 
 
 async def test_nobody_raises_the_own_limits(world: World) -> None:
-    """A tenant administrator cannot raise the limits of its own tenant, neither with any mask nor by creating the
-    tenant anew."""
+    """A tenant administrator cannot raise the limits of its own tenant. An update with any mask is refused, and so is a
+    second creation of the tenant."""
     client = world.clients["tenant_admin"]
     before = world.keyed.ledger.tenants.get(OWN)
     wide = tenants_pb2.Tenant(name=f"tenants/{OWN}", limits=tenants_pb2.Limits(tokens_per_minute=10**9))
@@ -272,8 +272,7 @@ async def test_the_client_port_knows_no_roles(world: World) -> None:
 
 
 async def test_refusals_are_in_the_audit(world: World) -> None:
-    """The refusal of a caller is audited with the method and the caller's address, also if the caller named another
-    tenant."""
+    """A refused request is audited with the method and the caller's address, also if it named another tenant."""
     client, listing = world.clients["tenant_admin"], tenants_pb2.ListTenantsRequest()
     suspend = tenants_pb2.SuspendTenantRequest(name=f"tenants/{OWN}", reason="x")
 

@@ -58,8 +58,8 @@ def tls_text(folder: Path) -> tuple[str, TlsFiles]:
 
 @pytest.mark.parametrize("tls", [False, True])
 async def test_whichever_process_has_it(tmp_path: Path, checkpoint: Path, bundle: Bundle, tls: bool) -> None:
-    """A request at the first process explains and ends a call in either process, over plain links and over mutual TLS.
-    If the other process is gone, the errors say that a process did not answer."""
+    """A request at the first process can explain and end a call in either process, over plain links and over mutual
+    TLS. If the other process is gone, the errors say that a process did not answer."""
     text, files = LOOPBACK, None
     if tls:
         head, files = tls_text(tmp_path / "tls")
@@ -105,8 +105,8 @@ async def test_whichever_process_has_it(tmp_path: Path, checkpoint: Path, bundle
 
 
 async def test_nobody_else_may_ask(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """If `auth` is set, a link port accepts an abort request only with a valid tag. No tag, a wrong tag, an operator's
-    token, the tag of another request and the tag of an hour ago are refused."""
+    """If `auth` is set, a link port accepts an abort request only with a valid authentication tag. No tag, a wrong tag,
+    an operator's token, the tag of another request and the tag of an hour ago are refused."""
     async with two(tmp_path, keyed_text(tmp_path)) as clusters:
         gateway = clusters[1].gateway
         request = pb.AbortRequestRequest(request_id="r")

@@ -56,7 +56,7 @@ class World:
         return await self.ask("Tenants.Update", tenants_pb2.UpdateTenantRequest(tenant=tenant, update_mask=mask))
 
     def audited(self, name: str) -> list[dict[str, Any]]:
-        """Return the audit events of an object, newest first."""
+        """Return the audit events about an object, newest first."""
         return self.keyed.ledger.audit.list(equal={"object": name}, limit=1000)
 
     def audit_file(self) -> str:
@@ -183,7 +183,7 @@ async def test_what_a_file_declares_is_read_only(world: World) -> None:
 
 
 async def test_listing_by_page_and_filter(world: World) -> None:
-    """A list of tenants in pages holds every tenant once. A filter matches if all terms that AND joins match."""
+    """A list of tenants in pages holds every tenant once. A filter with AND matches if all its terms match."""
     for at in range(5):
         await world.create(f"page{at}", labels={"row": str(at % 2)}, **{"class": "batch" if at else "standard"})
     for wanted, names in (
@@ -209,7 +209,7 @@ async def test_listing_by_page_and_filter(world: World) -> None:
 
 async def test_a_keys_life(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     """The secret of a key is returned when the key is created or rotated, and is in no list, audit row or log. A key
-    can be rotated with an overlap and revoked."""
+    can be revoked. It can also be rotated with an overlap, during which the old secret stays valid."""
     await world.create("keyed")
     expiry = Timestamp(seconds=int(time.time()) + 3600)
     asked = tenants_pb2.Key(display_name="ci", role="tenant_admin", expire_time=expiry)
@@ -288,7 +288,8 @@ async def test_usage_is_summed_paged_and_exported(world: World) -> None:
 
 
 async def test_calls_are_judged_by_the_slo_of_the_catalog(world: World) -> None:
-    """Attainment is read in pages, by the SLOs that the gateway knows; models that it does not know are not judged."""
+    """Attainment, the share of calls that met their SLO, is read in pages. Only models whose SLO the gateway knows are
+    judged."""
     world.keyed.gateway.directory.apply_catalog([
         CatalogEntry("paced", version="v1", slo_ttft_s=1.0, slo_itl_s=0.5, slo_target=0.9)
     ])  # fmt: skip
@@ -314,8 +315,8 @@ async def test_a_long_export_has_every_record_once(world: World) -> None:
 
 
 async def test_the_audit_names_who_from_where_and_why(world: World) -> None:
-    """Each change, granted or refused, is one audit event with the key's id, the address and the reason. A list in
-    pages holds each event once."""
+    """Each change, granted or refused, is one audit event with the key's id, the address and the reason. A listing in
+    pages has each event once."""
     await world.create("watched")
     suspend = tenants_pb2.SuspendTenantRequest(name="tenants/watched", reason="unpaid")
     await world.ask("Tenants.Suspend", suspend)
@@ -342,8 +343,8 @@ async def test_the_audit_names_who_from_where_and_why(world: World) -> None:
 
 
 async def test_the_documented_calls(world: World) -> None:
-    """The gateway accepts each example of docs/admin.md. The examples that abort and explain a call get NOT_FOUND,
-    since there is no such call."""
+    """The gateway accepts each example of docs/admin.md. The examples that abort or explain a call get NOT_FOUND, since
+    the named call does not exist."""
     shown = [shlex.split(line) for line in DOCS.read_text().splitlines() if line.startswith("    ask ")]
     assert len(shown) >= 8
     for _, method, body in shown:
@@ -479,7 +480,8 @@ async def test_a_page_token_is_of_its_list_alone(world: World) -> None:
 
 
 async def test_what_is_no_message(world: World) -> None:
-    """A request of malformed bytes gets INVALID_ARGUMENT, and a request of megabytes is refused before it is read."""
+    """A request of malformed bytes gets INVALID_ARGUMENT. A request of several megabytes is refused before it is
+    read."""
     channel = world.operator.channel
     raw: Any = channel.unary_unary("/cluster.admin.v1.Tenants/Get")
     metadata = (("authorization", f"Bearer {world.key}"),)

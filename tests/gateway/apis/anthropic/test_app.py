@@ -44,13 +44,14 @@ def client(cluster: TestCluster) -> anthropic.AsyncAnthropic:
 
 
 def official(body: dict[str, Any]) -> Any:
-    """Return the arguments of the official client for a body. The client has no argument for the temperature."""
+    """Return a body as arguments of the official client. The temperature is sent as an extra field, since the client
+    has no argument for it."""
     named = {name: body[name] for name in body if name != "temperature"}
     return {**named, "extra_body": {"temperature": body["temperature"]}}
 
 
 async def test_the_official_client_gets_the_text_of_openais_api(busy: TestCluster) -> None:
-    """Whole and streamed answers to the official client have the text of OpenAI's API, and equal usage."""
+    """Whole and streamed answers to the official client have the same text and usage as over OpenAI's API."""
     expected = (await fetch(busy, CHAT, chat_body(max_tokens=40))).json
     body = official(message_body(max_tokens=40))
     async with client(busy) as ai:
@@ -69,8 +70,8 @@ async def test_the_official_client_gets_the_text_of_openais_api(busy: TestCluste
 
 
 async def test_the_count_is_that_of_the_call(busy: TestCluster) -> None:
-    """count_tokens returns the number of prompt tokens of the same call, of which the cached ones are no input tokens;
-    the start of a stream has the counts of its end."""
+    """count_tokens returns the number of prompt tokens that the same call reports, cached tokens included. The first
+    event of a stream reports the same prompt counts as the last."""
     fields: dict[str, Any] = {"system": "Be brief.", "tools": [TOOL], "tool_choice": {"type": "none"}, "max_tokens": 2}
     fields["messages"] = [
         {"role": "user", "content": "How much is it? " * 20},
@@ -98,7 +99,7 @@ async def test_the_count_is_that_of_the_call(busy: TestCluster) -> None:
 
 
 async def test_the_bytes_of_a_stream(busy: TestCluster) -> None:
-    """A stream has an event for each token, in Anthropic's order, and the message of its events is that of the whole
+    """A stream has one event for each token, in Anthropic's order. The events add up to the message of the whole
     answer."""
     body = message_body(max_tokens=30, stream=True)
     wire = await Wire.open(busy)
@@ -118,7 +119,7 @@ async def test_the_bytes_of_a_stream(busy: TestCluster) -> None:
 
 
 async def test_tokens_take_the_short_way(busy: TestCluster) -> None:
-    """Tokens of a streamed text go from the link directly to the connection."""
+    """Tokens of a streamed text take the fast path from the link to the connection."""
     wire = await Wire.open(busy)
     wire.ask(MESSAGES, message_body(max_tokens=400, stream=True))
     service = busy.gateway.service
@@ -128,8 +129,8 @@ async def test_tokens_take_the_short_way(busy: TestCluster) -> None:
 
 
 async def test_the_messages_are_those_of_openais_api(busy: TestCluster) -> None:
-    """A conversation with tool calls and results has the prompt of the same conversation on OpenAI's API, and an answer
-    that was begun is continued."""
+    """A conversation with tool calls and results gives the same prompt as over OpenAI's API. If its last message is an
+    unfinished answer, that answer is continued."""
     call = {"id": "abc123XYZ", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     said = {"role": "user", "content": "Hi"}
     asked = {"role": "assistant", "content": [USE]}
@@ -152,7 +153,7 @@ async def test_the_messages_are_those_of_openais_api(busy: TestCluster) -> None:
 
 
 async def test_a_large_body_is_read_by_a_helper(busy: TestCluster) -> None:
-    """A body with thousands of values is parsed in a helper process, with the result of a small body."""
+    """A body with thousands of values is parsed in a helper process, with the same result as a small body."""
     small = message_body(tools=[TOOL], tool_choice={"type": "none"}, thinking={"type": "disabled"})
     small["system"] = [{"type": "text", "text": "Be brief."}]
     large = {**small, "ignored": [[]] * 20_000}
@@ -192,7 +193,7 @@ def _short() -> Any:
 
 
 async def test_a_client_gone_frees_its_place(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The call of a client that disconnects leaves the engine at once, streamed or not."""
+    """The call of a client that disconnects leaves the engine at once, whether the answer is streamed or whole."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     for stream in (True, False):
         wire = await Wire.open(cluster)
@@ -203,8 +204,8 @@ async def test_a_client_gone_frees_its_place(cluster: TestCluster, checkpoint: P
 
 
 async def test_models(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The list of models has Anthropic's form for requests with anthropic-version, with pages, and OpenAI's form for
-    all others."""
+    """A request with the header anthropic-version gets the list of models in Anthropic's form, with pages. Any other
+    request gets the list in OpenAI's form."""
     entries = [CatalogEntry(f"m{i}", state=ModelState.LOADING, max_model_len=256) for i in range(3)]
     cluster.gateway.worker_events.apply_catalog([*entries, CatalogEntry("Org/Sim", aliases=("default",))])
     async with client(cluster) as ai:
@@ -222,7 +223,7 @@ async def test_models(cluster: TestCluster, checkpoint: Path, bundle: Bundle) ->
 
 
 async def test_models_by_lifecycle(cluster: TestCluster) -> None:
-    """All models are active: a list of other stages is empty. A stage that does not exist is refused by name."""
+    """All models are active, so the list of any other lifecycle stage is empty. An unknown stage is refused by name."""
     cluster.gateway.worker_events.apply_catalog([CatalogEntry("m0", state=ModelState.LOADING)])
     async with client(cluster) as ai:
         assert [model.id async for model in ai.models.list(lifecycle=["retired", "active"])] == ["m0"]

@@ -34,7 +34,8 @@ TYPES = {
 
 
 def message_of(reply: Reply) -> str:
-    """Return the message of an error. Asserts Anthropic's form, the type for the status, and the request id."""
+    """Return the message of an error reply. Asserts Anthropic's form, the error type for the status, and the request
+    id."""
     value = reply.json
     assert value.keys() == {"type", "error", "request_id"}
     assert value["error"].keys() == {"type", "message"}
@@ -57,7 +58,7 @@ async def busy(
 
 @pytest.mark.parametrize("outcome", [outcome for outcome in Outcome if outcome is not Outcome.OK])
 def test_every_outcome_has_a_type_for_its_status(outcome: Outcome) -> None:
-    """Every outcome has an error status, and an overload has Anthropic's status for it."""
+    """Every outcome except OK has an HTTP error status and an error type of Anthropic. An overload has status 529."""
     error = CallError(outcome, "why")
     status = status_of(error)
     assert status == (529 if TYPES.get(status) == "overloaded_error" else OUTCOME_STATUS[outcome].http)
@@ -68,7 +69,7 @@ def test_every_outcome_has_a_type_for_its_status(outcome: Outcome) -> None:
 
 
 def test_fields_have_the_callers_names() -> None:
-    """The fields of a generation request and of OpenAI's tools are named as in the caller's body."""
+    """Errors name the fields of a generation request, and of OpenAI's tools, as the caller's body names them."""
     fields = ["stop[1]", "messages[0].content", "tools[2].function.parameters.properties", "response_format"]
     named = ["stop_sequences[1]", "messages[0].content", "tools[2].input_schema.properties", "output_config.format"]
     error = CallError(
@@ -93,7 +94,7 @@ def test_fields_have_the_callers_names() -> None:
     ids=["block", "max_tokens", "stop", "too long"],
 )
 async def test_a_wrong_field_is_named(busy: TestCluster, fields: dict[str, Any], begins: str) -> None:
-    """The error of an invalid request names the field of the caller's body, streamed or not."""
+    """The error of an invalid request names the field of the caller's body, for whole and for streamed answers."""
     for stream in (False, True):
         reply = await fetch(busy, MESSAGES, message_body(stream=stream) | fields)
         assert (reply.status, message_of(reply)[: len(begins)]) == (400, begins)
@@ -134,8 +135,8 @@ async def test_a_body_over_the_limit(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 async def test_keys(tmp_path: Path) -> None:
-    """A key in x-api-key or as a bearer token is accepted, also twice the same. No key, a wrong key and two keys are
-    refused before the body is read, and a tenant's limit is an error with a retry delay."""
+    """A key in x-api-key or as a bearer token is accepted, and so is the same key in both. No key, a wrong key and two
+    keys are refused before the body is read. A call over a tenant's limit gets an error with a retry delay."""
     async with keyed_cluster(tmp_path) as keyed:
         key = await keyed.key("acme", limits={"requests_per_minute": 60})
         bearer = f"Bearer {key}"

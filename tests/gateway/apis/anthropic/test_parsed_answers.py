@@ -39,8 +39,8 @@ TOOLS = [{"name": name, "input_schema": {"type": "object"}} for name in ("weathe
 
 
 async def test_thinking_and_tool_calls(tmp_path: Path, bundle: Bundle) -> None:
-    """A whole and a streamed answer, and those of the official client, have the same blocks: thinking, text and a
-    tool_use for each call, with an id of its own. The answer can be sent back with the results of its calls."""
+    """Whole and streamed answers have the same blocks, also with the official client: thinking, text, and a tool_use
+    with its own id for each tool call. The answer can be sent back with the results of its tool calls."""
     async with running_cluster(tmp_path) as cluster:
         worker = await cluster.add_worker(PartsEngine(SCRIPT, reasoning_tokens=2), bundle, parser=ParsedByEngine())
         body = message_body(max_tokens=50, tools=TOOLS)
@@ -76,8 +76,8 @@ async def test_thinking_and_tool_calls(tmp_path: Path, bundle: Bundle) -> None:
 
 
 async def test_kimis_tool_calls_are_numbered(tmp_path: Path, bundle: Bundle) -> None:
-    """With a parser of Kimi's models, ids of tool calls are numbered over the conversation, after a prefix. The
-    answer can be sent back, and the prompt then has the ids without the prefix."""
+    """With a parser of Kimi's models, the id of a tool call is a prefix and the call's number in the conversation.
+    After the answer is sent back, the prompt has the ids without the prefix."""
     async with running_cluster(tmp_path) as cluster:
         await cluster.add_worker(PartsEngine(SCRIPT, tool_parser="kimi_k2"), bundle, parser=ParsedByEngine())
         body = message_body(max_tokens=50, tools=TOOLS)

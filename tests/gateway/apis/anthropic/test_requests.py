@@ -1,4 +1,5 @@
-"""Bodies of Anthropic's Messages API become the generation requests of OpenAI's API; wrong fields are named."""
+"""Bodies of Anthropic's Messages API give the same generation requests as bodies of OpenAI's API. Errors name wrong
+fields."""
 
 from __future__ import annotations
 
@@ -23,25 +24,25 @@ RESULT = {"type": "tool_result", "tool_use_id": "toolu_abc123XYZ", "content": "4
 
 
 def parsed(**fields: Any) -> GenerationRequest:
-    """Return the request that a body with these fields becomes."""
+    """Return the generation request that a body with these fields gives."""
     return parse_messages(Fields(message_body(**fields))).requests[0]
 
 
 def prompt_of(*messages: dict[str, Any], **fields: Any) -> ChatPrompt:
-    """Return the prompt of a body with these messages."""
+    """Return the prompt that a body with these messages gives."""
     prompt = parsed(messages=list(messages), **fields).prompt
     assert isinstance(prompt, ChatPrompt)
     return prompt
 
 
 def text(*texts: str, **fields: Any) -> list[dict[str, Any]]:
-    """Return text blocks."""
+    """Return one text block for each text, all with these additional fields."""
     return [{"type": "text", "text": text, **fields} for text in texts]
 
 
 def test_a_conversation_with_tools_becomes_that_of_openai() -> None:
-    """A tool_use is a tool call of the assistant with its arguments as a mapping, a tool_result is a message of the
-    role tool before the user's text, thinking is the reasoning, and a tool call's id has no prefix."""
+    """A tool_use becomes a tool call of the assistant, with its arguments as a mapping and its id without the prefix. A
+    tool_result becomes a message of the role tool, before the user's text. Thinking becomes the reasoning."""
     answer = [{"type": "thinking", "thinking": "hm", "signature": ""}, *text("a", "b"), USE]
     answer.insert(1, {"type": "redacted_thinking", "data": "xx"})
     prompt = prompt_of(
@@ -71,14 +72,16 @@ def test_a_conversation_with_tools_becomes_that_of_openai() -> None:
     ids=["string", "blocks", "none", "empty"],
 )
 def test_the_content_of_a_tool_result(content: Any, shown: str) -> None:
-    """The content of a tool result is a string, text blocks or absent; a result alone adds no message of the user."""
+    """The content of a tool result is a string, text blocks or absent. A user message that holds only a result adds no
+    user message to the prompt."""
     result = {**RESULT, "content": content, "is_error": True}
     prompt = prompt_of(USER, {"role": "assistant", "content": [USE]}, {"role": "user", "content": [result]})
     assert prompt.messages[2:] == [{"role": "tool", "tool_call_id": "abc123XYZ", "content": shown}]
 
 
 def test_an_answer_that_was_begun_is_continued() -> None:
-    """The text of a final message of the assistant is continued; a final tool call is not."""
+    """If the last message is text of the assistant, the answer continues the text. A final tool call is not
+    continued."""
     begun = prompt_of(USER, {"role": "assistant", "content": "Well"})
     assert (begun.continue_final_message, begun.add_generation_prompt) == (True, False)
     for content in ([USE], [*text("Well"), USE], text("")):
@@ -87,7 +90,7 @@ def test_an_answer_that_was_begun_is_continued() -> None:
 
 
 def test_system_texts() -> None:
-    """System texts stand where they were sent, and lines for Anthropic's accounts are left out."""
+    """System texts keep their place in the conversation. Anthropic's billing lines are left out."""
     header = "x-anthropic-billing-header: 1"
     for system in (text(header, "s"), text(f"{header}\ns"), f"{header}\ns", "s"):
         for late in (text(header, "now"), f"{header}\nnow"):
@@ -97,7 +100,7 @@ def test_system_texts() -> None:
 
 
 def test_options() -> None:
-    """The options of a body set those of the request, and check_options finds wrong ranges."""
+    """The options of a body become options of the generation request. check_options finds values out of range."""
     options = parsed(max_tokens=5, temperature=0.5, top_p=0.9, top_k=3, stop_sequences=["a", "b"]).options
     assert (options.max_tokens, options.temperature, options.top_p, options.top_k) == (5, 0.5, 0.9, 3)
     assert options.stop == ("a", "b")
@@ -120,7 +123,7 @@ def test_options() -> None:
     ],
 )
 def test_thinking(thinking: Any, arguments: dict[str, Any], budget: int | None) -> None:
-    """Thinking sets a template argument and the budget of reasoning tokens."""
+    """The field `thinking` sets a template argument and the budget of reasoning tokens."""
     request = parsed(max_tokens=2000, thinking=thinking)
     assert isinstance(request.prompt, ChatPrompt)
     assert (request.prompt.template_kwargs, request.options.max_reasoning_tokens) == (arguments, budget)
@@ -137,7 +140,7 @@ def test_thinking(thinking: Any, arguments: dict[str, Any], budget: int | None) 
     ],
 )
 def test_tool_choices(choice: Any, expected: tuple[Any, bool]) -> None:
-    """A tool choice reaches the worker's parser in OpenAI's form; a call that may not use tools needs no parser."""
+    """A tool choice reaches the worker's parser in OpenAI's form. A call that may not use tools needs no parser."""
     request = parsed(tools=[TOOL], tool_choice=choice)
     asked = json.loads(request.output.parser_request)
     assert (asked["tool_choice"], asked["parallel_tool_calls"]) == expected
@@ -147,7 +150,8 @@ def test_tool_choices(choice: Any, expected: tuple[Any, bool]) -> None:
 
 
 def test_an_answer_in_a_schema() -> None:
-    """The schema of output_config is a grammar, and its effort the reasoning effort of template and parser."""
+    """The schema of output_config becomes the grammar of the request. The effort of output_config becomes the reasoning
+    effort of the template and the parser."""
     form = {"type": "json_schema", "schema": {"type": "object"}}
     request = parsed(output_config={"effort": "high", "format": form})
     assert request.options.grammar is not None
@@ -161,7 +165,7 @@ def test_an_answer_in_a_schema() -> None:
 
 
 def test_hints_are_ignored() -> None:
-    """Fields without an effect on the answer, and unknown fields, change nothing; a field that holds null is
+    """Unknown fields, and fields without an effect on the answer, change nothing. A field that holds null counts as
     absent."""
     hints: dict[str, Any] = {"metadata": {"user_id": "u"}, "service_tier": "auto", "cache_control": {"type": "x"}}
     hints |= {"context_management": {"edits": [{"type": "clear_thinking_20251015"}]}, "unknown": [1], "container": "c"}
@@ -173,7 +177,7 @@ def test_hints_are_ignored() -> None:
 
 
 def test_the_count_has_the_prompt_of_the_call() -> None:
-    """A body has one prompt, whether its tokens are counted or generated after."""
+    """A body gives the same prompt to count_tokens and to a call."""
     body = message_body(
         messages=[USER, {"role": "assistant", "content": [USE]}, {"role": "user", "content": [RESULT]}],
         tools=[TOOL],
@@ -284,7 +288,8 @@ LARGE: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("fields", "path"), [case[1:] for case in LARGE], ids=[case[0] for case in LARGE])
 def test_a_wrong_field_of_a_large_body_is_named(fields: dict[str, Any], path: str) -> None:
-    """The parser of large bodies refuses what is too much or too deep, and names the field in the caller's body."""
+    """The parser of large bodies refuses a body with too many values or too many levels, and names the field in the
+    caller's body."""
     with pytest.raises(CallError) as raised:
         READER.http(json.dumps(message_body(**fields)).encode(), "messages")
     assert raised.value.outcome in (Outcome.INVALID_FIELD, Outcome.UNSUPPORTED_FEATURE)

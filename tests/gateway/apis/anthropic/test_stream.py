@@ -1,4 +1,4 @@
-"""Streams and whole answers of Anthropic's API are made of the same parts and agree."""
+"""A streamed and a whole answer of Anthropic's API are made of the same parts and hold the same message."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def tool_id(part: OutputPart) -> str:
 
 
 def events_of(stream: bytes) -> list[dict[str, Any]]:
-    """Return the data of the events of a stream. Each event is ASCII and named as its data's type."""
+    """Return the data of each event of a stream. Asserts that each event is ASCII and that its name equals the type in
+    its data."""
     events = []
     for block in stream.decode("ascii").removesuffix("\n\n").split("\n\n"):
         name, data = block.split("\n")
@@ -40,8 +41,8 @@ def events_of(stream: bytes) -> list[dict[str, Any]]:
 
 
 def joined(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the message of a stream, as a client makes it. Asserts the order that Anthropic documents: the start of
-    the message, for each content block its start, deltas and stop, then the message's delta and stop."""
+    """Return the message of a stream, as a client builds it. Asserts the order that Anthropic documents: the start of
+    the message; the start, deltas and stop of each content block; then the message's delta and stop."""
     assert [event["type"] for event in events[-2:]] == ["message_delta", "message_stop"]
     message: dict[str, Any] = events[0]["message"]
     arguments: dict[int, str] = {}
@@ -102,7 +103,7 @@ def outputs(draw: st.DrawFn) -> list[OutputPart]:
 
 @st.composite
 def splits(draw: st.DrawFn, parts: list[OutputPart]) -> list[Piece]:
-    """Draw pieces with these parts: texts are cut anywhere, and each piece has any number of the parts that follow."""
+    """Draw pieces that hold these parts in order. Texts are cut at any place, and a piece holds any number of parts."""
     cut: list[OutputPart] = []
     for part in parts:
         if part.kind is TOOL_NAME:
@@ -122,7 +123,8 @@ def splits(draw: st.DrawFn, parts: list[OutputPart]) -> list[Piece]:
 
 
 def streamed(pieces: Sequence[Piece]) -> bytes:
-    """Return the stream of these pieces. As in a call, a piece of text alone takes the short way where it may."""
+    """Return the stream of these pieces. As in a call, a piece that is only text takes the fast path within a text
+    block."""
     events, out = MessageEvents(HEAD, lambda: USAGE, tool_id), b""
     for piece in pieces:
         if events.in_text and piece.text and not (piece.parts or piece.finish_reason):
@@ -134,8 +136,8 @@ def streamed(pieces: Sequence[Piece]) -> bytes:
 
 @given(st.data())
 def test_any_split_gives_the_same_message(data: st.DataObject) -> None:
-    """Any split of an output's parts into pieces gives a stream in Anthropic's order, whose message is that of the
-    whole answer."""
+    """However an output's parts are split into pieces, the stream has Anthropic's order and adds up to the message of
+    the whole answer."""
     parts = data.draw(outputs())
     pieces = data.draw(splits(parts))
     text = "".join(part.text for part in parts if part.kind is CONTENT)
@@ -176,7 +178,8 @@ def test_the_events_of_an_answer() -> None:
 
 
 def test_late_arguments_reach_their_call() -> None:
-    """Arguments that a parser adds to an earlier tool call go to the block of that call, whole or streamed."""
+    """Arguments that a parser adds to an earlier tool call go to the block of that tool call, in whole and streamed
+    answers."""
     parts = [OutputPart(TOOL_NAME, "f", 0), OutputPart(TOOL_ARGUMENTS, '{"x": ', 0), OutputPart(TOOL_NAME, "g", 1)]
     parts += [OutputPart(TOOL_ARGUMENTS, "{}", 1), OutputPart(TOOL_ARGUMENTS, "1}", 0)]
     whole = whole_message(HEAD, USAGE, tool_id, Piece(0, "", "tool_calls", parts=parts))
@@ -204,14 +207,14 @@ def test_arguments_that_are_no_object(text: str) -> None:
     ],
 )
 def test_stop_reasons(finish: str, stop_string: str, expected: tuple[str, str | None]) -> None:
-    """A finish reason has Anthropic's name, and a stop string is the stop sequence."""
+    """A finish reason gets Anthropic's name, and a stop string is reported as the stop sequence."""
     assert stop_of(Piece(0, "", finish, stop_string=stop_string)) == expected
 
 
 @pytest.mark.parametrize(("cut", "reason"), [(True, "stop_sequence"), (False, "tool_use")])
 def test_a_call_that_a_stop_sequence_cuts_is_not_run(cut: bool, reason: str) -> None:
-    """An answer whose last tool call is cut by a stop sequence ends with stop_sequence, whole or streamed. A complete
-    call counts, whatever text follows."""
+    """If a stop sequence cuts the last tool call, the stop reason is stop_sequence. If the tool call is complete, the
+    reason is tool_use, whatever text follows. Whole and streamed answers agree."""
     parts = [OutputPart(TOOL_NAME, "f", 0), OutputPart(TOOL_ARGUMENTS, "{}", 0), OutputPart(TOOL_NAME, "g", 1)]
     parts.append(OutputPart(TOOL_ARGUMENTS, '{"x": ' if cut else '{"x": 1}', 1))
     piece = Piece(0, "", "tool_calls", parts=[*parts, OutputPart(CONTENT, "and")], stop_string="END")
@@ -222,7 +225,7 @@ def test_a_call_that_a_stop_sequence_cuts_is_not_run(cut: bool, reason: str) -> 
 
 
 def test_pings() -> None:
-    """A ping is an event, after a comment with the progress of a model that is starting."""
+    """A ping is an event. While the model is starting, a comment with the progress precedes the event."""
     assert ping(CallProgress("queued", 1)) == PING
     comment, _, rest = ping(CallProgress("loading", 0, 0.5, 30.0)).partition(b"\n")
     assert (comment, rest) == (b": loading 50%, about 30 s to go", PING)

@@ -17,7 +17,7 @@ offsets = st.integers(1, 2**63)
 
 
 def encoder_of(kind: Kind, call_id: int | None = None) -> GrpcEncoder:
-    """An encoder of a call with one output; of a call in a session if a call id is given."""
+    """Return the encoder of a call with one output. With `call_id`, the call belongs to a session."""
     call: Any = SimpleNamespace(shown_id="c", shown_model="m", sequences=[None], output=None)
     if call_id is None:
         return GrpcEncoder(kind, call, cast(Any, None))
@@ -26,8 +26,8 @@ def encoder_of(kind: Kind, call_id: int | None = None) -> GrpcEncoder:
 
 @given(st.lists(texts, max_size=5))
 def test_text_chunks_by_hand(some: list[str]) -> None:
-    """Text chunks of chat and completion that are serialized by hand equal protobuf's byte for byte, at all lengths,
-    also if several texts have the same length."""
+    """Hand-serialized text chunks of chat and completion equal protobuf's, byte for byte. This holds at all lengths,
+    and for several texts of equal length."""
     chat_encoder, complete_encoder = encoder_of(CHAT), encoder_of(COMPLETE)
     for offset, text in enumerate([*some, *some], 1):
         delta = pb.ChoiceDelta(delta=pb.Message(content=text))
@@ -47,7 +47,7 @@ def test_offsets_by_hand(offset: int) -> None:
 
 @given(st.integers(0, 2**32 - 1), texts)
 def test_session_events_by_hand(call_id: int, text: str) -> None:
-    """Events of a session that are serialized by hand equal protobuf's byte for byte, as elements of SessionEvents."""
+    """Hand-serialized events of a session equal protobuf's elements of SessionEvents, byte for byte."""
     encoder = encoder_of(CHAT, call_id)
     event = pb.SessionEvent(call_id=call_id, text=text)
     for _ in range(2):

@@ -145,7 +145,7 @@ async def test_prompt_ids_out_of_vocabulary(busy: TestCluster) -> None:
 )
 @pytest.mark.parametrize("method", ["Chat", "StreamChat", "Complete"])
 async def test_malformed_bytes(busy: TestCluster, body: bytes, method: str) -> None:
-    """A malformed message gets INVALID_ARGUMENT with details, also if the message holds invalid UTF-8 in a string."""
+    """A malformed message gets INVALID_ARGUMENT with details. Invalid UTF-8 in a string counts as malformed."""
     path = f"/cluster.v1.Inference/{method}"
     make = busy.channel.unary_stream if method == "StreamChat" else busy.channel.unary_unary
     call = make(path, request_serializer=lambda b: b, response_deserializer=lambda b: b)

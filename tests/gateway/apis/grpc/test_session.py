@@ -1,6 +1,5 @@
-"""Sessions: many calls on one stream. Each call has the output of StreamChat, and all output of a tick is in one
-message.
-"""
+"""Sessions: many calls on one stream. Each call has the same output as with StreamChat. All output of a tick (one pass
+of the event loop) is sent in one message."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 class ReceivedEvents:
-    """The events that a client has received in a session, gathered for each call."""
+    """The events that a client has received in a session, grouped by call."""
 
     def __init__(self) -> None:
         self.text: dict[int, str] = defaultdict(str)
@@ -116,8 +115,8 @@ async def test_too_many_in_one_message_end_the_session(cluster: TestCluster) -> 
 async def test_errors_cancels_and_deadlines_are_each_calls_own(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, together: bool
 ) -> None:
-    """An invalid call, a cancelled call and a late call of a session each end with their own status, and the other
-    calls continue. This holds whether the requests are sent in one message or in several."""
+    """An invalid call, a cancelled call and a late call of a session each end with their own status. The other calls
+    continue. This holds for requests in one message and in several."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     stream = cluster.stub.Session()
     requests = [
@@ -260,8 +259,8 @@ async def test_refusals_that_nobody_reads_are_bounded(cluster: TestCluster) -> N
 
 
 async def _longest_pass_s(cluster: TestCluster, messages: bytes) -> float:
-    """Return the CPU time in seconds of the event loop's longest pass, while a session handles `messages` and then
-    refuses a start."""
+    """Return the CPU time, in seconds, of the event loop's longest pass while a session handles `messages` and refuses
+    one start."""
     loop, longest, last = asyncio.get_running_loop(), 0.0, time.thread_time()
 
     def tick() -> None:
@@ -290,8 +289,7 @@ async def _longest_pass_s(cluster: TestCluster, messages: bytes) -> float:
 
 
 async def test_messages_without_a_request_hold_nobody_up(cluster: TestCluster) -> None:
-    """A flow-control window full of empty messages is read in time slices, as requests are, and not in one pass of the
-    event loop."""
+    """A flow-control window full of empty messages is read in time slices, not in one pass of the event loop."""
     await _longest_pass_s(cluster, bytes(5))  # this first run loads modules
     assert min([await _longest_pass_s(cluster, bytes(5 * 12_800)) for _ in range(3)]) < 0.02 * slowness()
 

@@ -1,4 +1,4 @@
-"""A call of a session that fails while its output is written ends alone."""
+"""If the output of one call of a session cannot be written, only that call fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.transports import Sink
 
 
 class WrittenCall:
-    """A call whose output is `data` at each update, or whose encoder raises."""
+    """A call whose encoder returns `data` at each update. With empty `data`, the encoder raises an exception."""
 
     def __init__(self, data: bytes) -> None:
         self.is_resumed = False
@@ -38,7 +38,7 @@ class WrittenCall:
 
 
 async def test_a_call_whose_encoder_fails_delays_no_other_call() -> None:
-    """The failed call gets its status, and the other calls of the session go on."""
+    """The call whose encoder fails gets its status, and the other calls of the session continue."""
     sink, h2 = Sink(), ServerState(EndedStreams(1))
     connection = ConnectionOutput(sink, h2)
     context = SimpleNamespace(call_before_flush=connection.call_before_flush, send=connection.write, full=False)

@@ -34,7 +34,7 @@ class Sink:
     running: int = 0
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """Handle a request. The path of the request is the tenant."""
+        """Handle a request. The path of the request names the tenant."""
         declared = dict(scope["headers"]).get(b"content-length", b"")
         bodies, status = RequestBodies(LIMIT, self.budget), 200
         self.running += 1
@@ -83,7 +83,7 @@ class Upload:
         return upload
 
     def send(self, size: int) -> None:
-        """Send a part of `size` bytes, as far as the socket accepts the bytes."""
+        """Send up to `size` bytes of the body, as many as the socket accepts."""
         self.sent += size
         data = b" " * size
         self.writer.write(b"%x\r\n%b\r\n" % (size, data) if self.chunked else data)
@@ -164,7 +164,7 @@ async def test_a_body_that_stalls_while_others_wait_is_ended() -> None:
 
 
 async def test_too_large_bodies_are_refused() -> None:
-    """A body over the limit is refused before the whole body is held in memory."""
+    """A body over the limit is refused before all of it is in memory."""
     async with sink() as app:
         declared = await Upload.begin(app, "t", LIMIT + 1)
         assert await declared.answer() == b"413 request_too_large"

@@ -143,7 +143,7 @@ async def test_the_callers_address_is_its_connections(monkeypatch: pytest.Monkey
 
 
 async def test_a_refusal_waits_for_the_answers_before_it() -> None:
-    """The refusal of a request is not sent within an earlier answer; the earlier answer is sent whole."""
+    """The refusal of a request is sent after the whole earlier answer, never within it."""
     good = b"GET /large HTTP/1.1\r\nhost: a\r\n\r\n"
     async with echo() as app:
         answer = await exchange(app, good + b"GET /a HTTP/1.1\r\n\r\n")
@@ -172,8 +172,8 @@ async def test_thousands_of_pipelined_requests_are_answered_in_order_and_held_as
 
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_pipelined_bodies_of_any_length_are_kept_apart(chunked: bool) -> None:
-    """Bodies shorter and longer than the pieces that are parsed at once, one after the other, each end where they
-    should."""
+    """Pipelined bodies each end at the right byte, whether they are shorter or longer than the pieces that are parsed
+    at once."""
     sizes = [0, 1, 16_384, 16_385, 100_000, 1 << 18, 3, (1 << 18) + 1, 700_000, 2]
 
     def request(i: int, size: int) -> bytes:
@@ -248,7 +248,7 @@ async def test_a_response_that_is_not_read_ends_its_connection() -> None:
 
 
 async def write_on(writer: asyncio.StreamWriter) -> None:
-    """Send bytes without reading, until a write fails."""
+    """Write without reading, until a write fails."""
     while True:
         writer.write(b" ")
         await writer.drain()

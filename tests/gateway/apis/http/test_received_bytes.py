@@ -21,7 +21,7 @@ from cluster.gateway.apis.http.received_bytes import (
     early=st.integers(0, 5),
 )
 def test_pieces_are_the_received_bytes_in_order(reads: list[bytes], length: int | None, early: int) -> None:
-    """The pieces together are the received bytes, although further bytes arrive between two pieces."""
+    """The pieces add up to the received bytes, even if further bytes arrive between two pieces."""
     received, parsed = ReceivedBytes(), b""
     if length is not None:
         received.begin_body(length)
@@ -41,7 +41,7 @@ def test_pieces_are_the_received_bytes_in_order(reads: list[bytes], length: int 
 
 
 def test_a_body_is_parsed_in_long_pieces_until_its_length_has_arrived() -> None:
-    """Only the bytes of a body of known length are parsed in long pieces; the next head is not."""
+    """Only the bytes of a body of known length are parsed in long pieces. The next head is parsed in short pieces."""
     received = ReceivedBytes()
     received.append(bytes(1 << 20))
     assert len(received.pop()) == HEAD_PIECE_BYTES
@@ -54,7 +54,8 @@ def test_a_body_is_parsed_in_long_pieces_until_its_length_has_arrived() -> None:
 
 
 def test_a_head_is_counted_over_its_pieces_and_from_its_last_end() -> None:
-    """Pieces of one head add up. A piece in which a head ended and another began counts for the new head alone."""
+    """The pieces of one head add up. A piece that holds the end of one head and the beginning of another counts for the
+    new head only."""
     received = ReceivedBytes()
     received.pop()
     assert received.count_head(10) == 10

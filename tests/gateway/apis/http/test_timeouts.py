@@ -1,4 +1,4 @@
-"""Time limits of an HTTP/1 connection, tested as properties over virtual time."""
+"""Time limits of an HTTP/1 connection, tested with generated timings on a virtual clock."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_a_connection_without_a_request_is_cut_sooner_than_one_between_requests(
 def test_a_body_is_cut_for_a_slow_period_and_never_for_the_gateways_own_pauses(
     rates: list[int], data: st.DataObject
 ) -> None:
-    """A connection is closed after a period in which the body arrived slowly, but never for a period in which the
-    gateway did not read."""
+    """A connection is closed after a period in which the body arrived slowly. A period in which the gateway itself did
+    not read does not count."""
     timeouts = HttpTimeouts(LIMITS, 0.0)
     timeouts.began_head(0.0)
     timeouts.ended_head()
@@ -95,7 +95,7 @@ def test_a_client_that_takes_nothing_is_cut_and_one_that_takes_little_is_not() -
 
 
 def test_the_rest_of_a_refused_body_has_seconds() -> None:
-    """A connection is closed if the rest of a refused body does not arrive within seconds."""
+    """A connection is closed if the rest of a refused body does not arrive within a few seconds."""
     timeouts = HttpTimeouts(LIMITS, 0.0)
     timeouts.began_head(0.0)
     timeouts.ended_head()

@@ -248,7 +248,7 @@ async def test_messages_are_what_grpcs_are(busy: TestCluster) -> None:
 
 
 async def test_hints_and_unknown_fields_are_let_be(busy: TestCluster) -> None:
-    """Fields that do not change an answer are ignored, and a field that holds null counts as absent."""
+    """Fields without an effect on the answer are ignored. A field that holds null counts as absent."""
     plain = (await fetch(busy, CHAT, chat_body())).json["choices"]
     body = chat_body(user="me", store=False, metadata={"a": "b"}, service_tier="auto", wholly_unknown={"x": [1]})
     body |= {"tool_choice": "none", "parallel_tool_calls": True, "response_format": {"type": "text"}, "echo": False}

@@ -32,7 +32,7 @@ async def test_a_client_gone_frees_its_place(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, where: str, stream: bool
 ) -> None:
     """A call leaves the queue and the engine at once when the client disconnects, whether the call waits, prefills or
-    decodes."""
+    decodes at that moment."""
     slow = {"prefill_tokens_per_s": 5} if where == "prefill" else {}
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5, max_num_seqs=1, **slow), bundle)
     body = chat_body(max_tokens=3000, ignore_eos=True, stream=stream)
@@ -52,7 +52,7 @@ async def test_a_client_gone_frees_its_place(
 
 
 async def test_the_official_client_closes_a_stream(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The call of a stream that the official client closes is ended, and the client's next call is answered."""
+    """If the official client closes a stream, the stream's call ends, and the client's next call is answered."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     async with client(cluster) as ai:
         stream = await ai.chat.completions.create(
@@ -127,7 +127,8 @@ async def test_a_slow_reader_gets_its_text_in_fewer_events(
 
 
 async def test_a_body_that_never_comes(cluster: TestCluster) -> None:
-    """A client that disconnects within a request leaves no running request behind, and no error in the log."""
+    """A client that disconnects before its request is complete leaves no running request behind, and no error in the
+    log."""
     wire = await Wire.open(cluster)
     wire.ask(CHAT, b'{"model"', content_length="1000")
     await until(lambda: bool(cluster.gateway.ports.http._state.tasks), "the request is being read")

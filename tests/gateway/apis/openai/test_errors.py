@@ -189,7 +189,7 @@ async def assert_refused(
     cluster: TestCluster, path: str, body: dict[str, Any], param: str, code: str = "invalid_field"
 ) -> None:
     """Assert that a request gets status 400, with an error that holds `param` and `code` and names the field. The
-    request is sent twice: for a complete answer and for a streamed answer."""
+    request is sent twice, once for a whole and once for a streamed answer."""
     wanted = [body] if "stream" in body else [body, {**body, "stream": True}]
     for wanted_body in wanted:
         reply = await fetch(cluster, path, wanted_body)
@@ -216,8 +216,7 @@ async def test_what_is_not_served_is_refused_by_name(busy: TestCluster, fields: 
     ("fields", "param", "code"), [case[1:] for case in BAD_COMPLETIONS], ids=[c[0] for c in BAD_COMPLETIONS]
 )
 async def test_a_wrong_completion_is_named(busy: TestCluster, fields: dict[str, Any], param: str, code: str) -> None:
-    """The error of an invalid completion request names the path of the invalid field, with the names of the caller's
-    body."""
+    """The error of an invalid completion request names the path of the invalid field in the caller's body."""
     await assert_refused(busy, COMPLETIONS, completion_body() | fields, param, code)
 
 
@@ -279,7 +278,8 @@ async def test_a_body_over_the_limit(tmp_path: Path) -> None:
 
 
 async def test_wrong_paths_methods_and_media(busy: TestCluster) -> None:
-    """Errors with status 404, 405 and 415 have OpenAI's shape. Media types of cross-site form posts are refused."""
+    """Errors with status 404, 405 and 415 have OpenAI's shape. Media types that a cross-site form can send are
+    refused."""
     nowhere = await fetch(busy, "/v1/nope", {})
     assert (nowhere.status, nowhere.error["code"]) == (404, "not_found")
     get = await fetch(busy, CHAT)
@@ -370,7 +370,7 @@ async def test_a_full_queue(tmp_path: Path, checkpoint: Path, bundle: Bundle) ->
 
 
 def test_every_reader_takes_its_defaults() -> None:
-    """The smallest requests are valid and set no option, so that the defaults of the model apply."""
+    """The smallest requests are valid and set no option, so the defaults of the model apply."""
     for asked in (
         parse_chat(Fields({"model": "m", "messages": [{"role": "user", "content": "x"}]})),
         parse_completion(Fields({"model": "m", "prompt": "x"})),

@@ -1,4 +1,4 @@
-"""Events of parts are the same however they are rendered."""
+"""Events of output parts are the same on the fast path and on the general path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster.gateway.calls.sequences.pieces import Piece
 
 @given(st.text(), st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.booleans())
 def test_a_fragment_of_arguments(text: str, number: int, index: int, shift: int, include_usage: bool) -> None:
-    """The event of a fragment of arguments, which has a short way, is that of the long way."""
+    """An event with a fragment of tool arguments is the same on the fast path as on the general path."""
     call = cast(Any, None)  # fragments need nothing of their call
     stream = ChatStream("id", "model", 1, include_usage=include_usage)
     part = OutputPart(PartKind.TOOL_ARGUMENTS, text, number)

@@ -1,4 +1,4 @@
-"""The JSON of rankings, which is written in pieces."""
+"""JSON of rankings, which the gateway writes in pieces."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXTS = st.none() | st.builds(
 
 @given(st.lists(st.tuples(TEXTS, st.floats(-1, 1)), max_size=5))
 def test_a_ranking_is_json(documents: list[tuple[str | None, float]]) -> None:
-    """Whatever the documents hold, the pieces are a list of the entries in order."""
+    """The pieces add up to a JSON list of the entries in order, whatever the documents hold."""
     results = [Ranked(i, score, text) for i, (text, score) in enumerate(documents)]
     assert json.loads(b"[" + b"".join(ranking_json(results)) + b"]") == [
         {"index": i, **({} if text is None else {"document": {"text": text}}), "relevance_score": score}
@@ -26,7 +26,7 @@ def test_a_ranking_is_json(documents: list[tuple[str | None, float]]) -> None:
 
 
 def test_a_long_document_is_written_in_pieces() -> None:
-    """Other tasks run between the pieces of one document of any length, so no piece is long."""
+    """A long document is written in several short pieces, so other tasks can run between them."""
     text = "é\x01🎉a" * PIECE_CHARS
     pieces = list(ranking_json([Ranked(0, 0.5, text)]))
     assert max(map(len, pieces)) <= 12 * PIECE_CHARS

@@ -1,4 +1,4 @@
-"""The life of a sequence: the table of moves, and the history of the sequence's workers."""
+"""The life of a sequence: its state transitions, and the history of its workers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ NOW = 100.0
 
 @pytest.mark.parametrize(("state", "event"), PAIRS, ids=lambda one: one.value)
 def test_every_pair_moves_or_is_illegal(state: State, event: Event) -> None:
-    """`apply` follows the table. A pair of state and event that is not in the table leaves the state unchanged and
-    raises an error that names state and event."""
+    """`apply` follows the table of transitions. A pair that is not in the table leaves the state unchanged and raises
+    an error with the state and the event."""
     life = Life(state=state)
     if (state, event) in MOVES:
         assert life.apply(event) is MOVES[state, event] is life.state
@@ -64,8 +64,8 @@ def running(tokens: int = 0, max_attempts: int = 3, max_silent_losses: int = 2) 
 
 @given(st.integers(0, 50), st.sampled_from(["lost", "error", "moved"]))
 def test_a_sequence_with_tokens_resumes_and_one_without_starts_over(tokens: int, reason: str) -> None:
-    """After a loss, a sequence with tokens waits in the resume queue and a sequence without tokens in the waiting room,
-    with the next attempt number and the reason."""
+    """After a loss, a sequence with tokens waits in the resume queue, and one without tokens in the waiting room. Both
+    have the next attempt number and the reason."""
     life = running(tokens)
     life.leave(reason, tokens)
     assert life.state is (State.RESUMING if tokens else State.QUEUED)
@@ -78,7 +78,7 @@ def test_a_sequence_with_tokens_resumes_and_one_without_starts_over(tokens: int,
 
 @given(st.integers(1, 6))
 def test_as_many_workers_may_fail_it_as_are_allowed(most: int) -> None:
-    """The last allowed failure of a worker fails the call, and no earlier failure does."""
+    """A sequence fails with the last worker failure that is allowed. Earlier failures do not fail it."""
     life = running(tokens=1, max_attempts=most)
     for failure in range(1, most + 1):
         waits = life.fail_worker("lost", 1)
@@ -90,8 +90,8 @@ def test_as_many_workers_may_fail_it_as_are_allowed(most: int) -> None:
 
 @given(st.integers(1, 4), st.integers(0, 3))
 def test_it_is_suspect_after_losses_with_no_token_between(most: int, tokens: int) -> None:
-    """A sequence becomes suspect after losses in a row. A token between the losses, or an acquittal, restarts the
-    count."""
+    """A sequence becomes suspect after several losses without a token between them. A new token, or a call of `acquit`,
+    restarts the count."""
     life = running(tokens=1, max_silent_losses=most)
     for number in range(most):
         assert not life.suspect(tokens)
@@ -107,8 +107,7 @@ def test_it_is_suspect_after_losses_with_no_token_between(most: int, tokens: int
 
 
 def test_a_suspect_without_tokens_waits_in_the_resume_queue() -> None:
-    """A suspect sequence without tokens waits in the resume queue, because it would be sent at once from the waiting
-    room."""
+    """A suspect sequence without tokens waits in the resume queue, because the waiting room would send it at once."""
     life = running(max_silent_losses=1)
     life.lost("link", "node", 0, NOW)
     assert life.fail_worker("lost", 0)
@@ -120,7 +119,7 @@ def test_a_suspect_without_tokens_waits_in_the_resume_queue() -> None:
 
 
 def test_only_a_lost_gateway_leaves_kv_blocks_to_return_to() -> None:
-    """A sequence returns to its worker after the loss of its gateway, and after no other loss."""
+    """A sequence returns to its former worker only if its gateway was lost, not after another loss."""
     life = Life()
     life.restore("w1", None, tokens=3)
     assert (life.state, life.cached_on) == (State.RESUMING, "w1")

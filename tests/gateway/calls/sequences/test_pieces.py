@@ -1,4 +1,4 @@
-"""The pieces of one sequence: whenever the API pops them, they add up to the output, and the end comes once."""
+"""The pieces of one sequence add up to the output and hold one end, whenever the API pops them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class NoTexts:
 
 @given(st.lists(st.sampled_from(["token", "pop", "pop_text"]), max_size=30))
 def test_pieces_add_up_to_the_text(steps: list[str]) -> None:
-    """The popped texts are the whole text, only the first piece is the first, and only the last has an end."""
+    """The popped texts add up to the whole text. Only the first piece is marked as first, and only the last has an
+    end."""
     source = PlainText()
     buffer = PieceBuffer(2, source, None, None)
     pieces: list[Piece] = []
@@ -58,7 +59,7 @@ def test_pieces_add_up_to_the_text(steps: list[str]) -> None:
 
 
 def test_a_guard_may_refuse_text_that_was_held_back_to_the_end() -> None:
-    """The last piece has the guard's finish reason."""
+    """If a guard refuses text at the very end, the last piece has the guard's finish reason."""
     source = PlainText()
     buffer = PieceBuffer(0, source, None, None)
     buffer.finish("length", "")
@@ -69,7 +70,7 @@ def test_a_guard_may_refuse_text_that_was_held_back_to_the_end() -> None:
 
 
 def test_log_probabilities_need_a_piece() -> None:
-    """Text with log probabilities is popped as a piece, and each log probability once."""
+    """Text with log probabilities is popped only as a piece, and each log probability is popped once."""
     source = PlainText()
     buffer = PieceBuffer(0, source, NoTexts(), None)
     for _ in range(3):
@@ -84,7 +85,8 @@ def test_log_probabilities_need_a_piece() -> None:
 
 
 def test_parts_need_a_piece() -> None:
-    """Reasoning is popped with the part's kind, content as text."""
+    """Reasoning is popped as a piece with the kind of each part, together with content around it. Content alone is
+    popped as text."""
     text = ParsedText(PlainText())
     buffer = PieceBuffer(0, text, None, text)
     for kind, as_text in ((PartKind.CONTENT, None), (PartKind.REASONING, None), (PartKind.CONTENT, "ab")):
@@ -98,7 +100,7 @@ def test_parts_need_a_piece() -> None:
 
 
 def test_a_restored_output_continues_after_the_delivered_text() -> None:
-    """After a resume the first piece is not the first of the output, and an end that was delivered is not repeated."""
+    """After a resume, no piece is marked as the first of the output, and an end that was delivered is not repeated."""
     begun, ended = (PieceBuffer(0, PlainText(), None, None) for _ in range(2))
     begun.restore([1, 2, 3], 2, False)
     assert begun.pop_text() == "x"

@@ -18,14 +18,14 @@ KEY = CompatibilityKey("weights", "bundle", "class")
 
 @dataclass
 class Owner:
-    """A call with an id only."""
+    """Stub of a call that has only an id."""
 
     id: str = "cmpl-1"
 
 
 @dataclass
 class Identity:
-    """The identity of a worker."""
+    """Stub of a worker's identity."""
 
     incarnation: str = "w1"
 
@@ -60,7 +60,7 @@ def bound(one: RoutedSequence[Owner], slot: int = 7) -> Link:
 
 
 def test_a_submission_has_the_emitted_tokens() -> None:
-    """The request of a sequence without tokens is sent as it is; later requests have the tokens emitted so far."""
+    """The request of a sequence without tokens is sent unchanged. Later requests include the tokens emitted so far."""
     fresh, begun = sequence(), sequence([4, 5])
     assert fresh.submission() is fresh.request
     assert begun.submission().emitted_token_ids == (4, 5)
@@ -69,7 +69,8 @@ def test_a_submission_has_the_emitted_tokens() -> None:
 
 @pytest.mark.parametrize(("seed", "expected"), [(11, KEY), (None, KEY.unseeded)])
 def test_the_first_worker_decides_the_compatibility_key(seed: int | None, expected: CompatibilityKey) -> None:
-    """The key of the first worker is kept, with the engine class only for a seeded sequence."""
+    """A sequence keeps the compatibility key of its first worker. The engine class is in the key only if the sequence
+    is seeded."""
     one = sequence(seed=seed)
     bound(one)
     assert (one.state, one.life.last_worker, one.life.compatibility) == (State.SENT, "w1", expected)
@@ -84,7 +85,7 @@ def test_a_sequence_with_tokens_keeps_its_compatibility_key() -> None:
 
 
 def test_an_ended_sequence_is_aborted_once() -> None:
-    """The end of a sequence aborts the slot, and a second end does nothing."""
+    """The end of a sequence aborts its slot at the worker once. A second end does nothing."""
     one = sequence()
     link = bound(one)
     one.end()
@@ -93,7 +94,7 @@ def test_an_ended_sequence_is_aborted_once() -> None:
 
 
 def test_a_finished_sequence_keeps_its_state_at_the_end_of_the_call() -> None:
-    """A sequence that has finished does not fail with its call."""
+    """A finished sequence keeps its state and finish reason when its call ends."""
     one = sequence([4])
     one.finish("stop")
     one.end()

@@ -1,4 +1,5 @@
-"""Sign-in and sessions of a real gateway: who may sign in, what ends a session, and requests of other sites."""
+"""Sign-in and sessions of a real gateway: who may sign in, what ends a session, and how requests of other sites
+fail."""
 
 from __future__ import annotations
 
@@ -48,8 +49,7 @@ def code(reply: Reply) -> tuple[int, str]:
 
 
 async def test_the_cookie_of_a_session(keyed: Keyed) -> None:
-    """The cookie of a session is out of the reach of scripts and other sites, does not hold the key, and ends with the
-    session."""
+    """The session cookie is hidden from scripts and other sites, does not hold the key, and ends with the session."""
     key = await role_key(keyed.ledger, "ops", "operator")
     await keyed.until_known("ops", key)
     browser = Browser(keyed.cluster)
@@ -98,14 +98,14 @@ async def test_over_tls_the_cookie_is_bound_to_the_host(tmp_path: Path) -> None:
     ],
 )
 async def test_wrong_keys(keyed: Keyed, body: Any, status: int, field: str) -> None:
-    """A wrong key is refused without a cookie, and a wrong body with the name of the field."""
+    """A wrong key is refused without a cookie. A malformed body is refused with the name of the field."""
     reply = await Browser(keyed.cluster).fetch("/console/sign-in", body)
     assert (reply.status, reply.json["error"]["field"]) == (status, field)
     assert "set-cookie" not in reply.headers
 
 
 async def test_a_form_cannot_sign_in(keyed: Keyed) -> None:
-    """A sign-in is JSON, which a form of another site cannot send."""
+    """A sign-in must be JSON, which a form of another site cannot send."""
     browser = Browser(keyed.cluster)
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
         assert (await browser.fetch("/console/sign-in", {"key": "x"}, content_type=kind)).status == 415
@@ -113,8 +113,8 @@ async def test_a_form_cannot_sign_in(keyed: Keyed) -> None:
 
 @pytest.mark.parametrize("role", ["caller", "tenant_admin"])
 async def test_tenants_stay_out_unless_allowed(keyed: Keyed, tmp_path: Path, role: str) -> None:
-    """Where `gateway.console.tenants` is not set, only operators and viewers may sign in, and the session that another
-    gateway has given to a tenant does not count."""
+    """If `gateway.console.tenants` is not set, only operators and viewers may sign in. A session that another gateway
+    has given to a tenant is refused."""
     browser = await signed_in(keyed, "acme", role)
     async with same_ledger(keyed, tmp_path) as cluster:
         other = Browser(cluster)
@@ -140,7 +140,7 @@ def same_ledger(keyed: Keyed, folder: Path) -> Any:
 
 
 async def test_a_session_holds_at_every_gateway(keyed: Keyed, tmp_path: Path) -> None:
-    """A session that one gateway has begun holds at another one with the same secret."""
+    """A session that began at one gateway is valid at another gateway with the same secret."""
     browser = await signed_in(keyed)
     async with same_ledger(keyed, tmp_path) as cluster:
         other = Browser(cluster)
@@ -154,7 +154,7 @@ async def is_ok(browser: Browser) -> bool:
 
 
 async def test_failed_sign_ins_are_bounded(tmp_path: Path) -> None:
-    """After some failures an address must wait, with a right key too, and is told how long."""
+    """After several failed sign-ins, an address must wait, even with a valid key. The error states the time to wait."""
     async with keyed_cluster(tmp_path) as keyed:
         key = await role_key(keyed.ledger, "ops", "operator")
         await keyed.until_known("ops", key)
@@ -171,8 +171,8 @@ async def test_failed_sign_ins_are_bounded(tmp_path: Path) -> None:
 
 
 def test_failure_limits_by_source() -> None:
-    """Failures of one IPv4 address, or of one IPv6 network, do not count for others, and are forgotten with time. The
-    memory is bounded."""
+    """Failures count separately for each IPv4 address and each IPv6 network, and are forgotten after a time. The memory
+    for them is bounded."""
     limits = FailureLimits()
     for _ in range(int(FAILURES)):
         limits.check("192.0.2.1", 0.0)
@@ -203,7 +203,7 @@ async def test_sign_ins_are_in_the_audit(keyed: Keyed) -> None:
 
 
 async def test_sign_out(keyed: Keyed) -> None:
-    """Signing out removes the cookie from the browser, and needs the CSRF token."""
+    """A sign-out removes the cookie from the browser. It needs the CSRF token."""
     browser = await signed_in(keyed)
     assert code(await browser.fetch("/console/sign-out", method="POST", x_csrf_token="x")) == (403, "CSRF")
     assert browser.cookies
@@ -214,7 +214,7 @@ async def test_sign_out(keyed: Keyed) -> None:
 
 
 async def test_a_revoked_key_ends_its_sessions(keyed: Keyed) -> None:
-    """The session of a revoked key ends at its next request, and the browser is told to forget the cookie."""
+    """The session of a revoked key ends at its next request. The answer makes the browser delete the cookie."""
     browser = await signed_in(keyed, "left", "tenant_admin")
     key_id = (await browser.session())["actor"].removeprefix("key:")
     await asyncio.to_thread(keyed.ledger.keys.revoke, "left", key_id)
@@ -243,7 +243,8 @@ async def test_a_suspended_tenants_sessions_end(keyed: Keyed) -> None:
 
 
 async def test_a_key_keeps_no_role_in_its_cookie(keyed: Keyed) -> None:
-    """Two sessions cannot be exchanged: each acts as the key that signed in."""
+    """The cookie alone determines the key of a session, and so its role. A request with the CSRF token of another
+    session is refused."""
     viewer, admin = await signed_in(keyed, "ops", "viewer"), await signed_in(keyed, "acme", "tenant_admin")
     viewer.cookies, admin.cookies = admin.cookies, viewer.cookies
     assert code(await viewer.admin("Tenants.List")) == (403, "CSRF")
@@ -278,7 +279,7 @@ async def test_the_csrf_token_is_required(keyed: Keyed, path: str) -> None:
 )
 @pytest.mark.parametrize("path", [*POSTS, *GETS, "/console/sign-in"])
 async def test_requests_of_other_sites_are_refused(keyed: Keyed, path: str, headers: dict[str, str]) -> None:
-    """A request that another site has caused is refused, with the right cookie and token too."""
+    """A request that another site has caused is refused, even with the valid cookie and CSRF token."""
     browser = await signed_in(keyed)
     reply = await browser.fetch(path, None if path in GETS else {"key": "x"}, **headers)
     assert reply.status == 403
@@ -286,7 +287,7 @@ async def test_requests_of_other_sites_are_refused(keyed: Keyed, path: str, head
 
 
 async def test_the_own_site_may(keyed: Keyed) -> None:
-    """Requests of the console's own page are answered, and those of programs that send no origin."""
+    """Requests of the console's own page are answered. So are requests of programs, which have no Origin header."""
     browser = await signed_in(keyed)
     for headers in ({"sec_fetch_site": "same-origin"}, {"origin": f"HTTP://{HOST}"}, {"sec_fetch_site": "none"}):
         assert (await browser.fetch("/console/api/Tenants.List", {}, **headers)).status == 200
@@ -296,7 +297,7 @@ async def test_the_own_site_may(keyed: Keyed) -> None:
 
 
 async def test_without_auth_everybody_is_an_operator(cluster: TestCluster) -> None:
-    """Without `auth` a session begins by itself, with the role of an operator, and still needs its CSRF token."""
+    """Without `auth` a session begins without a sign-in, has the role operator, and still needs its CSRF token."""
     browser = Browser(cluster)
     assert code(await browser.admin("Fleet.ListWorkers")) == (401, "UNAUTHENTICATED")
     session = await browser.session()
@@ -311,7 +312,7 @@ async def test_without_auth_everybody_is_an_operator(cluster: TestCluster) -> No
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "test", "127.0.0.1.evil.example", "[::1"])
 async def test_without_auth_names_are_refused(cluster: TestCluster, host: str) -> None:
-    """Without `auth` a request to a host name is refused, since a page of that name could have been pointed at this
+    """Without `auth`, a request to a host name is refused. Otherwise another site could point its own name at this
     host."""
     browser = Browser(cluster, host)
     assert code(await browser.fetch("/console/session")) == (421, "MISDIRECTED")
@@ -324,7 +325,7 @@ async def test_without_auth_addresses_are_answered(cluster: TestCluster, host: s
 
 
 async def test_a_session_without_auth_is_none_with_auth(cluster: TestCluster, keyed: Keyed) -> None:
-    """A session of a gateway without `auth` does not count at a gateway with `auth`."""
+    """A session of a gateway without `auth` is refused by a gateway with `auth`."""
     browser, other = Browser(cluster), Browser(keyed.cluster)
     await browser.session()
     other.cookies = dict(browser.cookies)
@@ -332,7 +333,7 @@ async def test_a_session_without_auth_is_none_with_auth(cluster: TestCluster, ke
 
 
 async def test_switched_off(tmp_path: Path) -> None:
-    """With `enabled: false` there is no console, and the other APIs are as they were."""
+    """With `enabled: false` there is no console, and the other APIs are unchanged."""
     async with keyed_cluster(tmp_path, gateway="  console: {enabled: false}\n") as keyed:
         browser = Browser(keyed.cluster)
         for path in ("/", "/console/session", "/console/static/app.js", "/console/api/Fleet.ListWorkers"):

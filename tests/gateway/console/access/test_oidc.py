@@ -93,7 +93,7 @@ async def begin(browser: Browser) -> tuple[str, dict[str, str]]:
 
 
 def at_issuer(url: str, user: str) -> str:
-    """Sign in at the issuer as a person does, and return the path to which the browser is sent back."""
+    """Sign in at the issuer as a person does, and return the path to which the issuer redirects the browser back."""
     request = urllib.request.Request(url, urllib.parse.urlencode({"sub": user}).encode())  # noqa: S310 - loopback
     try:
         with open_no_redirect(request, 10) as answer:
@@ -106,7 +106,8 @@ def at_issuer(url: str, user: str) -> str:
 
 
 async def come_back(browser: Browser, user: str) -> Reply:
-    """Sign in as a person and return the answer to the way back, which comes from another site."""
+    """Sign in as a person. Return the gateway's answer to the redirect back, which the browser sends as a request from
+    another site."""
     url, _ = await begin(browser)
     return await browser.fetch(await asyncio.to_thread(at_issuer, url, user), sec_fetch_site="cross-site")
 
@@ -130,7 +131,7 @@ async def test_a_person_signs_in(keyed: Keyed) -> None:
 
 
 async def test_a_viewer_signs_in(keyed: Keyed) -> None:
-    """A person whose token has the role viewer may read and change nothing."""
+    """A person whose token has the role viewer may read, but not change anything."""
     browser = Browser(keyed.cluster)
     await come_back(browser, "vi")
     assert (await browser.session())["role"] == "viewer"
@@ -140,7 +141,7 @@ async def test_a_viewer_signs_in(keyed: Keyed) -> None:
 
 @pytest.mark.parametrize(("user", "reason"), [("carl", "role"), ("eve", "tenant"), ("nil", "token")])
 async def test_others_may_not(keyed: Keyed, user: str, reason: str) -> None:
-    """A person without a role, of an unknown tenant or of none does not get in, and the page learns why."""
+    """A person without a role or without a known tenant is not signed in, and the page gets the reason."""
     browser = Browser(keyed.cluster)
     reply = await come_back(browser, user)
     assert (reply.status, reply.headers["location"]) == (303, f"/?sign_in_failed={reason}")
@@ -148,8 +149,8 @@ async def test_others_may_not(keyed: Keyed, user: str, reason: str) -> None:
 
 
 async def test_the_request_to_the_issuer(keyed: Keyed) -> None:
-    """The issuer gets the challenge of PKCE, a new state and a new nonce each time, and the cookie between them is sent
-    to the way back."""
+    """For each sign-in, the issuer gets the PKCE challenge, a new state and a new nonce. The browser returns the
+    sign-in's cookie only on the path of the redirect back."""
     browser = Browser(keyed.cluster)
     _, first = await begin(browser)
     reply = await browser.fetch(OIDC_START)
@@ -167,7 +168,8 @@ async def test_the_request_to_the_issuer(keyed: Keyed) -> None:
 
 
 async def test_a_code_of_another_browser_is_refused(keyed: Keyed) -> None:
-    """The way back of one browser does not sign in another one, with a sign-in of its own or without."""
+    """The redirect back of one browser does not sign in another browser, whether or not that browser has begun a
+    sign-in."""
     attacker, victim = Browser(keyed.cluster), Browser(keyed.cluster)
     url, _ = await begin(attacker)
     back = await asyncio.to_thread(at_issuer, url, "ada")
@@ -178,7 +180,7 @@ async def test_a_code_of_another_browser_is_refused(keyed: Keyed) -> None:
 
 
 async def test_a_way_back_counts_once(keyed: Keyed) -> None:
-    """The address of a way back does not sign in a second time."""
+    """The address of a redirect back signs in only once."""
     browser = Browser(keyed.cluster)
     url, _ = await begin(browser)
     cookies = dict(browser.cookies)
@@ -194,14 +196,14 @@ async def test_a_way_back_counts_once(keyed: Keyed) -> None:
     [("code=a&code=b", 400), ("&".join(f"a{n}=1" for n in range(80)), 400), ("code=" + "x" * 9000, 414)],
 )
 async def test_queries_are_bounded(keyed: Keyed, query: str, status: int) -> None:
-    """A query with a parameter twice, with too many or too long ones is refused."""
+    """A query with a repeated parameter, or with too many or too long parameters, is refused."""
     browser = Browser(keyed.cluster)
     await begin(browser)
     assert (await browser.fetch(f"{OIDC_CALLBACK}?{query}")).status == status
 
 
 async def test_an_issuer_that_is_away(tmp_path: Path) -> None:
-    """While the issuer cannot be reached, the page says so, and sign-in with a key goes on."""
+    """While the issuer cannot be reached, the page says so. Sign-in with a key still works."""
     async with cluster_at("http://localhost:9", tmp_path) as keyed:
         browser = Browser(keyed.cluster)
         reply = await browser.fetch(OIDC_START)
@@ -217,7 +219,7 @@ async def test_without_an_issuer_there_is_no_path(tmp_path: Path) -> None:
 
 
 def test_the_page_says_why() -> None:
-    """The page has a text for each reason for which a sign-in fails, and for no other."""
+    """The page has a text for exactly the reasons for which a sign-in can fail."""
     sources = [inspect.getsource(module) for module in (oidc_flow, oidc_sign_in)]
     reasons = {reason for source in sources for reason in re.findall(r'FlowError\("(\w+)"', source)}
     reasons |= {"suspended", "role", "tenant"}  # by the outcome of the tenant's check
@@ -234,7 +236,7 @@ STRANGER = ec.generate_private_key(ec.SECP256R1())
 
 
 class Scripted(OidcFlow):
-    """A flow with an issuer whose answers the test sets."""
+    """A flow and its issuer, whose answers the test sets."""
 
     def __init__(self, secret: Path | None = None) -> None:
         settings = ConsoleOidc(issuer=ISSUER, client_id="con sole", client_secret_file=secret)
@@ -258,7 +260,7 @@ class Scripted(OidcFlow):
         }
 
     async def post(self, url: str, form: Mapping[str, str], headers: Mapping[str, str]) -> Mapping[str, Any]:
-        """Return the ID token that the test has set."""
+        """Return the ID token that the test has set, or raise the error that it has set."""
         self.forms.append(dict(form))
         self.headers.append(dict(headers))
         if self.error is not None:
@@ -266,8 +268,8 @@ class Scripted(OidcFlow):
         return {"id_token": self.token}
 
     def sign(self, flow: FlowState, key: Any = KEY, **claims: Any) -> str:
-        """Return an ID token for a sign-in, with other claims than a right one. A claim that is a function gets the
-        time."""
+        """Return an ID token for a sign-in. `claims` replace those of a valid token; a claim that is a function gets
+        the time."""
         now_s = time.time()
         claims = {name: value(now_s) if callable(value) else value for name, value in claims.items()}
         body: dict[str, Any] = {
@@ -284,7 +286,7 @@ class Scripted(OidcFlow):
 
 
 def answer_of(flow: FlowState, **more: str) -> dict[str, str]:
-    """Return the query of a right way back."""
+    """Return the query of a valid redirect back."""
     return {"code": "c", "state": flow.state, **more}
 
 
@@ -296,7 +298,7 @@ async def reason(scripted: Scripted, flow: FlowState, answer: Mapping[str, str],
 
 
 async def test_a_right_token() -> None:
-    """A right token gives its claims, and the issuer gets the verifier that belongs to the challenge."""
+    """A valid token yields its claims. The issuer gets the code verifier that matches the PKCE challenge."""
     scripted, flow = Scripted(), FlowState.begin(time.time())
     scripted.token = scripted.sign(flow)
     claims = await scripted.finish(flow, answer_of(flow, iss=ISSUER), time.time())
@@ -329,7 +331,8 @@ async def test_a_right_token() -> None:
     ],
 )
 async def test_wrong_tokens(claims: dict[str, Any], expected: str) -> None:
-    """A token of another sign-in, client or issuer, an expired one or one of another key is refused."""
+    """An ID token of another sign-in, client or issuer, an expired token, and a token signed with another key are
+    refused."""
     scripted, flow = Scripted(), FlowState.begin(time.time())
     scripted.token = scripted.sign(flow, **claims)
     assert await reason(scripted, flow, answer_of(flow)) == expected
@@ -337,7 +340,7 @@ async def test_wrong_tokens(claims: dict[str, Any], expected: str) -> None:
 
 @pytest.mark.parametrize("token", [None, 1, "", "x", "a.b.c", "eyJhbGciOiJub25lIn0.e30."])
 async def test_no_tokens(token: Any) -> None:
-    """An answer without an ID token, or with none that is a JWT, is refused."""
+    """An answer without an ID token, or with an ID token that is not a JWT, is refused."""
     scripted, flow = Scripted(), FlowState.begin(time.time())
     scripted.token = token
     assert await reason(scripted, flow, answer_of(flow)) in ("no_token", "token")
@@ -345,7 +348,7 @@ async def test_no_tokens(token: Any) -> None:
 
 @pytest.mark.parametrize("error", [OSError("no route"), ValueError("no JSON"), TimeoutError()])
 async def test_failing_exchanges(error: Exception) -> None:
-    """An exchange that fails is reported as such."""
+    """The failure of a code exchange is reported with its own reason."""
     scripted, flow = Scripted(), FlowState.begin(time.time())
     scripted.error = error
     assert await reason(scripted, flow, answer_of(flow)) == "exchange"
@@ -362,7 +365,8 @@ async def test_failing_exchanges(error: Exception) -> None:
     ],
 )
 async def test_wrong_ways_back(answer: dict[str, str], expected: str) -> None:
-    """A way back with another state, of another issuer, with an error or without a code makes no exchange."""
+    """No code is exchanged for a redirect back with another state, from another issuer, with an error or without a
+    code."""
     scripted, flow = Scripted(), FlowState.begin(time.time())
     assert await reason(scripted, flow, answer_of(flow, **answer)) == expected
     assert not scripted.forms
@@ -375,7 +379,7 @@ async def test_a_sign_in_expires() -> None:
 
 
 async def test_the_clients_secret(tmp_path: Path) -> None:
-    """The client's secret is sent in the way that the issuer supports, and read again for each sign-in."""
+    """The client's secret is sent in the form that the issuer supports. The secret is read again for each sign-in."""
     file = tmp_path / "secret"
     file.write_text("first\n")
     scripted, flow = Scripted(file), FlowState.begin(time.time())
@@ -392,7 +396,8 @@ async def test_the_clients_secret(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [None, "", " \n"])
 def test_an_unusable_secret_stops_the_start(tmp_path: Path, content: str | None) -> None:
-    """A file without a secret is an error at the start, which names the setting."""
+    """If the file of the client's secret is missing or empty, the gateway does not start. The error names the
+    setting."""
     file = tmp_path / "secret"
     if content is not None:
         file.write_text(content)
@@ -402,7 +407,7 @@ def test_an_unusable_secret_stops_the_start(tmp_path: Path, content: str | None)
 
 @given(st.lists(st.text(max_size=5) | st.floats(allow_nan=False) | st.integers() | st.none(), max_size=5))
 def test_states_of_another_form(value: list[Any]) -> None:
-    """The state of a sign-in is read as it was written, and another value is none."""
+    """The state of a sign-in survives sealing and opening. A value of another form yields None."""
     flow = FlowState.begin(time.time())
     cookie = SealedCookie(lambda: [b"s" * 32], "console-oidc")
     assert FlowState.from_json(cookie.open(cookie.seal(flow.as_json()))) == flow

@@ -39,7 +39,7 @@ class Console:
 
 @pytest.fixture(scope="module")
 async def console(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Console]:
-    """Start a gateway at which all roles may sign in, and sign in each."""
+    """Start a gateway at which all roles may sign in, and sign in one browser for each role."""
     folder = tmp_path_factory.mktemp("console-roles")
     async with keyed_cluster(folder, "tenants: [{name: fixed}]\n", "  console: {tenants: true}\n") as keyed:
         keyed.gateway.directory.apply_catalog([CatalogEntry(name="sim", state=ModelState.LOADING)])
@@ -93,8 +93,8 @@ async def test_another_tenant_reads_as_none(console: Console, verb: str) -> None
 
 
 async def test_lists_end_at_the_own_tenant(console: Console) -> None:
-    """If a request names no tenant, a tenant administrator gets the rows of its own tenant, and a viewer those of all
-    tenants."""
+    """If a request names no tenant, a tenant administrator gets the rows of its own tenant, and a viewer gets the rows
+    of all tenants."""
     for role, tenants in (("tenant_admin", {OWN}), ("viewer", {OWN, OTHER, "ops", "fixed"})):
         browser = console.browsers[role]
         found = (await browser.admin("Tenants.List")).json
@@ -106,7 +106,7 @@ async def test_lists_end_at_the_own_tenant(console: Console) -> None:
 
 @pytest.mark.parametrize("role", ROLES)
 async def test_the_session_says_what_the_role_may(console: Console, role: str) -> None:
-    """The session names the role, the tenant and the rights, by which the page shows its buttons."""
+    """The session document has the role, the tenant and the rights. The page shows its buttons by these rights."""
     session = await console.browsers[role].session()
     rights = {right for right, is_granted in session["may"].items() if is_granted}
     if role == "nobody":

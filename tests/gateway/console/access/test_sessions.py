@@ -1,4 +1,4 @@
-"""Session cookies: what was sealed opens until it expires, and no other text opens."""
+"""Session cookies: a sealed session opens until it expires. No other text opens."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def text_of(data: bytes) -> str:
     secrets=st.permutations([OLD, NEW]),
 )
 def test_every_gateway_opens_a_session(texts: list[str], expires_at_s: float, secrets: Sequence[bytes]) -> None:
-    """A session that one gateway has sealed opens unchanged at a gateway that has the same secrets in another order,
-    and shows nothing in plain text."""
+    """A session that one gateway has sealed opens unchanged at a gateway that has the same secrets in another order.
+    The cookie shows nothing in plain text."""
     by, subject, tenant, role, digest, csrf = (text.encode("utf-8", "replace").decode() for text in texts)
     session = ConsoleSession(by, subject, tenant, role, digest, csrf, expires_at_s)
     sealed = cookie(*secrets).seal(session)
@@ -61,14 +61,14 @@ def test_every_gateway_opens_a_session(texts: list[str], expires_at_s: float, se
 
 
 def test_a_session_expires() -> None:
-    """A cookie opens before its session expires, and not from then on."""
+    """A cookie opens until its session expires, and not afterwards."""
     assert cookie(NEW).open(SEALED, SESSION.expires_at_s - 0.001) == SESSION
     assert cookie(NEW).open(SEALED, SESSION.expires_at_s) is None
 
 
 @given(at=st.integers(0, len(SEALED) - 1), to=st.characters(min_codepoint=33, max_codepoint=126))
 def test_a_changed_cookie_is_refused(at: int, to: str) -> None:
-    """A cookie with one other character does not open, unless it stands for the same bytes."""
+    """A cookie with one changed character does not open, except if it decodes to the same bytes."""
     changed = SEALED[:at] + to + SEALED[at + 1 :]
     try:
         is_same = raw(changed) == raw(SEALED)
@@ -79,7 +79,7 @@ def test_a_changed_cookie_is_refused(at: int, to: str) -> None:
 
 @given(st.integers(0, len(SEALED) - 1), st.integers(0, len(SEALED)))
 def test_a_part_of_a_cookie_is_refused(begin: int, end: int) -> None:
-    """No part of a cookie opens, whether its begin or its end is missing."""
+    """No part of a cookie opens, whether its beginning or its end is missing."""
     part = SEALED[begin:end]
     if raw_or_none(part) != raw(SEALED):
         assert cookie(NEW).open(part, NOW) is None
@@ -95,7 +95,7 @@ def raw_or_none(text: str) -> bytes | None:
 
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_parts_of_two_cookies_are_refused(first: int, second: int) -> None:
-    """The begin of one cookie and the end of another do not open together."""
+    """The beginning of one cookie and the end of another do not open together."""
     other = raw(cookie(NEW).seal(ConsoleSession.begin("key", "k2", "rival", "operator", expires_at_s=NOW + 60)))
     mixed = raw(SEALED)[:first] + other[-second:]
     assert cookie(NEW).open(text_of(mixed), NOW) is None
@@ -120,13 +120,13 @@ def test_other_texts_are_refused(text: str) -> None:
     ],
 )
 def test_sealed_values_of_another_form_are_refused(value: object) -> None:
-    """A sealed value that is no session does not open, as from another release."""
+    """A sealed value that is not a session does not open. Another release may have sealed such a value."""
     sealed = SealedCookie(lambda: (NEW,), "console-session").seal(value)
     assert cookie(NEW).open(sealed, NOW) is None
 
 
 def test_other_cookies_are_no_sessions() -> None:
-    """What was sealed for another purpose does not open as a session, even if it holds one."""
+    """A value that was sealed for another purpose does not open as a session, even if it holds a session."""
     value = list(astuple(SESSION))
     assert cookie(NEW).open(SealedCookie(lambda: (NEW,), "console-session").seal(value), NOW) == SESSION
     assert cookie(NEW).open(SealedCookie(lambda: (NEW,), "console-oidc").seal(value), NOW) is None
@@ -135,13 +135,13 @@ def test_other_cookies_are_no_sessions() -> None:
 
 
 def test_a_long_cookie_is_refused_unread() -> None:
-    """A cookie of more than 4096 characters does not open."""
+    """A cookie of more than 4096 characters is refused before it is opened."""
     assert cookie(NEW).open(SEALED + "A" * 4096, NOW) is None
 
 
 @pytest.mark.parametrize("error", [ValueError("holds no secret"), OSError("read-only")])
 def test_without_a_secret_there_are_no_sessions(error: Exception) -> None:
-    """A gateway that cannot read its secret says so, and uses the secret as soon as it can."""
+    """A gateway that cannot read its secret reports an error, and uses the secret as soon as it can be read."""
 
     class File:
         secret = b""
@@ -162,15 +162,15 @@ def test_without_a_secret_there_are_no_sessions(error: Exception) -> None:
 
 
 def test_csrf_tokens_differ() -> None:
-    """Each session has another CSRF token of at least 128 random bits."""
+    """Each session has a CSRF token of its own, with at least 128 random bits."""
     tokens = {ConsoleSession.begin("key", "k1", "acme", "viewer", expires_at_s=NOW).csrf for _ in range(100)}
     assert len(tokens) == 100
     assert min(map(len, tokens)) >= 22
 
 
 def test_attributes() -> None:
-    """With TLS a cookie is bound to the host by its prefix, for which browsers require Secure, the path / and no
-    domain."""
+    """With TLS, the name prefix of a cookie binds it to the host. For this prefix, browsers require Secure, the path /
+    and no domain."""
     assert cookie_name(True) == "__Host-headrace"
     assert cookie_name(False, "-oidc") == "headrace-oidc"
     header = set_cookie("__Host-headrace", "x", max_age_s=60, is_secure=True).decode()
@@ -181,6 +181,6 @@ def test_attributes() -> None:
 
 @given(st.text(max_size=100))
 def test_a_cookie_is_found_by_its_whole_name(header: str) -> None:
-    """A cookie is found by its whole name, whatever other cookies there are."""
+    """A cookie is found by its whole name, even among cookies with similar names."""
     assert cookie_in(f"xheadrace=1; headrace=2; headracex=3; {header}", "headrace") == "2"
     assert cookie_in("", "headrace") == cookie_in("headrace", "headrace") == ""

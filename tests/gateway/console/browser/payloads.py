@@ -1,6 +1,5 @@
-"""Texts that try to run a script, load something or leave the page. Each calls `__ran.push` or asks the host
-evil.example, which the tests see.
-"""
+"""Texts that try to run a script, load something or leave the page. Each calls `__ran.push` or sends a request to the
+host evil.example. The tests detect both."""
 
 from __future__ import annotations
 

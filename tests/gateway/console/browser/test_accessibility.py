@@ -1,4 +1,4 @@
-"""The console by axe's rules, with the keyboard alone, and by role."""
+"""The console under axe's accessibility rules, with only a keyboard, and for each role."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def overflow(page: Page) -> Sequence[str]:
 
 
 async def faults_in_all_looks(page: Page, name: str) -> list[object]:
-    """Return what axe finds in a page in light and dark, narrow and wide, and which elements do not fit."""
+    """Return the faults of a page in light and dark, narrow and wide: axe's findings, and elements that do not fit."""
     found: list[object] = []
     for scheme, width in LOOKS:
         await page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
@@ -47,7 +47,8 @@ async def faults_in_all_looks(page: Page, name: str) -> list[object]:
 
 
 async def test_axe_finds_nothing(busy: ConsolePages) -> None:
-    """No page breaks a rule of axe, in light and dark, narrow and wide, and none is wider than the window."""
+    """No page breaks a rule of axe, and none is wider than the window. This holds in light and dark, narrow and
+    wide."""
     await fill(busy)
     async with busy.signed_in("operator", height=900) as watched:
         page, found = watched.page, list[object]()
@@ -102,8 +103,8 @@ async def test_an_empty_cluster_breaks_no_rule(empty: ConsolePages) -> None:
 
 @pytest.mark.parametrize("role", ["operator", "viewer", "tenant_admin", "caller"])
 async def test_a_role_sees_what_it_may(busy: ConsolePages, role: str) -> None:
-    """Only roles of the whole cluster see workers, and only operators have buttons that change the cluster. A tenant's
-    people see neither workers nor other tenants on any page."""
+    """Only operators and viewers see workers, and only operators have buttons that change the cluster. People of a
+    tenant see neither workers nor other tenants on any page."""
     await fill(busy)
     is_tenant = role in ("tenant_admin", "caller")
     async with busy.signed_in(role, width=1440) as watched:
@@ -127,8 +128,8 @@ async def test_a_role_sees_what_it_may(busy: ConsolePages, role: str) -> None:
 
 
 async def test_the_console_works_by_keyboard(busy: ConsolePages, browser: Browser) -> None:
-    """With the keyboard alone a person signs in, skips to the content, goes to every page, drains and cancels, and
-    chats. The focus is always visible."""
+    """With only a keyboard, a person can sign in, skip to the content, open every page, drain, cancel and chat. The
+    focus is always visible."""
     async with watched_page(browser, busy.origin) as watched:
         page = watched.page
         await page.goto(busy.origin)
@@ -163,7 +164,7 @@ async def test_the_console_works_by_keyboard(busy: ConsolePages, browser: Browse
 
 
 async def tab_to(page: Page, name: str, *, back: bool = False, most: int = 120) -> None:
-    """Press Tab until an element whose name begins so has the focus."""
+    """Press Tab until the focus is on an element whose name begins with `name`."""
     for _ in range(most):
         if (await focused(page)).startswith(name):
             assert await page.evaluate(

@@ -1,4 +1,4 @@
-"""Texts of callers, models and administrators that hold markup or scripts stay text on every page of the console."""
+"""Markup and scripts in texts of callers, models and administrators stay plain text on every page of the console."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ STRANGE = """
 
 
 async def check(watched: Watched) -> None:
-    """Check that nothing of the texts has become more than text."""
+    """Check that the hostile texts have had no effect: they are shown only as text."""
     await watched.page.evaluate("new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve, 0)))")
     assert await watched.page.evaluate(STRANGE, FOREIGN) == []
     assert await watched.faults() == []
@@ -87,7 +87,7 @@ async def csp_reports(pages: ConsolePages) -> float:
 
 
 async def test_the_checks_see_what_must_not_happen(browser: Browser, bundle: Bundle, tmp_path: Path) -> None:
-    """What the checks of this module look for is seen when it happens: a foreign element, requests to another host, a
+    """The checks of this module detect each event that they look for: a foreign element, a request to another host, a
     call of `alert`, a violation of the policy, and the browser's report of it."""
     script = """
     (host) => {
@@ -119,8 +119,8 @@ def test_there_are_enough_payloads() -> None:
 
 
 async def test_each_payload_alone_as_markdown(browser: Browser) -> None:
-    """Each payload, as the whole text of an answer that arrives in pieces, adds no foreign element to the document, and
-    no letter of it is lost in code and quotes."""
+    """Each payload, as the whole text of an answer that arrives in pieces, adds no foreign element to the document. In
+    code and quotes, all its letters are kept."""
     script = """
     async (texts) => {
       const { MarkdownView } = await import("/console/static/markdown.js");
@@ -172,7 +172,7 @@ async def test_prompts_answers_and_tool_calls(pages: ConsolePages, engine: EchoE
 
 
 async def test_errors_of_the_api(pages: ConsolePages) -> None:
-    """Payloads as model name in a request come back in the API's error, and are shown as text; so is any error."""
+    """API errors are shown as text, even if they contain a payload that was sent as the model name."""
     async with pages.signed_in("caller", "playground") as watched:
         page = watched.page
         await expect(page.get_by_label("Model", exact=True)).to_have_value("sim")
@@ -202,7 +202,7 @@ async def test_errors_of_the_api(pages: ConsolePages) -> None:
 
 
 def texts() -> Iterator[str]:
-    """Return the payloads, again and again."""
+    """Yield the payloads again and again."""
     return itertools.cycle(PAYLOADS)
 
 
@@ -266,7 +266,7 @@ def overview() -> dict[str, Any]:
 
 
 async def test_names_and_reasons_in_the_overview(pages: ConsolePages) -> None:
-    """Payloads as names of models, workers, nodes, tenants, calls and gateways, and as reasons, are shown as text."""
+    """Payloads are shown as text in names of models, workers, nodes, tenants, calls and gateways, and in reasons."""
     event = f"event: state\ndata: {json.dumps(overview())}\n\n"
 
     async with pages.signed_in("operator") as watched:
@@ -292,7 +292,7 @@ async def test_names_and_reasons_in_the_overview(pages: ConsolePages) -> None:
 
 
 async def test_texts_of_the_ledger(pages: ConsolePages) -> None:
-    """Payloads as descriptions of a tenant's keys, and so in its audit log, are shown as text."""
+    """Payloads in the descriptions of a tenant's keys are shown as text, also in the audit log."""
     ledger = pages.keyed.ledger
 
     def fill() -> None:

@@ -1,4 +1,4 @@
-"""The console while the cluster works: how soon it shows, how smooth it is, and what a killed worker looks like."""
+"""The console while the cluster works: the time to the first view, smooth updates, and the view of a killed worker."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ FRAMES = """
 
 @asynccontextmanager
 async def streams(pages: ConsolePages, number: int) -> AsyncIterator[None]:
-    """Keep a number of calls streaming."""
+    """Keep `number` calls streaming."""
     metadata, stub = bearer(pages.keys["caller"]), pages.cluster.stub
 
     async def stream() -> None:
@@ -74,8 +74,8 @@ async def streams(pages: ConsolePages, number: int) -> AsyncIterator[None]:
 
 
 async def within(bound_s: float, measure: Callable[[], Awaitable[float]], tries: int = 3) -> float:
-    """Return the first of some measured times that is within the bound, which is larger on a slow or busy machine.
-    Raises AssertionError with all times if none is."""
+    """Return the first of up to `tries` measured times that is within the bound. The bound is larger on a slow or busy
+    machine. Raises AssertionError with all times if none is within it."""
     found = list[str]()
     for _ in range(tries):
         before = slowness(time.monotonic)
@@ -88,8 +88,8 @@ async def within(bound_s: float, measure: Callable[[], Awaitable[float]], tries:
 
 
 async def test_first_view_live_update_and_frames(busy: ConsolePages, checkpoint: Path, bundle: Bundle) -> None:
-    """With 20 workers and 64 streams, the fleet page shows rows within a second of its opening and a new worker within
-    1.5 s, and no frame takes longer than 100 ms, in the playground neither."""
+    """With 20 workers and 64 streams, the fleet page shows rows within 1 s of its opening, and a new worker within 1.5
+    s. No frame of the fleet page or the playground takes longer than 100 ms."""
     async with busy.signed_in("operator") as watched:
         page = watched.page
 
@@ -136,8 +136,9 @@ async def ask(page: Page, text: str) -> None:
 
 
 async def test_a_worker_is_killed_in_mid_answer(busy: ConsolePages, tmp_path: Path) -> None:
-    """An answer in the playground goes on at another worker, with the same text as without the failure. The playground
-    says so, and the fleet page shows the lost worker in red, with the number of its sequences that went on."""
+    """If the worker of an answer in the playground is killed, the answer continues on another worker with the same text
+    as without the failure. The playground reports this. The fleet page shows the lost worker in red, with the number of
+    its resumed sequences."""
     async with busy.signed_in("operator", "playground", width=1440) as chat_page, busy.signed_in(width=1440) as fleet:
         page = chat_page.page
         await expect(page.get_by_label("Model", exact=True)).to_have_value("sim")

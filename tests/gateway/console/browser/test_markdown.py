@@ -1,4 +1,4 @@
-"""The console's Markdown in a browser: what it shows, and that no text makes more than harmless elements."""
+"""The console's Markdown in a browser. Each form gives its elements, and any text gives only harmless elements."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ async def bare(browser: Browser) -> AsyncIterator[Watched]:
 
 
 async def rendered(bare: Watched, *texts: str) -> list[dict[str, Any]]:
-    """Return what the texts become: HTML, elements, and the text without targets and buttons."""
+    """Return the rendered form of each text: HTML, elements, and the text without link targets and buttons."""
     found: list[dict[str, Any]] = await bare.page.evaluate(RENDER, list(texts))
     return found
 
 
 def letters(text: str) -> str:
-    """Return the letters of a text: what Markdown never takes away."""
+    """Return the letters of a text, which Markdown never removes."""
     return "".join(re.findall(r"[^\W\d_]", text))
 
 
@@ -120,7 +120,7 @@ EXAMPLES = {
 
 
 async def test_markdown_becomes_the_elements_that_it_means(bare: Watched) -> None:
-    """Each form of Markdown that the console knows gives its elements, and all other text stays text."""
+    """Each form of Markdown that the console supports gives its elements. All other text stays text."""
     found = await rendered(bare, *EXAMPLES)
     for (source, wanted), shown in zip(EXAMPLES.items(), found, strict=True):
         html = shown["html"].removeprefix('<div class="md">').removesuffix("</div>")
@@ -130,7 +130,7 @@ async def test_markdown_becomes_the_elements_that_it_means(bare: Watched) -> Non
 @settings(max_examples=25)
 @given(cases=st.lists(TEXTS, min_size=10, max_size=30))
 async def test_no_text_makes_other_elements_or_attributes(bare: Watched, cases: list[list[str]]) -> None:
-    """Any text gives allowed elements with allowed attributes only, links lead to web or mail addresses, and no letter
+    """Any text gives only allowed elements with allowed attributes. Links lead to web or mail addresses, and no letter
     of the text is lost or added."""
     texts = ["".join(case) for case in cases]
     for source, shown in zip(texts, await rendered(bare, *texts), strict=True):
@@ -146,7 +146,7 @@ async def test_no_text_makes_other_elements_or_attributes(bare: Watched, cases: 
 @settings(max_examples=25)
 @given(cases=st.lists(TEXTS, min_size=10, max_size=30))
 async def test_pieces_give_what_the_whole_text_gives(bare: Watched, cases: list[list[str]]) -> None:
-    """A text that arrives in any pieces is shown in the end as the whole text is."""
+    """A text that arrives in pieces is shown at the end like the whole text, however it is split."""
     assert await bare.page.evaluate(IN_PIECES, [case or [""] for case in cases]) == []
 
 
@@ -169,8 +169,8 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 async def test_time_is_linear_in_the_length(bare: Watched, name: str) -> None:
-    """A long text of a kind that is quadratic in careless renderers takes about four times as long as a quarter of it,
-    whole and in 200 pieces."""
+    """Rendering time is linear in the length, even for texts that take quadratic time in careless renderers. A text
+    takes about four times as long as a quarter of it, whole and in 200 pieces."""
     text = LONG[name]
     script = """
     async ([text, pieces]) => {
@@ -195,7 +195,7 @@ async def test_time_is_linear_in_the_length(bare: Watched, name: str) -> None:
 
 
 async def test_a_fence_that_arrives_is_not_rendered_again(bare: Watched) -> None:
-    """While code arrives, its element stays, so that a selection and the copy button stay too."""
+    """While code arrives, its element is kept. So a selection in it and the copy button are kept too."""
     script = """
     async () => {
       const { MarkdownView } = await import("/console/static/markdown.js");

@@ -1,4 +1,5 @@
-"""Sign-in with an OpenID issuer in Chromium: over another site and back, with the cookies that a browser sends then."""
+"""Sign-in with an OpenID issuer in Chromium, where the issuer is another site, with the browser's own rules for
+cookies."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ USERS = {"ada": {"org": "acme", "role": "operator"}, "carl": {"org": "acme"}}
 
 @pytest.fixture(scope="module")
 async def origin(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    """Provide the address of a console whose issuer, on localhost, is another site than the console on 127.0.0.1."""
+    """Provide the address of a console on 127.0.0.1. Its issuer is on localhost, which is another site for a
+    browser."""
     folder, port = tmp_path_factory.mktemp("oidc"), free_port()
     users = [oidc_provider_mock.User(sub=name, claims=claims) for name, claims in USERS.items()]
     with ExitStack() as stack:
@@ -50,7 +52,7 @@ async def origin(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]
 
 @asynccontextmanager
 async def opened(browser: Browser, origin: str) -> AsyncIterator[Page]:
-    """Open the console in a fresh context, which may reach the issuer."""
+    """Open the console in a fresh browser context that may reach the issuer."""
     context = await browser.new_context()
     try:
         page = await context.new_page()
@@ -68,7 +70,7 @@ async def sign_in(page: Page, user: str) -> None:
 
 
 async def test_a_person_signs_in(browser: Browser, origin: str) -> None:
-    """A person comes back signed in, stays so after a reload, and scripts see no credential."""
+    """A person is signed in after the redirect back, stays signed in after a reload, and scripts see no credential."""
     async with opened(browser, origin) as page:
         await sign_in(page, "ada")
         await page.wait_for_selector(".shell")
@@ -83,7 +85,7 @@ async def test_a_person_signs_in(browser: Browser, origin: str) -> None:
 
 
 async def test_the_page_says_why(browser: Browser, origin: str) -> None:
-    """A person who may not use the console comes back to the sign-in page, which says why, once."""
+    """A person who may not use the console is redirected to the sign-in page, which shows the reason once."""
     async with opened(browser, origin) as page:
         await sign_in(page, "carl")
         await expect(page.get_by_role("status").filter(has_text="Your role may not use this console")).to_be_visible()

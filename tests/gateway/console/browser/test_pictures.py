@@ -1,4 +1,4 @@
-"""The pictures of docs/console.md can be made, are small, and are all used."""
+"""The pictures of docs/console.md: the script can make them, they are small, and all are used."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ NAMES = ("fleet",)
 
 
 async def test_pictures_are_made(browser: Browser, checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
-    """The script makes pictures with the sizes in pixels of those in docs/console, of many colours. One of them is
-    made here, which takes as long as a test may."""
+    """The script makes pictures of many colours, with the sizes in pixels of those in docs/console. Only one picture is
+    made here, because of the time limit of a test."""
     await console_screenshots.take(browser, checkpoint, bundle, tmp_path, NAMES)
     for name in NAMES:
         made, kept = (Image.open(folder / f"{name}.png") for folder in (tmp_path, console_screenshots.FOLDER))
@@ -30,7 +30,7 @@ async def test_pictures_are_made(browser: Browser, checkpoint: Path, bundle: Bun
 
 
 def test_pictures_are_used() -> None:
-    """Each picture is small and is shown or linked in docs/console.md; README shows one of them."""
+    """Each picture is small and is shown or linked in docs/console.md. README shows one of them."""
     used = set(re.findall(r"\(console/(\w+\.png)\)", (ROOT / "docs" / "console.md").read_text()))
     files = {file.name: file.stat().st_size for file in console_screenshots.FOLDER.iterdir()}
     assert files.keys() == used

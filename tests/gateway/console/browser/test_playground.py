@@ -1,4 +1,4 @@
-"""The playground in a browser, on a gateway with an engine that answers with the prompt."""
+"""The playground in a browser, at a gateway whose engine answers with the prompt."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def open_group(page: Page, name: str) -> None:
 
 
 async def test_an_answer_is_shown_as_markdown_with_its_counts(watched: Watched) -> None:
-    """An answer appears as Markdown with the time to its first token, its rate and its tokens; all of it can be
+    """An answer appears as Markdown with the time to its first token, its rate and its tokens. The conversation can be
     cleared."""
     page = watched.page
     await ask(page, "Hello\n\n# A title\n\n- **one**\n\n```js\nlet a;\n```\n\n<b>bold</b>")
@@ -88,7 +88,8 @@ async def test_an_answer_is_shown_as_markdown_with_its_counts(watched: Watched) 
 
 
 async def test_an_answer_can_be_stopped_and_asked_for_again(watched: Watched, pages: ConsolePages) -> None:
-    """Stop ends the call at the gateway and keeps the text so far. Try again replaces the answer."""
+    """The button Stop ends the call at the gateway and keeps the text so far. The button Try again replaces the
+    answer."""
     page = watched.page
     await page.get_by_label("Message").fill("word " * 300)
     await page.get_by_label("Message").press("Enter")
@@ -104,7 +105,7 @@ async def test_an_answer_can_be_stopped_and_asked_for_again(watched: Watched, pa
 
 
 async def test_tool_calls_are_shown_and_answered(watched: Watched, engine: EchoEngine) -> None:
-    """Reasoning is folded, tool calls show their arguments, and typed results go back to the model."""
+    """Reasoning is folded, and tool calls show their arguments. A result that a person types is sent to the model."""
     page = watched.page
     await open_group(page, "Tools")
     await page.get_by_label("Tools as JSON").fill(TOOLS)
@@ -138,7 +139,8 @@ async def test_tool_calls_are_shown_and_answered(watched: Watched, engine: EchoE
     ],
 )
 async def test_a_wrong_setting_is_named(watched: Watched, group: str, field: str, value: str, message: str) -> None:
-    """A setting that cannot be sent is named in the form, and the gateway's own message is shown for all others."""
+    """A setting that cannot be sent is named in the form. For any other wrong setting, the gateway's message is
+    shown."""
     page = watched.page
     await open_group(page, group)
     await page.get_by_label(field).fill(value)
@@ -149,7 +151,7 @@ async def test_a_wrong_setting_is_named(watched: Watched, group: str, field: str
 
 
 async def test_parameters_reach_the_gateway(watched: Watched) -> None:
-    """All settings are in the request; empty ones are not."""
+    """The request has every setting that has a value, and no empty setting."""
     page = watched.page
     await open_group(page, "Parameters")
     for label, value in (("Temperature", "0.5"), ("Top p", "0.9"), ("Max tokens", "5"), ("Seed", "7")):
@@ -178,7 +180,8 @@ async def test_parameters_reach_the_gateway(watched: Watched) -> None:
 
 
 async def test_the_code_makes_the_same_request(watched: Watched, pages: ConsolePages, tmp_path: Path) -> None:
-    """The copied curl command and Python program, run with a key, get an answer. The console has put no key in them."""
+    """The copied curl command and Python program get an answer when they are run with a key. The copied text contains
+    no key."""
     page = watched.page
     await page.get_by_label("Message").fill('It\'s "quoted" $HOME `x` \\ \u00e9 \u2028 end')
     await open_group(page, "This request as code")
@@ -204,8 +207,8 @@ async def test_the_code_makes_the_same_request(watched: Watched, pages: ConsoleP
 
 
 async def test_the_conversation_stays_while_other_pages_are_looked_at(watched: Watched, pages: ConsolePages) -> None:
-    """A conversation goes on while its person looks at another page. Neither a reload nor the browser's storage has
-    anything of it."""
+    """A conversation continues while the person is on another page. It is not in the browser's storage and is gone
+    after a reload."""
     page = watched.page
     await page.get_by_label("Message").fill("number " * 250)
     await page.get_by_label("Message").press("Enter")
@@ -224,7 +227,7 @@ async def test_the_conversation_stays_while_other_pages_are_looked_at(watched: W
 
 
 async def test_a_refusal_by_a_limit_says_when_to_try_again(pages: ConsolePages) -> None:
-    """The API's message, code and retry time are shown when a tenant's limit refuses a question."""
+    """If a tenant's limit refuses a question, the page shows the API's message, code and retry time."""
     keyed = pages.keyed
     key = await keyed.key("small", limits={"requests_per_minute": 1})
     pages.keys["small"] = key

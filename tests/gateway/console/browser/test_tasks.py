@@ -1,4 +1,4 @@
-"""What people come to the console for, and how many clicks it takes them."""
+"""Tasks of people at the console, and the number of clicks that each task takes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DAY_S = 86_400.0
 
 
 class Person:
-    """Somebody who only clicks. The clicks are counted."""
+    """A person who only clicks. The clicks are counted."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
@@ -40,7 +40,7 @@ class Person:
 
 @asynccontextmanager
 async def a_person(pages: ConsolePages) -> AsyncIterator[Person]:
-    """Let an operator begin on the fleet page."""
+    """Provide a signed-in operator on the fleet page."""
     async with pages.signed_in("operator", width=1440, height=1000) as watched:
         person = Person(watched.page)
         yield person
@@ -52,8 +52,8 @@ async def a_person(pages: ConsolePages) -> AsyncIterator[Person]:
 async def full(
     tmp_path_factory: pytest.TempPathFactory, browser: Browser, checkpoint: Path, bundle: Bundle
 ) -> AsyncIterator[ConsolePages]:
-    """Provide the console of a gateway whose only worker runs one sequence at a time, so that the second tenant's call
-    has waited for the first's."""
+    """Provide the console of a gateway whose only worker runs one sequence at a time. The second tenant's call has
+    waited for the first tenant's call."""
     async with console_pages(tmp_path_factory.mktemp("full"), browser) as pages:
         await add_workers(pages.cluster, checkpoint, bundle, 1, decode_ms=20, max_num_seqs=1)
         first = asyncio.create_task(call(pages, pages.keys["caller"], 50))
@@ -81,7 +81,8 @@ async def top_row(page: Page, table: str) -> str:
 
 
 async def test_find_the_slowest_tenant(full: ConsolePages) -> None:
-    """Tenants, then the heading TTFT: the tenant with the longest time to the first token is above."""
+    """After clicks on Tenants and the heading TTFT, the tenant with the longest time to the first token is at the
+    top."""
     async with a_person(full) as person:
         await person.click(nav(person.page, "Tenants"))
         await expect(person.page.locator("main")).to_contain_text(OTHER)
@@ -93,7 +94,8 @@ async def test_find_the_slowest_tenant(full: ConsolePages) -> None:
 
 
 async def test_find_out_why_a_call_waited(full: ConsolePages) -> None:
-    """Calls, the heading Queue, the call: the page says for how long and for what it waited."""
+    """After clicks on Calls, on the heading Queue and on the call, the page says how long the call waited, and for
+    what."""
     async with a_person(full) as person:
         await person.click(nav(person.page, "Calls"))
         heading = person.page.get_by_role("columnheader", name="Queue").get_by_role("button")
@@ -108,7 +110,7 @@ async def test_find_out_why_a_call_waited(full: ConsolePages) -> None:
 
 
 async def test_find_out_who_used_most_yesterday(full: ConsolePages) -> None:
-    """Tenants, then Yesterday: the tenant with most tokens is above."""
+    """After clicks on Tenants and Yesterday, the tenant with the most tokens is at the top."""
     yesterday = record("y", opened_at_s=time.time() - DAY_S, model="sim")
     heavy = replace(yesterday, record_id="h", tenant=OTHER, prompt_tokens=90_000)
     await asyncio.to_thread(full.keyed.ledger.usage.insert, [yesterday, heavy])
@@ -120,7 +122,7 @@ async def test_find_out_who_used_most_yesterday(full: ConsolePages) -> None:
 
 
 async def test_drain_a_node(busy: ConsolePages) -> None:
-    """Drain at one of its workers, the node, Drain: all its workers are drained and no other."""
+    """After clicks on Drain at a worker, on the node, and on Drain, exactly the workers of that node are drained."""
     async with a_person(busy) as person:
         row = person.page.locator("tr", has_text="10.0.0.3").first
         await person.click(row.get_by_role("button", name="Drain"))
@@ -137,12 +139,12 @@ async def test_drain_a_node(busy: ConsolePages) -> None:
 
 
 def drained(pages: ConsolePages, worker_id: str) -> bool:
-    """Return whether the gateway sends a worker no new calls."""
+    """Return whether the worker is drained, so that the gateway sends it no new calls."""
     return any(link.draining for link in pages.cluster.gateway.hub.links if link.identity.worker_id == worker_id)
 
 
 async def test_revoke_a_key(full: ConsolePages) -> None:
-    """Tenants, the tenant, Revoke, Revoke: the key is refused from then on."""
+    """After clicks on Tenants, on the tenant, on Revoke, and on Revoke again, the key is refused."""
     key = await full.keyed.key("leaky")
     async with a_person(full) as person:
         await person.click(nav(person.page, "Tenants"))
@@ -159,7 +161,7 @@ async def test_revoke_a_key(full: ConsolePages) -> None:
 
 
 async def test_nothing_has_a_cost_without_prices(full: ConsolePages) -> None:
-    """In a cluster without prices, plots and tenants have no cost: not 0 either."""
+    """In a cluster without prices, plots and tenants show no cost, not even 0."""
     read = "fetch('/console/history?series=cost,tokens&seconds=600').then((answer) => answer.json())"
     async with full.signed_in("operator") as watched:
 

@@ -1,4 +1,4 @@
-"""The history: values in the right step, bounded memory, and sums over gateways."""
+"""The history: values at their time steps, bounded memory, and sums over gateways."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def model_values(tokens: float, **columns: float) -> list[float]:
 
 
 def test_an_hour_of_a_large_cluster_fits_in_64_mib() -> None:
-    """With 1,000 tenants and 100 models, and others that come and go, the history stays below 64 MiB, all objects
-    included, and its arrays within the 30 MiB that the module states."""
+    """With 1,000 tenants and 100 models, and with others that appear and disappear, the history takes less than 64 MiB
+    with all objects. Its arrays take less than the 30 MiB that the module states."""
     gc.collect()
     tracemalloc.start()
     try:
@@ -64,8 +64,8 @@ def test_a_small_cluster_takes_little() -> None:
 
 
 def test_values_lie_at_their_steps() -> None:
-    """A step without a sample is not known, nor is one before the first or after the last. Older values than an
-    hour are overwritten."""
+    """A step without a sample is unknown, and so are steps before the first sample and after the last. Values older
+    than an hour are overwritten."""
     table = Table(("a", "b"), 4)
     table.put("k", 10, (1.0, 2.0))
     table.put("k", 13, (3.0, 4.0))
@@ -82,7 +82,7 @@ def test_values_lie_at_their_steps() -> None:
 
 
 def test_a_key_that_returns_after_hours_has_no_old_values() -> None:
-    """Steps that were skipped are not known, even if more than an hour was skipped."""
+    """Skipped steps are unknown, even if more than an hour was skipped."""
     table = Table(("a",), 4)
     for step in range(10):
         table.put("k", step, (1.0,))
@@ -92,8 +92,8 @@ def test_a_key_that_returns_after_hours_has_no_old_values() -> None:
 
 
 def test_the_key_with_the_oldest_value_gives_way() -> None:
-    """Where one key too many comes, the one without a value for longest is forgotten, and its place holds nothing of
-    it."""
+    """If there are too many keys, the key whose last value is oldest is forgotten. The new key at its place has none of
+    its values."""
     table = Table(("a",), 2)
     table.put("old", 1, (1.0,))
     table.put("new", 2, (2.0,))
@@ -106,7 +106,8 @@ def test_the_key_with_the_oldest_value_gives_way() -> None:
 
 
 async def test_gateways_add_up() -> None:
-    """Rates of two gateways are added, replica numbers are not, and percentiles come from the counts of both."""
+    """Rates of two gateways are added, and replica numbers are not. Percentiles are computed from the counts of
+    both."""
     first, second = History(), History()
     slow, fast = list(NO_COUNTS), list(NO_COUNTS)
     fast[3], slow[12] = 99.0, 1.0
@@ -128,7 +129,7 @@ async def test_gateways_add_up() -> None:
 
 
 async def test_a_tenant_has_no_series_of_models() -> None:
-    """Series that are not kept of tenants are null, not invented."""
+    """A series that is not recorded for tenants is null."""
     kept = History()
     kept.tenants.put("t", 5, [4.0] * len(TENANT_COLUMNS))
     names = ["tokens", "ttft_p99", "replicas_had"]
@@ -140,7 +141,7 @@ async def test_a_tenant_has_no_series_of_models() -> None:
 @settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 20), min_size=BUCKETS, max_size=BUCKETS), min_size=1, max_size=5))
 def test_percentiles_of_steps_are_those_of_the_overview(steps: list[list[int]]) -> None:
-    """The percentiles of the plots are computed as those of the rows, from the same counts."""
+    """The percentiles in plots are computed like those in rows, from the same counts."""
     counts = np.array(steps, np.float32).T
     for part in (0.5, 0.99):
         found = history.quantiles(counts, part)
@@ -150,7 +151,7 @@ def test_percentiles_of_steps_are_those_of_the_overview(steps: list[list[int]]) 
 
 
 async def test_the_plots_of_a_large_cluster_block_shortly() -> None:
-    """The sum of 100 models over an hour, with percentiles, has no step of 10 ms."""
+    """The sum of 100 models over an hour, with percentiles, never blocks the event loop for 10 ms."""
     kept, names = History(), list(history.SERIES)
     for step in range(STEPS):
         for number in range(0, 100, 10):

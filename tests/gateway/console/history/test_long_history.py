@@ -1,4 +1,4 @@
-"""Plots of more than an hour: the queries, their scope, and a real Prometheus."""
+"""Plots of more than an hour: the queries, what each viewer gets, and a real Prometheus."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def server() -> Server:
 
 
 def test_each_series_of_the_last_hour_is_known() -> None:
-    """Each series of the last hour is known here, those without a metric as null."""
+    """All series of the last hour are also known for longer times. A series without a metric is null."""
     assert set(PLOTS) | UNKNOWN == set(SERIES)
 
 
@@ -103,7 +103,8 @@ def test_each_series_of_the_last_hour_is_known() -> None:
     st.integers(3601, MAX_SECONDS),
 )
 def test_expressions(name: str, model: str, tenant: str, seconds: int) -> None:
-    """An expression is valid whatever the names are, and each of its selectors has exactly the labels."""
+    """A query expression is valid for any names of models and tenants. Each of its selectors has exactly the expected
+    labels."""
     labels = {"headrace_cluster": "demo", "model": model, "tenant": tenant}
     parsed = promql_parser.parse(expression_of(PLOTS[name], labels, Range.of(seconds, NOW)))
     wanted = {label: value for label, value in labels.items() if value}
@@ -115,7 +116,7 @@ def test_expressions(name: str, model: str, tenant: str, seconds: int) -> None:
 
 
 def selectors_in(node: Any) -> Any:
-    """Yield the selectors in an expression."""
+    """Yield the selectors in a parsed query expression."""
     if isinstance(node, promql_parser.VectorSelector):
         yield node
     elif isinstance(node, promql_parser.MatrixSelector):
@@ -132,7 +133,8 @@ def selectors_in(node: Any) -> Any:
 
 @given(st.integers(3601, MAX_SECONDS), st.floats(NOW, NOW + 1e8))
 def test_times(seconds: int, now_s: float) -> None:
-    """An answer covers the seconds with a bounded number of values, at whole multiples of the step."""
+    """An answer covers the requested seconds with a bounded number of values. Their times are whole multiples of the
+    step."""
     times = Range.of(seconds, now_s)
     assert times.step_s >= LEAST_STEP_S
     assert times.points <= POINTS
@@ -142,14 +144,14 @@ def test_times(seconds: int, now_s: float) -> None:
 
 
 def test_values() -> None:
-    """Values have their places by time; what is missing or no number is null."""
+    """Values are placed by their times. A missing value, or one that is not a number, is null."""
     times = Range(100, 10, 5)
     pairs = [[100, "1"], [110, "NaN"], [130, "2.5"], [140, "+Inf"], [90, "7"], [150, "7"]]
     assert times.values(pairs) == [1.0, None, None, 2.5, None]
 
 
 async def test_an_answer(server: Server) -> None:
-    """An answer has the form of the last hour, with all values of a series."""
+    """An answer has the same form as for the last hour, with all values of a series."""
     server.result = [{"metric": {}, "values": [[NOW // 20 * 20, "3"]]}]
     answer = await server.get("series=tokens,cost&seconds=7200&model=sim")
     assert answer["step_s"] == 20
@@ -162,8 +164,8 @@ async def test_an_answer(server: Server) -> None:
 
 @pytest.mark.parametrize("role", ["caller", "tenant_admin"])
 async def test_a_tenant_gets_its_own_values(server: Server, role: str) -> None:
-    """A person of a tenant gets that tenant's values only, whatever it asks for; values that are not of tenants are
-    null."""
+    """A person of a tenant gets only that tenant's values, whatever the query names. Series that are not recorded for
+    tenants are null."""
     await server.get("series=tokens,requests,cache_hits&seconds=7200", role)
     assert all(query["query"].count('tenant="acme"') >= 1 for query in server.queries)
     server.queries.clear()
@@ -197,13 +199,13 @@ async def test_wrong_queries(server: Server, query: str, field: str) -> None:
     [("", False), ("seconds=3600", False), ("seconds=3601", True), ("seconds=x", False), ("seconds=²", False)],
 )
 def test_what_is_covered(server: Server, query: str, covers: bool) -> None:
-    """Only requests for more than an hour are answered here."""
+    """Only queries for more than an hour are answered from Prometheus."""
     assert server.history.covers(server.exchange(query)) == covers
 
 
 @pytest.mark.parametrize("error", [OSError("no route"), ValueError("no JSON"), TimeoutError(), KeyError("data")])
 async def test_a_prometheus_that_fails(server: Server, error: Exception) -> None:
-    """A Prometheus that does not answer is an error that says so, and shows nothing of it."""
+    """If Prometheus does not answer, the error says so and holds no details of Prometheus."""
     server.error = error
     with pytest.raises(CallError) as caught:
         await server.get("series=tokens&seconds=7200")
@@ -213,7 +215,7 @@ async def test_a_prometheus_that_fails(server: Server, error: Exception) -> None
 
 @pytest.mark.parametrize("result", [None, {}, [{}], [{"values": 1}], [{"values": [[1]]}], [{"values": [["x", "y"]]}]])
 async def test_a_prometheus_that_answers_oddly(server: Server, result: Any) -> None:
-    """An answer of another form is an error or has no values."""
+    """A Prometheus answer of another form gives an error or no values."""
     server.result = result
     try:
         answer = await server.get("series=tokens&seconds=7200")
@@ -225,7 +227,8 @@ async def test_a_prometheus_that_answers_oddly(server: Server, result: Any) -> N
 @pytest.mark.slow
 @pytest.mark.needs("promtool")
 async def test_with_a_real_prometheus(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A gateway answers for two hours what a real Prometheus has scraped from it, and for an hour from memory."""
+    """A gateway answers a query for two hours from what a real Prometheus has scraped, and a query for an hour from
+    memory."""
     async with running_cluster(tmp_path / "scraped") as scraped:
         await scraped.add_worker(sim_engine(checkpoint), bundle)
         targets = {"gateway": [scraped.gateway.endpoints["metrics"]]}

@@ -1,4 +1,5 @@
-"""Calls of models from the console: the same way as with an API key, with the tenant's limits, models and ledger."""
+"""Calls of models from the console. They follow the path of calls with an API key, with the tenant's limits, models and
+ledger."""
 
 from __future__ import annotations
 
@@ -30,15 +31,15 @@ async def keyed(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterat
 
 
 async def signed_in(keyed: Keyed, tenant: str, **policy: object) -> Browser:
-    """Return the browser of a caller of a new tenant."""
+    """Return the browser of a signed-in caller of a new tenant."""
     browser = Browser(keyed.cluster)
     assert (await browser.sign_in(await keyed.key(tenant, **policy))).status == 204
     return browser
 
 
 async def test_a_streamed_chat(keyed: Keyed) -> None:
-    """A chat streams as on the OpenAI API, is in the ledger and in the access log as a call of the console, and counts
-    as such in the metrics."""
+    """A chat streams as on the OpenAI API. The ledger, the access log and the metrics record it as a call of the
+    console."""
     browser = await signed_in(keyed, "acme", models=["*"])
     with capture_logs() as logs:
         reply = await browser.fetch(CHAT, chat_body(stream=True))
@@ -61,7 +62,7 @@ async def test_a_streamed_chat(keyed: Keyed) -> None:
 
 
 async def test_the_tenants_models_and_limits_hold(keyed: Keyed) -> None:
-    """The tenant's models are listed, others do not exist, and the tenant's limit on requests holds."""
+    """Only the models that the tenant may use are listed and found. The tenant's limit on requests applies."""
     browser = await signed_in(keyed, "small", models=["sim"], limits={"requests_per_minute": 2})
     listed = await browser.fetch("/console/v1/models")
     assert [model["id"] for model in listed.json["data"]] == ["sim"]
@@ -74,7 +75,7 @@ async def test_the_tenants_models_and_limits_hold(keyed: Keyed) -> None:
 
 
 async def test_guards_hold(keyed: Keyed) -> None:
-    """The tenant's guards see the prompt."""
+    """The tenant's guards check the prompt."""
     guards = [{"builtin": "patterns", "patterns": {"word": "forbidden"}, "action": "refuse"}]
     browser = await signed_in(keyed, "guarded", models=["*"], guards=guards)
     assert (await browser.fetch(CHAT, chat_body("forbidden"))).status == 403
@@ -82,8 +83,8 @@ async def test_guards_hold(keyed: Keyed) -> None:
 
 
 async def test_only_the_playgrounds_paths(keyed: Keyed) -> None:
-    """A session opens no path of the OpenAI API outside of the console, and there no other path than the two of the
-    playground."""
+    """A session gives no access to the OpenAI API itself. Of its paths under the console, only the two of the
+    playground exist."""
     browser = await signed_in(keyed, "acme", models=["*"])
     assert (await browser.fetch("/v1/models")).status == 401
     assert (await browser.fetch("/v1/chat/completions", chat_body())).status == 401
@@ -96,7 +97,8 @@ async def test_only_the_playgrounds_paths(keyed: Keyed) -> None:
 
 
 async def test_another_tenants_call_is_unknown(keyed: Keyed) -> None:
-    """A tenant administrator that names another tenant's call by its id learns nothing of it; a viewer does."""
+    """If a tenant administrator asks for another tenant's call by its id, the answer reveals nothing. A viewer of the
+    cluster gets the call."""
     rival = await signed_in(keyed, "rival", models=["*"])
     call_id = (await rival.fetch(CHAT, chat_body(), x_request_id="theirs")).json["id"]
     browsers = {}
@@ -117,7 +119,7 @@ async def test_another_tenants_call_is_unknown(keyed: Keyed) -> None:
 
 
 async def test_without_auth(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Without `auth` the playground makes calls as the one tenant that there is."""
+    """Without `auth` the playground makes calls as the only tenant."""
     async with running_cluster(tmp_path) as cluster:
         await cluster.add_worker(sim_engine(checkpoint), bundle)
         browser = Browser(cluster)

@@ -23,8 +23,8 @@ async def read_all(call: object) -> list[object]:
 async def test_a_killed_worker_is_shown_lost_and_its_calls_go_on_elsewhere(
     watchful: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """The row of a killed worker turns LOST with the number of sequences that another worker continues, and the call
-    shows that worker; a worker that comes back under the same id takes the row."""
+    """The row of a killed worker becomes LOST, with the number of its sequences that another worker continues. The row
+    of the call shows the other worker. If the killed worker reconnects under the same id, the row shows it again."""
     cluster = watchful
     first = await cluster.add_worker(sim_engine(checkpoint, decode_ms=20), bundle)
     name = first.identity.worker_id
@@ -51,7 +51,7 @@ async def test_a_killed_worker_is_shown_lost_and_its_calls_go_on_elsewhere(
 
 
 async def test_the_verb_returns_the_document(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """GetOverview returns the same document once, and without calls unless they are asked for."""
+    """GetOverview returns the consoles' document once. The document holds calls only if the request asks for them."""
     worker = await cluster.add_worker(sim_engine(checkpoint), bundle)
     await cluster.stub.Chat(chat())
     async with AdminClient(cluster.gateway.endpoints["admin"]) as admin:

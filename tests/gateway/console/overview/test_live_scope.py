@@ -1,4 +1,4 @@
-"""Live data of a real gateway over HTTP: what each role sees, and streams that end with the key."""
+"""Live data of a real gateway over HTTP: what each role sees, and streams that end when the key is revoked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ONE_TENANT = ("caller", "tenant_admin")
 
 @pytest.fixture
 async def keyed(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Keyed]:
-    """Provide a gateway with one worker, at which two tenants have made a call each."""
+    """Provide a gateway with one worker, at which each of two tenants has made a call."""
     async with keyed_cluster(tmp_path, gateway="  console: {tenants: true}\n") as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint), bundle)
         for tenant in (OWN, OTHER):
@@ -46,7 +46,7 @@ async def signed_in(keyed: Keyed, role: str) -> Browser:
 
 @asynccontextmanager
 async def events_of(keyed: Keyed, browser: Browser) -> AsyncIterator[Wire]:
-    """Open the events of a browser. Yields the connection after the head of the response."""
+    """Open the event stream of a browser. Yields the connection after the head of the response."""
     wire = await Wire.open(keyed.cluster)
     try:
         cookie = "; ".join(f"{name}={value}" for name, value in browser.cookies.items())
@@ -72,7 +72,8 @@ async def first_state(wire: Wire) -> Any:
 
 @pytest.mark.parametrize("role", ["caller", "tenant_admin", "viewer", "operator"])
 async def test_each_role_sees_its_tenants(keyed: Keyed, role: str) -> None:
-    """A person of a tenant sees that tenant's calls and none of the cluster's parts; operators and viewers see all."""
+    """A person of a tenant sees the calls of that tenant and no workers or gateways. Operators and viewers see
+    everything."""
     async with events_of(keyed, await signed_in(keyed, role)) as wire:
         state = await first_state(wire)
     tenants = {call["tenant"] for call in state["calls"]}
@@ -88,7 +89,7 @@ async def test_each_role_sees_its_tenants(keyed: Keyed, role: str) -> None:
 
 @pytest.mark.parametrize("role", ONE_TENANT)
 async def test_another_tenants_history_is_unknown(keyed: Keyed, role: str) -> None:
-    """The history of another tenant gets the same answer as that of a tenant that does not exist."""
+    """A query for the history of another tenant gets the same answer as a query for a tenant that does not exist."""
     browser = await signed_in(keyed, role)
     assert (await browser.fetch(f"/console/history?series=tokens&tenant={OWN}")).status == 200
     there, absent = [
@@ -100,12 +101,12 @@ async def test_another_tenants_history_is_unknown(keyed: Keyed, role: str) -> No
 
 @pytest.mark.parametrize("path", ["/console/events", "/console/history"])
 async def test_nobody_sees_nothing(keyed: Keyed, path: str) -> None:
-    """Without a session there are no live data."""
+    """A request without a session gets no live data."""
     assert (await Browser(keyed.cluster).fetch(path)).status == 401
 
 
 async def test_a_revoked_key_ends_its_events(keyed: Keyed) -> None:
-    """The events of a session end when its key is revoked, in good form."""
+    """The event stream of a session ends properly when the session's key is revoked."""
     browser = await signed_in(keyed, "viewer")
     key_id = (await browser.session())["actor"].removeprefix("key:")
     async with events_of(keyed, browser) as wire:
@@ -118,7 +119,7 @@ async def test_a_revoked_key_ends_its_events(keyed: Keyed) -> None:
 
 
 async def test_open_events_do_not_delay_a_stop(keyed: Keyed) -> None:
-    """A console that is closed ends its events at once, so that the port's drain time need not pass."""
+    """A stopping gateway ends open event streams at once, so it need not wait for the drain time of the port."""
     console = keyed.gateway.console
     assert console is not None
     async with events_of(keyed, await signed_in(keyed, "operator")) as wire:

@@ -1,4 +1,4 @@
-"""Several gateway processes and several gateways that show one cluster."""
+"""Several gateway processes, and several gateways, that show one cluster in their consoles."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.valkey import Server
 
 @asynccontextmanager
 async def processes_of_a_host(folder: Path) -> AsyncIterator[list[TestCluster]]:
-    """Run two processes of one gateway, in this process."""
+    """Run two processes of one gateway. Both run in the process of the test."""
     config = choose_ports(parse(LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  processes: 2")))
     async with AsyncExitStack() as stack:
         yield [await _started(stack, Gateway(config, folder / str(number), process=number)) for number in range(2)]
@@ -85,7 +85,7 @@ async def one_cluster_is_shown(
     clusters: list[TestCluster], checkpoint: Path, bundle: Bundle, links_of_second: int = 1
 ) -> None:
     """Assert that each gateway shows the workers, calls and tenants of both. `links_of_second`: number of links of the
-    worker that is told of the second gateway only."""
+    worker that was given only the second gateway's address."""
     links = [cluster.gateway.endpoints["link"] for cluster in clusters]
     both = await clusters[0].add_worker(sim_engine(checkpoint, decode_ms=1), bundle, gateways=links)
     only = await clusters[1].add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
@@ -98,7 +98,7 @@ async def one_cluster_is_shown(
 
 
 async def _shows_all(shown: TestCluster, other: TestCluster, ids: set[str], links: dict[str, int]) -> None:
-    """Assert that a gateway shows all gateways and workers, and each call at the other one."""
+    """Assert that a gateway shows all gateways, all workers, and the calls of the other gateway."""
     async with console_port(FeedEndpoints(shown.gateway.live)) as port, watching(port) as console:
         await until(lambda: {row["id"] for row in console.document["gateways"]} == ids, "both gateways are shown")
         before = len(console.document["calls"])
@@ -120,8 +120,8 @@ async def test_processes_of_a_host_show_one_cluster(tmp_path: Path, checkpoint: 
 
 
 async def test_gateways_with_a_store_show_one_cluster(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Two gateways that share a store show each other's workers, calls and sums. When the store is gone, each goes on
-    to show what it has itself, and says so in the list of gateways."""
+    """Two gateways that share a store show each other's workers, calls and sums. If the store fails, each gateway still
+    shows its own data and reports the failure in the list of gateways."""
     async with gateways_with_a_store(tmp_path) as (clusters, store):
         await one_cluster_is_shown(clusters, checkpoint, bundle)
         async with console_port(FeedEndpoints(clusters[0].gateway.live)) as port, watching(port) as console:
@@ -133,7 +133,8 @@ async def test_gateways_with_a_store_show_one_cluster(tmp_path: Path, checkpoint
 
 
 async def test_nothing_is_made_while_nobody_watches(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A gateway makes no document without a console, and answers others' questions without making one."""
+    """A gateway without an open console makes no overview document. It still answers other gateways that ask for its
+    data."""
     async with gateways_with_a_store(tmp_path) as (clusters, _):
         first, second = (cluster.gateway.live for cluster in clusters)
         assert (first.ticks, second.ticks) == (0, 0)
@@ -149,7 +150,7 @@ async def test_nothing_is_made_while_nobody_watches(tmp_path: Path, checkpoint: 
 
 @pytest.mark.parametrize("with_store", [False, True])
 async def test_the_history_of_all_is_added(tmp_path: Path, checkpoint: Path, bundle: Bundle, with_store: bool) -> None:
-    """Whichever process is asked for the history, it adds the values of the others."""
+    """Any process that gets a query for the history adds the values of the other processes to its own."""
     async with AsyncExitStack() as stack:
         if with_store:
             clusters, _ = await stack.enter_async_context(gateways_with_a_store(tmp_path))
@@ -172,8 +173,7 @@ async def test_the_history_of_all_is_added(tmp_path: Path, checkpoint: Path, bun
 
 
 def test_a_large_part_travels_in_pieces() -> None:
-    """A part with many rows is put together again from its pieces. Pieces of a part that was begun and not finished are
-    dropped."""
+    """A part of the overview with many rows is assembled from its pieces. Pieces of an unfinished part are dropped."""
     lists = {"workers": 1000, "models": 3, "tenants": 500, "calls": 2000}
     part = {"format": 1, "at": 1.0, **{name: [{"id": at} for at in range(count)] for name, count in lists.items()}}
     assembler, pieces = PartAssembler(), pieces_of(part)

@@ -1,4 +1,4 @@
-"""Several gateway processes on one port: each answers the console, also those without an admin port."""
+"""Several gateway processes on one port: each of them answers the console, even one without an admin port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chats as the JSON that a worker's renderer gets: what the caller sent, in vLLM's fields."""
+"""Chats as JSON for a worker's renderer: the caller's values in vLLM's fields."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ USER = {"role": "user", "content": "hi"}
 
 @given(st.sampled_from(['{"a": 1}', '{"a":1}', "", "[1]", "no JSON", '{ "a" : "é" }']))
 def test_arguments_keep_the_callers_text(text: str) -> None:
-    """Arguments of an earlier call are sent as the caller wrote them, also after a way through a helper process."""
+    """The arguments of an earlier tool call are sent exactly as the caller wrote them, even after they were copied to a
+    helper process."""
     arguments = call_arguments("messages[0]", text)
     assert arguments == (json.loads(text) if text.lstrip().startswith("{") else {})
     for passed in (arguments, copy.deepcopy(arguments)):
@@ -35,7 +36,8 @@ def test_arguments_keep_the_callers_text(text: str) -> None:
     st.fixed_dictionaries({}, optional={"enable_thinking": st.booleans(), "x": st.integers()}),
 )
 def test_an_effort_is_a_field_again(effort: str, given_arguments: dict[str, Any]) -> None:
-    """The fields give vLLM the caller's template arguments and effort, from which it makes the same arguments."""
+    """The chat has the reasoning effort as a separate field. From it and the template arguments, vLLM computes the same
+    arguments as the gateway."""
     chat = json.loads(chat_json([USER], template_kwargs=template_arguments(given_arguments, effort)))
     assert chat.get("reasoning_effort", "") == effort
     arguments = chat.get("chat_template_kwargs", {})
@@ -44,6 +46,6 @@ def test_an_effort_is_a_field_again(effort: str, given_arguments: dict[str, Any]
 
 
 def test_a_lone_surrogate_is_refused() -> None:
-    """Text that is not valid Unicode names the field."""
+    """Text that is not valid Unicode is refused with the name of the field."""
     with pytest.raises(CallError, match=r"messages: .*lone surrogate"):
         chat_json([{"role": "user", "content": "\ud800"}])

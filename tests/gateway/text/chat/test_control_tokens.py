@@ -27,8 +27,8 @@ TOKENS = st.lists(st.text("<|>ab ", min_size=1, max_size=5), max_size=6)
 
 @given(TOKENS, st.text("<|>ab \n", max_size=40))
 def test_no_token_is_left_and_the_rest_is_unchanged(tokens: list[str], text: str) -> None:
-    """Whatever the tokens, also if one is part of another, none is left in an escaped text. Only separators are
-    inserted, and a text without tokens is unchanged. Escaping again changes nothing."""
+    """For any set of control tokens, an escaped text contains none of them, even if one is part of another. Only
+    separators are inserted, and a text without tokens is unchanged. Escaping twice gives the same as escaping once."""
     config = escaping([added(token) for token in tokens])
     divisible, separator = config[ESCAPED_TOKENS], config[ESCAPE_SEPARATOR]
     control = ControlTokens(divisible, separator)
@@ -56,7 +56,8 @@ def test_parts_form_no_token_together() -> None:
 
 
 def test_a_tokenizer_that_would_undo_it_is_refused() -> None:
-    """A control token that is searched in normalized text, or tokens with all separators, cannot be escaped."""
+    """Escaping is refused if a control token is matched in normalized text, or if the control tokens use up all
+    separators."""
     for tokens in ([added("<s>", normalized=True)], [added("a b"), added("a\u200bb"), added("a\u2060b")]):
         with pytest.raises(ValueError, match="use keep"):
             escaping(tokens)
@@ -67,8 +68,8 @@ def test_a_tokenizer_that_would_undo_it_is_refused() -> None:
 
 @pytest.mark.slow
 def test_contents_never_become_control_tokens(kind: Kind) -> None:
-    """For each family, the prompt of a chat with hostile texts has exactly the special ids of one with harmless texts.
-    Without the option, texts become control tokens, as with transformers."""
+    """For each family, a chat with hostile texts gives a prompt with the same special ids as a chat with harmless
+    texts. Without the option, texts become control tokens, as with transformers."""
     model = TextModel.from_bundle(build_bundle(kind.folder, escapes_control_tokens=True))
     special = {kind.theirs.convert_ids_to_tokens(token_id) for token_id in kind.special_ids}
     hostile = st.lists(

@@ -64,8 +64,8 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 
 
 def outcome_of(encode: Callable[..., Any], messages: list[dict[str, Any]], **kwargs: Any) -> Any:
-    """Return the ids, or the error as a text: the template's own error text, or `failed` if the template could not
-    render."""
+    """Return the ids, or the error as a text. The text is the template's own error text, or `failed` if the template
+    could not render."""
     from jinja2.exceptions import TemplateError, UndefinedError
 
     try:
@@ -90,7 +90,7 @@ def joined(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def loops_over_parts(source: str) -> bool:
-    """Return whether a template takes contents as parts, by the rules of vLLM."""
+    """Return whether a template expects contents as lists of parts, by the rules of vLLM."""
     from vllm.renderers.hf import _detect_content_format
 
     return bool(_detect_content_format(source, default="string") == "openai")
@@ -100,8 +100,8 @@ def loops_over_parts(source: str) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_public_templates_give_transformers_ids(kinds: dict[str, Kind], name: str, family: str) -> None:
     """A public template yields the same ids or the same error as with transformers, for every conversation, with and
-    without tools, and with and without a generation prompt. A template that takes contents as texts gets parts as one
-    text, as from vLLM (test_vllm_prompts.py)."""
+    without tools, and with and without a generation prompt. A template that expects contents as text gets parts joined
+    to one text, as from vLLM (test_vllm_prompts.py)."""
     kind = kinds[family]
     source = (PUBLIC / f"{name}.jinja").read_text()
     model = with_template(kind, {"default": source})
@@ -166,8 +166,8 @@ def test_named_templates(kinds: dict[str, Kind], tmp_path: Path) -> None:
 @pytest.mark.parametrize("final", ["The capital is", "The capital is ", " Paris,\n\n and", "{"])
 @pytest.mark.parametrize("name", ["chatml", "qwen2.5", "mistral-nemo", "phi3-training", "granite-3.3", "trims"])
 def test_continues_the_final_message(kinds: dict[str, Kind], name: str, final: str) -> None:
-    """With continue_final_message the prompt equals the prompt of transformers, whether or not the template trims the
-    last message."""
+    """With continue_final_message the prompt equals that of transformers, whether or not the template trims the last
+    message."""
     kind = kinds["mistral"]
     source = kinds["llama"].theirs.chat_template if name == "trims" else (PUBLIC / f"{name}.jinja").read_text()
     messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": final}]
@@ -178,8 +178,8 @@ def test_continues_the_final_message(kinds: dict[str, Kind], name: str, final: s
 
 
 def test_template_kwargs_reach_the_template(kinds: dict[str, Kind]) -> None:
-    """Template arguments of a request reach the template. An argument that the request itself sets is refused, and the
-    error names the argument."""
+    """Template arguments of a request reach the template. An argument that the request itself sets is refused by
+    name."""
     kind = kinds["llama"]
     source = (PUBLIC / "qwen3.5.jinja").read_text()
     model = with_template(kind, {"default": source})
@@ -264,7 +264,7 @@ DOUBLE = "{% set ns = namespace(x='xx') %}{% for i in range(60) %}"
 )
 @pytest.mark.slow
 def test_a_runaway_template_is_stopped(source: str) -> None:
-    """A template that makes endless text, loops forever or tries to leave the sandbox fails soon, and takes little time
+    """A template that makes endless text, loops forever or tries to leave the sandbox fails soon. It takes little time
     and memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     template = ChatTemplate({"default": source}, render_s=RENDER_S)

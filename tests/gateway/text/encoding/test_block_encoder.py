@@ -1,4 +1,4 @@
-"""A text that is encoded in blocks, some of them from memory, has the ids of the whole text."""
+"""Encoding a text in blocks, some of them from memory, gives the ids of the whole text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAW = settings(max_examples=80, deadline=None, suppress_health_check=[HealthChec
 
 
 def encoder_of(tokenizer: Tokenizer, chars: int = 1) -> BlockEncoder | None:
-    """Return the encoder of a tokenizer, or None. The blocks are so small that a short text has many blocks."""
+    """Return the encoder of a tokenizer, or None. The blocks are so small that even a short text has several."""
     layout = json.loads(tokenizer.to_str())
     return BlockEncoder.of(tokenizer, layout, token_cut_chars=chars, word_cut_chars=2 * chars)
 
@@ -29,8 +29,8 @@ def encoder_of(tokenizer: Tokenizer, chars: int = 1) -> BlockEncoder | None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_ids_equal_those_from_scratch(name: str) -> None:
-    """The ids of any sequence of texts, of which each repeats parts of the texts before, equal those of each whole text
-    from scratch, with special tokens and without; in one process, and when a helper process cuts the texts."""
+    """Each text repeats parts of earlier texts. Encoded in blocks, it has the ids of encoding it whole from scratch,
+    with and without special tokens. This also holds if a helper process cuts the texts."""
     tokenizer = TOKENIZERS[name]
     memory = PromptMemory(20_000)  # small, so that blocks are evicted too
 
@@ -84,8 +84,8 @@ MESSAGES = st.lists(
 @pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_turns_equal_those_from_scratch(kind: Kind, template: str) -> None:
-    """The ids of each turn of a conversation equal those from scratch, also with templates that change the text of
-    earlier messages."""
+    """The ids of each turn of a conversation equal those from scratch, even if a template changes the text of earlier
+    messages."""
     model = with_template(kind, {"default": TEMPLATES[template]})
 
     @settings(max_examples=12, deadline=None)
@@ -101,7 +101,7 @@ def test_turns_equal_those_from_scratch(kind: Kind, template: str) -> None:
 
 
 def turns(count: int, said: str = "") -> str:
-    """Return the text of a conversation. `said`: what the second message says in addition."""
+    """Return the text of a conversation with `count` messages. `said`: text that is added to the second message."""
     lines = [f"{'It was said: ' * 20}{i} boats wait at mill {i * i}." for i in range(count)]
     if count > 1:
         lines[1] += said
@@ -109,7 +109,7 @@ def turns(count: int, said: str = "") -> str:
 
 
 def missing_chars(encoder: BlockEncoder, memory: PromptMemory, text: str, tenant: str = "acme", salt: str = "") -> int:
-    """Encode a text. Returns the number of characters that were not known."""
+    """Encode a text. Returns the number of characters that were not found in memory."""
     blocks = encoder.cut(text)
     recall = encoder.recall(memory, tenant, salt, add_special_tokens=False)
     missing = recall.missing(encoder.begin(text))
@@ -119,8 +119,8 @@ def missing_chars(encoder: BlockEncoder, memory: PromptMemory, text: str, tenant
 
 @pytest.mark.parametrize("name", ["llama3", "llama3, odd tokens"])
 def test_a_turn_costs_its_new_part(name: str) -> None:
-    """The next turn of a conversation costs its new messages. A change in an earlier message costs that message. Other
-    tenants, and the same tenant with another salt, find nothing."""
+    """For the next turn of a conversation, only the new messages are encoded, and an earlier message that has changed.
+    Other tenants find nothing in memory, and neither does the same tenant with another salt."""
     encoder, memory = encoder_of(TOKENIZERS[name], 100), PromptMemory()
     assert encoder is not None
     whole, message = len(turns(40)), len(turns(1))
@@ -133,7 +133,7 @@ def test_a_turn_costs_its_new_part(name: str) -> None:
 
 
 def test_models_share_a_memory() -> None:
-    """Two models find only their own ids in one memory, even for equal texts."""
+    """Two models share one memory, but each finds only its own ids, even for equal texts."""
     memory = PromptMemory()
     for salt, name in ((b"1", "llama3"), (b"2", "falcon")):
         tokenizer = TOKENIZERS[name]
@@ -147,7 +147,7 @@ def test_models_share_a_memory() -> None:
 
 
 def test_a_giant_text_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text with more new ids than MAX_REMEMBERED_BYTES is encoded, and leaves the memory as it is."""
+    """A text with more new ids than MAX_REMEMBERED_BYTES is encoded and not remembered."""
     monkeypatch.setattr(block_encoder, "MAX_REMEMBERED_BYTES", 40_000)
     tokenizer = TOKENIZERS["llama3"]
     encoder, memory = BlockEncoder.of(tokenizer, json.loads(tokenizer.to_str())), PromptMemory()
@@ -168,7 +168,7 @@ def test_a_lone_surrogate_is_the_tokenizers_error() -> None:
 
 
 def test_a_tokenizer_without_cuts_encodes_whole() -> None:
-    """A tokenizer whose special tokens are text and whose pieces may span a space gets no encoder."""
+    """A tokenizer gets no encoder if it treats special tokens as text and its pieces may span a space."""
     tokenizer = Tokenizer.from_str(TOKENIZERS["llama3"].to_str())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     assert encoder_of(tokenizer) is not None

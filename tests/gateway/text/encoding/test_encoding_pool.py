@@ -1,5 +1,5 @@
-"""Long prompts are tokenized in helper processes. The event loop stays free, the ids are the same, and no call fails
-because of a lost helper."""
+"""Long prompts are tokenized in helper processes. The event loop stays free, the ids are the same, and a lost helper
+fails no call."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ LONGEST_PASS = 0.5
 
 
 def new_pool(kind: Kind) -> EncodingPool:
-    """Return a pool of one helper, for which callers wait even if it gets no core: helpers run at idle priority."""
+    """Return a pool of one helper. Its callers wait even if the helper gets no core, since helpers run at idle
+    priority."""
     return EncodingPool(build_bundle(kind.folder), size=1, patience_s=PATIENT_S)
 
 
@@ -66,7 +67,7 @@ async def model(kinds: dict[str, Kind]) -> AsyncIterator[TextModel]:
 
 @dataclass
 class CpuTimes:
-    """CPU time in seconds: that of the process's other threads, and that of the longest pass of the event loop."""
+    """CPU times in seconds. One is of all threads but the event loop's, the other of the event loop's longest pass."""
 
     others_s: float = 0.0
     longest_pass_s: float = 0.0
@@ -97,8 +98,8 @@ async def cpu_meanwhile(encode: Callable[[int], Awaitable[Sequence[int]]], expec
 
 
 async def test_long_prompts_leave_the_loop_free(model: TextModel) -> None:
-    """Many prompts that are tokenized in helpers cost the gateway's own threads little CPU time, which would hold the
-    GIL, and no pass of its event loop takes as long as a prompt."""
+    """While helpers tokenize many prompts, the gateway's other threads take little CPU time, during which they would
+    hold the GIL. No pass of the event loop takes as long as tokenizing one prompt."""
     began_s = time.thread_time()
     expected = model.codec.encode_prompt(PROMPT)
     prompt_s = time.thread_time() - began_s
@@ -121,8 +122,8 @@ async def test_long_prompts_leave_the_loop_free(model: TextModel) -> None:
 
 
 async def test_the_first_long_prompt_waits_for_a_helper(kinds: dict[str, Kind]) -> None:
-    """A long prompt that comes before the first helper has started waits for the helper, and is not tokenized in the
-    gateway's own process."""
+    """A long prompt that arrives before the first helper has started waits for the helper. The gateway's own process
+    does not tokenize it."""
     model = new_model(build_bundle(kinds["llama"].folder))
     assert model.pool is not None
     assert not model.pool.pids
@@ -139,8 +140,8 @@ async def test_the_first_long_prompt_waits_for_a_helper(kinds: dict[str, Kind]) 
 
 @pytest.mark.parametrize("started", [False, True])
 async def test_a_pool_that_is_closed_holds_nobody(kinds: dict[str, Kind], started: bool) -> None:
-    """When a pool is closed, all callers that wait for a helper get None and so do the work themselves, whether the
-    helper is starting or busy."""
+    """When a pool is closed, all callers that wait for a helper get None and do the work themselves. This holds while
+    the helper is starting and while it is busy."""
     pool = new_pool(kinds["llama"])
     if started:
         assert await asyncio.wait_for(pool.ready(), READY_S)
@@ -152,7 +153,7 @@ async def test_a_pool_that_is_closed_holds_nobody(kinds: dict[str, Kind], starte
 
 
 async def test_messages_are_rendered_there_too(model: TextModel) -> None:
-    """Long chat messages are tokenized in helpers too, and the options apply."""
+    """Long chat messages are tokenized in helpers too, with the same options."""
     messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "It"}]
     ids = await model.chat_ids_async(TENANT, messages, continue_final_message=True)
     assert ids.tolist() == model.codec.encode_chat(messages, continue_final_message=True)
@@ -170,7 +171,7 @@ def _exploding(kinds: dict[str, Kind], pattern: str) -> Bundle:
 @pytest.mark.parametrize(("pattern", "text"), [("(a+)+$", "a" * 40 + "b"), ("(?:a|aa)+$", "a" * 60 + "b")])
 async def test_an_expression_that_explodes_is_an_error(kinds: dict[str, Kind], pattern: str, text: str) -> None:
     """A text that makes an expression of the tokenizer backtrack endlessly gets an error. Without the CPU limit, 40
-    characters blocked the event loop for ever or made the library panic."""
+    characters blocked the event loop forever or made the library panic."""
     model = new_model(_exploding(kinds, pattern))
     assert model.pool is not None
     for _ in range(4):  # more often than helpers may be lost
@@ -183,7 +184,7 @@ async def test_an_expression_that_explodes_is_an_error(kinds: dict[str, Kind], p
 
 
 async def test_a_job_has_an_amount_of_cpu(kinds: dict[str, Kind]) -> None:
-    """A job that exceeds the CPU limit ends the helper that runs the job, and the next job gets another helper."""
+    """A job that exceeds the CPU limit ends its helper, and the next job gets another helper."""
     pool = new_pool(kinds["llama"])
     pool.cpu_s = 0.05
     with pytest.raises(TooMuchCpu):
@@ -195,8 +196,7 @@ async def test_a_job_has_an_amount_of_cpu(kinds: dict[str, Kind]) -> None:
 
 
 async def test_a_job_that_ends_helpers_is_given_up(model: TextModel) -> None:
-    """A job that has ended two helpers is given up. It runs neither in a third helper nor in the gateway's own
-    process."""
+    """A job that has ended two helpers fails. It runs neither in a third helper nor in the gateway's own process."""
     pool = model.pool
     assert pool is not None
     lost = asyncio.create_task(pool.run(("prompt_ids", (TENANT, PROMPT * 40), {})))
@@ -214,7 +214,7 @@ async def test_a_job_that_ends_helpers_is_given_up(model: TextModel) -> None:
 
 
 async def test_tenants_take_turns(kinds: dict[str, Kind]) -> None:
-    """A tenant's job that comes after a hundred jobs of another tenant is among the first three jobs to be done."""
+    """A job that arrives after a hundred jobs of another tenant is among the first three jobs to run."""
     pool = new_pool(kinds["llama"])
     done: list[str] = []
 
@@ -230,7 +230,7 @@ async def test_tenants_take_turns(kinds: dict[str, Kind]) -> None:
 
 
 async def test_errors_are_the_callers_own(model: TextModel) -> None:
-    """A text that cannot be tokenized gets INVALID_FIELD from a helper too, and the next text is tokenized."""
+    """A text that cannot be tokenized gets INVALID_FIELD from a helper too. The next text is tokenized."""
     with pytest.raises(CallError) as error:
         await model.prompt_ids_async(TENANT, PROMPT + "\ud800")
     assert error.value.outcome is Outcome.INVALID_FIELD
@@ -238,7 +238,7 @@ async def test_errors_are_the_callers_own(model: TextModel) -> None:
 
 
 async def test_a_lost_helper_costs_no_call(model: TextModel) -> None:
-    """The jobs of a helper that is killed are still done, and a new helper starts."""
+    """If a helper is killed, its jobs are still done, and a new helper starts."""
     pool = model.pool
     assert pool is not None
     expected = model.codec.encode_prompt(PROMPT)
@@ -252,8 +252,8 @@ async def test_a_lost_helper_costs_no_call(model: TextModel) -> None:
 
 
 async def test_what_was_sent_outlives_its_helper(kinds: dict[str, Kind]) -> None:
-    """The next turn of a conversation is known although the helpers that encoded the turn before have died, and the ids
-    are those from scratch."""
+    """After the helpers that encoded one turn of a conversation have died, the text of that turn is still known. The
+    ids of the next turn equal those from scratch."""
     memory = PromptMemory()
     model = TextModel.from_bundle(build_bundle(kinds["llama"].folder), memory=memory)
     assert model.pool is not None
@@ -274,8 +274,8 @@ async def test_what_was_sent_outlives_its_helper(kinds: dict[str, Kind]) -> None
 
 
 async def test_a_second_job_runs_on_the_same_helper(kinds: dict[str, Kind]) -> None:
-    """The job that `then` returns for a result runs next on the helper that gave the result, before all jobs that
-    wait. An error of the first job ends the call."""
+    """`then` may return another job for a result. That job runs next on the same helper, before all waiting jobs. An
+    error of the first job ends the call."""
     pool = new_pool(kinds["llama"])
 
     async def call(text: str) -> list[bytes]:
@@ -294,7 +294,7 @@ async def test_a_second_job_runs_on_the_same_helper(kinds: dict[str, Kind]) -> N
 
 @pytest.fixture
 async def stuck(kinds: dict[str, Kind]) -> AsyncIterator[EncodingPool]:
-    """Start a pool whose only helper is stopped by a signal, and so is late for any job."""
+    """Start a pool whose only helper is stopped by a signal, so it is late for any job."""
     pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1, patience_s=0.2)
     assert await asyncio.wait_for(pool.ready(), READY_S)
     (pid,) = pool.pids
@@ -304,8 +304,8 @@ async def stuck(kinds: dict[str, Kind]) -> AsyncIterator[EncodingPool]:
 
 
 async def test_nobody_waits_for_a_helper_that_gets_no_core(stuck: EncodingPool) -> None:
-    """Callers whose helper is stopped, and callers that wait for that helper, get None and so do the work themselves.
-    Once the helper runs again, the pool uses it again."""
+    """If a helper is stopped, its caller and the callers that wait for it get None and do the work themselves. Once the
+    helper runs again, the pool uses it again."""
     calls = [asyncio.create_task(stuck.run(("prompt_ids", (TENANT, PROMPT), {}))) for _ in range(3)]
     assert await asyncio.wait_for(asyncio.gather(*calls), READY_S) == [None] * 3
     assert await asyncio.wait_for(stuck.run(("prompt_ids", (TENANT, PROMPT), {})), READY_S) is None
@@ -320,9 +320,8 @@ async def test_nobody_waits_for_a_helper_that_gets_no_core(stuck: EncodingPool) 
 
 
 async def test_a_helper_is_late_without_its_caller_too(stuck: EncodingPool) -> None:
-    """If a caller is cancelled before the helper of the caller is late, later callers still do not wait for that
-    helper.
-    """
+    """If the caller of a stopped helper is cancelled before the helper is late, later callers still do not wait for the
+    helper."""
     gone = asyncio.create_task(stuck.run(("prompt_ids", (TENANT, PROMPT), {})))
     await asyncio.sleep(0)
     gone.cancel()
@@ -349,7 +348,7 @@ async def test_gone_callers_leave_helpers_usable(model: TextModel) -> None:
 
 
 async def test_without_helpers_threads_do_it(kinds: dict[str, Kind]) -> None:
-    """A long prompt is tokenized without helpers, with the same ids, after the pool has been closed."""
+    """After a pool was closed, a long prompt is tokenized in a thread, with the same ids."""
     model = TextModel.from_bundle(build_bundle(kinds["mistral"].folder))
     assert model.pool is not None
     model.pool.close()

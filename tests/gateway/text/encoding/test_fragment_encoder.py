@@ -1,4 +1,4 @@
-"""Encoding a text by fragments yields the ids of the whole text, however many fragments are remembered."""
+"""Encoding a text by fragments gives the ids of the whole text, however many fragments are remembered."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAW = settings(max_examples=150, deadline=None)
 
 
 def with_added(tokenizer: Tokenizer) -> Tokenizer:
-    """Return a copy of a tokenizer with the tokens ADDED, every other one special."""
+    """Return a copy of a tokenizer to which the tokens ADDED are added. Every other one is special."""
     copy = Tokenizer.from_str(tokenizer.to_str())
     for at, content in enumerate(ADDED):
         token = AddedToken(content, normalized=False, special=at % 2 == 0)
@@ -36,7 +36,7 @@ KINDS = {**MADE, **{f"{name} with tokens": with_added(tokenizer) for name, token
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_ids_equal_those_of_the_whole(name: str) -> None:
-    """The ids of a text that is encoded by fragments equal those of the whole text."""
+    """Encoding a text by fragments gives the ids of the whole text."""
     tokenizer = KINDS[name]
     encoder = FragmentEncoder.of(tokenizer, max_fragments=50)
     assert encoder is not None
@@ -54,7 +54,7 @@ def test_ids_equal_those_of_the_whole(name: str) -> None:
 @LAW
 @given(text=MIXED)
 def test_fragments_make_up_the_text(text: str) -> None:
-    """The fragments of a text, joined, are the text, and none is empty."""
+    """The fragments of a text add up to the text, and none is empty."""
     fragments = FRAGMENT.findall(text)
     assert "".join(fragments) == text
     assert all(fragments)
@@ -62,7 +62,7 @@ def test_fragments_make_up_the_text(text: str) -> None:
 
 @pytest.mark.parametrize("size", [10, 1000])
 def test_memory_is_bounded(size: int) -> None:
-    """No more fragments are remembered than allowed, and no long ones."""
+    """The number and the length of remembered fragments are bounded."""
     encoder = FragmentEncoder.of(MADE["llama3"], max_fragments=size)
     assert encoder is not None
     for first in range(0, 2000, 7):
@@ -75,7 +75,7 @@ def test_memory_is_bounded(size: int) -> None:
 
 
 def test_uncertain_tokenizers_get_no_encoder() -> None:
-    """A tokenizer with an added token that is found in the normalized text gets no encoder, nor one that treats special
+    """A tokenizer gets no encoder if one of its added tokens is matched in normalized text, or if it treats special
     tokens as text."""
     tokenizer = tokenizer_kinds.llama3(700)[0]
     tokenizer.add_tokens([AddedToken("<n>", normalized=True)])

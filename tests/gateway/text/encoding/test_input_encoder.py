@@ -1,4 +1,4 @@
-"""Inputs of pooling requests: the same ids and token types as transformers, also where a text is cut."""
+"""Inputs of pooling requests have the same ids and token types as with transformers, also when they are truncated."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_ids_are_those_of_transformers(
     keep: int | None,
     side: str,
 ) -> None:
-    """Single texts and pairs have the ids and the beginning of the second text as transformers', whole or cut on
-    either side."""
+    """Single texts and pairs have the same ids as with transformers, whole or truncated on either side. In pairs, the
+    second text begins at the same position."""
     theirs, ours = both[processor, side]
     cut = {} if keep is None else {"truncation": True, "max_length": keep}
     assert list(ours.encode(texts(first, second), 0, keep).ids[1]) == theirs(second, **cut)["input_ids"]
@@ -106,7 +106,7 @@ def test_ids_are_those_of_transformers(
 
 @given(st.integers(0, 40), st.integers(1, 40), st.integers(0, 60))
 def test_the_longer_text_is_cut_first(first: int, second: int, room: int) -> None:
-    """What is kept fits, fills the room, and takes from the shorter text only what must be taken."""
+    """What is kept of two texts fits into the room and fills it. The shorter text loses tokens only if it must."""
     kept = longest_first(first, second, room)
     assert sum(kept) == min(first + second, room) or (min(first, second) > room and sum(kept) <= room)
     assert kept[0] <= first
@@ -116,7 +116,7 @@ def test_the_longer_text_is_cut_first(first: int, second: int, room: int) -> Non
 
 
 def test_an_input_is_named_in_errors() -> None:
-    """Inputs that are too long or give no tokens are named by their place in the caller's body."""
+    """The error for an input that is too long, or gives no tokens, names the input's place in the caller's body."""
     encoder = InputEncoder(tokenizer_of("none"), {})
     with pytest.raises(CallError, match=r"input\[1\]: has 3 tokens, the model's context holds 2") as error:
         encoder.encode(texts("cat", "cat cat cat"), 2)
@@ -129,7 +129,7 @@ def test_an_input_is_named_in_errors() -> None:
 
 
 class Counting:
-    """A tokenizer that counts the characters that it encodes, and the largest number at once."""
+    """A tokenizer that counts the characters that it encodes: in total, and the largest number in one call."""
 
     def __init__(self) -> None:
         self._tokenizer = tokenizer_of("bert")
@@ -145,7 +145,7 @@ class Counting:
 
 
 def test_a_long_query_is_not_read_with_each_document() -> None:
-    """A query that fits no context is refused after it was read once, whatever the number of documents."""
+    """A query that is too long for the context is encoded once and refused, whatever the number of documents."""
     counting = Counting()
     query = "cat " * 20_000
     with pytest.raises(CallError, match="query: has 20000 tokens, the model's context holds 512") as refused:
@@ -156,7 +156,7 @@ def test_a_long_query_is_not_read_with_each_document() -> None:
 
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_long_inputs_are_encoded_few_at_a_time(is_packed: bool) -> None:
-    """The tokenizer gets a bounded number of characters at once, and the ids do not depend on that."""
+    """The tokenizer gets a bounded number of characters at once. The ids do not depend on this."""
     counting = Counting()
     inputs = pairs(["cat " * 100_000], [f"dog {'sat ' * i}" for i in range(12)])
     some = packed(inputs) if is_packed else inputs
@@ -194,7 +194,7 @@ TOKENIZERS = {"bert": tokenizer_of("none"), "bytes": byte_tokenizer()}
     keep=st.integers(1, 40),
 )
 def test_a_beginning_has_the_first_ids(kind: str, text: str, times: int, keep: int) -> None:
-    """Whatever a text holds, the ids that are kept of it are the first ones of the whole text."""
+    """The ids of a truncated text are the first ids of the whole text, for any text."""
     tokenizer, text = TOKENIZERS[kind], text * times
     whole = tokenizer.encode(text).ids
     if whole:
@@ -204,7 +204,8 @@ def test_a_beginning_has_the_first_ids(kind: str, text: str, times: int, keep: i
 
 
 def test_a_long_text_that_is_cut_is_not_read_whole() -> None:
-    """Of a text of 4 MB, the tokenizer reads about as much as is kept of it, unless the text has no place to cut."""
+    """Of a text of 4 MB that is truncated, the tokenizer reads only about as much as is kept, if the text has a place
+    to cut."""
     counting = Counting()
     encoder = InputEncoder(counting, {})  # type: ignore[arg-type]
     assert len(encoder.encode(texts("unknown-thing " * 300_000), 512, 64).ids[0]) == 64
@@ -215,7 +216,8 @@ def test_a_long_text_that_is_cut_is_not_read_whole() -> None:
 
 @given(st.integers(1, 5), st.integers(1, 5), st.booleans())
 def test_a_shared_text_counts_in_each_pair(first: int, second: int, is_packed: bool) -> None:
-    """The lengths are those of the pairs, or of the single texts, and pairs with too many characters are refused."""
+    """A text that all pairs share counts in the length of each pair. If the texts are encoded separately, it counts
+    once."""
     inputs = pairs(["ab" * first], ["c" * second] * 3)
     some = packed(inputs) if is_packed else inputs
     assert isinstance(some, PairInputs)
@@ -225,7 +227,7 @@ def test_a_shared_text_counts_in_each_pair(first: int, second: int, is_packed: b
 
 
 def test_pairs_with_too_many_characters_are_refused() -> None:
-    """A query of 1 MB is fine with ten documents, and not with a thousand."""
+    """A query of 1 MB is accepted with ten documents and refused with a thousand."""
     query = "q" * (1 << 20)
     check_chars(pairs([query], ["d"] * 10))
     with pytest.raises(CallError, match=r"query: the 1000 pairs of query and documents have .* shorten the texts"):
@@ -236,14 +238,14 @@ def test_pairs_with_too_many_characters_are_refused() -> None:
     "config", [{"model_input_names": ["input_ids"]}, {"tokenizer_class": "DistilBertTokenizer"}], ids=["names", "class"]
 )
 def test_models_without_token_types_get_no_mark(config: dict[str, Any]) -> None:
-    """The beginning of the second text is not given for a model that reads no token types."""
+    """For a model without token types, the beginning of the second text is not reported."""
     assert InputEncoder(tokenizer_of("bert"), config).encode(pairs(["cat"], ["dog"]), 0).second_text(0) == 0
     assert InputEncoder(tokenizer_of("bert"), {}).encode(pairs(["cat"], ["dog"]), 0).second_text(0) == 3
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=8), st.integers(0, 8))
 def test_packed_texts_are_the_texts(values: list[str], at: int) -> None:
-    """Packed texts are the same sequence, also after a pickle with buffers apart, in slices and joined."""
+    """Packed texts equal the original texts, also after pickling with separate buffers, in slices, and joined."""
     whole = PackedTexts.of(values)
     buffers: list[pickle.PickleBuffer] = []
     data = pickle.dumps(whole, protocol=5, buffer_callback=buffers.append)
@@ -257,7 +259,8 @@ def test_packed_texts_are_the_texts(values: list[str], at: int) -> None:
 
 @given(st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=5), max_size=6))
 def test_packed_ids_are_the_ids(values: list[list[int]]) -> None:
-    """Packed lists of ids are the same lists, and the place of each id is known."""
+    """Packed lists of ids equal the original lists. From the position of an id, its list and its place there can be
+    found."""
     whole = PackedIds.of(values)
     encoded = EncodedInputs(whole, b"")
     again = pickle.loads(pickle.dumps(encoded, protocol=5)).ids  # noqa: S301
@@ -267,6 +270,6 @@ def test_packed_ids_are_the_ids(values: list[list[int]]) -> None:
 
 
 def test_a_number_that_is_no_id_is_named() -> None:
-    """A number that does not fit is named by its place when ids are packed."""
+    """If a number is no valid token id, packing raises an error that names its place."""
     with pytest.raises(CallError, match=r"input\[1\]\[2\]: must be a token id of the vocabulary, got -7"):
         packed(IdsInputs([[1], [1, 2, -7]], InputField("input")))

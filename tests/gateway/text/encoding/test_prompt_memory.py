@@ -17,7 +17,7 @@ LAW = settings(max_examples=200, deadline=None)
 @LAW
 @given(blocks=st.lists(IDS, max_size=6), before=IDS, after=IDS)
 def test_packed_ids_are_the_same_again(blocks: list[list[int]], before: list[int], after: list[int]) -> None:
-    """Ids that are packed in blocks and unpacked together are the same ids, between those before and after."""
+    """Ids that were packed in blocks are unpacked to the same ids, between the ids `before` and `after`."""
     packed = [pack(array("I", ids).tobytes()) for ids in blocks]
     around = array("I", before).tobytes(), array("I", after).tobytes()
     assert unpack(packed, *around).tolist() == [*before, *(i for ids in blocks for i in ids), *after]
@@ -26,8 +26,8 @@ def test_packed_ids_are_the_same_again(blocks: list[list[int]], before: list[int
 @LAW
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 60), st.booleans(), st.integers(0, 2)), max_size=200))
 def test_the_memory_is_exact_bounded_and_private(steps: list[tuple[int, int, bool, int]]) -> None:
-    """Whatever tenants store and read, the memory holds at most its size, counts its bytes exactly, and returns to a
-    tenant only what the same tenant has stored."""
+    """Whatever tenants store and read, the memory stays within its size and counts its bytes exactly. A tenant gets
+    only what it has stored itself."""
     now = 0.0
     memory = PromptMemory(MAX_BYTES, lambda: now)
     stored: dict[tuple[str, bytes], bytes] = {}
@@ -56,7 +56,7 @@ def known(memory: PromptMemory, tenant: str, blocks: range) -> int:
 
 
 def test_a_loud_tenant_evicts_its_own() -> None:
-    """A tenant that stores without end loses its own oldest blocks. A tenant with less than its equal share loses
+    """A tenant that stores without end loses its own oldest blocks. A tenant below its equal share of the memory loses
     none."""
     memory = PromptMemory(MAX_BYTES)
     fill(memory, "quiet", range(15))
@@ -67,7 +67,7 @@ def test_a_loud_tenant_evicts_its_own() -> None:
 
 
 def test_the_latest_used_stays() -> None:
-    """Of one tenant's blocks, those that were read last stay."""
+    """Of the blocks of one tenant, those that were read last are kept."""
     memory = PromptMemory(MAX_BYTES)
     for i in range(200):
         fill(memory, "acme", range(i, i + 1))
@@ -75,7 +75,7 @@ def test_the_latest_used_stays() -> None:
 
 
 def test_a_tenant_without_calls_makes_room() -> None:
-    """A tenant that has used none of its blocks for an hour loses them before any other tenant does."""
+    """A tenant that has not used its blocks for an hour is the first to lose them."""
     now = 0.0
     memory = PromptMemory(MAX_BYTES, lambda: now)
     fill(memory, "gone", range(10))

@@ -38,7 +38,7 @@ def test_the_bound_is_never_above_the_tokens(kinds: dict[str, Kind], data: st.Da
 
 
 def test_some_families_have_a_bound(kinds: dict[str, Kind]) -> None:
-    """At least two families have a bound. If no family had a bound, the test above would prove nothing."""
+    """At least two families have a lower bound. Without any bound, the test above would prove nothing."""
     bounded = [f for f, kind in kinds.items() if kind.ours.codec._lengths._reach is not None]
     assert {"llama", "qwen2"} <= set(bounded) or len(bounded) >= 2, bounded
 
@@ -63,7 +63,7 @@ def _byte_level(normalizer: normalizers.Normalizer | None) -> Tokenizer:
     st.booleans(),
 )
 def test_composition_is_allowed_for(text: str, composes: bool) -> None:
-    """The bound also holds if NFC combines marks with the characters before the marks, which yields fewer bytes."""
+    """The bound also holds if NFC combines marks with the preceding characters, which yields fewer bytes."""
     tokenizer = _byte_level(normalizers.NFC() if composes else None)
     reach = Reach.of(tokenizer, {"normalizer": {"type": "NFC"} if composes else None,
                                  "pre_tokenizer": {"type": "ByteLevel"}})  # fmt: skip
@@ -106,7 +106,7 @@ def test_a_text_beyond_the_context_is_refused_at_once(kinds: dict[str, Kind]) ->
     "pattern", ["(a+)+$", "(?:a|b)*c", "(a*)*", r"(\s+\S+)+", "(x{2,})+", r"(.)\1", "a*" * 9 + "$"]
 )
 def test_expressions_that_may_explode_are_told(pattern: str) -> None:
-    """An expression whose backtracking time may double with each character is recognized as slow."""
+    """An expression whose backtracking time may double with each character is classified as slow."""
     assert may_explode(pattern)
     assert list(expressions_of({"pre_tokenizer": {"pretokenizers": [{"pattern": {"Regex": pattern}}]}})) == [pattern]
 
@@ -124,18 +124,19 @@ DEEPSEEK = (
 
 @pytest.mark.parametrize("pattern", [*sorted(WORD_PATTERNS), QWEN2, O200K, DEEPSEEK, "[0-9][0-9][0-9]", r"\p{N}{1,3}"])
 def test_expressions_of_known_tokenizers_are_quick(pattern: str) -> None:
-    """No expression of a known tokenizer is recognized as slow."""
+    """No expression of a known tokenizer is classified as slow."""
     assert not may_explode(pattern)
 
 
 def test_models_of_all_families_are_quick(kind: Kind) -> None:
-    """The tokenizer of each family is quick, so that a short prompt needs no helper."""
+    """The tokenizer of each family is classified as quick, so a short prompt needs no helper."""
     assert isinstance(kind.ours, TextModel)
     assert kind.ours._jobs.is_quick
 
 
 def test_inputs_that_are_surely_too_long_are_not_tokenized(kinds: dict[str, Kind]) -> None:
-    """An input of a pooling request that certainly has too many tokens is refused by name before any is tokenized."""
+    """If an input of a pooling request certainly has too many tokens, the request is refused before any input is
+    tokenized. The error names the input."""
     model = next(kind.ours for kind in kinds.values() if kind.ours.codec._lengths._reach is not None)
     long = "e" * (1 << 20) + " e" * (1 << 20)
     assert model.codec._lengths._reach is not None

@@ -1,4 +1,4 @@
-"""A text is cut at an added token only where the ids of both sides are those of the whole text."""
+"""A text is cut at an added token only if the ids of both sides add up to those of the whole text."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def cuts_of(tokenizer: Tokenizer) -> TokenCuts | None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_ids_of_both_sides_make_the_whole(name: str) -> None:
-    """The ids of a text equal those before each cut and those after the cut together, whatever added tokens there
-    are."""
+    """For any added tokens, the ids before and after a cut add up to the ids of the whole text."""
     tokenizer = TOKENIZERS[name]
     cuts = cuts_of(tokenizer)
     assert cuts is not None
@@ -42,7 +41,7 @@ def test_ids_of_both_sides_make_the_whole(name: str) -> None:
 
 
 def test_every_message_is_a_cut() -> None:
-    """The texts of two published kinds of templates are cut before each of their control tokens."""
+    """Texts of two common kinds of chat templates are cut before each of their control tokens."""
     llama3, mistral = cuts_of(TOKENIZERS["llama3"]), cuts_of(TOKENIZERS["mistral"])
     assert llama3 is not None
     assert mistral is not None
@@ -52,7 +51,8 @@ def test_every_message_is_a_cut() -> None:
 
 
 def test_many_tokens_take_linear_time() -> None:
-    """Six thousand tokens that begin alike are found in a text with many of their beginnings, the longest first."""
+    """Six thousand tokens with a common prefix are found in linear time, in a text that repeats parts of that prefix.
+    Of several matches the longest counts."""
     tokens = [AddedToken(f"<unused{i}>", normalized=False) for i in range(6000)]
     cuts = TokenCuts([*tokens, AddedToken("<unused", normalized=False)])
     text = "<unu <unused5999> <unused " * 1000
@@ -70,12 +70,12 @@ def padding(tokenizer: Tokenizer) -> None:
 
 
 def dropping_out(tokenizer: Tokenizer) -> None:
-    """Set a model whose merges are random (dropout)."""
+    """Replace the tokenizer's model by one whose merges are random (dropout)."""
     tokenizer.model = models.BPE(vocab={"a": 0}, merges=[], dropout=0.5)
 
 
 def of_another_model(tokenizer: Tokenizer) -> None:
-    """Set a model of another kind."""
+    """Replace the tokenizer's model by one of another kind."""
     tokenizer.model = models.WordLevel({"a": 0}, unk_token="a")
 
 

@@ -1,5 +1,5 @@
-"""Encoding a long text by words yields the ids of the whole text. A tokenizer for which this is not certain gets no
-word encoder."""
+"""Encoding a long text by words gives the ids of the whole text. A tokenizer for which this is not certain gets no word
+encoder."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def space_first(tokenizer: Tokenizer) -> None:
 
 
 def own_split(tokenizer: Tokenizer) -> None:
-    """Make the tokenizer split by an expression that keeps each word together with the space after the word."""
+    """Make the tokenizer split by an expression that keeps each word together with the following space."""
     split = pre_tokenizers.Split(Regex(r"\S+\s?"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
@@ -113,7 +113,7 @@ def bytes_first(tokenizer: Tokenizer) -> None:
 
 
 def greedy_token(tokenizer: Tokenizer) -> None:
-    """Add a special token that absorbs the space before the token."""
+    """Add a special token that absorbs the space before it."""
     tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])
 
 
@@ -123,12 +123,12 @@ def spaced_token(tokenizer: Tokenizer) -> None:
 
 
 def stripping(tokenizer: Tokenizer) -> None:
-    """Set a normalizer that strips the ends of a text."""
+    """Add a normalizer that strips the ends of a text."""
     tokenizer.normalizer = normalizers.Strip()
 
 
 def dropping_out(tokenizer: Tokenizer) -> None:
-    """Set a model whose merges are random (dropout)."""
+    """Replace the tokenizer's model by one whose merges are random (dropout)."""
     tokenizer.model = models.BPE(vocab={"a": 0}, merges=[], dropout=0.5)
 
 

@@ -1,4 +1,4 @@
-"""An engine's end is reported with the error of the process that failed first."""
+"""When an engine ends, the reported error is that of the process that failed first."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def no_keepers() -> Iterator[None]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of an engine's sockets, which the environment names."""
+    """The folder of an engine's sockets, set in the environment."""
     folder = tmp_path / f"{sockets.PREFIX}1"
     folder.mkdir()
     monkeypatch.setenv(sockets.ENV, str(folder))
@@ -54,7 +54,7 @@ def fail(name: str, error: Exception) -> None:
 
 
 def test_the_first_error_counts(folder: Path) -> None:
-    """The rank's own error is reported, not the core's error that follows. Each engine has its own notes."""
+    """If a rank and then the core fail, the rank's error is reported. Each engine has its own notes of errors."""
     end_causes.register()
     end_causes.register()
     fail("vllm.v1.executor.multiproc_executor", MemoryError("a rank\nhas no room"))
@@ -67,7 +67,7 @@ def test_the_first_error_counts(folder: Path) -> None:
 
 
 def test_a_process_that_only_imports_ray_starts_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name of a process that belongs to no Ray cluster is empty. Looking for the name starts no Ray."""
+    """The name of a process that has only imported Ray is empty, and the lookup of the name does not start Ray."""
     asked: list[str] = []
     imported = SimpleNamespace(is_initialized=lambda: False, get_runtime_context=lambda: asked.append("context"))
     monkeypatch.setitem(sys.modules, "ray", imported)
@@ -76,7 +76,7 @@ def test_a_process_that_only_imports_ray_starts_none(monkeypatch: pytest.MonkeyP
 
 
 def write(folder: Path, *notes: end_causes.Note) -> None:
-    """Write notes as an engine's processes do, followed by some invalid lines."""
+    """Write notes of errors and ends as an engine's processes do, followed by some invalid lines."""
     lines = [json.dumps(dataclasses.asdict(note)) for note in notes]
     (folder / f"{end_causes.NOTES}-e1").write_text("\n".join([*lines, "{", "[]", '{"at": 1}', ""]))
 
@@ -89,7 +89,9 @@ kinds = st.sampled_from(["error", "killed", "ended"])
 def test_a_rank_that_was_killed_comes_before_the_errors_that_follow(
     folder: Path, notes: list[tuple[str, float]]
 ) -> None:
-    """A killed rank counts before errors of up to a second earlier; later kills and exit codes do not.
+    """A killed rank is the cause of the end, even if errors were noted up to a second before the kill.
+
+    Otherwise the first error is the cause. Exit codes count only if there is neither an error nor a kill.
 
     The other ranks fail as soon as one rank is missing, and may log their errors before the kill is noticed.
     """
@@ -106,14 +108,15 @@ def test_a_rank_that_was_killed_comes_before_the_errors_that_follow(
 
 
 def test_old_errors_do_not_explain_a_new_end(folder: Path) -> None:
-    """Errors from an hour ago, such as the error of one request, are not the reason why a running engine ends."""
+    """If an engine ends, errors from an hour ago, such as the error of one request, are not reported as the cause."""
     write(folder, end_causes.Note(time.time() - 3600, "error", "old"), end_causes.Note(time.time(), "ended", "new"))
     assert end_causes.find_cause("e1", recent=True) == "new"
     assert end_causes.find_cause("e1") == "old"
 
 
 def test_executors_words_for_ended_ranks_are_kept(folder: Path) -> None:
-    """The executors' log messages are used, with the signal or exit code of a process, or the ranks of Ray actors."""
+    """The executors' log messages about ended ranks are kept, with the signal or exit code of a process, or the ranks
+    of Ray actors."""
     end_causes.register()
     logger = logging.getLogger("vllm.v1.executor.multiproc_executor")
     logger.error("Worker proc %s died unexpectedly (exit code: %s), shutting down.", "VllmWorker-1", -11)
@@ -146,7 +149,7 @@ def test_ranks_have_their_numbers(name: str, rank: str) -> None:
     ],
 )
 def test_a_core_notes_how_other_processes_end(folder: Path, number: int, how: str) -> None:
-    """A core notes the exit status of a process that is not its child, with the log of that process."""
+    """A core notes how a process that is not its child has ended, and the path of that process's log."""
     command = "read line; exit 3"
     with subprocess.Popen(["sh", "-c", command], stdin=subprocess.PIPE) as process:
         member = end_causes.Member("rank 1", "/var/log/rank-1.out")
@@ -171,7 +174,7 @@ def test_a_core_notes_how_other_processes_end(folder: Path, number: int, how: st
     ],
 )
 def test_a_core_waits_with_its_own_error_for_a_ranks_end(folder: Path, logger: str, message: str) -> None:
-    """A rank's death is noted before the core's own error, which the owner would otherwise report."""
+    """A core notes a rank's death before its own error. Otherwise the core's error would be reported as the cause."""
     members = end_causes.Members()
     end_causes.register(members)
     with subprocess.Popen(["sleep", "60"]) as process:
@@ -192,7 +195,8 @@ def test_a_core_waits_with_its_own_error_for_a_ranks_end(folder: Path, logger: s
 
 
 def test_a_core_waits_longer_for_a_rank_that_is_seen_to_end(folder: Path) -> None:
-    """A core waits longer for a rank that is ending, as on a busy machine, but not for a rank that keeps running."""
+    """A core waits longer for a rank that is ending, which may take time on a busy machine, than for a rank that runs
+    on."""
     members = end_causes.Members()
     with subprocess.Popen(["sleep", "60"]) as process:
         (folder / f"{end_causes.MEMBER}-e1-{process.pid}").write_text(
@@ -222,7 +226,7 @@ def test_a_core_without_ranks_does_not_wait(folder: Path) -> None:
 
 
 def test_a_crash_is_read_from_the_log_where_the_kernel_tells_nothing(tmp_path: Path) -> None:
-    """The last crash message in a process's log is used as the cause of the process's end."""
+    """If the kernel gives no exit status, the last crash message in a process's log is the cause of its end."""
     log = tmp_path / "rank.err"
     log.write_text("x" * 100_000 + "\n*** SIGSEGV received at time=1 on cpu 0 ***\nFatal Python error: Aborted\n\n")
     assert end_causes._crash_cause(end_causes.Member("rank 1", "", str(log))) == "crashed: Aborted"
@@ -242,12 +246,13 @@ def test_a_crash_is_read_from_the_log_where_the_kernel_tells_nothing(tmp_path: P
     ],
 )
 def test_exit_codes_are_said_in_words(code: int | None, words: str) -> None:
-    """Python's exit codes, which are negative for signals, are described in words."""
+    """Python's exit codes are described in words. A negative exit code is a signal."""
     assert exit_status.describe(code) == words
 
 
 def test_nothing_is_written_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No notes are written to a folder that is not ours or does not exist."""
+    """No notes are written if the folder in the environment does not exist or is not one of Headrace's socket
+    folders."""
     end_causes.register()
     for place in (tmp_path, tmp_path / f"{sockets.PREFIX}2"):
         monkeypatch.setenv(sockets.ENV, str(place))
@@ -257,7 +262,7 @@ def test_nothing_is_written_elsewhere(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_an_error_from_another_process_is_told_without_its_traceback() -> None:
-    """The traceback that Ray or vLLM's ranks attach to an error is removed, and all lines of the message are kept."""
+    """The traceback that Ray or vLLM's ranks add to an error is removed. All lines of the message are kept."""
     why = "ValueError: no route\nto the other rank"
     sent = f"ray::RayWorkerProc.initialize_worker()\nTraceback (most recent call last):\n  File x\n    call()\n{why}"
     assert end_causes.one_line(RuntimeError(sent)) == "ValueError: no route to the other rank"
@@ -280,7 +285,7 @@ def test_an_error_from_another_process_is_told_without_its_traceback() -> None:
 async def test_a_real_engine_says_why(
     llama_folder: Path, rank: str, cache_bytes: int, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error of a failed start has the reason and the entry's name, whether the core or a rank has failed."""
+    """The error of a failed start has the reason and the entry's name, for a failure of the core and of a rank."""
     monkeypatch.setenv(lone_rank.RANK, rank)
     spec = tiny_spec()
     spec = dataclasses.replace(spec, engine={**spec.engine, "kv_cache_memory_bytes": cache_bytes})

@@ -1,4 +1,4 @@
-"""The fork server of engine processes: when the server is used, and the state of its forks."""
+"""The fork server of engine processes: when it is used, and the state of the processes that it forks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ if __name__ == "__main__":
 
 
 def test_forks_carry_their_starters_environment(tmp_path: os.PathLike[str]) -> None:
-    """A fork and its own fork have the same server and preloaded modules.
+    """A forked process, and a process that it forks in turn, share the server and the preloaded modules.
 
     Each has the environment of the process that started it, and neither runs the main program again.
     """
@@ -106,7 +106,8 @@ def temporary() -> Iterator[Path]:
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_the_servers_folder_goes(temporary: Path, killed: bool) -> None:
-    """The server's folder is removed with its owner or, if the owner was killed, by the next engine's start."""
+    """The server's folder is removed when its owner ends. If the owner was killed, the next engine's start removes the
+    folder."""
     environment = {**os.environ, fork_server.START: "fork-server", "PYTHONPATH": os.getcwd(), "TMPDIR": str(temporary)}
     command = [sys.executable, "-c", HOLDS]
     with subprocess.Popen(
@@ -125,7 +126,7 @@ def test_the_servers_folder_goes(temporary: Path, killed: bool) -> None:
 
 @pytest.mark.parametrize(("word", "wanted"), [("spawn", False), ("fork-server", True)])
 def test_a_word_decides(monkeypatch: pytest.MonkeyPatch, word: str, wanted: bool) -> None:
-    """The environment variable decides whether the fork server is used, whatever the vLLM build is."""
+    """The environment variable decides whether the fork server is used, for every vLLM build."""
     monkeypatch.setenv(fork_server.START, word)
     assert fork_server.is_wanted() is wanted
 
@@ -138,6 +139,6 @@ def test_another_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_no_server_was_begun_nothing_changes() -> None:
-    """`install` changes nothing without a server, as for an engine outside a replica."""
+    """Without a running fork server, as for an engine outside a replica, `install` changes nothing."""
     assert not fork_server.is_running()
     fork_server.install()

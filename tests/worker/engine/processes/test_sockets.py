@@ -1,4 +1,4 @@
-"""The sockets of vLLM's processes are in a folder that is removed with the engines of those processes."""
+"""vLLM's processes have their sockets in a folder that is removed when their engines end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tests.support.ray_head import OWN_PROCESSES
 
 
 def test_the_folder_goes_with_the_last_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two engines of a process share the folder. The end of the second engine removes the folder and its contents."""
+    """Two engines of one process share the folder. When the second engine ends, the folder is removed with its
+    contents."""
     monkeypatch.delenv(sockets.ENV, raising=False)
     ours = sockets.SocketFolder(tmp_path)
     assert ours.acquire()
@@ -48,7 +49,7 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_a_living_process_keeps_its_folder_from_other_namespaces(tmp_path: Path) -> None:
-    """A live process keeps its folder, even if a process in another pid namespace sweeps."""
+    """A live process keeps its folder when a process in another pid namespace removes the folders of dead processes."""
     sweep = (
         "from cluster.worker.engine.processes import sockets; from pathlib import Path; "
         f"sockets.sweep(Path({str(tmp_path)!r}))"
@@ -63,7 +64,7 @@ def test_a_living_process_keeps_its_folder_from_other_namespaces(tmp_path: Path)
 async def test_a_start_that_fails_leaves_no_folder(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start that fails removes its folder, since no caller closes an engine that has not started."""
+    """If an engine's start fails, the start itself removes the folder, since no caller closes the engine."""
     monkeypatch.delenv(sockets.ENV, raising=False)
     monkeypatch.setattr(sockets, "OURS", sockets.SocketFolder(tmp_path))
     spec = ModelSpec("tiny", "unused", dtype="float32", max_model_len=10**9)
@@ -74,7 +75,8 @@ async def test_a_start_that_fails_leaves_no_folder(
 
 
 def test_a_rank_elsewhere_keeps_vllms_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process on a host without the folder gets vLLM's default folder back, and an operator's own path is kept."""
+    """On a host where our socket folder does not exist, vLLM's default folder is restored. An operator's own path is
+    kept."""
     ours = tmp_path / f"{sockets.PREFIX}1"
     for folder, there, kept in ((ours, True, True), (ours, False, False), (tmp_path / "elsewhere", False, True)):
         if there:
@@ -89,7 +91,7 @@ def test_a_rank_elsewhere_keeps_vllms_own_place(tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_operators_own_place_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path that the environment already names is not replaced."""
+    """A socket path that an operator has set in the environment is kept."""
     monkeypatch.setenv(sockets.ENV, str(tmp_path / "elsewhere"))
     assert not sockets.SocketFolder(tmp_path).acquire()
     assert os.environ[sockets.ENV] == str(tmp_path / "elsewhere")

@@ -1,4 +1,4 @@
-"""The kernel's statistics of threads distinguish an engine without a CPU core from a hung engine."""
+"""The kernel's thread statistics distinguish an engine that waits for a CPU core from a hung engine."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Machine:
         self.runnable = False
 
     def tasks(self) -> Tasks:
-        """Return the counters in the form in which they are read from /proc."""
+        """Return the counters as `Tasks`, as if they were read from /proc."""
         return {KEY: Task(self.ran, self.waited, self.runnable)}
 
 
 def until_alarm(pass_time: Callable[[Machine, float], None], ends_s: float = 20.0) -> float:
-    """Return the time at which a step that began at 0 is no longer explained.
+    """Return the time at which a gateway would find the engine hung, in a step that began at 0.
 
-    The step is checked ten times a second, as gateways check it.
+    The step is checked ten times a second, as by a gateway.
     """
     machine = Machine()
     starvation = Starvation(machine.tasks)
@@ -51,10 +51,10 @@ def until_alarm(pass_time: Callable[[Machine, float], None], ends_s: float = 20.
 
 @given(st.floats(0.8, 1.0), st.booleans())
 def test_what_gets_no_core_hangs_not(part: float, told_late: bool) -> None:
-    """A starved engine raises no alarm. On a busy host false alarms came twenty times an hour.
+    """An engine that waits for a CPU core raises no alarm. On a busy host there were twenty false alarms an hour.
 
-    The kernel adds a thread's waiting time when the thread runs again. A thread that never runs is runnable all the
-    time.
+    The kernel adds a thread's waiting time only when the thread runs again. A thread that never runs is runnable all
+    the time.
     """
 
     def starves(machine: Machine, seconds: float) -> None:
@@ -68,7 +68,7 @@ def test_what_gets_no_core_hangs_not(part: float, told_late: bool) -> None:
 
 @pytest.mark.parametrize("runs", [0.0, 1.0], ids=["sleeps or is stopped", "spins"])
 def test_what_hangs_is_found_as_early_as_ever(runs: float) -> None:
-    """A deadlock, SIGSTOP or an endless loop with its own core is never excused."""
+    """A deadlock, SIGSTOP or an endless loop with a core of its own is reported as hung without delay."""
 
     def hangs(machine: Machine, seconds: float) -> None:
         machine.ran += runs * seconds
@@ -79,7 +79,7 @@ def test_what_hangs_is_found_as_early_as_ever(runs: float) -> None:
 
 @given(st.floats(0.0, 1.0), st.floats(0.0, 1.0))
 def test_a_hang_on_a_busy_machine_is_found_late(ran: float, waited: float) -> None:
-    """An endless loop that also waits for its core is detected by its own CPU time, even if later."""
+    """An endless loop that also waits for its core is detected by its CPU time. The detection takes longer."""
     total = max(ran + waited, 1.0)
 
     def spins(machine: Machine, seconds: float) -> None:
@@ -97,7 +97,8 @@ def test_a_hang_on_a_busy_machine_is_found_late(ran: float, waited: float) -> No
     st.floats(0.01, 1.0),
 )
 def test_no_more_is_lost_than_has_passed(before: dict[int, tuple], after: dict[int, tuple], window_s: float) -> None:  # type: ignore[type-arg]
-    """The lost time is between 0 and the window, even if threads change and counters go backwards."""
+    """The time lost in waiting for a core is between 0 and the window, even if threads change and counters go
+    backwards."""
     samples = [{(1, key): Task(*task) for key, task in some.items()} for some in (before, after)]
     assert 0.0 <= lost_s(samples[0], samples[1], window_s) <= window_s
 
@@ -124,7 +125,7 @@ def spinning(core: int, count: int) -> Iterator[list[subprocess.Popen[str]]]:
 
 
 def lost_share(pid: int, wanted: Callable[[float], bool]) -> float:
-    """Return the fraction of time for which a process has waited.
+    """Return the fraction of time for which a process has waited for a core.
 
     The fraction is measured again until `wanted` accepts it, for at most a minute.
     """
@@ -140,7 +141,7 @@ def lost_share(pid: int, wanted: Callable[[float], bool]) -> float:
 
 @pytest.mark.slow
 def test_the_kernel_tells_who_waits() -> None:
-    """Four processes on one core lose time waiting for the core, and a stopped process loses none."""
+    """Four processes on one core lose time in waiting for the core, and a stopped process loses none."""
     core = min(os.sched_getaffinity(0))
     with spinning(core, 4) as processes:
         pid = processes[0].pid

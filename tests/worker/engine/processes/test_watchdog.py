@@ -68,7 +68,8 @@ async def held_engine(folder: Path, tensor_parallel_size: int, tag: str) -> tupl
 async def test_nothing_is_left_when_the_owner_is_killed(
     llama_folder: Path, fast_subject: Subject, tensor_parallel_size: int
 ) -> None:
-    """SIGKILL of the owner leaves neither processes nor shared memory. Before it, TP 2 gives the tokens of TP 1."""
+    """After SIGKILL of the owner, neither processes nor shared memory are left. Before the kill, TP 2 gives the tokens
+    of TP 1."""
     (expected,) = await Driver(fast_subject).run(request(fast_subject.prompt(1), max_tokens=8))
     tag, before = uuid.uuid4().hex, blocks()
     owner, line = await held_engine(llama_folder, tensor_parallel_size, tag)
@@ -94,7 +95,7 @@ async def test_nothing_is_left_when_the_owner_is_killed(
 
 
 def _shared(pid: int) -> int:
-    """Return the number of shared memory blocks that a process has mapped and that have no name any more."""
+    """Return how many shared memory blocks a process has mapped whose names are already removed."""
     return sum("/dev/shm/psm_" in line and line.endswith(" (deleted)") for line in _maps(pid))
 
 
@@ -103,7 +104,8 @@ def _maps(pid: int) -> list[str]:
 
 
 async def test_only_the_engines_names_are_forgotten() -> None:
-    """Shared memory of a child that existed before the engine keeps its name, even if the memory was created later."""
+    """`forget_names` removes the names of a new child's shared memory. A child that existed before the engine keeps its
+    names, even of memory that it created later."""
     code = (
         "from multiprocessing.shared_memory import SharedMemory as S; input(); block = S(create=True, size=8)"
         "; print(block.name, flush=True); input(); block.close(); block.unlink()"
@@ -144,9 +146,8 @@ if __name__ == "__main__":
 
 
 async def test_only_the_engines_semaphores_are_forgotten(tmp_path: Path) -> None:
-    """A child's lock loses its name and still works. Locks of this process, and of a child that existed before, keep
-    theirs.
-    """
+    """The lock of a new child loses its name and still works. Locks of this process and of an earlier child keep their
+    names."""
     program = tmp_path / "locks.py"
     program.write_text(LOCKS)
 
@@ -172,7 +173,8 @@ async def test_only_the_engines_semaphores_are_forgotten(tmp_path: Path) -> None
 
 
 def test_a_mark_names_one_process_for_ever() -> None:
-    """A mark is alive while its process is alive, dead for another start time, and None (unknown) for another boot."""
+    """A mark identifies a process by its pid, start time and boot. It is alive while the process is alive, dead if the
+    start time differs, and None (unknown) if the boot differs."""
     own = watchdog.mark(os.getpid())
     assert watchdog.alive(own) is True
     pid, start, here = own.split("@")
@@ -194,7 +196,7 @@ async def test_a_zombie_counts_as_gone() -> None:
 
 
 async def test_a_process_that_watches_ends_with_its_owner() -> None:
-    """A process with the owner's mark ends itself when the owner is gone. A process without a mark keeps running."""
+    """A process that has its owner's mark ends itself when the owner is gone. A process without a mark runs on."""
     owner = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=PIPE)
     code = "from cluster.worker.engine.processes import watchdog; watchdog.watch(); print('up', flush=True); input()"
     marks = {"watcher": watchdog.mark(owner.pid), "free": ""}
@@ -216,7 +218,7 @@ async def test_a_process_that_watches_ends_with_its_owner() -> None:
 
 
 def test_only_multiprocessing_blocks_are_swept() -> None:
-    """Only names of multiprocessing and vLLM are listed, and no name that is already unlinked."""
+    """Only shared memory of multiprocessing and vLLM is listed, without names that are already removed."""
     maps = """
 7f1-7f2 rw-s 0 00:1a 5 /dev/shm/psm_abc123
 7f2-7f3 rw-s 0 00:1a 5 /dev/shm/plasmaXYZ

@@ -34,7 +34,7 @@ async def subject(config: SimConfig = SMALL, clock: Clock | None = None) -> tupl
 
 
 class TestContract(EngineContract):
-    """The engine contract, tested with the simulated engine."""
+    """The engine contract for the simulated engine."""
 
     @pytest.fixture
     async def engine(self) -> AsyncIterator[Subject]:
@@ -46,7 +46,7 @@ class TestContract(EngineContract):
 
 
 async def test_eos_comes_at_its_ratio_and_not_when_ignored() -> None:
-    """With eos_ratio 0.1, about every tenth token is EOS, but no token is EOS before min_tokens or with ignore_eos."""
+    """With eos_ratio 0.1, about every tenth token is EOS. No token is EOS before min_tokens or with ignore_eos."""
     _, driver = await subject(SimConfig(vocab=1000, token_lo=100, token_hi=900, eos=2, eos_ratio=0.1))
     answers = await driver.run(
         *(request(driver.subject.prompt(i), 200, ignore_eos=False, min_tokens=3) for i in range(100))
@@ -77,7 +77,7 @@ CONTENT: list[dict[str, object]] = [
 
 
 async def test_every_value_of_a_parameter_counts() -> None:
-    """Each value of a parameter that depends on the output tokens gives different tokens."""
+    """Different values of a parameter that takes effect after the first token give different tokens."""
     _, driver = await subject(SimConfig(vocab=1000, token_lo=100, token_hi=900))
     prompt = driver.subject.prompt(1)
     values: dict[str, tuple[object, object]] = {
@@ -100,7 +100,7 @@ async def test_an_end_may_come_right_after_min_tokens() -> None:
 
 
 async def test_an_abort_in_mid_step_gives_no_output() -> None:
-    """A request aborted during a step has no output of that step, and the other request has an output."""
+    """A request that is aborted during a step has no output of that step. Another request has its output."""
     engine, driver = await subject()
     goes, stays = [await driver.submit(request(driver.subject.prompt(i), 3)) for i in range(2)]
     reader = asyncio.ensure_future(engine.step())
@@ -111,7 +111,7 @@ async def test_an_abort_in_mid_step_gives_no_output() -> None:
 
 @pytest.mark.parametrize("change", CONTENT, ids=lambda change: next(iter(change)))
 async def test_whatever_shapes_content_changes_every_token(change: dict[str, object]) -> None:
-    """A request that has lost one parameter has different tokens, beginning with the first token."""
+    """A change of any parameter that shapes the content changes every token, including the first."""
     _, driver = await subject()
     prompt = driver.subject.prompt(1)
     plain, other = await driver.run(request(prompt, 8), request(prompt, 8, **change))
@@ -146,7 +146,7 @@ class LateClock(VirtualClock):
 
 
 class HeldClock:
-    """A clock that stands still until a test sets it."""
+    """A clock that shows the time that a test has set."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -157,7 +157,7 @@ class HeldClock:
         return self._now
 
     def be(self, now: float) -> None:
-        """Set the time."""
+        """Set the time that the clock shows."""
         self._now = now
         self._moved.set()
 
@@ -169,7 +169,7 @@ class HeldClock:
 
 
 async def test_late_wake_ups_do_not_add_up() -> None:
-    """Fifty steps of 20 ms end after 1 s and a single delay, not after 50 delays."""
+    """Fifty steps of 20 ms end after 1 s plus one delay of a late clock; the delays do not add up."""
     clock = LateClock()
     _, driver = await subject(clock=clock)
     await driver.run(request(driver.subject.prompt(1, tokens=1), 50))
@@ -177,7 +177,7 @@ async def test_late_wake_ups_do_not_add_up() -> None:
 
 
 async def test_a_step_begins_no_earlier_than_its_work() -> None:
-    """A step after any idle time takes its whole duration, counted from the submit."""
+    """A step after idle time takes its whole duration, counted from the submit of its request."""
     clock = VirtualClock()
     _, driver = await subject(clock=clock)
     await driver.run(request(driver.subject.prompt(1, tokens=1), 1))
@@ -196,7 +196,8 @@ async def test_the_wall_clock_is_the_default() -> None:
 
 
 async def test_a_cancelled_step_loses_no_output() -> None:
-    """A cancelled call of `step` loses nothing: the next call returns the tokens of the same step when they are due."""
+    """If a call of `step` is cancelled, no output is lost: the next call returns the step's tokens when they are
+    due."""
     clock = VirtualClock()
     engine, driver = await subject(clock=clock)
     (expected,) = await driver.run(request(driver.subject.prompt(1, tokens=1), 3))
@@ -214,7 +215,8 @@ async def test_a_cancelled_step_loses_no_output() -> None:
 
 @pytest.mark.parametrize(("point", "at", "tokens"), [("prefill", 1, 0), ("step", 3, 2), ("last_token", 1, 4)])
 async def test_die_at_a_point(point: str, at: int, tokens: int) -> None:
-    """An engine dies at the fault's point: earlier tokens have arrived, and every later call raises EngineDead."""
+    """An engine dies at the step of the fault. Earlier tokens have been returned, and every later call raises
+    EngineDead."""
     engine, driver = await subject()
     engine.faults.arm(point, "die", at)
     request_id = await driver.submit(request(driver.subject.prompt(1), 5))
@@ -273,7 +275,8 @@ async def test_hang_stands_still_until_healed() -> None:
 
 @pytest.mark.parametrize("point", ["step", "prefill"])
 async def test_a_hang_ages_and_soon_states_no_work(point: str) -> None:
-    """During a hang the step's age exceeds the age of earlier steps. A prompt explains this age only for a while."""
+    """During a hang the step's age grows beyond that of earlier steps. A waiting prompt explains the age only for a
+    while."""
     clock = VirtualClock()
     engine, driver = await subject(clock=clock)
     await driver.run(request(driver.subject.prompt(1), 20))
@@ -292,7 +295,7 @@ async def test_a_hang_ages_and_soon_states_no_work(point: str) -> None:
 
 @pytest.mark.parametrize(("point", "busy"), [("prefill", "prefill"), ("step", "")])
 async def test_a_slow_prefill_states_its_work(point: str, busy: str) -> None:
-    """A slow prefill reports its work all the time, and a step that is slow without a reason reports no work."""
+    """A slow prefill is reported as work while it lasts. A step that is slow for no reason reports no work."""
     clock = HeldClock()
     engine, driver = await subject(clock=clock)
     engine.faults.arm(point, "slow", seconds=8.0)
@@ -309,7 +312,7 @@ async def test_a_slow_prefill_states_its_work(point: str, busy: str) -> None:
 
 
 async def test_a_blocked_loop_shows_to_other_threads() -> None:
-    """While the event loop is blocked, another thread sees the step's age grow without reported work."""
+    """While the event loop is blocked, load() in another thread has a growing step age and no work."""
     engine = SimEngine(dataclasses.replace(SMALL, decode_ms=2.0))
     driver = Driver(Subject(engine, await engine.start(), 100, 900))
     await driver.run(request(driver.subject.prompt(1), 30))
@@ -375,7 +378,7 @@ async def test_close_ends_a_hang() -> None:
 
 
 async def test_slow_step_takes_longer() -> None:
-    """The fault `slow` adds its seconds to the duration of one step."""
+    """The fault `slow` makes one step longer by its seconds."""
     clock = VirtualClock()
     engine, driver = await subject(clock=clock)
     engine.faults.arm("step", "slow", at=2, seconds=1.5)
@@ -384,7 +387,7 @@ async def test_slow_step_takes_longer() -> None:
 
 
 async def test_nan_ends_one_request_in_error() -> None:
-    """The fault `nan` ends one request of the step with ERROR and a message, and the other request gets its tokens."""
+    """The fault `nan` ends one request of a step with ERROR and a message. The other request gets its tokens."""
     engine, driver = await subject()
     engine.faults.arm("step", "nan", at=2)
     broken, whole = await driver.run(request(driver.subject.prompt(1), 5), request(driver.subject.prompt(2), 5))
@@ -411,7 +414,7 @@ async def test_load_says_what_runs_and_waits() -> None:
 
 
 def test_source_gives_every_parameter() -> None:
-    """The parameters, the folder and the faults of a source URL are parsed, and overrides take precedence."""
+    """A source URL gives the parameters, the folder and the faults. Overrides take precedence."""
     config = SimConfig.from_source(
         "sim:///models/a%20b?decode_ms=5&kv_blocks=64&seed=3&fault=die@step:5&fault=slow@prefill:0:0.5",
         {"max_model_len": 512, "kv_blocks": 128},
@@ -471,7 +474,8 @@ async def test_folder_completes_the_source(tmp_path: Path) -> None:
 
 
 async def test_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
-    """A missing folder, vocabulary size or EOS id ends the start with an error that has the reason."""
+    """If the folder, the vocabulary size or the EOS id is missing, the start fails with an error that has the
+    reason."""
     for config, says in (
         (SimConfig(folder=str(tmp_path / "none")), "no such folder"),
         (SimConfig(), "vocab is not given"),
@@ -482,7 +486,8 @@ async def test_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
 
 
 async def test_adapters_are_loaded_in_their_time_and_bounded() -> None:
-    """A load takes its time while requests go on; what is not loaded, or above the memory, is refused."""
+    """A load of an adapter takes its configured time while requests run. Adapters above the capacity, and requests for
+    adapters that are not loaded, are refused."""
     clock = VirtualClock()
     small = dataclasses.replace(SMALL, max_loras=1, max_cpu_loras=2, adapter_load_ms=500.0)
     engine, driver = await subject(small, clock)
@@ -507,7 +512,8 @@ async def test_adapters_are_loaded_in_their_time_and_bounded() -> None:
 
 
 async def test_loads_of_adapters_can_fail() -> None:
-    """Faults at the point `adapter`: a refusal leaves the engine alive, a death ends it."""
+    """A fault at the point `adapter` lets a load fail: a refusal leaves the engine alive, and a death ends the
+    engine."""
     engine, driver = await subject(dataclasses.replace(SMALL, max_loras=1, max_cpu_loras=1))
     engine.faults.arm("adapter", "refuse")
     with pytest.raises(EngineRefused) as refusal:
@@ -532,6 +538,6 @@ async def test_loads_of_adapters_can_fail() -> None:
     ],
 )
 def test_vllms_names_of_adapters_work_in_an_entry(overrides: dict[str, object], sizes: tuple[int, int]) -> None:
-    """An entry's `engine:` section has the same keys for a simulated engine as for vLLM."""
+    """The keys for adapters in an entry's `engine` section are the same for a simulated engine as for vLLM."""
     config = SimConfig.from_source("sim:///nowhere", overrides)
     assert (config.max_loras, config.max_cpu_loras) == sizes

@@ -1,4 +1,4 @@
-"""Properties of the pure parts of the simulated engine: blocks, tokens and scheduler."""
+"""Properties of the pure parts of the simulated engine: KV blocks, tokens and scheduler."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ask(
     emitted: Sequence[int] = (),
     sampling: Sampling | None = None,
 ) -> EngineRequest:
-    """Return a request with the given sampling parameters, by default a greedy request."""
+    """Return a request with these sampling parameters. By default the request is greedy."""
     sampling = sampling or Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     return EngineRequest(request_id, prompt, sampling, emitted, salt, priority)
 
@@ -58,7 +58,7 @@ prompts = st.lists(st.integers(100, 103), min_size=1, max_size=40)
 
 @given(st.lists(st.integers(0, 2**32 - 1)), st.lists(st.integers(0, 2**32 - 1)), st.integers(0, 2**64 - 60))
 def test_fold_goes_on_where_it_stopped(a: list[int], b: list[int], state: int) -> None:
-    """The hash state is the same whether tokens are hashed all at once, in two parts, or one by one."""
+    """The hash state is the same if tokens are hashed all at once, in two parts, or one by one."""
     whole = fold(state, [*a, *b])
     assert fold(fold(state, a), b) == whole
     for token in (*a, *b):
@@ -68,7 +68,7 @@ def test_fold_goes_on_where_it_stopped(a: list[int], b: list[int], state: int) -
 
 @given(st.lists(st.integers(0, 499), min_size=1, max_size=100), st.data())
 def test_any_other_token_gives_another_state(tokens: list[int], data: st.DataObject) -> None:
-    """The hash state changes if a token is changed, dropped or swapped."""
+    """The hash state changes if any token is changed or dropped, or if two tokens are swapped."""
     at = data.draw(st.integers(0, len(tokens) - 1))
     changed = [*tokens]
     changed[at] = (changed[at] + data.draw(st.integers(1, 498))) % 499
@@ -81,7 +81,8 @@ def test_any_other_token_gives_another_state(tokens: list[int], data: st.DataObj
 
 @given(prompts, st.integers(1, 12), st.data())
 def test_cut_and_continued_equals_uncut_at_every_cut(prompt: list[int], max_tokens: int, data: st.DataObject) -> None:
-    """With any sampling parameters, another engine continues the emitted tokens with exactly the remaining tokens."""
+    """A request cut after any token gets exactly its remaining tokens on another engine, with any sampling
+    parameters."""
     sampling = Sampling(
         max_tokens=max_tokens,
         min_tokens=data.draw(st.integers(0, max_tokens)),
@@ -99,7 +100,8 @@ def test_cut_and_continued_equals_uncut_at_every_cut(prompt: list[int], max_toke
 
 @given(prompts, st.sampled_from([None, 3]))
 def test_folding_emitted_into_the_prompt_is_exact_only_for_greedy(prompt: list[int], seed: int | None) -> None:
-    """Emitted tokens passed as prompt give the exact continuation without a seed, but not with one.
+    """If emitted tokens are passed as part of the prompt, the continuation is exact without a seed, but not with a
+    seed.
 
     A real engine has the same property.
     """
@@ -112,7 +114,7 @@ def test_folding_emitted_into_the_prompt_is_exact_only_for_greedy(prompt: list[i
 
 @dataclass(frozen=True)
 class Move:
-    """A step of a random history: a submit, an optional abort, and some engine steps."""
+    """One move of a random history: a submit, an optional abort, and some engine steps."""
 
     prompt: list[int]
     max_tokens: int
@@ -138,7 +140,7 @@ moves = st.lists(
 
 
 def check_blocks(model: SimModel, config: SimConfig) -> None:
-    """Check the bounds that hold between any two steps."""
+    """Check the bounds of the KV cache that hold between any two steps."""
     s = model.statistics()
     assert 0 <= s.kv_used_blocks <= config.kv_blocks
     assert s.kv_used_blocks + s.kv_idle_blocks <= config.kv_blocks
@@ -152,7 +154,7 @@ def check_blocks(model: SimModel, config: SimConfig) -> None:
 @given(moves)
 @pytest.mark.slow
 def test_a_crowded_engine_keeps_its_bounds_and_its_tokens(history: list[Move]) -> None:
-    """With chunks, preemptions and aborts the bounds hold and nothing leaks.
+    """With chunked prefills, preemptions and aborts, the bounds of the KV cache hold and no block leaks.
 
     Each request has the same tokens as when it runs alone.
     """
@@ -191,7 +193,7 @@ def test_a_crowded_engine_keeps_its_bounds_and_its_tokens(history: list[Move]) -
 
 
 def test_preemption_happens_and_changes_no_token() -> None:
-    """Requests that together exceed the cache are preempted, and still end with their own tokens."""
+    """Requests that together exceed the KV cache are preempted, and still get the tokens that they get alone."""
     requests = [ask(str(i), [100 + i] * 20, 40) for i in range(5)]
     crowded = SimModel(TIGHT)
     tokens = run(crowded, *requests)
@@ -200,7 +202,7 @@ def test_preemption_happens_and_changes_no_token() -> None:
 
 
 def test_the_least_urgent_is_preempted() -> None:
-    """In a full cache the request with the best priority finishes first, although it was submitted last."""
+    """In a full cache, the request with the lowest priority number finishes first, even if it was submitted last."""
     model = SimModel(TIGHT)
     for i in range(4):
         model.submit(ask(str(i), [100 + i] * 20, 40, priority=9 - i))
@@ -213,9 +215,9 @@ def test_the_least_urgent_is_preempted() -> None:
 
 @given(prompts, st.sampled_from(["", "a", "b"]), st.sampled_from(["", "a", "b"]))
 def test_prefix_hits_never_cross_salts(prompt: list[int], mine: str, other: str) -> None:
-    """A second request with the same salt finds all full blocks but the block of its last token.
+    """A second request with the same prompt and salt finds all full blocks, except a block that has the last token.
 
-    With another salt the request finds no blocks.
+    A request with another salt finds no blocks.
     """
     model = SimModel(ROOMY)
     run(model, ask("a", prompt, 1, salt=mine))
@@ -226,7 +228,7 @@ def test_prefix_hits_never_cross_salts(prompt: list[int], mine: str, other: str)
 
 
 def test_cached_tokens_count_the_prompt_alone() -> None:
-    """A resumed request whose prompt and emitted tokens are cached reports only the prompt's cached tokens."""
+    """If the prompt and the emitted tokens of a resumed request are cached, its cached tokens count the prompt only."""
     model = SimModel(ROOMY)
     uncut = run(model, ask("a", [100] * 10, 30))["a"]
     model.submit(ask("b", [100] * 10, 30, emitted=uncut[:20]))
@@ -253,7 +255,8 @@ def test_same_seed_same_tokens(prompt: list[int], seed: int, other: int) -> None
 @settings(deadline=None)
 @given(st.integers(1, 12), st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6), st.booleans()), max_size=40))
 def test_kv_blocks_equal_a_recount(blocks: int, history: list[tuple[int, int, bool]]) -> None:
-    """After any allocations, commits and releases, `used` and `free` equal a recount and are never negative."""
+    """After any allocations, commits and releases of blocks, `used` and `free` equal a recount and are never
+    negative."""
     kv = KvCache(blocks)
     holders: list[tuple[list[int], int]] = []
     for family, length, give_back in history:
@@ -278,7 +281,8 @@ def test_kv_blocks_equal_a_recount(blocks: int, history: list[tuple[int, int, bo
 
 
 def test_oldest_idle_block_is_evicted_first_and_tails_before_heads() -> None:
-    """The block that was freed first is evicted first. Within one request the tail is evicted before the head."""
+    """Of the idle blocks, the one that was freed first is evicted first. Within one request, later blocks are evicted
+    first."""
     kv = KvCache(4)
     for hashes in ([1, 2], [3, 4]):
         assert kv.allocate(2)
@@ -292,7 +296,7 @@ def test_oldest_idle_block_is_evicted_first_and_tails_before_heads() -> None:
 
 
 def test_a_block_filled_again_is_not_idle_beside() -> None:
-    """An idle block that is computed again is held once and is no longer idle."""
+    """If a new block gets the content of an idle block, the content is held once, in the used block."""
     kv = KvCache(4)
     assert kv.allocate(2)
     for block in (1, 2):
@@ -331,7 +335,7 @@ def test_256_streams_cost_little_of_a_core() -> None:
 
 @given(st.text(max_size=8), st.text(max_size=8))
 def test_a_salt_shapes_content_only_where_it_is_wanted(one: str, other: str) -> None:
-    """The salt changes the tokens only if `salted` is set, by which tests detect a lost salt."""
+    """The salt changes the tokens only if `salted` is set. Tests use `salted` to detect a lost salt."""
     requests = [EngineRequest("r", [1, 2, 3], Sampling(max_tokens=4), cache_salt=salt) for salt in (one, other)]
     plain = {content_key(7, request, salted=False) for request in requests}
     salted = {content_key(7, request) for request in requests}

@@ -1,4 +1,4 @@
-"""The simulated engine as a pooling model: the contract of pooling models, and its vectors."""
+"""The simulated engine as a pooling model: its vectors, and the contract of pooling models."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def subject(config: SimConfig = SMALL) -> tuple[SimEngine, Driver]:
 
 
 class TestContract(PoolingContract):
-    """The contract of pooling models, tested with an engine that computes both vectors and scores."""
+    """The contract of pooling models for an engine that computes both vectors and scores."""
 
     @pytest.fixture
     async def engine(self) -> AsyncIterator[Subject]:
@@ -51,7 +51,7 @@ class TestContract(PoolingContract):
 
 
 async def test_vectors_are_the_same_on_every_engine() -> None:
-    """Two engines give equal vectors for equal tokens, whatever the cache salt; another seed gives others."""
+    """Two engines give equal vectors for equal tokens with any cache salt. Another seed gives other vectors."""
     ids, vectors = (101, 102, 103), []
     for seed, salt in ((0, ""), (0, "tenant"), (1, "")):
         _, driver = await subject(SimConfig(vocab=1000, token_hi=900, max_model_len=64, embed_dimensions=8, seed=seed))
@@ -62,7 +62,7 @@ async def test_vectors_are_the_same_on_every_engine() -> None:
 
 
 async def test_a_score_depends_on_where_the_second_text_begins() -> None:
-    """The same tokens have another score if their second text begins elsewhere, so that a lost position is found."""
+    """The score of the same tokens changes with the start of the second text, so a test can detect a lost start."""
     _, driver = await subject()
     ids = driver.subject.prompt(1, 6)
     answers = await driver.run(*(pool(ids, PoolingTask.SCORE, None, at) for at in (0, 2, 3, 2)))
@@ -72,7 +72,8 @@ async def test_a_score_depends_on_where_the_second_text_begins() -> None:
 
 
 async def test_an_error_of_one_text_is_no_vector() -> None:
-    """A request with NaN ends in an error without a vector; the golden request then shows that the engine is well."""
+    """A request with NaN ends in an error without a vector. The golden request then gives the right vector, so the
+    engine keeps serving."""
     engine, driver = await subject()
     engine.faults.arm("step", "nan", at=1)
     broken, whole = await driver.run(*(pool(driver.subject.prompt(i), PoolingTask.EMBED) for i in (1, 2)))
@@ -82,7 +83,8 @@ async def test_an_error_of_one_text_is_no_vector() -> None:
 
 
 async def test_a_wrong_vector_is_sickness() -> None:
-    """After an error, another vector of the golden request raises EngineCorrupt, and the error names the node."""
+    """If the golden request after an error gives a wrong vector, EngineCorrupt is raised, and the message names the
+    node."""
     engine, driver = await subject()
     engine.faults.arm("step", "nan", at=1)
     engine.faults.arm("step", "wrong", at=0)
@@ -96,7 +98,7 @@ async def test_a_wrong_vector_is_sickness() -> None:
 
 
 async def test_a_generating_engine_refuses_pooling() -> None:
-    """An engine without vectors refuses a pooling request, names the field, and goes on."""
+    """An engine without vectors refuses a pooling request with the name of the field, and keeps serving."""
     engine = SimEngine(SimConfig(vocab=1000, token_lo=100, token_hi=900, max_model_len=256), VirtualClock())
     info = await engine.start()
     assert info.pooling is None
@@ -108,7 +110,8 @@ async def test_a_generating_engine_refuses_pooling() -> None:
 
 
 def test_the_source_names_the_vectors() -> None:
-    """The URL of a simulated model sets the length of its vectors, which changes its digest; wrong values are named."""
+    """The URL of a simulated model sets the length of its vectors. Another length changes the model's digest. The error
+    for a wrong length names the parameter."""
     config = SimConfig.from_source("sim:///?embed_dimensions=32&any_dimensions=1")
     assert (config.embed_dimensions, config.any_dimensions, config.scores) == (32, 1, 0)
     assert config.weight_digest != SimConfig.from_source("sim:///").weight_digest

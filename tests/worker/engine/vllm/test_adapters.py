@@ -1,4 +1,4 @@
-"""Adapters on a real engine: each request gets its adapter's tokens, and nothing about an adapter ends the engine."""
+"""Adapters on a real engine: each request gets its adapter's tokens, and no adapter can end the engine."""
 
 from __future__ import annotations
 
@@ -70,13 +70,14 @@ async def engine(subject: Subject) -> AsyncIterator[VllmEngine]:
 def with_adapter(
     folder: Path | None, prompt: Sequence[int], max_tokens: int = ANSWER_TOKENS, **changes: object
 ) -> EngineRequest:
-    """Return a greedy request for the adapter in `folder`; None for the base model."""
+    """Return a greedy request for the adapter in `folder`, or for the base model if `folder` is None."""
     asked = request(prompt, max_tokens, **changes)
     return replace(asked, adapter=folder.name if folder else "")
 
 
 async def load(engine: VllmEngine, adapters: MergedAdapters, *numbers: int) -> dict[int, Path | None]:
-    """Load adapters and return their folders by number, with None for 0, the base model."""
+    """Load the adapters with these numbers; return the folder of each number. The number 0, the base model, has
+    None."""
     folders: dict[int, Path | None] = {0: None}
     for number in numbers:
         folder = folders[number] = adapters.folder(number)
@@ -95,9 +96,9 @@ async def test_it_says_what_it_holds(subject: Subject) -> None:
 
 
 async def test_base_and_adapters_in_one_batch(subject: Subject, engine: VllmEngine, adapters: MergedAdapters) -> None:
-    """With all slots full, every request of a batch gets the tokens of its merged model, the base model's too.
+    """With all slots full, each request of a batch gets the tokens of its adapter, or of the base model.
 
-    Without the repair of vLLM's CPU operations the base model's rows get the last slot's adapter.
+    Without the repair of vLLM's CPU operations, requests for the base model would use the adapter in the last slot.
     """
     folders = await load(engine, adapters, 1, 2, 3)
     for order in ([0, 1, 2, 3, 0], [3, 0, 1, 0, 2]):
@@ -109,7 +110,7 @@ async def test_base_and_adapters_in_one_batch(subject: Subject, engine: VllmEngi
 
 
 async def test_more_adapters_than_slots(subject: Subject, engine: VllmEngine, adapters: MergedAdapters) -> None:
-    """Four adapters share three slots, and the base model beside them stays right."""
+    """Four adapters share three slots. Requests for each of them and for the base model get the right tokens."""
     folders = await load(engine, adapters, 1, 2, 3, 4)
     prompt = subject.prompt(11, tokens=33)
     order = [4, 0, 1, 2, 3, 1, 4]
@@ -118,7 +119,8 @@ async def test_more_adapters_than_slots(subject: Subject, engine: VllmEngine, ad
 
 
 async def test_what_is_not_loaded_is_refused(subject: Subject, engine: VllmEngine, adapters: MergedAdapters) -> None:
-    """An unknown digest, an unloaded one, and one above the capacity are refused before vLLM hears of them."""
+    """Before vLLM is called, a load above the capacity is refused, and so is a request for an adapter that is unknown
+    or not loaded."""
     folders = await load(engine, adapters, 1, 2, 3, 4)
     more = adapters.folder(5)
     with pytest.raises(EngineRefused) as refusal:
@@ -141,7 +143,8 @@ async def test_what_is_not_loaded_is_refused(subject: Subject, engine: VllmEngin
 async def test_an_unloaded_adapter_serves_its_requests_to_the_end(
     subject: Subject, engine: VllmEngine, adapters: MergedAdapters
 ) -> None:
-    """Unload refuses new requests at once and waits for the running one; then the adapter can be loaded again."""
+    """While an adapter is unloaded, new requests for it are refused, and a running request is finished. Then the
+    adapter can be loaded again."""
     folders = await load(engine, adapters, 1)
     folder, prompt = folders[1], subject.prompt(13, tokens=20)
     assert folder is not None
@@ -165,7 +168,7 @@ async def test_an_unloaded_adapter_serves_its_requests_to_the_end(
 async def test_a_request_with_an_adapter_is_resumed(
     subject: Subject, engine: VllmEngine, adapters: MergedAdapters
 ) -> None:
-    """A request cut after some tokens continues with the same tokens, greedy and with a seed."""
+    """A request for an adapter that is cut after some tokens continues with the same tokens, greedy and with a seed."""
     folders = await load(engine, adapters, 2)
     prompt = subject.prompt(14, tokens=40)
     samplings: tuple[dict[str, Any], ...] = ({}, {"temperature": 1.0, "seed": 7, "presence_penalty": 0.5})
@@ -182,7 +185,8 @@ async def test_a_request_with_an_adapter_is_resumed(
 async def test_a_failed_load_leaves_the_engine_alive(
     subject: Subject, engine: VllmEngine, adapters: MergedAdapters, tmp_path: Path, llama_folder: Path, name: str
 ) -> None:
-    """Files that pass no check are refused by vLLM between two steps, and requests go on."""
+    """vLLM refuses damaged adapter files that Headrace has not checked. The load fails between two steps, and other
+    requests run on."""
     await load(engine, adapters, 1)
     folder = tmp_path / "broken"
     if name != "no folder":
@@ -207,7 +211,8 @@ async def test_a_failed_load_leaves_the_engine_alive(
 async def test_blocks_are_reported_with_the_adapter(
     subject: Subject, engine: VllmEngine, adapters: MergedAdapters
 ) -> None:
-    """An adapter's KV blocks are its own: only its requests find them again, and their events name its digest."""
+    """Only requests for the same adapter find an adapter's KV blocks in the cache. The KV events name the adapter's
+    digest."""
     folders = await load(engine, adapters, 1, 2)
     names = {folder.name if folder else "" for folder in folders.values()}
     prompts: list[tuple[int, ...]] = []

@@ -1,4 +1,4 @@
-"""Outputs of the real engine equal those of transformers, and are equal on both paths."""
+"""Outputs of the real engine equal those of transformers, and those of the fast path equal those of AsyncLLM."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ async def test_greedy_tokens_equal_transformers(fast_subject: Subject, public_su
 
 
 async def test_packed_prompts_are_answered_like_lists(fast_subject: Subject, public_subject: Subject) -> None:
-    """A long prompt in an array, whose ids reach the engine core packed on the fast path, is answered like a list."""
+    """A long prompt gets the same answer in an array as in a list. The fast path sends an array to the engine core in
+    packed form."""
     assert fast_subject.engine._path._takes_packed  # type: ignore[attr-defined]
     for subject in (fast_subject, public_subject):
         ids = list(subject.prompt(66, tokens=MIN_IDS + 90))
@@ -65,7 +66,8 @@ def _positions(answer: Answer) -> list[tuple[list[int], list[float]]]:
 
 
 async def test_both_paths_give_the_same_outputs(fast_subject: Subject, public_subject: Subject) -> None:
-    """Tokens, finish reason, stop token and log probabilities are equal on both paths, for many kinds of requests."""
+    """The fast path and AsyncLLM give equal tokens, finish reasons, stop tokens and log probabilities, for many kinds
+    of requests."""
     requests: list[dict[str, object]] = [
         {"max_tokens": 9, "logprobs": 0},
         {"max_tokens": 9, "logprobs": 5},
@@ -104,7 +106,7 @@ async def test_logprobs_are_the_models_own(fast_subject: Subject, reference: Any
 async def test_a_seed_repeats_with_a_chunked_prefill(fast_subject: Subject) -> None:
     """A seeded request gives the same tokens whether its prompt is prefilled in three chunks or comes from the cache.
 
-    Stock vLLM ends its engine core on the first of these requests.
+    Without the seed repair, vLLM ends its engine core on the first of these requests.
     """
     prompt = fast_subject.prompt(81, tokens=300)
     driver = Driver(fast_subject)
@@ -146,7 +148,8 @@ async def test_json_schema_holds(fast_subject: Subject, llama_folder: Path) -> N
 
 
 async def test_load_tells_what_runs_and_waits(fast_subject: Subject) -> None:
-    """load() counts running and waiting requests before and during their run, and both counts are zero at the end."""
+    """After the submits and during the run, load() counts the running and the waiting requests. Both counts are zero at
+    the end."""
     driver = Driver(fast_subject)
     ids = [await driver.submit(request(fast_subject.prompt(84 + i), max_tokens=30)) for i in range(10)]
     load = fast_subject.engine.load()

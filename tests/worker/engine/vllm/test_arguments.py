@@ -22,7 +22,7 @@ def spec(**changes: object) -> ModelSpec:
 
 
 def test_an_entry_becomes_arguments(llama_folder: Path) -> None:
-    """Fields of the entry and of its `engine` become vLLM arguments and override Headrace's defaults."""
+    """The fields of an entry and of its `engine` section become vLLM arguments, and override Headrace's defaults."""
     entry = spec(dtype="float32", max_model_len=99, engine={"max_num_seqs": 3, "enforce_eager": False})
     args = arguments.engine_arguments(entry, llama_folder, "ray")
     assert (args.model, args.dtype, args.max_model_len, args.max_num_seqs) == (
@@ -38,7 +38,8 @@ def test_an_entry_becomes_arguments(llama_folder: Path) -> None:
 
 
 def test_grammars_have_one_backend(llama_folder: Path) -> None:
-    """The backend is xgrammar unless the entry names another; other settings of the section are kept."""
+    """The backend for grammars is xgrammar unless the entry names another. Other settings of
+    `structured_outputs_config` are kept."""
     for section, backend in (
         ({}, "xgrammar"),
         ({"enable_in_reasoning": True}, "xgrammar"),
@@ -53,7 +54,8 @@ def test_grammars_have_one_backend(llama_folder: Path) -> None:
 
 
 def test_tekken_models_have_their_own_mode_and_backend(tmp_path: Path, llama_folder: Path) -> None:
-    """A renderer's tokenizer mode holds unless the entry sets one, and grammars of tekken models use guidance."""
+    """A renderer's tokenizer mode is used unless the entry sets one. With tekken.json and this mode, the default
+    backend for grammars is guidance."""
     (tmp_path / "tekken.json").write_text("{}")
     for folder, engine, mode, backend in (
         (tmp_path, {}, "mistral", "guidance"),
@@ -81,13 +83,14 @@ def test_a_world_larger_than_one_takes_the_executor(llama_folder: Path, executor
     ],
 )
 async def test_an_unknown_argument_is_named(engine: dict[str, object], says: str, tmp_path: Path) -> None:
-    """start() refuses an unknown argument before anything is loaded, and names the nearest known argument."""
+    """start() refuses an unknown argument before the model is loaded, and names the most similar known argument."""
     with pytest.raises(ValueError, match=says):
         await VllmEngine(spec(engine=engine), tmp_path).start()
 
 
 def test_experts_on_several_ranks_are_refused_on_cpus(llama_folder: Path) -> None:
-    """Expert parallelism on several ranks is refused on CPUs, whose kernels would crash, and allowed on one rank."""
+    """On CPUs, expert parallelism is refused on several ranks, since the kernels would crash. It is allowed on one
+    rank."""
     parallel = {"enable_expert_parallel": True}
     for entry in (
         spec(tensor_parallel_size=2, engine=parallel),
@@ -107,9 +110,9 @@ async def test_values_that_vllm_refuses_name_the_model(llama_folder: Path) -> No
 
 
 def test_the_environment_is_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variables for vLLM's child processes are set.
+    """The environment variables for vLLM's child processes are set.
 
-    An empty cache size, which would end these processes, is removed.
+    An empty cache size is removed, since it would end these processes.
     """
     for name in ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_CPU_OMP_THREADS_BIND", "SPT_NOENV"):
         monkeypatch.delenv(name, raising=False)
@@ -123,7 +126,7 @@ def test_the_environment_is_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_engine_class_is_one_word() -> None:
-    """The name of the engine class consists of dtype, quantization and parallelism."""
+    """The engine class is one word, made of dtype, quantization and parallelism."""
     assert arguments.engine_class("float32", None, spec()) == "float32-tp1-pp1"
     assert arguments.engine_class("bfloat16", "fp8", spec(tensor_parallel_size=8)) == "bfloat16-fp8-tp8-pp1"
 
@@ -142,7 +145,7 @@ async def test_an_engine_that_has_not_started_or_is_closed_is_dead(llama_folder:
 
 
 def test_the_engine_gets_the_reasoning_parser_and_no_tool_parser(llama_folder: Path) -> None:
-    """The parsers of the entry are not passed as such: the engine gets the reasoning parser that was chosen."""
+    """vLLM gets the reasoning parser that was chosen for the model, not the parsers that the entry names."""
     entry = spec(engine={"tool_call_parser": "hermes", "reasoning_parser": "none"})
     assert arguments.engine_arguments(entry, llama_folder, "ray").reasoning_parser == ""
     assert arguments.engine_arguments(entry, llama_folder, "ray", "qwen3").reasoning_parser == "qwen3"

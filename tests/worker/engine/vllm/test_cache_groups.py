@@ -1,4 +1,6 @@
-"""Prefix cache isolation on a real engine behind a real gateway: a prefix is found only within its cache group."""
+"""Isolation of the prefix cache, with a real engine and gateway: a cached prefix is found only within its cache
+group.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ pytestmark = pytest.mark.engine
 
 
 async def test_no_hit_crosses_cache_groups(tmp_path: Path, llama_folder: Path, fast_subject: Subject) -> None:
-    """Two tenants of one cache group share a cached prefix, and a tenant without a group has a prefix of its own.
+    """Two tenants of one cache group share a cached prefix. A tenant without a group finds only its own prefix.
 
-    Another tenant finds nothing with the same prompt, even if its salt is the name or key of another tenant.
+    A tenant finds nothing of other tenants with the same prompt, even if its salt is the name or key of another tenant.
     """
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(fast_subject.engine, bundle_of(llama_folder), info=fast_subject.info)

@@ -1,4 +1,4 @@
-"""The engine contract, tested with vLLM on both paths."""
+"""The engine contract for vLLM, over the fast path and over AsyncLLM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.worker.engine.contract import EngineContract, Subject
 
 @pytest.mark.engine
 def test_bounds_of_lists_are_those_of_vllms_tables() -> None:
-    """Our bounds equal the bounds of vLLM's V2 runner, whose engine core ends if a request exceeds them."""
+    """Our bounds on the lists of a request equal those of vLLM's V2 runner. A longer list would end its engine core."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
@@ -33,7 +33,7 @@ def test_bounds_of_lists_are_those_of_vllms_tables() -> None:
 
 @pytest.mark.engine
 class TestFastPath(EngineContract):
-    """The engine contract, tested over the fast path."""
+    """The engine contract over the fast path."""
 
     @pytest.fixture
     def engine(self, fast_subject: Subject) -> Subject:
@@ -53,7 +53,7 @@ class TestFastPath(EngineContract):
 
 @pytest.mark.engine
 class TestPublic(EngineContract):
-    """The engine contract, tested over AsyncLLM, which is used if names for the fast path are missing."""
+    """The engine contract over AsyncLLM, which is used if vLLM lacks a name that the fast path needs."""
 
     @pytest.fixture
     def engine(self, public_subject: Subject) -> Subject:
@@ -61,5 +61,5 @@ class TestPublic(EngineContract):
         return public_subject
 
     def test_says_its_path(self, engine: Subject) -> None:
-        """EngineInfo has the path and the reason why the path is not the fast path."""
+        """EngineInfo has the path and the reason why the fast path is not used."""
         assert (engine.info.engine_path, engine.info.engine_path_reason) == ("public", "switched off")

@@ -1,4 +1,4 @@
-"""The platform plugin is inactive unless it is selected."""
+"""The platform plugin is active only if it is selected."""
 
 from __future__ import annotations
 

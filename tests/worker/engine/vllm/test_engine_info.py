@@ -21,7 +21,7 @@ OWN_EOS = 7
 
 
 class FakePath:
-    """The part of an engine path on which the properties depend."""
+    """A fake engine path with the fields from which the properties are derived."""
 
     def __init__(self, tasks: tuple[str, ...]) -> None:
         self.tasks = tasks
@@ -40,7 +40,7 @@ def properties(
     has_event_socket: bool = False,
     **entry: Any,
 ) -> EngineProperties:
-    """Return the properties of an engine that has this checkpoint, tasks and number of KV blocks."""
+    """Return the properties of an engine with the given checkpoint, tasks, KV blocks and changes of the entry."""
     spec = tiny_spec(**entry)
     config = arguments.engine_arguments(spec, folder, "mp").create_engine_config()
     repairs.apply()
@@ -57,7 +57,7 @@ def properties(
 
 
 def test_a_generating_engine(llama_folder: Path) -> None:
-    """Sizes come from the entry, the EOS ids from the checkpoint and the tokenizer."""
+    """The sizes come from the entry, and the EOS ids from the checkpoint and the tokenizer."""
     found = properties(llama_folder)
     info, bounds = found.info, found.bounds
     assert (info.block_size, info.kv_blocks, info.max_num_seqs, info.max_num_batched_tokens) == (32, 77, 8, 128)
@@ -73,7 +73,7 @@ def test_a_generating_engine(llama_folder: Path) -> None:
 
 
 def test_resume_as_a_prompt_is_reported(llama_folder: Path) -> None:
-    """Without exact resume, and on the public path, the properties say so."""
+    """The properties report that requests are resumed as prompts if exact resume is missing, and on the public path."""
     found = properties(llama_folder, exact_resume=False, why_public="switched off")
     assert (found.info.engine_path, found.info.engine_path_reason) == ("public", "switched off")
     assert RESUME_PLAIN in found.info.capabilities
@@ -82,7 +82,7 @@ def test_resume_as_a_prompt_is_reported(llama_folder: Path) -> None:
 
 
 def test_kv_events_need_a_socket_and_a_prefix_cache(llama_folder: Path) -> None:
-    """The engine has the capabilities of KV events only if it publishes events and caches prefixes."""
+    """The capabilities of KV events require a socket for events and a prefix cache."""
 
     def capabilities(**entry: Any) -> set[str]:
         return set(properties(llama_folder, **entry).info.capabilities)
@@ -93,7 +93,8 @@ def test_kv_events_need_a_socket_and_a_prefix_cache(llama_folder: Path) -> None:
 
 
 def test_adapters_are_reported(llama_folder: Path) -> None:
-    """An engine with adapters reports slots and capacity, and its bounds accept the adapters that it holds."""
+    """An engine with adapters reports its slots and its capacity, and its bounds accept requests for loaded
+    adapters."""
     engine = {"enable_lora": True, "max_loras": 2, "max_cpu_loras": 4, "enable_prefix_caching": False}
     found = properties(llama_folder, engine=engine)
     assert (found.info.adapter_slots, found.info.adapter_capacity) == (2, 4)
@@ -103,7 +104,8 @@ def test_adapters_are_reported(llama_folder: Path) -> None:
 
 
 def test_a_pooling_engine(tmp_path: Path) -> None:
-    """A cross-encoder has no capabilities of a model that generates, and blocks for its queue instead of a KV cache."""
+    """A cross-encoder has no capability of generating models. Its KV blocks bound its queue, since it has no KV
+    cache."""
     found = properties(build_cross_encoder(tmp_path / "cross-encoder"), tasks=("classify",), blocks=1, max_model_len=96)
     assert found.info.capabilities == ("pools:score",)
     assert found.info.pooling is not None
@@ -114,6 +116,6 @@ def test_a_pooling_engine(tmp_path: Path) -> None:
 
 
 def test_a_pooling_engine_without_a_served_task_is_refused(tmp_path: Path) -> None:
-    """The error names the entry."""
+    """A pooling engine without a served task is refused with an error that names the entry."""
     with pytest.raises(ValueError, match=r"models\[tiny\]: this pooling model computes token_embed"):
         properties(build_cross_encoder(tmp_path / "cross-encoder"), tasks=("token_embed",), max_model_len=96)

@@ -38,7 +38,7 @@ def test_what_is_missing_is_named() -> None:
 
 @pytest.mark.engine
 def test_finish_reasons_keep_their_order() -> None:
-    """vLLM's finish reasons have our numbers minus one, which the fast path relies on."""
+    """The number of each of vLLM's finish reasons is ours minus one. The fast path relies on this."""
     from cluster.api.types import FinishReason
 
     theirs = resolve("vllm.v1.engine.FinishReason")
@@ -47,7 +47,7 @@ def test_finish_reasons_keep_their_order() -> None:
 
 @pytest.mark.parametrize("module", [fast_path, lone_rank])
 def test_every_import_stands_in_the_table(module: ModuleType) -> None:
-    """Every name that the module imports from vLLM is in the table of the module."""
+    """Every name that the module imports from vLLM is in the module's table."""
     tree = ast.parse(Path(str(module.__file__)).read_text())
     imported = {
         f"{node.module}.{name.name}"

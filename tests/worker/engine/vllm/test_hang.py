@@ -1,4 +1,4 @@
-"""The load shows a stopped engine core but raises no alarm for a long prefill, and a sick engine is found."""
+"""An engine's load shows a stopped engine core, but raises no alarm for a long prefill. A sick engine is found."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ HANG_LEAST_S = 0.5
 
 
 def looks_hung(load: EngineLoad) -> bool:
-    """Return whether a gateway would conclude from this load that the engine hangs."""
+    """Return whether a gateway with this load would consider the engine hung."""
     return bool(load.running) and not load.busy and load.step_age_s > max(5 * load.step_p99_s, HANG_LEAST_S)
 
 
 @contextmanager
 def watched(engine: Engine) -> Iterator[list[EngineLoad]]:
-    """Yield a list to which a separate thread adds the engine's load every few milliseconds."""
+    """Record the engine's load every few milliseconds in a separate thread; yield the list of loads."""
     seen: list[EngineLoad] = []
     done = threading.Event()
 
@@ -52,7 +52,7 @@ def watched(engine: Engine) -> Iterator[list[EngineLoad]]:
 
 @pytest.mark.parametrize("queued", [0, 6])
 async def test_a_stopped_core_shows_and_goes_on(fast_subject: Subject, fast_core: psutil.Process, queued: int) -> None:
-    """A core stopped by SIGSTOP looks hung but not dead, also with queued prompts.
+    """A core that SIGSTOP has stopped looks hung but not dead, with and without queued prompts.
 
     After SIGCONT the tokens are right.
     """
@@ -82,7 +82,7 @@ async def test_a_stopped_core_shows_and_goes_on(fast_subject: Subject, fast_core
 
 
 async def _hung(engine: Engine) -> EngineLoad:
-    """Return the first load that looks hung."""
+    """Wait for a load that looks hung, and return it."""
     while True:
         load = engine.load()
         if looks_hung(load):
@@ -130,17 +130,18 @@ class Started:
 
 
 class Forgetful(CheckedEngine):
-    """A checked engine whose reference a test can change, as if the engine had changed since its start."""
+    """A checked engine whose golden answer a test can change, as if the engine had become sick."""
 
     def forget(self) -> None:
-        """Replace the stored reference answer by one that does not match the weights of this model."""
+        """Replace the reference answer by a wrong one."""
         right = self._reference
         self._reference = GoldenAnswer(list(reversed(right.positions)))
 
 
 @pytest.mark.parametrize("sick", [False, True])
 async def test_after_an_error_the_golden_prompt_decides(fast_subject: Subject, sick: bool) -> None:
-    """After an error an engine with the same golden answer keeps serving, and one with another answer is sick."""
+    """After an error, an engine with an unchanged golden answer keeps serving. An engine with another golden answer is
+    sick."""
     examined = Forgetful(Started(fast_subject), node="n9")
     driver = Driver(Subject(examined, await examined.start(), fast_subject.token_lo, fast_subject.token_hi))
     if sick:

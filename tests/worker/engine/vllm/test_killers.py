@@ -1,6 +1,6 @@
-"""No request may kill the engine: after odd, extreme and random requests a reference request has the same tokens.
+"""No request may kill the engine: after odd, extreme and random requests, a plain request still gets the same tokens.
 
-Each odd request is refused with EngineRefused or runs to a finish. The output of these requests is not checked here.
+Each odd request is refused with EngineRefused or runs to a finish. Its output is not checked here.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ CHOICES: tuple[tuple[str, ...], ...] = (
 
 
 def odd_grammars() -> list[Grammar]:
-    """Return grammars of every kind: wrong, endless, empty, huge and contradictory grammars."""
+    """Return odd grammars of every kind: invalid, endless, empty, huge and contradictory."""
     return [
         *(Grammar("regex", value) for value in REGEXES),
         *(Grammar("json_schema", json.dumps(value)) for value in SCHEMAS),
@@ -119,7 +119,7 @@ async def _survives(driver: Driver, odd: EngineRequest) -> str:
 
 
 async def test_extreme_values_run(fast_subject: Subject) -> None:
-    """Requests with extreme allowed values run to a finish and leave the engine unchanged."""
+    """Requests with the most extreme allowed values run to a finish, and the engine works as before."""
     driver, plain = Driver(fast_subject), fast_subject.prompt(90)
     (reference,) = await driver.run(request(plain, max_tokens=8))
     for name, changes in EXTREMES.items():
@@ -145,9 +145,9 @@ async def _same_after(driver: Driver, *odd: EngineRequest) -> list[str]:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 async def test_stop_ids_at_their_bound(fast_subject: Subject, llama_folder: Path, temperature: float) -> None:
-    """A request with the allowed number of stop ids runs, and a request with one more stop id is refused.
+    """A request with the allowed number of stop ids runs, and a request with one more is refused.
 
-    This holds with `min_tokens`, where fewer stop ids are allowed, and without.
+    With `min_tokens`, fewer stop ids are allowed.
     """
     eos = set(json.loads((llama_folder / "generation_config.json").read_text())["eos_token_id"])
     others = [token for token in EVERY_TOKEN if token not in eos]
@@ -171,7 +171,7 @@ async def test_stop_ids_at_their_bound(fast_subject: Subject, llama_folder: Path
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 async def test_no_token_is_left(fast_subject: Subject, llama_folder: Path, temperature: float) -> None:
-    """If a grammar allows only stop ids that `min_tokens` forbids, the request ends in an error.
+    """If a grammar allows only stop ids, and `min_tokens` forbids these, the request ends in an error.
 
     The engine keeps running.
     """
@@ -211,9 +211,9 @@ FORGED: dict[str, tuple[int, ...]] = {
 
 @pytest.mark.parametrize("name", FORGED)
 async def test_emitted_tokens_that_nobody_emitted(fast_subject: Subject, name: str) -> None:
-    """Forged emitted ids are refused, continued or end their request, also with grammars.
+    """A request with forged emitted ids is refused, continues or ends, with and without a grammar.
 
-    Another request runs on with its own tokens.
+    Another request keeps its own tokens.
     """
     driver, plain, emitted = Driver(fast_subject), fast_subject.prompt(96), FORGED[name]
     (reference,) = await driver.run(request(plain, max_tokens=16))
@@ -236,14 +236,15 @@ async def test_emitted_tokens_that_nobody_emitted(fast_subject: Subject, name: s
 
 @pytest.mark.parametrize("emitted", [(300, -1), (300, 768), (1 << 70,)])
 async def test_emitted_tokens_outside_the_vocabulary(fast_subject: Subject, emitted: tuple[int, ...]) -> None:
-    """Emitted ids outside the vocabulary are refused with the field's name, before vLLM gets them."""
+    """Emitted ids outside the vocabulary are refused by their field, before vLLM gets them."""
     with pytest.raises(EngineRefused) as refusal:
         await fast_subject.engine.submit(request(fast_subject.prompt(97), emitted_token_ids=emitted))
     assert _well_refused(refusal.value) == "emitted_token_ids"
 
 
 async def test_prompts_at_the_edge_of_the_context(fast_subject: Subject) -> None:
-    """The longest possible prompt gives one token. A prompt with one more token is refused with both lengths."""
+    """The longest allowed prompt gets one token. A prompt with one more token is refused, and the error has both
+    lengths."""
     driver, context = Driver(fast_subject), fast_subject.info.max_model_len
     (answer,) = await driver.run(request(fast_subject.prompt(94, tokens=context - 1), max_tokens=50))
     assert len(answer.token_ids) == 1
@@ -253,14 +254,14 @@ async def test_prompts_at_the_edge_of_the_context(fast_subject: Subject) -> None
 
 
 class Chance:
-    """Random requests that are generated from a seed. A third of the values are out of bounds."""
+    """A source of random requests from a seed. A third of the values are out of bounds."""
 
     def __init__(self, seed: int, subject: Subject) -> None:
         self.random = random.Random(seed)
         self.subject = subject
 
     def sampling(self) -> Sampling:
-        """Return sampling parameters of which some have random values."""
+        """Return sampling parameters, some with random values."""
         pick = self.random.choice
         odd = (float("nan"), float("inf"), -float("inf"), -1.0, 1e300, -1e300)
         token = (0, 1, 300, 767, 768, -1, 1 << 31, -(1 << 63), 1 << 70)
@@ -286,7 +287,7 @@ class Chance:
         return Sampling(**sampling)  # type: ignore[arg-type]
 
     def request(self) -> EngineRequest:
-        """Return a request with random sampling parameters, in which other fields are sometimes odd, too."""
+        """Return a request with random sampling parameters. Sometimes other fields are odd, too."""
         pick = self.random.choice
         prompt = self.subject.prompt(self.random.randrange(10**6), tokens=pick([1, 2, 31, 32, 33, 127, 129, 300]))
         if self.random.random() < 0.1:
@@ -307,7 +308,7 @@ class Chance:
         )
 
     def emitted(self) -> tuple[int, ...]:
-        """Return emitted ids: mostly none, otherwise forged ids, which are sometimes outside the vocabulary."""
+        """Return emitted ids: mostly none, otherwise forged ones, some of them outside the vocabulary."""
         if self.random.random() < 0.6:
             return ()
         odd = self.random.choice([(), (), (), (-1,), (768,), (1 << 40,), (0, 767)])
@@ -319,7 +320,7 @@ FIRST, SEEDS = int(os.environ.get("KILLERS_FIRST", "0")), int(os.environ.get("KI
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))
 async def test_random_requests_in_crowds(fast_subject: Subject, seed: int) -> None:
-    """Many random requests at once, some of them aborted, end or are refused; a reference request keeps its tokens."""
+    """Many random requests at once, some of them aborted, end or are refused. A reference request keeps its tokens."""
     driver, plain, chance = Driver(fast_subject), fast_subject.prompt(95), Chance(seed, fast_subject)
     (reference,) = await driver.run(request(plain, max_tokens=8))
     taken = refusals = 0

@@ -1,4 +1,4 @@
-"""Tests of vLLM's KV events over its own publisher: missed batches are requested again, and their order holds."""
+"""vLLM's KV events, sent by vLLM's own publisher: missed batches are requested again, and the events stay in order."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def test_batches_published_before_the_subscription_are_requested_again(tmp
 
 @pytest.mark.parametrize("kind", ["full_attention", "mla_attention", None])
 async def test_blocks_of_all_tokens_alone_are_reported(tmp_path: Path, kind: str | None) -> None:
-    """Blocks of layers that attend to all tokens are reported, and those of a sliding window are not."""
+    """Blocks of layers with full attention are reported, and blocks of layers with a sliding window are not."""
     from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch, ZmqEventPublisher
 
     events = KvEventSocket(tmp_path)

@@ -1,4 +1,4 @@
-"""The live requests of an engine: their counts, and ids that are refused as duplicates. Tested without an engine."""
+"""The live requests of an engine: their counts, and the refusal of duplicate ids. Tested without an engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GRAMMAR = Sampling(max_tokens=4, grammar=Grammar("json_object", ""))
 
 
 def live_request(prompt: int = 3, emitted: int = 0, sampling: Sampling | None = None) -> LiveRequest:
-    """Return the record of a request with this number of prompt and emitted tokens."""
+    """Return the record of a request with `prompt` prompt tokens and `emitted` emitted tokens."""
     sampling = sampling or Sampling(max_tokens=4)
     return LiveRequest.from_request(
         EngineRequest("r", range(1, prompt + 1), sampling, emitted_token_ids=range(1, emitted + 1))
@@ -22,7 +22,8 @@ def live_request(prompt: int = 3, emitted: int = 0, sampling: Sampling | None = 
 
 
 def test_counts_follow_the_requests() -> None:
-    """Prompts and emitted tokens count until the first output or the end, each request until its end."""
+    """A request's prompt and emitted tokens count as prefill until its first output or its end. The request counts
+    until its end."""
     stats = StepStats()
     live = LiveRequests(stats)
     live.add("a", live_request(3, 2))
@@ -44,7 +45,7 @@ def test_counts_follow_the_requests() -> None:
 
 
 def test_grammars_count_until_the_first_output() -> None:
-    """A request with a grammar counts until its first output or its end. A pooling request has no grammar."""
+    """A request with a grammar is counted until its first output or its end. A pooling request has no grammar."""
     live = LiveRequests(StepStats())
     live.add("a", live_request(sampling=GRAMMAR))
     live.add("b", live_request(sampling=GRAMMAR))
@@ -62,7 +63,7 @@ def test_grammars_count_until_the_first_output() -> None:
 
 
 def test_ids_are_used_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ids of live requests and of the last ended ones were used; the id of a refused request was not."""
+    """The ids of live requests and of the last ended requests count as used. The id of a refused request does not."""
     monkeypatch.setattr(live_requests, "REMEMBERED_IDS", 2)
     live = LiveRequests(StepStats())
     for name in ("a", "b", "c", "refused", "live"):
@@ -76,8 +77,8 @@ def test_ids_are_used_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_load_follows_the_requests() -> None:
-    """A request that the scheduler has not counted yet is reported as waiting, and its prompt as not prefilled. The
-    reason for the age of a step is reported with the age."""
+    """A request that the scheduler has not counted yet is reported as waiting, with its prompt tokens. The load has
+    both the age of a step and the reason for the age."""
     stats = StepStats()
     stats.record_submit(5, 100.0)
     stats.record_submit(7, 100.0)

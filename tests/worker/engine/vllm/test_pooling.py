@@ -1,7 +1,7 @@
 """Pooling models on vLLM: the contract, and results equal to those of transformers.
 
-The real embedding model and a tiny cross-encoder run over the fast path, and an embedding model made of a generating
-one over AsyncLLM.
+The real embedding model and a tiny cross-encoder run over the fast path. An embedding model that is made from a
+generating model runs over AsyncLLM.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def minilm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 async def embedder(minilm_folder: Path) -> AsyncIterator[Subject]:
-    """all-MiniLM-L6-v2 on the fast path, declared to have shorter vectors."""
+    """all-MiniLM-L6-v2 on the fast path, with declared lengths of shorter vectors."""
     async for subject in started(minilm_folder, fast=True, hf_overrides={"matryoshka_dimensions": [64, 128]}):
         yield subject
 
@@ -76,7 +76,7 @@ async def cross_encoder(cross_encoder_folder: Path) -> AsyncIterator[Subject]:
 
 
 class TestEmbeddings(PoolingContract):
-    """The contract of pooling models, tested with all-MiniLM-L6-v2 on the fast path."""
+    """The contract of pooling models for all-MiniLM-L6-v2 on the fast path."""
 
     @pytest.fixture
     def engine(self, embedder: Subject) -> Subject:
@@ -84,7 +84,7 @@ class TestEmbeddings(PoolingContract):
         return embedder
 
     def test_says_what_it_is(self, engine: Subject) -> None:
-        """EngineInfo has the path, the lengths of vectors and the longest text. A model without a KV cache still has a
+        """EngineInfo has the path, the lengths of vectors and the longest text. Without a KV cache, the model has a
         capacity of several steps."""
         info = engine.info
         assert info.engine_path == "fastpath"
@@ -94,8 +94,8 @@ class TestEmbeddings(PoolingContract):
         assert info.kv_tokens == 4 * 512
 
     async def test_vectors_equal_mean_pooling(self, driver: Driver, minilm_folder: Path) -> None:
-        """The vectors of texts, special tokens included, equal transformers' mean over all positions scaled to length
-        1. Similar texts have similar vectors."""
+        """A text's vector equals transformers' mean over all positions, special tokens included, scaled to length 1.
+        Similar texts have similar vectors."""
         tokenizer = bundle_tokenizer(minilm_folder)
         ids = [tokenizer.encode(text).ids for text in TEXTS]
         assert ids[0] == [101, 102]
@@ -115,7 +115,7 @@ class TestEmbeddings(PoolingContract):
 
 
 class TestScores(PoolingContract):
-    """The contract of pooling models, tested with a cross-encoder on the fast path."""
+    """The contract of pooling models for a cross-encoder on the fast path."""
 
     @pytest.fixture
     def engine(self, cross_encoder: Subject) -> Subject:
@@ -123,17 +123,17 @@ class TestScores(PoolingContract):
         return cross_encoder
 
     def test_says_what_it_is(self, engine: Subject) -> None:
-        """EngineInfo has the path, and a score is a vector of one number."""
+        """EngineInfo has the path, and a score is reported as a vector of length 1."""
         assert (engine.info.engine_path, engine.info.capabilities) == ("fastpath", ("pools:score",))
         assert engine.info.pooling == PoolingInfo((PoolingTask.SCORE,), 1)
 
     async def test_scores_equal_transformers(self, driver: Driver, cross_encoder_folder: Path) -> None:
-        """The scores of pairs equal transformers' with token types, which change them. Pairs and single texts run in
-        one batch."""
+        """The scores of pairs and of a single text, computed in one batch, equal those of transformers. The token types
+        change the score of a pair."""
         await scores_equal_transformers(driver, cross_encoder_folder)
 
     async def test_a_start_of_the_second_text_alone_changes_the_score(self, driver: Driver) -> None:
-        """Equal ids with another start of the second text have another score."""
+        """The same token ids have another score if the second text starts elsewhere."""
         ids = driver.subject.prompt(2, 8)
         answers = await driver.run(*(pool(ids, PoolingTask.SCORE, None, at) for at in (0, 3, 5)))
         assert len({round(vector(answer)[0], 5) for answer in answers}) == 3
@@ -141,7 +141,7 @@ class TestScores(PoolingContract):
 
 @pytest.fixture(scope="module")
 async def decoder(llama_folder: Path) -> AsyncIterator[Subject]:
-    """A tiny Llama behind AsyncLLM that the entry makes an embedding model; every shorter vector is allowed."""
+    """A tiny Llama that its entry turns into an embedding model, behind AsyncLLM. Every shorter vector is allowed."""
     options: dict[str, Any] = {"block_size": 32, "kv_cache_memory_bytes": 64 << 20}
     async for subject in started(
         llama_folder, fast=False, runner="pooling", hf_overrides={"is_matryoshka": True}, **options
@@ -150,7 +150,7 @@ async def decoder(llama_folder: Path) -> AsyncIterator[Subject]:
 
 
 class TestDecoder(PoolingContract):
-    """The contract of pooling models, tested with an embedding model made of a generating one, behind AsyncLLM."""
+    """The contract of pooling models for an embedding model that is made from a generating model, behind AsyncLLM."""
 
     @pytest.fixture
     def engine(self, decoder: Subject) -> Subject:
@@ -158,15 +158,15 @@ class TestDecoder(PoolingContract):
         return decoder
 
     def test_says_what_it_is(self, engine: Subject) -> None:
-        """EngineInfo has the path, the KV cache, and that every shorter vector is allowed."""
+        """EngineInfo has the path and the KV cache, and says that every shorter vector is allowed."""
         assert engine.info.engine_path == "public"
         assert engine.info.pooling == PoolingInfo((PoolingTask.EMBED,), 128, any_shorter=True)
         assert engine.info.kv_tokens > 16 * engine.info.max_num_batched_tokens
         assert KV_EVENTS in engine.info.capabilities
 
     async def test_a_prefix_is_computed_once(self, driver: Driver) -> None:
-        """The second request with a prefix finds it in the cache and has the same vector. Another salt finds nothing,
-        since a tenant must not see whether another one has sent a text."""
+        """A second request with the same prefix finds the prefix in the cache and has the same vector. With another
+        salt it finds nothing: a tenant must not learn what another tenant has sent."""
         ids = driver.subject.prompt(11, 200)
         requests = [pool(ids, PoolingTask.EMBED) for _ in range(3)]
         requests[2] = replace(requests[2], cache_salt="other")
@@ -177,14 +177,14 @@ class TestDecoder(PoolingContract):
 
 
 async def test_a_generating_engine_refuses_pooling(fast_subject: Subject) -> None:
-    """An engine that generates refuses a pooling request, and names the field and the remedy."""
+    """A generating engine refuses a pooling request. The error names the field and the remedy."""
     driver = Driver(fast_subject)
     wrong = pool(fast_subject.prompt(1), PoolingTask.EMBED)
     assert "name a pooling model" in await refuse(driver, wrong, "model", Outcome.UNSUPPORTED_FEATURE)
 
 
 def bundle_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer that a gateway has: the one in the model's bundle."""
+    """Return the tokenizer in the model's bundle, as a gateway uses it."""
     from tokenizers import Tokenizer
 
     return Tokenizer.from_str(build_bundle(folder).files["tokenizer.json"].decode())
@@ -202,7 +202,8 @@ def mean_pooled(folder: Path, ids: Sequence[Sequence[int]]) -> list[list[float]]
 
 
 async def scores_equal_transformers(driver: Driver, folder: Path) -> None:
-    """Check the scores of three pairs and of a single text, encoded with the bundle's tokenizer."""
+    """Check that the scores of three pairs and of a single text equal those of transformers. The bundle's tokenizer
+    encodes the texts."""
     import torch
     from transformers import BertForSequenceClassification
 

@@ -1,4 +1,4 @@
-"""Pooling models that are refused at start, their capacity, and results that are no vectors."""
+"""Bounds of pooling models: refusals at start, the capacity, and results that are not valid vectors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.engine
 
 
 def config(**changes: Any) -> Any:
-    """Return what pooling_bounds reads of vLLM's configuration."""
+    """Return the part of vLLM's configuration that pooling_bounds reads."""
     hf = SimpleNamespace(num_labels=changes.pop("num_labels", 2), type_vocab_size=0)
     fields = {
         "runner_type": "pooling",
@@ -41,7 +41,7 @@ def config(**changes: Any) -> Any:
 
 
 def test_a_generating_model_has_no_bounds() -> None:
-    """A model that generates is no pooling model, whatever its other fields say."""
+    """A model that generates has no bounds of a pooling model, whatever its other fields are."""
     assert pooling_bounds(config(runner_type="generate"), ("embed",), "m") is None
 
 
@@ -54,7 +54,8 @@ def test_a_generating_model_has_no_bounds() -> None:
     ],
 )
 def test_a_model_without_a_served_task_is_refused(tasks: tuple[str, ...], labels: int, says: str) -> None:
-    """A pooling model that has neither vectors of texts nor scores does not start; the error names entry and remedy."""
+    """A pooling model that computes neither vectors of texts nor scores does not start. The error names the entry and
+    the remedy."""
     with pytest.raises(ValueError, match=r"models\[m\]") as error:
         pooling_bounds(config(num_labels=labels), tasks, "m")
     assert says in str(error.value)
@@ -63,13 +64,14 @@ def test_a_model_without_a_served_task_is_refused(tasks: tuple[str, ...], labels
 
 @pytest.mark.parametrize("size", [0, MAX_DIMENSIONS + 1])
 def test_vectors_of_impossible_lengths_are_refused(size: int) -> None:
-    """A model whose vectors a gateway would refuse does not start."""
+    """A model does not start if its vectors have a length that a gateway would refuse."""
     with pytest.raises(ValueError, match=f"have {size} numbers"):
         pooling_bounds(config(embedding_size=size), ("embed",), "m")
 
 
 def test_declared_lengths() -> None:
-    """Shorter lengths come from the model's configuration, sorted and within the vector. A classifier has one label."""
+    """The lengths of shorter vectors come from the model's configuration, sorted and without impossible ones. A
+    classifier computes scores only if it has one label."""
 
     def info(tasks: tuple[str, ...], **changes: Any) -> PoolingInfo:
         bounds = pooling_bounds(config(**changes), tasks, "m")
@@ -87,7 +89,8 @@ def test_declared_lengths() -> None:
 
 @given(st.integers(0, 9), st.integers(1, 256), st.integers(1, 9999), st.integers(1, 9999))
 def test_credit_suffices_for_a_text_and_a_step(blocks: int, block_size: int, step: int, longest: int) -> None:
-    """Whatever vLLM reports, the longest text fits into the capacity. Without a KV cache, STEPS_AHEAD steps do."""
+    """The longest text fits into the capacity, whatever vLLM reports. Without a KV cache, the capacity is that of
+    STEPS_AHEAD steps."""
     stated = kv_blocks(blocks, block_size, step, longest) * block_size
     assert stated >= longest
     if blocks < 2:
@@ -100,7 +103,8 @@ def test_credit_suffices_for_a_text_and_a_step(blocks: int, block_size: int, ste
 def test_lengths_are_refused_exactly_outside_the_declared_ones(
     length: int, shorter: set[int], any_shorter: bool
 ) -> None:
-    """A length of a vector is allowed if the model declares it, or every length, or if it is the model's own."""
+    """The length of a vector is allowed if it is the model's own, or declared, or if the model allows every shorter
+    length."""
     info = PoolingInfo((PoolingTask.EMBED,), 8, tuple(sorted(shorter)), any_shorter)
     params = PoolingOptions(PoolingTask.EMBED, length)
     if length == 8 or length in shorter or (any_shorter and 1 <= length <= 8):
@@ -112,7 +116,7 @@ def test_lengths_are_refused_exactly_outside_the_declared_ones(
 
 
 def test_a_score_has_one_number() -> None:
-    """A score may be requested with the length 1 or none, also of a model that computes vectors, too."""
+    """A score may be requested with length 1 or without a length, even if the model also computes vectors."""
     info = PoolingInfo((PoolingTask.EMBED, PoolingTask.SCORE), 8, (4,))
     for length in (None, 1):
         check_pooling(PoolingOptions(PoolingTask.SCORE, length), 1, info)
@@ -123,7 +127,7 @@ def test_a_score_has_one_number() -> None:
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_an_error(wrong: float) -> None:
-    """A vector with NaN or an infinite number is never an answer: the request ends in an error."""
+    """If a vector has NaN or an infinite number, the request ends in an error."""
     import torch
 
     output = TokenOutput("r", (), FinishReason.STOP)
@@ -132,7 +136,7 @@ def test_numbers_that_are_not_finite_are_an_error(wrong: float) -> None:
 
 
 def test_a_missing_vector_is_an_error() -> None:
-    """A request that ends without numbers ends in an error, and half-precision numbers become float32."""
+    """A pooling request without a result ends in an error. Half-precision numbers become float32."""
     import torch
 
     for missing in (None, torch.empty(0)):

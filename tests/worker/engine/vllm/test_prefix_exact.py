@@ -1,4 +1,4 @@
-"""Which models of vLLM have exactly predictable cache hits, by the fields of vLLM's configuration."""
+"""Which models have exactly predictable cache hits, derived from vLLM's configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cluster.worker.engine.vllm.kv_events import capabilities
 
 
 def config(layers: list[str] | None = None, window: int | None = None, **model: Any) -> SimpleNamespace:
-    """Return the fields of a VllmConfig that matter. `model`: other values of its model."""
+    """Return the part of a VllmConfig that the check reads. `model`: fields of its model_config."""
     fields = {
         "hf_text_config": SimpleNamespace(layer_types=layers),
         "get_sliding_window": lambda: window,
@@ -43,5 +43,5 @@ def config(layers: list[str] | None = None, window: int | None = None, **model: 
     ],
 )
 def test_predictions_are_exact_for_full_attention_alone(given: Any, is_exact: bool) -> None:
-    """An engine reports prefix:exact only if all of its layers have full attention and nothing drops blocks."""
+    """An engine reports prefix:exact only if all its layers have full attention and no setting makes it drop blocks."""
     assert capabilities(given) == ((KV_EVENTS, PREFIX_EXACT) if is_exact else (KV_EVENTS,))

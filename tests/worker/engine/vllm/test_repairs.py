@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 def test_this_vllm_is_one_that_the_seed_repair_knows() -> None:
     """The seed repair supports the installed vLLM.
 
-    Verify the repair before a new release is added (vllm/repairs.py).
+    Verify the repair (vllm/repairs.py) before its list gets a new release.
     """
     assert repairs.seeds_are_safe()
 
@@ -30,7 +30,7 @@ def test_seeds_are_not_safe_where_the_repair_is_kept_out(monkeypatch: pytest.Mon
 
 
 def test_stock_generators_still_lack_an_offset() -> None:
-    """A CPU generator has no offset, which is the fault: vLLM's runner uses an offset.
+    """vLLM's runner uses the offset of a generator, but a CPU generator has none, which is the fault.
 
     If this test fails, the repair can be removed.
     """
@@ -41,7 +41,7 @@ def test_stock_generators_still_lack_an_offset() -> None:
 
 
 def test_the_runner_takes_draws_back_as_the_repair_expects() -> None:
-    """vLLM's runner subtracts one draw for each discarded sample, at a single place in its source."""
+    """For a discarded sample, vLLM's runner sets the generator back by one draw, at a single place in its source."""
     import inspect
 
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
@@ -57,7 +57,7 @@ def test_the_runner_takes_draws_back_as_the_repair_expects() -> None:
 
 
 def test_a_draw_that_is_taken_back_is_drawn_again() -> None:
-    """After set_offset the generator repeats its last number. Without a saved state the generator does not change."""
+    """After set_offset the generator repeats its last number. If no state is saved, set_offset changes nothing."""
     import torch
 
     generator = repairs.rewindable_generator()(device="cpu")
@@ -71,7 +71,8 @@ def test_a_draw_that_is_taken_back_is_drawn_again() -> None:
 
 
 def test_shared_memory_is_named_as_the_repair_expects() -> None:
-    """The name that ranks compare does not identify their memory, which is the fault.
+    """Ranks compare a name to find out whether they share memory. The name does not identify the memory, which is the
+    fault.
 
     The repair adds an id of the memory to the name.
     """
@@ -96,9 +97,9 @@ def test_shared_memory_is_named_as_the_repair_expects() -> None:
 
 @pytest.mark.parametrize("part", ["ring", "arena"])
 def test_a_queue_is_freed_quietly_when_its_block_is_gone(part: str) -> None:
-    """Freeing a queue whose name is gone raises an error, which is the fault.
+    """To free a queue whose shared memory has lost its name raises an error, which is the fault.
 
-    The repair frees the queue quietly and unregisters the name.
+    The repair frees the queue without an error, and unregisters the name.
     """
     modules = {"ring": ("shm_broadcast", "ShmRingBuffer"), "arena": ("shm_tensor_arena", "ShmTensorArena")}
     name, what = modules[part]
@@ -124,7 +125,8 @@ def test_a_queue_is_freed_quietly_when_its_block_is_gone(part: str) -> None:
 
 
 def test_a_repair_that_finds_no_place_is_named_and_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A repair that fails is named in `not_applied` and raises nothing, since no engine would start otherwise."""
+    """A repair that cannot be applied is named in `not_applied` and raises no error. Otherwise no engine would
+    start."""
     made: list[str] = []
 
     def moved() -> None:
@@ -158,9 +160,9 @@ def test_a_vllm_outside_the_window_stays_as_it_is_and_is_named(monkeypatch: pyte
 
 @pytest.mark.parametrize("name", ["bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"])
 def test_a_row_without_an_adapter_gets_the_last_one(name: str) -> None:
-    """In vLLM's operations the index -1 is the last slot, which is the fault. With the repair such a row adds nothing.
+    """vLLM's operations read the index -1, which means no adapter, as the last slot, which is the fault.
 
-    If this test fails, the repair can be removed.
+    With the repair, a row with this index is not changed. If this test fails, the repair can be removed.
     """
     import inspect
 
@@ -182,7 +184,8 @@ def test_a_row_without_an_adapter_gets_the_last_one(name: str) -> None:
 
 
 def test_adapters_are_refused_where_the_repair_is_kept_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the repair on CPUs an engine does not start with adapters, since the base model would be wrong."""
+    """On CPUs, an engine with adapters does not start without the repair, since requests for the base model would get
+    wrong tokens."""
     assert repairs.why_no_adapters() == ""
     with monkeypatch.context() as patch:
         patch.setenv("VLLM_PLUGINS", "something_else")

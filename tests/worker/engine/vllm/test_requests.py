@@ -44,7 +44,8 @@ WRONG_SAMPLING: list[tuple[str, object]] = [
 
 @pytest.mark.parametrize(("field", "value"), WRONG_SAMPLING)
 def test_a_wrong_parameter_is_refused_by_its_name(field: str, value: object) -> None:
-    """The refusal of a parameter that is out of bounds, NaN or not in the vocabulary has the parameter as its field."""
+    """A parameter that is out of bounds, NaN or not in the vocabulary is refused. The refusal's field is the
+    parameter's name."""
     sampling = dataclasses.replace(PLAIN.sampling, **{field: value})  # type: ignore[arg-type]
     with pytest.raises(EngineRefused, match=field) as error:
         check(dataclasses.replace(PLAIN, sampling=sampling), LIMITS)
@@ -69,7 +70,7 @@ def test_a_wrong_parameter_is_refused_by_its_name(field: str, value: object) -> 
     ],
 )
 def test_a_wrong_request_is_refused(changes: dict[str, object], field: str, reason: str) -> None:
-    """Wrong values outside the sampling parameters are refused with the field and the reason."""
+    """A wrong value outside the sampling parameters is refused with the field and the reason."""
     with pytest.raises(EngineRefused) as error:
         check(dataclasses.replace(PLAIN, **changes), LIMITS)  # type: ignore[arg-type]
     assert (error.value.field, error.value.reason) == (field, reason)
@@ -85,8 +86,8 @@ def test_a_wrong_request_is_refused(changes: dict[str, object], field: str, reas
     ],
 )
 def test_what_would_start_anew_is_not_continued_as_a_prompt(changes: dict[str, object], field: str) -> None:
-    """An engine that can only append emitted ids to the prompt refuses parameters that depend on earlier output. The
-    error names the parameter."""
+    """If an engine can only append emitted ids to the prompt, parameters that depend on earlier output are refused by
+    name."""
     cut = dataclasses.replace(PLAIN, emitted_token_ids=(7,), sampling=Sampling(max_tokens=4, **changes))  # type: ignore[arg-type]
     check(cut, LIMITS)
     with pytest.raises(EngineRefused) as error:
@@ -95,7 +96,7 @@ def test_what_would_start_anew_is_not_continued_as_a_prompt(changes: dict[str, o
 
 
 def test_a_call_that_had_ended_is_not_continued() -> None:
-    """EOS among the emitted tokens is refused, unless the request ignores EOS."""
+    """A request with EOS among its emitted tokens is refused, unless it ignores EOS."""
     limits = dataclasses.replace(LIMITS, eos_token_ids=frozenset({9}))
     ended = dataclasses.replace(PLAIN, emitted_token_ids=(9,))
     with pytest.raises(EngineRefused, match="at its end"):
@@ -104,7 +105,7 @@ def test_a_call_that_had_ended_is_not_continued() -> None:
 
 
 def test_seeds_are_refused_where_they_would_kill() -> None:
-    """A seed is refused as an unsupported feature on CPUs without the seed repair."""
+    """On CPUs without the seed repair, a seed is refused as an unsupported feature."""
     seeded = dataclasses.replace(PLAIN, sampling=Sampling(max_tokens=4, seed=1))
     check(seeded, LIMITS)
     with pytest.raises(EngineRefused) as error:
@@ -136,7 +137,7 @@ def test_seeds_are_refused_where_they_would_kill() -> None:
     ],
 )
 def test_a_wrong_grammar_is_refused(grammar: Grammar, says: str) -> None:
-    """The refusal of a wrong grammar names the kind and the bound."""
+    """The refusal of a wrong grammar says what is wrong, or which bound it exceeds."""
     with pytest.raises(EngineRefused, match=says) as error:
         check_grammar(grammar)
     assert error.value.field.startswith("response_format")
@@ -158,24 +159,26 @@ def test_a_wrong_grammar_is_refused(grammar: Grammar, says: str) -> None:
     ],
 )
 def test_repetitions_are_unrolled(pattern: str, positions: int) -> None:
-    """Counted repetitions multiply, within groups and of groups. An escape or a class is one position."""
+    """Counted repetitions multiply the positions of an expression, also in nested groups. An escape or a character
+    class is one position."""
     assert regex_positions(pattern) == positions
 
 
 @given(st.text(alphabet="ab()[]{}|*+?\\,019^", max_size=40))
 def test_any_text_has_positions(pattern: str) -> None:
-    """The number of positions is never negative, and no pattern raises, even if it is invalid."""
+    """The number of positions is never negative, and no text raises an error, even if it is an invalid expression."""
     assert regex_positions(pattern) >= 0
 
 
 @given(st.text(alphabet="ab|", min_size=1, max_size=10), st.integers(1, 50), st.integers(1, 50))
 def test_nested_repetitions_multiply(atom: str, inner: int, outer: int) -> None:
-    """The expression ((x){m}){n} has m times n times the positions of x."""
+    """The expression ((x){m}){n} has m * n times as many positions as x."""
     assert regex_positions(f"(({atom}){{{inner}}}){{{outer}}}") == regex_positions(atom) * inner * outer
 
 
 def test_bounded_strings_are_found_at_any_depth() -> None:
-    """Strings with a length bound or pattern are found in properties, items and combinations; other strings are not."""
+    """Strings with a length bound or a pattern are found in properties, items and combinations. Other strings are left
+    out."""
     schema = {
         "properties": {"a": {"type": "string", "maxLength": 3}, "b": {"type": "string"}},
         "anyOf": [{"items": {"pattern": "x+"}}, {"minLength": 1, "pattern": "y"}],
@@ -184,7 +187,8 @@ def test_bounded_strings_are_found_at_any_depth() -> None:
 
 
 def test_emitted_tokens_are_output_or_else_prompt() -> None:
-    """Emitted ids are in the prompt only if they cannot be installed as output; the salt is there only if given."""
+    """Emitted ids are in the prompt only if the engine cannot take them as output. The prompt has a salt only if the
+    request has one."""
     continued = dataclasses.replace(PLAIN, emitted_token_ids=(7, 8), cache_salt="s")
     plainly = dataclasses.replace(LIMITS, installs=False, resumes_seeds=False)
     assert prompt_of(continued, LIMITS) == {"type": "token", "prompt_token_ids": [1, 2, 3], "cache_salt": "s"}
@@ -193,14 +197,14 @@ def test_emitted_tokens_are_output_or_else_prompt() -> None:
 
 
 def test_long_prompts_and_grammars_leave_the_event_loop() -> None:
-    """Requests that take long to validate are marked for a thread."""
+    """Requests that take long to validate are marked for validation in a thread."""
     assert not is_heavy(PLAIN)
     assert is_heavy(dataclasses.replace(PLAIN, prompt_token_ids=range(5000)))
     assert is_heavy(dataclasses.replace(PLAIN, sampling=Sampling(max_tokens=1, grammar=Grammar("json_object", ""))))
 
 
 def test_vllms_own_words_are_cut() -> None:
-    """A refusal with vLLM's message names the parameter, and the message is shortened."""
+    """A refusal by vLLM names the parameter and has vLLM's message, shortened."""
 
     class Theirs(ValueError):
         parameter = "top_p"
@@ -212,7 +216,8 @@ def test_vllms_own_words_are_cut() -> None:
 
 @pytest.mark.parametrize(("ids", "min_tokens", "fits"), [(126, 1, True), (127, 1, False), (1024, 0, True)])
 def test_ends_of_a_call_with_min_tokens_fit_into_the_runners_table(ids: int, min_tokens: int, fits: bool) -> None:
-    """With min_tokens at most 128 stop ids are allowed, EOS ids included. One more stop id would end a V2 rank."""
+    """With min_tokens, at most 128 stop ids are allowed, EOS ids included. One more would end a rank on the V2
+    runner."""
     limits = dataclasses.replace(LIMITS, vocab_size=2000, eos_token_ids=frozenset((1998, 1999)))
     ends = dataclasses.replace(PLAIN.sampling, stop_token_ids=tuple(range(ids)), min_tokens=min_tokens)
     request = dataclasses.replace(PLAIN, sampling=ends)
@@ -230,9 +235,9 @@ def test_ends_of_a_call_with_min_tokens_fit_into_the_runners_table(ids: int, min
      "(?>a)", "(a)?(?(1)b|c)"],
 )  # fmt: skip
 def test_expressions_that_are_not_supported_are_called_so(pattern: str) -> None:
-    """Unsupported regex syntax is refused by name.
+    """Unsupported regex syntax is refused as not supported.
 
-    Otherwise the request would fail, or an escape would be misread.
+    Otherwise the request would fail later, or an escape would be misread.
     """
     schema = json.dumps({"type": "string", "pattern": pattern})
     for grammar in (Grammar("regex", pattern), Grammar("json_schema", schema)):
@@ -255,7 +260,8 @@ def test_expressions_that_are_not_supported_are_called_so(pattern: str) -> None:
     ],
 )
 def test_an_expression_that_compiles_for_minutes_is_refused(pattern: str, says: str) -> None:
-    """Counts that the compiler would unroll into too many states are refused with a remedy, alone as in a schema."""
+    """An expression with counts that would be unrolled into too many states is refused with a remedy, alone and in a
+    schema."""
     schema = json.dumps({"type": "string", "pattern": pattern})
     for grammar in (Grammar("regex", pattern), Grammar("json_schema", schema)):
         with pytest.raises(EngineRefused, match=says) as error:
@@ -264,7 +270,7 @@ def test_an_expression_that_compiles_for_minutes_is_refused(pattern: str, says: 
 
 
 def test_long_numbers_in_patterns_are_refused() -> None:
-    """A count of so many digits that Python does not read it is refused as any other great count."""
+    """A count with more digits than Python parses is refused like any other large count."""
     for pattern in ("a{" + "9" * 5000 + "}", ".{" + "9" * 5000 + "}", "(" * 5000 + "a" + "{999999999})" * 5000):
         with pytest.raises(EngineRefused, match="positions"):
             check_grammar(Grammar("json_schema", json.dumps({"type": "string", "pattern": pattern})))
@@ -272,7 +278,8 @@ def test_long_numbers_in_patterns_are_refused() -> None:
 
 @given(st.text(alphabet="ab()[]{}|*+?\\,019^", max_size=40))
 def test_counts_of_any_text(pattern: str) -> None:
-    """Any text is counted, also if it is no valid expression; in a schema it is refused if it is refused alone."""
+    """The check of repetition counts raises no error for any text. A text that is refused alone is also refused in a
+    schema."""
     if problem := count_problem(pattern):
         assert pattern_problem(pattern)
         assert "the expression" not in problem
@@ -300,13 +307,13 @@ def test_counts_of_any_text(pattern: str) -> None:
     ],
 )
 def test_expressions_that_are_supported_pass(pattern: str) -> None:
-    """Supported syntax passes, also class members and escaped backslashes that look like unsupported syntax."""
+    """Supported syntax is accepted, even if a class member or an escaped backslash looks like unsupported syntax."""
     check_grammar(Grammar("regex", pattern))
 
 
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=60), st.booleans())
 def test_ids_outside_the_vocabulary_are_refused_in_any_form(ids: list[int], packed: bool) -> None:
-    """Ids are refused exactly if one of them is not in the vocabulary, as a list and as an array."""
+    """Token ids in a list or an array are refused exactly if one of them is not in the vocabulary."""
     request = EngineRequest("r", array("I", ids) if packed else ids, Sampling(max_tokens=1))
     refusals: Any = (
         contextlib.nullcontext() if max(ids) < LIMITS.vocab_size else pytest.raises(EngineRefused, match="token ids")

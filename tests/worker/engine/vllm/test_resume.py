@@ -74,26 +74,28 @@ def test_this_vllm_has_every_name(path: str) -> None:
 
 
 def test_the_core_admits_as_the_continuation_expects() -> None:
-    """The scheduler sets a request's prefill statistics only if they are truthy, and then records the cache hits."""
+    """vLLM's scheduler sets a request's prefill statistics only if the object is truthy. It records cache hits at a
+    single place."""
     source = inspect.getsource(resolve("vllm.v1.core.sched.scheduler.Scheduler.schedule"))
     assert "if request.prefill_stats and request.num_preemptions <= 0:" in source
     assert source.count("self.kv_cache_manager.record_prefix_cache_stats(") == 1
 
 
 def test_the_v2_runner_gets_prompt_and_output_apart() -> None:
-    """The scheduler sends the V2 runner all tokens of a request as its prefill, separate from the prompt's tokens."""
+    """The scheduler sends the V2 runner a request's prompt tokens, and separately all tokens of its prefill."""
     source = inspect.getsource(resolve("vllm.v1.core.sched.scheduler.Scheduler.schedule"))
     assert source.count("req._all_token_ids") == 1
 
 
 def test_the_draw_of_a_seed_is_known_by_its_source() -> None:
-    """The source of the installed sampler is known. An unknown source would get a noise scheme of its own."""
+    """The code of the installed sampler is known by its digest. Unknown code would get a noise scheme of its own."""
     sampler = digest("vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler.forward_cpu")
     assert sampler in resume.DRAWS
 
 
 async def test_long_calls_are_continued_through_chunks(fast_subject: Subject, public_subject: Subject) -> None:
-    """Prompts of several chunks with hundreds of emitted tokens are resumed, twelve at a time on eight slots."""
+    """Requests with prompts of several chunks and hundreds of emitted tokens are resumed, twelve at a time on eight
+    slots."""
     for seed, subject in enumerate((fast_subject, public_subject)):
         assert RESUME_EXACT in subject.info.capabilities
         driver = Driver(subject)
@@ -120,7 +122,8 @@ CHOICES: dict[str, tuple[object, ...]] = {
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_any_combination_is_continued(fast_subject: Subject, seed: int) -> None:
-    """A request with random parameters and a seed, cut at random, gets the remaining tokens of the uncut request."""
+    """A request with random parameters and a seed that is cut at random gets the remaining tokens of the uncut
+    request."""
     chance = random.Random(seed)
     choices = CHOICES if fast_subject.resumes_seeds else CHOICES | {"temperature": (0.0,)}
     wholes = [
@@ -137,7 +140,7 @@ async def test_any_combination_is_continued(fast_subject: Subject, seed: int) ->
 
 
 async def test_emitted_tokens_come_from_the_cache(fast_subject: Subject) -> None:
-    """A request resumed on the engine that emitted its tokens finds its KV blocks in the cache."""
+    """If a request is resumed on the engine that emitted its tokens, its KV blocks are found in the cache."""
     driver, size = Driver(fast_subject), fast_subject.info.block_size
     whole = request(fast_subject.prompt(210, tokens=size), max_tokens=12 * size, cache_salt="found-again")
     (uncut,) = await driver.run(whole)
@@ -156,7 +159,8 @@ async def test_emitted_tokens_come_from_the_cache(fast_subject: Subject) -> None
 
 
 async def test_abort_in_the_middle_of_a_replay(fast_subject: Subject) -> None:
-    """Resumed requests aborted while their tokens are computed leave nothing behind and do not affect others."""
+    """Resumed requests that are aborted while their emitted tokens are computed leave nothing behind, and do not affect
+    other requests."""
     driver = Driver(fast_subject)
     (alone,) = await driver.run(request(fast_subject.prompt(211), max_tokens=40))
     for rounds in range(3):
@@ -186,7 +190,7 @@ async def test_a_duplicate_of_a_continued_call_is_refused(fast_subject: Subject)
 
 
 async def test_tokens_against_the_grammar_end_their_call_alone(fast_subject: Subject, public_subject: Subject) -> None:
-    """Emitted ids that the grammar does not allow end their request in an error, and another request runs on."""
+    """If the grammar does not allow the emitted ids, the request ends in an error. Another request runs on."""
     for subject in (fast_subject, public_subject):
         driver = Driver(subject)
         (alone,) = await driver.run(request(subject.prompt(213), max_tokens=30))
@@ -209,7 +213,7 @@ async def test_tokens_against_the_grammar_end_their_call_alone(fast_subject: Sub
 
 
 class Crowded(Driver):
-    """A driver that records whether a request with outputs had to wait again."""
+    """A driver that records whether a running request was preempted."""
 
     preempted = False
 
@@ -226,7 +230,7 @@ class Crowded(Driver):
     ("ranks", "count", "max_tokens"), [(1, 8, 130), pytest.param(2, 6, 40, marks=pytest.mark.long)]
 )
 async def test_preempted_calls_are_continued(llama_folder: Path, ranks: int, count: int, max_tokens: int) -> None:
-    """With too few KV blocks, preempted requests are resumed exactly, on one rank and on two ranks."""
+    """If there are too few KV blocks, preempted requests are resumed exactly, on one rank and on two ranks."""
     few_blocks = {**tiny_spec().engine, "num_gpu_blocks_override": 40}
     engine = VllmEngine(tiny_spec(tensor_parallel_size=ranks, engine=few_blocks), llama_folder, executor="mp")
     info = await engine.start()
@@ -242,7 +246,7 @@ async def test_preempted_calls_are_continued(llama_folder: Path, ranks: int, cou
 
 
 def with_thinking(folder: Path, made: Path) -> tuple[int, int]:
-    """Copy a Llama checkpoint, make two unused special tokens <think> and </think>, and return their ids."""
+    """Copy a Llama checkpoint, turn two unused special tokens into <think> and </think>, and return their ids."""
     shutil.copytree(folder, made)
     file = made / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
@@ -259,7 +263,7 @@ def with_thinking(folder: Path, made: Path) -> tuple[int, int]:
 
 
 async def greedy_bias(subject: Subject, prompt: Sequence[int], token: int) -> float:
-    """Return a bias with which greedy decoding samples `token` for the first time after 3 to 17 other tokens."""
+    """Return a bias with which greedy decoding emits 3 to 17 other tokens and then `token`."""
     for tenths in range(1, 60):
         (answer,) = await Driver(subject).run(request(prompt, max_tokens=18, logit_bias={token: tenths / 10}))
         if token in answer.token_ids:
@@ -290,7 +294,8 @@ async def test_a_grammar_behind_reasoning_is_continued(llama_folder: Path, tmp_p
 
 
 async def test_an_engine_that_cannot_says_so_and_refuses(llama_folder: Path) -> None:
-    """An engine without exact resume reports that, resumes greedy requests as a prompt and refuses other requests."""
+    """An engine without exact resume reports this. It resumes greedy requests as prompts and refuses to resume
+    others."""
     engine = VllmEngine(tiny_spec(), llama_folder, exact_resume=False)
     info = await engine.start()
     try:

@@ -1,4 +1,4 @@
-"""The repaired compiler of JSON schemas: its strings are JSON, and its other grammars are unchanged."""
+"""The repaired grammar compiler: it allows only valid JSON strings, and its other grammars are unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def _tag(schema: object) -> str:
 
 @pytest.mark.parametrize(("schema", "text"), NO_JSON)
 def test_strings_are_json(schema: dict[str, object], text: str) -> None:
-    """The stock compiler allows strings that are no JSON, which is the fault; the repaired one allows them nowhere."""
+    """The stock compiler allows strings that are not valid JSON, which is the fault. The repaired compiler refuses them
+    everywhere."""
     with pytest.raises(ValueError, match=r"Invalid"):
         json.loads(text)
     stock = compiler()._compiler
@@ -48,7 +49,7 @@ def test_other_strings_are_allowed_as_before(text: str) -> None:
 
 
 def test_names_and_expressions_are_kept() -> None:
-    """Property names and expressions that look like the repaired class are kept in the grammar."""
+    """Property names and expressions that look like the repaired character class are not changed in the grammar."""
     grammar = compiled({**NAMES, "additionalProperties": {"type": "string", "maxLength": 2}})
     key = json.dumps(next(iter(NAMES["properties"])), ensure_ascii=False)
     assert accepts(grammar, f'{{{key}: "ab", "x": "bc", "y": "é"}}')
@@ -57,7 +58,7 @@ def test_names_and_expressions_are_kept() -> None:
 
 
 def test_other_json_is_kept() -> None:
-    """Only a format `email` is rewritten, at any depth; values that look like a schema are data."""
+    """The repair rewrites only the format `email`, at any depth. Values that merely look like a schema are kept."""
     assert json_strings.with_plain_addresses('{"format": "date"}') == '{"format": "date"}'
     rewritten = json.loads(json_strings.with_plain_addresses(json.dumps({"a": [EMAIL], "const": EMAIL})))
     assert rewritten == {"a": [{"type": "string", "pattern": json_strings.EMAIL}], "const": EMAIL}
@@ -65,7 +66,7 @@ def test_other_json_is_kept() -> None:
 
 @pytest.mark.engine
 def test_the_backend_of_vllm_has_the_repaired_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The repair is in the table, and the compiler of a prepared backend refuses control characters."""
+    """The repair is listed in REPAIRS, and vLLM's backend with the repair refuses control characters in strings."""
     from vllm.v1.structured_output.backend_types import StructuredOutputOptions
     from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 

@@ -1,4 +1,4 @@
-"""JSON-schema keywords: each is refused by name, or enforced by the compiled grammar."""
+"""JSON-schema keywords: each is either refused by name or enforced by the compiled grammar."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ ENFORCED: dict[str, list[dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("schema", "says"), REFUSED, ids=lambda value: json.dumps(value)[:60])
 def test_what_is_not_enforced_is_refused_by_name(schema: dict[str, object], says: str) -> None:
-    """A refused schema has the caller's field, the keyword, its JSON pointer and a remedy."""
+    """The refusal of a schema names the caller's field, the keyword, its JSON pointer and a remedy."""
     with pytest.raises(EngineRefused, match=says) as error:
         check_schema(FIELD, schema)
     assert (error.value.field, error.value.reason) == (FIELD, "INVALID_FIELD")
@@ -167,7 +167,7 @@ def test_what_is_not_enforced_is_refused_by_name(schema: dict[str, object], says
 
 @pytest.mark.parametrize("keyword", sorted(ENFORCED))
 def test_outputs_are_valid_by_the_schema(keyword: str) -> None:
-    """Random outputs of the compiled grammar of an accepted schema are JSON and valid by the schema."""
+    """Random outputs of an accepted schema's grammar are JSON and valid by the schema."""
     for schema in ENFORCED[keyword]:
         assert keyword in json.dumps(schema)
         check_schema(FIELD, schema)
@@ -185,7 +185,8 @@ def _standard_keywords() -> Iterator[str]:
 
 
 def test_every_keyword_of_the_standard_is_refused_or_enforced() -> None:
-    """Each keyword of draft 2020-12 that constrains values is in a test above; the others identify or explain."""
+    """Every keyword of draft 2020-12 that constrains values is in a test above. The other keywords only identify or
+    explain."""
     identifiers = {"$id", "$schema", "$anchor", "$dynamicAnchor", "$vocabulary", "$comment", "$defs"}
     refused = {keyword for schema, says in REFUSED for keyword in KEYWORDS if f"`{keyword.replace('$', '.')}`" in says}
     standard = set(_standard_keywords()) - identifiers
@@ -197,7 +198,7 @@ def test_every_keyword_of_the_standard_is_refused_or_enforced() -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 1 << 32))
 def test_any_accepted_schema_is_enforced(seed: int) -> None:
-    """Outputs of a random schema that is accepted, and that compiles, are valid by the schema."""
+    """If a random schema is accepted and compiles, the outputs of its grammar are valid by the schema."""
     schema = SchemaGenerator(random.Random(seed)).root()
     try:
         check_schema(FIELD, schema)
@@ -216,7 +217,7 @@ def _nested(children: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
 @settings(max_examples=40)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3), _nested, max_leaves=20))
 def test_any_json_gets_an_answer(value: object) -> None:
-    """Schemas of arbitrary JSON under every keyword are accepted or refused, and nothing else is raised."""
+    """Under every keyword, arbitrary JSON is accepted or refused, and no other error is raised."""
     for keyword in KEYWORDS:
         for schema in ({keyword: value}, {"type": ["object", "array", "string", "number"], keyword: value}):
             with contextlib.suppress(EngineRefused):
@@ -224,7 +225,8 @@ def test_any_json_gets_an_answer(value: object) -> None:
 
 
 def test_annotations_are_accepted() -> None:
-    """Keywords that constrain nothing are accepted, unknown ones too, also where a constraint would be refused."""
+    """Keywords that constrain nothing are accepted, also unknown ones, even if they contain the name of a refused
+    keyword."""
     notes = {
         "title": "t",
         "default": {"not": {}},
@@ -258,7 +260,7 @@ def _chain(length: int) -> dict[str, object]:
     ],
 )
 def test_large_schemas_take_bounded_time(schema: dict[str, object], says: str) -> None:
-    """Schemas of tens of thousands of values, and references that fan out, are judged within two seconds."""
+    """Schemas with tens of thousands of values, or with references that fan out, are checked within two seconds."""
     with cpu_within(2.0):
         if says:
             with pytest.raises(EngineRefused, match=says):
@@ -268,7 +270,7 @@ def test_large_schemas_take_bounded_time(schema: dict[str, object], says: str) -
 
 
 def test_deep_schemas_are_refused() -> None:
-    """A schema nested deeper than vLLM allows is refused, whatever the recursion limit."""
+    """A schema that is nested deeper than vLLM allows is refused, at any recursion limit of Python."""
     for depth in (64, 300, 900):
         schema: dict[str, object] = {"type": "null"}
         for _ in range(depth):
@@ -297,7 +299,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_formats_have_their_form(name: str) -> None:
-    """Outputs of a format are JSON strings in its form."""
+    """Outputs of a schema with a `format` are JSON strings of that format."""
     schema = {"type": "string", "format": name}
     check_schema(FIELD, schema)
     grammar = compiled(schema)

@@ -1,4 +1,4 @@
-"""Expressions in JSON schemas: refused, or matched by every output."""
+"""Regular expressions in JSON schemas: each is refused, or every output matches it."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ ACCEPTED = (
 
 @pytest.mark.parametrize(("pattern", "says"), REFUSED)
 def test_what_is_not_enforced_is_refused(pattern: str, says: str) -> None:
-    """The reason names the part of the expression that is not enforced."""
+    """The refusal names the part of the expression that is not enforced."""
     assert says in pattern_problem(pattern)
 
 
 @pytest.mark.parametrize("pattern", ACCEPTED)
 def test_outputs_match(pattern: str) -> None:
-    """Outputs of the compiled grammar of an accepted expression are JSON strings that it matches."""
+    """Outputs of an accepted expression's grammar are JSON strings that match the expression."""
     assert not pattern_problem(pattern)
     _holds(pattern)
 
@@ -126,7 +126,7 @@ PIECES = (
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=7).map("".join))
 def test_any_accepted_expression_is_enforced(pattern: str) -> None:
-    """A random expression that is accepted is valid in other languages too, and its outputs match it."""
+    """A random expression that is accepted is also valid in other languages, and its outputs match it."""
     if not pattern_problem(pattern):
         re.compile(pattern)
         _holds(pattern)
@@ -134,5 +134,5 @@ def test_any_accepted_expression_is_enforced(pattern: str) -> None:
 
 @given(st.text(max_size=40))
 def test_any_text_gets_an_answer(pattern: str) -> None:
-    """No expression raises, even if it is invalid."""
+    """The check raises no error for any text, even for an invalid expression."""
     pattern_problem(pattern)

@@ -1,4 +1,4 @@
-"""Grammars that an output parser makes of tools, and budgets for reasoning, tested without an engine."""
+"""Grammars that an output parser makes from tools, and budgets of reasoning tokens, tested without an engine."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ LIMITS = RequestBounds(max_model_len=64, vocab_size=100, max_logprobs=20, budget
 
 
 def with_sampling(emitted: tuple[int, ...] = (), **changes: Any) -> EngineRequest:
-    """Return a request with these sampling parameters."""
+    """Return a request with the given sampling parameters."""
     return EngineRequest("r", (1, 2, 3), Sampling(max_tokens=4, **changes), emitted_token_ids=emitted)
 
 
 def tag(*schemas: Any) -> Grammar:
-    """Return a structural tag that contains these schemas."""
+    """Return a grammar of kind `structural_tag` that contains these schemas."""
     tags = [{"begin": "<f>", "content": {"type": "json_schema", "json_schema": schema}} for schema in schemas]
     return Grammar("structural_tag", json.dumps({"format": {"type": "triggered_tags", "tags": tags}}), field="tools")
 
 
 def refusal_of(request: EngineRequest, limits: RequestBounds = LIMITS) -> EngineRefused:
-    """Return the refusal of a request."""
+    """Check a request that must be refused; return the refusal."""
     with pytest.raises(EngineRefused) as refused:
         check(request, limits)
     return refused.value
@@ -54,20 +54,22 @@ def refusal_of(request: EngineRequest, limits: RequestBounds = LIMITS) -> Engine
     ],
 )
 def test_a_grammar_of_tools_is_checked_and_its_refusal_names_the_tools(grammar: Grammar, text: str) -> None:
-    """A grammar that could not be compiled in time, or is not supported, is refused with the field `tools`."""
+    """A grammar of tools is refused with the field `tools` if it is invalid, too large to compile in time, or not
+    supported."""
     refused = refusal_of(with_sampling(grammar=grammar))
     assert (refused.field, refused.reason) == ("tools", "INVALID_FIELD")
     assert text in refused.message
 
 
 def test_usual_tools_pass() -> None:
-    """A structural tag with ordinary schemas passes; a schema that occurs several times counts once."""
+    """A structural tag with ordinary schemas is accepted. A schema that occurs several times counts once."""
     schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 9}}}
     check(with_sampling(grammar=tag(*[schema] * 100, True)), LIMITS)
 
 
 def test_a_budget_needs_an_engine_that_enforces_it() -> None:
-    """A budget for reasoning is refused by name where the engine has none, or loses it in a resume."""
+    """A budget of reasoning tokens is refused by its field if the engine has no budgets, or would lose the budget in a
+    resume."""
     check(with_sampling(max_reasoning_tokens=0), LIMITS)
     without = dataclasses.replace(LIMITS, budgets=False)
     refused = refusal_of(with_sampling(max_reasoning_tokens=5), without)
@@ -80,7 +82,8 @@ def test_a_budget_needs_an_engine_that_enforces_it() -> None:
 
 
 def test_the_engine_learns_where_a_grammar_begins() -> None:
-    """The place where a grammar begins reaches vLLM as its own server sends it; without a place the engine decides."""
+    """vLLM gets the place where a grammar begins in the form that its own server uses. Without a place, vLLM
+    decides."""
     grammar = dataclasses.replace(tag({}), reasoning_ended=False, template_kwargs='{"enable_thinking": true}')
     assert reasoning_arguments(with_sampling(grammar=grammar)) == {
         "reasoning_ended": False,
@@ -92,7 +95,7 @@ def test_the_engine_learns_where_a_grammar_begins() -> None:
 
 @pytest.mark.parametrize(("spaces", "accepted"), [(0, True), (MAX_WHITE_SPACE, True), (MAX_WHITE_SPACE + 1, False)])
 def test_white_space_in_a_call_is_bounded(spaces: int, accepted: bool) -> None:
-    """A model may indent the arguments of a call, and cannot fill them with white space."""
+    """A model may indent the arguments of a tool call, but cannot fill them with white space."""
     from xgrammar.testing import _is_grammar_accept_string
 
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
