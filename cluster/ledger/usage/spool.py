@@ -103,6 +103,8 @@ class Spool:
         self._max_segment_bytes = max_segment_bytes
         self._changed = threading.Condition()
         self._waiting: list[UsageRecord] = []
+        self._in_write = 0
+        """Number of records that are being written: they are neither in `_waiting` nor counted by the segment."""
         self._segment: _Segment | None = None
         self._next = 1 + max((int(path.stem[6:]) for path in self._segments()), default=0)
         self._closed_segments = {path: _count(path) for path in self._segments()}
@@ -139,7 +141,7 @@ class Spool:
         """Return the numbers of records by state, the age of the oldest segment, and the last error."""
         with self._changed:
             in_open_segment = self._segment.records if self._segment else 0
-            pending = sum(self._closed_segments.values()) + in_open_segment + len(self._waiting)
+            pending = sum(self._closed_segments.values()) + in_open_segment + self._in_write + len(self._waiting)
             paths = [*self._closed_segments, *([self._segment.path] if self._segment else [])]
             oldest = min((_modified_at(path) for path in paths), default=None)
             return SpoolStatistics(self._written, self._durable, pending, self._rejected, oldest, self._error)
@@ -197,9 +199,11 @@ class Spool:
                 # wait briefly for more records, so that several records share one fsync
                 self._changed.wait_for(lambda: self._closing, self._linger_s)
                 batch, self._waiting = self._waiting, []
+                self._in_write = len(batch)
             if not self._write(batch):
                 with self._changed:
                     self._waiting[:0] = batch
+                    self._in_write = 0
                     if self._closing:
                         return  # visible in statistics; an unacknowledged worker reports to another gateway
                     self._changed.wait_for(lambda: self._closing, 1.0)
@@ -208,15 +212,17 @@ class Spool:
         try:
             with self._writing:
                 segment = self._open_segment()
-                segment.write(b"".join(map(encode, batch)), len(batch))
+                segment.write(b"".join(map(encode, batch)))
+                with self._changed:  # before another thread can close the segment
+                    segment.records += len(batch)
+                    self._in_write = 0
+                    self._durable += len(batch)
+                    self._error = ""
+                    position = self._durable
+                    self._changed.notify_all()
         except OSError as error:
             self._abandon_segment(str(error))
             return False
-        with self._changed:
-            self._durable += len(batch)
-            self._error = ""
-            position = self._durable
-            self._changed.notify_all()
         if self._on_durable is not None:
             self._on_durable(position)
         if segment.size >= self._max_segment_bytes:
@@ -250,13 +256,12 @@ class _Segment:
         self.records = 0
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
-    def write(self, data: bytes, records: int) -> None:
+    def write(self, data: bytes) -> None:
         view = memoryview(data)
         while view:
             view = view[os.write(self._handle, view) :]
         os.fsync(self._handle)
         self.size += len(data)
-        self.records += records
 
     def close(self) -> None:
         os.close(self._handle)

@@ -216,6 +216,28 @@ def test_a_disk_that_fails_is_told_and_tried_again(make: Callable[..., Spool], t
     assert list(database.rows) == ["r1"]
 
 
+def test_a_record_that_is_being_written_is_pending(make: Callable[..., Spool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record counts as pending at every moment from `append` until it is in the database, also while the disk is
+    writing it."""
+    fsync, reached, may_end = os.fsync, threading.Event(), threading.Event()
+
+    def slow_fsync(handle: int) -> None:
+        reached.set()
+        assert may_end.wait(10)
+        fsync(handle)
+
+    spool = make()
+    position = spool.append(record("before"))
+    assert spool.wait_durable(position, 10)
+    monkeypatch.setattr(os, "fsync", slow_fsync)
+    position = spool.append(record("slow"))
+    assert reached.wait(10)
+    assert spool.statistics().pending == 2
+    may_end.set()
+    assert spool.wait_durable(position, 10)
+    assert spool.statistics().pending == 2
+
+
 def test_a_folder_has_one_owner(make: Callable[..., Spool]) -> None:
     """Opening a second spool in the same folder raises ValueError, and a closed spool accepts no records."""
     spool = make()
