@@ -793,7 +793,9 @@ class First(_message.Message):
     prompt_tokens: _builtins.int
     cached_tokens: _builtins.int
     origin_lost: _builtins.bool
-    """Of a call that goes on: the worker has no link that works to Submit.begun_at, or the request had never stopped."""
+    """For a resumed call: true if the worker has no working link to the gateway in Submit.begun_at, or if the request had
+    never stopped.
+    """
     def __init__(
         self,
         *,

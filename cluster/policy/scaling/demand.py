@@ -92,7 +92,7 @@ class DemandTotals:
         return sums
 
     def __repr__(self) -> str:
-        return f"Demands({sum(g.connected for g in self._gateways.values())} gateways)"
+        return f"DemandTotals({sum(g.connected for g in self._gateways.values())} gateways)"
 
 
 def _counters_only(c: ClassCounts) -> ClassCounts:

@@ -100,7 +100,7 @@ def test_what_waits_is_summed_and_goes_with_its_gateway() -> None:
     alone = demands.pop_demand(3.0)["m"]["c"]
     assert (alone.queued_requests, alone.held_requests, alone.arrived_requests) == (1, 0, 0)
     demands.pop_demand(2.0 + FORGET_S)
-    assert repr(demands) == "Demands(1 gateways)"
+    assert repr(demands) == "DemandTotals(1 gateways)"
 
 
 def test_a_model_that_a_gateway_has_forgotten_waits_no_more() -> None:

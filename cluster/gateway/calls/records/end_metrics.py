@@ -32,6 +32,8 @@ class EndMetrics:
         metrics.count("requests_total", model, meta.tenant, meta.api, outcome.value)
         if call is not None:
             self._count_slo(call, outcome)
+        elif outcome in SHORT_OF_CAPACITY and self._directory.find(model) is not None:
+            metrics.count("slo_calls_total", model, "failed")  # refused before it became a call: no worker was ready
         if call is None or call.first_token_at is None:
             if outcome not in (Outcome.OK, Outcome.CANCELLED):
                 metrics.count("rejected_total", model, outcome.value)
