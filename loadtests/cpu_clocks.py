@@ -26,10 +26,11 @@ def process_cpu_s(pid: int) -> float:
 
 
 class FrontEndClocks:
-    """The clocks of all processes under some roots, except engine cores, ranks and simulated engines."""
+    """The CPU clocks of some root processes and all their descendants, except engine cores, ranks and simulated
+    engines."""
 
     def __init__(self, roots: Sequence[tuple[int, str]]) -> None:
-        """Find the processes. `roots`: (pid, class) of each root process."""
+        """Find the processes whose CPU time is measured. `roots`: (pid, class of process) of each root process."""
         self._roots = roots
         self._kinds: dict[int, str] = {}
         self._last: dict[int, float] = {}

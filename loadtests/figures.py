@@ -1,8 +1,8 @@
 """Figures: paired ratios over interleaved rounds, with a 95 % bootstrap interval and the absolute difference.
 
-On a shared machine two runs differ by more than two servers do. So the servers alternate (A-B-A-B), each round gives
-one ratio of runs close in time, and the rounds are resampled with replacement. A bound is met if the worse end of the
-interval is inside the bound.
+On a shared machine, two runs of one server can differ more than two servers do. So the servers alternate (A-B-A-B),
+each round gives one ratio of runs close in time, and the rounds are resampled with replacement. A bound is met if the
+worse end of the interval is inside the bound.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A row of a scenario's table. If `value` is None, `reason` is the cause. `met` is None if the row has no bound."""
+    """A row of a scenario's table. `reason`: why `value` is None. `met`: whether the value is within the bound; None if
+    the row has no bound."""
 
     name: str
     value: float | None = None
@@ -92,13 +93,13 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) 
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Interval:
-    """Return the mean of the rounds' differences ours - theirs, with its interval."""
+    """Return the mean difference `ours` - `theirs` over the rounds, with its confidence interval."""
     _check_pairs(ours, theirs)
     return mean([a - b for a, b in zip(ours, theirs, strict=True)], seed)
 
 
 def mean(values: Sequence[float], seed: int = 0) -> Interval:
-    """Return the mean of the values of independent rounds, with its interval."""
+    """Return the mean of the values of independent rounds, with its 95 % interval."""
     if not values:
         raise ValueError("no rounds")
     array = np.asarray(values)
@@ -125,9 +126,8 @@ def ratio_figure(
     difference_unit: str = "",
     note: str = "",
 ) -> Figure:
-    """Return the row of a paired ratio. `scale` converts the values to `difference_unit`. With too few rounds the bound
-    is never met.
-    """
+    """Return a row of the report: the ratio of `ours` to `theirs`, with one pair of values for each round. `scale`
+    converts the values to `difference_unit`. With too few rounds the bound is never met."""
     if not ours or not theirs:
         return missing(name, bound, "no round gave a value for both")
     ratio, difference = paired_ratio(ours, theirs), paired_difference(ours, theirs)

@@ -1,11 +1,12 @@
-"""`make gpu-report MODEL=...`: `peers` with a real model in bfloat16 on this machine's GPUs, as a page of Markdown.
+"""Benchmark of a real model in bfloat16 on this machine's GPUs: the scenario `peers`, written as a Markdown page.
 
+make gpu-report MODEL=...
 python -m loadtests.gpu_report MODEL --out docs/gpu-report-DATE.md
 
 MODEL is a checkpoint's folder or a Hugging Face id. One GPU serves all engines in turn; with two GPUs, further rows
 measure tensor parallelism over both GPUs. `--minutes` (15) bounds the total time: when the time is short, fewer rounds
-run, and the page says so. `--cpu` is a trial of the program with a tiny model; no row counts as met. Exit code 0:
-complete, 1: partial, 2: something is missing.
+run, and the page says so. `--cpu` tries the program with a tiny model; no row counts as met. Exit code 0: complete,
+1: partial, 2: something is missing.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def engine_settings(share: float, context: int, gpus: int = 1) -> dict[str, obje
 
 
 async def measure(name: str, options: Options, logs: Path | None, screen: Screen) -> Report:
-    """Run one pass of `peers` and return the report. The report is partial if a step failed."""
+    """Run the scenario `peers` once and return its report. The report is partial if a step failed."""
     report = Report(name, {"seed": options.seed}, peers=options.peers)
     with tempfile.TemporaryDirectory(prefix="headrace-gpu-report-") as folder:
         async with Children(logs or Path(folder) / "logs") as children:

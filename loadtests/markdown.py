@@ -25,7 +25,8 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Subject of the page. A subject without devices is a trial on CPU."""
+    """The model, the command and the hardware that a page of results is about. Without `devices`, the run was a trial
+    on CPU."""
 
     model: str
     architecture: str

@@ -65,7 +65,7 @@ def write(report: Report, folder: Path) -> list[Path]:
 
 
 def _draw_scaling(pyplot: Any, path: Path, title: str, line: Mapping[str, Sequence[float]]) -> None:
-    """Draw demand and replicas above, and calls outside the SLO below, over time."""
+    """Plot two diagrams over time: demand and replicas in the upper one, calls outside the SLO in the lower one."""
     figure, (above, below) = pyplot.subplots(
         2, 1, sharex=True, figsize=SIZE, layout="constrained", height_ratios=(3, 1)
     )

@@ -75,7 +75,7 @@ class Report:
     hardware: dict[str, Any] = field(default_factory=machine.hardware)
 
     def arm(self, name: str, description: str) -> Arm:
-        """Add an arm to the report and return it."""
+        """Add an arm (a measured server) to the report and return it."""
         arm = Arm(name, description)
         self.arms.append(arm)
         return arm

@@ -23,7 +23,7 @@ QUANTILES = (50, 99)
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row of the table."""
+    """Parameters of one row of the table."""
 
     workers: int
     changed: int
@@ -48,8 +48,8 @@ def _worker(number: int, chance: Random) -> Candidate:
 
 
 def measure(case: Case, rounds: int = ROUNDS) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the quantiles of two CPU times in seconds: of a decision alone, and of a decision with the changes before
-    it."""
+    """Return the quantiles of two CPU times in seconds: the time of a routing decision alone, and the time of a
+    decision with the changes before it."""
     chance, fleet = Random(SEED), Fleet()
     workers = [_worker(number, chance) for number in range(case.workers)]
     for worker in workers:

@@ -91,7 +91,7 @@ def compressed(png: bytes) -> bytes:
 async def take(
     browser: Browser, checkpoint: Path, bundle: Bundle, folder: Path, names: Iterable[str] = tuple(PICTURES)
 ) -> None:
-    """Write the named pictures into a folder."""
+    """Write the pictures in `names` into `folder`."""
     with tempfile.TemporaryDirectory() as scratch:
         async with console_scene(Path(scratch), browser, checkpoint, bundle) as scene:
             for name in names:

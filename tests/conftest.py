@@ -58,8 +58,8 @@ def _lack(name: str) -> str:
 
 
 def pytest_collection_finish() -> None:
-    """Exempt the collected tests and their imports from garbage collection. On a busy core, a collection of them stops
-    a test's event loop for half a second."""
+    """Exempt the loaded tests and their imports from garbage collection. On a busy core, a garbage collection that
+    visits them stops a test's event loop for half a second."""
     gc.collect()
     gc.freeze()
 

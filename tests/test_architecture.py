@@ -116,7 +116,7 @@ def ours(target: str) -> bool:
 
 
 def against_table(imported: Import) -> bool:
-    """Return whether an import violates the table."""
+    """Return whether an import violates the table of allowed imports in docs/architecture.md."""
     here, there = package(imported.module), package(imported.target)
     return ours(imported.target) and bool(there) and here != there and there not in MAY_IMPORT.get(here, set())
 
@@ -128,7 +128,7 @@ def test_every_package_has_its_row() -> None:
 
 
 def test_imports_follow_the_table() -> None:
-    """A package imports only what its row of the table allows."""
+    """Each package imports only the packages that the table in docs/architecture.md allows."""
     wrong = [str(imported) for imported in ALL if against_table(imported)]
     assert not wrong, (
         "\n".join(wrong) + "\nRule: imports follow the table of docs/architecture.md. Remedy: put the type that both "

@@ -26,7 +26,7 @@ class Difference:
 class Change:
     """A change of one model's entry.
 
-    `kind` is add, change or remove. `restarts`: why the model's replicas restart, or "" if they keep running.
+    `kind` is "add", "change" or "remove". `restarts`: why the model's replicas restart, or "" if they keep running.
     """
 
     model: str

@@ -1,8 +1,8 @@
 """A frozen dataclass that is cheap to create.
 
 An instance of `dataclass(frozen=True)` sets each field by a function call, which costs ten times as much as an
-assignment. Some classes have many fields and several new instances for each call. For these classes, only the type
-checker refuses assignments to fields.
+assignment. That is too slow for classes with many fields and several new instances for each call. The decorator of
+this module does not freeze instances: only the type checker refuses assignments to their fields.
 """
 
 from __future__ import annotations

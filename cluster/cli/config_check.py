@@ -128,8 +128,8 @@ def _findings(problems: list[Problem], given: Input) -> tuple[ConfigFinding, ...
 
 
 def _model_problems(config: Config) -> Iterator[Problem]:
-    """Yield a problem for each model with a source, or with degrees of parallelism, that would keep its replicas from
-    starting."""
+    """Yield a problem for each model whose replicas could not start because of its source or its degrees of
+    parallelism."""
     for at, model in enumerate(config.models):
         for number, version in enumerate(model.versions()):
             path: tuple[str | int, ...] = ("models", at, "canary") if number else ("models", at)

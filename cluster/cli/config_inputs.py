@@ -1,4 +1,5 @@
-"""Read the input of `headrace config check`: a cluster.yaml, values of the chart, or a ConfigMap with a cluster.yaml.
+"""Read the input of `headrace config check`: a cluster.yaml, values of the Helm chart, or a ConfigMap with a
+cluster.yaml.
 
 The chart's values are merged over the chart's default values in the same way as in Helm: mappings are merged,
 everything else is replaced, and null removes a key. chart_values.json is a copy of a part of the chart's values.yaml.

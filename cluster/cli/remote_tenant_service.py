@@ -82,59 +82,59 @@ class RemoteTenantService:
         self._keys = tenants_pb2_grpc.KeysStub(connection.channel)
 
     def create_tenant(self, name: str, own: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
-        """See TenantService."""
+        """Implements `TenantService.create_tenant`."""
         tenant, _, empty = codec.tenant_and_paths(name, own)
         request = pb.CreateTenantRequest(tenant=tenant, reason=reason)
         request.unset_mask.paths.extend(empty)
         return codec.stored_tenant(self._connection.call(self._tenants.Create, request))
 
     def get_tenant(self, name: str) -> StoredTenant:
-        """See TenantService."""
+        """Implements `TenantService.get_tenant`."""
         return codec.stored_tenant(
             self._connection.call(self._tenants.Get, pb.GetTenantRequest(name=f"tenants/{name}"))
         )
 
     def tenants(self) -> Iterator[StoredTenant]:
-        """See TenantService."""
+        """Implements `TenantService.tenants`."""
         for page in self._connection.pages(self._tenants.List, pb.ListTenantsRequest()):
             yield from map(codec.stored_tenant, page.tenants)
 
     def update_tenant(self, name: str, changes: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
-        """See TenantService."""
+        """Implements `TenantService.update_tenant`."""
         tenant, paths, _ = codec.tenant_and_paths(name, changes)
         request = pb.UpdateTenantRequest(tenant=tenant, reason=reason)
         request.update_mask.paths.extend(paths)
         return codec.stored_tenant(self._connection.call(self._tenants.Update, request))
 
     def suspend_tenant(self, name: str, suspended: bool, *, reason: str = "") -> StoredTenant:
-        """See TenantService."""
+        """Implements `TenantService.suspend_tenant`."""
         named = {"name": f"tenants/{name}", "reason": reason}
         if suspended:
             return codec.stored_tenant(self._connection.call(self._tenants.Suspend, pb.SuspendTenantRequest(**named)))
         return codec.stored_tenant(self._connection.call(self._tenants.Resume, pb.ResumeTenantRequest(**named)))
 
     def delete_tenant(self, name: str, *, erase: bool = False, reason: str = "") -> int:
-        """See TenantService."""
+        """Implements `TenantService.delete_tenant`."""
         request = pb.DeleteTenantRequest(name=f"tenants/{name}", erase=erase, reason=reason)
         return int(self._connection.call(self._tenants.Delete, request).erased_rows)
 
     def create_key(
         self, tenant: str, name: str = "", *, expires_at: float | None = None, role: str = "caller", reason: str = ""
     ) -> NewKey:
-        """See TenantService."""
+        """Implements `TenantService.create_key`."""
         key = pb.Key(display_name=name, role=role, expire_time=codec.timestamp(expires_at))
         request = pb.CreateKeyRequest(parent=f"tenants/{tenant}", key=key, reason=reason)
         return _new_key(self._connection.call(self._keys.Create, request))
 
     def keys(self, tenant: str) -> list[StoredKey]:
-        """See TenantService."""
+        """Implements `TenantService.keys`."""
         pages = self._connection.pages(self._keys.List, pb.ListKeysRequest(parent=f"tenants/{tenant}"))
         return [codec.stored_key(key) for page in pages for key in page.keys]
 
     def rotate_key(
         self, tenant: str, key_id: str, *, overlap_s: float, expires_at: float | None = None, reason: str = ""
     ) -> NewKey:
-        """See TenantService."""
+        """Implements `TenantService.rotate_key`."""
         request = pb.RotateKeyRequest(
             name=f"tenants/{tenant}/keys/{key_id}",
             overlap_s=overlap_s,
@@ -144,7 +144,7 @@ class RemoteTenantService:
         return _new_key(self._connection.call(self._keys.Rotate, request))
 
     def revoke_key(self, tenant: str, key_id: str, *, reason: str = "") -> StoredKey:
-        """See TenantService."""
+        """Implements `TenantService.revoke_key`."""
         request = pb.RevokeKeyRequest(name=f"tenants/{tenant}/keys/{key_id}", reason=reason)
         return codec.stored_key(self._connection.call(self._keys.Revoke, request))
 
@@ -158,7 +158,7 @@ class RemoteUsageReports:
         self._audit = usage_pb2_grpc.AuditStub(connection.channel)
 
     def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
-        """See UsageReports."""
+        """Implements `UsageReports.usage`."""
         if rates is not None:
             raise LedgerError("--gpu-hour: a gateway uses the prices of its own `cost` section; omit it, or use -f")
         request = usage_pb2.QueryUsageRequest(
@@ -171,13 +171,13 @@ class RemoteUsageReports:
         ]
 
     def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
-        """See UsageReports."""
+        """Implements `UsageReports.records`."""
         request = usage_pb2.ExportUsageRequest(**_query_fields(wanted))
         for page in self._connection.stream(self._usage.Export, request):
             yield from map(_record, page.records)
 
     def slo(self, wanted: UsageQuery, objectives: SloObjectives | None = None) -> list[SloSum]:
-        """See UsageReports. The gateway uses the SLOs of its catalog."""
+        """Implements `UsageReports.slo`. The gateway uses the SLOs of its catalog."""
         if objectives is not None:
             raise LedgerError("objectives: a gateway uses the SLOs of its own catalog")
         request = usage_pb2.QuerySloRequest(**_query_fields(wanted))
@@ -188,7 +188,7 @@ class RemoteUsageReports:
     def audit(
         self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0
     ) -> Iterator[dict[str, Any]]:
-        """See UsageReports."""
+        """Implements `UsageReports.audit`."""
         request = usage_pb2.ListAuditRequest(
             parent=f"tenants/{tenant}" if tenant else "",
             filter=" AND ".join(f'{name} = "{value}"' for name, value in (equal or {}).items()),

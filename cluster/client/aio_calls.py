@@ -54,7 +54,7 @@ class AsyncStream(StreamState, Generic[Chunk]):
                 return text
 
     async def chunks(self) -> AsyncIterator[Chunk]:
-        """Yield every chunk in the form of the API, including progress messages. Raises HeadraceError."""
+        """Yield every received chunk as a `Chunk` message, also those with progress only. Raises HeadraceError."""
         while True:
             try:
                 chunk = await self._next()

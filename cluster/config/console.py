@@ -15,8 +15,8 @@ TRACE_ID = "{trace_id}"
 
 
 def _secure_url(value: str, why: str) -> str:
-    """Return a URL unchanged. Raises ValueError if the URL is neither https nor http on this host. `why`: reason for
-    the error message."""
+    """Return a URL unchanged. Raises ValueError if it is not an https URL; http is allowed only if the URL's host is
+    this host. `why`: the text of the error that says why https is needed."""
     parts = url_parts(value)
     if parts.scheme not in ("https", "http") or not parts.hostname:
         raise ValueError(f"{value!r} is no URL of a web server: write https://host")

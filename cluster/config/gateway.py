@@ -196,7 +196,8 @@ class GatewaySettings(Section):
         return self
 
     def _ports_too_high(self) -> Iterator[Problem]:
-        """Yield a problem for each port of the last process that is above MAX_PORT."""
+        """Yield a problem for each port above MAX_PORT. Only the last gateway process is checked, because it has the
+        highest ports."""
         last = self.listen.of(self.processes - 1)
         for name in ("link", "metrics"):
             if int(getattr(last, name).rsplit(":", 1)[1]) > MAX_PORT:

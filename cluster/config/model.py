@@ -128,10 +128,8 @@ def _checked_name(value: str) -> str:
 
 
 class SloSettings(Section):
-    """Service level objective, which scaling aims at.
-
-    For a share `target` of the calls, the first token arrives within `ttft_s` and the others `itl_s` apart on average.
-    """
+    """A call meets the SLO if its first token arrives within `ttft_s`, and the mean time between its later tokens is at
+    most `itl_s`. The share `target` of the calls should meet the SLO."""
 
     ttft_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
     """Time to the first token, in seconds."""
@@ -142,7 +140,8 @@ class SloSettings(Section):
 
 
 class Model(Section):
-    """A model. `engine` has vLLM's argument names. `gpu`: one type, or a list with the preferred type first."""
+    """A model in cluster.yaml. `engine`: vLLM's engine arguments, by vLLM's names. `gpu`: one GPU type, or a list with
+    the preferred type first."""
 
     name: str
     """Name that callers use: 1 to 63 lower-case letters, digits, `.`, `_` or `-`."""

@@ -90,7 +90,7 @@ def raise_all(problems: Iterable[Problem]) -> None:
 
 
 def written(path: Path) -> str:
-    """Return a path in the form models[0].replicas.max."""
+    """Return the path of a configuration key as text, such as `models[0].replicas.max`."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)

@@ -92,7 +92,7 @@ class HuggingFace(Section):
 
 
 class Allow(Section):
-    """Rules for the weights that models may load. Empty `licenses` allow any license, and models without one."""
+    """Rules for the weights that models may load. If `licenses` is empty, a model may have any license or none."""
 
     sources: tuple[str, ...] = ("*",)
     """Globs of the sources that models may name."""
@@ -105,7 +105,8 @@ class Allow(Section):
 
 
 class Weights(Section):
-    """The folder of weights on each node, and what may be loaded."""
+    """Settings of model weights: the folder for weights on each node, the Hugging Face server, and the rules for what
+    models may load."""
 
     cache_dir: Path | None = None
     """Folder of weights on each node. None: `HEADRACE_CACHE_DIR`, else `headrace` in the user's cache folder."""

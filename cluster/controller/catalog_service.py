@@ -66,8 +66,8 @@ class StoredCatalogService:
         return changes
 
     def _with_entries(self, entries: Sequence[Mapping[str, Any]], *, prune: bool) -> tuple[Config, Sequence[Change]]:
-        """Return the configuration with `entries`, and the changes from the current configuration. Raises CallError for
-        an invalid entry."""
+        """Return the configuration after `entries` are applied, and the changes from the current configuration.
+        `prune`: remove models that are not in `entries`. Raises CallError for an invalid entry."""
         before = {model.name: entry_of(model) for model in self._catalog.config.models}
         config = self._catalog.with_entries(layers.apply_entries(list(before.values()), entries, prune=prune))
         after = {model.name: entry_of(model) for model in config.models}

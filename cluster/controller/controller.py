@@ -37,7 +37,7 @@ PERIOD_S = 1.0
 
 
 class GatewayPort(Protocol):
-    """The part of ControllerLinks (links.py) that the loop uses."""
+    """The part of ControllerLinks (links.py) that the control loop uses."""
 
     def publish(self, entries: Sequence[CatalogEntry]) -> None:
         """Send the catalog to every gateway."""

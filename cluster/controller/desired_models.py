@@ -104,7 +104,7 @@ class DesiredModels:
         )
 
     def held(self, on_ray: Collection[str]) -> Mapping[str, ModelSpec]:
-        """Return the specs of the held models by name, including models without replicas.
+        """Return the specs of the models that `hold` has marked, by name, including models without replicas.
 
         `on_ray`: names of the models that have an application on Ray. After `hold(everything=True)`, the models in
         `on_ray` that are not wanted are held too.

@@ -69,7 +69,7 @@ class EditableCatalog:
             return config
 
     def _want(self) -> None:
-        """Set the replica settings and the adapters of the catalog in the desired models."""
+        """Write the replica settings and the adapters of the catalog to the desired models."""
         settings = self._settings_of(self._config)
         self._models.want(settings, {model.name: self.adapters(model) for model in self._config.models})
         self._on_want(settings)

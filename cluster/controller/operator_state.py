@@ -38,7 +38,7 @@ PAUSE_S = 0.5
 
 
 class OperatorState:
-    """The stored changes in a controller's folder, as a message for the gateways."""
+    """The operators' changes that are stored in a controller's folder, as a message for the gateways."""
 
     def __init__(self, folder: Path, wall_s: Callable[[], float] = time.time) -> None:
         """`folder`: the controller's folder. `wall_s` returns seconds since the epoch."""
@@ -48,8 +48,8 @@ class OperatorState:
         self.message = self._read()
 
     def record_change(self) -> pb.OperatorState | None:
-        """Record that one of the files has changed. Returns the new message, or None if no change is stored. Raises
-        OSError."""
+        """Record that a file with changes by operators has changed. Returns the new message for the gateways, or None
+        if no change is stored. Raises OSError."""
         # The revision grows even if the clock was set back.
         self._revision = max(self._revision + 1, round(self._wall_s() * 1000))
         replace_file(self._folder / REVISION_FILE, json.dumps({"revision": self._revision}))

@@ -160,7 +160,8 @@ class PublishedCatalog:
     def _advance(
         self, model: str, part: ReplicaShare, observation: ModelObservation, seen: Observed | None, now_s: float
     ) -> ModelState:
-        """Return the new state of a version after an observation, and log a change of the state."""
+        """Update the state of a model's version (`part`) after an observation, and return it. A change of the state is
+        logged. `seen`: the version's application on Ray, None if there is none."""
         key = (model, part.version)
         before = self._states.get(key, ModelState.DECLARED)
         state = lifecycle.next_state(ModelState.DECLARED if before is ModelState.GONE else before, observation)

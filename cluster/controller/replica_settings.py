@@ -39,9 +39,10 @@ def settings_of(config: Config, *, gateways: Sequence[str], local: bool) -> list
 
 
 def link_tls(config: Config, *, local: bool) -> TlsFiles | None:
-    """Return the certificate files that workers and controller use for links: the files of `link.tls`.
+    """Return the certificate files for the links of workers and of the controller.
 
-    If `link.tls` is not set and `local` is set, return the files of `gateway.link_tls`. If neither is set, return None.
+    These are the files of `link.tls`. If `link.tls` is not set, they are the files of `gateway.link_tls` for a local
+    cluster (`local`), else None.
     """
     files: Tls | None = config.link.tls or (config.gateway.link_tls if local else None)
     return TlsFiles(files.cert_file, files.key_file, files.ca_file) if files else None

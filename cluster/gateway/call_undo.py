@@ -55,5 +55,5 @@ class UndoSteps:
 
 
 def close_guards(guards: CallGuards, outcome: Outcome) -> None:
-    """Undo step of a call's guards: record the decisions of the guards."""
+    """Close a call's guards, which records their decisions. This is an undo step, run when the call ends."""
     guards.close()

@@ -10,7 +10,7 @@ from cluster.gateway.scheduling.scheduler import Scheduler
 
 
 class DemandReports:
-    """The source of the reports of one gateway's demand."""
+    """Makes a gateway's reports of its demand for each model, for the controller."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler

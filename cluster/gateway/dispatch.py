@@ -88,7 +88,7 @@ class Dispatch:
     # ---- scheduling.scheduler.SchedulerHost
 
     def gateway_count(self) -> int:
-        """See SchedulerHost."""
+        """Implements `SchedulerHost.gateway_count`."""
         return self.hub.controller.gateways
 
     def model_unserved(self) -> None:
@@ -96,10 +96,10 @@ class Dispatch:
         self.hub.controller.report_now()
 
     def state_changed(self) -> None:
-        """See SchedulerHost."""
+        """Implements `SchedulerHost.state_changed`."""
         if self._on_models_changed is not None:
             self._on_models_changed(self.directory.models)
 
     def claimed_calls(self, model: str) -> Sequence[tuple[str, int]]:
-        """See SchedulerHost."""
+        """Implements `SchedulerHost.claimed_calls`."""
         return self.resumes.taken_over(model)

@@ -277,8 +277,8 @@ async def run_gateway(
 ) -> None:
     """Run a gateway until `stop` is set, then drain the gateway.
 
-    `ready`: called with the bound addresses, keyed by the names of the listeners. `config_state`: the validity of the
-    file from which `config` was read.
+    `folder`, `process`, `probes`, `config_state`: see Gateway. `ready`: called with the bound addresses, keyed by the
+    names of the listeners. `link`: a bound socket for the links; None: the gateway binds its own.
     """
     interpreter.shorten_switch_interval()
     gateway = Gateway(config, folder, process=process, probes=probes, config_state=config_state)

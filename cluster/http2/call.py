@@ -200,7 +200,8 @@ class ServerCall(ResponseWriter):
 
 
 class CallTable:
-    """The open calls of one connection by stream id, and the numbers by which they are limited."""
+    """The open calls of one connection by stream id. It also holds the counts and sizes of these calls, on which the
+    connection has limits."""
 
     def __init__(self, limits: ServerLimits, max_calls: int) -> None:
         self._limits = limits

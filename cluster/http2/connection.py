@@ -201,7 +201,8 @@ class ConnectionProtocol(asyncio.BufferedProtocol):
         self._slot = slot
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin the connection in its slot."""
+        """Create the Connection for a new transport and put it into this protocol's slot. The transport is aborted if
+        the slot was released meanwhile."""
         connection = Connection(cast(asyncio.Transport, transport), self._server, self._age_s, self._slot)
         self._connection = self._slot.connection = connection
         self._core, self._intake = connection.core, connection.intake

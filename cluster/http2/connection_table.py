@@ -52,7 +52,7 @@ MAX_CHECKS: Final = 16
 
 
 class Port(Enum):
-    """The purpose of a listener."""
+    """The kind of connections that a listener accepts."""
 
     CLIENT = auto()
     """Connections of clients, by gRPC and HTTP together."""

@@ -75,7 +75,7 @@ def header_frames(id_bytes: bytes, fields: bytes, *, end_stream: bool, frame_byt
 
 @lru_cache(maxsize=256)
 def _literal_name(name: bytes) -> bytes:
-    """Encode the part of a literal before its value."""
+    """Encode the first part of a literal header field (HPACK): everything before the field's value."""
     return b"\x00" + _length(name) + name
 
 

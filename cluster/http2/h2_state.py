@@ -71,14 +71,14 @@ class ServerState(Http2State):
     """The h2 state of a server connection, which receives one frame at a time."""
 
     def __init__(self, ended: EndedStreams) -> None:
-        """`ended`: the notes of streams that were reset; replaces h2's own notes."""
+        """`ended`: the record of streams that were reset. It takes the place of h2's own record."""
         super().__init__(_CONFIGURATION)
         self.decoder = HeaderDecoder()
         self._ended = ended
         self._closed_streams = ended
 
     def note_resets(self, most: int) -> None:
-        """Set the number of reset streams whose notes are kept."""
+        """Set for how many reset streams a note is kept."""
         self._ended.most = most
 
     @property

@@ -94,7 +94,7 @@ class BodyReservation(Protocol):
 
 
 class Budget(Protocol):
-    """The budget of request bytes, in which the bytes of each request are reserved."""
+    """A limit on the bytes of all requests that are being received. The bytes of each request are reserved."""
 
     def full(self, tenant: str) -> bool:
         """Whether to refuse a further request of this tenant, because too many of its requests already wait for the
@@ -124,7 +124,7 @@ class Bucket:
         return self._level
 
     def delay_s(self) -> float:
-        """Seconds until the level is no longer negative."""
+        """Return the seconds until the bucket's level is no longer negative; 0 if it is not negative."""
         return max(-self._level / self._rate, 0.0)
 
 

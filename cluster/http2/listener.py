@@ -1,7 +1,7 @@
-"""A listening socket that accepts connections within the cap of its port.
+"""A listening socket that limits the number of its port's connections.
 
-asyncio's own accept loop takes the whole backlog in one pass and has no cap. When no descriptor is left, asyncio's loop
-logs a traceback for each waiting connection.
+asyncio's own accept loop takes the whole backlog in one pass and has no limit. When no descriptor is left, asyncio's
+loop logs a traceback for each waiting connection.
 """
 
 from __future__ import annotations

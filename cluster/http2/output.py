@@ -29,8 +29,7 @@ class ConnectionOutput:
     def __init__(
         self, transport: asyncio.Transport, h2: Http2State, on_unread: Callable[[], None] | None = None
     ) -> None:
-        """`on_unread`: called when more unsent bytes wait for the other side than it may leave unread; None: no
-        limit."""
+        """`on_unread`: called when the other side leaves more bytes unread than it may; None: no limit."""
         self._transport = transport
         self._h2 = h2
         self._loop = asyncio.get_running_loop()
@@ -84,7 +83,7 @@ class ConnectionOutput:
         self.write(frames.header_frames(id_bytes, fields, end_stream=end))
 
     def reset_table(self) -> None:
-        """Make the next header block set the size of the header table to zero again."""
+        """Make the next header block tell the client again that the size of the HPACK dynamic table is zero."""
         self._must_reset_table = True
 
     def write_goaway(self, last: int) -> None:
@@ -173,8 +172,9 @@ class BlockedAnswers:
         self._by_stream: dict[int, Callable[[], None]] = {}
 
     def add(self, stream_id: int, push: Callable[[], None], *, of_stream: bool) -> None:
-        """Add an answer, whose function `push` sends more of it when a window grows. `of_stream`: whether the answer
-        waits for its stream's window; otherwise it waits for the connection's window."""
+        """Add an answer that waits until a flow-control window grows. `push`: function that sends more of the answer.
+        `of_stream`: whether the answer waits for its stream's window; otherwise it waits for the connection's
+        window."""
         (self._by_stream if of_stream else self._by_connection)[stream_id] = push
 
     def discard(self, stream_id: int) -> None:

@@ -42,8 +42,9 @@ class ReadTurns:
         self._used_s = 0.0
 
     def parse_now(self, reader: Reader) -> bool:
-        """Parse for one slice of time at once if recent reads have used less than their share of time. Returns whether
-        unparsed bytes are left; if so, the caller must queue the reader with `put`."""
+        """Parse for one slice of time, without waiting for a turn. If recent calls of this method have used up their
+        share of time, parse nothing. Returns whether unparsed bytes may be left; if so, the caller must queue the
+        reader with `put`."""
         begin = self._clock()
         if begin - self._window_at >= WINDOW_S:
             self._window_at, self._used_s = begin, 0.0

@@ -52,7 +52,7 @@ class Gate(Protocol):
 
 
 class CallRunner:
-    """The handlers of a server. Each call runs its handler in a task of its own."""
+    """Runs the handlers of a server's calls, each call in a task of its own."""
 
     def __init__(self, request_s: float, gate: Gate | None) -> None:
         """`request_s`: time limit in seconds to receive the request of a call that takes one message."""

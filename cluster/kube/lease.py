@@ -29,8 +29,8 @@ class LeaseTerms:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRecord:
-    """The stored record. `holder`: name of the process that holds the Lease; "" for none. `version`: changes with every
-    write by any process. `transitions`: number of changes of the holder."""
+    """The content of a Lease as stored. `holder`: name of the process that holds the Lease; "" for none. `version`:
+    changes with every write by any process. `transitions`: how often the holder has changed."""
 
     holder: str
     version: str

@@ -18,7 +18,7 @@ class NotFound(LedgerError):
 
 
 class AlreadyExists(LedgerError):
-    """An object of the same name exists already."""
+    """Error: an object with the same name exists already."""
 
     outcome = Outcome.ALREADY_EXISTS
 

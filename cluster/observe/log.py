@@ -81,8 +81,8 @@ def dropped_lines() -> int:
 
 
 def add_flush(waits: Callable[[float], object]) -> None:
-    """Register `waits`, which waits until the lines of another output are written. `flush` calls it with the timeout in
-    seconds, after the lines of this process are written."""
+    """Register another output that `flush` waits for. `waits(timeout_s)`: waits until the lines of this output are
+    written. `flush` calls it after the lines of this process are written."""
     _at_flush.append(waits)
 
 

@@ -1,4 +1,4 @@
-"""W3C trace context: the trace to which a call belongs, and whether the call is sampled. Pure.
+"""W3C trace context: the trace to which a call belongs, and whether the call is sampled. The functions do no I/O.
 
 Source: https://www.w3.org/TR/trace-context/ (traceparent version 00). From later versions, only the fields of version
 00 are read.

@@ -1,4 +1,4 @@
-"""Lower scheduling priority for helper processes. Settings that the operating system refuses are skipped."""
+"""Gives helper processes a lower scheduling priority. Settings that the operating system refuses are skipped."""
 
 from __future__ import annotations
 

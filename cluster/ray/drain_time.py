@@ -11,8 +11,8 @@ MARGIN_S = 15.0
 
 
 def ray_timeout_s(drain_timeout_s: float) -> float:
-    """Return the value of TIMEOUT_ENV, the drain time of a Ray node in seconds. During `drain_timeout_s` of this time,
-    calls may end or resume elsewhere.
+    """Return the drain time of a Ray node in seconds, which is the value of TIMEOUT_ENV: `drain_timeout_s`, in which
+    calls may end or resume elsewhere, plus MARGIN_S.
 
     The Helm chart computes the same sum.
     """

@@ -9,7 +9,7 @@ from typing import Protocol, Self
 
 
 class ServerFiles(Protocol):
-    """The files of the client ports (config.gateway.ClientTls)."""
+    """The TLS files of the gateway's client ports: a part of config.gateway.ClientTls."""
 
     @property
     def cert_file(self) -> Path:
@@ -21,7 +21,7 @@ class ServerFiles(Protocol):
 
 
 class LinkFiles(Protocol):
-    """The files of one side of a link (config.gateway.Tls)."""
+    """The certificate files of one side of a link (config.gateway.Tls)."""
 
     @property
     def cert_file(self) -> Path:
@@ -60,7 +60,7 @@ class CertificateExpiry:
         return cls() if link is None else cls([link.cert_file], [link.ca_file])
 
     def current(self) -> Iterator[tuple[Path, float]]:
-        """Yield each readable file with its expiry in seconds since the epoch."""
+        """Yield each readable certificate file with the time at which it expires, in seconds since the epoch."""
         for files, is_authority in ((self.chains, False), (self.authorities, True)):
             for file in files:
                 if (expires_at_s := self._expiry(file, is_authority=is_authority)) is not None:

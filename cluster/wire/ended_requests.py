@@ -64,8 +64,8 @@ class KeeperStatistics:
 
 
 class UsageKeeper:
-    """The usage records of ended requests that a worker keeps, by key. Links are numbered from 1, and a number is never
-    reused. 0 means no link."""
+    """The usage records of ended requests that a worker keeps until a gateway has them, each under a key. Links are
+    numbered from 1, and a number is never reused; 0 means no link."""
 
     def __init__(self, max_records: int = MAX_RECORDS, patience_s: float = PATIENCE_S) -> None:
         self._max_records = max_records

@@ -98,8 +98,8 @@ class Outbox:
         self.flush()
 
     def served(self, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
-        """Set the totals of tokens that tenants were served. A total replaces an unsent total of the same tenant and
-        class. An empty `totals` makes sure that a report is sent, even an empty one."""
+        """Set the totals of tokens that tenants were served, to be sent in the next report. A total replaces an unsent
+        total of the same tenant and class. The report is sent even if `totals` is empty."""
         if self._served is None:
             self._served = {}
         for total in totals:
@@ -107,8 +107,8 @@ class Outbox:
         self.flush()
 
     def peer_backlog(self, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
-        """Set the backlog of another gateway, `gateway`, to report it on this link. It replaces a backlog that was not
-        sent yet."""
+        """Report what waits at another gateway on this link. `gateway`: the other gateway. A backlog of that gateway
+        that was not sent yet is replaced."""
         self._elsewhere[gateway] = waiting
         self.flush()
 
@@ -121,8 +121,8 @@ class Outbox:
             self.flush()
 
     def rendered(self, answer: pb.Rendered) -> None:
-        """Add a rendered prompt, the answer to a Render. Its token ids are cut into pieces, which are sent in several
-        messages."""
+        """Add a rendered prompt, which answers a Render message. Its token ids are cut into pieces, which are sent in
+        several messages."""
         self._rendered.add(answer)
         self.flush()
 
@@ -149,8 +149,8 @@ class Outbox:
         return tokens > self._max_tokens or sum(columns.vector_bytes for columns in self._steps) > MAX_VECTOR_BYTES
 
     async def next_message(self) -> pb.WorkerTurn:
-        """Wait until the writer is woken, then return the next message, which has what was added since the previous
-        message. Data that exceeds the size of a message is returned in later messages."""
+        """Wait until the writer is woken, then return the next message. It contains everything that was added since the
+        previous message. Data that exceeds the size of a message is returned in later messages."""
         await self._wake.wait()
         self._wake.clear()
         self.sent_seq += 1
@@ -238,8 +238,8 @@ class CommandBox:
         self._wake.set()
 
     def backlog(self, backlog: pb.Backlog) -> None:
-        """Set the gateway's backlog for the worker's model. If the new backlog has no tenants' backlogs, unsent ones of
-        the previous backlog are kept."""
+        """Set the gateway's backlog for the worker's model. If the new backlog has no tenants' backlogs, the tenants'
+        backlogs of the previous one are kept until they are sent."""
         if self._backlog is not None and self._backlog.tells_flows and not backlog.tells_flows:
             unsent = self._backlog
             unsent.waiting, unsent.waiting_tokens = backlog.waiting, backlog.waiting_tokens
@@ -254,7 +254,7 @@ class CommandBox:
         self._wake.set()
 
     def grant_ack(self, grant_id: int) -> None:
-        """Acknowledge the credit limits (grant) with this id."""
+        """Acknowledge the credit grant with the id `grant_id`."""
         self._grant_ack = grant_id
         self._wake.set()
 
@@ -285,8 +285,8 @@ class CommandBox:
         self._wake.set()
 
     async def next_message(self) -> pb.GatewayTurn:
-        """Wait until the writer is woken, then return what was added as one message. Submits and bundle requests that
-        do not fit are returned in the next message."""
+        """Wait until the writer is woken. Then return one message with everything that was added since the last
+        message. Submits and bundle requests that do not fit are returned in the next message."""
         await self._wake.wait()
         self._seq += 1
         submits = self._next_submits()

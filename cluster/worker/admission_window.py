@@ -22,7 +22,7 @@ UNKNOWN_PROMPTS = 8
 
 
 class AdmissionWindow:
-    """The admission window of one engine, updated for every sequence and step."""
+    """Computes how many sequences gateways may send ahead of one engine. The caller reports every sequence and step."""
 
     def __init__(self, max_num_seqs: int, step_tokens: int) -> None:
         """Create the window. `step_tokens`: the most tokens that the engine computes in a step."""
@@ -57,10 +57,10 @@ class AdmissionWindow:
         return min(self.free_slots, max(begins, at_least))
 
     def record_submit(self, request_id: str, tokens: int, begins: bool = True) -> None:
-        """Record a sequence sent to the engine, which must compute `tokens` tokens for it before the first output.
+        """Record that a sequence was sent to the engine.
 
-        `begins`: whether the sequence is new. The length of a resumed sequence says nothing about the next prompt's
-        length.
+        `tokens`: number of tokens that the engine must compute before the sequence's first output. `begins`: whether
+        the sequence is new. The length of a resumed sequence says nothing about the next prompt's length.
         """
         if self._live:
             self._late += tokens

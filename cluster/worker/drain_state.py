@@ -50,10 +50,11 @@ class DrainStates:
         return True
 
     def drain(self, now: float, timeout_s: float, leaving: bool) -> None:
-        """Take no new sequences. Running sequences may end by themselves for `timeout_s` times STAY_PART seconds.
+        """Begin a drain: take no new sequences, and let running sequences end by themselves for a part of the drain
+        time. That part is STAY_PART of `timeout_s` seconds.
 
-        `leaving`: whether the process is about to end. A second drain sets a new time; once `leaving` is set, it can
-        only shorten the time.
+        `leaving`: whether the process is about to end. A second drain sets a new time. Once `leaving` was set, a
+        further drain can only shorten the time.
         """
         stays_until = now + timeout_s * STAY_PART
         self._stays_until = min(self._stays_until, stays_until) if self.leaving else stays_until

@@ -60,7 +60,7 @@ class EngineRunner:
     async def run_parsed(self, request_outputs: RequestOutputs, credit: LinkCredit) -> None:
         """Put parsed outputs into the links' outboxes until cancelled.
 
-        They are sent at once, not with the engine's next step.
+        Parsed outputs are sent at once, not with the engine's next step.
         """
         while True:
             touched, to_abort = request_outputs.apply_parsed(await self.parser.parsed())

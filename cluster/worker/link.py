@@ -33,7 +33,8 @@ TURN_METHOD = "/cluster.link.v1.Link/Turn"
 
 @dataclass(eq=False, slots=True)
 class Link:
-    """An open link. An abort may arrive while the Submit of the same slot is still in progress.
+    """An open link of a worker to a gateway. An abort may arrive while the Submit of the same slot is still in
+    progress.
 
     Such an abort is applied when the Submit finishes. If the Submit waits for an adapter, the abort ends this wait.
     """

@@ -145,7 +145,7 @@ class RunningRequest:
         )
 
     def ended_usage(self, outcome: Outcome, gpu_seconds: float, gpu: str, now: float) -> EndedUsage:
-        """Return the usage record of the request, whose end is at `now`."""
+        """Return the usage record of the request. `now`: the time at which the request ended."""
         return EndedUsage(
             self.sealed,
             prompt_tokens=self.prompt_tokens,
@@ -161,9 +161,10 @@ class RunningRequest:
 
 
 def _merged(first: RequestTimes | None, rest: RequestTimes) -> RequestTimes:
-    """Return the times of an output: those up to the request's first output, and the later times, as one record.
+    """Return one record with the times of an output.
 
-    `first`: None if the output is not the request's first.
+    `first`: the times up to the request's first output; None if this is not the first output. `rest`: the later
+    times.
     """
     if first is None:
         return rest
@@ -277,7 +278,8 @@ class RequestOutputs:
         step.tokens += emitted
 
     def _record_diverted(self, outputs: Sequence[TokenOutput], step: StepState) -> None:
-        """Count outputs that are being parsed as work of a step, without sending them."""
+        """Add outputs to the counts of a step without sending them. These outputs go through the parser first and are
+        sent later."""
         for output in outputs:
             running = self._running.get(output.request_id)
             count = len(output.token_ids)

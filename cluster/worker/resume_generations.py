@@ -21,7 +21,7 @@ def call_of(stream: str) -> str:
 
 
 class ResumeGenerations:
-    """The newest generation that one worker knows of each call."""
+    """The newest generation (number of a resume) that one worker knows for each call."""
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most

@@ -67,10 +67,7 @@ class ReplicaSettings:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def surroundings(self) -> dict[str, object]:
-        """Return the settings that require a new replica when they change, without the spec.
-
-        The values are JSON values.
-        """
+        """Return the settings, other than the spec, whose change requires a new replica. The values are JSON values."""
         return {
             "cluster": self.cluster,
             "gateways": list(self.gateways),
@@ -89,7 +86,8 @@ class ReplicaSettings:
         return {**self.surroundings(), **self._rules(), "spec": specs.to_json(self.spec)}
 
     def _rules(self) -> dict[str, object]:
-        """Return the settings that are used only at the start of replicas. A change of them requires no new replica."""
+        """Return the settings that are used only while replicas start. If they change, running replicas are not
+        replaced."""
         return {
             "allowed_sources": list(self.allowed_sources),
             "allowed_formats": list(self.allowed_formats),
@@ -101,7 +99,8 @@ class ReplicaSettings:
 
     @property
     def digest(self) -> str:
-        """Digest of `spec` and `surroundings`. It changes when a new replica is required."""
+        """Digest of the settings that require a new replica when they change: `spec`, and the result of
+        `surroundings`."""
         return specs.digest(self.spec, self.surroundings())
 
     @property

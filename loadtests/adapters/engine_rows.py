@@ -1,9 +1,10 @@
 """Program that checks each row of a full batch: python -m loadtests.adapters.engine_rows MODEL FOLDER RANKS OUT
 
-The program starts vLLM's engine with eight slots for adapters on RANKS ranks, loads eight adapters, and computes
-batches in which the base model and all adapters have rows. It then computes the same rows a second time, each resumed
-after its first tokens. The tokens of each row are compared with the greedy tokens of transformers' model into which the
-adapter's weights are merged. The program writes the counts of rows to OUT, as JSON.
+A row is one request of a batch, with an adapter or with the base model. The program starts vLLM's engine with eight
+slots for adapters on RANKS ranks, loads eight adapters, and computes batches in which the base model and all
+adapters have rows. It then computes the same rows a second time, each resumed after its first tokens. The tokens of
+each row are compared with the greedy tokens of transformers' model into which the adapter's weights are merged. The
+program writes the counts of rows to OUT, as JSON.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class BatchRow:
 
 
 class Rows:
-    """Runner of batches of rows on an engine."""
+    """Computes rows (prompts with expected tokens) on an engine, in batches."""
 
     def __init__(self, engine: VllmEngine, counts: RowCounts) -> None:
         self._engine = engine

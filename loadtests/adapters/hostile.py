@@ -1,8 +1,8 @@
-"""The part `hostile`: 280 adapters with broken, forged or huge files are declared at once, while callers use the base
-model and a good adapter.
+"""Load test of hostile adapters (the part `hostile`): 280 adapters with broken, forged or huge files are
+declared at once, while callers use the base model and a good adapter.
 
-Two things count as harm: the engine ends, or a call for the base model or the good adapter fails or gets a different
-text than before. Every hostile adapter must reach the state FAILED, with the reason.
+Two things count as harm: the engine ends, or a call for the base model or the good adapter fails or gets a
+different text than before. Every hostile adapter must reach the state FAILED, with the reason.
 """
 
 from __future__ import annotations

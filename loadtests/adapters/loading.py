@@ -1,10 +1,9 @@
-"""The part `loading`: adapters are declared while four simulated replicas serve; then one replica restarts, and another
-replica is added.
+"""Measurement of the time until a new adapter can be used on all replicas, with four simulated replicas.
 
-Callers ask the base model and a loaded adapter all the time. The part measures the time until every linked replica
-takes calls for all adapters. This time is measured three times: from the declaration of a second adapter, from the link
-of the restarted replica, and from the link of the added replica. A simulated engine takes 50 ms to load an adapter. The
-part `real_loading` does the same with two vLLM replicas.
+It runs as the part `loading`. Clients call the base model and a loaded adapter all the time. The time until every
+connected replica accepts calls for all adapters is measured three times: after a second adapter is declared, after a
+restarted replica connects, and after an added replica connects. A simulated engine takes 50 ms to load an adapter.
+The part `real_loading` does the same with two vLLM replicas.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The part `mixed`: throughput with a mix of adapters relative to one adapter, compared with vLLM's own server.
 
 There are 32 concurrent callers, and each call has 64 tokens. In the mixed rounds the calls name eight adapters in turn;
-in the other rounds all calls name the same adapter. Our side and vLLM's server have the same engine with eight slots,
-so that every adapter keeps its slot. The ratio of the mixed to the single-adapter throughput is computed for each side,
-and the two ratios are compared.
+in the other rounds all calls name the same adapter. Headrace's worker and vLLM's server have the same engine with eight
+slots, so that every adapter keeps its slot. The ratio of the mixed to the single-adapter throughput is computed for
+Headrace and for vLLM's server, and the two ratios are compared.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LIMITS = Limits(call_s=120.0, run_s=300.0)
 
 
 def requests(round_: int, adapters: int) -> list[Request]:
-    """Return the calls of a round that name `adapters` adapters in turn."""
+    """Return the calls of one round. The calls name `adapters` different adapters in turn."""
     return [
         Request(
             f"{round_}/{adapters}/{number}", prose(f"mixed/{round_}/{number}", PROMPT_CHARS), TOKENS,

@@ -15,7 +15,8 @@ RANK = 8
 
 
 def main(folder: Path, count: int) -> None:
-    """Write the files. The adapters' weights are small, so that the model emits ordinary text with any of them."""
+    """Write the model, the bundle and `count` adapters to `folder`. The adapters' weights are small, so that the model
+    emits ordinary text with any of them."""
     prepare.main("llama", folder)
     for number in range(count):
         write_adapter(folder / "adapters" / f"a{number}", folder / "model", RANK, number, spread=0.01)

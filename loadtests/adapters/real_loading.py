@@ -1,4 +1,5 @@
-"""The part `real_loading`: the part `loading` with two vLLM replicas in place of four simulated ones."""
+"""The part `real_loading` of the scenario. It is like the part `loading`, but with two vLLM replicas instead of four
+simulated ones."""
 
 from __future__ import annotations
 

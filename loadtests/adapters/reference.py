@@ -1,4 +1,4 @@
-"""Program that writes transformers' vectors of some texts: python -m loadtests.adapters.reference MODEL TEXTS OUT
+"""Compute vectors of texts with the library transformers: python -m loadtests.adapters.reference MODEL TEXTS OUT
 
 MODEL is the folder of all-MiniLM-L6-v2. TEXTS is a file with a JSON list. OUT is a file for a numpy array of the shape
 (texts, dimensions). A vector is the mean of the last hidden states of all tokens, normalized to norm 1, as the model's
@@ -18,7 +18,8 @@ from transformers import AutoModel, AutoTokenizer
 
 
 def main(model: str, texts: Path, out: Path) -> None:
-    """Write the vectors under another name, then rename the file."""
+    """Compute the vectors of the texts and write them to `out`. The file is written under another name first and then
+    renamed, so it appears complete."""
     tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model, dtype=torch.float32)
     vectors = []
     with torch.inference_mode():

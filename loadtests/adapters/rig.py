@@ -64,13 +64,14 @@ def names(count: int) -> list[str]:
 
 
 def modules(folder: Path, count: int) -> list[str]:
-    """Return the value of vLLM's argument lora_modules for the adapters. The adapters have the same names as on our
-    side."""
+    """Return the value of vLLM's argument lora_modules for the adapters. The adapters have the same names in vLLM as in
+    Headrace."""
     return [f"{full_name(serving.MODEL, name)}={folder / 'adapters' / name}" for name in names(count)]
 
 
 async def start_server(stage: Stage, folder: Path, count: int, engine: Mapping[str, object]) -> peers.Peer:
-    """Start vLLM's own server with `count` adapters, which have the same names as on our side. Raises DidNotStart."""
+    """Start vLLM's own server with `count` adapters, which have the same names as in Headrace's model. Raises
+    DidNotStart."""
     arguments = {**ENGINE, **engine, "enforce_eager": True, "lora_modules": modules(folder, count)}
     server, _ = await peers.vllm_server(
         stage.children, serving.MODEL, folder / "model", arguments, {**ENVIRONMENT, **THREADS}
@@ -82,8 +83,11 @@ async def start_server(stage: Stage, folder: Path, count: int, engine: Mapping[s
 async def running(
     stage: Stage, folder: Path, adapters: Sequence[str], engine: Mapping[str, object], later: Sequence[str] = ()
 ) -> AsyncIterator[serving.Ours]:
-    """Run a gateway with a worker, and act as their controller. The context begins when all `adapters` are ready. The
-    adapters in `later` are declared just before it begins. Raises DidNotStart."""
+    """Run a gateway with a worker, and act as their controller. Raises DidNotStart.
+
+    The context begins when all `adapters` are ready. The adapters in `later` are declared just before that, and need
+    not be ready.
+    """
     ours = await serving.start(
         stage.children, stage.folder, bundle=folder / "bundle", source=str(folder / "model"),
         engine={**ENGINE, **engine}, environment={**ENVIRONMENT, **THREADS},

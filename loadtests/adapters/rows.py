@@ -1,8 +1,8 @@
-"""The part `rows`: whether each row of a batch gets its own adapter while all slots of the engine are full.
+"""Test that each request in a batch gets its own adapter while all adapter slots of the engine are full.
 
-The base model and eight adapters have rows in one batch of vLLM's engine with eight slots, on one rank and on two. The
-same rows are then computed again, each resumed after its first tokens. `--runner v2` selects vLLM's V2 model runner,
-whose kernels are interpreted.
+It runs as the part `rows`. A batch of vLLM's engine with eight slots has requests for the base model and for eight
+adapters, on one rank and on two. The same requests are then computed again, each resumed after its first tokens.
+`--runner v2` selects vLLM's V2 model runner, whose kernels are interpreted.
 """
 
 from __future__ import annotations

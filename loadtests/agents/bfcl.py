@@ -56,8 +56,8 @@ MODES = {"whole": False, "streamed": True}
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """The answers of both sides to a trial in one mode, whole or streamed. `stepped`: vLLM's answer when its engine
-    gives several tokens a step."""
+    """The answers of vLLM (`theirs`) and of Headrace (`ours`) to one trial. `mode`: whether the answers are whole or
+    streamed. `stepped`: vLLM's answer when its engine gives several tokens a step."""
 
     trial: Trial
     mode: str
@@ -67,18 +67,20 @@ class Compared:
 
     @property
     def differences(self) -> list[Difference]:
-        """The differences, except finish reasons that are counted in another row."""
+        """The differences between the two answers. A finish reason that differs in a known way is left out, since
+        another row of the report counts it."""
         found = differences(self.theirs, self.ours)
         return [one for one in found if one.field != "finish"] if self.other_finish else found
 
     @property
     def other_finish(self) -> str:
-        """The known way in which the finish reasons differ: CUT or NAMED_END; "" if there is none. See known_finish."""
+        """CUT or NAMED_END if the finish reasons of the two answers differ in this known way (see known_finish), else
+        ""."""
         trial = self.trial
         return known_finish(self.theirs, self.ours, is_cut=trial.is_cut, is_named=trial.choice == NAMED)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the request, and both sides' values of each field that differs."""
+        """Return the request and each field in which the answers differ, with vLLM's and Headrace's values."""
         fields = {one.field: {"vllm": one.theirs, "headrace": one.ours} for one in self.differences}
         return {**self.request, "differences": fields}
 
@@ -99,7 +101,7 @@ class Compared:
 
 
 def mixed(all_cases: Sequence[Case], count: int | None, seed: int) -> list[Case]:
-    """Return `count` cases, or all, in random order, with each category spread evenly over them."""
+    """Return `count` random cases, or all cases. The cases of each category are spread evenly over the list."""
     draw = random.Random(seed)
     by_category = {name: list(group) for name, group in groupby(all_cases, lambda case: case.category)}
     groups = [draw.sample(group, k=len(group)) for group in by_category.values()]

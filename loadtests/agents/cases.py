@@ -82,8 +82,8 @@ def public_name(name: str) -> str:
 
 
 def _is_given(values: Any) -> bool:
-    """Return whether a call must have an argument with these allowed values. The argument may be left out if the first
-    allowed value is ""."""
+    """Return whether a tool call must contain the argument whose allowed values are `values`. The argument may be left
+    out if the first allowed value is ""."""
     return not isinstance(values, list) or (bool(values) and values[0] != "")
 
 

@@ -144,7 +144,7 @@ class Workers:
     """A set of `WORKERS` workers. Each worker that dies is replaced by a new one."""
 
     def __init__(self, children: Children, folder: Path, given: Mapping[str, Any]) -> None:
-        """Create the set without starting workers. `given`: settings of the worker's program."""
+        """Prepare the workers without starting them. `given`: settings of the worker program."""
         self._children, self._folder, self._given = children, folder, given
         self._started = 0
         self.died = 0
@@ -268,7 +268,8 @@ def _library_run(folder: Path, server: Server, library: Library, stream: bool) -
 
 
 def coding_runs(folder: Path, server: Server) -> list[Run]:
-    """Return a run of each coding agent, with its own home folder and working folder. All coding agents stream."""
+    """Return one run for each coding agent, each with its own home folder and working folder. All coding agents stream
+    their answers."""
     return [_coding_run(folder, server, agent) for agent in CODING_AGENTS]
 
 

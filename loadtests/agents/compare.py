@@ -34,7 +34,8 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer. A field that is missing or null is "". `error`: status and body of a refusal, else ""."""
+    """An answer. A field that is missing or null in the answer is "". `error`: status and body of a refusal, else
+    ""."""
 
     finish: str = ""
     content: str = ""

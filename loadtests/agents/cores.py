@@ -29,10 +29,9 @@ is not measured."""
 
 
 async def write_models(children: Children, folder: Path, texts: Mapping[str, Mapping[str, str]]) -> Path:
-    """Write the models of the families in families.py, and a script for each text; return their folder. Raises
-    DidNotStart.
+    """Write the models of the families in `texts`, and a script for each text; return their folder. Raises DidNotStart.
 
-    `texts`: for each family's name, the text of each answer by key, or nothing for a family without scripts.
+    `texts`: by family name, the texts of the answers by key. A family with no texts gets no scripts.
     """
     # A folder of its own, since another part may have written models of the same families with other scripts.
     made, words = Path(tempfile.mkdtemp(prefix="large-models-", dir=folder)), []
@@ -81,8 +80,8 @@ async def start_ours(
     witness: tuple[str, ...] = (),
     tenant_count: int = 1,
 ) -> serving.Ours:
-    """Start a gateway and a worker. `engine`: further arguments; `witness`, `tenant_count`: see serving.start. Raises
-    DidNotStart."""
+    """Start a gateway and a worker. `step_ms`: duration of an engine step. `engine`: engine arguments in addition to
+    ENGINE. `witness`, `tenant_count`: see serving.start. Raises DidNotStart."""
     return await serving.start(
         children, folder, bundle=model / "bundle", source=str(model / "model"), engine={**ENGINE, **engine},
         environment={**environment(model, step_ms), **IN_CORE}, name=name, witness=witness, tenant_count=tenant_count,

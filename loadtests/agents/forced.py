@@ -44,8 +44,8 @@ ENGINE: Mapping[str, object] = {
 
 
 def bodies(chosen: Sequence[Case]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the requests, each with a name. Every case is requested with a required and with a named tool choice,
-    whole and streamed."""
+    """Return the requests, each as (name, body). Each case has four requests: the tool choice is `required` or names a
+    function, and the answer is whole or streamed."""
     out = []
     for case in chosen:
         first = case.tools[0]["function"]["name"]

@@ -21,11 +21,12 @@ FORCED = (REQUIRED, NAMED)
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A tool format. `tokens`: the added tokens that its parsers need, or that make its text realistic.
+    """A format in which models write tool calls. `tokens`: added tokens of the tokenizer, which vLLM's parsers
+    need or which make the text realistic.
 
-    `reasoning`: vLLM's parser of reasoning, or "". `opens_reasoning`: whether the model itself writes <think>; if not,
-    the output begins within the reasoning. `half_open`: texts that begin like a call, but are not calls.
-    `text_before_calls`: whether the format allows text before the calls.
+    `reasoning`: vLLM's parser of reasoning, or "". `opens_reasoning`: whether the model itself writes <think>;
+    if not, the output begins within the reasoning. `half_open`: texts that begin like a call, but are not
+    calls. `text_before_calls`: whether the format allows text before the calls.
     """
 
     name: str

@@ -1,8 +1,9 @@
 """Program that writes the models and scripts of the scenario: python -m loadtests.agents.prepare FILE FOLDER
 
-FILE is JSON: by name of a family, the text of each answer by key. For each family, FOLDER/NAME gets `model` (tokenizer,
-template and config.json, without weights), `bundle` and `scripts.json` (token ids of each answer). FOLDER/models.json
-lists them.
+FILE is a JSON object. Its keys are names of families (tool formats); each value maps keys of answers to the
+texts of the answers. For each family, FOLDER/NAME gets `model` (tokenizer, template and config.json,
+without weights), `bundle` and `scripts.json` (token ids of each answer). FOLDER/models.json lists the
+models.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ END, BEGIN_TURN = "<|im_end|>", "<|im_start|>"
 
 
 def base_tokenizer() -> Tokenizer:
-    """Return the byte-level tokenizer that all families share, without their own tokens."""
+    """Return the byte-level tokenizer that all model families share, without the families' special tokens."""
     return tokenizer_kinds.llama3(checkpoints.VOCAB_SIZES["llama"])[0]
 
 
@@ -73,7 +74,8 @@ def script_ids(tokenizer: Tokenizer, texts: Mapping[str, str]) -> dict[str, list
 
 
 def write_family(name: str, texts: Mapping[str, str], folder: Path) -> dict[str, Any]:
-    """Write model, bundle and scripts of a family; return the family's entry for vllm_server.py and worker.py."""
+    """Write the model, the bundle and the scripts of the model family `name`. Returns the family's entry in the input
+    files of vllm_server.py and worker.py."""
     from cluster.worker.weights.tokenizer_bundle import build_bundle  # imports transformers
 
     family, model, bundle, scripts = BY_NAME[name], folder / "model", folder / "bundle", folder / "scripts.json"
@@ -85,7 +87,7 @@ def write_family(name: str, texts: Mapping[str, str], folder: Path) -> dict[str,
 
 
 def main(file: Path, folder: Path) -> None:
-    """Write all families of the file, and then the families' entries in FOLDER/models.json."""
+    """Write the folder of each model family in `file`, then FOLDER/models.json with an entry for each family."""
     entries = [write_family(name, texts, folder / name) for name, texts in json.loads(file.read_text()).items()]
     written = folder / "models.json.part"
     written.write_text(json.dumps(entries))

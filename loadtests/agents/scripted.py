@@ -72,8 +72,8 @@ class Scripts:
 
 
 class PromptLog:
-    """File to which each side writes the prompts that its engine got. A line is a JSON array of a prompt's script key
-    and token ids."""
+    """File of the prompts that one server's engine got. A line is a JSON array of a prompt's script key and token
+    ids."""
 
     def __init__(self, path: Path) -> None:
         """Open the file for appending."""
@@ -118,7 +118,8 @@ class _Running:
 
 
 class ScriptedEngine:
-    """An Engine (cluster.api.ports) that emits the script of each prompt. Every step returns tokens of all requests."""
+    """An Engine (cluster.api.ports) that emits prepared tokens (a script) for each prompt. Every step returns tokens
+    for all running requests."""
 
     def __init__(
         self,
@@ -210,7 +211,7 @@ class ScheduledRequest:
         self._tokens = tokens
 
     def tokens(self, scheduled: int) -> list[int]:
-        """Count the scheduled tokens as computed; return the next token, or [] while part of the prompt is not
+        """Count the scheduled tokens as computed. Return the next output token, or [] while part of the prompt is not
         computed."""
         self._left -= scheduled
         return [] if self._left > 0 else [next(self._tokens)]

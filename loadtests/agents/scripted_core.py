@@ -1,12 +1,12 @@
 """An executor for vLLM's engine core that emits prepared tokens and computes nothing.
 
-On both sides of a comparison the engine core, its scheduler and everything in front of them are real; only the executor
-is replaced. vLLM's server gets the option `--distributed-executor-backend` EXECUTOR. Headrace's worker gets the same
-engine argument, and IN_CORE in its environment. The core is a separate process on both sides, and each side uses its
-own client of the core.
+It is used to compare vLLM's server with Headrace. Both get it by the engine argument
+`distributed_executor_backend`. Only the executor is replaced: the engine core, its scheduler and everything in front
+of them are real. Headrace's worker also gets the environment variables in IN_CORE, without which a worker on CPUs
+uses another executor. The core is a separate process on both sides, and each side uses its own client of the core.
 
-A step takes STEP_MS. A request gets the tokens of the script whose mark is in its prompt (scripted.py). If there are no
-scripts, it gets PLAIN_TOKEN until max_tokens.
+A step takes STEP_MS. The prompt of a request contains the mark of a script, and the request gets the tokens of this
+script (scripted.py). If there are no scripts, each token is PLAIN_TOKEN, until max_tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BLOCKS: Final = 1 << 14
 
 
 class ScriptedExecutor(Executor):  # type: ignore[misc]
-    """An executor without ranks."""
+    """A vLLM executor that starts no worker processes, computes nothing and returns scripted tokens."""
 
     def _init_executor(self) -> None:
         path = os.environ.get(SCRIPTS, "")
@@ -52,7 +52,7 @@ class ScriptedExecutor(Executor):  # type: ignore[misc]
 
     @property
     def supported_tasks(self) -> tuple[str, ...]:
-        """The task of a language model."""
+        """vLLM's tasks of this model: only `generate`."""
         return ("generate",)
 
     def get_supported_kv_cache_layouts(self) -> list[list[str]]:

@@ -68,8 +68,10 @@ and vLLM's server has no parsers by default."""
 
 @dataclass
 class ServedTurns:
-    """The figures of one family, in milliseconds. `sampled_*`: mean over SAMPLED turns, one value for each
-    conversation."""
+    """Measurements of one family of models. Times are in milliseconds.
+
+    `sampled_*`: one value for each conversation, the mean over SAMPLED of its turns.
+    """
 
     family: str
     tokens: int = 0
@@ -127,7 +129,7 @@ class Side:
 
 
 def body_of(messages: Messages) -> bytes:
-    """Return the body of a turn."""
+    """Return the HTTP request body that sends these messages to the model."""
     usage = {"include_usage": True}
     return conversations.body(messages, model=serving.MODEL, max_tokens=ANSWER_TOKENS, stream_options=usage)
 
@@ -296,7 +298,7 @@ def _against(rows: Sequence[ServedTurns]) -> Figure:
 
 
 def table(rows: Sequence[ServedTurns]) -> Table:
-    """Return the table of all families."""
+    """Return the report's table, with one row for each model family."""
     out = Table("family", "tokens", "turns", "p50 ms", "last five ms", "p99 ms", "of the last five", "router, server")
     for name in ("their turns", "stall ms", "its CPU ms"):
         out.add_column(name)

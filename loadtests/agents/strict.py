@@ -52,7 +52,7 @@ ROWS: Mapping[str, Bound | None] = {
 
 
 def schema(chance: random.Random, depth: int = 2) -> dict[str, Any]:
-    """Return a random schema whose values are bounded in length."""
+    """Return a random JSON schema that allows only values of bounded length."""
     kinds = ("string", "integer", "boolean", "enum", "pattern", "array", "object")
     match chance.choice(kinds if depth else kinds[:5]):
         case "string":
@@ -77,7 +77,7 @@ def schema(chance: random.Random, depth: int = 2) -> dict[str, Any]:
 
 
 def parameters(chance: random.Random, depth: int = 2) -> dict[str, Any]:
-    """Return a random schema of an object, all of whose properties are required."""
+    """Return a random JSON schema of an object whose properties are all required."""
     names = chance.sample(WORDS, chance.randint(1, 4))
     properties = {name: schema(chance, depth) for name in names}
     return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}

@@ -54,7 +54,8 @@ LIMITS = Limits(call_s=120.0, run_s=240.0)
 
 
 def texts(chosen: Sequence[Case]) -> dict[str, str]:
-    """Return the text that the engine emits for each case, by key: prose, then the case's calls."""
+    """Return the text that the engine emits for each case: prose, followed by the case's tool calls. The keys are the
+    numbers of the cases."""
     return {
         str(number): prose(f"said/{number}", ANSWER_CHARS) + "\n" + FORMAT.write(case.calls)
         for number, case in enumerate(chosen)
@@ -62,7 +63,7 @@ def texts(chosen: Sequence[Case]) -> dict[str, str]:
 
 
 def body(number: int, case: Case) -> bytes:
-    """Return the request of a case."""
+    """Return the HTTP body of the request for a case."""
     value: dict[str, Any] = {
         "model": serving.MODEL,
         "messages": [{"role": "user", "content": f"{case.question}\n{MARK.format(number)}"}],

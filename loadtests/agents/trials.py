@@ -1,4 +1,5 @@
-"""Trials of the scripted comparison: the case and the family of each trial, and the text that the engine emits."""
+"""Trials of the comparison with scripted answers: the case and the model family of each trial, and the text that the
+engine emits."""
 
 from __future__ import annotations
 
@@ -30,9 +31,10 @@ REFUSALS = (
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A case, answered in the format of a family. `text` is what the engine emits.
+    """One request of a comparison: a case (question and expected answer) for the model of a family.
 
-    `choice`: the kind of tool choice. `options`: further fields of the request.
+    `text`: what the engine generates, in the family's format. `choice`: the kind of tool choice. `options`: further
+    fields of the request.
     """
 
     key: str
@@ -76,7 +78,7 @@ class Trial:
 
 
 def plan(cases: Sequence[Case], families: Sequence[Family] = FAMILIES) -> list[Trial]:
-    """Return one trial for each case. The families take turns."""
+    """Return one trial for each case. The model families of the trials alternate."""
     return [
         _trial(number // len(families), f"{family.name}-{number}", case, family)
         for number, case in enumerate(cases)
@@ -109,7 +111,8 @@ def _is_turn(number: int, every: int) -> bool:
 
 
 def _answer(number: int, case: Case, family: Family, thought: str | None) -> tuple[str, str]:
-    """Return the kind of tool choice and the text that the engine emits."""
+    """Return the kind of tool choice of a trial, and the text that the engine emits. `number`: number of the trial.
+    `thought`: reasoning before the answer; None for none."""
     if not case.calls:
         marker = family.half_open[number // 4 % len(family.half_open)]
         text = family.answer((), REFUSALS[number % len(REFUSALS)].format(marker), thought)

@@ -59,8 +59,8 @@ ROWS: Mapping[str, Bound] = {
 
 @dataclass
 class Turns:
-    """The figures of one family. Times are in milliseconds; `stall_ms` is the longest stall of the event loop while
-    AT_ONCE turns run at the same time."""
+    """The measured turns of one model family. Times are in milliseconds; `stall_ms` is the longest stall of the event
+    loop while AT_ONCE turns run at the same time."""
 
     family: str
     tokens: int = 0
@@ -79,7 +79,7 @@ class Turns:
 
 
 class FrontEnd:
-    """The front end of one gateway with one model."""
+    """The part of a gateway that turns the request bodies for one model into token ids."""
 
     def __init__(self, family: str) -> None:
         self.memory = PromptMemory()
@@ -207,11 +207,11 @@ async def mean_ms(front: FrontEnd, bodies: Sequence[bytes], tenants: Sequence[st
 
 @dataclass
 class Remembered:
-    """Figures of the prompt memory after many conversations of half the length.
+    """Measurements of the gateway's prompt memory after many conversations.
 
-    `mib`: size of the memory by its own count. `grown_mib`: growth of this process. `oldest_ms`: mean CPU time of the
-    next turn of the oldest conversations. `scratch_ms`: the same time when the prompt memory holds nothing of the
-    conversation.
+    Each conversation has half the usual length. `mib`: size of the memory by its own count. `grown_mib`: growth of this
+    process. `oldest_ms`: mean CPU time of the next turn of the oldest conversations. `scratch_ms`: the same time when
+    the prompt memory holds nothing of the conversation.
     """
 
     conversations: int
@@ -222,8 +222,11 @@ class Remembered:
 
 
 async def remember(count: int, family: str = "byte-level", sample: int = 20) -> Remembered:
-    """Tokenize the first half of each conversation in turn, then let the oldest conversations take their next turn. The
-    first halves are tokenized in this process, because the prompt memory is in this process."""
+    """Measure the prompt memory with `count` conversations: its size, and how long a next turn takes.
+
+    First, the first half of each conversation is tokenized in turn. Then the `sample` oldest conversations take their
+    next turn. All of this happens in this process, because the prompt memory is in this process.
+    """
     front, half = FrontEnd(family), conversations.TURNS // 2
     await front.start()
     figures, process = Remembered(count), psutil.Process()
@@ -283,7 +286,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 def table(rows: Iterable[Turns]) -> Table:
-    """Return the table of all families."""
+    """Return the report's table, with one row for each model family."""
     out = Table("family", "tokens", "turns", "p50 ms", "last five ms", "p99 ms", "of it gateway ms", "not seen ms")
     for name in ("stall ms", "its CPU ms", "memory MiB", "ids differ"):
         out.add_column(name)

@@ -154,7 +154,7 @@ async def running(models: Sequence[Mapping[str, Any]], prompts: PromptLog) -> As
 
 
 async def serve(given: Mapping[str, Any]) -> None:
-    """Serve until SIGTERM."""
+    """Run the servers that the parsed JSON file `given` describes, until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -39,7 +39,8 @@ BESIDE = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Clairvoyant:
-    """The cheapest replayed plan that meets the SLO. `cost_s`: GPU-seconds of the plan, including starts."""
+    """The cheapest plan of replicas that met the SLO when it was replayed on demand known in advance. `cost_s`:
+    GPU-seconds of the plan, including starts."""
 
     cost_s: float
     bound_s: float

@@ -72,8 +72,8 @@ def _counts(mean: Floats, cv: Floats, rng: np.random.Generator) -> Floats:
 
 
 def client_rates(number: int, folder: Path = traces.DEFAULT_FOLDER) -> tuple[Floats, Floats]:
-    """Return calls per second and coefficient of variation of one client of ServeGen's data set m-small, for each
-    window of 600 s."""
+    """Return the arrival rate and the burstiness of one client in ServeGen's data set m-small, for each window of 600
+    s: calls per second, and the coefficient of variation."""
     path = traces.data_file(folder, f"servegen/m-small/chunk-{number}-trace.csv")
     rows = [line.split(",") for line in path.read_text().split()]
     return np.array([float(r[1]) for r in rows]), np.array([float(r[2]) for r in rows])

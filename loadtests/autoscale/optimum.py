@@ -1,12 +1,13 @@
 """The clairvoyant optimum of one model: the fewest GPU-seconds that serve a demand known in advance.
 
-The model of the replicas is loadtests/sim/fleet.py as a fluid, with time in slots. In slot t, work w[t]
-(replica-seconds) and c[t] calls arrive evenly; n[t] replicas serve at most n[t] x slot of the work, first come first
-served; the rest of the work waits. A call is late when n[t] replicas need longer for the work ahead of it than its
-class of calls may wait (a long prompt may wait less than a short one, since its prefill takes part of the same time to
-first token). Since the future is known, each start begins one cold start before the replica is needed. So a start costs
-no waiting, only GPU time: `cold_start_s` GPU-seconds for each replica that n[t] has more than n[t-1]. n may take any
-value in any slot. The first slot's replicas already exist, as they do for the policies compared.
+Model: time is divided into slots, and work is divisible (the fluid version of loadtests/sim/fleet.py). In slot t,
+n[t] replicas run. Work w[t] (replica-seconds) and c[t] calls arrive evenly. The replicas serve at most n[t] x slot
+of the work, first come first served; the rest of the work waits. A call is late if the n[t] replicas need longer
+for the work ahead of it than its class of calls may wait. (A long prompt may wait less than a short one, since its
+prefill takes part of the same time to first token.) Since the future is known, each start begins one cold start
+before the replica is needed. So a start costs no waiting, only GPU time: `cold_start_s` GPU-seconds for each
+replica that n[t] has more than n[t-1]. n may take any value in any slot. The replicas of the first slot exist
+already, as for the policies compared.
 
 Objective: min sum n[t] x slot + cold x sum (n[t] - n[t-1])+ with at most `budget` of the calls late.
 
@@ -15,18 +16,18 @@ Objective: min sum n[t] x slot + cold x sum (n[t] - n[t-1])+ with at most `budge
 J[t](n, b) = n slot + price late[t](n, b) + min over m of [ cold (m - n)+ + J[t+1](m, b') ], b' = (b + w - n slot)+
 
 Proof sketch. (1) The cost of a plan from slot t on depends on the past through n[t] and the waiting work b alone:
-lateness and b' in a slot are functions of (n, b, w, c), and the price of starts is a function of (n, m). So Bellman's
-principle holds and J[0] is the minimum over all plans, by induction from the last slot. (2) Work is counted in quanta
-of slot / `quanta`, and served in multiples of them, so b' lies on the grid, and the recursion itself rounds nothing.
-Only the demand is rounded, once; its rounding error is carried to the next slot, so that the rounded demand never
-differs from the true one by more than a quantum. Work beyond the end of the grid is dropped, which only makes plans
-cheaper. (3) min over m splits into m <= n, the running minimum of J, and m > n, the running minimum of J + cold m from
-above, less cold n: O(1) for each state.
+lateness and b' in a slot are functions of (n, b, w, c), and the price of starts is a function of (n, m). So
+Bellman's principle holds and J[0] is the minimum over all plans, by induction from the last slot. (2) Work is
+counted in quanta of slot / `quanta`, and served in multiples of them, so b' lies on the grid, and the recursion
+itself rounds nothing. Only the demand is rounded, once; its rounding error is carried to the next slot, so that the
+rounded demand never differs from the true one by more than a quantum. Work beyond the end of the grid is dropped,
+which only makes plans cheaper. (3) min over m splits into m <= n, the running minimum of J, and m > n, the running
+minimum of J + cold m from above, less cold n: O(1) for each state.
 
 For every price, J minus (price x allowed late calls) is at most the constrained optimum. This is weak duality: the
 constrained optimum's plan is one of those over which J is the minimum, and has at most the allowed number of late
-calls. The largest of these bounds over the prices tried is `Optimum.bound_s`. The cheapest plan found that keeps the
-budget is `Optimum.plan`; the gap between the two is reported.
+calls. The largest of these bounds over the prices tried is `Optimum.bound_s`. The cheapest plan found that keeps
+the budget is `Optimum.plan`; the gap between the two is reported.
 """
 
 from __future__ import annotations
@@ -42,9 +43,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Demand in slots. `work`: number of quanta of work in each slot; `calls`: number of calls by slot and class of
-    calls.
-    """
+    """Demand by time slot. `work`: quanta of work that arrive in each slot. `calls`: number of calls that arrive, by
+    slot and class of calls."""
 
     work: NDArray[np.int64]
     calls: Floats
@@ -62,9 +62,8 @@ class Slots:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Constraints on a plan. `slacks`: slots that a call of each class may wait; a call of a class with a slack below 0
-    is late.
-    """
+    """Constraints on a plan. `slacks`: number of time slots that a call may wait, by class. All calls of a class with a
+    slack below 0 are late."""
 
     slacks: tuple[float, ...]
     cold_start_s: float
@@ -93,10 +92,14 @@ class Optimum:
 
 
 def late_calls(n: Floats, before: Floats, after: Floats, calls: Floats, slacks: Sequence[float], quanta: int) -> Floats:
-    """Return the number of late calls in a slot, over all classes. `before` and `after`: waiting work at the beginning
-    and at the end of the slot, in quanta.
+    """Return the number of late calls in a time slot, over all classes.
 
-    The wait changes linearly over the slot from before / n to after / n, in slots.
+    `n`: number of replicas. `before` and `after`: waiting work at the beginning and at the end of the slot, in
+    quanta. `calls`: calls that arrive in the slot, by class. `slacks`: slots that a call may wait, by class;
+    all calls of a class with a slack below 0 are late. `quanta`: number of quanta that one replica serves in a
+    slot.
+
+    The wait of a call changes linearly over the slot, from before / (n x quanta) to after / (n x quanta) slots.
     """
     low, high = np.minimum(before, after), np.maximum(before, after)
     span = np.maximum(high - low, 1e-12)
@@ -180,12 +183,11 @@ def optimum(
     tries: int = 12,
     holds: Callable[[Plan], bool] | None = None,
 ) -> Optimum | None:
-    """Search for the price of a late call at which the plan just keeps the budget, by bisection in the price's
-    logarithm.
+    """Return the cheapest plan that keeps the budget of late calls, found by bisection over the price of a late call.
 
     `budget`: allowed share of late calls. `holds`: function that decides whether a plan keeps the budget, for callers
-    that judge plans beyond this fluid model; by default the late calls of the plan are counted. Return None if even the
-    highest price gives no plan that keeps the budget.
+    that judge plans beyond this fluid model; by default the late calls of the plan are counted. The bisection is in the
+    logarithm of the price. Return None if even the highest price gives no plan that keeps the budget.
     """
     allowed = budget * float(slots.calls.sum())
     keeps = holds or (lambda plan: plan.late <= allowed)

@@ -31,7 +31,7 @@ class RaySettings:
 
 
 def grid() -> Iterator[RaySettings]:
-    """Yield all settings that are tried."""
+    """Yield all settings of Ray Serve's policy that are compared."""
     for target, up_s, down_s in product(TARGETS, UPSCALE_S, DOWNSCALE_S):
         yield RaySettings(float(target), 30.0, up_s, down_s)
 

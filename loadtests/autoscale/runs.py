@@ -159,7 +159,8 @@ def outcome(track: Track, demand: Demand, plant: ReplicaModel, keep: bool) -> Ou
 
 
 def play(scenario: Case, scaler: Scaler, initial: int, keep: bool = False) -> Outcome:
-    """Run one case once and return the outcome."""
+    """Simulate one case once and return the outcome. `initial`: number of replicas at the start. `keep`: whether the
+    outcome also holds the line for the plot."""
     spec = SimModelSpec(scenario.demand, SETTINGS, scenario.plant, initial)
     track = simulate(
         {"m": spec}, scaler, cold_start_s=SETTINGS.cold_start_s, every_s=scenario.every_s, tick_s=scenario.tick_s

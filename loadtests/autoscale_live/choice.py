@@ -20,8 +20,9 @@ SPANS = 2000
 
 @dataclass(frozen=True, slots=True)
 class PolicySweep:
-    """Means over many moments. `blind_moved` and `fewest_moved`: number of streams that last longer than the time to
-    stay, on a random replica and on the replica with the fewest streams."""
+    """Mean numbers of streams over many moments. `blind`: streams on a random replica. `fewest`: streams on the replica
+    with the fewest streams. `blind_moved`, `fewest_moved`: those of them that would have to move if the replica were
+    removed."""
 
     blind: float
     fewest: float
@@ -30,8 +31,12 @@ class PolicySweep:
 
 
 def sweep_policies(use: float, mean_s: float, stay_s: float, chance: random.Random) -> PolicySweep:
-    """Simulate replicas with a mean stream length of `mean_s`. `use`: mean number of streams of a replica, as a
-    fraction of PLACES. `stay_s`: time for which a stream may stay on a removed replica."""
+    """Simulate the streams on a set of replicas, and compare two ways to choose the replica to remove: at random,
+    or the one with the fewest streams.
+
+    `mean_s`: mean length of a stream. `use`: mean number of streams of a replica, as a fraction of its PLACES
+    places. `stay_s`: time for which a stream may stay on a removed replica.
+    """
     now_s, looks = 0.0, []
     ends: list[list[float]] = [[] for _ in range(REPLICAS)]
     while now_s < SPANS * mean_s:

@@ -1,10 +1,13 @@
-"""`python -m loadtests.autoscale_live.cold [--rounds 5] [--model FOLDER] [--json FILE]`: cold start to first token.
+"""Benchmark of cold starts, from nothing to the first token.
 
-Two cases alternate. For vLLM's own server, the time runs from exec to the first text; the call is repeated until the
-server answers. For ours, the time runs from sending a call to a model at zero replicas to the first text. Both cases
-use the same real engine with the same arguments. Our gateway, controller and Ray already run, as they do when a model
-scales up. Our time is split into four parts: until the replica begins (the decision, Ray Serve, Ray), until the model
-files are found and digested, until the engine is up (imports, load, golden check), and until the first text.
+`python -m loadtests.autoscale_live.cold [--rounds 5] [--model FOLDER] [--json FILE]`
+
+Two cases alternate. For vLLM's own server, the time runs from exec to the first text; the call is repeated
+until the server answers. For ours, the time runs from sending a call to a model at zero replicas to the
+first text. Both cases use the same real engine with the same arguments. Our gateway, controller and Ray
+already run, as they do when a model scales up. Our time is split into four parts: until the replica begins
+(the decision, Ray Serve, Ray), until the model files are found and digested, until the engine is up
+(imports, load, golden check), and until the first text.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ _STARTED = re.compile(r"worker\.started.*?began=([\d.]+).*?engine_s=([\d.]+).*?o
 
 
 async def vllm_alone(folder: Path, log: Path) -> float:
-    """Return the seconds from exec to the first text. Raises RuntimeError if no text comes in time."""
+    """Return the seconds from exec to the first text. Raises RuntimeError if no text comes within the time limit."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
@@ -102,7 +105,8 @@ async def from_zero(live: Live) -> dict[str, float]:
 
 
 def _started(live: Live) -> Sequence[tuple[float, float, float]]:
-    """Return (began, engine_s, opened_s) of all replicas, sorted by time, from the output that Ray keeps."""
+    """Return (began, engine_s, opened_s) for the start of each replica, sorted by time. The values are read from the
+    `worker.started` lines in the output that Ray keeps."""
     starts: set[tuple[float, float, float]] = set()
     for path in (live.ray.folder / "session_latest" / "logs").glob("worker-*.*"):
         plain = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(errors="replace"))

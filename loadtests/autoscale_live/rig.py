@@ -114,7 +114,7 @@ class Live:
 
 @asynccontextmanager
 async def running_test_bed(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterator[Live]:
-    """Start all parts of the test bed. The parts run until the end of the block, or until SIGTERM ends the process."""
+    """Start all parts of the test bed. They run until the context ends, or until SIGTERM ends the process."""
     if task := asyncio.current_task():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     bundle = bundle_of(checkpoint)

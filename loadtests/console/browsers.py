@@ -1,4 +1,4 @@
-"""Debian's Chromium for the parts of the scenario console."""
+"""Debian's Chromium, started for the scenario `console`."""
 
 from __future__ import annotations
 

@@ -69,8 +69,11 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 def _core_shares(on: Sequence[Round], off: Sequence[Round]) -> list[float]:
-    """Return for each pair of rounds the percentage of a core that the consoles used: the CPU time that the round with
-    consoles took more than the round without, divided by the duration of the round with consoles."""
+    """Return the CPU use of the consoles in percent of one core, one value for each pair of rounds.
+
+    A value is the CPU time of the round with consoles minus that of the round without, divided by the duration of the
+    round with consoles.
+    """
     without = {each.number: each for each in off}
     pairs = [(each, without[each.number]) for each in on if each.number in without and each.run.duration_s]
     return [(a.usage.front_end_s() - b.usage.front_end_s()) / a.run.duration_s * 100 for a, b in pairs]

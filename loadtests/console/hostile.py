@@ -92,7 +92,7 @@ async def measure(stage: Stage) -> list[Figure]:
 
 async def _chats(stage: Stage, browser: Browser) -> tuple[list[str], int]:
     """Send the scripts as prompts to a model that repeats its prompt: first as text, then as reasoning and tool calls.
-    Return the effects, and the number of answers."""
+    Return the effects of the scripts on the page, and the number of answers that were shown."""
     folder = stage.folder / "echo"
     checkpoint = await asyncio.to_thread(build_checkpoint, "llama", folder / "checkpoint")
     bundle, engine = bundle_of(checkpoint), EchoEngine(768)

@@ -103,7 +103,7 @@ async def _updates(page: Page, bed: beds.ConsoleBed, rounds: int) -> list[float]
 
 
 async def _first_view(browser: Browser, bed: beds.ConsoleBed, cookies: Sequence[Any]) -> float:
-    """Open the console in a fresh browser that is signed in, and return the seconds until it shows the fleet."""
+    """Open the console in a fresh, signed-in browser. Return the seconds until the console shows the fleet."""
     context = await browser.new_context()
     try:
         await context.add_cookies(cookies)

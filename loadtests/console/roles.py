@@ -112,8 +112,8 @@ async def _explained(browsers: Mapping[str, Browser], answer: str) -> list[str]:
 
 
 async def _shown(keyed: Keyed, browsers: Mapping[str, Browser]) -> list[str]:
-    """Return the foreign names in the events, models and history that the console sends to roles that may see one
-    tenant only."""
+    """Return names that roles with access to one tenant must not see, but that the console sends to them in events,
+    models or history."""
     hub = keyed.gateway.hub
     foreign = {OTHER, "fixed", hub.gateway_id, *(worker.identity.worker_id for worker in keyed.cluster.workers)}
     found = []

@@ -1,9 +1,9 @@
-"""Client of cluster.v1's StreamChat and StreamComplete on the driver's own loop. A connection carries one call at a
-time and is kept for later calls.
+"""A gRPC client with little overhead for StreamChat and StreamComplete of cluster.v1. It runs on the event loop of the
+load driver. A connection carries one call at a time and is kept for later calls.
 
-As with http1.py, the driver must cost less than the servers that it measures. The client of grpc.aio passes a call
-through threads and a completion queue. With a single stream this takes a measurable time, which would wrongly count for
-the server. Callers that use grpcio spend this time with any server.
+The load driver must use less CPU than the servers that it measures (see also http1.py). The client of grpc.aio passes a
+call through threads and a completion queue. With a single stream this takes a measurable time, which would wrongly
+count for the server. Callers that use grpcio spend this time with any server.
 """
 
 from __future__ import annotations

@@ -43,14 +43,14 @@ def message_of(request: Request, model: str, resumable: bool = False) -> pb.Chat
 
 
 def failure(error: grpc.RpcError, started: bool) -> CallFailed:
-    """Return the gRPC status of an error as a failure that the driver counts. UNAVAILABLE before any chunk was received
-    means that no server is there.
-    """
+    """Convert a gRPC error into a failure that the driver counts by its status. UNAVAILABLE before the first chunk
+    means that no server is there."""
     return failed(error.code(), str(error.details() or "").strip(), started)
 
 
 def failed(code: grpc.StatusCode, detail: str, started: bool) -> CallFailed:
-    """Return the failure for a gRPC status code and a detail message, as in `failure`."""
+    """Return the failure for the gRPC status `code` with the message `detail`. `started`: whether a chunk was
+    received."""
     if code is grpc.StatusCode.UNAVAILABLE:
         return CallFailed(CallFailed.BROKEN if started else CallFailed.UNREACHABLE, detail)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -1,6 +1,5 @@
-"""Lean HTTP/1.1 connection for one streamed answer at a time. The driver must cost less than the servers that it
-measures.
-"""
+"""Lean HTTP/1.1 connection for one streamed answer at a time. It is lean because the load driver must use less CPU time
+than the servers that it measures."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ def hanging_sources(model: Path, plain: str, seed: int) -> list[str]:
 
 
 def prefilling_source(model: Path, plain: str, seed: int) -> str:
-    """Return the model source of a worker whose engine has steps of up to four seconds."""
+    """Return the `sim://` source of a model whose simulated engine has steps of up to four seconds. `plain`: further
+    parameters of the source."""
     room = "max_num_seqs=4&max_num_batched_tokens=65536&kv_blocks=16384&max_model_len=131072"
     return f"sim://{model}?decode_ms=20&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}&{room}&seed={seed}&{plain}"
 

@@ -145,9 +145,9 @@ class CallResult:
 
 
 def difference(call: CallResult, undisturbed: CallResult, logprob_tolerance: float = 0.0) -> str:
-    """Return the difference between a call and its undisturbed answer: "" for none, else failed, duplicate, gap or
-    other. The tolerance is for real engines: their log probabilities depend a little on the rest of the batch.
-    """
+    """Return how a call differs from its undisturbed answer: "" for no difference, "duplicate", "gap", "other", or
+    "failed: " with the error. `logprob_tolerance` is for real engines, whose log probabilities depend a little on the
+    rest of the batch."""
     if call.error:
         return f"failed: {call.error}"
     if call.offsets != sorted(set(call.offsets)):

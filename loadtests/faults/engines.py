@@ -108,7 +108,7 @@ class Point:
 
 @dataclass(slots=True)
 class Proof:
-    """Calls under faults, and the differences from the undisturbed answers."""
+    """Results of calls under faults, with the differences between their answers and the answers without faults."""
 
     points: list[Point] = field(default_factory=list)
     """Faults that hit at least one sequence."""
@@ -122,8 +122,8 @@ class Proof:
     seconds: float = 0.0
 
     def exact(self, *kinds: str) -> tuple[int, int]:
-        """Return two counts of calls of these kinds that lost a worker or failed: those with the undisturbed answer,
-        and all."""
+        """Return two counts over the calls of these kinds that lost a worker or failed: the calls that gave the
+        undisturbed answer, and all of them."""
         hit = [result for result in self.calls if result.request.kind in kinds and (result.resumed or result.error)]
         return sum(result.request_id not in self.differences for result in hit), len(hit)
 

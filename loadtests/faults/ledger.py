@@ -29,7 +29,7 @@ class LedgerAudit:
 
     @property
     def wrong(self) -> int:
-        """Number of missing or doubled rows."""
+        """Number of usage rows in the ledger that are missing or doubled."""
         return self.missing + self.doubled
 
     def __add__(self, other: LedgerAudit) -> LedgerAudit:

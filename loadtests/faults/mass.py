@@ -56,7 +56,7 @@ def source(model: Path, seed: int) -> str:
 
 
 class Moments:
-    """Events with which the injector waits until any call is at a given phase."""
+    """Lets the fault injector wait until any call is in a given phase."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, asyncio.Event] = {}
@@ -250,5 +250,5 @@ def _bring_back(worker: SimWorker) -> None:
 
 
 def requests_of(model: str, seed: int) -> list[FaultRequest]:
-    """Return the requests of the mass of faults."""
+    """Return the calls that are made while workers fail: a mixture of all kinds."""
     return mixed(REQUESTS, model, seed, tokens=TOKENS, words=WORDS)

@@ -45,7 +45,7 @@ def source(model: Path, plain: str, seed: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Results at one rate: the calls after a warm-up, each with its class."""
+    """Results at one rate of calls, without the warm-up. `calls`: the priority class and the result of each call."""
 
     rate_per_s: float
     seconds: float
@@ -67,11 +67,11 @@ class Load:
         ]
 
     def lost(self, cls: str) -> int:
-        """Return the number of calls of a class without an answer."""
+        """Return how many calls of the class `cls` got no answer."""
         return sum(1 for its, result in self.calls if its == cls and result.error)
 
     def settings(self) -> dict[str, Any]:
-        """Return the values for the report."""
+        """Return the counts of calls and errors at this rate, as settings of a report's row."""
         return {
             "rate_per_s": round(self.rate_per_s, 1),
             "goodput_per_s": round(self.goodput_per_s, 2),
@@ -93,7 +93,8 @@ def met(result: CallResult) -> bool:
 
 @dataclass(slots=True)
 class OverloadResults:
-    """Results of the sweep and of the overload."""
+    """Results of an overload test: the sweep over rates of calls (`sweep`), the overloads by rate (`overs`), and all
+    calls."""
 
     sweep: list[Load] = field(default_factory=list)
     overs: dict[float, Load] = field(default_factory=dict)

@@ -1,11 +1,11 @@
-"""Streams that finish although a backend is lost, behind our gateway, vllm-router and Ray Serve's gRPC proxy. Each of
-the three has two backends.
+"""Measurement of the streams that finish although a backend is killed, behind a Headrace gateway, vllm-router and Ray
+Serve's gRPC proxy.
 
-All backends use the same simulated engine: our workers, plain OpenAI servers, and replicas of a plain deployment. In a
-round all streams begin together; when each stream has received some pieces, one backend gets SIGKILL. A stream finishes
-when all its tokens arrive, with exactly the text that the same server gave undisturbed. Each peer uses its default
-retries. Each round of vllm-router starts its own engines and router; our backends and Ray's are restarted
-automatically.
+Each of the three has two backends, and all backends use the same simulated engine: Headrace's workers, plain OpenAI
+servers, and replicas of a plain deployment. In a round all streams begin together; when each stream has received some
+pieces, one backend gets SIGKILL. A stream finishes when all its tokens arrive, with exactly the text that the same
+server gave undisturbed. The two peers use their default retries. Each round of vllm-router starts its own engines and
+router; the backends of Headrace and Ray are restarted automatically.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _ignore_piece() -> None:
 
 
 def requests_of(seed: int, number: int) -> list[FaultRequest]:
-    """Return the requests of a round."""
+    """Return the requests of round `number`. They depend only on `seed` and `number`."""
     rng = random.Random(f"{seed} {number}")
     return [make_request(f"p{number}-{i}", "greedy", MODEL, TOKENS, WORDS, rng.random()) for i in range(STREAMS)]
 
@@ -171,7 +171,8 @@ def over_http(face: OpenAiSse) -> Call:
 
 
 async def ours(children: Children, folder: Path, bundle: Path, engine: str, seed: int, rounds: int) -> Finished:
-    """Run the rounds on a gateway with two workers; each round kills one worker. Raises DidNotStart."""
+    """Run the rounds of requests against a Headrace gateway with two workers. In each round one random worker is
+    killed. Raises DidNotStart."""
     out, rng = Finished(), random.Random(seed)
     sources = [engine] * BACKENDS
     async with fleet.running(children, folder, bundle=bundle, sources=sources, name="beside-peers") as running:

@@ -4,9 +4,9 @@ An episode is a set of streams that begin together on all workers. Throughout th
 calls, one after the other. When all streams have begun, one worker is killed, stopped or cut off. Streams that report a
 resume were hit; the other streams are the survivors.
 
-In calm episodes one worker is absent from the beginning, and the other workers run as many streams as survive a fault.
-Then as many new calls as a worker has streams arrive at once, as a crowd. After a fault, the resumed calls may wait as
-long as this crowd of new calls waits.
+A calm episode has no fault and shows how long a crowd of new calls waits. One worker is absent from the beginning, and
+the other workers run as many streams as survive a fault. Then as many new calls arrive at once as a worker has streams.
+After a fault, resumed calls may wait as long as these new calls.
 """
 
 from __future__ import annotations
@@ -95,11 +95,11 @@ class Findings:
         return [float("inf") if episode.noticed_s is None else episode.noticed_s for episode in self.of(*kinds)]
 
     def silence(self, crowd: bool, *, whole: bool = True) -> list[float]:
-        """Return, for each stream that was hit, its silence divided by the allowed silence. The allowed silence is the
-        fault's detection time plus the p99 TTFT of new calls.
+        """Return one ratio for each stream that was hit: the time without a chunk, divided by the allowed time.
 
-        `crowd`: the TTFT is that of new calls that arrive all at once, else one by one. `whole`: the silence begins at
-        the last chunk before the fault, else at the fault.
+        The allowed time is the fault's detection time plus the p99 TTFT of new calls. `crowd`: take the TTFT of new
+        calls that arrive all at once, else of calls one by one. `whole`: measure from the last chunk before the fault,
+        else from the fault.
         """
         calm = self.of(CALM) if crowd else [episode for episode in self.episodes if episode.kind != CALM]
         fresh = percentile([s for episode in calm for s in episode.fresh_s], 99)
@@ -145,7 +145,7 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 class Recovery:
-    """Runner of episodes over a fleet."""
+    """Runs episodes (streams during which one fault is injected) on a fleet of workers, and collects the findings."""
 
     def __init__(self, fleet: Fleet, seed: int) -> None:
         self._fleet = fleet
@@ -174,7 +174,7 @@ class Recovery:
         return make_request(f"r{self._made}", "greedy", self._fleet.model, tokens, words, self._rng.random())
 
     async def _all_serve(self) -> None:
-        """Wait until every worker is linked and no breaker is open."""
+        """Wait until every worker is linked and no circuit breaker of a worker is open."""
         await self._fleet.until_all_up()
         await asyncio.sleep(TRIAL_S)
         for _ in range(2):

@@ -74,9 +74,8 @@ class Soak:
 
 
 def slope(samples: Sequence[tuple[float, int]], rate_per_s: float, seed: int = 0) -> tuple[float, float, float]:
-    """Return the least-squares slope over the last part of the samples, and the ends of its interval from a block
-    bootstrap.
-    """
+    """Return the slope of a least-squares line through the last part of the samples, then the lower and the upper bound
+    of its confidence interval. The interval comes from a block bootstrap."""
     at = np.array([when for when, _ in samples])
     mb = np.array([rss for _, rss in samples]) / 1e6
     kept = at >= at[0] + (at[-1] - at[0]) * (1 - LAST_PART)
@@ -98,7 +97,9 @@ def slope(samples: Sequence[tuple[float, int]], rate_per_s: float, seed: int = 0
 
 async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tuple[Soak, list[CallResult]]:
     """Warm up, run the calls, and count the resources at rest before and after; return the results and the calls.
-    `told_file`: file to which the witness in the gateway writes its measurements."""
+
+    `told_file`: file to which the gateway's process writes its measurements.
+    """
     process = psutil.Process(fleet.gateway_pid)
     caller = Caller(fleet.grpc, fleet.metadata, "soak")
     rng = random.Random(seed)

@@ -67,7 +67,8 @@ class Attacker:
 
     @staticmethod
     def message(stream_id: int, data: bytes, *, end: bool = False) -> bytes:
-        """Return the DATA frame with a complete gRPC message on a stream."""
+        """Return the DATA frame that holds the complete gRPC message `data`. `end`: whether the frame ends the
+        stream."""
         framed = b"\x00" + len(data).to_bytes(4, "big") + data
         return DataFrame(stream_id, framed, flags=("END_STREAM",) if end else ()).serialize()
 

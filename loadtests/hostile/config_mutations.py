@@ -1,4 +1,5 @@
-"""Wrong configuration files made from good files. Each wrong file has one typical human mistake. Seeded."""
+"""Generator of wrong configuration files. Each is a good file with one typical human mistake. Equal seeds give equal
+files."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ class Mutant:
 
 
 def mutant(good: str, rng: random.Random) -> Mutant:
-    """Make one mistake in a good file and return the wrong file."""
+    """Return a copy of a valid configuration file with one mistake in it, and a description of the mistake."""
     while True:
         data = yaml.safe_load(good)
         mistake = rng.choice(MISTAKES)

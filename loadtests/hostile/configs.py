@@ -38,7 +38,7 @@ VALUE_FILES = sorted((ROOT / "deploy" / "presets").glob("*.yaml"))
 
 @dataclass(slots=True)
 class Count:
-    """Numbers of mutants by result."""
+    """Numbers of mutated configurations, by result."""
 
     refused: int = 0
     harmless: int = 0
@@ -51,7 +51,10 @@ class Count:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Make the mutants, check them, and give those that pass to the processes' constructors."""
+    """Make wrong variants ("mutants") of valid configuration files, and check whether they are refused.
+
+    Returns two rows: the number of wrong files that no check refused, and the number of valid files that were refused.
+    """
     return await asyncio.to_thread(_measure, stage)
 
 

@@ -44,7 +44,7 @@ ROWS: Mapping[str, Bound] = {TITLE.format(api): BOUND for api in (GRPC, HTTP, SE
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run both checkouts alternately and return the report's rows."""
+    """Measure this checkout and the other checkout alternately, and return the report's rows."""
     against = stage.options.against
     if against is None:
         return [missing(row, bound, "no other checkout was named (--against)") for row, bound in ROWS.items()]
@@ -74,8 +74,9 @@ async def _play_pair(
     bundle: Path,
     source: str,
 ) -> None:
-    """Start one process of each checkout, in the given order, and run the rounds with these numbers. `arms`: for each
-    checkout and API what is measured, by name; the first pair of processes fills it."""
+    """Start one gateway process of each checkout, in the order of `checkouts`, and run the rounds with these numbers.
+    `arms`: the arms (measured servers), one for each checkout and API, by name. The first pair of processes fills this
+    mapping."""
     # The parts of the scenario choose the arms by name, so `--only` must not filter the arms again.
     whole = replace(stage, options=replace(stage.options, only=()))
     started: list[serving.Ours] = []
@@ -111,8 +112,8 @@ async def _play_pair(
 
 
 def _interleaved(arms: Sequence[Contestant]) -> list[Contestant]:
-    """Return the arms (one for each checkout and API) in an order in which the two checkouts of an API follow each
-    other."""
+    """Return the arms sorted so that the two checkouts of an API follow each other. Each arm is one API of one
+    checkout."""
     return sorted(arms, key=lambda arm: arm.arm.name.removeprefix(THIS).removeprefix(OTHER))
 
 

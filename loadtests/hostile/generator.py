@@ -105,7 +105,7 @@ class Generator:
         return [rng.randrange(high) for _ in range(count)] + rng.choice([[], [-1]])
 
     def bias(self) -> dict[int, float]:
-        """Return a logit bias for as many tokens as allowed, for fewer, or for more."""
+        """Return a logit bias for a random number of tokens, which may be above the allowed number."""
         count = self._rng.choice([1, 300, 1024, 1025, 3000])
         return {number % INT32: self._rng.choice([-100.0, 100.0, 0.0, self.number()]) for number in range(count)}
 

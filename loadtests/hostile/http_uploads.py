@@ -40,7 +40,7 @@ def unfinished(size: int, key: str, chunked: bool) -> Iterator[bytes]:
 
 
 def pipelined() -> Iterator[bytes]:
-    """Yield requests. Their answers are not read."""
+    """Yield requests that are sent one after the other, without reading their answers."""
     for _ in range(PIPELINED // 100):
         yield b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n" * 100
 
@@ -78,7 +78,7 @@ class Upload:
 
 
 def parts_of(number: int, wanted: argparse.Namespace) -> Iterator[bytes]:
-    """Return the parts that a connection sends."""
+    """Return the bytes that connection number `number` sends, in parts. `wanted`: the options of the command line."""
     if wanted.key:
         return unfinished(wanted.bytes, wanted.key, number % 2 == 1)
     kinds = (lambda: unfinished(wanted.bytes, "", False), pipelined, half_head)

@@ -1,9 +1,8 @@
-"""A thousand idle anonymous connections on all ports of a gateway with 256 file descriptors. Measured: which callers
-are still served.
+"""Test of a gateway with 256 file descriptors while a thousand idle anonymous connections are open on all its ports.
 
-Meanwhile each port is tried every second on a new connection: health over gRPC and HTTP, a tenant's call over gRPC and
-HTTP, the admin API and the metrics page. A second worker dials the link port; the gateway must then have the links of
-both workers.
+Every second, each port is tried on a new connection: health over gRPC and HTTP, a tenant's call over gRPC and HTTP,
+the admin API and the metrics page. The test measures which of these are still served. A second worker dials the link
+port; the gateway must then have the links of both workers.
 """
 
 from __future__ import annotations
@@ -105,7 +104,8 @@ def start_worker(stage: Stage, ours: serving.Ours, bundle: Path, source: str) ->
 
 
 async def run_probes(probes: Mapping[str, Probe], seconds: float) -> tuple[Counter[str], Counter[str]]:
-    """Make all calls repeatedly; return the numbers of answers and of failures, by name of the call."""
+    """Make each call in `probes` again and again, for `seconds` seconds. Returns the numbers of answered calls and of
+    failed calls, by name of the call."""
     answered, missed = Counter[str](), Counter[str]()
     ends = time.monotonic() + seconds
 

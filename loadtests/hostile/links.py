@@ -61,7 +61,7 @@ class AttackResults:
     streams: int = 0
 
     def note(self, downs: int) -> str:
-        """Return the note for the report."""
+        """Return the note for the report. `downs`: number of links that the gateway has lost."""
         kinds = ", ".join(f"{count} {name}" for name, count in self.answers.most_common(8))
         return f"{sum(self.answers.values())} answers ({kinds}); {self.streams} streams; {downs} links lost"
 
@@ -285,7 +285,8 @@ async def serving(stage: Stage, name: str, bundle: Path, source: str, workers: i
 
 
 async def simulated(stage: Stage, calls: int) -> tuple[AttackResults, int]:
-    """Attack simulated engines. Half of the calls are queued."""
+    """Attack simulated engines with `calls` calls, half of which are queued. Return the results and the number of links
+    that the gateway has lost."""
     model, bundle = await ours.prepare(stage.children, "tokenizer", stage.folder)
     room = f"max_num_seqs={PLACES}&max_num_batched_tokens=2048&kv_blocks=8192&max_model_len=4096"
     source = f"sim://{model}?decode_ms=10&prefill_tokens_per_s=40000&{room}&{ours.plain_tokens(model)}"
@@ -299,7 +300,8 @@ async def simulated(stage: Stage, calls: int) -> tuple[AttackResults, int]:
 
 
 async def real(stage: Stage, calls: int) -> tuple[AttackResults, int]:
-    """Attack one vLLM worker."""
+    """Send `calls` hostile calls to one worker with a real vLLM engine. Returns the results, and how often the gateway
+    lost the worker."""
     model, bundle = await ours.prepare(stage.children, "llama", stage.folder)
     results = AttackResults()
     async with serving(stage, "links-engine", bundle, str(model), 1) as running:

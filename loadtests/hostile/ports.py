@@ -44,7 +44,7 @@ class Attacked:
 
     @property
     def address(self) -> str:
-        """host:port of the gRPC port."""
+        """Address of the gRPC port, as `host:port`."""
         return self.endpoints["grpc"]
 
     @property

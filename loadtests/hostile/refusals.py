@@ -62,7 +62,8 @@ def repeated(before: bytes, part: bytes, after: bytes) -> Callable[[int], bytes]
 
 
 def numbered(before: bytes, part: Callable[[int], bytes], after: bytes) -> Callable[[int], bytes]:
-    """Return a function that makes a body of about a given size. `part` makes each part from the part's number."""
+    """Return a function that makes a body of about a wanted size: `before`, then parts until the size is reached, then
+    `after`. `part` makes a part from the part's number."""
 
     def body(size: int) -> bytes:
         parts, remaining, number = [before], size - len(before) - len(after), 0
@@ -181,7 +182,8 @@ def attacks_over_grpc() -> Sequence[Attack]:
 
 
 class Target:
-    """A gateway that is attacked. Its witness measures the gateway's event loop."""
+    """A gateway under attack. `witness`: the file to which another process writes how long the gateway's event loop was
+    busy."""
 
     def __init__(self, gateway: ours.Ours, witness: Path) -> None:
         self.gateway = gateway

@@ -98,7 +98,7 @@ class SecretStore:
 
 
 def run_line(line: Line, folder: Path, store: SecretStore) -> None:
-    """Run a documented line in `folder`. Raises RuntimeError with the output of the command, or Refused."""
+    """Run a documented command line in `folder`. Raises RuntimeError with the output of the command, or Refused."""
     done = subprocess.run(
         [sys.executable, "-m", "cluster.cli.main", *line.words],
         capture_output=True,
@@ -194,9 +194,9 @@ async def _serves(address: str) -> bool:
 
 
 async def renew(children: Children, folder: Path, keys: int, say: Callable[[str], None]) -> float:
-    """Install and renew twice. After each renewal, call the gateway that kept running and a restarted gateway. Return
-    the lowest share of keys that work. Raises RuntimeError, Refused, DidNotStart.
-    """
+    """Run the documented installation, and then the renewal of the certificates RENEWALS times. After each renewal,
+    call the gateway that kept running and a restarted gateway, with each of `keys` API keys. Return the lowest share of
+    keys that work. Raises RuntimeError, Refused, DidNotStart."""
     install, renewal = documented_lines(DOCS.read_text())
     store, files = SecretStore(), folder / "pod"
     folder.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,8 @@ async def renew(children: Children, folder: Path, keys: int, say: Callable[[str]
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Measure the share of keys that still work after the renewals."""
+    """Renew the certificates twice, as the documentation says, and measure the share of API keys that still work
+    afterwards."""
     from loadtests.scenarios.parts import exact
 
     try:

@@ -28,7 +28,8 @@ CONNECT_S = 5.0
 
 
 def opening(port: str, habit: str) -> bytes:
-    """Return the first bytes that a client sends."""
+    """Return the first bytes that a client sends to a port. `port`: name of the port. `habit`: the client's behaviour,
+    such as "silent" or "greeted"."""
     if habit == "silent":
         return b""
     if port in HTTP1:
@@ -37,7 +38,9 @@ def opening(port: str, habit: str) -> bytes:
 
 
 async def hold(port: str, address: str, habit: str, tried: asyncio.Semaphore, gate: asyncio.Semaphore) -> None:
-    """Keep one connection open for ever, reconnecting when the server closes it."""
+    """Keep one connection open until cancelled, and reconnect whenever the server closes it. `port`: name of the port,
+    such as `http`. `habit`: behaviour of the client (see `spread`). `tried` is released after the first attempt. `gate`
+    limits the number of attempts at the same time."""
     host, number = address.rsplit(":", 1)
     first = True
     while True:

@@ -1,5 +1,7 @@
-"""Thousands of requests in one read. Measured: the cost compared with the same number of requests in small reads, and
-the wait of other callers meanwhile.
+"""An attack with thousands of requests in one read of a socket.
+
+Two things are measured: the cost compared with the same number of requests in small reads, and how long other callers
+wait meanwhile.
 
 All requests are refused: they call an unknown method, on a tenant's connection and on an anonymous connection.
 Anonymous connections are cut long before the end, so only the costs on the tenant's connection are compared.
@@ -35,7 +37,8 @@ def cpu_s(pid: int) -> float:
 
 
 def requests(address: str, key: str, pid: int, size: int, times: int) -> float:
-    """Return the CPU time of the process for `times` bursts of `size` requests each, over one connection."""
+    """Send `times` bursts of `size` requests each, over one connection. Return the CPU time that the process `pid`
+    used."""
     attacker = Attacker(address, key)
     try:
         before, answered = cpu_s(pid), attacker.received.get(HEADERS, 0)
@@ -49,7 +52,8 @@ def requests(address: str, key: str, pid: int, size: int, times: int) -> float:
 
 
 def strangers(address: str, pid: int) -> float:
-    """Return the CPU time of the process for bursts on connections without a key, one connection after the other."""
+    """Open connections without a key, one after the other, and send a burst of calls on each. Returns the CPU time that
+    the process has used for them."""
     before = cpu_s(pid)
     for _ in range(STRANGERS):
         attacker = Attacker(address)

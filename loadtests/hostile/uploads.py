@@ -37,7 +37,7 @@ HALF_BLOCK_BYTES: Final = 16_000
 
 
 class Uploads:
-    """An attacking connection."""
+    """One connection of the attacking client, with its unfinished requests."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, wanted: argparse.Namespace) -> None:
         self._reader, self._writer, self._wanted = reader, writer, wanted

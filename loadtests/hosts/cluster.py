@@ -90,9 +90,9 @@ class Cluster:
     async def upgrade(
         self, *, models: Sequence[Mapping[str, object]] | None = None, rays: Sequence[str] | None = None
     ) -> None:
-        """Run `helm upgrade` to other models or Ray clusters: replace the controller's pod, add and remove Ray
-        clusters. Raises RuntimeError if a gateway's pod would be replaced too, and DidNotStart.
-        """
+        """Run `helm upgrade` with other models or Ray clusters. This replaces the controller's pod, and adds and
+        removes Ray clusters. Raises DidNotStart. Raises RuntimeError if the change would also replace a gateway's
+        pod."""
         models, rays = self.models if models is None else models, self.rays if rays is None else rays
         release = _release(self.home, models, rays, self.secrets)
         name = f"{RELEASE}-gateway"
@@ -111,7 +111,8 @@ class Cluster:
         await asyncio.gather(*(self.kubelet.end(pod) for pod in gone))
 
     async def start_ray(self, ray: str) -> None:
-        """Start a Ray cluster of the release as KubeRay does: first the head, then the nodes. Raises DidNotStart."""
+        """Start the Ray cluster `ray` of the Helm release as KubeRay does: first the head, then the nodes. Raises
+        DidNotStart."""
         containers, net = self.containers(), self.fabric
         head = self.kubelet.add(containers.ray(ray), net.place(f"{ray}-head", C))
         await self.kubelet.started(head, RAY_UP_S)
@@ -253,7 +254,8 @@ def _release(
 
 @asynccontextmanager
 async def running(children: Children, folder: Path, *, size: Size, seed: int) -> AsyncIterator[Cluster]:
-    """Start the cluster with the fleet running and an API key; remove everything afterwards. Raises DidNotStart."""
+    """Start the cluster, and wait until its fleet runs and an API key exists. Remove everything afterwards. Raises
+    DidNotStart."""
     model, _ = await serving.prepare(children, "tokenizer", folder)
     home = folder / "hosts"
     claims = {"models": home / "claims" / "models"}

@@ -26,7 +26,7 @@ ENGINE = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 16}
 
 @dataclass(slots=True)
 class WideEngineResults:
-    """Measurements of the engine over two hosts. Times are in seconds."""
+    """Measurements of an engine whose two ranks are on two hosts. Times are in seconds."""
 
     up_s: float = 0.0
     """Seconds from the upgrade of the chart to the links of the engine's worker."""

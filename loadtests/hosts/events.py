@@ -32,7 +32,7 @@ DRAIN_S = 20.0
 
 
 class NotWhole(RuntimeError):
-    """Raised when the cluster is not whole, or not under load, when an event is to begin."""
+    """The cluster did not become complete in time, or its load did not become steady, before or during an event."""
 
 
 @dataclass(slots=True)
@@ -93,8 +93,8 @@ class EpisodeResults:
 
     @property
     def moved(self) -> int:
-        """Number of streams that certainly changed workers in this event. Such a stream was resumed. It also began
-        after all earlier events were over, or was still in progress when the last of the original workers was gone."""
+        """Number of streams that certainly changed workers in this event. These are resumed streams that began after
+        the earlier events, or ended after the last of the original workers was gone."""
         episode = self.episode
         return sum(
             bool(call.resumed)
@@ -140,7 +140,7 @@ def evaluate(load: Load, episode: Episode) -> EpisodeResults:
 
 
 class Play:
-    """Player of events, one after another, over a cluster under load."""
+    """Runs events one after another on a cluster under load."""
 
     def __init__(self, cluster: Cluster, load: Load, operator_key: str) -> None:
         self._cluster = cluster
@@ -190,7 +190,8 @@ class Play:
         await self._until_ray_serves(episode)
 
     async def valkey(self, episode: Episode) -> None:
-        """Kill the store of the limits and of Ray's fault tolerance, and start the store again after a while."""
+        """Kill Valkey, start it again after a while, and wait until Ray serves. Valkey stores the shared limits and the
+        state that Ray needs for its fault tolerance."""
         await self._restart_later(self._cluster.pod("valkey-0"), episode)
         await self._until_ray_serves(episode)
 

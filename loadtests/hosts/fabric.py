@@ -22,7 +22,7 @@ SWITCH, KUBELET, FIRST = 1, 254, 10
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Network namespace of a pod: the host that holds it, and the address."""
+    """Network namespace of a pod, with the pod's host and IP address."""
 
     namespace: str
     host: str
@@ -52,7 +52,7 @@ class Fabric:
 
     @property
     def kubelet(self) -> str:
-        """Address of the harness itself."""
+        """Address of the test harness, which acts as the kubelet."""
         return NETWORK.format(self.number, KUBELET)
 
     def place(self, name: str, host: str) -> Place:
@@ -81,9 +81,8 @@ class Fabric:
         ip("-n", self.core, "link", "set", f"up-{host}", "up")
 
     def reachable_outside(self) -> Mapping[str, str]:
-        """Return the destinations outside the network that a namespace reached, by namespace. The result is empty if
-        the network is isolated.
-        """
+        """Return, for each network namespace, the destinations outside the test network that it reached. The result is
+        empty if the network is isolated."""
         script = (
             "import socket\n"
             "for address in ('1.1.1.1', '8.8.8.8', '192.0.2.1'):\n"

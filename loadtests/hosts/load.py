@@ -1,4 +1,5 @@
-"""Callers of the scenario `hosts`: they are started, read while they run, and evaluated when they have ended."""
+"""Functions that start the callers of the scenario `hosts`, read their results while they run, and evaluate the results
+at the end."""
 
 from __future__ import annotations
 
@@ -128,9 +129,8 @@ class Load:
         self.calls += self._open.values()
 
     def prefill_s(self, before: float) -> tuple[float, int]:
-        """Return the p99 of the time to the first piece, over streams that began shortly before `before`, and the
-        number of these streams.
-        """
+        """Return the p99 of the time to the first piece of text, and the number of streams measured. The streams are
+        those that began shortly before `before`."""
         fresh = [
             call.first - call.sent for call in self.calls if call.first and before - BEFORE_S <= call.sent < before
         ]

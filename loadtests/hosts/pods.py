@@ -1,7 +1,7 @@
-"""Running pods. Each pod is a process tree in its own namespaces. The pod is restarted when the tree ends, and has a
-readiness probe.
+"""Running pods. Each pod is a process tree in its own namespaces. The pod is restarted when the tree ends, and has
+a readiness probe.
 
-`Kubelet` does those things in a pod's life that are done by a kubelet, by the controllers and by the cluster's DNS.
+`Kubelet` does for the pods what Kubernetes does with a kubelet, its controllers and the cluster's DNS.
 """
 
 from __future__ import annotations
@@ -106,9 +106,8 @@ class Pod:
 
 
 def in_cgroup(command: Sequence[str], cgroup: Path, *, last: bool) -> list[str]:
-    """Return the command line that runs `command` in a cgroup. `last`: with lower priority than all other processes
-    there.
-    """
+    """Return the command line that runs `command` in a cgroup. `last`: whether `command` gets a lower priority (`nice`)
+    than processes without it."""
     return ["bash", "-c", JOIN, "join", str(cgroup), *(("nice", "-n", str(LAST)) if last else ()), *command]
 
 
@@ -272,7 +271,7 @@ class Kubelet:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Run the kubelet while the context is entered. At its end all pods end."""
+        """Run the kubelet while the context is open. All pods end when the context closes."""
         try:
             yield
         finally:

@@ -244,8 +244,8 @@ class Containers:
 
 
 def _entry_point(spec: Spec) -> Spec:
-    """Return the spec with a command that creates the database, if there is none, and then runs the server. In a real
-    pod, the entry point of the PostgreSQL image creates the database."""
+    """Return the pod spec of PostgreSQL with another command. It creates the database if there is none, and then runs
+    the server. In a real pod, the entry point of the PostgreSQL image does this."""
     data = spec.environment["PGDATA"]
     script = (
         'set -e; if [ ! -s "$PGDATA/PG_VERSION" ]; then umask 077; printf %s "$POSTGRES_PASSWORD" > /tmp/password; '

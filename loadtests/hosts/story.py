@@ -24,7 +24,7 @@ class Event:
 
 
 class Timeline:
-    """Follower of the logs `<pod>.log`, `<pod>-2.log`, ... in a folder."""
+    """Collects events from the logs of pods, as they are written to a folder: `<pod>.log`, `<pod>-2.log`, ..."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

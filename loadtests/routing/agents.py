@@ -40,9 +40,10 @@ ROWS: Mapping[str, Bound] = {HITS: Bound(">=", 0.98), TTFT: Bound("<=", 0.9), GA
 
 @dataclass(eq=False)
 class ServiceObserver:
-    """Service of each tenant, and the largest gap between two tenants.
+    """Measures the service (weighted tokens) of each tenant, and the largest gap between two tenants.
 
-    A prompt counts at the first token of its call, an output at the end of its call. The gap is updated every SAMPLE_S.
+    A prompt counts at the first token of its call, an output at the end of its call. The gap is updated every
+    SAMPLE_S.
     """
 
     cluster: Cluster
@@ -80,7 +81,8 @@ class ServiceObserver:
             self.order.ended(call.call_id)
 
     def sample(self) -> None:
-        """Update for all pairs of tenants how much one leads the other."""
+        """For each pair of tenants with waiting calls, compute the difference of their services and update the largest
+        gap."""
         names = sorted(self.tenants)
         for at, one in enumerate(names):
             for other in names[at + 1 :]:
@@ -100,7 +102,8 @@ class ServiceObserver:
 
 
 def run(policy: str, seed: int, config: SessionsConfig | None = None, blocks: int = BLOCKS) -> tuple[Outcome, float]:
-    """Run all sessions; return the measurements, and the fairness gap in units of U."""
+    """Run all sessions. Returns the measurements, and the fairness gap as a multiple of U (both are defined in the
+    module's docstring)."""
     config = config or SessionsConfig(TENANTS)
     weights = {tenant.name: tenant.weight for tenant in config.tenants}
     order = FairOrder(weight_of=weights.__getitem__, service=SERVICE)

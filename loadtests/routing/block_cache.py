@@ -1,9 +1,10 @@
-"""KV blocks of one simulated engine: a prefix cache with reference counts and LRU eviction. Also the pooled LRU, the
-reference for the workers' hits.
+"""KV blocks of one simulated engine: a prefix cache with reference counts and LRU eviction.
 
 Blocks are named by prefix hashes, so equal names mean equal prefixes. Blocks without references are evicted in vLLM's
 order: the block that was released longest ago first, and among the blocks of one call, the last block of the prompt
 first. Blocks of outputs, and of prompts that are being computed, have no name; they take space until they are released.
+
+PooledLru is one cache as large as all workers' caches together. Its hits are the reference for the workers' hits.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class BlockCache:
         return bool(self._changed)
 
     def __len__(self) -> int:
-        """Number of named blocks."""
+        """Number of blocks whose content is known, used or not. Blocks that a call still computes do not count."""
         return len(self._references) + len(self._evictable)
 
     def match(self, names: Sequence[int]) -> int:
@@ -70,8 +71,8 @@ class BlockCache:
         return matched
 
     def commit(self, names: Iterable[int]) -> None:
-        """Name computed blocks of a call. If the cache holds an equal block already, the call shares it, and the call's
-        own copy is freed."""
+        """Give names to computed blocks of a call. If the cache already holds a block of the same name, the call shares
+        that block, and the call's own copy is freed."""
         for name in names:
             self._unnamed -= 1
             if name not in self._references and name not in self._evictable:
@@ -79,7 +80,8 @@ class BlockCache:
             self._pin(name)
 
     def release(self, names: Sequence[int], unnamed: int) -> None:
-        """Release the blocks of a call: its named blocks, and a number of blocks without a name."""
+        """Release the blocks of a call. `names`: names of its blocks that can be shared. `unnamed`: number of its other
+        blocks, which are freed."""
         self._unnamed -= unnamed
         for name in reversed(names):
             self._references[name] -= 1
@@ -88,7 +90,7 @@ class BlockCache:
                 self._evictable[name] = None
 
     def pop_change(self) -> KvChange:
-        """Return how the named blocks have changed since the last call of this method."""
+        """Return which blocks were stored and which were removed since the last call of this method."""
         changed, self._changed = self._changed, {}
         return KvChange(
             stored=np.array([name for name, held in changed.items() if held], np.uint64),
@@ -96,7 +98,8 @@ class BlockCache:
         )
 
     def snapshot(self) -> KvChange:
-        """Return all named blocks."""
+        """Return all blocks in the cache that have a name (a hash of their content), as a report that replaces all
+        earlier reports."""
         return KvChange(is_reset=True, stored=np.array([*self._references, *self._evictable], np.uint64))
 
     def _pin(self, name: int) -> None:
@@ -122,8 +125,8 @@ class PooledLru:
         self._names: OrderedDict[int, None] = OrderedDict()
 
     def use(self, names: Sequence[int], most: int = 0) -> int:
-        """Store a prompt's blocks as the most recently used ones. Return how many leading blocks were in the cache
-        before, at most `most`."""
+        """Store a prompt's blocks as the most recently used ones. Return how many of its first `most` blocks, counted
+        from the start without a gap, were already in the cache."""
         matched = 0
         for name in names[:most]:
             if name not in self._names:

@@ -15,11 +15,12 @@ BLOCK_TOKENS = 512
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One call to make.
+    """One call to make, described by the lengths and the blocks of its prompt and output.
 
-    `blocks`: a number for the content of each whole block of the prompt, and of the output if a later prompt can
-    contain it. Equal numbers after equal blocks mean equal text. The first `prompt_tokens // BLOCK_TOKENS` blocks
-    belong to the prompt. For the hashes, each block counts as one token, which is faster and changes nothing else.
+    `blocks`: one number for each whole block of the prompt; it stands for the block's text. If a later prompt can
+    contain the output, the output's blocks follow. Equal numbers after equal blocks mean equal text. The first
+    `prompt_tokens // BLOCK_TOKENS` blocks belong to the prompt. For the hashes, each block counts as one token,
+    which is faster and changes nothing else.
     """
 
     tenant: str
@@ -69,9 +70,10 @@ class Prompt:
 class RoutedCall:
     """State of a call. Times are in virtual seconds, -1 before the event.
 
-    Four fields are numbers of cached prompt tokens. `predicted`: what the gateway expected on the worker. `cached`:
-    what the engine found. `pooled`: what PooledLru held. `in_pool`: what one large BlockCache held on which all workers
-    repeat their cache operations. `ends`: how often the call has ended.
+    `predicted`, `cached`, `pooled` and `in_pool` are numbers of the call's prompt tokens that were in a cache.
+    `predicted`: as the gateway expected for the chosen worker. `cached`: as the worker's engine found. `pooled`: in
+    PooledLru. `in_pool`: in one large BlockCache that repeats the cache operations of all workers. `ends`: how often
+    the call has ended.
     """
 
     call_id: str

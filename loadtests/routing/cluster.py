@@ -68,7 +68,7 @@ class ClusterConfig:
 
 
 class Cluster:
-    """A simulation. `calls` has all calls in order of arrival."""
+    """A simulated cluster of gateways and workers, to compare routing. `calls` lists all calls in order of arrival."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self.config = config

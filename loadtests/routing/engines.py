@@ -1,13 +1,14 @@
-"""The part `engines`: multi-turn chats on two vLLM workers, compared with one pooled LRU cache, and with vllm-router on
-the same engines.
+"""Load test of routing with real engines (the part `engines`): multi-turn chats on two vLLM workers. Cache
+hits are compared with those of one pooled LRU cache, and with those of vllm-router in front of the same
+engines.
 
-`python -m loadtests.routing.engines` runs this part alone. The gateway runs in this process, so that each call's
-prediction is read when the call is sent to its worker. All chats begin with the same text, but half of them have
-another cache_salt.
+`python -m loadtests.routing.engines` runs this part alone. The gateway runs in this process, so that each
+call's prediction is read when the call is sent to its worker. All chats begin with the same text, but half
+of them have another cache_salt.
 
-A prediction differs from what the engine found if blocks were evicted or stored between the worker's last report and
-the call's start. Such a difference is traced (explained) if the worker reported after the decision that it removed or
-stored the first block for which the prediction was wrong.
+A prediction differs from what the engine found if blocks were evicted or stored between the worker's last
+report and the call's start. Such a difference is traced (explained) if the worker reported after the
+decision that it removed or stored the first block for which the prediction was wrong.
 """
 
 from __future__ import annotations
@@ -153,7 +154,9 @@ def chats_of(kv_tokens: int, share: float, tokens_a_chat: int, seed: int, name: 
 
 
 async def compare(fleet: OurFleet, chats: Sequence[Chat], seed: int) -> tuple[Tokens, Compared, float]:
-    """Play chats on our fleet. Returns their tokens, the comparison of predictions, and the pooled LRU's hit tokens."""
+    """Send all turns of the chats to our gateway. Returns three values: the counts of prompt tokens, the comparison of
+    the gateway's predictions with the engines' cache hits, and the number of tokens that one LRU cache, as large as the
+    caches of both workers together, would have hit."""
     journal, out, found = fleet.journal, Compared(), dict[int, int]()
     journal.decisions.clear()
     journal.reports.clear()
@@ -196,7 +199,8 @@ async def router(
 
 
 async def run(children: Children, folder: Path, environment: Path, seed: int = 1) -> list[Figure]:
-    """Measure our fleet and the peers. `environment`: the peers' environment. Raises DidNotStart or RuntimeError."""
+    """Measure a fleet of Headrace workers, and then the peers. `environment`: the peers' environment. Raises
+    DidNotStart or RuntimeError."""
     model, bundle = await serving.prepare(children, "llama", folder)
     async with httpx.AsyncClient() as client:
         async with our_fleet(children, folder, client, str(model), bundle) as fleet:

@@ -271,7 +271,7 @@ class RoutingGateway:
         return [self._candidate(at) for at in range(len(self._links))]
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
-        """Return one worker."""
+        """Return the worker whose number is `incarnation`."""
         return self._candidate(int(incarnation))
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
@@ -284,7 +284,7 @@ class RoutingGateway:
         return matched
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return the same as `cached_tokens`."""
+        """Return how many leading tokens of a prompt each worker holds, as `cached_tokens` does."""
         return self.cached_tokens(model, key)
 
     def free_tokens(self, model: str, worker_id: str) -> int:
@@ -300,7 +300,7 @@ class RoutingGateway:
         return self._picker(call, self.candidates(call.model, now, resumed=False))
 
     def has_adapter(self, model: str, adapter: str) -> bool:
-        """See Workers.has_adapter in cluster/policy/scheduling/workers.py."""
+        """Implements `Workers.has_adapter` (cluster/policy/scheduling/workers.py)."""
         return True
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:

@@ -1,8 +1,10 @@
-"""The part `index`: the gateway's cache index with a thousand workers and ten million pairs of block and worker.
+"""Load test of the gateway's cache index (the part `index`), with a thousand workers and ten million pairs of
+block and worker.
 
-`python -m loadtests.routing.index` runs this part alone. Times of the index are CPU times of the thread that uses it,
-since other programs run on the same machine. There are two peers: a dict of sets, and the index of Dynamo's router
-through its Python binding. Each peer runs in its own process with fewer pairs.
+`python -m loadtests.routing.index` runs this part alone. Times of the index are CPU times of the thread
+that uses it, since other programs run on the same machine. The index is compared with two others (the
+peers): a dict of sets, and the index of Dynamo's router through its Python binding. Each peer runs in its
+own process with fewer pairs.
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ def timed(work: Callable[[int], object], count: int) -> Times:
 
 
 class Filled:
-    """An index with the pairs of all workers."""
+    """A cache index that is filled with random blocks of all workers. Several workers hold the same shared prompts."""
 
     def __init__(self, seed: int, workers: int, pairs: int) -> None:
         self._rng = np.random.default_rng(seed)
@@ -118,7 +120,7 @@ class Filled:
         return prefix_hashes(self._rng.integers(0, 1 << 31, blocks, np.uint32), 1, int(self._rng.integers(1 << 62)))
 
     def token_ids(self, blocks: int) -> array[int]:
-        """Return the token ids of a random prompt."""
+        """Return the token ids of a random prompt of `blocks` whole KV blocks."""
         return array("I", self._rng.integers(0, 128_000, blocks * BLOCK, np.uint32).tobytes())
 
     def store(self, worker: str, hashes: Hashes) -> None:
@@ -135,7 +137,7 @@ class Filled:
 
 
 def run(seed: int = 0, workers: int = WORKERS, pairs: int = PAIRS, calls: int = 4000) -> list[Figure]:
-    """Measure our index. Returns the report's rows."""
+    """Measure the gateway's cache index. Returns the report's rows."""
     filled = Filled(seed, workers, pairs)
     index, bytes_a_pair, rate = filled.index, filled.index.bytes_used / filled.stored, filled.stored / filled.store_s
     texts = {count: [filled.token_ids(count) for _ in range(8)] for count in (SHORT, LONG)}
@@ -241,7 +243,8 @@ def _report(caches: WorkerCaches, link: _Link, change: KvChange) -> None:
 
 
 def run_peers(environment: Path, seed: int = 0, workers: int = WORKERS, pairs: int = PEER_PAIRS) -> list[Figure]:
-    """Measure the peers with the Python of `environment`. Returns the report's rows."""
+    """Measure the two indexes of KV blocks with which Headrace's index is compared: a dict, run by this Python, and
+    Dynamo's, run by the Python of `environment`. Returns the report's rows."""
     figures = []
     for name, (bytes_row, match_row) in PEERS.items():
         python = environment / "bin" / "python" if name == "dynamo" else Path(sys.executable)

@@ -41,16 +41,16 @@ class DictOfSets:
         self._holders: dict[int, set[int]] = {}
 
     def prepare(self, hashes: list[int]) -> list[int]:
-        """See Index.prepare."""
+        """Implements `Index.prepare`."""
         return hashes
 
     def store(self, worker: int, prompt: list[int]) -> None:
-        """See Index.store."""
+        """Implements `Index.store`."""
         for value in prompt:
             self._holders.setdefault(value, set()).add(worker)
 
     def match(self, prompt: list[int]) -> dict[int, int]:
-        """See Index.match."""
+        """Implements `Index.match`."""
         depths: dict[int, int] = {}
         alive: set[int] | None = None
         for depth, value in enumerate(prompt):
@@ -66,28 +66,30 @@ class DictOfSets:
 
 
 class Dynamo:
-    """`dynamo.llm.RadixTree`. Its events are JSON; the time to make the JSON is not measured."""
+    """The index of Dynamo's router, `dynamo.llm.RadixTree`. Its events are JSON; the time to make the JSON is not
+    measured."""
 
     def __init__(self) -> None:
         self._tree = importlib.import_module("dynamo.llm").RadixTree()
 
     def prepare(self, hashes: list[int]) -> tuple[list[int], bytes]:
-        """See Index.prepare."""
+        """Implements `Index.prepare`."""
         blocks = [{"block_hash": value, "tokens_hash": value} for value in hashes]
         event = {"event_id": 0, "data": {"stored": {"parent_hash": None, "blocks": blocks}}}
         return hashes, json.dumps(event).encode()
 
     def store(self, worker: int, prompt: tuple[list[int], bytes]) -> None:
-        """See Index.store."""
+        """Implements `Index.store`."""
         self._tree.apply_event(worker, prompt[1])
 
     def match(self, prompt: tuple[list[int], bytes]) -> Any:
-        """See Index.match."""
+        """Implements `Index.match`."""
         return self._tree.find_matches(prompt[0]).scores
 
 
 def random_hashes(seed: int, number: int, count: int) -> list[int]:
-    """Return the hashes of a prompt."""
+    """Return `count` random hashes, which stand for the block hashes of a prompt. The same `seed` and `number` (of the
+    prompt) give the same hashes."""
     hashes: list[int] = np.random.default_rng((seed, number)).integers(1, 1 << 63, count, np.uint64).tolist()
     return hashes
 

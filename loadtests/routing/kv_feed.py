@@ -18,7 +18,8 @@ HEARTBEAT_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Lateness:
-    """Delay of a batch in seconds, uniform in [least_s, most_s], and the share of batches that are lost once."""
+    """Delivery of batches: the delay of a batch in seconds is uniform in [`least_s`, `most_s`]. The share `lost` of the
+    batches is lost and sent again."""
 
     least_s: float = 0.05
     most_s: float = 0.5
@@ -26,7 +27,7 @@ class Lateness:
 
 
 class KvFeed:
-    """The batches of one worker to one gateway. Every batch is applied once, in order."""
+    """Transfer of one worker's KV event batches to one gateway. Every batch is applied once, in order."""
 
     def __init__(self, events: EventQueue, rng: Random, lateness: Lateness, apply: Callable[[KvChange], None]) -> None:
         self._events = events

@@ -38,7 +38,8 @@ def run(
     most: int | None = None,
     adapters: AdapterMix | None = None,
 ) -> Outcome:
-    """Replay the trace. `speed`: factor of the arrival rate. `most`: largest number of calls, None for all."""
+    """Replay Mooncake's trace. `policy`: name of the routing policy. `blocks`: number of KV blocks of each worker.
+    `speed`: factor of the arrival rate. `most`: largest number of calls, None for all."""
     config = ClusterConfig(policy, blocks=blocks, seed=seed, adapters=adapters)
     return measured(policy, replay(Cluster(config), with_adapters(mooncake(speed, most), adapters)))
 

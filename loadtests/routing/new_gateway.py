@@ -1,8 +1,9 @@
 """The part `new_gateway`: one of two gateways is killed under load, and another starts in its place.
 
-Each worker sends the new gateway a snapshot of its blocks. For a window of WINDOW_S seconds, the new gateway's
-knowledge is the share of the tokens cached at workers that its index finds, over the calls of the window. The hit rate
-counts as back at the beginning of the first window in which this share is at least ENOUGH.
+Each worker sends the new gateway a snapshot of its KV blocks. The measure is the share of the cached tokens that the
+new gateway knows: of the prompt tokens that a worker holds, those that the gateway's index finds. The share is computed
+over all calls of a window of WINDOW_S seconds. The hit rate is back when the first window begins whose share is at
+least ENOUGH.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ ROWS: Mapping[str, Bound] = {BACK: Bound("<=", 2.0)}
 
 
 class Known(NamedTuple):
-    """A call at the new gateway. `after_s`: its arrival, in seconds after the gateway started. `held`: largest number
-    of its leading prompt tokens that any worker holds. `known`: how many of these tokens the gateway's index finds on
-    one worker."""
+    """What a new gateway knows of one call's prompt. `after_s`: arrival of the call, in seconds after the gateway
+    started. `held`: largest number of leading prompt tokens that any worker holds. `known`: how many of these tokens
+    the gateway's index finds on one worker."""
 
     after_s: float
     held: int
@@ -78,7 +79,8 @@ def replace_gateway(cluster: Cluster, number: int) -> list[RoutedCall]:
 
 
 def back_after_s(calls: Sequence[Known]) -> float:
-    """Return after how many seconds the hit rate is back, or FOR_S if it is not back within FOR_S."""
+    """Return how many seconds after its start the new gateway has its usual hit rate again. Return FOR_S if that takes
+    longer than FOR_S."""
     for step in range(round(FOR_S / GRID_S)):
         window = [call for call in calls if step * GRID_S <= call.after_s < step * GRID_S + WINDOW_S]
         if sum(call.known for call in window) >= ENOUGH * sum(call.held for call in window):

@@ -44,12 +44,13 @@ class Outcome:
 
     @property
     def hits(self) -> float:
-        """Cached tokens, divided by `pooled`."""
+        """Number of cached tokens, as a fraction of the tokens that one pooled cache would have had (`pooled`, see
+        RoutedCall)."""
         return self.cached / max(self.pooled, 1)
 
     @property
     def hits_alike(self) -> float:
-        """Cached tokens, divided by `in_pool`."""
+        """Cached tokens, divided by `in_pool`. See RoutedCall for `in_pool`."""
         return self.cached / max(self.in_pool, 1)
 
     @property

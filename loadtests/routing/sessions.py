@@ -100,7 +100,7 @@ class Sessions:
         return self._length(self.config.new_tokens)
 
     def pause(self, tenant: AgentTenant, action: Callable[[], None]) -> None:
-        """Run an action after a pause for tools."""
+        """Run `action` after a random time, in which an agent of the tenant runs its tools."""
         self._cluster.events.after(tenant.pause_s * self._rng.lognormvariate(0, 1.0), action)
 
     def spawns(self) -> bool:

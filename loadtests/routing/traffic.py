@@ -1,4 +1,4 @@
-"""Traffic of the scenario: recorded traces, and calls with equal prefixes."""
+"""Calls for the scenario `routing`, from recorded traces."""
 
 from __future__ import annotations
 

@@ -293,7 +293,8 @@ class PrefixWorker:
         return own if self._pool is None else [*own, (self._pool, job.in_pool)]
 
     def _finish(self, job: _Job) -> None:
-        """Release the blocks of a running call; whole blocks of its output stay cached if they have names."""
+        """Release the blocks of a call that ends. Whole blocks of its output stay cached if they have names
+        (`prompt.names`) and the call was not cancelled."""
         prompt = job.prompt
         named = prompt.whole if job.is_cancelled else len(prompt.names)
         for cache, _ in self._caches(job):

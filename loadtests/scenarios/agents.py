@@ -1,5 +1,5 @@
-"""Agents: tool calls, reasoning and long conversations, compared with vLLM's own server; and real clients. `--only
-PART` runs some of the parts."""
+"""The scenario `agents`: tool calls, reasoning and long conversations, compared with vLLM's own server, and tests of
+real clients. `--only PART` runs some of the parts."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ AGAINST = {"azure-conv": 1.15, "mooncake": 1.15, "servegen-week": 1.15, "azure-c
 
 
 async def play(stage: Stage) -> None:
-    """Run all cases with all seeds. `--only` takes names of cases, or `shared`."""
+    """Run all cases with all seeds. `--only` selects cases by name; `shared` is the case of several models under one
+    GPU budget."""
     options = stage.options
     seeds = [options.seed + number for number in range(options.rounds or ROUNDS)]
     names = [name for name in (*TRACES, *HELD_OUT) if options.selects(name)]
@@ -80,7 +81,8 @@ def summary_line(result: CaseResults | Shared) -> str:
 
 
 def report_values(result: CaseResults) -> dict[str, Any]:
-    """Return the result for the report, without lines and plans."""
+    """Return the values of a result that belong in the report. Left out are the values over time: lines for plots, and
+    the optimal plan."""
     ours = {k: v for k, v in asdict(result.ours).items() if k != "line"}
     optimum = result.optimum and {k: v for k, v in asdict(result.optimum).items() if k != "replicas"}
     ray = result.ray_best and {"settings": asdict(result.ray_best[0]), **asdict(result.ray_best[1])}

@@ -30,7 +30,7 @@ AVAILABLE = sorted(os.sched_getaffinity(0))
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Model that `peers` serves in place of the tiny model, and the hardware for this model."""
+    """Model and hardware for the scenario `peers`, in place of the tiny model."""
 
     model: Path | None
     """Folder of a checkpoint; None for the tiny model."""
@@ -228,7 +228,8 @@ def check_answers(report: Report, contestants: Sequence[Contestant], *, exact: b
 def per_round(
     one: Contestant | None, other: Contestant | None, value: Callable[[Round], float | None]
 ) -> tuple[list[float], list[float]]:
-    """Return the values of both contestants, for the rounds in which both have a value."""
+    """Return two lists of equal length: the values of the server `one` and of the server `other`. Rounds in which
+    either has no value are left out."""
     if one is None or other is None:
         return [], []
     theirs = {r.number: value(r) for r in other.arm.rounds}
@@ -238,7 +239,8 @@ def per_round(
 
 
 def rounds_of(options: Options) -> int:
-    """Return the requested number of rounds, else the number that a bound needs."""
+    """Return the requested number of rounds. If none is requested, return MIN_ROUNDS, the number that is needed to
+    judge a bound."""
     return options.rounds or MIN_ROUNDS
 
 

@@ -45,7 +45,7 @@ PEERS = "the peers scenario with all of this on"
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """Results of a world in which all tenants always have calls waiting. `gap`: largest fairness gap between two
+    """Results of one simulation in which all tenants always have calls waiting. `gap`: largest fairness gap between two
     tenants, in units of U (see Observer.unit)."""
 
     gap: float
@@ -69,14 +69,14 @@ class QuietTenant:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Cost of one enqueue and one pick, as the p99 in µs."""
+    """Time of one enqueue and one pick together, as the p99 in µs: with few tenants and with many."""
 
     few_us: float
     many_us: float
 
 
 async def play(stage: Stage) -> None:
-    """Run all worlds. The number of seeds is the number of rounds."""
+    """Run all simulations of the scenario. Each round has its own seed."""
     rounds, seed, mix = rounds_of(stage.options), stage.options.seed, stage.options.adapter_mix
     if not from_traces():
         stage.screen.say(f"no recorded traces in {traces.DEFAULT_FOLDER}: using similar synthetic lengths")

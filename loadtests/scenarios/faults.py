@@ -1,10 +1,15 @@
 """Faults: the effect on callers when workers are killed, stopped and cut off, and the gateway under overload.
 
-The scenario has parts, each with rows of its own. In the order of the table the parts are: mass (faults during calls of
-every kind), engines (the same faults on real vLLM), peers (streams that finish behind peers and behind our gateway),
-recovery (silent gaps, detection, streams that were not hit), alarms, overload, soak. The ledger is checked after each
-part. `--only PART` runs some of the parts; `--points`, `--soak-s` and `--rounds` set their size, and `--runner` selects
-the model runner of the part engines.
+The scenario has parts, each with rows of its own. In the order of the table the parts are:
+
+- `mass`: faults during calls of every kind
+- `engines`: the same faults on real vLLM
+- `peers`: streams that finish behind peers and behind our gateway
+- `recovery`: silent gaps, detection, streams that were not hit
+- `alarms`, `overload`, `soak`
+
+The ledger is checked after each part. `--only PART` runs some of the parts; `--points`, `--soak-s` and `--rounds` set
+their size, and `--runner` selects the model runner of the part `engines`.
 """
 
 from __future__ import annotations
@@ -56,7 +61,8 @@ _ALL, _NONE = Bound(">=", 1.0), Bound("<=", 0.0)
 
 @dataclass(slots=True)
 class TestBed:
-    """What the parts share: the stage, the model, its bundle, and the sums of the ledger's audits (`books`)."""
+    """The objects that all parts of the scenario share: the stage, the model, its bundle, and the sums of the ledger's
+    audits (`books`)."""
 
     stage: Stage
     model: Path

@@ -66,7 +66,8 @@ def sim_source(model: Path, seed: int) -> str:
 
 
 async def play(stage: Stage) -> None:
-    """Start both sides, alternate the arms, and compute the report's rows."""
+    """Run the scenario: start our side and the peer's side, measure them in turns, and add the results to the
+    report."""
     options, report = stage.options, stage.report
     concurrency, tokens, rounds = options.concurrency or CONCURRENCY, options.tokens or TOKENS, rounds_of(options)
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
@@ -112,7 +113,8 @@ async def play(stage: Stage) -> None:
 
 
 def _with_prose(stage: Stage, arm: Contestant) -> Contestant:
-    """Return an arm (a measured server) with the same servers, for the prompts of prose."""
+    """Add an arm (a measured server) to the report for the prompts of prose, and return it. It uses the servers of
+    `arm`."""
     name = arm.arm.name.removeprefix(stage.part)
     return Contestant(stage.arm(name + WITH_PROSE, arm.arm.description), arm.face, arm.roots, arm.after)
 

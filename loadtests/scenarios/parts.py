@@ -1,4 +1,5 @@
-"""A scenario that consists of parts: modules of one package, each with rows of its own.
+"""A scenario that consists of parts. Each part is a module of one package, and has its own rows in the scenario's
+report.
 
 `--only PART` runs some of the parts. The report has the rows of all parts, in the order of the table.
 """
@@ -17,7 +18,7 @@ NOT_ASKED = "not selected (--only)"
 
 
 class Part(Protocol):
-    """Protocol that the module of a part implements."""
+    """What the module of each part defines: the rows of the part, and the function that measures them."""
 
     ROWS: Mapping[str, Bound | None]
     """Rows of the part, with the bound of each row; None for a row without a bound."""

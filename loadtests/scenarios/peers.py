@@ -323,8 +323,8 @@ async def _ray(bed: TestBed, stack: AsyncExitStack, name: str, model: Path, *, d
 
 
 async def _rounds(bed: TestBed, part: str = "") -> None:
-    """Run rounds with one stream, then rounds with 64 streams; all arms (measured servers) alternate. Add the figures
-    of the rows that these arms have."""
+    """Run rounds with one stream, then rounds with 64 streams. All arms (measured servers) alternate. Then add rows to
+    the report for the arms that were measured."""
     stage, options = bed.stage, bed.stage.options
     rounds, streams = rounds_of(options), options.concurrency or STREAMS
     stage.report.settings[f"{part}cores"] = bed.bind()

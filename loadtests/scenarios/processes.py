@@ -37,7 +37,8 @@ BOUND = Bound("<=", 1.1)
 
 
 async def play(stage: Stage) -> None:
-    """Start both set-ups, alternate them, and compute the report's row."""
+    """Start a gateway with one process and a gateway with two, run rounds on both in turn, and compute the report's
+    row."""
     options, report = stage.options, stage.report
     streams, tokens, rounds = options.concurrency or STREAMS, options.tokens or TOKENS, rounds_of(options)
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)

@@ -97,7 +97,8 @@ async def start_router(stage: Stage, port: int) -> Contestant | None:
 
 
 async def play(stage: Stage) -> None:
-    """Start both sides, alternate the arms, and compute the report's rows."""
+    """Run the scenario: start our side and the peer's side, measure them in turns, and add the results to the
+    report."""
     options, report = stage.options, stage.report
     streams, tokens, rounds = options.concurrency or STREAMS, options.tokens or TOKENS, rounds_of(options)
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
@@ -131,7 +132,9 @@ def _requests(streams: int, tokens: int, seed: int, number: int) -> list[Request
 
 
 def bind(wanted: bool, measured: Sequence[int], engines: Sequence[int]) -> str:
-    """Bind relaying processes, engines and this process to separate cores; return a description of the binding."""
+    """Bind three groups of processes to separate cores: relaying processes, engines, and this process. Return a
+    description of the binding. If `wanted` is false or there are too few cores, nothing is bound. `measured`: pids of
+    the relaying processes. `engines`: pids of the engines."""
     plan = cores(wanted)
     if plan is None:
         return "nothing was bound to cores"

@@ -3,8 +3,10 @@
 The parts replay traces and agents' sessions, and compare the cache index with other projects' indexes.
 
 Scheduling policy, waiting room, router, fair queue, cache index, prefix hashes, credit and admission window are the
-production code. KV events arrive late, and some batches are lost and sent again. `--only PART` runs some of the parts.
-With `--adapters SHARE` this share of the calls of the parts mooncake, agents and azure names one of 64 adapters.
+production code. KV events arrive late, and some batches are lost and sent again.
+
+Options: `--only PART` runs some of the parts. `--adapters SHARE` sets the fraction of the calls that name one of 64
+adapters, in the parts `mooncake`, `agents` and `azure`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Smoke: each of our APIs runs once over a simulated engine, in seconds. There is no threshold on time. For CI."""
+"""Smoke test for CI: each API of Headrace runs once over a simulated engine, in seconds. There is no threshold on
+time."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def run_worker(arguments: Sequence[str]) -> NoReturn:
 
 
 class WorkerPool:
-    """Parent of the workers. The parent has no threads or channels, so that it can fork at any time."""
+    """The parent process of the workers. It has no threads or channels, so that it can fork at any time."""
 
     def __init__(self, folder: Path, workers: Sequence[Sequence[str]], restart_s: float) -> None:
         self._folder = folder
@@ -47,7 +47,7 @@ class WorkerPool:
         self._living: dict[int, int] = {}
 
     def start(self, number: int) -> None:
-        """Fork a worker and write the pid of the worker."""
+        """Fork worker `number`, and write its pid to a file in the pool's folder."""
         pid = os.fork()
         if pid == 0:
             run_worker(self._workers[number])

@@ -136,7 +136,7 @@ class SimWorker:
 
 @dataclass(eq=False, slots=True)
 class Fleet:
-    """The running fleet."""
+    """A running fleet: one gateway and its simulated workers."""
 
     gateway: Child
     endpoints: Mapping[str, str]
@@ -189,7 +189,9 @@ async def started_gateway(
     witness: tuple[str, ...] = (),
     classes: Sequence[str] = (),
 ) -> Fleet:
-    """Start a gateway without workers and follow the gateway's log. Raises DidNotStart."""
+    """Start a gateway without workers and follow the gateway's log. `gateway`: more keys of the configuration's section
+    `gateway`. `witness`: options of the measurements in the gateway's process; without any, nothing is measured there.
+    `classes`: priority classes, for which one more tenant each is made. Raises DidNotStart."""
     keys = await tenants.make_keys(home / "tenants", ("", *classes))
     text = configuration(MODEL, home / "tenants", log_level="info", more=gateway)
     child = exec_gateway(children, home, "gateway", text, witness)
@@ -218,9 +220,9 @@ async def running(
     witness: tuple[str, ...] = (),
     classes: Sequence[str] = (),
 ) -> AsyncIterator[Fleet]:
-    """Run a fleet with a worker for each of `sources`. `gateway`: more keys of the section gateway. The processes end
-    with the context. Raises DidNotStart.
-    """
+    """Run a gateway and one simulated worker for each model source in `sources`. `gateway`: more keys of the
+    configuration's section `gateway`. `witness`: options of the measurements in the gateway's process
+    (serving/gateway.py). All processes end with the context. Raises DidNotStart."""
     home = folder / name
     async with AsyncExitStack() as stack:
         fleet = await started_gateway(stack, children, home, gateway=gateway, witness=witness, classes=classes)

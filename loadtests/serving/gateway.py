@@ -1,12 +1,15 @@
-"""Program that runs a gateway with a witness in the same process.
+"""Program that runs a gateway and measures it in the same process.
 
-python -m loadtests.serving.gateway --modules FILE -- gateway -f ... --folder ... python -m loadtests.serving.gateway
---stalls FILE -- gateway -f ... --folder ...
+    python -m loadtests.serving.gateway --modules FILE -- gateway -f ... --folder ...
+    python -m loadtests.serving.gateway --stalls FILE -- gateway -f ... --folder ...
 
-`--modules` runs the command line unchanged and writes the names of all imported modules at the end. `--stalls` runs the
-same gateway and samples the event loop every few milliseconds; at every SIGUSR1 the program writes the worst lateness
-and the number of tasks. `--without-metrics` runs the command line with counters and histograms that count nothing,
-which no configuration can do.
+`--modules` runs the command line unchanged and writes the names of all imported modules at the end.
+
+`--stalls` runs the same gateway and samples the event loop every few milliseconds. At every SIGUSR1 the program writes
+the worst lateness and the number of tasks.
+
+`--without-metrics` runs the command line with counters and histograms that count nothing, which no configuration can
+do.
 """
 
 from __future__ import annotations
@@ -35,8 +38,8 @@ class Stalls:
     lateness, where each lateness counts at most the CPU time that the process used meanwhile."""
 
     def __init__(self, path: Path, begins_later: bool = False) -> None:
-        """Create the witness. `path`: file for the measurements. `begins_later`: sampling begins at the first SIGUSR1,
-        because it costs a hundredth of a core."""
+        """Create the sampler of the event loop's lateness. `path`: file for the measurements. `begins_later`: sampling
+        begins at the first SIGUSR1, because it costs a hundredth of a core."""
         self._path = path
         self._begin = asyncio.Event()
         if not begins_later:
@@ -78,7 +81,7 @@ class Stalls:
 
 
 async def watched_gateway(file: Path, folder: Path, ready_file: Path, stalls: Stalls) -> None:
-    """Run the gateway as `headrace gateway` does, with the witness (`stalls`) in the same event loop."""
+    """Run the gateway as `headrace gateway` does. In the same event loop, `stalls` measures how late the loop is."""
     from cluster.cli.commands.run.processes import stop_on_signal
     from cluster.cli.common import read_config
     from cluster.gateway.server import run_gateway

@@ -50,9 +50,10 @@ async def prepare(children: Children, kind: str, folder: Path) -> tuple[Path, Pa
 
 
 def plain_tokens(model: Path) -> str:
-    """Return source parameters that limit a simulated engine to tokens of ASCII letters: the longest run of consecutive
-    ids of such tokens. With other tokens, a server may have to hold back text until the next token. The parameters also
-    contain a salt, which only our side uses. The salt does not change the text, so the two sides stay comparable."""
+    """Return parameters that make a simulated engine emit only tokens of ASCII letters. The token ids are the longest
+    run of consecutive ids of such tokens. With other tokens, a server may have to hold back text until the next token.
+    The parameters also contain a salt, which only Headrace's side uses. The salt does not change the text, so both
+    sides stay comparable."""
     vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
     letters = {i for piece, i in vocabulary.items() if (word := piece.lstrip("Ġ▁")).isascii() and word.isalpha()}
     longest = range(0)
@@ -149,8 +150,8 @@ def exec_gateway(
     descriptors: int = 0,
 ) -> Child:
     """Start a gateway with an empty folder of its own. The gateway writes READY_FILE in `folder/name` once it serves.
-    `descriptors`: hard limit of the gateway's file descriptors, 0 for the limit of this process.
-    """
+    `witness`: options of the measurements in the gateway's process (serving/gateway.py); without any, nothing is
+    measured there. `descriptors`: hard limit of the gateway's file descriptors, 0 for the limit of this process."""
     home = folder / name
     home.mkdir(parents=True, exist_ok=True)
     (home / "cluster.yaml").write_text(text)
@@ -175,8 +176,9 @@ async def start_gateways(
 ) -> list[tuple[Child, Mapping[str, str]]]:
     """Start gateway processes on one port; return each process with its endpoints by listener. Raises DidNotStart.
 
-    `home`: the folder that tenants.make_key has filled. `witness`: options of serving.gateway. `observe`: keys of the
-    section observe.
+    `home`: the folder that tenants.make_key has filled. `witness`: options of loadtests.serving.gateway, which runs the
+    gateway and measures its event loop; if empty, the gateway runs without it. `observe`: keys of the configuration
+    section `observe`.
     """
     text, out = configuration(MODEL, home, processes, observe=observe), []
     for process in range(processes):
@@ -209,9 +211,11 @@ async def start(
     tenant_count: int = 1,
     observe: Mapping[str, object] | None = None,
 ) -> Ours:
-    """Start a gateway and a worker; return when the model is ready. `source` and `engine`: as for serving.worker.
-    `checkout`: the source tree that both processes run. `descriptors`: hard limit of the gateway's file descriptors.
-    `observe`: keys of the gateway's section observe. Raises DidNotStart.
+    """Start a gateway and a worker; return when the model is ready. Raises DidNotStart.
+
+    `source` and `engine`: as for serving.worker. `checkout`: the source tree that both processes run.
+    `descriptors`: hard limit of the gateway's file descriptors. `observe`: keys of the configuration section
+    `observe`.
     """
     home = folder / f"{name}-tenants"
     keys = await tenants.make_tenants(home, tenant_count)
@@ -254,7 +258,8 @@ async def start(
 
 
 async def read_stalls(ours: Ours, path: Path) -> dict[str, float]:
-    """Return the stalls of the gateway's event loop since the last call. Needs the witness `--stalls path`."""
+    """Return how long the gateway's event loop was blocked since the last call of this function. The gateway must have
+    been started with the `witness` option `--stalls PATH`, where PATH is `path`."""
     path.unlink(missing_ok=True)
     for process in ours.gateway.commands():
         process.send_signal(signal.SIGUSR1)

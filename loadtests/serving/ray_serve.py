@@ -1,4 +1,5 @@
-"""Ray Serve's own ingress over a plain vLLM deployment, on a separate Ray."""
+"""A server to compare with Headrace: Ray Serve's own ingress in front of a vLLM deployment, on a separate Ray
+cluster."""
 
 from __future__ import annotations
 
@@ -46,9 +47,8 @@ async def running(
     gpus: int = 0,
     simulated: Sequence[str] = (),
 ) -> AsyncIterator[RayServe]:
-    """Run Ray and the application until the context ends. `simulated`: options of ray_app for simulated engines instead
-    of the real engine. Raises DidNotStart.
-    """
+    """Run Ray and the application until the context ends. `simulated`: options of ray_app that replace the real engine
+    by simulated engines. Raises DidNotStart."""
     grpc_port, first = free_port(), free_port()
     variables = dict(environment)
     if direct_ingress:

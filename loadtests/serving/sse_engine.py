@@ -1,10 +1,11 @@
-"""Program that runs the simulated engine as a plain OpenAI server, behind the routers of the peers.
+"""Program that runs the simulated engine as a plain OpenAI server. Other routers, which are compared with our
+gateway, run in front of it.
 
 python -m loadtests.serving.sse_engine --port PORT --model NAME --bundle DIR --source sim:///folder?...
 
 Engine, seed, steps, tokenizer and detokenizer are the same as behind our gateway, so the texts must be equal. The
-chunks have vLLM's format, one chunk per token. The server is one process on a bare asyncio protocol; the CPU time of
-this process is not counted.
+chunks have vLLM's format, one chunk per token. The server is one process on a bare asyncio protocol; the CPU time
+of this process is not counted.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def spec_of(arguments: argparse.Namespace) -> ModelSpec:
 
 
 class WholeEngine(Engine, KvEventSource, AdapterEngine, Protocol):
-    """An engine whose KV events can be read, and that loads adapters."""
+    """An engine that reports KV events and loads adapters."""
 
 
 def opened(arguments: argparse.Namespace, bundle: Bundle) -> tuple[WholeEngine, OutputParser | None]:

@@ -17,9 +17,9 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class AdapterMix:
-    """The adapters that calls name, and the share of the calls that name one. `count`: number of adapters; their
-    popularity follows Zipf's law. `slots`: number of adapters that lie in an engine at a time. `copy_s`: time of a copy
-    into a slot, in seconds."""
+    """The mix of adapters in simulated calls. `share`: share of the calls that request an adapter. `count`: number of
+    adapters; their popularity follows Zipf's law. `slots`: number of adapters that an engine holds ready at a time.
+    `copy_s`: time to copy an adapter into a slot, in seconds."""
 
     share: float
     count: int = 64
@@ -47,7 +47,7 @@ class AdapterMix:
 
 
 class AdapterSlots:
-    """The slots of one engine."""
+    """The adapter slots of one simulated engine, and the adapters in them."""
 
     def __init__(self, mix: AdapterMix) -> None:
         self._mix = mix

@@ -25,7 +25,8 @@ class FifoOrder:
         self._line[waiting.call_id] = waiting
 
     def put_back(self, waiting: WaitingSequence) -> None:
-        """Insert a sequence among the sequences that were put back, by arrival."""
+        """Insert a sequence that returns to the queue. Returned sequences go before all others, in order of their
+        arrival."""
         self._returns += 1
         insort(self._returned, (waiting.arrived, self._returns, waiting))
 

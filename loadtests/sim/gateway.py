@@ -158,7 +158,7 @@ class SimGateway:
         return [self._candidate(at) for at in range(len(self._workers))]
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
-        """Return one worker."""
+        """Return the routing candidate for the worker with this incarnation."""
         return self._candidate(int(incarnation))
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:

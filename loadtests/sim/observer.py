@@ -30,7 +30,7 @@ class ObservedTenant:
 
 
 class Observer:
-    """Observer of workers and gateways.
+    """Measures what each tenant gets, and whether workers have unused capacity while calls wait.
 
     Service is in weighted tokens: the prompt counts at the first token, the output counts token by token.
     """
@@ -103,10 +103,10 @@ class Observer:
     # ---- figures
 
     def unit(self) -> float:
-        """U, the unit of gaps, in weighted tokens.
+        """The unit U of fairness gaps, in weighted tokens.
 
-        U is the larger of two costs: the longest prompt, weighted as input, and the largest number of tokens that one
-        worker held at once, weighted as output.
+        U is the larger of two costs: the longest prompt, weighted as input, and the largest number of tokens that
+        one worker held at once, weighted as output.
         """
         running = max(worker.most_running_tokens for worker in self._workers)
         return max(self._service.input * self.longest_prompt, self._service.output * running)

@@ -41,23 +41,24 @@ class ReplicaModel:
         return left / (self.step_s + self.per_sequence_s * running)
 
     def decode_tokens_per_s(self, itl_s: float) -> float:
-        """Maximum number of decoded tokens per second without prefill, if each sequence keeps at least the pace
+        """Maximum number of decoded tokens per second without prefill, if each sequence gets its next token within
         `itl_s`."""
         running = self.sequences(itl_s)
         return running / (self.step_s + self.per_sequence_s * running)
 
     def sequences(self, itl_s: float) -> float:
-        """Maximum number of running sequences that all keep at least the pace `itl_s`, without prefill."""
+        """Maximum number of running sequences at which each sequence gets its next token within `itl_s`, without
+        prefill."""
         return min((itl_s - self.step_s) / self.per_sequence_s, self.max_running)
 
     def busy(self, prompt_tokens: float, output_tokens: float, itl_s: float) -> float:
-        """Replica-seconds that a fully used replica needs for these prompt and output tokens, within the pace
-        `itl_s`."""
+        """Return the replica-seconds that a fully used replica needs for these prompt and output tokens. `itl_s`:
+        longest allowed time between two output tokens of a sequence."""
         return prompt_tokens / self.prefill_at(itl_s) + output_tokens / self.decode_tokens_per_s(itl_s)
 
     def prefill_at(self, itl_s: float) -> float:
-        """Prompt tokens per second that a replica can compute while it makes exactly one step every `itl_s`, for a few
-        decoding sequences."""
+        """Number of prompt tokens per second that a replica can compute beside a few decoding sequences, for which it
+        makes exactly one step every `itl_s` seconds."""
         return self.prefill_tokens_per_s * (1.0 - self.step_s / itl_s)
 
 

@@ -47,8 +47,8 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class SimModelSpec:
-    """Model of a simulation: its demand, step model and settings. `initial` is the number of replicas that are ready at
-    time 0."""
+    """A model that is served in the simulation: its demand, step times and settings. `initial`: number of replicas that
+    are ready at time 0."""
 
     demand: Demand
     settings: ModelSettings

@@ -347,11 +347,11 @@ class SessionWorld:
         return [self._candidate(at) for at in range(len(self.workers))]
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
-        """Return one worker."""
+        """Return the routing candidate for the worker with this incarnation."""
         return self._candidate(int(incarnation))
 
     def route(self, call: RouteCall, now: float) -> RoutingDecision:
-        """See Workers.route in cluster/policy/scheduling/workers.py."""
+        """Implements `Workers.route` (cluster/policy/scheduling/workers.py)."""
         return choose(call, self.candidates(call.model, now, False))
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
@@ -369,7 +369,7 @@ class SessionWorld:
         return worker.free_blocks * BLOCK_TOKENS if worker.free_sequences else 0
 
     def has_adapter(self, model: str, adapter: str) -> bool:
-        """See Workers.has_adapter in cluster/policy/scheduling/workers.py."""
+        """Implements `Workers.has_adapter` (cluster/policy/scheduling/workers.py)."""
         return True
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:

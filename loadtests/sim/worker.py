@@ -135,7 +135,7 @@ class SimWorker:
         self._start_step()
 
     def backlog(self, link: int, claim: int) -> None:
-        """Record the backlog that a gateway claims."""
+        """Record the number of sequences that wait at a gateway. `claim`: this number, as the gateway reports it."""
         self._granter.set_backlog(self._rotated[link], claim)
         self.regrant()
 

@@ -75,7 +75,8 @@ def test_apply_asks_only_for_what_it_removes(
 
 
 def test_nobody_is_asked_without_a_terminal(run: Run, gateway: ScriptedGateway) -> None:
-    """Without a terminal no question is asked. There, only irreversible commands require --yes."""
+    """Without a terminal, no command asks a question. An irreversible command is then refused unless it gets `--yes`;
+    other commands run."""
     assert run("scale", "m", "0", "--admin", gateway.endpoint).exit_code == 0
     refused = run("tenants", "delete", "acme", "--erase", "--reason", "x")
     assert refused.exit_code == 2

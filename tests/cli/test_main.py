@@ -31,7 +31,7 @@ def _names(app: typer.Typer) -> set[str]:
 
 
 def test_what_starts_alone_is_what_there_is_to_start() -> None:
-    """Each process has a command line of its own, and is also a command of the complete command line."""
+    """Each kind of process can be started by a program of its own, and by a command of `headrace`."""
     assert {name: _names(process_commands.app_of(name)) >= {name} for name in PROCESSES} == dict.fromkeys(
         PROCESSES, True
     )
@@ -41,7 +41,8 @@ def test_what_starts_alone_is_what_there_is_to_start() -> None:
 
 @pytest.mark.parametrize("words", [["gateway"], ["controller"], ["pod", "gateway"], ["prepare"]])
 def test_a_process_imports_no_console(words: list[str]) -> None:
-    """A process that prints its help imports neither rich nor pygments nor the other commands."""
+    """When the command of a process prints its help, it does not import rich, pygments or the modules of other
+    commands."""
     program = PROGRAM.format(words=words)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -50,7 +51,8 @@ def test_a_process_imports_no_console(words: list[str]) -> None:
 
 
 def test_another_command_has_all() -> None:
-    """The command `chat` imports rich, pygments and all commands, which shows that the test above can fail."""
+    """The command `chat` imports rich, pygments and all commands. This shows that `test_a_process_imports_no_console`
+    can fail."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(words=["chat"])], capture_output=True, text=True, check=False, cwd=ROOT
     )

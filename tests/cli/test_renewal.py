@@ -26,7 +26,8 @@ async def test_keys_work_after_the_documented_renewal_twice(tmp_path: Path) -> N
 
 
 def test_the_documentation_has_an_install_and_a_renewal() -> None:
-    """The documentation has one command line for the install and one for the renewal, which the test above runs."""
+    """The documentation has exactly two command lines for certificates: first one that installs them, then one that
+    renews them."""
     assert [line.verb for line in documented_lines(DOCS.read_text())] == ["create", "apply"]
 
 

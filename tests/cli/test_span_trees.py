@@ -10,7 +10,8 @@ from cluster.observe.spans import SpanEvent, SpanKind, SpanRecord
 
 
 def span(name: str, span_id: str, parent: str, start: float, end: float, error: str = "", **more: str) -> SpanRecord:
-    """Return a span of one trace. `more`: attributes by the names of their constants."""
+    """Return a span of one trace. `more`: attributes of the span, by the names of the constants that hold the
+    attributes' keys."""
     attributes = {getattr(names, key): value for key, value in more.items()}
     kind = SpanKind.INTERNAL if parent else SpanKind.SERVER
     return SpanRecord(name, "a" * 32, span_id, parent, start, end, {}, kind, attributes, error=error)

@@ -43,7 +43,7 @@ The error texts of these steps are not compared.
 
 @pytest.fixture(scope="module")
 async def keyed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Keyed]:
-    """A gateway with authentication and a declared tenant."""
+    """A gateway with authentication and a tenant that is declared in the configuration file."""
     async with keyed_cluster(tmp_path_factory.mktemp("desk"), DECLARED) as keyed:
         yield keyed
 
@@ -138,7 +138,7 @@ def script(name: str) -> Iterator[tuple[str, Callable[[LedgerServices, list[Any]
 
 
 def transcript(services: LedgerServices, name: str) -> list[tuple[str, Any]]:
-    """Return the result of each step, without names, ids and times."""
+    """Run all steps of `script`, and return the result of each step without names, ids and times."""
     results: list[tuple[str, Any]] = []
     made: list[Any] = []
     for step, act in script(name):

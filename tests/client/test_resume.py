@@ -189,7 +189,8 @@ async def test_it_can_be_turned_off(pair: Pair) -> None:
 
 
 def test_what_a_whole_token_says_need_not_be_kept() -> None:
-    """A resume request has the newest whole resume token and the tokens after it. Earlier tokens are dropped."""
+    """A whole resume token replaces all tokens before it. So a resume request has only the newest whole token and the
+    tokens after it."""
     resumption = Resumption(pb.ChatRequest(model="m"), None, 1)
     for number, whole in enumerate([False, False, True, False, True, False], start=1):
         resumption.record(pb.ChatChunk(resume_token=b"%d" % number, offset=number, resume_token_whole=whole))

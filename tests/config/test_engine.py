@@ -62,7 +62,7 @@ def rows(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def test_every_argument_that_names_code_is_known() -> None:
-    """Every argument whose name suggests code is in CODE or in HARMLESS."""
+    """Every vLLM argument whose name suggests that it loads code is listed in CODE or in HARMLESS."""
     suspicious = {path for path in rows(arguments()) if SUSPICIOUS.search(path)}
     assert suspicious - CODE - HARMLESS == set()
     assert {*rows(arguments())} >= CODE
@@ -162,7 +162,8 @@ def test_arguments_that_cannot_stand_together(whole: dict[str, Any], name: str) 
     ],
 )
 def test_an_engine_is_checked_with_all_it_starts_with(keys: str, path: str) -> None:
-    """The arguments of an engine are checked together: the model's with those of a GPU type or of the canary."""
+    """The model's engine arguments are checked together with those of a GPU type, and together with those of the
+    canary."""
     with pytest.raises(ConfigError) as caught:
         parse(f"api_version: headrace/v1\nname: c\nmodels: [{{name: m, source: hf://o/m, {keys}}}]")
     assert f": {path}" in str(caught.value)

@@ -41,7 +41,8 @@ def test_of_two_with_one_name_neither_is_taken() -> None:
 
 
 def test_an_alias_of_two_models_stays_with_one() -> None:
-    """If two held models have the same alias, it belongs to the first model only, so that gateways can resolve it."""
+    """If two models with invalid entries have the same alias, the alias belongs to the first model only, so that
+    gateways can resolve it."""
     found = for_controller(HEAD + "models: [{name: x, source: s, aliases: [d]}, {name: y, source: s, aliases: [d, e]}]")
     assert found.config.models == ()
     assert found.held == (HeldModel("x", ("d",)), HeldModel("y", ("e",)))
@@ -49,8 +50,8 @@ def test_an_alias_of_two_models_stays_with_one() -> None:
 
 @pytest.mark.parametrize("section", WRONG_SECTIONS)
 def test_a_section_that_is_none_holds_everything(section: str) -> None:
-    """If the `models` section is not a list, all running models are held. If it were read as empty, every model would
-    be deleted."""
+    """If the `models` section is not a list, all running models stay unchanged. If the section were read as empty,
+    every model would be deleted."""
     found = for_controller(f"{HEAD}{'' if section == '{}' else section}\n")
     assert (found.config.models, found.all_held) == ((), True)
 
@@ -66,7 +67,7 @@ def test_a_section_that_is_none_holds_everything(section: str) -> None:
     ],
 )
 def test_what_is_wrong_elsewhere_still_ends_a_start(text: str) -> None:
-    """A problem in any other section prevents the start of gateway and controller."""
+    """A problem outside the section `models` prevents the start of gateway and controller."""
     for lenient in (for_gateway, for_controller):
         with pytest.raises(ConfigError):
             lenient(text)

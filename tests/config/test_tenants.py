@@ -34,7 +34,8 @@ def parse(section: type[Any], text: str) -> Any:
 
 
 def test_the_vocabularys_own_example() -> None:
-    """Every documented key of all sections is read, and its value is in the policies."""
+    """A configuration with every documented key about authentication, the database and tenants is read. Each value is
+    in the resulting policies."""
     auth = parse(
         Auth,
         """
@@ -88,7 +89,8 @@ def test_the_vocabularys_own_example() -> None:
 
 
 def test_guards_of_the_defaults_and_of_a_tenant() -> None:
-    """A tenant's own list of guards replaces the list of the defaults. Guards without auth are refused."""
+    """A tenant's own list of guards replaces the list in `tenant_defaults`. A configuration that has guards but no
+    `auth` is refused."""
     defaults = parse(TenantDefaults, "{guards: [{builtin: sizes, on: output, max_characters: 9}]}")
     assert parse(Tenant, "{name: a}").policy(defaults).guards[0].on == "output"
     own = parse(Tenant, "{name: a, guards: [{builtin: patterns, patterns: {m: 'x{1,3}'}}]}").policy(defaults)
@@ -223,7 +225,8 @@ def test_certificates_are_named_one_by_one(san: str) -> None:
     ],
 )
 def test_sections_hold_to_each_other(classes: Any, defaults: str, tenants: list[str], words: str) -> None:
-    """Duplicate names and unknown classes in the sections are refused."""
+    """A configuration is refused if two priority classes or two tenants have the same name, or if a tenant or the
+    tenant defaults name an unknown class."""
     with pytest.raises(ValueError, match=words):
         check_together(AUTH, classes, parse(TenantDefaults, defaults), [parse(Tenant, tenant) for tenant in tenants])
 
@@ -236,8 +239,8 @@ def test_tenants_need_auth() -> None:
 
 
 def test_defaults_make_policies_for_the_api_too() -> None:
-    """A tenant that is created over the API gets the defaults, overridden by its own fields. Errors name the wrong
-    fields."""
+    """A tenant that is created over the API gets the defaults, overridden by its own fields. An error names the invalid
+    field."""
     defaults = parse(TenantDefaults, "{class: batch, limits: {tokens_per_minute: 9}}")
     policy = defaults.policy("a", {"weight": 2.0, "limits": {"daily_tokens": 5}})
     assert (policy.priority_class, policy.weight) == ("batch", 2.0)

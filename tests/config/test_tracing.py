@@ -38,7 +38,8 @@ def test_usual_endpoints_pass(endpoint: str) -> None:
     ],
 )
 def test_what_cannot_work_is_refused(section: str, problem: str) -> None:
-    """A section that cannot work is refused with its key and the remedy. The error shows no secret."""
+    """A configuration section that cannot work is refused. The error names the key and the remedy, and shows no
+    secret."""
     with pytest.raises(ConfigError, match=problem) as refused:
         parse(HEAD + section.replace("{", "{{") + "}}")
     assert "observe.tracing" in str(refused.value)

@@ -27,10 +27,8 @@ def test_what_has_no_key_twice_reads_as_ever(value: Any) -> None:
 
 @given(value=st.dictionaries(st.text(min_size=1, max_size=6), VALUES, min_size=1, max_size=3), data=st.data())
 def test_a_key_twice_is_found_at_any_depth(value: dict[str, Any], data: st.DataObject) -> None:
-    """A duplicate key is found at any depth.
-
-    Quoted style keeps the document on one line.
-    """
+    """A duplicate key is found at any depth, and the error names its line. The test writes each document on one line,
+    so the line is 1."""
     key = data.draw(st.sampled_from(sorted(value)))
     dumped = yaml.safe_dump(
         {"outer": [{"inner": value}]}, default_flow_style=True, default_style='"', width=10**6
@@ -44,7 +42,8 @@ def test_a_key_twice_is_found_at_any_depth(value: dict[str, Any], data: st.DataO
 
 
 def test_both_lines_are_named() -> None:
-    """The error for a duplicate key names the lines of both keys. Every path has a line."""
+    """The error for a duplicate key names the lines of both keys. A path without an entry has the line of its nearest
+    parent."""
     with pytest.raises(NotYaml, match="line 5: the key 'models' appears again here, first in line 2"):
         load("a: 1\nmodels:\n  - {name: x}\nb: 2\nmodels: []\n")
     assert read("a:\n  - b: 1\n    c: 2\n").line_of(("a", 0, "c", "deeper")) == 3

@@ -18,7 +18,7 @@ ENTRY: dict[str, Any] = {"name": "l", "source": "/l", "aliases": ["x"], "adapter
 
 
 async def bed_with_lora(folder: Path, **options: Any) -> CatalogBed:
-    """Return a CatalogBed whose model `l` has LoRA and the adapter `own` in its entry."""
+    """Return a CatalogBed with one model, `l`. LoRA is on for the model, and its catalog entry has an adapter `own`."""
     bed = CatalogBed(folder, **options)
     await bed.up()
     await bed.apply(ENTRY)

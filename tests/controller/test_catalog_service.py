@@ -1,4 +1,5 @@
-"""Tests of operators' catalog changes: they are validated as a whole and stored, and leave unchanged models alone."""
+"""Tests of operators' catalog changes. A change is validated as a whole and then stored. It does not affect the models
+that it leaves unchanged."""
 
 from __future__ import annotations
 
@@ -145,8 +146,8 @@ async def test_what_was_applied_outlives_the_controller_and_not_the_cluster(tmp_
 
 
 async def test_models_of_a_file_are_the_files(tmp_path: Path) -> None:
-    """Apply adds models beside those of the file, which the next controller keeps. Apply refuses to change a model of
-    the file."""
+    """Apply can add models to those of the catalog file, and the next controller still has them. Apply refuses to
+    change a model of the file."""
     bed = CatalogBed(tmp_path, life="", by_file=True)
     same = {"name": "m", "source": "/m", "aliases": ["default"], "replicas": {"max": 2}}
     assert [one.model for one in (await bed.apply(same, {"name": "o", "source": "/o"})).changes] == ["o"]

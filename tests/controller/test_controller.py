@@ -53,7 +53,7 @@ class FakeGateways:
         return self.waiting
 
     def tallies(self) -> Sequence[VersionTally]:
-        """Return the call counts of versions that a test has set."""
+        """Return the call counts by model version, which a test has set."""
         return self.counted
 
     def state(self, model: str) -> ModelState:
@@ -80,7 +80,7 @@ class Clock:
 def controller(
     ray: Backend, gateways: FakeGateways, *wanted: ReplicaSettings, now_s: float = 100.0, clock: Clock | None = None
 ) -> Controller:
-    """Return a controller that wants the given replicas."""
+    """Return a controller that wants the replicas of the settings `wanted`."""
     created = Controller(ray, gateways, wall_s=clock or Clock(now_s))
     created.models.want(wanted)
     return created
@@ -114,7 +114,8 @@ async def test_states_follow_what_is_seen() -> None:
 
 
 async def test_the_end_of_an_engine_is_in_the_catalog() -> None:
-    """During and after a restart, the catalog entry names the last end of an engine of the current version."""
+    """If an engine of a model's current version ends, the catalog entry says when and why, during the restart and after
+    it."""
     ray, gateways = FakeRay(), FakeGateways()
     wanted = settings("m")
     loop = controller(ray, gateways, wanted)
@@ -210,7 +211,7 @@ async def test_unplaceable_model_fails_and_recovers() -> None:
 
 @pytest.mark.slow
 async def test_ray_away_keeps_the_catalog_and_is_taken_up_again() -> None:
-    """The catalog stays published while Ray is away. Everything is deployed again if Ray comes back empty."""
+    """The catalog stays published while Ray is unreachable. Everything is deployed again if Ray comes back empty."""
     ray, gateways = FakeRay(away="gone fishing"), FakeGateways(linked=0)
     loop = controller(ray, gateways, settings("m"))
     with pytest.raises(RayAway):
@@ -417,8 +418,8 @@ async def test_types_of_gpu_are_filled_in_their_order() -> None:
 
 
 async def test_versions_have_their_parts_on_every_type_in_use() -> None:
-    """A canary runs on every GPU type that the stable version uses. Replicas on a later GPU type stay there when the
-    preferred type has room again."""
+    """A canary gets replicas on every GPU type that the stable version uses. Replicas on a less preferred GPU type stay
+    there, even when the preferred type has room again."""
     few, many = ({"CPU": 64.0, "GPU": gpus, "accelerator_type:H100": 1.0} for gpus in (2.0, 6.0))
     slow_node = {"CPU": 64.0, "GPU": 8.0, "accelerator_type:L4": 1.0}
     ray, gateways = FakeRay(nodes=(few, slow_node)), FakeGateways()
@@ -447,8 +448,8 @@ async def test_versions_have_their_parts_on_every_type_in_use() -> None:
 
 
 async def test_two_ray_clusters_are_driven_side_by_side() -> None:
-    """A model that moves to another Ray cluster starts there before its old replicas end. A Ray cluster that is away
-    does not stop changes on the other one."""
+    """A model that moves to another Ray cluster starts there before its old replicas end. An unreachable Ray cluster
+    does not stop changes on the other cluster."""
     blue, green, gateways, clock = FakeRay(), FakeRay(), FakeGateways(), Clock()
     on_blue, on_green = settings("m"), settings("m")
     on_blue, on_green = (dataclasses.replace(on_blue, ray_cluster=name) for name in ("blue", "green"))

@@ -11,8 +11,8 @@ from tests.controller.test_controller import settings, two_versions
 
 
 def test_overrides_are_of_wanted_versions() -> None:
-    """An operator's override of a version is dropped once the version is not wanted, even a restored override. An
-    override of an unknown version raises KeyError."""
+    """An operator's override is dropped when its model version is no longer wanted. This also holds for an override
+    that was restored from disk. Overriding an unknown version raises KeyError."""
     models, (stable, canary) = DesiredModels(), two_versions()
     models.want([stable, canary])
     models.restore({"m": {"v2": VersionOverride(canary.digest, weight=0.5)}, "other": {"v1": VersionOverride("d")}})
@@ -37,8 +37,8 @@ def test_an_override_of_another_digest_is_replaced() -> None:
 
 
 def test_what_is_not_wanted_leaves_unless_it_is_held() -> None:
-    """A model on Ray that is no longer wanted is removed under its last spec, unless it is held. Every change starts a
-    pass."""
+    """A model on Ray that is no longer wanted is removed, unless it is held. The removal uses the model's last spec.
+    Every change of the wanted models sets `changed`, which starts a pass of the controller."""
     models = DesiredModels()
     models.want([settings("a", aliases=("first",)), settings("b")])
     models.want([settings("b")])

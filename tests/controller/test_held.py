@@ -1,6 +1,5 @@
-"""Tests of a controller that starts with invalid models: their replicas stay and are published, and the last valid
-entries are used.
-"""
+"""Tests of a controller that starts with invalid model entries. The replicas of these models keep running and stay
+published, and the last valid entries are used."""
 
 from __future__ import annotations
 
@@ -59,7 +58,8 @@ async def test_everything_is_held_where_no_entry_can_be_read() -> None:
 
 
 async def test_a_trial_gets_no_call_while_its_model_is_held() -> None:
-    """The version with the most replicas gets all calls of a held model, since the configured shares are unknown."""
+    """If a model's configuration is invalid, the version with the most replicas gets all its calls, since the
+    configured shares are unknown."""
     ray, gateways = FakeRay(), FakeGateways()
     await controller(ray, gateways, settings("m"), settings("m", version="v2")).step()
     first, second = ray.app_of("m"), ray.app_of("m", "v2")
@@ -101,7 +101,8 @@ def test_the_last_right_entry_takes_the_place_of_a_wrong_one(tmp_path: Path) -> 
 
 
 def test_without_an_earlier_start_the_model_is_held(tmp_path: Path) -> None:
-    """A model with an invalid entry is held if the file of the stored entries is missing or damaged."""
+    """A model with an invalid entry is held (its replicas stay unchanged) if the file of the stored entries is missing
+    or damaged."""
     text = f"{HEAD}models: [{A}, {WRONG_B}]"
     (tmp_path / "last-good-models.json").write_text("{")
     found = with_last_good(for_controller(text), tmp_path)

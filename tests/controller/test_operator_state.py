@@ -46,7 +46,8 @@ def test_the_newest_state_is_kept(states: list[tuple[int, bytes]]) -> None:
 
 
 def test_a_gateway_keeps_the_state_over_a_restart(tmp_path: Path) -> None:
-    """A restarted gateway still has the state. A damaged copy, or a state that is too large, counts as none."""
+    """A restarted gateway still has the operators' state. A state that is too large is not stored. A damaged file is
+    read as an empty state."""
     KeptOperatorState(tmp_path).keep(pb.OperatorState(revision=5, document=b"x"))
     assert KeptOperatorState(tmp_path).newest.revision == 5
     KeptOperatorState(tmp_path).keep(pb.OperatorState(revision=6, document=b"x" * (MAX_BYTES + 1)))
@@ -56,7 +57,8 @@ def test_a_gateway_keeps_the_state_over_a_restart(tmp_path: Path) -> None:
 
 
 def test_a_state_is_sent_only_if_operators_have_changed_something(tmp_path: Path) -> None:
-    """A folder without stored changes has no state. Each change gets a higher revision, even if the clock goes back."""
+    """Without stored changes of operators, there is no message with their state to send. Each recorded change gets a
+    higher revision, even if the clock goes back."""
     assert OperatorState(tmp_path).message is None
     (tmp_path / SCALING_FILE).write_text("{}")
     times = iter([100.0, 50.0])
@@ -173,7 +175,8 @@ async def test_no_gateway_delays_a_start_only_for_a_while(tmp_path: Path, unused
 
 @pytest.mark.slow
 async def test_a_request_of_an_operator_reaches_the_gateways(tmp_path: Path) -> None:
-    """A frozen model and a quarantined version stay so at the next controller, even if its folder is empty."""
+    """A frozen model and a quarantined version remain frozen and quarantined under the next controller, even if that
+    controller's folder is empty. It reads them from the gateway."""
     hub, (first, second) = (
         Hub("g", Door(), tuple, tuple, folder=tmp_path / "g"),
         (tmp_path / "first", tmp_path / "second"),

@@ -24,7 +24,8 @@ def link_of(*capabilities: str) -> WorkerLink:
 
 
 def test_a_report_has_the_tasks() -> None:
-    """A gateway reports the tasks of its workers to the controller. Tasks that a release does not know are left out."""
+    """A gateway reports to the controller which pooling tasks (`embed`, `score`) its workers offer. Tasks that this
+    release does not know are left out."""
     message = worker_to_pb(link_of("pools:embed", "pools:score", "pools:sing", "resume:exact"))
     assert _worker(pb.FleetWorker.FromString(message.SerializeToString())).tasks == BOTH
     message.tasks.append("sing")
@@ -42,8 +43,9 @@ def test_an_entry_keeps_the_tasks() -> None:
 
 
 def test_workers_override_the_catalog() -> None:
-    """A model's tasks are those of its workers, otherwise of its last worker, otherwise of the catalog. Without any of
-    these they are unknown."""
+    """The pooling tasks of a model are those that its linked workers report. After the last link has ended, the tasks
+    of that worker stay. If no worker was ever linked, the tasks come from the catalog entry. Before any of these is
+    known, the tasks are None."""
     model = KnownModel(CatalogEntry("m"), True)
     unknown = model.capabilities.tasks
     assert unknown is None

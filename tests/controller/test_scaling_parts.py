@@ -26,7 +26,8 @@ def test_what_ray_has_is_summed_by_model() -> None:
 
 
 def test_workers_that_drain_do_not_serve() -> None:
-    """A draining worker does not count as serving. A worker that has not reported its engine's limits has none."""
+    """A draining worker does not count as serving. If a worker has not reported its engine's limits, `limits` is
+    None."""
     draining = FleetWorker(
         "w", "i", "m", standing=DrainState.DRAINING, max_num_seqs=4, max_num_batched_tokens=8, kv_tokens=9
     )

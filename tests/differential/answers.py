@@ -1,4 +1,4 @@
-"""Answers of both sides in one neutral form, and the differences between two answers."""
+"""Answers of vLLM's server and of Headrace in one neutral form, and the differences between two answers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LOGPROB_TOLERANCE = 1e-4
 
 @dataclass
 class Choice:
-    """One of a call's outputs. `logprobs`: log probabilities in the form of the side; `token_ids`: empty if the side
-    does not return them."""
+    """One output of a call to our gateway or to vLLM's server. `logprobs`: log probabilities in the form that this
+    server returns. `token_ids`: empty if this server does not return them."""
 
     text: str = ""
     finish_reason: str = ""
@@ -31,7 +31,8 @@ class Choice:
 
 @dataclass
 class Answer:
-    """Answer of one side. `refused`: the error message, if the side rejected the request as invalid."""
+    """Answer of one of the two compared servers. `refused`: the error message, if the server rejected the request as
+    invalid."""
 
     choices: list[Choice] = field(default_factory=list)
     usage: tuple[int, int, int] = (0, 0, 0)
@@ -168,8 +169,8 @@ def _complete_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob])
 
 
 def _alternatives(case: Case, at: str, theirs: Mapping[str, float], token: pb.TokenLogprob) -> list[str]:
-    """Compare the maps of alternatives at a position. Entries that we omit by test_differential.EXCEPTIONS are not
-    compared."""
+    """Compare the alternative tokens and their log probabilities at one position of an answer. Alternatives that
+    Headrace leaves out by test_differential.EXCEPTIONS are not compared."""
     asked = case.top_logprobs or 0
     listed = _by_name(case, token.top_logprobs or [token])
     allowed = dict(theirs)
@@ -191,6 +192,6 @@ def _possible(alternatives: Mapping[str, float]) -> dict[str, float]:
 
 
 def _by_name(case: Case, tokens: Iterable[pb.TokenLogprob]) -> dict[str, float]:
-    """Return log probabilities by the token's text, as the peer does. Of tokens with the same text, the last one
-    counts."""
+    """Return log probabilities by the text of the token, as vLLM's server (the peer) does. If several tokens have the
+    same text, the last one is kept."""
     return {_name(case, token): token.logprob for token in tokens}

@@ -70,7 +70,7 @@ class Case:
         return not isinstance(self.prompt, str) and isinstance(self.prompt[0], Mapping)
 
     def proto(self) -> pb.ChatRequest | pb.CompleteRequest:
-        """Return the request for our gateway."""
+        """Return the request for Headrace's gateway."""
         fields: dict[str, Any] = dict(self.options)
         if self.top_logprobs is not None:
             fields |= {"logprobs": True, "top_logprobs": self.top_logprobs}
@@ -135,8 +135,8 @@ def _format_http(kind: str, value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Earlier:
-    """An earlier answer. A case with the same prompt gets the same answer, so parts of the answer serve as stop strings
-    that really occur."""
+    """An answer to an earlier case. A later case with the same prompt uses parts of `text` as stop strings. They occur
+    in its answer too, since equal prompts get equal answers."""
 
     prompt: Prompt
     continues: bool

@@ -36,7 +36,7 @@ _GUARD = '"$@" </dev/null & read -r _; kill -KILL 0'
 
 
 class Peer:
-    """The server, which may still be starting, and an HTTP client for the server."""
+    """vLLM's server, which may still be starting, and an HTTP client for the server."""
 
     def __init__(self, client: httpx.AsyncClient, process: subprocess.Popen[bytes], log: Path) -> None:
         self._client = client

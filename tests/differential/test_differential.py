@@ -68,7 +68,7 @@ async def _compare(
 
 @pytest.fixture
 async def both(peer: Peer, cluster: TestCluster) -> tuple[Peer, TestCluster]:
-    """The peer, started beside our engine, and the cluster with our gateway."""
+    """The two servers to compare, once both are ready: vLLM's own server and the cluster with a Headrace gateway."""
     await peer.ready()
     return peer, cluster
 
@@ -123,11 +123,11 @@ def _assert_spread(cases: Sequence[Case], answers: dict[int, Answer], share: flo
 
 
 async def test_defaults_of_the_checkpoint_are_alike(both: tuple[Peer, TestCluster]) -> None:
-    """Seeded calls without temperature and top_p use the generation config, and sample the same tokens on both sides,
+    """Seeded calls without temperature and top_p use the generation config. vLLM and Headrace sample the same tokens,
     also for n > 1.
 
-    Calls are made one at a time, with prompts so short that all outputs fit into one step. A seed with a chunked
-    prefill ends an unmodified vLLM on CPU.
+    Calls are made one at a time, with prompts so short that all outputs fit into one step. An unmodified vLLM on
+    CPU crashes if a seeded request has a chunked prefill.
     """
     maker = Maker(SEED + 1)
     options: list[dict[str, Any]] = [{}, {"temperature": 1.5}, {"top_p": 0.3}, {"top_k": 5, "min_p": 0.1}, {"n": 3}]
@@ -148,8 +148,8 @@ async def _both_ways(case: Case, both: tuple[Peer, TestCluster]) -> tuple[Answer
 
 
 async def test_exception_completion_k_plus_one(both: tuple[Peer, TestCluster]) -> None:
-    """The peer's map for completions has one more entry than ours if the chosen token is not among the k likeliest
-    tokens, and only then."""
+    """For k alternatives to a token, vLLM's server returns one more entry than we do if the chosen token is not among
+    the k likeliest tokens. Otherwise both return k entries."""
     prompt, forced = Maker(SEED).prompt_ids(20), {300: 100.0}
     for asked, bias, extra in ((2, forced, 1), (2, {}, 0), (0, forced, 1), (0, {}, 1)):
         case = Case(1, prompt, {"temperature": 0.0, "max_tokens": 1, "logit_bias": bias}, asked, as_ids=True)
@@ -170,8 +170,8 @@ async def test_exception_greedy_n(both: tuple[Peer, TestCluster]) -> None:
 
 
 async def test_exception_more_than_the_context(both: tuple[Peer, TestCluster]) -> None:
-    """The peer refuses max_tokens above the context. Our gateway cuts max_tokens to the context, as both sides do with
-    a long prompt."""
+    """vLLM's server refuses max_tokens above the context length. Headrace's gateway cuts max_tokens to the context
+    length, as both servers do with a long prompt."""
     prompt = Maker(SEED).prompt_ids(MAX_MODEL_LEN - 8)
     options = {"temperature": 0.0, "ignore_eos": True}
     theirs, cut = await _both_ways(Case(1, prompt, {**options, "max_tokens": MAX_MODEL_LEN}), both)

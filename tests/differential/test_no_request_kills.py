@@ -74,8 +74,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class OddCall:
-    """An odd call. `leave_after`: the caller leaves after this number of pieces of a stream, or of milliseconds of a
-    unary call; None if the caller stays."""
+    """A call with unusual parameters. `leave_after`: the caller leaves after this number of pieces of a stream, or of
+    milliseconds of a unary call; None if the caller stays."""
 
     number: int
     request: Any
@@ -85,7 +85,7 @@ class OddCall:
 
 
 class Oddities:
-    """Source of odd calls from a seed."""
+    """Random source of odd calls, with a seed."""
 
     def __init__(self, seed: int, max_model_len: int) -> None:
         self._random = random.Random(seed)
@@ -94,7 +94,8 @@ class Oddities:
         self._odd_grammars = [grammar for grammar in odd_grammars() if "\ud800" not in "".join(grammar.value)]
 
     def call(self, number: int, *, late: bool = False) -> OddCall:
-        """Return the next call. With `late`, the call has a deadline that will pass."""
+        """Return the next odd call. `number`: number of the call. `late`: give the call a deadline that passes before
+        its end."""
         chance = self._random
         fields: dict[str, Any] = {"max_tokens": chance.choice([4, 16, 48])}
         for name, values in EXTREMES.items():
@@ -237,7 +238,8 @@ async def _search(
 
 
 async def test_no_call_kills_the_engine(cluster: TestCluster) -> None:
-    """300 odd calls end properly, plain calls beside them get their own tokens, and the engine is idle afterwards."""
+    """Each of 300 unusual calls ends properly. Plain calls at the same time get their own tokens, and the engine is
+    idle afterwards."""
     reference = await _plain(cluster.stub)
     assert len(reference) == 24
     before = _engine_processes()
@@ -279,8 +281,8 @@ async def test_a_format_that_nothing_fits_is_the_callers_fault(
 
 
 async def test_the_last_outputs_seed_must_fit_too(cluster: TestCluster) -> None:
-    """With n outputs, a seed whose last successor exceeds 64 bits is refused before any part of the call is sent to a
-    worker."""
+    """Output number i of a call uses `seed` + i. A call is refused if the seed of its last output exceeds the allowed
+    range, and nothing is sent to a worker."""
     answer = await refused(cluster.stub.Chat(chat(model=MODEL, seed=2**63 - 2, n=3)))
     assert (answer.reason, answer.fields) == ("INVALID_FIELD", ["seed"])
     fits = await cluster.stub.Chat(chat(model=MODEL, seed=2**63 - 2, n=2), timeout=LONGEST_S)

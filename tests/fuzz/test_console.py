@@ -1,4 +1,5 @@
-"""Any data that browsers and others may send to the console, in each role: paths, heads, cookies and bodies."""
+"""Fuzz tests of the console: any paths, heads, cookies and bodies, sent by browsers of each role and by other
+clients."""
 
 from __future__ import annotations
 
@@ -93,7 +94,7 @@ def requests(cookies: list[str]) -> st.SearchStrategy[bytes]:
 
 
 async def test_requests(keyed: Keyed, browsers: dict[str, Browser]) -> None:
-    """Any request to any path of the console gets an answer or none. It ends no connection except its own."""
+    """Random requests to any path of the console do no harm. A request may end its own connection, but no other."""
     cookies = [f"{name}={value}" for browser in browsers.values() for name, value in browser.cookies.items()]
     address = keyed.gateway.endpoints["http"]
     async with nothing_unexpected():

@@ -1,4 +1,5 @@
-"""Any data that callers may send: bytes, messages, frames, JSON, headers. `make fuzz FUZZ_S=600` runs longer."""
+"""Fuzz tests of everything that callers may send: bytes, messages, frames, JSON and headers. `make fuzz FUZZ_S=600`
+runs them longer."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ async def check_healthy(cluster: TestCluster) -> None:
 
 
 def calls() -> st.SearchStrategy[tuple[str, bytes]]:
-    """Return a strategy for a method, with arbitrary bytes, a message of the method, or a message of another method."""
+    """Return a strategy that draws the name of a method and the bytes to send to it: arbitrary bytes, a message of this
+    method, or a message of another method."""
     kinds = [pb.DESCRIPTOR.message_types_by_name[method.input_type.name] for method in SERVICE.methods]
     classes: list[type[Message]] = [getattr(pb, kind.name) for kind in kinds]
     said = st.sampled_from(["sim", "sim", "sim", "default", "", "x"])
@@ -190,8 +192,8 @@ def requests() -> st.SearchStrategy[bytes]:
 
 
 async def test_http_requests(cluster: TestCluster) -> None:
-    """Any request to the HTTP API gets an answer with a status below 500, or none. It ends no connection except its
-    own."""
+    """Any request to the HTTP API gets either no answer or an answer with a status below 500. It ends no connection
+    except its own."""
     address = cluster.gateway.endpoints["http"]
     async with nothing_unexpected():
         for batch in batches(requests()):

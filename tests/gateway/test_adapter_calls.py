@@ -60,7 +60,8 @@ class Bed:
         await until(lambda: self.view(name).ready == count, f"{count} workers have {name}")
 
     async def text(self, model: str, **fields: Any) -> str:
-        """Return the text of an answer of a model or an adapter. Asserts that the answer names it."""
+        """Call a model or an adapter, and return the text of the answer. Asserts that the answer has the name of the
+        model or adapter."""
         answer = await self.cluster.stub.Chat(chat(model=model, ignore_eos=True, **fields), timeout=20)
         assert answer.model == model.replace("alias", "sim")
         return str(answer.choices[0].message.content)
@@ -204,8 +205,8 @@ async def test_workers_that_join_or_restart_get_the_adapters(bed: Bed) -> None:
 
 
 async def test_old_workers_get_neither_adapters_nor_their_calls(bed: Bed) -> None:
-    """A worker without the capability gets no adapters and no calls for them. If all workers lack it, the state of the
-    adapter says so."""
+    """A worker without the capability for adapters gets no adapters and no calls for adapters. If all workers lack the
+    capability, the state of the adapter says so."""
     bed.catalog(A)
     old = await bed.worker(max_loras=0, max_cpu_loras=0)
     assert (bed.view().workers, "no worker that loads adapters" in bed.view().reason) == (0, True)

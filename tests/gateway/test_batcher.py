@@ -59,8 +59,8 @@ async def test_a_store_that_is_away_is_everyones_error() -> None:
 
 
 async def test_who_waits_behind_a_failure_does_not_wait_for_another() -> None:
-    """Requests that waited behind a failed batch fail together with it, so that a lost store delays a request only
-    once."""
+    """Requests that waited behind a failed batch fail together with it. So a request waits only once for a lost
+    store."""
     store = Store()
     store.away = True
     ask = Batcher(store)

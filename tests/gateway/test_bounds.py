@@ -48,8 +48,8 @@ def _error(options: RequestOptions) -> CallError:
     ],
 )
 def test_what_is_too_long_is_refused_by_its_count_alone(field: str, value: Any) -> None:
-    """A list of 300,000 invalid entries is one violation, which is found in well under a second. Formerly the check
-    took hours."""
+    """A list of 300,000 invalid entries is reported as one violation, in well under a second. Formerly the check took
+    hours."""
     with cpu_within(1.0):
         error = with_caller_names(_error(RequestOptions(**{field: value})), {"logprobs": "top_logprobs"})
     (only,) = error.violations

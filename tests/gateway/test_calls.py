@@ -214,8 +214,8 @@ async def test_silence_is_broken_by_progress(tmp_path: Path, checkpoint: Path, b
 
 
 async def test_text_before_an_error_is_delivered(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """With resume off, the loss of a worker in mid-stream ends the call UNAVAILABLE with a reason. All received text is
-    delivered before the error."""
+    """With resume off, the loss of a worker in mid-stream ends the call with the status UNAVAILABLE and a reason. All
+    received text is delivered before the error."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_attempts: 1}")
     async with running_cluster(tmp_path, config) as cluster:
         worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
@@ -256,8 +256,8 @@ async def test_engine_trouble_reaches_the_caller_as_a_clear_error(
 async def test_a_grammar_without_a_way_on_is_the_callers(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A grammar that allows no further token contradicts the other parameters of the call. The call ends with an error
-    about the request."""
+    """If the engine fails because a call's grammar allows no further token, the call ends with INVALID_FIELD for
+    `response_format`. The cause is the request: its grammar contradicts its other parameters."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, fault="nan@step:3"), bundle)
     form = pb.ResponseFormat(type="regex", regex="a+")
     answer = await refused(cluster.stub.StreamChat(chat(max_tokens=100, ignore_eos=True, response_format=form)))

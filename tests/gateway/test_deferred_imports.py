@@ -44,7 +44,7 @@ async def test_it_is_imported_when_nothing_runs_or_at_the_latest(
 
 
 async def test_it_is_imported_at_once_when_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy gateway imports the modules as soon as a worker has reported KV blocks."""
+    """A busy gateway imports the deferred modules as soon as they are needed: when a worker has reported KV blocks."""
     (tmp_path / "imported_when_needed.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(deferred_imports, "MODULES", ("imported_when_needed",))

@@ -26,7 +26,8 @@ def sequence(
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.sampled_from(list(CLASSES))), max_size=80))
 def test_counts_are_those_of_the_line(steps: list[tuple[bool, int, str]]) -> None:
-    """The counts match the queue after arrivals and departures in any order, even if a departure is reported twice."""
+    """The tally counts exactly the sequences that wait, whatever the order of arrivals and departures. A departure that
+    is reported twice changes nothing."""
     tally, line, arrived = DemandTally(), dict[int, str](), dict.fromkeys(CLASSES, 0)
     for comes, number, name in steps:
         if comes and number not in line:
@@ -58,8 +59,9 @@ sequence ever runs."""
 
 @given(st.lists(LENGTHS, min_size=1, max_size=40), st.randoms())
 def test_in_the_end_demand_is_what_was_generated(lengths: list[tuple[int, int, bool]], chance: random.Random) -> None:
-    """The demand never decreases. A sequence that ran counts with its actual output once it has ended, and one that did
-    not run with its expected output. If the expectation was too high, the excess is subtracted from later arrivals."""
+    """The demand never decreases. After its end, a sequence that ran counts with its actual output, and a sequence that
+    never ran counts with its expected output. If the expectation was too high, the excess is subtracted from later
+    arrivals."""
     tally, expected_tokens = DemandTally(), 0
 
     def read_expected() -> int:
@@ -89,8 +91,8 @@ def test_in_the_end_demand_is_what_was_generated(lengths: list[tuple[int, int, b
 
 
 def test_what_outgrows_its_guess_counts_while_it_runs() -> None:
-    """Output beyond the prediction is added in steps while a sequence runs. Sequences of another gateway do not
-    count."""
+    """If a running sequence has more output than was predicted, the excess is added to the demand in steps. Output of a
+    sequence of another gateway is not counted."""
     tally = DemandTally()
     tally.arrived(sequence(1))
     for tokens, counted in ((7 + GROWTH_TOKENS - 1, 7), (7 + GROWTH_TOKENS, 7 + GROWTH_TOKENS), (200, 200)):
@@ -104,8 +106,8 @@ def test_what_outgrows_its_guess_counts_while_it_runs() -> None:
 
 
 def test_waits_and_deadlines() -> None:
-    """The counts include the longest wait and the nearest deadline. No call is held for a model with a worker. A
-    sequence that is put back into the queue counts once."""
+    """The demand counts of a model include the longest wait and the nearest deadline. Held calls are counted only for a
+    model without workers. A sequence that is put back into the queue counts once."""
     tally = DemandTally()
     for waiting in (
         sequence(1, arrived=1.0),

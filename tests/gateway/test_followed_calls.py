@@ -117,7 +117,8 @@ async def test_a_gateway_process_logs_json_without_texts(
 async def test_vllms_series_and_the_process_are_exported(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """The page has vLLM's series for each worker, with the engine's counts, and the metrics of the process."""
+    """The metrics page has vLLM's series for each worker, with the engine's counts, and the metrics of the gateway
+    process."""
     engine = sim_engine(checkpoint, decode_ms=1)
     worker = (await cluster.add_worker(engine, bundle)).identity.worker_id
     for _ in range(2):
@@ -139,8 +140,8 @@ async def test_vllms_series_and_the_process_are_exported(
 
 
 async def test_a_starting_worker_shows_its_weights(cluster: TestCluster) -> None:
-    """While a worker starts, the metrics page shows the loaded bytes of its weights, its pod and its node. They
-    disappear when its reports end. A report that cannot be exported ends the stream."""
+    """While a worker starts, the metrics page shows how many bytes of its weights are fetched, and its pod and node.
+    The values disappear when the worker's reports end. An invalid report ends the stream of reports."""
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as link:
         call = link_grpc.LinkStub(link).Starting()
         report = link_pb.StartingWorker(
@@ -170,8 +171,8 @@ async def test_a_starting_worker_shows_its_weights(cluster: TestCluster) -> None
 
 @given(st.integers(0, 2**128 - 1), st.floats(0, 1), st.floats(0, 1))
 def test_larger_ratios_sample_more(number: int, one: float, other: float) -> None:
-    """A call that is sampled at one ratio is also sampled at every larger ratio, with and without a trace. Ratio 0
-    samples no calls, and ratio 1 samples all."""
+    """A call that is sampled at one ratio is also sampled at every larger ratio, whether or not the caller sent a trace
+    id. Ratio 0 samples no calls, and ratio 1 samples all."""
     trace, request_id = f"{number:032x}", str(number)
     less, more = sorted((one, other))
     for trace_id in (trace, ""):
@@ -194,8 +195,8 @@ def test_the_sample_has_its_size(traced: bool) -> None:
 
 @given(st.integers(1, 50), st.lists(st.floats(0, 2), max_size=200))
 def test_lines_are_bounded_and_counted(per_s: int, pauses: list[float]) -> None:
-    """In any period, at most `per_s` lines a second are written, plus `per_s` lines at once. The next written line
-    counts the lines that were dropped before it."""
+    """In any period of t seconds, at most `per_s` * (t + 1) lines are written. Each written line has the number of
+    lines that were dropped directly before it."""
     budget, now, taken, left_out, pending = LineBudget(per_s), 0.0, 0, 0, 0
     for pause in pauses:
         now += pause

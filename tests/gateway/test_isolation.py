@@ -51,7 +51,7 @@ class PanicException(BaseException):
 
 @dataclass
 class FaultyText:
-    """A text source that fails in one method."""
+    """A wrapper of a text source that fails in one method."""
 
     plain: TextSource
     at: str
@@ -66,7 +66,7 @@ class FaultyText:
 
     @property
     def pending_chars(self) -> int:
-        """Delegate to the inner source."""
+        """The value of the wrapped text source."""
         return self.plain.pending_chars
 
     def _fail(self, name: str) -> None:
@@ -74,31 +74,31 @@ class FaultyText:
             raise self.error
 
     def pending_tokens(self) -> int:
-        """Fail, or delegate to the inner source."""
+        """Fail, or call the same method of the wrapped text source."""
         self._fail("untaken_tokens")
         return self.plain.pending_tokens()
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """Fail at the first or a later step, or delegate to the inner source."""
+        """Fail at the first or at a later step, or call the same method of the wrapped text source."""
         self.pushes += 1
         self._fail("push" if self.pushes == 1 else "push later")
         return self.plain.push(token_ids, stop_terminated)
 
     def text_of(self, token_id: int) -> str:
-        """Delegate to the inner source."""
+        """Call the same method of the wrapped text source."""
         return self.plain.text_of(token_id)
 
     def push_back(self, text: str) -> None:
-        """Delegate to the inner source."""
+        """Call the same method of the wrapped text source."""
         self.plain.push_back(text)
 
     def pop_text(self, finished: bool) -> str:
-        """Fail, or delegate to the inner source."""
+        """Fail, or call the same method of the wrapped text source."""
         self._fail("take")
         return self.plain.pop_text(finished)
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """Delegate to the inner source."""
+        """Call the same method of the wrapped text source."""
         self.plain.restore(token_ids, chars)
 
 
@@ -311,7 +311,7 @@ class FaultyEngine:
         return getattr(self.inner, name)
 
     async def submit(self, request: EngineRequest) -> None:
-        """See Engine."""
+        """Implements `Engine.submit`."""
         if request.sampling.seed == self.seed:
             raise self.error()
         await self.inner.submit(request)

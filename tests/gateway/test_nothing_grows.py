@@ -88,7 +88,8 @@ class Held:
         return cls(tasks, timers, files, Counter(t.name for t in threading.enumerate()), kinds)
 
     def grown(self, before: Held, objects: float) -> dict[str, int]:
-        """Return everything that has grown since `before`. Each type may grow by `objects`."""
+        """Return what has grown since `before`, and by how much. A type of objects is returned only if it has at least
+        `objects` more instances."""
         found = {kind: count for kind, count in (self.objects - before.objects).items() if count >= objects}
         for name in ("tasks", "timers", "files", "threads"):
             now, then = getattr(self, name), getattr(before, name)
@@ -165,7 +166,8 @@ async def settled(cluster: TestCluster) -> Held:
 
 
 async def some_passes() -> None:
-    """Let the event loop run several passes, in which ended calls are closed and freed, and a link is completed."""
+    """Let the event loop run for a tenth of a second, so that ended calls are closed and freed, and new links are
+    ready."""
     for _ in range(50):
         await asyncio.sleep(0.002)
 

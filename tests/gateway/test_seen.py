@@ -65,7 +65,7 @@ async def test_metrics_tell_what_happened(cluster: TestCluster, checkpoint: Path
 
 
 def test_every_label_is_of_the_vocabulary() -> None:
-    """The labels of all metrics except build_info are in the common vocabulary."""
+    """Every metric label is in the common list of labels, except the labels of build_info."""
     allowed = {
         "headrace_cluster", "model", "version", "tenant", "class", "worker", "api", "outcome", "reason", "limit",
         "state", "gpu", "pod", "node", "file", "path", "ray_cluster",

@@ -35,8 +35,8 @@ def by(samples: Samples, name: str, *labels: str) -> dict[tuple[str, ...], float
 async def test_answered_calls_are_judged_by_the_slo_of_their_model(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, slo: dict[str, float], outcome: str
 ) -> None:
-    """An answered call counts either as met or under the first objective that it missed. The objectives are
-    exported."""
+    """`slo_calls_total` counts an answered call under the outcome `met`, or under the first objective that the call
+    missed. The objectives of each model are exported too."""
     apply_catalog(cluster, entry(**slo))
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     for _ in range(3):
@@ -58,8 +58,9 @@ async def test_calls_without_a_worker_fail_and_invalid_ones_do_not_count(cluster
 
 
 async def test_versions_are_counted_while_a_canary_runs(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """While a canary runs, calls are counted for the version that ran them, and the canary's times to first token are
-    compared. The workers of each version are counted. Without a canary, no calls are counted."""
+    """While a canary runs, calls are counted by version, and the canary's times to first token are compared with those
+    of the stable version. The metrics have the number of workers of each version. Without a canary, no calls are
+    counted by version."""
     await two_workers(cluster, checkpoint, bundle)
     apply_catalog(cluster, entry(versions=(VersionShare("v1", 1.0),)))
     await ask(cluster, "before")

@@ -260,7 +260,7 @@ def unknown_names(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", sorted(RUNBOOKS.glob("*.md")), ids=lambda page: page.stem)
 def test_log_events_in_runbooks_exist(page: Path) -> None:
-    """Each name in a runbook that looks like a log event is a log event or a name of the reference."""
+    """Each name in a runbook that looks like a log event is a log event or another name that docs/reference lists."""
     assert unknown_names(page.read_text()) == []
 
 

@@ -25,7 +25,8 @@ def rows() -> list[list[str]]:
 
 
 def test_sizes_follow_the_formula() -> None:
-    """Each row of the table of model sizes follows the formula, to the digits that the row shows."""
+    """In the docs' table of model sizes, the sizes in each row equal those that a formula gives, rounded as in the
+    row."""
     table = rows()
     assert len(table) >= 8
     for name, parameters, width, weights, shape, a_token, gpus, room, tokens in table:
@@ -75,7 +76,7 @@ def test_command_lines_are_known(file: str, words: list[str]) -> None:
 
 
 def test_enough_command_lines_were_seen() -> None:
-    """`command_lines` finds the documented command lines, among them a few that are known."""
+    """`command_lines` finds the command lines in the docs, among them the six commands that this test lists."""
     commands = {" ".join(words[:2]) for _, words in command_lines()}
     assert {"pod secrets", "tenants create", "keys create", "chat default", "db upgrade", "import litellm"} <= commands
 

@@ -62,7 +62,8 @@ def template(part: str) -> dict[str, Any]:
 
 
 def values(part: str, given: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Return values with the pod template `given` for one part. `more`: further keys of the worker group."""
+    """Return Helm values in which one part of the chart has the pod template `given`. `part`: "gateway", "controller",
+    "head" or "worker". `more`: further keys of the worker group."""
     group = {**GROUP, **more, **({"podTemplate": given} if part == "worker" else {})}
     head = {"podTemplate": given} if part == "head" else {}
     made: dict[str, Any] = {"ray": {"clusters": [{"name": "blue", "head": head, "workerGroups": [group]}]}}
@@ -82,7 +83,7 @@ def rendered(part: str) -> Rendered:
 
 @functools.cache
 def plain() -> Rendered:
-    """The same release without any pod template."""
+    """Return the rendered chart without any pod template."""
     return helm.template(values("", {}), NO_POLICIES)
 
 
@@ -107,13 +108,13 @@ parts = pytest.mark.parametrize("part", CONTAINERS)
 @parts
 @pytest.mark.parametrize("field", ["runtimeClassName", "affinity", "priorityClassName", "schedulerName", "hostNetwork"])
 def test_a_field_reaches_the_pod(part: str, field: str) -> None:
-    """A pod field that the chart leaves unset is set as written."""
+    """A field of the pod template is copied unchanged to the pod if the chart itself does not set this field."""
     assert pod(rendered(part), part)["spec"][field] == template(part)["spec"][field]
 
 
 @parts
 def test_annotations_and_labels_reach_the_pod(part: str) -> None:
-    """Annotations and labels are added to those of the chart."""
+    """The annotations and labels of a pod template in the values are added to those that the chart sets."""
     changed, before = (pod(release, part)["metadata"] for release in (rendered(part), plain()))
     assert changed["labels"] == {**before["labels"], "queue": "team-a"}
     assert changed["annotations"] == {**before.get("annotations", {}), "karpenter.sh/do-not-disrupt": "true"}
@@ -247,7 +248,7 @@ def test_the_jobs_run_where_gateways_do() -> None:
 
 
 def worker(**spec: Any) -> dict[str, Any]:
-    """Return values with the pod spec `spec` in the pod template of the worker group."""
+    """Return Helm values in which the pod template of the worker group has the pod spec `spec`."""
     return values("worker", {"spec": spec})
 
 
@@ -346,10 +347,8 @@ def test_another_user_is_set_everywhere() -> None:
 
 
 def test_sets_of_hosts_are_counted_in_pods() -> None:
-    """With numOfHosts, a replica of the group is a set of pods, and the budget keeps the pods of all sets but one.
-
-    A model may use all hosts of a set.
-    """
+    """With `numOfHosts`, each replica of a worker group is a set of several pods. The disruption budget keeps all pods
+    available except those of one set. A model may use all hosts of a set."""
     models = [{"name": "m", "source": "hf://o/m", "tensor_parallel_size": 8, "pipeline_parallel_size": 4}]
     given = values("", {}, numOfHosts=4, priority=5, minReplicas=2, maxReplicas=2)
     release = helm.template(given, {"config": {"models": models}})
@@ -361,7 +360,8 @@ def test_sets_of_hosts_are_counted_in_pods() -> None:
 
 
 def test_a_groups_network_is_its_own() -> None:
-    """A variable of a worker group replaces the variable of that name that is set for all Ray containers."""
+    """Environment variables are set for all Ray containers or for one worker group. In the group's containers, the
+    group's value of a variable replaces the common value."""
     both = [{"name": "NCCL_SOCKET_IFNAME", "value": "eth0"}, {"name": "NCCL_DEBUG", "value": "WARN"}]
     given = values("", {}, extraEnv=[{"name": "NCCL_SOCKET_IFNAME", "value": "ib0"}])
     release = helm.template(given, {"ray": {"extraEnv": both}})

@@ -253,7 +253,7 @@ def test_secrets_that_are_mounted_are_those_that_are_made(preset: Rendered) -> N
 
 
 def peers(rendered: Rendered) -> dict[str, Peer]:
-    """Return one pod of each part, by part. Ray's pods are listed as head and worker."""
+    """Return one pod of each component of the chart, by component. Ray's pods have the keys `head` and `worker`."""
     by_part = {}
     for _, labels, _ in pods(rendered):
         part = labels["app.kubernetes.io/component"]
@@ -387,7 +387,8 @@ def test_without_a_way_out_there_is_none() -> None:
 
 
 def test_the_rule_itself_sees_what_it_should() -> None:
-    """Without policies every connection is allowed, so the refusals above come from the policies."""
+    """Without network policies every connection is allowed. So it is the policies that refuse the connections in the
+    other tests."""
     rendered = helm.template(INSIDE, {"networkPolicy": {"enabled": False}})
     assert not rendered.all("NetworkPolicy")
     assert network(rendered).allows(INTERNET, peers(rendered)["head"], 6379)

@@ -1,4 +1,4 @@
-"""Each preset does what the first lines of its file promise."""
+"""Tests that each Helm preset has the effect that the first lines of its file describe."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ def test_one_job_fills_the_cache_of_all_groups() -> None:
 
 
 def test_only_the_job_reaches_the_mirror() -> None:
-    """Only the Job reaches the mirror inside the site, and no pod reaches an address outside."""
+    """In the preset `airgapped-fill`, only the Job that fills the shared volume with models reaches the site's mirror.
+    No pod reaches an address on the internet."""
     rendered = helm.template(preset("airgapped-fill"))
     there, allows, mirror = peers(rendered), network(rendered).allows, Peer(address="10.0.2.9")
     assert [part for part in there if allows(there[part], mirror, 443)] == ["models"]

@@ -24,7 +24,7 @@ OBJECTS = [item for block in BLOCKS if "kind" in block[0] for item in block]
 
 
 def test_the_recipes_are_read() -> None:
-    """The values and the objects on the page are found."""
+    """The reader of the page finds its Helm values and its Kubernetes objects."""
     assert len(VALUES) >= 8
     assert {item["kind"] for item in OBJECTS} == {"Certificate", "ExternalSecret"}
 
@@ -40,7 +40,8 @@ def test_values_render(values: dict[str, Any]) -> None:
 
 
 def test_objects_are_valid() -> None:
-    """The operators' definitions accept the objects, if the definitions are on this machine."""
+    """Each custom object in the recipes is valid under its operator's CRD. Objects whose CRD is not on this machine are
+    not checked."""
     unknown = schemas.without_definition(OBJECTS)
     for item in OBJECTS:
         if item["kind"] not in unknown:

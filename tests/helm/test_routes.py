@@ -56,9 +56,11 @@ def gateway_api(**backend: Any) -> dict[str, Any]:
 
 
 def test_a_gateway_in_front_uses_tls_to_the_gateways() -> None:
-    """The BackendTLSPolicy targets the Service of the routes, with a host name that `pod secrets` issues.
+    """The BackendTLSPolicy targets the Service of the routes. The certificate that `pod secrets` issues is valid for
+    the policy's host name.
 
-    It names a ConfigMap with ca.crt, which every implementation of the Gateway API supports.
+    The policy takes the authority's certificate from a ConfigMap with `ca.crt`. Every implementation of the Gateway API
+    supports this source.
     """
     release = helm.template(gateway_api(caConfigMap="llm-ca"))
     policy = release.only("BackendTLSPolicy")
@@ -126,7 +128,7 @@ def test_each_protocol_has_an_ingress_with_annotations_of_its_own() -> None:
 
 
 def test_keda_logs_in_to_prometheus() -> None:
-    """Both KEDA triggers name the TriggerAuthentication and have the additional metadata."""
+    """Both KEDA triggers contain the configured authentication reference and the configured metadata for Prometheus."""
     scaling = {
         "kind": "keda",
         "authenticationRef": {"name": "thanos", "kind": "ClusterTriggerAuthentication"},

@@ -227,7 +227,7 @@ TOP = {key: item for key, item in SCHEMA["properties"].items() if key not in NOT
 
 
 def draws(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return random values after changes that make their parts agree, as the chart demands.
+    """Return a copy of the random chart values, changed so that values which depend on each other agree.
 
     Pod templates are removed, since they have tests of their own.
     """

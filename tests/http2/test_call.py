@@ -24,7 +24,7 @@ LIMITS = http2.ServerLimits(max_calls=6, anonymous_calls=2)
 
 @dataclass
 class Call:
-    """The part of a call that the table counts."""
+    """A fake call with the fields that CallTable reads."""
 
     stream_id: int
     header_bytes: int

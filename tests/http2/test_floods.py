@@ -168,7 +168,8 @@ async def test_nothing_is_handled_after_the_cut(serve: Serve) -> None:
 
 
 async def test_a_client_that_reads_many_streams_may_say_so(serve: Serve) -> None:
-    """A client that reads 64 streams may send two window updates and a ping for each token without charge."""
+    """A client that reads 64 streams may send two window updates and a ping for each token. The flood limits do not
+    charge these frames."""
     limits = http2.ServerLimits(resets_burst=20, resets_per_s=0.001)
     streams, tokens = 64, 200
     async with serve(limits) as echo, raw_client(echo.port) as raw:

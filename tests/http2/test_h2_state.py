@@ -15,8 +15,8 @@ RESETS = (StreamClosedBy.SEND_RST_STREAM, StreamClosedBy.RECV_RST_STREAM)
 
 
 async def test_calls_that_ended_in_order_leave_nothing(serve: Serve) -> None:
-    """No note is kept of a call that ended normally. h2 alone would keep 160 bytes for each of the last 65,536
-    calls."""
+    """The connection keeps no state of a call that ended normally. The library h2 by itself would keep 160 bytes for
+    each of the last 65,536 calls."""
     async with serve() as echo, raw_client(echo.port) as raw:
         for number in range(200):
             await raw.until_ended(await raw.call("One", b"%d" % number))
@@ -39,7 +39,8 @@ async def test_what_comes_late_for_a_reset_call_ends_no_connection(serve: Serve)
 
 @given(st.integers(1, 5), st.lists(st.sampled_from([None, *StreamClosedBy]), max_size=30))
 def test_the_last_resets_are_known(most: int, ends: list[StreamClosedBy | None]) -> None:
-    """Notes are kept of the last `most` resets, in the same form as h2's notes, and of no other ended stream."""
+    """EndedStreams keeps the last `most` streams that were reset, in the same form as h2 does. It keeps no stream that
+    ended in another way."""
     kept = EndedStreams(most)
     for stream_id, by in enumerate(ends):
         kept[stream_id] = by

@@ -69,7 +69,7 @@ def test_compressed_messages(message: bytes, encoding: str, step: int) -> None:
 
 
 def test_a_step_ends_where_nothing_comes_out() -> None:
-    """A compressed message that contains only empty blocks is decompressed in steps too."""
+    """A compressed message of many empty blocks is decompressed in bounded steps, although it yields no bytes."""
     empty_blocks = b"\x00\x00\x00\xff\xff" * 100_000
     inflater = Inflater(gzip.compress(b"")[:10] + empty_blocks, "gzip", 1000)
     for _ in range(len(empty_blocks) // INFLATE_BYTES + 1):
@@ -131,8 +131,8 @@ def test_status_messages_are_printable_ascii() -> None:
     st.booleans(),
 )
 def test_any_client_reads_our_headers(fields: list[tuple[bytes, bytes]], end: bool) -> None:
-    """The libraries hyperframe and hpack decode our header fields unchanged, whatever the size of the fields and the
-    number of frames."""
+    """The libraries hyperframe and hpack decode the header fields that Headrace sends, whatever the size of the fields
+    and the number of frames."""
     raw = memoryview(header_frames((7).to_bytes(4, "big"), NO_TABLE + block(fields), end_stream=end))
     data, flags = b"", []
     while raw:

@@ -84,8 +84,8 @@ async def test_bytes_that_are_gathered_before_a_flush_go_into_the_same_write() -
 
 
 async def test_a_function_that_is_added_during_a_flush_is_called_in_the_next_pass() -> None:
-    """If a function calls `call_before_flush` during a flush, its bytes are sent at once, and the added function is
-    called in the next event-loop pass."""
+    """A function that runs before a flush may add another function with `call_before_flush`. The bytes that the first
+    function writes are sent in this flush. The added function is called in the next event-loop pass."""
     sink, _, output, _ = begin()
 
     def again() -> None:

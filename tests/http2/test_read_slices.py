@@ -15,7 +15,8 @@ COSTS = st.lists(st.lists(st.floats(0.0, 2 * SLICE_S), min_size=1, max_size=12),
 
 
 class Costly:
-    """A fake clock that every parsed frame advances, and the order in which the readers have parsed."""
+    """A fake clock that advances by a cost for each parsed frame. `taken`: the readers in the order in which they
+    parsed."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -23,7 +24,7 @@ class Costly:
 
 
 class Reading:
-    """A reader whose frames take time on the clock of a `Costly`."""
+    """A fake reader. Parsing a frame advances the clock of the shared `Costly` by the cost of the frame."""
 
     def __init__(self, all_of_them: Costly, name: int, costs_s: list[float], *, broken: bool = False) -> None:
         self._all, self._name, self._broken = all_of_them, name, broken
@@ -65,7 +66,8 @@ def test_no_pass_is_long_and_no_reader_waits_for_all_of_another(readers: list[li
 
 
 def test_reads_at_once_take_their_share_and_no_more() -> None:
-    """Short reads are parsed at once until recent reads have used up the time of one pass."""
+    """Short reads are parsed at once, until recent reads have used up the parse time of one event-loop pass. After
+    that, reads are deferred."""
     costly = Costly()
     turns = ReadTurns(lambda: costly.now)
     reads = [Reading(costly, name, [PASS_S / 4]) for name in range(6)]

@@ -1,6 +1,5 @@
-"""A request body without a credential is refused. One with a credential may wait for the budget and is received in the
-end.
-"""
+"""A request body without a credential is refused. A body with a credential may have to wait for the budget of body
+bytes, but is received in the end."""
 
 from __future__ import annotations
 
@@ -53,7 +52,8 @@ class KeyGate:
 async def serving(
     bounds: ByteBounds, limits: http2.ServerLimits | None = None
 ) -> AsyncIterator[tuple[Echo, KeyGate, RequestBytes]]:
-    """Start a server with a gate and a budget. At the end, check that no bytes are reserved in the budget."""
+    """Start a server with an authentication gate and a budget of request bytes. At the end, check that no bytes are
+    reserved in the budget."""
     gate, budget = KeyGate(), RequestBytes(bounds, asyncio.get_running_loop().time)
     async with _serve(limits, gate=gate, budget=budget) as echo:
         yield echo, gate, budget
@@ -118,7 +118,8 @@ async def test_before_a_credential_a_connection_brings_in_one_window() -> None:
 
 
 async def test_what_a_tenant_has_not_finished_is_bounded() -> None:
-    """The budget limits the bytes of one tenant's incomplete requests. Short requests are still accepted meanwhile."""
+    """A tenant's incomplete requests hold at most as many bytes as its budget allows. A short request of the tenant is
+    accepted even while the budget is used up."""
     async with serving(ByteBounds(2 * MIB, 2 * MIB, 8 * MIB)) as (echo, _, budget), raw_client(echo.port) as raw:
         await greeted(raw)
         uploads = {await raw.call("One", None, key="a"): framed(bytes(MIB)) for _ in range(20)}

@@ -1,4 +1,4 @@
-"""Nothing follows the status of a call, even if more bytes are gathered at the same time."""
+"""Tests of the order of a call's frames: the server sends no data of a call after the call's status."""
 
 from __future__ import annotations
 

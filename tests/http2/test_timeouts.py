@@ -1,6 +1,5 @@
-"""A stalled connection is closed: one without a call, with an incomplete frame or header block, or without answers to
-pings.
-"""
+"""Stalled connections are closed: connections without a call, with an incomplete frame or header block, or without
+replies to pings."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ async def until(true: Callable[[], bool], within_s: float = 60.0) -> None:
 
 
 def test_a_lease_is_made_kept_and_taken(api: FakeApi) -> None:
-    """Writing over an outdated record raises Conflict. Changes of the holder are counted. The Lease has the API's field
-    names."""
+    """A write that is based on an outdated record of the Lease raises Conflict. The record counts how often the holder
+    has changed. The stored Lease has the field names of the Kubernetes API."""
     store = api.lease()
     assert store.read() is None
     made = store.write("a", None)
@@ -85,7 +85,7 @@ class Work:
         self.most = 0
 
     def of(self, name: str) -> Callable[[asyncio.Event], object]:
-        """Return the work of the process `name`."""
+        """Return the work as a function that process `name` runs while it holds the Lease."""
 
         async def work(stop: asyncio.Event) -> None:
             self.running.add(name)
@@ -100,7 +100,7 @@ class Work:
 
 @contextlib.asynccontextmanager
 async def led(api: FakeApi, names: str, work: Work):  # type: ignore[no-untyped-def]
-    """Run one leader for each letter of `names`, and stop all leaders at the end."""
+    """Run one candidate for the leadership for each letter of `names`, and stop all candidates at the end."""
     stops = {name: asyncio.Event() for name in names}
     leaders = {name: Leader(api.lease(), name, QUICK) for name in names}
     tasks = {name: asyncio.create_task(leaders[name].run(work.of(name), stops[name])) for name in names}  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ async def test_a_killed_holder_is_followed(api: FakeApi) -> None:
 
 
 async def test_work_that_fails_is_raised_and_the_lease_is_free(api: FakeApi) -> None:
-    """An error of the work is raised to the caller of `run`."""
+    """If the work raises an error, `run` raises this error."""
 
     async def fails(stop: asyncio.Event) -> None:
         raise RuntimeError("Ray has gone mad")

@@ -116,6 +116,6 @@ def test_a_record_that_was_given_up_is_taken_at_once() -> None:
 
 
 def test_terms_that_overlap_are_refused() -> None:
-    """Terms that would let two processes act at once raise ValueError."""
+    """LeaseTerms raises ValueError for durations with which two processes could hold the lease at once."""
     with pytest.raises(ValueError, match="must hold"):
         LeaseTerms(lease_s=10.0, yield_s=10.0)

@@ -31,7 +31,7 @@ ARGUMENTS: Sequence[Mapping[str, Any]] = (
 
 
 def rows(count: int) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Return rows in BFCL's form with their ground truth. The rows have 0, 1 and 2 calls in turn."""
+    """Return `count` rows in BFCL's form, with their ground truth. The rows expect 0, 1, 2, 0, 1, 2, ... tool calls."""
     out = []
     for number in range(count):
         row = {"id": f"made_{number}", "question": [[{"role": "user", "content": f"Question {number}?"}]]}
@@ -41,5 +41,5 @@ def rows(count: int) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
 
 
 def made_cases(count: int) -> list[Case]:
-    """Return cases with 0, 1 and 2 calls in turn."""
+    """Return `count` cases. They expect 0, 1, 2, 0, 1, 2, ... tool calls."""
     return [case_of(row, "made", truth) for row, truth in rows(count)]

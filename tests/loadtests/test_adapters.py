@@ -1,4 +1,5 @@
-"""The scenario adapters: which calls are cold (their adapter must be loaded first), and which adapters are called."""
+"""Tests of the load-test scenario `adapters`: which adapters the calls name, and which calls are cold (their adapter
+must be loaded first)."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ def test_a_call_is_cold_if_others_came_between(adapters: list[int], memory: int)
 
 
 def test_zipf_calls_the_first_most() -> None:
-    """All numbers are numbers of adapters, and the first adapter is called about twice as often as the second."""
+    """`zipf` draws only numbers of existing adapters. It draws the first adapter about twice as often as the second."""
     called = zipf(20_000, 1)
     assert set(called) <= set(range(ADAPTERS))
     assert 1.7 < called.count(0) / called.count(1) < 2.3

@@ -1,4 +1,5 @@
-"""The part clients of the scenario agents: tasks, the engine that answers and dies, and the judgement of a run."""
+"""Tests of the part `clients` of the load test `agents`: the tasks, the engine that answers and dies, and the judgement
+of a run."""
 
 from __future__ import annotations
 
@@ -121,8 +122,8 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> TurnScripts:
 
 
 async def test_the_engine_dies_once_and_the_next_one_completes_the_answer(scripts: TurnScripts, tmp_path: Path) -> None:
-    """An engine is killed within a step of the chosen token, before the tokens of this step are sent. A second engine
-    gets the sent tokens and completes the script, and the log has both requests."""
+    """An engine is killed in the step that computes the chosen token, before this step's tokens are sent. A second
+    engine gets the tokens sent so far and completes the answer. The log has both requests."""
     key, log = f"{TASK.name}#4", tmp_path / "log"
     answer, due = scripts.answers[key], 40
     prompt = scripts.tokenizer.encode(history(TASK, 4)).ids
@@ -176,7 +177,8 @@ def test_a_run_as_in_the_script_has_no_faults() -> None:
 
 @given(st.integers(0, TURNS))
 def test_a_turn_that_is_missing_or_repeated_is_seen(at: int) -> None:
-    """A turn that was not requested is a fault. A turn that was requested twice is counted as repeated."""
+    """If a client leaves out a turn, the judgement names the turn. If a client requests a turn twice, the turn is
+    counted as repeated, without a fault."""
     assert judge_requests(TASK, RUN[:at] + RUN[at + 1 :])[1] == [f"turn {TASK.name}#{at + 1} was not asked for"]
     counts, wrong = judge_requests(TASK, [*RUN, RUN[at]])
     assert (counts.repeated, wrong) == (1, [])

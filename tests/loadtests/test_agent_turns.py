@@ -25,8 +25,8 @@ def test_a_conversation_grows_as_traces_do() -> None:
 
 @pytest.mark.slow
 async def test_a_short_run_checks_its_ids() -> None:
-    """A run of a few turns measures each figure. All its token ids equal the ids of the whole prompt, tokenized at
-    once."""
+    """A run of a few turns yields a value for each figure. In each checked turn, the token ids equal those of the whole
+    prompt when it is tokenized in one piece."""
     figures = await turns.measure_family("byte-level", 2, turns.LAST_TURNS + 1)
     assert (figures.checked, figures.different) == (2, 0)
     assert figures.p50_ms > figures.gateway_ms > 0

@@ -1,4 +1,5 @@
-"""The scenario agents: cases, scripts, the engine that emits them, and the comparison of answers."""
+"""Tests of the load-test scenario `agents`: its cases, its scripts, the engine that emits the scripts, and the
+comparison of answers."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ def test_missing_data_names_the_remedy(tmp_path: Path) -> None:
 
 
 def test_every_family_and_category_has_its_turn() -> None:
-    """A plan for a mixed sample uses all families, all kinds of tool choice and all options of requests."""
+    """A plan for a mixed sample of cases contains every format family, every kind of tool choice and every request
+    option."""
     trials = plan(bfcl.mixed(made_cases(240), 220, seed=1))
     assert {trial.family.name for trial in trials} == formats.BY_NAME.keys()
     assert {trial.choice for trial in trials} == {"auto", "required", "named", "none"}
@@ -142,7 +144,7 @@ async def test_the_engine_refuses_a_prompt_without_a_script(scripts: scripted.Sc
 
 @given(ANSWERS, st.data())
 def test_a_stream_in_any_pieces_reads_as_the_whole_answer(answer: Answer, data: st.DataObject) -> None:
-    """An answer reads the same as one message and as a stream of deltas that cut its texts at any places."""
+    """A streamed answer is read as the same Answer as an answer in one message, wherever the deltas cut its texts."""
     message: dict[str, Any] = {"content": answer.content or None, "reasoning_content": answer.reasoning}
     message["tool_calls"] = [{"function": {"name": c.name, "arguments": c.arguments}} for c in answer.calls]
     body = {"choices": [{"message": message, "finish_reason": answer.finish}]}
@@ -221,7 +223,7 @@ async def vllm_side(
 async def test_vllms_own_server_reads_the_written_calls(
     sample: tuple[list[Trial], list[dict[str, Any]]], vllm_side: servers.Side, mode: str
 ) -> None:
-    """vLLM's server finds in each scripted answer exactly the calls that were written."""
+    """vLLM's server parses from each scripted answer exactly the tool calls that its script contains."""
     trials = [trial for trial in sample[0] if not trial.is_cut]
     answers = await bfcl.ask_all(vllm_side, [trial.body(stream=bfcl.MODES[mode]) for trial in trials])
     for trial, answer in zip(trials, answers, strict=True):
@@ -267,7 +269,8 @@ async def headrace_side(
 async def test_headrace_answers_as_vllms_own_server(
     sample: tuple[list[Trial], list[dict[str, Any]]], vllm_side: servers.Side, headrace_side: servers.Side
 ) -> None:
-    """With the same tokens in steps of other sizes, Headrace's answers and prompts equal those of vLLM's server."""
+    """Headrace's prompts and answers equal those of vLLM's server, even if its engine emits the same tokens in steps of
+    other sizes."""
     compared = await bfcl.compare(sample[0], vllm_side, headrace_side)
     assert len(compared) == 60
     assert [one.as_json() for one in compared if one.differences] == []

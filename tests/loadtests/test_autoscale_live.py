@@ -54,7 +54,8 @@ def test_answers_of_one_prompt_begin_alike() -> None:
 
 
 async def test_calls_end_with_what_they_are_made_for() -> None:
-    """Once the changes have ended, no planned call begins any more, and the run does not wait for such calls."""
+    """`play` makes planned calls while another task runs. Once that task has ended, no further call begins, and `play`
+    does not wait for the planned times of the remaining calls."""
 
     class Answering(Callers):
         def __init__(self) -> None:
@@ -79,8 +80,10 @@ async def _until(done: asyncio.Event) -> None:
 
 @pytest.mark.parametrize("use", [0.1, 0.6])
 def test_choosing_a_replica_saves_less_than_a_stream(use: float) -> None:
-    """Removing the replica with the fewest streams instead of a random replica saves, on average, the move of less than
-    one stream. If streams may stay for ever, no stream moves."""
+    """If the replica with the fewest streams is removed instead of a random replica, fewer streams have to move.
+
+    On average, the difference is less than one stream. If streams may stay on a removed replica for ever, none moves.
+    """
     sweep = sweep_policies(use, 20.0, 1.0, random.Random(2))
     assert 0 <= sweep.blind - sweep.fewest < 1.0
     assert 0 <= sweep.blind_moved - sweep.fewest_moved < 1.0

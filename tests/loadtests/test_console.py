@@ -42,7 +42,7 @@ def test_the_cost_is_what_the_same_calls_took_more() -> None:
 
 
 def test_the_history_is_filled() -> None:
-    """The program fills every step of the history, and reports the size of the history's arrays."""
+    """The load test fills every step of the console's history, and reports the size of the history's arrays."""
     filled = memory.fill(2, 1)
     assert filled["steps"] == 720
     assert filled["arrays"] > 0

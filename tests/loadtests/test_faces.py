@@ -30,7 +30,7 @@ COMPLETIONS = fixed(12, 8, 20, seed=3, chat=False)
 
 @pytest.fixture
 async def ours(bundle: tuple[Bundle, str], tmp_path: Path) -> AsyncIterator[TestCluster]:
-    """Our gateway with a worker. Its simulated engine is the same as behind the SSE server."""
+    """Run a Headrace gateway with one worker. The worker's simulated engine is the same as behind the SSE server."""
     files, tokens = bundle
     ranges = dict(pair.split("=") for pair in tokens.split("&"))
     async with running_cluster(tmp_path) as cluster:

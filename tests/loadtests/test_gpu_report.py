@@ -62,8 +62,8 @@ def test_a_trial_says_so_first() -> None:
 
 
 def test_a_page_tells_each_problem_once_with_the_end_of_its_log() -> None:
-    """If several servers fail for one reason, the page names them together, with the end of the log. A longer log is
-    cut."""
+    """If several servers fail for the same reason, the page names them together and shows the last lines of the log
+    once."""
     made = report()
     for name in ("SMG", "LiteLLM"):
         made.arm(name, "").problem = "server ended; its log ends:\n" + "\n".join(f"line {i}" for i in range(20))

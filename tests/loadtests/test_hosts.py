@@ -1,4 +1,4 @@
-"""The scenario `hosts`: the comparison of texts, the network, the DNS, and a small run of the scenario."""
+"""Tests of the scenario `hosts`: its comparison of texts, its simulated network and DNS, and a small run of it."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ PLAN = Plan("", "e:1", "", "", "m", streams=1, clients=1, tokens=(1, 2))
 
 @given(st.lists(st.text("abcdefg ", min_size=1, max_size=4), min_size=6, max_size=30), st.data())
 def test_a_text_that_lost_or_doubled_a_piece_is_told(pieces: list[str], data: st.DataObject) -> None:
-    """A text with a lost or doubled piece is reported, because one of two answers to the same prompt must be a prefix
-    of the other."""
+    """Answers to the same prompt are compared: the shorter answer must be the beginning of the longer one. So an answer
+    with a lost or doubled piece is reported."""
     pieces = [f"{number}{piece}" for number, piece in enumerate(pieces)]
     at = data.draw(st.integers(1, len(pieces) - 2))
     judge = Callers(PLAN, io.StringIO())
@@ -71,8 +71,8 @@ def test_only_silences_of_the_event_count_and_failures_within_it() -> None:
 
 
 def moving(calls: list[Call], moved: float | None = 120.0) -> EpisodeResults:
-    """Return the results of the event `move` with these calls. The event struck at second 100. The workers on the first
-    Ray cluster were gone at second 120."""
+    """Return the results of the event `move` with these calls. The event begins at second 100. `moved`: the second at
+    which no worker is left on the first Ray cluster; None if that never happens."""
     load = Load.__new__(Load)
     load.calls = [call(0, 85.0, 85.1, 90.0, []), *calls]
     return evaluate(load, Episode("move", 100.0, over=150.0, moved=moved))
@@ -91,8 +91,8 @@ def test_workers_are_found_in_what_replicas_print() -> None:
 
 
 def test_a_stream_that_is_lost_while_its_model_moves_is_told() -> None:
-    """The row of the event `move` fails if a call fails before the event is over, or if its text differs from other
-    answers."""
+    """The report's row for the event `move` fails if a call fails before the event is over. It also fails if the text
+    of a call differs from the other answers."""
     goes_on = replace(call(1, 95.0, 95.1, 130.0, []), resumed=1)
     assert lost_in_move(moving([goes_on])).value == 0.0
     late = call(2, 140.0, 140.1, 170.0, [], "UNAVAILABLE")

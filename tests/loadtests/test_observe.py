@@ -1,4 +1,5 @@
-"""Parts of the scenario observe: a gateway without metrics, and a collector that drops the spans that it gets."""
+"""Tests of parts of the load-test scenario `observe`: a gateway without metrics, and a collector that drops the spans
+that it gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tests of the scenario routing: its parts run in small simulations, and its figures mean what their names say."""
+"""Tests of the load-test scenario `routing`: its parts run in small simulations, and its figures mean what their names
+say."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def test_small_agent_cell() -> None:
 
 
 def test_time_until_hits_are_back() -> None:
-    """The time of recovery is the first moment from which the new gateway knows enough of the cached tokens."""
+    """The recovery time of a new gateway ends when the gateway knows of enough of the tokens that workers have
+    cached."""
     calls = [new_gateway.Known(number / 10, 100, 100 if number >= 30 else 0) for number in range(1200)]
     assert 0 < new_gateway.back_after_s(calls) <= 3
     assert new_gateway.back_after_s(calls[30:]) == 0

@@ -1,6 +1,5 @@
-"""The simulated gateway of the scenario routing decides as a real gateway: after the same events, both send a call to
-the same worker.
-"""
+"""The simulated gateway of the load test `routing` decides like a real gateway: after the same events, both send a call
+to the same worker."""
 
 from __future__ import annotations
 
@@ -149,21 +148,21 @@ class Both:
             self.scheduler.leave(self.calls.pop(key))
 
     def read_workers(self) -> None:
-        """Let the real gateway read all workers. After a change of a worker, it reads this worker at its next decision,
-        whereas the simulated gateway reads all workers at each decision."""
+        """Let the real gateway read the state of all workers now. Otherwise it would read a changed worker only at its
+        next decision, but the simulated gateway reads all workers at each decision."""
         for link in self.links:
             link.mark_changed()
         self.workers.route(RouteCall("m", 1), self.now)
 
     def decisions(self) -> dict[str, int]:
-        """Return, for each running call that the real gateway has sent, its worker."""
+        """Map each running call that the real gateway has sent to the number of its worker."""
         sent = {key: call.sequences[0].link for key, call in self.calls.items()}
         return {key: int(link.identity.worker_id) for key, link in sent.items() if link is not None}
 
 
 @pytest.mark.parametrize("seed", range(12))
 async def test_both_decide_alike(seed: int) -> None:
-    """After any events, both gateways send a call at the same event and to the same worker."""
+    """After any events, the simulated and the real gateway send each call at the same event and to the same worker."""
     chance, both = Random(seed), Both()
     bases = [list(range(100 * base, 100 * base + 12)) for base in range(4)]
     for _ in range(150):

@@ -1,4 +1,4 @@
-"""Tests of the part `engines` of the load test `routing` that need no real engine."""
+"""Tests of the part `engines` of the load test `routing`. They need no real engine."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_rows_have_bounds_for_every_figure() -> None:
 
 async def test_simulated_engines_hold_what_the_gateway_predicts(tmp_path: Path) -> None:
     """If all chats fit into the caches, more than nine tenths of the predictions equal the engines' counts, and the
-    engines find at least four fifths of what a pooled cache finds. Every other prediction is traced, also with many
-    evictions."""
+    engines find at least four fifths of what a pooled cache finds. Each prediction that is not equal is explained by a
+    change that a worker reported after it, also with many evictions."""
     async with Children(tmp_path) as children, httpx.AsyncClient() as client:
         model, bundle = await serving.prepare(children, "tokenizer", tmp_path)
         source = f"sim://{model}?decode_ms=1&block_size={BLOCK}&kv_blocks=1000&max_model_len=4096&max_num_seqs=8"

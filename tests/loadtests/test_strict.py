@@ -1,4 +1,4 @@
-"""Tests of the part strict: its schemas are accepted by the engine's checks, and wrong calls are found."""
+"""Tests of the load-test part `strict`: the engine's checks accept its schemas, and wrong calls are found."""
 
 from __future__ import annotations
 

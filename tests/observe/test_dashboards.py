@@ -98,7 +98,8 @@ def queries(text: str) -> list[tuple[str, str]]:
 
 @dataclass(eq=False)
 class Fleet:
-    """Workers of two model versions with simulated engines. A controller believes that they run on a Ray cluster."""
+    """Workers with simulated engines, of two model versions, and a controller. To the controller, the workers seem to
+    run on a Ray cluster."""
 
     checkpoint: Path
     bundle: Bundle

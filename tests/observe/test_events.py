@@ -26,7 +26,7 @@ def test_names_are_literals_of_one_grammar() -> None:
 
 
 def test_lines_about_a_call_have_its_trace_id() -> None:
-    """Every log call with the request id of a call also has the trace id of that call."""
+    """Every log event with the request id of a call also has the call's trace id."""
     assert [event.place for event in LOGGED if event.concerns_call and "trace_id" not in event.fields] == []
 
 
@@ -55,5 +55,5 @@ def test_the_search_finds_what_a_module_logs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["worker_up", "Worker.up", "worker.up.again", "worker.", "a b.c"])
 def test_other_forms_are_no_names(text: str) -> None:
-    """A name of another form is refused: without an area, or with capitals, spaces or a second dot."""
+    """A name of an event is refused if it has no area, or if it has capitals, spaces or a second dot."""
     assert NAME.fullmatch(text) is None

@@ -36,8 +36,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 
 
 def run(tenants: int) -> tuple[str, float]:
-    """Run a process that counts calls of this many tenants. Return its line about the series, and its peak memory in
-    MB."""
+    """Run a process that counts calls of `tenants` tenants. Return the line that it prints about its metric series, and
+    its peak memory in MB."""
     done = subprocess.run(
         [sys.executable, "-c", MANY_TENANTS, str(tenants)], capture_output=True, text=True, timeout=300, check=True
     )
@@ -90,8 +90,8 @@ def test_traces_change_no_count() -> None:
 
 
 def test_gauge_functions_may_return_counters() -> None:
-    """If a function passed to `add_gauges` returns the value of a counter, it is exported as a counter. Metrics with
-    vLLM's names are exported too."""
+    """A function passed to `add_gauges` may also return values of counters, which are exported as counters, and values
+    of metrics with vLLM's names."""
     metrics = Metrics("c")
     metrics.add_gauges(lambda: [("log_lines_dropped_total", (), 3), ("vllm:num_preemptions_total", ("m", "w"), 2)])
     found = {sample.name: sample.value for sample in page_of(metrics)}
@@ -100,8 +100,8 @@ def test_gauge_functions_may_return_counters() -> None:
 
 
 def test_gauges_of_tenants_keep_to_the_same_cap() -> None:
-    """The same tenants have labels of their own in gauges and in counters. The gauge of `other` is the largest value of
-    all other tenants."""
+    """Gauges and counters have series for the same tenants. All other tenants share the label `other`, whose gauge has
+    the largest of their values."""
     metrics = Metrics("c", max_tenants=2)
     metrics.count("generation_tokens_total", "m", "a")
     metrics.count("generation_tokens_total", "m", "b")

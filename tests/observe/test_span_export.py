@@ -142,8 +142,8 @@ def _read(path: str | Path) -> bytes:
 
 
 async def test_tls_and_headers_are_read_again_when_they_change(tmp_path: Path) -> None:
-    """The collector needs a certificate of the CA in `ca_file`. Each batch is sent with the current headers in the
-    headers file."""
+    """A batch is sent only if the collector's certificate is signed by the CA in `ca_file`. Each batch has the headers
+    that the headers file holds at that time."""
     authority = Authority(tmp_path / "ca")
     files = authority.issue("localhost")
     pair = (_read(files.key_file), _read(files.cert_file))

@@ -74,7 +74,8 @@ def test_a_later_version_is_read_as_far_as_it_is_known() -> None:
 
 @given(st.text(max_size=600))
 def test_only_a_valid_tracestate_passes(text: str) -> None:
-    """`checked_tracestate` returns any text unchanged or returns "". What it returns is ASCII and not too long."""
+    """`checked_tracestate` returns either its argument unchanged or "". It never returns a text that is too long or not
+    ASCII."""
     passed = checked_tracestate(text)
     assert passed in ("", text)
     assert len(passed) <= MAX_STATE

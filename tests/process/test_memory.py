@@ -18,8 +18,8 @@ def resident_bytes() -> int:
 
 
 def test_holes_in_the_heap_go_back() -> None:
-    """After most of 80 MB of small objects are freed, `return_free_pages` returns the pages that glibc has kept to the
-    system."""
+    """`return_free_pages` gives free pages of the heap back to the operating system. The test first frees most of 80 MB
+    of small objects, whose pages glibc keeps."""
     pieces = [bytearray(PIECE) for _ in range(PIECES)]
     kept = pieces[::100]
     before = resident_bytes()

@@ -106,11 +106,11 @@ class Operator:
         await self._verbs["Catalog.Apply"](request.SerializeToString(), "test")
 
     async def ask(self, verb: str, request: Any) -> None:
-        """Send another admin request."""
+        """Send an admin request."""
         await self._verbs[verb](request.SerializeToString(), "test")
 
     def entry(self, model: str = "m") -> CatalogEntry | None:
-        """Return a model's entry at the gateway."""
+        """Return the catalog entry that the gateway has for a model; None if it has none."""
         known = self._cluster.gateway.directory.find(model)
         return None if known is None else known.entry
 
@@ -160,14 +160,15 @@ async def operating(cluster: TestCluster, backend: Backend, folder: Path) -> Asy
 @pytest.mark.slow
 @pytest.mark.long
 async def test_a_model_changes_under_load_on_ray(backend: ChildBackend, tmp_path: Path) -> None:
-    """No call fails during all changes of a model on a real Ray."""
+    """While a model is changed step by step on a real Ray cluster, no call fails."""
     await changes_under_load(backend, tmp_path)
     await removed(backend, "m", "n")
 
 
 @pytest.mark.slow
 async def test_a_model_changes_under_load(tmp_path: Path) -> None:
-    """No call fails during all changes of a model with replicas in this process."""
+    """Under load, no call fails while a model goes through every kind of change. The replicas run in the test's
+    process."""
     replicas = LiveReplicas()
     try:
         await changes_under_load(replicas, tmp_path)

@@ -161,7 +161,7 @@ async def test_llama_and_its_deaths(
     """After SIGKILL of the replica, the engine core or a rank (LLaMA at TP 2), no processes and no shared memory are
     left. The gateway reports which process ended, the cause and the log file.
 
-    In the longer case, the model serves again after each death.
+    If `serves_again` is set, the test also checks that the model serves again after each death.
     """
     folder, others, files = build_checkpoint("llama", tmp_path / "llama"), blocks(), sockets()
     await backend.deploy(two_ranks("llama", folder, door.address))

@@ -127,7 +127,7 @@ class Deployment:
 
     @property
     def away(self) -> bool:
-        """Whether the controller considers Ray away."""
+        """Whether the controller considers Ray unreachable."""
         return "Ray is away" in repr(self.controller)
 
     def state(self, model: str) -> ModelState | None:

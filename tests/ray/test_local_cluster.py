@@ -112,8 +112,8 @@ def test_a_ray_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_logs_come_home(tmp_path: Path) -> None:
-    """If the path of the run folder is too long for Ray's sockets, Ray uses a substitute folder. The stop copies Ray's
-    logs from there to the run folder and removes the substitute folder."""
+    """If the path of the run folder is too long for Ray's sockets, Ray uses a substitute folder. When Ray is stopped,
+    its logs are copied to the run folder, and the substitute folder is removed."""
     ray = LocalRay(LocalRaySettings("home", tmp_path / ("x" * 40)))
     try:
         ray.start()

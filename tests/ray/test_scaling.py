@@ -30,8 +30,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 async def test_to_zero_and_back_on_serve(backend: ChildBackend, tmp_path: Path) -> None:
-    """A model is deployed at zero replicas, started by a held call, scaled by hand without cutting a stream, and scaled
-    to zero when idle. A restarted controller starts no replica."""
+    """A model is deployed with zero replicas, started by a waiting call, scaled by hand without cutting a stream, and
+    scaled to zero when idle. A restarted controller starts no replica."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     bundle = bundle_of(checkpoint)
     async with running_cluster(tmp_path / "gateway") as cluster:

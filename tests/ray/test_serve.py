@@ -118,8 +118,8 @@ async def test_dead_engine_ends_its_replica_and_a_new_one_serves(
 ) -> None:
     """A dead engine ends the replica's process, and a new replica serves within seconds.
 
-    All lines that the replica has logged until its end are also in the output that its environment names, each with the
-    pod and the node.
+    HEADRACE_LOG_COPY in the replica's environment names a file. Every line that the replica has logged until its
+    end is also in this file, with the pod and the node.
     """
     copied = tmp_path / "container"
     copied.touch()

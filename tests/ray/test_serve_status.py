@@ -57,8 +57,8 @@ def test_replicas_are_counted_by_state() -> None:
 
 
 def test_refusal_and_bad_luck() -> None:
-    """If a model is refused, the error of its application is the whole reason. Otherwise it is the last line of the
-    traceback."""
+    """If a model is refused, the reported reason is the whole error of its application. For any other failure, it is
+    only the last line of the traceback."""
     refused = converted(application(message=f"failed to start. Retrying\nTraceback\n{ModelRefused('no such folder')}"))
     assert (refused.refused, refused.gave_up, refused.trouble) == (True, False, "no such folder")
     broken = converted(
@@ -73,7 +73,8 @@ def test_refusal_and_bad_luck() -> None:
 
 @pytest.mark.parametrize("deployments", [{}, {"worker": {"replicas": None, "deployment_config": None}}])
 def test_what_has_just_been_taken_shows_nothing(deployments: dict[str, Any]) -> None:
-    """While Serve has not created an application's deployment, the application has neither digest nor target."""
+    """As long as Serve has not created an application's deployment, the observed application has no digest, and its
+    target number of replicas is 0."""
     app = {**application(), "deployments": deployments}
     assert converted(app) == Observed("m", "", 0, deployed_at_s=5.0, version="v2", named=APP)
 

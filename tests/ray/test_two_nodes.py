@@ -1,6 +1,5 @@
-"""Test of an external Ray cluster of two nodes in two network namespaces. It is used only through the dashboard, with a
-token.
-"""
+"""Test of an external Ray cluster of two nodes in two network namespaces. Headrace reaches the Ray cluster only through
+Ray's dashboard, with a token."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""Adapters of the simulated clusters: which calls name an adapter, which adapters lie in an engine's slots, and to
-which worker a call goes.
-"""
+"""Tests of adapters in simulated clusters: which calls name an adapter, which adapters are in an engine's slots, and to
+which worker a call goes."""
 
 from __future__ import annotations
 
@@ -53,7 +52,8 @@ def copies(policy: str) -> int:
 
 
 def test_calls_go_where_their_adapter_lies() -> None:
-    """The gateways' policy needs fewer copies than a policy that does not know which adapters lie in slots."""
+    """The gateways' routing policy copies adapters into engine slots less often than a policy that ignores which
+    adapters are in the slots."""
     assert copies("cost") < 0.8 * copies("least load")
 
 

@@ -17,7 +17,7 @@ ARRIVALS = st.lists(
 
 
 def test_the_bound_is_the_gateways() -> None:
-    """The maximum wait in the simulation equals the gateway's default."""
+    """The simulated queue has the same maximum wait of a call as the gateway's default."""
     assert Queue().max_wait_s == MAX_WAIT_S
 
 
@@ -26,7 +26,7 @@ def test_the_bound_is_the_gateways() -> None:
 def test_every_call_waits_runs_or_is_judged(arrivals: list[tuple[float, int, int, int]], ready: list[int]) -> None:
     """At every moment, and with any number of replicas, every call waits, runs or has been judged.
 
-    Refused calls no longer count for the predicted tokens. So at the end, the predicted tokens equal the generated
+    The predicted output tokens of refused calls are subtracted. So at the end, the predicted tokens equal the generated
     tokens.
     """
     fleet, line = Fleet(PLANT, 2.0, 0.1), sorted(arrivals)

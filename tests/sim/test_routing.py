@@ -127,7 +127,7 @@ class HedgeAll(HedgingPolicy):
         return min(self._planned.values(), default=float("inf"))
 
     def sent(self, key: str, model: str, worker_id: str, uncached_tokens: int, now: float) -> None:
-        """Plan to hedge a call that was sent."""
+        """Plan to send the call `key` to a second worker too, half a second after `now`."""
         self._planned[key] = now + 0.5
 
     def late(self, now: float) -> Iterator[str]:
@@ -233,7 +233,8 @@ def test_a_pool_without_evictions_finds_all(prompts: list[list[int]]) -> None:
 
 @given(st.integers(0, 10_000), st.floats(0, 1), st.lists(st.floats(0, 2), min_size=1, max_size=40))
 def test_a_feed_applies_each_batch_once_in_order(seed: int, lost: float, gaps: list[float]) -> None:
-    """Every batch of events is applied once and in the order of sending, whichever batches are lost or late."""
+    """Every batch of events is applied exactly once, in the order of sending. This holds even if batches are lost and
+    sent again, or arrive late."""
     events, applied = EventQueue(), list[int]()
     feed = KvFeed(events, Random(seed), Lateness(0.05, 0.5, lost), lambda change: applied.append(int(change.stored[0])))
     at_s = 0.0

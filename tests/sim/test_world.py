@@ -53,9 +53,11 @@ def test_equal_seeds_equal_runs() -> None:
 
 @pytest.mark.parametrize("gateways", [1, 2, 4])
 def test_backlogged_tenants_share_by_weight(gateways: int) -> None:
-    """Tenants that always have calls waiting are served in proportion to their weights, with any number of gateways.
+    """Tenants that always have calls waiting are served in proportion to their weights, with any number of
+    gateways.
 
-    The gap stays within U, and each tenant gets at least four fifths of its share.
+    The largest difference in service between two tenants is at most U (see Observer.unit). Each tenant gets at
+    least four fifths of its share.
     """
     seen = crowded(gateways).observer
     assert seen.largest_gap(list(WEIGHTS), WEIGHTS, 0.0) <= seen.unit()
@@ -133,8 +135,8 @@ def test_agenda_is_in_order_and_does_not_go_back() -> None:
 
 
 def test_tenants_that_cannot_be() -> None:
-    """A tenant without lengths is refused. A tenant with both a rate and a backlog is refused, and so is one with
-    neither."""
+    """A simulated tenant must have lengths of prompts and outputs. It must have either a rate or a backlog; both or
+    neither are refused."""
     for broken in ({}, {"rate_s": 1.0, "backlog": 1}):
         with pytest.raises(ValueError, match="exactly one"):
             SimTenant("a", SHORT, **broken)  # type: ignore[arg-type]

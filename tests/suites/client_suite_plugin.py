@@ -30,7 +30,8 @@ def key_of(nodeid: str) -> tuple[str, str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests that are not named. If no test is named, also run the excluded tests, as expected failures."""
+    """Deselect the tests that are not listed in `names` of CLIENT_SUITE. If `names` is empty, run all tests, and expect
+    the excluded tests to fail."""
     excluded = {(entry["file"], name): entry["reason"] for entry in GIVEN["excluded"] for name in entry["names"]}
     keys = [key_of(item.nodeid) for item in items]
     STALE.extend(f"{path}::{name}" for path, name in sorted(excluded.keys() - set(keys)))

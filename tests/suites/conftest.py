@@ -1,4 +1,5 @@
-"""A gateway with toy models for all tests of this folder. The models have all names that the suites use."""
+"""A gateway with two toy models, for all tests of this folder. The first model has every model name that the suites
+use."""
 
 from __future__ import annotations
 

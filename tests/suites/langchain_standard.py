@@ -66,7 +66,7 @@ class TestChatOpenAI(_Standard):
 
 
 class TestChatAnthropic(_Standard):
-    """The suite with LangChain's client of Anthropic's API."""
+    """LangChain's standard tests, run with LangChain's client of Anthropic's API."""
 
     @property
     def chat_model_class(self) -> Any:

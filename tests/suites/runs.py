@@ -125,7 +125,8 @@ def _command(suite: Suite) -> list[str]:
 async def run(suite: Suite, address: str, scratch: Path, names: Sequence[str] = ()) -> Results:
     """Run the tests of a suite against the gateway at an HTTP address (host:port). Raises TimeoutError.
 
-    `names`: names of the tests; if empty, all tests run, with the excluded ones. `scratch`: a folder for the results.
+    `names`: names of the tests; if empty, all tests run, including the excluded ones. `scratch`: a folder for the
+    results.
     """
     report = scratch / f"{suite.name}.json"
     report.unlink(missing_ok=True)

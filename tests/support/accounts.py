@@ -43,12 +43,13 @@ class Witness(UsageKeeper):
         return super().keep(usage, home, slot)
 
     def accepted(self, sealer: Sealer) -> list[tuple[OpenRecord, EndedUsage]]:
-        """Return the usage record that a gateway sealed and the engine's counts, for each accepted request."""
+        """For each accepted request, return the usage record that a gateway sealed, and the counts of tokens that the
+        worker reported."""
         return [(sealer.open(ended.sealed), ended) for ended in self.seen if ended.sealed]
 
 
 class AccountedWorker:
-    """Worker in this process whose usage keeper is a Witness."""
+    """Worker in this process. Its `witness` records the usage of every request that the worker has accepted."""
 
     def __init__(self, end: WorkerSession, identity: WorkerIdentity, witness: Witness) -> None:
         self.end = end

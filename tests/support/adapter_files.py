@@ -31,7 +31,7 @@ class NamedFiles:
         self.may_fetch.set()
 
     def fetch(self, spec: AdapterSpec) -> StoredAdapter:
-        """See AdapterFiles."""
+        """Implements `AdapterFiles.fetch`."""
         assert self.may_fetch.wait(WAIT_S)
         if spec.source in self.broken:
             raise ValueError(self.broken[spec.source])
@@ -41,4 +41,4 @@ class NamedFiles:
         return StoredAdapter(digest, Path("/none"))
 
     def mark_refused(self, digest: str, reason: str) -> None:
-        """See AdapterFiles."""
+        """Implements `AdapterFiles.mark_refused`."""

@@ -41,7 +41,8 @@ def write_adapter(
 def adapter_arrays(
     base: Path, rank: int, seed: int = 0, spread: float = 0.2, targets: Sequence[str] = TARGETS
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Return an adapter's tensors by name."""
+    """Return the random tensors of an adapter for the model in `base`, by name. `spread`: standard deviation of the
+    numbers. `targets`: the modules that the adapter changes."""
     random = np.random.default_rng(seed)
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     for module, (outputs, inputs) in base_shapes(base).items():

@@ -60,10 +60,10 @@ class Watched:
     errors: list[str] = field(default_factory=list)
 
     async def faults(self) -> list[str]:
-        """Return the page's faults, in words.
+        """Return descriptions of the page's faults.
 
-        A fault is a dialog, a function call from data, a request to another host, a violation of the content security
-        policy, or an error of the page's own scripts.
+        A fault is a dialog, a function call that came from data shown on the page, a request to another host, a
+        violation of the content security policy, or an error of the page's own scripts.
         """
         found: list[str] = await self.page.evaluate("[...window.__ran, ...window.__violations]")
         return [*found, *self.outside, *self.dialogs, *self.errors]

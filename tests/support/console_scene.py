@@ -77,7 +77,7 @@ More at <https://en.wikipedia.org/wiki/River>.
 
 
 class Scene(ConsolePages):
-    """The console of the cluster, and its workers by model."""
+    """The console pages of a cluster. `workers`: the cluster's workers by model."""
 
     workers: dict[str, list[Worker]]
 
@@ -92,7 +92,7 @@ class Scene(ConsolePages):
 
 @asynccontextmanager
 async def console_scene(folder: Path, browser: Browser, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Scene]:
-    """Run the cluster with the calls of its tenants."""
+    """Run the cluster with running calls of several tenants."""
     text = keyed_text(folder, COST, "  console: {tenants: true}\n").replace("name: test", "name: rivers")
     async with running_cluster(folder / "gateway", text, Timing()) as cluster:
         (folder / "cluster.yaml").write_text(text)

@@ -26,7 +26,7 @@ def reference_s(clock: Callable[[], float] = time.thread_time) -> float:
 def slowness(clock: Callable[[], float] = time.thread_time) -> float:
     """Return how many times slower this machine is now than the time limits assume; at least 1.
 
-    With a clock of wall time, the time without a core counts too.
+    `clock`: the clock that measures. A wall clock also counts the time in which this thread has no core.
     """
     return max(1.0, reference_s(clock) / REFERENCE_S)
 

@@ -13,8 +13,8 @@ from cluster.api.types import RESUME_EXACT, EngineInfo, EngineLoad, EngineReques
 class EchoEngine:
     """An engine whose output is the prompt's tokens.
 
-    If `parts` is set, requests with parsing get these parts. If `answer` is set, its tokens replace the prompt's
-    tokens.
+    If `parts` is set, requests that ask for parsing get these parts. If `answer` is set, its tokens replace the
+    prompt's tokens.
     """
 
     def __init__(self, vocab: int, *, step_s: float = 0.001, tokens_a_step: int = 16) -> None:
@@ -32,23 +32,23 @@ class EchoEngine:
         """Token ids of each answer; none for the prompt's."""
 
     async def start(self) -> EngineInfo:
-        """See Engine."""
+        """Implements `Engine.start`."""
         capabilities = (RESUME_EXACT, "tools:hermes", "reasoning:qwen3")
         return EngineInfo("echo", "sim", "1", 16, 4000, 64, 2048, 2048, self._vocab, capabilities=capabilities)
 
     async def submit(self, request: EngineRequest) -> None:
-        """See Engine."""
+        """Implements `Engine.submit`."""
         self._running[request.request_id] = request
         self._done[request.request_id] = len(request.emitted_token_ids)
         self._work.set()
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """See Engine."""
+        """Implements `Engine.abort`."""
         for request_id in request_ids:
             self._running.pop(request_id, None)
 
     async def step(self) -> Sequence[TokenOutput]:
-        """See Engine."""
+        """Implements `Engine.step`."""
         while not self._running:
             self._raise_if_dead()
             self._work.clear()
@@ -79,15 +79,15 @@ class EchoEngine:
         return output
 
     def load(self) -> EngineLoad:
-        """See Engine."""
+        """Implements `Engine.load`."""
         return EngineLoad(running=len(self._running), steps=self._steps)
 
     async def check(self) -> None:
-        """See Engine."""
+        """Implements `Engine.check`."""
         self._raise_if_dead()
 
     async def close(self) -> None:
-        """See Engine. A caller that waits in `step` gets EngineDead."""
+        """Implements `Engine.close`. A caller that waits in `step` gets EngineDead."""
         self._is_dead = True
         self._work.set()
 

@@ -19,7 +19,7 @@ _RARE = {**dict.fromkeys(range(0x20), 0.3), **dict.fromkeys(range(0x7F, 0x100), 
 
 @functools.cache
 def compiler() -> Any:
-    """Return a grammar compiler with our repairs, for a vocabulary of the 256 bytes and STOP."""
+    """Return a grammar compiler with Headrace's repairs, for a vocabulary of the 256 bytes and STOP."""
     import xgrammar
 
     tokens = [bytes([byte]) for byte in range(256)] + [b"</s>"]

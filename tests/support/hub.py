@@ -15,7 +15,7 @@ COMMIT = "c0ffee" * 6 + "c0ff"
 
 @dataclass
 class Hub:
-    """A running hub. `fetched`: the files whose content was requested."""
+    """A running stand-in for the Hugging Face hub. `fetched`: the files whose content was requested."""
 
     url: str = ""
     fetched: list[str] = field(default_factory=list)

@@ -15,26 +15,26 @@ class NoListener:
     """A LinkListener that ignores all reports."""
 
     def token_gaps(self, model: str) -> Callable[[float, int], None]:
-        """See LinkListener."""
+        """Implements `LinkListener.token_gaps`."""
         return lambda gap_s, count: None
 
     def step_begun(self, link: WorkerLink, resumed: bool) -> None:
-        """See LinkListener."""
+        """Implements `LinkListener.step_begun`."""
 
     def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
-        """See LinkListener."""
+        """Implements `LinkListener.usage`."""
 
     def served(self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
-        """See LinkListener."""
+        """Implements `LinkListener.served`."""
 
     def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
-        """See LinkListener."""
+        """Implements `LinkListener.peer_backlog`."""
 
     def kv_blocks(self, link: WorkerLink, message: pb.KvBlocks) -> None:
-        """See LinkListener."""
+        """Implements `LinkListener.kv_blocks`."""
 
     def drain_state_changed(self, link: WorkerLink) -> None:
-        """See LinkListener."""
+        """Implements `LinkListener.drain_state_changed`."""
 
     def adapters_changed(self, link: WorkerLink) -> None:
-        """See LinkListener."""
+        """Implements `LinkListener.adapters_changed`."""

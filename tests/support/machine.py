@@ -1,8 +1,9 @@
-"""Report the test tools that this machine lacks, and install them if possible and wanted.
+"""Report the test tools that this machine lacks, and install them if the user agrees.
 
-This is the first step of `make test`. Tools are installed only on Debian by root: after a question on a terminal, or
-without a question if CI is set. NO_INSTALL=1 forbids the installation. Tests whose tools are missing are skipped, and
-each skip names the remedy. This module uses only the standard library, since it runs before the environment is made.
+This is the first step of `make test`. Tools are installed only by root on Debian: on a terminal after a question, and
+without a question if the variable CI is set. NO_INSTALL=1 forbids the installation. Tests whose tools are missing are
+skipped, and each skip names the remedy. This module uses only the standard library, since it runs before the
+environment is made.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def found_way() -> Way:
 
 
 def main() -> int:
-    """Report the missing tools, and install them if possible and wanted. Returns 0 in any case, so that the tests run.
+    """Report the missing tools, and install them if the user agrees. Returns 0 in any case, so that the tests run.
 
     `make setup` runs next and installs the rest.
     """

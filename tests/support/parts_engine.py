@@ -39,24 +39,24 @@ class PartsEngine:
         """All requests, in their order."""
 
     async def start(self) -> EngineInfo:
-        """See Engine."""
+        """Implements `Engine.start`."""
         words = (f"tools:{self._tool_parser}", "reasoning:qwen3") if self._parses else ()
         return EngineInfo("parts", "sim", "1", 16, 1000, 8, 2048, 2048, 256, capabilities=(RESUME_EXACT, *words))
 
     async def submit(self, request: EngineRequest) -> None:
-        """See Engine."""
+        """Implements `Engine.submit`."""
         self.requests.append(request)
         self._running[request.request_id] = request
         self._done[request.request_id] = len(request.emitted_token_ids)
         self._work.set()
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """See Engine."""
+        """Implements `Engine.abort`."""
         for request_id in request_ids:
             self._running.pop(request_id, None)
 
     async def step(self) -> Sequence[TokenOutput]:
-        """See Engine."""
+        """Implements `Engine.step`."""
         while not self._running:
             self._work.clear()
             await self._work.wait()
@@ -85,11 +85,11 @@ class PartsEngine:
         return output
 
     def load(self) -> EngineLoad:
-        """See Engine."""
+        """Implements `Engine.load`."""
         return EngineLoad(running=len(self._running))
 
     async def check(self) -> None:
-        """See Engine."""
+        """Implements `Engine.check`."""
 
     async def close(self) -> None:
-        """See Engine."""
+        """Implements `Engine.close`."""

@@ -45,27 +45,27 @@ class RecordedOrder(FairOrder):
         self._model = model
 
     def cached(self, call_id: str, cached_tokens: int) -> None:
-        """See FairOrder."""
+        """Implements `FairOrder.cached`."""
         self._journal.events.append(("order", (self._model, "cached", (call_id, cached_tokens))))
         super().cached(call_id, cached_tokens)
 
     def generated(self, call_id: str, output_tokens: int) -> None:
-        """See FairOrder."""
+        """Implements `FairOrder.generated`."""
         self._journal.events.append(("order", (self._model, "generated", (call_id, output_tokens))))
         super().generated(call_id, output_tokens)
 
     def ended(self, call_id: str) -> None:
-        """See FairOrder."""
+        """Implements `FairOrder.ended`."""
         self._journal.events.append(("order", (self._model, "ended", (call_id,))))
         super().ended(call_id)
 
     def revoked(self, call_id: str) -> None:
-        """See FairOrder."""
+        """Implements `FairOrder.revoked`."""
         self._journal.events.append(("order", (self._model, "revoked", (call_id,))))
         super().revoked(call_id)
 
     def sweep(self, now: float) -> None:
-        """See FairOrder."""
+        """Implements `FairOrder.sweep`."""
         self._journal.events.append(("order", (self._model, "sweep", (now,))))
         super().sweep(now)
 
@@ -78,7 +78,7 @@ class _RecordedWorkers:
         self._workers = workers
 
     def route(self, call: RouteCall, now: float) -> RoutingDecision:
-        """See Workers. Records the candidate workers instead of the decision, so that a replay decides anew.
+        """Implements `Workers.route`. Records the candidate workers, not the decision, so that a replay decides anew.
 
         The prompts of these tests are too short to be looked up in the workers' caches.
         """
@@ -87,49 +87,49 @@ class _RecordedWorkers:
         return self._workers.route(call, now)
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
-        """See Workers."""
+        """Implements `Workers.candidates`."""
         answer = list(self._workers.candidates(model, now, resumed))
         self._journal.reads.append(((model, now, resumed), answer))
         return answer
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
-        """See Workers."""
+        """Implements `Workers.candidate`."""
         answer = self._workers.candidate(model, incarnation, now)
         self._journal.reads.append(((model, incarnation, now), answer))
         return answer
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int] | None:
-        """See Workers."""
+        """Implements `Workers.cached_tokens`."""
         answer = self._workers.cached_tokens(model, key)
         self._journal.reads.append(((model, key), answer))
         return answer
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """See Workers."""
+        """Implements `Workers.held_tokens`."""
         answer = self._workers.held_tokens(model, key)
         self._journal.reads.append(((model, key, "held"), answer))
         return answer
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
-        """See Workers."""
+        """Implements `Workers.free_tokens`."""
         answer = self._workers.free_tokens(model, worker_id)
         self._journal.reads.append(((model, worker_id, "free"), answer))
         return answer
 
     def has_adapter(self, model: str, adapter: str) -> bool:
-        """See Workers."""
+        """Implements `Workers.has_adapter`."""
         answer = self._workers.has_adapter(model, adapter)
         self._journal.reads.append(((model, adapter, "adapter"), answer))
         return answer
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
-        """See Workers."""
+        """Implements `Workers.runs_suspect`."""
         answer = self._workers.runs_suspect(model, incarnation)
         self._journal.reads.append(((model, incarnation, "suspect"), answer))
         return answer
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
-        """See Workers."""
+        """Implements `Workers.is_replaced`."""
         answer = self._workers.is_replaced(model, compatibility)
         self._journal.reads.append(((model, compatibility), answer))
         return answer
@@ -147,39 +147,39 @@ class _ReplayedWorkers:
         return answer
 
     def route(self, call: RouteCall, now: float) -> RoutingDecision:
-        """See Workers. The decision is computed from the recorded workers."""
+        """Implements `Workers.route`. The decision is computed from the recorded workers."""
         return choose(call, self._answer((call, now)))
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
-        """See Workers."""
+        """Implements `Workers.candidates`."""
         return self._answer((model, now, resumed))  # type: ignore[no-any-return]
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
-        """See Workers."""
+        """Implements `Workers.candidate`."""
         return self._answer((model, incarnation, now))  # type: ignore[no-any-return]
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int] | None:
-        """See Workers."""
+        """Implements `Workers.cached_tokens`."""
         return self._answer((model, key))  # type: ignore[no-any-return]
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """See Workers."""
+        """Implements `Workers.held_tokens`."""
         return self._answer((model, key, "held"))  # type: ignore[no-any-return]
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
-        """See Workers."""
+        """Implements `Workers.free_tokens`."""
         return self._answer((model, worker_id, "free"))  # type: ignore[no-any-return]
 
     def has_adapter(self, model: str, adapter: str) -> bool:
-        """See Workers."""
+        """Implements `Workers.has_adapter`."""
         return self._answer((model, adapter, "adapter"))  # type: ignore[no-any-return]
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
-        """See Workers."""
+        """Return the recorded result of `Workers.runs_suspect`."""
         return self._answer((model, incarnation, "suspect"))  # type: ignore[no-any-return]
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
-        """See Workers."""
+        """Implements `Workers.is_replaced`."""
         return self._answer((model, compatibility))  # type: ignore[no-any-return]
 
 
@@ -189,12 +189,12 @@ class _RecordedLosses(WorkerLosses):
         self._journal = journal
 
     def lost(self, link: str, now: float, unreachable: str = "") -> None:
-        """See WorkerLosses."""
+        """Implements `WorkerLosses.lost`."""
         self._journal.events.append(("lost", (link, now, unreachable)))
         super().lost(link, now, unreachable)
 
     def returned(self, incarnation: str) -> None:
-        """See WorkerLosses."""
+        """Implements `WorkerLosses.returned`."""
         self._journal.events.append(("returned", (incarnation,)))
         super().returned(incarnation)
 
@@ -213,43 +213,43 @@ class RecordedPolicy(SchedulingPolicy):
     def admit(
         self, entry: WaitingSequence, now: float, starts_in_s: float = 0.0, versions: Versions = ANY_VERSION
     ) -> RoomAdmission:
-        """See SchedulingPolicy."""
+        """Implements `SchedulingPolicy.admit`."""
         self._say("admit", entry, now, starts_in_s, versions)
         admission = super().admit(entry, now, starts_in_s, versions)
         self._say("answer", admission)
         return admission
 
     def put_back(self, entry: WaitingSequence, now: float, versions: Versions = ANY_VERSION) -> None:
-        """See SchedulingPolicy."""
+        """Implements `SchedulingPolicy.put_back`."""
         self._say("put_back", entry, now, versions)
         super().put_back(entry, now, versions)
 
     def resume(self, sequence: ResumingSequence, now: float) -> None:
-        """See SchedulingPolicy."""
+        """Implements `SchedulingPolicy.resume`."""
         self._say("resume", sequence, now)
         super().resume(sequence, now)
 
     def remove(self, key: str) -> bool:
-        """See SchedulingPolicy."""
+        """Implements `SchedulingPolicy.remove`."""
         self._say("remove", key)
         removed = super().remove(key)
         self._say("answer", removed)
         return removed
 
     def expire(self, now: float, longer_s: Callable[[str], float]) -> list[End]:
-        """See SchedulingPolicy. `longer_s` is ignored: the extra waiting time is 0 for every model."""
+        """Implements `SchedulingPolicy.expire`. `longer_s` is ignored: the extra waiting time is 0 for every model."""
         self._say("expire", now)
         ends = super().expire(now, lambda model: 0.0)
         self._say("answer", ends)
         return ends
 
     def set_versions(self, key: str, versions: Versions) -> None:
-        """See SchedulingPolicy."""
+        """Implements `SchedulingPolicy.set_versions`."""
         self._say("set_versions", key, versions)
         super().set_versions(key, versions)
 
     def assign(self, model: str, now: float) -> Iterator[Instruction]:
-        """See SchedulingPolicy."""
+        """Implements `SchedulingPolicy.assign`."""
         self._say("assign", model, now)
         self._assigning = True
         for instruction in super().assign(model, now):
@@ -259,7 +259,7 @@ class RecordedPolicy(SchedulingPolicy):
         self._say("end")
 
     def assign_resumed(self, model: str, sequences: Iterable[ResumingSequence], now: float) -> Iterator[Instruction]:
-        """See SchedulingPolicy."""
+        """Implements `SchedulingPolicy.assign_resumed`."""
         if self._assigning:  # a part of `assign`
             yield from super().assign_resumed(model, sequences, now)
             return
@@ -271,7 +271,7 @@ class RecordedPolicy(SchedulingPolicy):
         self._say("end")
 
     def movable(self, sequences: Iterable[ResumingSequence], worker_id: str, now: float) -> Iterator[str]:
-        """See SchedulingPolicy."""
+        """Implements `SchedulingPolicy.movable`."""
         sequences = list(sequences)
         self._say("movable", sequences, worker_id, now)
         for key in super().movable(sequences, worker_id, now):

@@ -55,33 +55,33 @@ class Tampered:
         self.submitted: list[EngineRequest] = []
 
     async def start(self) -> EngineInfo:
-        """See Engine."""
+        """Implements `Engine.start`."""
         return await self._engine.start()
 
     async def submit(self, request: EngineRequest) -> None:
-        """See Engine."""
+        """Implements `Engine.submit`."""
         self.submitted.append(request)
         await self._engine.submit(request)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """See Engine."""
+        """Implements `Engine.abort`."""
         await self._engine.abort(request_ids)
 
     async def step(self) -> Sequence[TokenOutput]:
-        """See Engine."""
+        """Implements `Engine.step`."""
         outputs = await self._engine.step()
         for output in outputs:
             self._change(output)
         return outputs
 
     def load(self) -> EngineLoad:
-        """See Engine."""
+        """Implements `Engine.load`."""
         return self._engine.load()
 
     async def check(self) -> None:
-        """See Engine."""
+        """Implements `Engine.check`."""
         await self._engine.check()
 
     async def close(self) -> None:
-        """See Engine."""
+        """Implements `Engine.close`."""
         await self._engine.close()

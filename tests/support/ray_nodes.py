@@ -1,4 +1,4 @@
-"""A Ray of several nodes on this host: a head without replicas, and nodes that tests can end one by one."""
+"""A Ray cluster of several nodes on this host: a head without replicas, and nodes that tests can end one by one."""
 
 from __future__ import annotations
 

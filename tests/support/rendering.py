@@ -40,7 +40,8 @@ class ByteKit(RendererKit):
 
 
 def byte_renderer(*, is_open: bool = True) -> tuple[ByteKit, PromptRenderer]:
-    """Return a kit, and a renderer that runs it in a thread."""
+    """Return a ByteKit, and a renderer that runs this kit in a thread. `is_open`: whether the kit renders at once;
+    otherwise it waits until the test sets `open`."""
     kit = ByteKit()
     if is_open:
         kit.open.set()

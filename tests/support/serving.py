@@ -67,7 +67,8 @@ class Door(NoListener):
 
 @asynccontextmanager
 async def open_door(host: str = "127.0.0.1", door: Door | None = None) -> AsyncIterator[Door]:
-    """Run a hub on a free port of `host`. `door`: the hub's listener; None for a new listener."""
+    """Run a link hub (a gateway's server for links of workers) on a free port of `host`. `door`: the hub's listener;
+    None for a new listener."""
     door = door or Door()
     door.hub = Hub("test", door, tuple, tuple)
     server = hub_server(door.hub)

@@ -29,16 +29,16 @@ QUICK = Timing(redial_min_s=0.001, redial_max_s=0.01)
 
 
 def test_siblings_are_dialled_on_the_host_that_was_dialled() -> None:
-    """A sibling's address without a host is dialled on the host whose gateway named it. A complete address is used
-    unchanged."""
+    """If a sibling's address has no host, it is dialled on the host of the gateway that reported it. A complete address
+    is used unchanged."""
     gateways = GatewayAddresses(["[::1]:50052", "b.example:1"])
     gateways.record_welcome("[::1]:50052", "i0", [":50061", "c.example:2"])
     assert gateways.addresses == ("[::1]:50052", "b.example:1", "[::1]:50061", "c.example:2")
 
 
 def test_only_what_is_reached_counts() -> None:
-    """A sibling of a sibling is dialled. Two siblings that name each other are dropped once no configured gateway names
-    them."""
+    """Siblings are the other gateway processes of a host. The siblings that a gateway names are dialled, and so are
+    their siblings. Two siblings that name each other are dropped once no configured gateway names them."""
     gateways = GatewayAddresses(["a:1"])
 
     def now() -> list[str]:
@@ -64,8 +64,8 @@ def test_one_process_under_two_names_is_dialled_once() -> None:
 
 
 def test_only_chosen_gateways_are_dialled() -> None:
-    """If there are many gateways, a worker dials only the addresses that `choose` selects, from configured gateways and
-    siblings."""
+    """If there are many gateways, a worker dials only the addresses that `choose` selects. `choose` gets the configured
+    addresses and the addresses of their sibling processes."""
     rule = GatewaySubset("w1", most=3, replicas=1000)
     gateways = GatewayAddresses([f"g{number}:1" for number in range(5)], choose=rule.of)
     assert len(gateways.addresses) == 3
@@ -97,8 +97,8 @@ class Answering:
 
 
 async def test_a_session_outlives_its_name_but_is_not_begun_again() -> None:
-    """If a sibling is no longer named, its running link continues. After the link ends, the sibling is dialled only if
-    it is named again."""
+    """A gateway no longer lists one of its sibling processes in its Welcome. An open link to this sibling continues.
+    Once the link ends, the sibling is dialled again only if it is listed again."""
     peers = Answering()
     gateways = GatewayAddresses(["a:1"])
     dialling = asyncio.create_task(gateways.dial(peers.session, QUICK))
@@ -126,8 +126,8 @@ def two_processes() -> Config:
 
 
 async def test_two_processes_share_one_workers_room(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A worker or controller that dials one of two sibling gateways links to both. Both gateways send requests within
-    the worker's capacity. After one gateway has stopped, the other gets the whole capacity."""
+    """A worker or controller that dials one of two sibling gateways links to both. Both gateways send requests to the
+    worker, together no more than its capacity. After one gateway has stopped, the other gets the whole capacity."""
     config, sequences = two_processes(), 6
     gateways = [Gateway(config, tmp_path / str(i), process=i) for i in range(2)]
     engine = sim_engine(checkpoint, decode_ms=2, max_num_seqs=sequences)

@@ -147,8 +147,8 @@ def test_room_follows_the_backlog_once_it_is_given_back() -> None:
 
 
 def test_calls_whose_blocks_are_here_get_any_place() -> None:
-    """Calls whose KV blocks are on the worker get sequences up to `places`, in addition to the sequences for all
-    calls."""
+    """A gateway gets extra credit for waiting calls whose KV blocks are on this worker. All grants together are at most
+    `places` sequences. Other calls share the usual capacity as if there were no such calls."""
     granter = CreditGranter()
     for link, waiting, kept in ((1, 5, 0), (2, 7, 6), (3, 9, 9)):
         granter.attach(link)
@@ -173,8 +173,8 @@ def test_calls_whose_blocks_are_here_claim_like_others_where_there_are_no_more_p
 
 
 def test_each_that_has_come_back_waits_no_more() -> None:
-    """When a call arrives whose KV blocks are on the worker, the worker counts one such call less in the gateway's
-    backlog."""
+    """The backlog of a gateway includes the number of waiting calls whose KV blocks are on this worker. When such a
+    call arrives, that number falls by one."""
     granter = CreditGranter()
     granter.attach(1)
     granter.set_backlog(1, 5, 5)

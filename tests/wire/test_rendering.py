@@ -1,4 +1,4 @@
-"""The pieces of a rendered prompt that a worker cuts are joined to the same prompt at the gateway."""
+"""A worker sends a rendered prompt in pieces. The gateway joins the pieces to the same prompt."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 def test_short_prompts_come_many_at_once_and_long_ones_do_not() -> None:
     """The window admits as many prompts as one step can start.
 
-    With 20 tokens each these are over a hundred prompts. With two steps each these are three.
+    Of prompts with 20 tokens, it admits more than a hundred. Of prompts that need two steps each, it admits three.
     """
     short, long = AdmissionWindow(256, 2048), AdmissionWindow(256, 2048)
     for number in range(200):

@@ -13,7 +13,7 @@ from cluster.worker.detached_requests import DETACHED_S, FAILED, DetachedRequest
 def make_request(
     stream: str, request_id: str, prompt: int, ids: list[int], last: TokenOutput | None = None
 ) -> DetachedRequest:
-    """Return a detached request. Its parameters are the string `it`."""
+    """Return a detached request. Its `parameters` field is the placeholder "it"."""
     return DetachedRequest(stream, request_id, "it", prompt, ids, last=last)
 
 
@@ -24,8 +24,8 @@ IDS = st.lists(st.integers(0, 3), max_size=6)
 def test_a_claim_gets_all_that_follows_what_it_shows(
     before: list[int], steps: list[list[int]], shown: list[int], prompt: int, ends: bool
 ) -> None:
-    """A claim of a detached request succeeds only with the request's parameters, prompt length and first tokens. It
-    returns all tokens in order, and succeeds only once."""
+    """`claim` returns a request whose gateway is gone, with all its tokens in order. It does so once, and only for the
+    right parameters, prompt length and first output tokens."""
     detached = DetachedRequests()
     detached.add(make_request("s", "r", 1, list(before)), 0.0)
     for number, ids in enumerate(steps):

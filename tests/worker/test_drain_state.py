@@ -42,7 +42,7 @@ async def ask(cluster: TestCluster, *arguments: str) -> Done:
 
 
 def standing(cluster: TestCluster, worker: Worker) -> DrainState:
-    """Return the drain state of a worker that a gateway knows."""
+    """Return a worker's drain state as the gateway knows it."""
     return next(x.drain_state for x in cluster.gateway.hub.links if x.identity.worker_id == worker.identity.worker_id)
 
 
@@ -122,8 +122,8 @@ async def test_a_drained_worker_ends_empty_and_nothing_is_cut(
 async def test_a_drain_without_another_worker_cuts_nothing(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """Without another worker, a stream continues after the drain time. The command reports that it still runs, and ends
-    with exit code 1."""
+    """If no other worker can take over a stream, the stream continues after the drain time. The drain command then
+    reports that the stream still runs, and ends with exit code 1."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=10), bundle)
     stream = cluster.stub.StreamChat(chat(max_tokens=600, ignore_eos=True))
     first = await stream.read()

@@ -1,4 +1,5 @@
-"""The order in which a gateway's message is applied, and the answer to a request for the tokenizer bundle."""
+"""The order in which a worker applies the parts of a gateway's message, and its answer to a request for the tokenizer
+bundle."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ def messages() -> tuple[GatewayMessages, Mock]:
 
 
 async def test_each_part_finds_what_it_depends_on() -> None:
-    """Adapters are applied before the Submits that name them, resumes before the Submits, and the backlog and the
-    aborts after the Submits. Credit is granted last."""
+    """A worker applies the parts of a gateway's message in a fixed order: adapters, resumes (takeovers), Submits, the
+    backlog, aborts, and commands. Credit is granted last."""
     subject, parts = messages()
     link = make_link()
     message = pb.GatewayTurn(

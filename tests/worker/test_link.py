@@ -26,8 +26,8 @@ def make_link() -> Link:
 
 
 def test_an_abort_waits_for_its_submit() -> None:
-    """An abort that arrives during a Submit is reported once, when the Submit finishes. Later, an abort applies at
-    once."""
+    """If an abort arrives while its request is being submitted, the end of the Submit reports the abort, once. An abort
+    after the Submit takes effect at once."""
     link = make_link()
     link.begin_submit(3, "r3")
     assert link.is_submitting(3)
@@ -49,10 +49,10 @@ def test_a_refused_submit_leaves_nothing() -> None:
 
 
 def test_credit_is_granted_while_the_worker_serves() -> None:
-    """A change of the free capacity leads to a grant of credit, which stays unacknowledged until the newest grant is
-    acknowledged.
+    """When the free capacity changes, the worker grants credit to the gateway. The link counts as unacknowledged until
+    the gateway has acknowledged the newest grant.
 
-    A cordoned worker grants nothing.
+    A cordoned worker grants nothing more.
     """
     free, drain_state, outbox = [Capacity(4, 1000)], DrainStates(), Outbox()
     credit = LinkCredit(lambda: (free[0], 0), lambda expected: expected, drain_state)

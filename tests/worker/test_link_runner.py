@@ -30,7 +30,7 @@ class Reasons:
 
 @dataclass
 class FakeLink:
-    """The part of a link that OpenLinks uses."""
+    """A fake of those parts of a worker's link that OpenLinks uses."""
 
     number: int
     incarnation: str

@@ -1,4 +1,4 @@
-"""If a checkpoint is damaged, a replica refuses to open it without a retry, before an engine starts."""
+"""A replica refuses a damaged checkpoint before an engine starts, and the start is not retried."""
 
 from __future__ import annotations
 

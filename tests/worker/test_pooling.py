@@ -40,10 +40,10 @@ class Pooled:
     last_token_at: float = 0.0
 
     def accepted(self) -> None:
-        """See Sink."""
+        """Implements `Sink.accepted`."""
 
     def refused(self, reason: str, message: str, field: str) -> None:
-        """See Sink."""
+        """Implements `Sink.refused`."""
         self.refusals.append((reason, field))
         self.ended.set()
 
@@ -56,18 +56,18 @@ class Pooled:
         raise AssertionError(f"token {token_id}")
 
     def output(self, output: TokenOutput) -> None:
-        """See Sink."""
+        """Implements `Sink.output`."""
         self.outputs.append(output)
         if output.finish is not None:
             self.ended.set()
 
     def lost(self, why: str) -> None:
-        """See Sink."""
+        """Implements `Sink.lost`."""
         self.losses.append(why)
         self.ended.set()
 
     def failed(self, error: BaseException) -> None:
-        """See Sink."""
+        """Implements `Sink.failed`."""
         raise error
 
     async def end(self) -> TokenOutput:
@@ -80,7 +80,7 @@ class Pooled:
 
 @dataclass
 class Accounts(Door):
-    """A gateway side of the links that keeps the usage of requests."""
+    """A Door (the gateway's end of the links) that records the usage of ended requests."""
 
     keeps_accounts: bool = True
     records: list[EndedUsage] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Accounts(Door):
 
 
 class Gate:
-    """A clock of an engine. A step ends only while the gate is open."""
+    """A clock for a simulated engine, with which a test can stop the engine: a step ends only while `open` is set."""
 
     def __init__(self) -> None:
         self.open = asyncio.Event()
@@ -103,7 +103,7 @@ class Gate:
         return time.monotonic()
 
     async def sleep_until(self, at: float) -> None:
-        """Wait until the gate is open."""
+        """Wait until the gate is open. The time `at` has no effect."""
         await self.open.wait()
 
 

@@ -28,7 +28,8 @@ SOURCE = "sim://?vocab=1000&decode_ms=1"
 
 
 def settings(door: Door, source: str = SOURCE, **more: object) -> ReplicaSettings:
-    """Return settings of a simulated model whose replica connects to the gateway side `door`."""
+    """Return the settings of a replica with a simulated model. The replica connects to `door`, the gateway's side of
+    links in this test."""
     spec = ModelSpec(name="m", source=source, **more)  # type: ignore[arg-type]
     return ReplicaSettings(spec, "test", gateways=(door.address,))
 
@@ -87,7 +88,8 @@ async def test_a_start_shows_how_far_its_weights_are(door: Door) -> None:
 
 
 async def test_a_gateway_of_an_older_release_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gateway that does not know the reports of starts gets one call. The worker sends it no more reports."""
+    """A starting worker sends a report to each gateway. A gateway of an older release, which lacks the method, gets one
+    call and no further reports."""
     monkeypatch.setattr("cluster.worker.starting.REPORT_S", 0.01)
     asked: list[str] = []
 
@@ -173,8 +175,8 @@ async def test_dead_engine_ends_the_process(door: Door) -> None:
 
 
 async def test_a_sick_engine_goes_the_way_of_a_dead_one(door: Door) -> None:
-    """If the golden answer after an error is wrong, the link is closed and the process ends. The reason names the
-    node."""
+    """After an error, an engine is checked with a fixed prompt (the golden check). If its answer is wrong, the link is
+    closed and the process ends. The reason names the node."""
     engine = SimEngine(SimConfig.from_source(SOURCE))
     exits: list[int] = []
     opened = OpenedModel(engine, Bundle({}), "")

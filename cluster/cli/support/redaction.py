@@ -63,7 +63,7 @@ _FORMS = (
 
 @dataclass
 class Rules:
-    """Keeps only the harmless values of a document, and collects the secrets that it leaves out.
+    """Filter that keeps only the harmless values of a document, and collects the secrets that it leaves out.
 
     `known`: all keys that a configuration may have. A number is left out if its path has a key that is not in `known`
     and whose name suggests a secret (_SECRET). Other numbers are kept.
@@ -202,8 +202,8 @@ class Redactor:
 
 
 def _is_searched(secret: str) -> bool:
-    """Return whether a secret is searched for. Short texts and short numbers are not searched for: they would be found
-    in many places that contain no secret."""
+    """Return whether texts are searched for this secret. Short texts and short numbers are not searched for: they would
+    be found in many places that contain no secret."""
     return len(secret) >= (8 if secret.isdecimal() else MIN_SECRET) and secret not in REDACTED
 
 

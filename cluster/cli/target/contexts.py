@@ -65,7 +65,8 @@ class ClusterContext:
 
 @dataclass(frozen=True, slots=True)
 class Contexts:
-    """The content of the file: the contexts by name, and the name of the current one ("" for none)."""
+    """The content of the user's file of contexts. `by_name`: the contexts by name. `current`: the name of the current
+    context, "" for none."""
 
     current: str = ""
     by_name: Mapping[str, ClusterContext] = field(default_factory=dict)

@@ -105,7 +105,8 @@ def _path(value: Any) -> Path | None:
 
 
 def with_target(command: Command) -> Command:
-    """Decorate a command of callers: add the options that select a cluster, and pass a ClusterTarget as `target`."""
+    """Decorate a command that makes calls: add the options that select a cluster, and pass a ClusterTarget as
+    `target`."""
     return with_options("target", CALLER_OPTIONS, lambda ctx, _: contextlib.nullcontext(target_of(ctx)))(command)
 
 

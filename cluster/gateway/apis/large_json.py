@@ -1,6 +1,7 @@
-"""Quick counts and a quick parser for large JSON texts.
+"""Two functions for large JSON texts: a quick count of characters, and a quick parser.
 
-The gateway imports this module only after its start, because importing numpy and msgspec is slow (deferred_imports.py).
+The gateway imports this module only after its start, because importing numpy and msgspec is slow
+(deferred_imports.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Making of the long lists in an answer, in slices. Other tasks of the event loop run between two slices."""
+"""Functions that make the long lists in an answer in slices of time, so that other tasks of the event loop run in
+between."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ MOST_BYTES: Final = 256 << 20
 
 
 class UnreadAnswers:
-    """The large answers that this gateway makes or sends, on all APIs."""
+    """The bound on large answers that this gateway makes or sends and that clients have not read yet, for all APIs."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._most_bytes = most_bytes
@@ -61,7 +61,7 @@ class UnreadAnswer:
             self._answers.release(self._tenant, self._size)
 
     async def hold(self, size: int) -> None:
-        """Wait until an answer of about `size` bytes may be made, then count the answer against the bound until the
-        context ends."""
+        """Wait until the tenant's limit on unread answers leaves room for `size` bytes. Then count the answer as `size`
+        bytes until the context ends."""
         await self._answers.hold(self._tenant, size)
         self._size = size

@@ -64,19 +64,19 @@ class RegisteredCallers:
     """The registered callers, and whether tenants or keys have changed since the callers were last authenticated."""
 
     def __init__(self, authenticate: Callable[[Credentials], Awaitable[Principal]]) -> None:
-        """`authenticate`: returns the principal for given credentials, or raises CallError."""
+        """`authenticate`: returns the principal for a caller's credentials, or raises CallError."""
         self._authenticate = authenticate
         self._callers: set[Caller] = set()
         self._changed = asyncio.Event()
 
     async def register(self, credentials: Credentials) -> Caller:
-        """See Authenticator."""
+        """Implements `Authenticator.register`."""
         caller = Caller(await self._authenticate(credentials), credentials)
         self._callers.add(caller)
         return caller
 
     def unregister(self, caller: Caller) -> None:
-        """See Authenticator."""
+        """Implements `Authenticator.unregister`."""
         self._callers.discard(caller)
 
     def mark_changed(self) -> None:
@@ -84,7 +84,7 @@ class RegisteredCallers:
         self._changed.set()
 
     async def reauthenticate(self) -> None:
-        """Authenticate all callers again after each change, and periodically. Runs until cancelled."""
+        """Authenticate all callers again after each call of `mark_changed`, and periodically. Runs until cancelled."""
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(REAUTHENTICATE_S):
@@ -141,26 +141,26 @@ class NoAuthentication:
         self.on_change: set[Callable[[], None]] = set()
 
     async def principal(self, credentials: Credentials) -> Principal:
-        """See Authenticator."""
+        """Implements `Authenticator.principal`."""
         return DEFAULT_PRINCIPAL
 
     def knows(self) -> object:
-        """See Authenticator."""
+        """Implements `Authenticator.knows`."""
         return DEFAULT_PRINCIPAL
 
     async def register(self, credentials: Credentials) -> Caller:
-        """See Authenticator."""
+        """Implements `Authenticator.register`."""
         return Caller(DEFAULT_PRINCIPAL, credentials)
 
     def unregister(self, caller: Caller) -> None:
-        """See Authenticator."""
+        """Implements `Authenticator.unregister`."""
 
     def tenant_error(self, tenant: str) -> CallError | None:
-        """See Authenticator."""
+        """Implements `Authenticator.tenant_error`."""
         return None
 
     def cache_salt(self, principal: Principal, own: str) -> str:
-        """See Authenticator."""
+        """Implements `Authenticator.cache_salt`."""
         return own
 
 

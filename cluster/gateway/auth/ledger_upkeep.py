@@ -28,7 +28,8 @@ FIRST_EXPIRY_S, EXPIRY_S = 600.0, 86400.0
 
 
 class LedgerUpkeep:
-    """The upkeep of one ledger. `prepare` runs first, then `expire`."""
+    """Maintenance of the ledger's database. First `prepare` migrates it and declares the configured tenants. Then
+    `expire` deletes expired rows daily."""
 
     def __init__(self, config: Config, ledger: Ledger, declared: Sequence[TenantPolicy]) -> None:
         """`declared`: policies of the tenants in the configuration file."""

@@ -147,21 +147,21 @@ class TenantAuthenticator:
     # ---- Authenticator
 
     async def principal(self, credentials: Credentials) -> Principal:
-        """See Authenticator."""
+        """Implements `Authenticator.principal`."""
         return self.derived.with_handle(
             await self._authenticator.principal(credentials.authorization, credentials.names, credentials.peer)
         )
 
     def knows(self) -> AccessSnapshot:
-        """See Authenticator."""
+        """Implements `Authenticator.knows`."""
         return self.snapshot()
 
     async def register(self, credentials: Credentials) -> Caller:
-        """See Authenticator."""
+        """Implements `Authenticator.register`."""
         return await self._callers.register(credentials)
 
     def unregister(self, caller: Caller) -> None:
-        """See Authenticator."""
+        """Implements `Authenticator.unregister`."""
         self._callers.unregister(caller)
 
     def snapshot(self) -> AccessSnapshot:
@@ -173,7 +173,8 @@ class TenantAuthenticator:
         return {name: entry.policy for name, entry in self.snapshot().tenants.items()}
 
     def tenant_error(self, tenant: str) -> CallError | None:
-        """See Authenticator. While the snapshot is too old, new calls are refused but running calls continue."""
+        """Implements `Authenticator.tenant_error`. While the snapshot is too old, new calls are refused but running
+        calls continue."""
         try:
             entry = self._watcher.current().tenants.get(tenant)
         except CallError:
@@ -183,7 +184,7 @@ class TenantAuthenticator:
         return CallError(Outcome.TENANT_SUSPENDED, SUSPENDED) if entry.policy.suspended else None
 
     def cache_salt(self, principal: Principal, own: str) -> str:
-        """See Authenticator."""
+        """Implements `Authenticator.cache_salt`."""
         return self.derived.cache_salt(principal.tenant, own)
 
     # ---- changes and failures

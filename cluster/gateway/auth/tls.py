@@ -36,8 +36,8 @@ class NewestContext(ssl.SSLContext):
 
     @classmethod
     def of(cls, tls: ClientTls, *protocols: str) -> Self:
-        """Return the context for a client port. `protocols`: ALPN names. Raises ValueError with a message that names
-        the setting."""
+        """Return the TLS context for a client port. `protocols`: ALPN names. Raises ValueError with a message that
+        names the setting."""
         # A client certificate is optional, since a caller with an API key needs no certificate.
         return cls._of(tls, "gateway.tls", ssl.CERT_OPTIONAL, *protocols)
 

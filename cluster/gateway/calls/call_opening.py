@@ -133,9 +133,11 @@ def not_prepared(model: KnownModel) -> CallError:
 
 
 def _policy_of(meta: CallMeta, priority_class: str, scheduler: Scheduler) -> TenantPolicy:
-    """Return the policy of a caller's tenant. If the request names a priority class, the policy gets that class. A
-    tenant may use its own class and all classes of lower priority. Raises CallError for a class of higher priority and
-    for an unknown class."""
+    """Return the policy of a caller's tenant. If the request names a priority class, the policy has that class.
+
+    A tenant may use its own class and all classes of lower priority. Raises CallError for a class of higher priority
+    and for an unknown class.
+    """
     policy = meta.principal.tenant
     if priority_class in ("", policy.priority_class):
         return policy

@@ -75,8 +75,8 @@ class CallOutput:
     # ---- to the API
 
     def listen(self, listener: Callable[[], None] | None) -> None:
-        """Set the function that is called at every update. Used by an API that batches the updates of many calls. With
-        None, an update ends the wait in `news` again."""
+        """Set the function that is called at every update, for an API that batches the updates of many calls. If it is
+        None, each update instead wakes the task that waits in `news`."""
         self._listener = listener
 
     async def news(self) -> None:

@@ -32,8 +32,9 @@ class Cleanup:
         self._added: list[Any] = []
 
     def add(self, subject: Subject, steps: Sequence[Undo[Subject]]) -> None:
-        """Register the undo steps of an acquisition. If the undo steps may run even when the acquisition fails, call
-        this method before the acquisition, else after it. `subject`: the first argument of the steps."""
+        """Register steps that undo the acquisition of something for the call. Call this method before the acquisition
+        if the steps may run even when the acquisition fails, else after it. `subject`: the first argument of the
+        steps."""
         self._added += (subject, steps)
 
     async def run(self) -> None:

@@ -1,6 +1,7 @@
-"""Decision whether this gateway charges a call's prompt to the tenant. If the call began at another gateway, an engine
-may compute the prompt a second time. The terms of the resume (resume_tokens/claim.py) decide whether the tenant pays
-for the second time, too.
+"""Decides whether this gateway charges a call's prompt to the tenant.
+
+If the call began at another gateway, an engine may compute the prompt a second time. Whether the tenant
+then pays a second time depends on the terms of the resume (resume_tokens/claim.py).
 """
 
 from __future__ import annotations

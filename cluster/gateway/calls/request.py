@@ -152,7 +152,7 @@ class PackedPrompt:
 
     @classmethod
     def of(cls, prompt: ChatPrompt | TextPrompt) -> PackedPrompt:
-        """Return the packed form of a prompt. Must not run on an event loop."""
+        """Pickle a prompt. Must not run on an event loop."""
         return cls(isinstance(prompt, ChatPrompt), pickle.dumps(prompt, protocol=5))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[object, ...]:

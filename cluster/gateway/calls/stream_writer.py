@@ -46,7 +46,7 @@ class ChunkEncoder(Protocol):
         error once everything before the error has been encoded."""
 
     def encode_text(self, text: str) -> bytes:
-        """Encode the text of the next token, which brings nothing but text."""
+        """Encode the chunk of a token that adds `text` and has nothing else to report."""
 
     @property
     def plain(self) -> bool:

@@ -207,7 +207,7 @@ class CallArguments(dict[str, Any]):
 
     @classmethod
     def of(cls, value: Mapping[str, Any], text: str) -> CallArguments:
-        """Return arguments with the caller's text."""
+        """Create the arguments from their parsed `value` and the `text` that the caller sent."""
         arguments = cls(value)
         arguments._text = text
         return arguments

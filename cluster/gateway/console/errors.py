@@ -16,7 +16,7 @@ JSON_HEADERS: Final = [NO_STORE, (b"x-content-type-options", b"nosniff")]
 
 
 class ConsoleForm:
-    """Implements ApiForm for the console."""
+    """The form of the console's error responses: JSON. Implements ApiForm."""
 
     request_id_headers: Sequence[bytes] = (b"x-request-id",)
     key_header = b""

@@ -38,8 +38,9 @@ def always() -> bool:
 
 
 class FeedEndpoints:
-    """The endpoints, as ASGI functions. The code that calls an endpoint must have authenticated the viewer.
-    `viewer_tenant`: the only tenant that the viewer may see, "" for all tenants."""
+    """The console's endpoints for overview events and for the history, as ASGI functions. The code that calls an
+    endpoint must have authenticated the viewer. `viewer_tenant`: the only tenant that the viewer may see, "" for all
+    tenants."""
 
     def __init__(
         self,

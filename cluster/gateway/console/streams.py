@@ -92,7 +92,7 @@ class ViewerStreams:
             task.cancel()
 
     def _recheck(self) -> None:
-        """End the streams whose session has ended or may now see another tenant than before."""
+        """End each stream whose session has ended, or whose viewer may no longer see the same tenants."""
         for task, viewer in list(self._open.items()):
             try:
                 has_ended = self._access.check(viewer.session).scope != viewer.scope

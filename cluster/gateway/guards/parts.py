@@ -13,7 +13,8 @@ from cluster.gateway.guards.stream import GuardChain
 
 
 class GuardedParts:
-    """A filter that passes each channel of one sequence's output through a chain of guards."""
+    """A filter that passes the parsed output of one sequence through a chain of guards. Each channel (content,
+    reasoning or the arguments of a tool call) has a chain of its own."""
 
     def __init__(self, new_chain: Callable[[], GuardChain]) -> None:
         """`new_chain`: returns the guards of a new channel (content, reasoning or the arguments of a tool call)."""

@@ -1,9 +1,10 @@
-"""Output guards as stream filters: text is fed in chunks, and decided text is returned. No I/O, no clock.
+"""Output guards as stream filters: text is fed in chunks, and text whose treatment is certain is returned. No I/O, no
+clock.
 
-Text is decided once no later text can change what the guard does with it. Invariants: however a text is cut into
-chunks, the joined outputs equal the output for the whole text. No character of a redacted or refused match is ever
-returned. A stage (the filter of one guard) holds back only text that may still become part of a match: at most as many
-characters as the longest possible match of any pattern.
+Text is called decided once no later text can change what the guard does with it. Only decided text is returned.
+Invariants: however a text is cut into chunks, the joined outputs equal the output for the whole text. No character of
+a redacted or refused match is ever returned. A stage (the filter of one guard) holds back only text that may still
+become part of a match: at most as many characters as the longest possible match of any pattern.
 
 Marks travel with the text. A mark belongs to one token and holds the positions [start, end) of the characters that the
 token added. A mark is returned when the last of these characters is decided, and is hidden if a redaction touched any
@@ -44,11 +45,14 @@ class GuardStage(Protocol):
         """Number of characters that are held back."""
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
-        """Add text and its marks. Returns the text and marks that are decided now. `last`: whether the text ends here;
-        then all of it is decided. A refusal also ends the text."""
+        """Add text and its marks. Returns the text and marks that the stage now passes on, and holds back the rest.
+
+        `last`: whether the text ends here; then nothing is held back. A refusal also ends the text.
+        """
 
     def give_up(self) -> tuple[str, Sequence[GuardMark]]:
-        """Return the text that is held back, unfiltered, and its marks. Called after the guard has failed open."""
+        """Return the text that is held back, unfiltered, and its marks. Called when the guard has failed and the policy
+        lets text pass in this case."""
 
 
 class PatternStage:
@@ -82,11 +86,11 @@ class PatternStage:
 
     @property
     def held(self) -> int:
-        """See GuardStage."""
+        """Implements `GuardStage.held`."""
         return len(self._text) - self._at
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
-        """See GuardStage."""
+        """Implements `GuardStage.feed`."""
         self._text += text
         self._marks += marks
         # A position is decided once the text extends one character beyond the longest match that could begin there.
@@ -119,8 +123,8 @@ class PatternStage:
         return "".join(out)
 
     def _decided_marks(self, all_marks: bool) -> Sequence[GuardMark]:
-        """Remove and return the marks whose last character is decided. The returned marks hold positions in the output.
-        If `all_marks` is set, the other marks are returned too."""
+        """Remove and return the marks of the text that is no longer held back. The returned marks hold positions in the
+        output. If `all_marks` is set, the marks of the text that is held back are removed and returned too."""
         marks, edits, out = self._marks, self._edits, []
         decided = self._base + self._at
         while marks and (all_marks or marks[0].end <= decided):
@@ -135,7 +139,7 @@ class PatternStage:
         return out
 
     def give_up(self) -> tuple[str, Sequence[GuardMark]]:
-        """See GuardStage."""
+        """Implements `GuardStage.give_up`."""
         text, self._text = self._text[self._at :], ""
         self._base, self._at = self._base + self._at + len(text), 0
         return text, self._decided_marks(True)
@@ -157,11 +161,11 @@ class SizeStage:
 
     @property
     def held(self) -> int:
-        """See GuardStage."""
+        """Implements `GuardStage.held`."""
         return 0
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
-        """See GuardStage."""
+        """Implements `GuardStage.feed`."""
         over = self._seen + len(text) > self._max
         if over and not self._flagged:
             self._flagged = True
@@ -177,7 +181,7 @@ class SizeStage:
         return text, out
 
     def give_up(self) -> tuple[str, Sequence[GuardMark]]:
-        """See GuardStage."""
+        """Implements `GuardStage.give_up`."""
         marks, self._marks = list(self._marks), deque()
         return "", marks
 
@@ -211,7 +215,8 @@ class GuardChain:
         return sum(stage.held for _, stage in self._stages)
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool = False) -> tuple[str, Sequence[GuardMark]]:
-        """Feed text through all stages. Returns the decided text and the decided marks, as GuardStage.feed does."""
+        """Feed text through all stages. Returns the text that no later text can change, and its marks, as
+        GuardStage.feed does. The rest is held back."""
         if self.done:
             return "", ()
         for number, stage in list(self._stages):

@@ -1,8 +1,8 @@
-"""The text of a sequence, filtered by the tenant's output guards. The interface is that of the detokenizer.
+"""The text of a sequence after the tenant's output guards. The interface is that of the detokenizer.
 
-Stop strings apply before the guards, so the guards see the text that would be delivered without guards. Guards and stop
-strings each hold back text. A token counts as returned when its text is returned. Until then the token is neither
-billed nor reported in log probabilities. A token whose text a redaction touched is never reported. The state lives as
+Stop strings apply before the guards, so the guards see the text that would be delivered without guards. Guards and
+stop strings each hold back text. A token is billed, and reported in log probabilities, only after its text was
+returned. A token whose text was changed by a redaction is never reported in log probabilities. The state lives as
 long as the sequence, even when the sequence moves to another worker.
 """
 
@@ -87,7 +87,8 @@ class GuardedText:
         return GUARD if self.refused else stop
 
     def text_of(self, token_id: int) -> str:
-        """Add one token. Returns the decided text since the last call of `pop_text`; "" if the guards hold it back."""
+        """Add one token. Returns the text that the guards have released since the last call of `pop_text`; "" if the
+        guards hold it back."""
         self.push((token_id,))
         return self.pop_text(False)
 
@@ -97,8 +98,8 @@ class GuardedText:
         self._ready = text + self._ready
 
     def pop_text(self, finished: bool) -> str:
-        """Return the decided text since the last call of `pop_text`. If `finished` is set, all text is decided
-        first."""
+        """Return the text that the guards have released since the last call. `finished`: whether the output has ended;
+        the guards then first decide on all text that they hold back."""
         if finished and not self._chain.done:
             self._marks += [GuardMark(self._seen, self._seen, token, True) for token in self._open]
             self._open = []
@@ -141,8 +142,8 @@ class GuardedText:
 
 
 class GuardedLogprobs:
-    """Log probabilities of a sequence with guards. Each log probability is held back until the text of its token is
-    decided."""
+    """Log probabilities of a sequence with guards. A token's log probability is held back until the guards have decided
+    whether the token's text may be sent."""
 
     def __init__(self, texts: LogprobTexts, text: GuardedText) -> None:
         self._texts = texts

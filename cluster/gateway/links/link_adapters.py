@@ -38,10 +38,12 @@ class LinkAdapters:
         self._has_reported = False
 
     def send(self, revision: int, adapters: tuple[AdapterSpec, ...]) -> None:
-        """Send the adapters that the worker should load, if they differ from the adapters that were sent before. The
-        same adapters are sent again if the catalog's `revision` is new and the worker reports other adapters, because
-        another gateway may have sent the worker an older catalog. Does nothing for a worker that cannot load
-        adapters."""
+        """Send the worker the adapters that it should load, unless the last sent adapters are equal.
+
+        Equal adapters are sent again if the catalog's `revision` is new and the worker reports other adapters,
+        because another gateway may have sent the worker an older catalog. Does nothing for a worker that cannot
+        load adapters.
+        """
         if not self.supported:
             return
         sent = self._sent

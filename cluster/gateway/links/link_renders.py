@@ -52,7 +52,7 @@ class LinkRenders:
 
     @property
     def has_room(self) -> bool:
-        """Whether the worker can take another chat now."""
+        """Whether another chat can be sent to the worker now: fewer than MAX_OUTSTANDING chats are outstanding."""
         return len(self._outstanding) < MAX_OUTSTANDING
 
     def start(self, chat: bytes, max_tokens: int, timeout_s: float) -> asyncio.Future[RenderedPrompt]:

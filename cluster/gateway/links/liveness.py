@@ -59,7 +59,7 @@ class Waking:
         self._counts_s = rest_s + LATE_S
 
     def at(self, now: float) -> float:
-        """Return the waking time at the monotonic time `now`."""
+        """Return this clock's time, which leaves out late wake-ups, at the monotonic time `now`."""
         return self._waked + min(max(now - self._since, 0.0), self._counts_s)
 
     def rest(self, now: float, rest_s: float) -> None:
@@ -68,7 +68,8 @@ class Waking:
 
 
 class LinkLiveness:
-    """Failure detection for one connection (epoch) of one worker. `now` is always waking time."""
+    """Failure detection for one connection (epoch) of one worker. Each parameter `now` is waking time: seconds that
+    exclude the time in which the gateway itself did not run."""
 
     def __init__(self, now: float, hang_s: float, silence_s: float) -> None:
         """`hang_s`: minimum time, in seconds, before an inactive worker is suspected. `silence_s`: seconds of silence
@@ -93,7 +94,8 @@ class LinkLiveness:
 
     @property
     def silent_since(self) -> float:
-        """Waking time at which the last message or beat arrived."""
+        """Time at which the last message or heartbeat arrived. It is in seconds of a clock that stands still while the
+        gateway does not run."""
         return self._heard
 
     def record_load(self, load: EngineLoad, now: float) -> None:
@@ -134,12 +136,13 @@ class LinkLiveness:
 
     @property
     def due(self) -> float:
-        """Waking time at which the worker will be suspected if nothing more arrives from it."""
+        """Time at which the worker will be suspected if nothing more arrives from it. Times are in waking time (see
+        `Waking`)."""
         return min(since + bound_s for _, since, bound_s in self._obligations())
 
     def _obligations(self) -> Iterator[tuple[str, float, float]]:
-        """Yield what the worker must do, as tuples: the reason of the suspicion if it is not done, the waking time
-        since which it is due, and the seconds allowed."""
+        """Yield what the worker must do now. Each is a tuple: the reason of the suspicion if the worker does not do it,
+        the time since which it is due, and the seconds allowed. The time is on the clock of `Waking`."""
         bound_s = self.bound_s
         yield "silent", self._heard, bound_s if self._beats else self._silence_s
         if self._stuck_with.running:

@@ -54,8 +54,8 @@ class PeerIdentity:
         return not self._by_certificate or CONTROLLER in uris_of(certificate)
 
     def is_replayed(self, identity: WorkerIdentity, epoch: int) -> bool:
-        """Return whether this start of the worker's process has already used this epoch or a later one. Also remembers
-        the epoch."""
+        """Return whether this start of the worker's process has already used this epoch (connection number) or a later
+        one. Also remembers the epoch."""
         last = self._epochs.pop(identity.incarnation, -1)
         self._epochs[identity.incarnation] = max(last, epoch)
         if len(self._epochs) > MOST_REMEMBERED:
@@ -82,8 +82,8 @@ class LinkPeer:
             await self._refuse(wanted)
 
     async def require_model(self, model: str, wanted: str = "") -> None:
-        """Abort the stream if the peer may not be a worker of the model. `wanted`: the name that the error reports as
-        missing in the certificate; by default the URI of the model."""
+        """Abort the stream if the peer's certificate does not allow it to serve the model. `wanted`: the name that the
+        error reports as missing in the certificate; by default the URI of the model."""
         if not self._identity.may_serve(self._certificate, model):
             await self._refuse(wanted or model_uri(model))
 

@@ -33,7 +33,8 @@ SMOOTH = 1 / 8
 
 
 class PrefillPacing:
-    """The prefill pacing of one gateway's requests at one worker."""
+    """Count of the prompt tokens that one gateway's requests let wait for the steps of one worker, and the upper bound
+    of this count."""
 
     __slots__ = (
         "_accepted",
@@ -85,8 +86,9 @@ class PrefillPacing:
         self._count(-tokens, resumed)
 
     def begin_step(self) -> bool:
-        """Stop counting the tokens that the next step will compute: tokens of requests that the engine has accepted, up
-        to the step's capacity. Returns False if no request was accepted."""
+        """Record the beginning of a step. The tokens that the step computes no longer count as waiting. These are
+        tokens of requests that the engine has accepted, up to the step's capacity. Returns False if no request was
+        accepted."""
         if not self._accepted:
             return False
         capacity = self._max_tokens

@@ -37,11 +37,12 @@ class StartingWorkers:
         self._workers: dict[int, StartingWorker] = {}
 
     def new_stream(self) -> int:
-        """Return the number of a new stream."""
+        """Return an unused number for a new stream."""
         return next(self._numbers)
 
     def report(self, stream: int, message: pb.StartingWorker) -> None:
-        """Record a report. Raises ValueError for a report that cannot be exported as metrics."""
+        """Record the report of a starting worker. `stream`: the stream on which the report arrived. Raises ValueError
+        for a report that cannot be exported as metrics."""
         if not message.worker_id or not message.model:
             raise ValueError("worker_id and model must not be empty")
         texts = (message.worker_id, message.model, message.pod, message.host, message.gpu)

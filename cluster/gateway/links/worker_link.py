@@ -338,7 +338,8 @@ class WorkerLink:
         self.load = load
 
     def apply_beat(self, beat: pb.WorkerBeat, now: float) -> None:
-        """Apply a heartbeat. `now`: the waking time of the gateway, see liveness.Waking."""
+        """Apply a heartbeat. `now`: the time by liveness.Waking, a clock that does not count the gateway's own
+        delays."""
         self._set_load(codec.load_from_pb(beat.load))
         self.liveness.record_beat(self.load, beat.acked_seq, beat.sent_seq, now)
 

@@ -35,7 +35,8 @@ class ModelAccess:
         """Cached results of `adapters_of`, keyed by the tenant's name and the model patterns of its policy."""
 
     def update(self, entry: CatalogEntry) -> None:
-        """Apply the name and aliases of a new catalog entry, and a change of the adapters."""
+        """Apply the name and aliases of a changed catalog entry, and forget cached results, because adapters may have
+        changed."""
         self._names = (entry.name, *entry.aliases)
         self._open_adapters.clear()
 

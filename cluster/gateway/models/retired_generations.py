@@ -17,7 +17,8 @@ departed workers."""
 
 
 class RetiredGenerations:
-    """The remembered retired generations of one model. They show which sequences can no longer resume and must end."""
+    """The generations of one model's workers (one generation for each deployment) that the catalog has retired. They
+    show which sequences can no longer resume and must end."""
 
     def __init__(self) -> None:
         self._retired: dict[str, None] = {}
@@ -36,11 +37,13 @@ class RetiredGenerations:
                 self._retired.pop(link.identity.generation, None)
 
     def joined(self, link: WorkerLink) -> None:
-        """Forget the compatibility key of a new worker, since sequences with this key can resume on this worker."""
+        """Record that a worker has joined: sequences with its compatibility key can resume again, so the key is
+        forgotten."""
         self._departed.pop(link.compatibility_key, None)
 
     def left(self, link: WorkerLink) -> None:
-        """Remember the compatibility key of a worker that has left, if its generation was retired."""
+        """Remember the compatibility key of a worker that has left, if the worker's deployment generation was
+        retired."""
         if link.identity.generation in self._retired:
             _remember(self._departed, link.compatibility_key)
 

@@ -55,27 +55,27 @@ class LocalLimits:
         self._clock = clock
 
     async def reserve(self, policy: TenantPolicy, ask: ReservationRequest) -> Granted | LimitRefusal:
-        """See LimitsPort."""
+        """Implements `LimitsPort.reserve`."""
         return self._limiter.reserve(policy, ask, self._clock(), time.time())
 
     async def charge(self, policy: TenantPolicy, requests: int, tokens: int) -> LimitRefusal | None:
-        """See LimitsPort."""
+        """Implements `LimitsPort.charge`."""
         return self._limiter.charge(policy, requests, tokens, self._clock(), time.time())
 
     async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
-        """See LimitsPort."""
+        """Implements `LimitsPort.top_up`."""
         return self._limiter.top_up(policy, call_id, output_tokens, self._clock(), time.time())
 
     async def settle(self, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
-        """See LimitsPort."""
+        """Implements `LimitsPort.settle`."""
         self._limiter.settle(call_id, prompt_tokens, output_tokens, self._clock(), time.time())
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
-        """See LimitsPort. A restarted gateway continues from the sums in the ledger."""
+        """Implements `LimitsPort.spent`. A restarted gateway continues from the sums in the ledger."""
         self._limiter.spent(today, month, epoch_s)
 
     def sweep(self) -> None:
-        """See LimitsPort."""
+        """Implements `LimitsPort.sweep`."""
         self._limiter.sweep(self._clock())
 
     def __repr__(self) -> str:

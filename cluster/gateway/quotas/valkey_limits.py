@@ -96,8 +96,8 @@ class ValkeyStore:
         await self._redis.aclose()
 
     async def ask(self, tenant: str, operation: str, *arguments: float) -> Sequence[float] | None:
-        """Run an operation of the script for a tenant and return the numbers in the reply. Returns None while the store
-        is unreachable; if this is known already, returns at once."""
+        """Run an operation of the script for a tenant and return the numbers in the reply. Returns None if the store is
+        unreachable, and at once if that is already known."""
         if self.degraded:
             return None
         try:
@@ -218,11 +218,11 @@ class ValkeyLimits:
 
     @property
     def degraded(self) -> bool:
-        """See LimitsPort."""
+        """Implements `LimitsPort.degraded`."""
         return self.store.degraded
 
     async def reserve(self, policy: TenantPolicy, ask: ReservationRequest) -> Granted | LimitRefusal:
-        """See LimitsPort. Raises ValueError for a call id that already has a reservation."""
+        """Implements `LimitsPort.reserve`. Raises ValueError for a call id that already has a reservation."""
         now, epoch_s = time.monotonic(), time.time()
         if self._mirror.has_reservation(ask.call_id):
             raise ValueError(f"call {ask.call_id!r} already has a reservation")
@@ -242,7 +242,7 @@ class ValkeyLimits:
         return Granted(*_uses(policy.limits, reply[4:8]))
 
     async def charge(self, policy: TenantPolicy, requests: int, tokens: int) -> LimitRefusal | None:
-        """See LimitsPort."""
+        """Implements `LimitsPort.charge`."""
         now, epoch_s = time.monotonic(), time.time()
         weighted = self._weights.sum(tokens, 0)
         reply = await self.store.ask(policy.name, "charge", weighted, tokens, *_in_order(policy.limits), requests)
@@ -257,7 +257,7 @@ class ValkeyLimits:
         return None
 
     async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
-        """See LimitsPort. The store is called only if the reservation is used up."""
+        """Implements `LimitsPort.top_up`. The store is called only if the reservation is used up."""
         held = self._held.get(call_id)
         if held is None or output_tokens < held.output_tokens:
             return True
@@ -281,7 +281,7 @@ class ValkeyLimits:
         return bool(go)
 
     async def settle(self, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
-        """See LimitsPort. Idempotent. Unknown call ids are ignored."""
+        """Implements `LimitsPort.settle`. Idempotent. Unknown call ids are ignored."""
         held = self._held.pop(call_id, None)
         if held is None:
             return
@@ -300,11 +300,11 @@ class ValkeyLimits:
             self._owe(held.tenant, plain)
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
-        """See LimitsPort. Only the mirror is updated, since the store keeps its own sums."""
+        """Implements `LimitsPort.spent`. Only the mirror is updated, since the store keeps its own sums."""
         self._mirror.spent(today, month, epoch_s)
 
     def sweep(self) -> None:
-        """See LimitsPort."""
+        """Implements `LimitsPort.sweep`."""
         self._mirror.sweep(time.monotonic())
 
     def __repr__(self) -> str:
@@ -341,7 +341,7 @@ class ValkeyLimits:
 
 
 def _in_order(limits: TenantLimits) -> list[int]:
-    """Return a tenant's limits in the order that the script expects; -1 means no limit."""
+    """Return a tenant's limits in the order in which the Lua script expects them; -1 means no limit."""
     values = [cast("int | None", getattr(limits, limit.value)) for limit in _ORDER]
     return [-1 if value is None else value for value in values]
 
@@ -357,9 +357,12 @@ def _uses(limits: TenantLimits, sums: Sequence[float]) -> tuple[LimitUse | None,
 
 
 def _refusal(limits: TenantLimits, reply: Sequence[float], plain: int, weighted: int, epoch_s: float) -> LimitRefusal:
-    """Return the refusal that the script's reply describes. `reply`: index of the limit in _ORDER, from 1; how much of
-    the limit is used; seconds until a retry; seconds until the reset; then the `sums` that `_uses` takes. `plain`: the
-    call's number of tokens. `weighted`: the same number with the weights of prompt and output tokens applied."""
+    """Return the refusal that the Lua script's reply describes.
+
+    `reply`: the index of the limit in `_ORDER`, from 1; how much of the limit is used; seconds until a retry;
+    seconds until the reset; then the four values that `_uses` takes. `plain`: the call's number of tokens.
+    `weighted`: the number of tokens with the weights of prompt and output tokens applied.
+    """
     name = _ORDER[int(reply[0]) - 1]
     limit = cast(int, getattr(limits, name.value))
     used, retry_s, reset_s = int(reply[1]), reply[2], reply[3]

@@ -42,7 +42,7 @@ class ResumeTerms(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ResumeClaim:
-    """The result of a successful claim."""
+    """A successful claim on a resume: the number of the resume, and the terms on which it runs."""
 
     generation: int
     terms: ResumeTerms
@@ -53,7 +53,8 @@ class ResumeClaim:
 
 
 class ResumeClaims:
-    """Makes the resume claims of one gateway, in the store that all gateways share."""
+    """Claims resumes of calls for one gateway. A claim decides, once for all gateways, the number of a resume and who
+    pays for the prompt. The claims are in the store that all gateways share."""
 
     def __init__(self, first_claims: FirstClaims, gateway: str) -> None:
         self._first_claims = first_claims
@@ -87,9 +88,9 @@ class ResumeClaims:
         raise CallError(Outcome.RESUME_EXPIRED, f"the call {TOO_OFTEN}")
 
     def _terms(self, maker: Maker, first: bool, given_up: bool) -> ResumeTerms:
-        """Return the terms of a resume (who pays for the prompt). `maker`: the gateway that made the presented tokens.
-        `first`: whether this is the first resume from tokens of this generation. `given_up`: whether that gateway has
-        given the call up."""
+        """Return the terms of a resume, which decide who pays for the prompt. `maker`: the gateway that made the resume
+        tokens that the client presented, with its generation (number of resumes). `first`: whether this is the first
+        resume from tokens of that generation. `given_up`: whether the gateway in `maker` has given the call up."""
         if not maker.gateway:
             return ResumeTerms.FREE
         if not first:
@@ -104,7 +105,8 @@ class ResumeClaims:
         await self._first_claims.claim_first(_given_up_name(call_id, generation), lasts_s)
 
     async def close(self, call_id: str, generation: int, lasts_s: float) -> None:
-        """Prevent all further resumes of a call. Raises CallError."""
+        """Prevent all further resumes of a call, for all gateways. `generation`: number of the call's last resume.
+        `lasts_s`: how long the store remembers this, in seconds. Raises CallError."""
         names = (_generation_name(call_id, generation + number) for number in range(1, MOST_RESUMPTIONS + 1))
         await asyncio.gather(*(self._first_claims.claim_first(name, lasts_s) for name in names))
 

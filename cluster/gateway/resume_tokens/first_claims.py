@@ -56,7 +56,7 @@ class FileFirstClaims:
         self._batcher = Batcher(self._claim_all)
 
     async def claim_first(self, name: str, expires_s: float) -> bool:
-        """See FirstClaims."""
+        """Implements `FirstClaims.claim_first`."""
         return await self._batcher((name, expires_s))
 
     async def _claim_all(self, requested: Sequence[Requested]) -> Sequence[bool]:
@@ -91,7 +91,7 @@ class LedgerFirstClaims:
         self._batcher = Batcher(self._claim_all)
 
     async def claim_first(self, name: str, expires_s: float) -> bool:
-        """See FirstClaims."""
+        """Implements `FirstClaims.claim_first`."""
         return await self._batcher((name, expires_s))
 
     async def _claim_all(self, requested: Sequence[Requested]) -> Sequence[bool]:
@@ -106,7 +106,7 @@ class LedgerFirstClaims:
 
 
 class StoreFirstClaims:
-    """First claims in the limits store, or in another store while the limits store is unavailable."""
+    """Decides first claims in the limits store. While the limits store is unavailable, another store decides."""
 
     def __init__(self, first: Callable[[str, float], Awaitable[bool | None]], otherwise: FirstClaims) -> None:
         """`first(name, expires_s)`: claims a name in the limits store. Returns whether the claim was the first; None if
@@ -115,6 +115,6 @@ class StoreFirstClaims:
         self._otherwise = otherwise
 
     async def claim_first(self, name: str, expires_s: float) -> bool:
-        """See FirstClaims."""
+        """Implements `FirstClaims.claim_first`."""
         is_first = await self._first(name, expires_s)
         return await self._otherwise.claim_first(name, expires_s) if is_first is None else is_first

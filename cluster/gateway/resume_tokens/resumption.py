@@ -87,8 +87,8 @@ class ResumeService:
         self._cannot_seal = False
 
     def _sealer(self) -> Envelopes | None:
-        """Return the object that seals and opens tokens. None if there is no secret and no secret can be made; then
-        streams carry no tokens."""
+        """Return the object that seals and opens resume tokens. None if there is no secret and no secret can be made;
+        then streams carry no resume tokens."""
         if self._envelopes is None and not self._cannot_seal:
             from cluster.ledger.usage.sealed_records import Envelopes  # imported only by gateways that seal
 

@@ -182,8 +182,8 @@ class TokenChain:
 
 
 def digest_of(sealed: bytes) -> bytes:
-    """Return the digest of a token, which the next token holds. A short digest is safe: only gateways make tokens, so a
-    caller cannot search for two tokens with the same digest."""
+    """Return the digest of a resume token. The call's next resume token contains this digest. A short digest is safe:
+    only gateways make tokens, so a caller cannot search for two tokens with the same digest."""
     return hashlib.sha256(sealed).digest()[:DIGEST_BYTES]
 
 
@@ -197,7 +197,7 @@ def encode(
     number: int, expires_s: int, before: bytes, choices: Sequence[Choice], more: Mapping[str, Any] | None = None
 ) -> bytes:
     """Return the content of a resume token, which the caller must then seal. `before`: digest of the previous token.
-    `more`: the fields of the JSON object."""
+    `more`: further fields, stored as a JSON object at the end."""
     parts = [_HEAD.pack(number, expires_s, before, len(choices))]
     for choice in choices:
         count = len(choice.token_ids)
@@ -244,7 +244,7 @@ def head_json(head: CallHead) -> dict[str, Any]:
 
 
 def compatibility_json(key: CompatibilityKey) -> list[str]:
-    """Return one entry of a token's JSON field "likeness"."""
+    """Return a compatibility key as an entry of the JSON field "likeness" of a resume token."""
     return [key.weight_digest, key.bundle_digest, key.engine_class]
 
 

@@ -114,7 +114,7 @@ class ResumeTokens:
         return Maker(self._gateway, self.generation, self.silent, progressed)
 
     def text(self, text: str) -> bytes:
-        """Return the token for a chunk that holds only `text`, which belongs to choice 0."""
+        """Return the resume token for a chunk that holds only `text`, which belongs to choice 0."""
         sequence = self._sequences[0]
         ids, shown, delivered = sequence.emitted, sequence.pieces.shown, self._delivered[0]
         if (

@@ -28,8 +28,8 @@ class AdapterChecks:
     def __init__(
         self, queued: Callable[[], Sequence[CallSequence]], check: Callable[[CallSequence], None], most: int = MOST
     ) -> None:
-        """`queued`: returns the queued sequences. `check`: checks one sequence. `most`: number of sequences in a
-        slice."""
+        """`queued`: returns the queued sequences. `check`: checks one sequence. `most`: maximum number of sequences
+        that are checked at once (a slice)."""
         self._queued = queued
         self._check = check
         self._most = most

@@ -30,7 +30,7 @@ log = structlog.get_logger("dispatch")
 
 
 class Executor:
-    """The executor of one gateway, for all models."""
+    """Carries out the instructions of one gateway's scheduling policy, for all models."""
 
     def __init__(
         self,

@@ -75,8 +75,8 @@ class Hedges:
     # ---- reports of the scheduler
 
     def sent(self, sequence: CallSequence, link: WorkerLink, cached_tokens: int, now: float) -> None:
-        """Watch a sequence that was sent to a worker, if it can be hedged. `cached_tokens`: number of prompt tokens
-        that the worker is expected to hold."""
+        """Watch a sequence that was sent to a worker, if a second worker may get it too when it is late.
+        `cached_tokens`: number of prompt tokens that the worker is expected to hold."""
         call = sequence.call
         if sequence.state is not State.SENT or len(call.sequences) > 1 or call.is_resumed:
             return
@@ -117,7 +117,7 @@ class Hedges:
     # ---- time
 
     async def watch(self) -> None:
-        """Send late sequences to second workers. Runs until cancelled."""
+        """Send each sequence whose first token is late to a second worker too. Runs until cancelled."""
         while True:
             self._earlier.clear()
             self._wakes_at = self.policy.next_due
@@ -170,7 +170,8 @@ class Hedges:
         self._caches.expect(link, sequence.key, sequence.request, now)
 
     def _candidates(self, sequence: CallSequence, now: float) -> list[Candidate]:
-        """Return the workers on which a sequence would give the same answer as on its first worker."""
+        """Return the workers to which a late sequence may be sent too, because they would give the same answer as its
+        first worker."""
         begun, model = sequence.life.compatibility, sequence.call.model
         return [
             candidate

@@ -39,8 +39,8 @@ class SequencePump:
 
     def send_resumed(self, name: str, sequences: Sequence[ResumingSequence]) -> None:
         """Try to send only these sequences of a model, because nothing else has changed. After the loss of a gateway or
-        worker many sequences are requeued one by one. If each of them made the whole queue be tried, the cost would be
-        quadratic."""
+        worker, many sequences are requeued one by one. Trying the whole queue after each of them would take quadratic
+        time."""
         self._executor.carry_out(self._policy.assign_resumed(name, sequences, self._clock()))
         self._backlogs.changed(name)
 

@@ -42,7 +42,8 @@ class Queues:
         """Number of prompt tokens of the sequences that have arrived, by model."""
 
     def count(self, model: str, sequences: Sequence[CallSequence]) -> None:
-        """Count sequences as demand for a model."""
+        """Add sequences to the counts of arrived sequences and of their prompt tokens, which are the demand for a
+        model."""
         self.arrived[model] += len(sequences)
         self.arrived_tokens[model] += sum(len(sequence.request.prompt_token_ids) for sequence in sequences)
 

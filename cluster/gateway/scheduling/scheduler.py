@@ -287,7 +287,7 @@ class Scheduler:
                 self.queues.tally.record_output(place, len(sequence.emitted))
 
     def take_over(self, call: Call, generation: int) -> None:
-        """Send all workers the number of a resume (generation) that this gateway has taken over. The workers then end
-        the call's sequences of earlier generations."""
+        """Report to all workers of the model that this gateway has taken over a call by a resume. `generation`: the
+        number of the resume. The workers then end the call's sequences of earlier generations."""
         for link in self._links(call.model):
             link.box.takeover(call.shown_id, generation)

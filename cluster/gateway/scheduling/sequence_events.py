@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 class SequenceEvents:
-    """The handler of one gateway, for all models. Implements calls.sequences.owner.CallEvents."""
+    """The scheduler's handler of sequence events in one gateway, for all models. Implements
+    calls.sequences.owner.CallEvents."""
 
     def __init__(
         self,
@@ -129,5 +130,6 @@ class SequenceEvents:
         self._queues.settle(sequence)
 
     def hedge_ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:
-        """Record that one of the two workers of a hedged sequence has dropped out. See CallEvents."""
+        """Record that one of the two workers to which a hedged sequence was sent has dropped out. See CallEvents for
+        the parameters."""
         self._hedges.ended(sequence, won, computed_by)

@@ -39,8 +39,8 @@ class _Charge:
 
 
 class ServiceCharges:
-    """The service charges of one gateway. Tenants are identified by their handles, the names by which workers know
-    them."""
+    """Charges each tenant's fair-share account for the tokens that the tenant is served, on one gateway. Tenants are
+    identified by their handles, the names by which workers know them."""
 
     def __init__(self, ranks: Mapping[str, int], metrics: Metrics) -> None:
         """`ranks`: the rank of each priority class. An unknown class gets the last rank."""
@@ -57,7 +57,7 @@ class ServiceCharges:
         self._gone: dict[tuple[str, str], float] = {}
 
     def weight_of(self, tenant: str) -> float:
-        """Return the weight of a tenant, given by its handle; 1 if unknown."""
+        """Return the weight of a tenant; 1 if the tenant is unknown. `tenant`: the tenant's handle."""
         return self._weights.get(tenant, 1.0)
 
     def rank_of(self, priority_class: str) -> int:

@@ -117,7 +117,7 @@ class WorkerCaches:
         self._due[name] = None
 
     def _apply_due(self) -> None:
-        """Apply one batch of reports. The workers with due reports take turns."""
+        """Apply one batch of a worker's reports of KV blocks. The workers whose reports are due take turns."""
         name = next(iter(self._due))
         try:
             if (unapplied := self._unapplied.get(name)) is not None:
@@ -148,8 +148,8 @@ class WorkerCaches:
         index.store(worker, change.stored)
 
     def _apply_small(self, model: str) -> None:
-        """Apply the small reports of some workers of a model now. The next passes of the event loop apply the other
-        reports."""
+        """Apply the small KV block reports of at most APPLIED_AT_ONCE workers of a model now. The next passes of the
+        event loop apply the other reports."""
         if "numpy" not in sys.modules:
             return
         waiting = [each for each in self._unapplied.values() if each.link.identity.model == model]

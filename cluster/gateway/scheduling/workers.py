@@ -203,15 +203,15 @@ class LinkedWorkers:
 
     def _candidate(self, known: KnownModel, link: WorkerLink, now: float, resumed: bool) -> Candidate:
         """Return the present state of a worker, including its circuit breaker. `resumed`: whether the state is for a
-        resumed sequence; only if not, the worker's slowdown is set."""
+        resumed sequence. If so, the worker's slowdown is not read and stays 1."""
         row = None if resumed else self._fleets.fleet(known, now).find(link.identity.worker_id)
         healthy = self._breakers.allows(link.identity.incarnation, now)
         return _read_candidate(known, link, 1.0 if row is None else row.slowdown, healthy, resumed)
 
 
 class _Candidates(Sequence[Candidate]):
-    """A sequence of candidates, each of which is made when it is first accessed. Of a thousand workers only few are
-    accessed."""
+    """A lazy sequence of candidates: each candidate is computed when it is first accessed. Of a thousand workers, only
+    few are accessed."""
 
     def __init__(self, links: Iterable[WorkerLink], read: Callable[[WorkerLink], Candidate]) -> None:
         self._links = list(links)

@@ -75,7 +75,8 @@ class WholeTexts(dict[int, str | None]):
     characters is None. Each entry is computed when the token is first looked up."""
 
     def __init__(self, tokenizer: Tokenizer, unsafe_ids: Collection[int]) -> None:
-        """`unsafe_ids`: ids of added tokens, which may be skipped and do not stand for bytes."""
+        """`unsafe_ids`: token ids whose entry is always None: added tokens, which a detokenizer may skip and which do
+        not stand for bytes."""
         super().__init__()
         self._tokenizer = tokenizer
         self._unsafe_ids = unsafe_ids
@@ -97,10 +98,10 @@ def whole_texts(tokenizer: Tokenizer, unsafe_ids: Collection[int]) -> WholeTexts
 
 
 class Detokenizer:
-    """The text of one sequence. `push` adds the tokens of a step, and `pop_text` returns the text that may be sent.
-    Neither method blocks.
+    """The text of one sequence. `push` adds the tokens of a step, and `pop_text` returns the text that may be
+    sent. Neither method blocks.
 
-    `token_ids`: the output tokens that count. Tokens after a stop string are removed from the list.
+    `token_ids`: the output tokens. Tokens after a stop string are removed from the list.
     """
 
     __slots__ = (

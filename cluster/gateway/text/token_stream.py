@@ -88,8 +88,9 @@ class TokenStream:
         return self._flush_open() if len(self._open) > MAX_OPEN_TOKENS else ""
 
     def _flush_open(self) -> str:
-        """Return the text of the open tokens, which are too many to be one incomplete character. All but the last few
-        are decoded in one piece. The last few pass through a new stream, and those without text stay open there."""
+        """Return the text of the open tokens (tokens without text so far), which are too many to be one incomplete
+        character. All but the last few are decoded in one piece. The last few are decoded by a new stream, and stay
+        open if they have no text."""
         tokens, self._open = self._open, []
         cut = self._cut(tokens)
         self._stream = DecodeStream(skip_special_tokens=self._skip_special)
@@ -111,8 +112,8 @@ class TokenStream:
         return text
 
     def _recover(self, token_id: int, error: Exception) -> str | None:
-        """Return the text of a token on which the stream has failed with `error`, if the error is known to be harmless.
-        Raises any other `error`."""
+        """Handle `error`, with which the stream has failed on a token. Returns the text of the token if the stream can
+        continue, and None if the token id is invalid. Raises any other error."""
         if isinstance(error, (OverflowError, TypeError)):  # not a token id at all
             return None
         if not str(error).startswith(INVALID_PREFIX):

@@ -26,8 +26,9 @@ CHARS_PER_INPUT: Final = 64
 
 
 class TextModel:
-    """The tokenizer and chat templates of one model. Create with `from_bundle`. The methods of `codec` do the work at
-    once. The coroutines of this class do the same work, but off the event loop if the text is long."""
+    """The tokenizer and chat templates of one model. Create with `from_bundle`. The methods of the attribute `codec` do
+    the work on the calling thread. The coroutines of this class do the same work, but off the event loop if the text is
+    long."""
 
     def __init__(self, files: BundleFiles, codec: TextCodec, pool: EncodingPool | None = None) -> None:
         """`files`: the bundle of `codec`. `pool`: the helper processes for long texts. If None, long texts are
@@ -159,8 +160,9 @@ class TextModel:
 
 
 def _chars_of_packed(prompt: PackedPrompt) -> int:
-    """Return a length in characters for a packed prompt, by which TextJobs decides where to tokenize the prompt. The
-    length is always large enough for a helper process, since the prompt must be unpacked there."""
+    """Return a length for a packed prompt, as if it were a text of so many characters. Texts above a limit are
+    tokenized in a helper process. The returned length is always above this limit, since a packed prompt must be
+    unpacked there."""
     return max(memoryview(prompt.packed).nbytes, ENCODE_HELPER_CHARS + 1)
 
 

@@ -1,4 +1,4 @@
-"""The parsers with which the workers of one sequence parse its output."""
+"""Check that all workers of a sequence parse its output with the same parsers."""
 
 from __future__ import annotations
 

@@ -206,8 +206,8 @@ class Accounting:
             self._close(account)
 
     def _write_unopened(self, link: WorkerLink, report: EndedUsage) -> None:
-        """Write the record for a report without an open account at this gateway. The report is about a replica's idle
-        time or about a call of a lost gateway."""
+        """Write the usage record for a worker's report that belongs to no open account at this gateway. Such a report
+        is about a replica's idle time, or about a call of a lost gateway."""
         if report.idle_id:
             record = _idle_record(link.identity, report)
         else:

@@ -105,8 +105,8 @@ class CallAccount:
 
 
 def counts_prompt(record: OpenRecord) -> bool:
-    """Return whether a record counts a prompt. The record of a call's first output does, and so does every record of a
-    pooling call."""
+    """Return whether a usage record counts the prompt of its call. Of a call with several outputs, only the record of
+    the first output counts it. Every record of a pooling call counts its prompt."""
     return record.prompt_tokens > 0 or record.segment % SEGMENTS_PER_RESUME == 0
 
 

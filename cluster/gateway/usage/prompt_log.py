@@ -50,7 +50,7 @@ class _Ended:
 
 
 class PromptLog:
-    """The prompt log of one gateway process."""
+    """Writes the prompts and outputs of a gateway process to files, for tenants whose policy sets `log_prompts`."""
 
     def __init__(
         self, folder: Path, policies: Policies, days: int, metrics: Metrics, wall: Callable[[], float] = time.time

@@ -30,7 +30,8 @@ PolicyOf = Callable[[str, Mapping[str, Any]], TenantPolicy]
 class TenantService(Protocol):
     """Operations on tenants and keys. Every operation may raise LedgerError or a subclass of LedgerError.
 
-    The keys of `changes` and `own` are field names of the configuration. The value None removes a field.
+    In the parameters `changes` and `own`, the keys are field names of a tenant in the configuration. The value None
+    removes a field.
     """
 
     def create_tenant(self, name: str, own: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
@@ -70,7 +71,8 @@ class TenantService(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """The actor and the source of an operation, which the audit log records."""
+    """The originator of an operation (`actor`) and the place that the request came from (`source`), as the audit log
+    records them."""
 
     actor: str
     source: str = ""
@@ -168,7 +170,7 @@ class LedgerTenantService:
         request_id: str = "",
         validate_only: bool = False,
     ) -> StoredTenant:
-        """See TenantService.
+        """Implements `TenantService.create_tenant`.
 
         With `request_id`, the request may be a retry: if the tenant exists already with the same policy, return it.
         """
@@ -199,7 +201,7 @@ class LedgerTenantService:
             raise LedgerError(f"class: {name!r} must be one of {', '.join(sorted(self._classes))}")
 
     def get_tenant(self, name: str) -> StoredTenant:
-        """See TenantService."""
+        """Implements `TenantService.get_tenant`."""
         return self._ledger.tenants.get(name)
 
     def tenants(self, after: str = "") -> Iterator[StoredTenant]:
@@ -217,7 +219,8 @@ class LedgerTenantService:
         whole: Collection[str] = (),
         validate_only: bool = False,
     ) -> StoredTenant:
-        """See TenantService. `whole` names fields, such as `limits`, that are replaced instead of merged key by key."""
+        """Implements `TenantService.update_tenant`. `whole` names fields, such as `limits`, that are replaced instead
+        of merged key by key."""
 
         def operation() -> StoredTenant:
             if not changes:
@@ -231,7 +234,7 @@ class LedgerTenantService:
         )
 
     def suspend_tenant(self, name: str, suspended: bool, *, reason: str = "") -> StoredTenant:
-        """See TenantService."""
+        """Implements `TenantService.suspend_tenant`."""
         action = "tenants.suspend" if suspended else "tenants.resume"
         if suspended:
             require_reason(reason)
@@ -240,7 +243,7 @@ class LedgerTenantService:
         )
 
     def delete_tenant(self, name: str, *, erase: bool = False, reason: str = "", validate_only: bool = False) -> int:
-        """See TenantService."""
+        """Implements `TenantService.delete_tenant`."""
         require_reason(reason)
         if erase:
             # the audit event keeps the actor and the reason, but not the tenant's name
@@ -276,7 +279,7 @@ class LedgerTenantService:
         request_id: str = "",
         validate_only: bool = False,
     ) -> NewKey:
-        """See TenantService. A repeated `request_id` creates no second key."""
+        """Implements `TenantService.create_key`. A repeated `request_id` creates no second key."""
 
         def operation() -> NewKey:
             self._require_grant(role)
@@ -295,13 +298,13 @@ class LedgerTenantService:
         )
 
     def keys(self, tenant: str) -> list[StoredKey]:
-        """See TenantService."""
+        """Implements `TenantService.keys`."""
         return self._ledger.keys.list(tenant)
 
     def rotate_key(
         self, tenant: str, key_id: str, *, overlap_s: float, expires_at: float | None = None, reason: str = ""
     ) -> NewKey:
-        """See TenantService."""
+        """Implements `TenantService.rotate_key`."""
 
         def operation() -> NewKey:
             self._require_grant(self._ledger.keys.get(tenant, key_id).role)
@@ -310,7 +313,7 @@ class LedgerTenantService:
         return self._audit.run("keys.rotate", f"tenants/{tenant}/keys/{key_id}", tenant, reason, operation)
 
     def revoke_key(self, tenant: str, key_id: str, *, reason: str = "") -> StoredKey:
-        """See TenantService."""
+        """Implements `TenantService.revoke_key`."""
         require_reason(reason)
 
         def operation() -> StoredKey:

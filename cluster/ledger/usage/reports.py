@@ -56,27 +56,27 @@ class LedgerUsageReports:
         self._objectives = objectives
 
     def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
-        """See UsageReports."""
+        """Implements `UsageReports.usage`."""
         rates = rates or self._rates
         if cost and rates is None:
             raise LedgerError("cost: no rates are configured: set the configuration's cost section")
         return self.ledger.usage.query(wanted, rates if cost else None)
 
     def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
-        """See UsageReports."""
+        """Implements `UsageReports.records`."""
         after = None
         while page := self.ledger.usage.records(wanted, after=after, limit=PAGE):
             yield from page
             after = (page[-1].opened_at_s, page[-1].record_id)
 
     def slo(self, wanted: UsageQuery, objectives: SloObjectives | None = None) -> list[SloSum]:
-        """See UsageReports."""
+        """Implements `UsageReports.slo`."""
         return self.ledger.slo.query(wanted, self._objectives() if objectives is None else objectives)
 
     def audit(
         self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0
     ) -> Iterator[dict[str, Any]]:
-        """See UsageReports."""
+        """Implements `UsageReports.audit`."""
         before = None
         while page := self.ledger.audit.list(tenant=tenant, equal=equal, since_s=since_s, before=before, limit=PAGE):
             yield from page

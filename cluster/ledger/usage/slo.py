@@ -19,7 +19,8 @@ from cluster.ledger.usage.usage import IDLE_TENANT, conditions
 
 
 class SloTable:
-    """Judges the calls in the usage table of one database."""
+    """Counts, in the usage table of one database, the calls that met and the calls that missed the SLO of their
+    model."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

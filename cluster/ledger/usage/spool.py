@@ -51,7 +51,7 @@ def encode(record: UsageRecord) -> bytes:
 
 
 def decode(line: bytes) -> UsageRecord:
-    """Decode a line, given without the newline. Raises ValueError."""
+    """Decode a line of the spool into a usage record. `line` is without its newline. Raises ValueError."""
     checksum, _, body = line.partition(b" ")
     if len(checksum) != 8 or int(checksum, 16) != zlib.crc32(body):
         raise ValueError("the checksum does not match")

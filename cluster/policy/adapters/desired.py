@@ -17,7 +17,8 @@ T = TypeVar("T")
 
 
 class DesiredSet(Generic[T]):
-    """The desired set: its `revision` and its `value`, which is `initial` before the first set is received."""
+    """The set of adapters that a worker should have: its `revision` and its `value`, which is `initial` before the
+    first set is received."""
 
     def __init__(self, initial: T) -> None:
         self.revision = -1

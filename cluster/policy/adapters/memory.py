@@ -94,8 +94,8 @@ class AdapterMemory:
         return next((digest for digest in self._held if digest not in self.pinned), None)
 
     def has_place_for(self, digest: str) -> bool:
-        """Return whether the adapter is held, or could be held once the other adapters are no longer in use. Only
-        pinned adapters, which are never dropped, can leave no place."""
+        """Return whether the memory holds the adapter, or can hold it once no other adapter is in use. The answer is no
+        only if pinned adapters, which are never dropped, fill the memory."""
         kept = sum(held in self.pinned for held in self._held)
         return digest in self._held or kept < self.capacity
 

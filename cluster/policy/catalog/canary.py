@@ -81,8 +81,9 @@ def log_evidence(losses: int, wins: int, chance: float) -> float:
 
 
 def judge(stable: CanaryTally, canary: CanaryTally, *, error_ratio: float, ttft_ratio: float) -> CanaryVerdict:
-    """Return whether the canary must be rolled back, and why. Errors are not tested if `error_ratio` is 0, and TTFT is
-    not tested if `ttft_ratio` is 0."""
+    """Return whether the canary must be rolled back, and why. It must if its calls fail more than `error_ratio` times
+    as often as the stable version's, or if their TTFT is more than `ttft_ratio` times as long. A ratio of 0 switches
+    that test off."""
     threshold = -math.log(ALPHA)
     if error_ratio and canary.errors >= MIN_ERRORS and canary.calls and stable.calls:
         allowed = error_ratio * canary.calls

@@ -1,4 +1,4 @@
-"""Catalog entries of held models. Pure.
+"""Catalog entries of held models. The functions do no I/O.
 
 A model is held while its entry in the catalog file is invalid: the running replicas are left unchanged, and the catalog
 entry for the gateways is derived from these replicas.

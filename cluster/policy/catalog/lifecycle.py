@@ -225,7 +225,13 @@ def entry(
     lost: str = "",
     cold_start_s: float = 0.0,
 ) -> CatalogEntry:
-    """Catalog entry of a model with one version. Workers' reports override values from the model's source."""
+    """Return the catalog entry of a model with one version. Values that workers report replace values from the
+    model's source.
+
+    `seen`: what was observed of the model's application. `reported`: reports of the model's workers. `known`:
+    properties read from the source. `unplaceable`: reason why no replica fits on the nodes. `lost`: reason why
+    a replica was lost. The reasons are "" if there are none.
+    """
     about = known or SourceFacts()
     first = reported[0] if reported else None
     return CatalogEntry(

@@ -188,8 +188,8 @@ def reconcile(
 def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
     """Return the applications that replace the application `old`. `wanted`: the wanted applications of the same model.
 
-    Applications with the version of `old` replace it. If this version is no longer wanted, those with the first wanted
-    version do. Among them, applications that have the GPU type of `old` and want replicas are preferred.
+    These are the applications with the version of `old`. If this version is no longer wanted, they are those with the
+    first wanted version. If some of these want replicas on the GPU type of `old`, only these are returned.
     """
     versions = [want.version for want in wanted]
     version = old.version if old.version in versions else next(iter(versions), "")

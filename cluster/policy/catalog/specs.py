@@ -1,4 +1,5 @@
-"""Conversion of a model spec to JSON, and the digest that decides whether replicas must be restarted. Pure."""
+"""Conversion of a model spec to JSON, and the digest that decides whether replicas must be restarted. All functions are
+pure."""
 
 from __future__ import annotations
 

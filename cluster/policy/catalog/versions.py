@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class VersionOverride:
-    """Override of the catalog file for one version (a mark).
+    """Override of what the catalog file says about one version of a model.
 
     `digest` identifies the replicas that the override applies to. `weight` None: the weight in the file applies.
     `gone`: the reason why the version must not run at all, or "". `quarantined`: the version runs without calls.
@@ -61,10 +61,11 @@ class ReplicaShare:
 def shares(
     stable: tuple[str, str], canary: tuple[str, str, float] | None, marks: Mapping[str, VersionOverride]
 ) -> tuple[ReplicaShare, ...]:
-    """Shares of the calls by version, the stable version first. The weights of all running versions add up to 1.
+    """Return the share of a model's calls that each version gets, the stable version first. The weights of all
+    running versions add up to 1.
 
-    `stable` is the stable version and its digest. `canary` is the canary version, its digest and its weight in the
-    file. `marks` are overrides by version.
+    `stable`: the stable version and its digest. `canary`: the canary version, its digest and its weight in the
+    configuration file. `marks`: operators' overrides, by version.
     """
     version, digest = stable
     own = marks.get(version)
@@ -101,16 +102,17 @@ def replicas_of(total: int, parts: Sequence[ReplicaShare]) -> dict[str, int]:
 
 
 def total_for(replicas: int, parts: Sequence[ReplicaShare]) -> int:
-    """Return the smallest `total` for which the numbers from `replicas_of` add up to at least `replicas`."""
+    """Return the smallest argument `total` with which `replicas_of` assigns at least `replicas` replicas to all
+    versions together."""
     return next((n for n in range(replicas + 1) if sum(replicas_of(n, parts).values()) >= replicas), replicas)
 
 
 def over_types(replicas: int, capacities: Sequence[int], there: Sequence[int] = ()) -> tuple[int, ...]:
-    """Divide `replicas` over the types of GPU, which are in order of preference. Returns the number for each type.
+    """Divide `replicas` over the GPU types. Returns the number for each type.
 
-    `capacities`: number of replicas that fit on each type. `there`: number of existing replicas on each type. Existing
-    replicas keep their type. Other replicas go to the first type with capacity. Replicas that fit on no type are added
-    to the preferred type.
+    `capacities`: number of replicas that fit on each type, the preferred type first. `there`: number of existing
+    replicas on each type, in the same order. Existing replicas keep their type. Other replicas go to the first type
+    with capacity. Replicas that fit on no type are added to the preferred type.
     """
     room = [max(capacity, 0) for capacity in capacities]
     counts, left = [], replicas

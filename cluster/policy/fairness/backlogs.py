@@ -62,7 +62,7 @@ class ModelBacklogs:
             self._flows.change_elsewhere(self._flows.flow(*key), change)
 
     def own(self) -> dict[FlowKey, Backlog]:
-        """Return the backlog of this gateway by tenant and class, to report to the other gateways."""
+        """Return what waits on this gateway, by tenant and priority class, to report it to the other gateways."""
         return {flow.key: Backlog(flow.here, flow.here_service) for flow in self._flows.waiting_here()}
 
     def claimed_turns(self, picks: int = CLAIM_PICKS) -> int:

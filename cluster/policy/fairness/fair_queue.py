@@ -205,7 +205,7 @@ class FairOrder:
         return 0.0 if flow is None else flow.counter
 
     def statistics(self) -> FairStatistics:
-        """Return the current numbers. They do not change later."""
+        """Return a snapshot of the numbers of this order."""
         return FairStatistics(
             flows=len(self._flows),
             backlogged=sum(len(turns.anywhere) for turns in self._flows.classes()),
@@ -239,7 +239,8 @@ def _spread(turns: ClassTurns) -> float:
 
 
 class FairOrders:
-    """Fair orders of one gateway, by model. They and their counters persist while nothing waits."""
+    """The fair orders of one gateway, one for each model. An order and its counters are kept while no sequence
+    waits."""
 
     def __init__(self, make: Callable[[], FairOrder] = FairOrder) -> None:
         self._make = make
@@ -261,8 +262,8 @@ class FairOrders:
             order.sweep(now)
 
     def retain_models(self, models: Iterable[str]) -> None:
-        """Forget the orders of models that are not in `models`. An order with a waiting sequence or an open charge is
-        kept."""
+        """Forget the orders of models that are not in `models`. An order that still has a waiting sequence or an
+        unsettled charge is kept."""
         known = set(models)
         for model, order in list(self._orders.items()):
             statistics = order.statistics()

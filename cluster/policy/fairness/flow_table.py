@@ -41,8 +41,8 @@ class FlowTable:
             self.now = now
 
     def flow(self, rank: int, tenant: str) -> Flow:
-        """Return the queue of a tenant in a class, with the current weight of the tenant. It is created at first
-        use."""
+        """Return the queue of a tenant in a priority class, with the tenant's current weight. The queue is created at
+        first use."""
         turns = self._classes.get(rank)
         if turns is None:
             turns = self._classes[rank] = ClassTurns()
@@ -59,7 +59,7 @@ class FlowTable:
         return None if turns is None else turns.flows.get(tenant)
 
     def classes(self) -> list[ClassTurns]:
-        """All classes, the highest first."""
+        """All priority classes, from the highest priority to the lowest."""
         return [self._classes[rank] for rank in self._ranks]
 
     def waiting_here(self) -> Iterator[Flow]:
@@ -73,10 +73,11 @@ class FlowTable:
         return sum(flow.here_service for r, turns in self._classes.items() if r < rank for flow in turns.here.flows())
 
     def head(self, loss_of: LossOf | None = None) -> WaitingSequence | None:
-        """Return the next sequence, or None if nothing waits.
+        """Return the sequence whose turn is next, or None if nothing waits.
 
-        In the highest waiting class, the flow with the least counter has its turn. Its first sequence is returned, or
-        with `loss_of` the one that warm_order.py chooses.
+        The turn goes to the highest waiting class, and in this class to the flow with the lowest counter. Without
+        `loss_of`, the flow's first sequence is returned. With `loss_of`, warm_order.py chooses among the flow's
+        sequences.
         """
         for rank in self._ranks:
             flow = self._classes[rank].here.least()
@@ -103,16 +104,16 @@ class FlowTable:
         self._update_backlogged(flow, before > 0 or flow.elsewhere > 0)
 
     def change_elsewhere(self, flow: Flow, change: Backlog) -> None:
-        """Update a flow after a change of its sequences on other gateways. `change`: change of their number and of
-        their expected cost."""
+        """Update a flow whose sequences on other gateways have changed. `change`: the change of the number of these
+        sequences and of their expected cost."""
         before, flow.elsewhere = flow.elsewhere, flow.elsewhere + change.requests
         flow.elsewhere_service = flow.elsewhere_service + change.service if flow.elsewhere else 0.0
         if (before > 0) != (flow.elsewhere > 0):
             self._update_backlogged(flow, before > 0 or flow.here > 0)
 
     def _update_backlogged(self, flow: Flow, waited: bool) -> None:
-        """Update a flow when sequences begin or stop waiting, here or on other gateways. `waited`: whether the flow had
-        any waiting sequence before; if not, its counter may be raised."""
+        """Update a flow after its sequences began or stopped waiting on any gateway. `waited`: whether the flow had a
+        waiting sequence before. If it had none, the flow's service counter is raised where it is too low."""
         turns = self._classes[flow.key.rank]
         if not waited:
             floor = turns.floor()
@@ -124,11 +125,12 @@ class FlowTable:
         turns.update(flow)
 
     def forget_idle(self, charged: Collection[int]) -> list[int]:
-        """Forget flows that were idle for `idle_s`, have no open charges, and have a counter of at most
-        ClassTurns.floor. When such a flow waits again, its counter would be raised to this value anyway.
+        """Forget idle flows that need no memory. Such a flow has been idle for `idle_s` and has no open charges,
+        and its counter is at most ClassTurns.floor. When it waits again, its counter would be raised to this
+        value anyway.
 
-        `charged`: `id()` of each flow with open charges. Returns the ranks of the classes with guests
-        (reserved_slots.py): flows with such a counter that have been idle for less than `idle_s`.
+        `charged`: `id()` of each flow with open charges. Returns the rank of a class for each flow in it that is a
+        guest (reserved_slots.py): its counter is as low, but it has been idle for less than `idle_s`.
         """
         guests = []
         for rank, turns in self._classes.items():

@@ -157,7 +157,8 @@ class LearntMeans:
             recent.total -= recent.last.pop(0)
 
     def mean(self, tenant: str, model: str, max_tokens: int) -> int:
-        """Return the mean of a pair, at least 1 and at most `max_tokens`; 1 without observations."""
+        """Return the mean token count of a tenant and a model, at least 1 and at most `max_tokens`. Without
+        observations, return 1."""
         recent = self._pairs.get((tenant, model))
         return 1 if recent is None else max(min(round(recent.total / len(recent.last)), max_tokens), 1)
 

@@ -1,4 +1,5 @@
-"""Values in reports: what waits on another gateway, and the service that a tenant has received at a worker."""
+"""Value types for the reports between gateways and workers: the backlog that waits on another gateway, and the service
+that a tenant has received at a worker."""
 
 from __future__ import annotations
 

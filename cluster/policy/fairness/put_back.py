@@ -12,7 +12,8 @@ from cluster.policy.fairness.service_counters import FlowKey
 
 
 class PutBackSequences:
-    """The sequences of one model that were put back. Every operation takes O(number of sequences)."""
+    """The sequences of one model that were sent, lost their worker and must start over. Every operation takes O(number
+    of sequences)."""
 
     def __init__(self) -> None:
         self._entries: list[tuple[int, float, int, WaitingSequence]] = []  # (rank, arrived, number, sequence)
@@ -43,7 +44,7 @@ class PutBackSequences:
         return self._count(FlowKey(waiting.rank, waiting.tenant), end)
 
     def count(self, flow: FlowKey) -> int:
-        """Return the number of sequences of a tenant in a class."""
+        """Return how many of the sequences that were put back belong to `flow`: to one tenant in one class."""
         return self._count(flow, len(self._entries))
 
     def _count(self, flow: FlowKey, end: int) -> int:

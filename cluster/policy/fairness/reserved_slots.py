@@ -22,8 +22,9 @@ GUEST_S = 30.0
 
 
 class ReservedSlots:
-    """Reserved slots of one model. The caller calls `note_guest` once a second for each class with guests, and reads
-    `reserved` before each choice of a sequence."""
+    """Reserved slots of one model. A guest is a tenant that has had no more than its share and has no sequence waiting.
+    The caller calls `note_guest` once a second for each priority class with a guest, and reads `reserved` before each
+    choice of a sequence."""
 
     __slots__ = ("_until",)
 
@@ -31,8 +32,8 @@ class ReservedSlots:
         self._until: dict[int, float] = {}
 
     def note_guest(self, rank: int, now: float) -> None:
-        """Record that this class has a guest now: a tenant that has had no more than its share and has no sequence
-        waiting."""
+        """Record that the priority class `rank` has a guest at `now`. A guest is a tenant that has had no more than its
+        share and has no sequence waiting."""
         self._until[rank] = now + GUEST_S
 
     def reserved(self, rank: int, filled: int, now: float) -> int:

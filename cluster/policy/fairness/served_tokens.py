@@ -16,7 +16,8 @@ from cluster.policy.fairness.token_cost import Charge
 
 
 class ServedMeter:
-    """Service by tenant and class, and by the link on which the calls came. The number of a link is never reused."""
+    """Service (weighted tokens) that a worker has given, by tenant and class. It is also kept by the link on which the
+    calls came. The number of a link is never reused."""
 
     def __init__(self) -> None:
         self._totals: dict[FlowKey, float] = {}
@@ -48,7 +49,7 @@ class ServedMeter:
             self._add(link, flow, charge.amount)
 
     def revoked(self, request_id: str) -> None:
-        """Refund the charge of a call that the engine has refused in the end."""
+        """Refund the charge of a call, because the engine has refused the call after it was charged."""
         if (entry := self._open.pop(request_id, None)) is None:
             return
         if request_id not in self._resumed:

@@ -153,7 +153,8 @@ class Flow(FifoQueue):
 
 
 class LeastFirst:
-    """Flows in buckets by their counter, the lowest bucket first. Within a bucket: first in, first out."""
+    """Flows (queues of one tenant each), sorted into buckets by their service counter. The lowest bucket comes first.
+    Within a bucket: first in, first out."""
 
     def __init__(self, quantum: float = QUANTUM) -> None:
         self._per_token = 1.0 / quantum
@@ -191,7 +192,8 @@ class LeastFirst:
             self._add(flow, lower)
 
     def least(self) -> Flow | None:
-        """Return a flow from the lowest bucket, by the current counters; None if there are no flows."""
+        """Return a flow from the lowest bucket of service counters; None if there are no flows. The current counters
+        decide, even if a counter has grown since the flow was added."""
         order, at, per_token = self._order, self._at, self._per_token
         while order:
             number = order[0]
@@ -217,7 +219,8 @@ class LeastFirst:
 
 
 class ClassTurns:
-    """All flows of one class. `here`: those that wait on this gateway. `anywhere`: those that wait on any gateway."""
+    """The flows (tenant queues) of one priority class. `flows`: all flows, by tenant. `here`: the flows that wait on
+    this gateway. `anywhere`: the flows that wait on any gateway."""
 
     def __init__(self) -> None:
         self.flows: dict[str, Flow] = {}
@@ -245,7 +248,7 @@ class ClassTurns:
             self._last = flow
 
     def note_decrease(self, flow: Flow) -> None:
-        """Update the lists of waiting flows after the counter of a flow has fallen."""
+        """Update the order of the waiting flows after a decrease of one flow's service counter."""
         self.here.note_decrease(flow)
         self.anywhere.note_decrease(flow)
 

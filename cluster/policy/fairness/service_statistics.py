@@ -35,8 +35,8 @@ class ServiceStatistics:
         """Largest difference between the service accounts of two backlogged tenants, by model."""
 
     def update(self, models: Mapping[str, bool]) -> None:
-        """Update the statistics of `models`, and forget all other models. Called once a second. The value of a model
-        says whether a worker is linked."""
+        """Update the statistics of `models`, and forget all other models. Called once a second. `models`: for each
+        model's name, whether a worker of the model is linked."""
         self._speeds = {model: speed for model, speed in self._speeds.items() if model in models}
         self.spreads = {}
         for model, served in models.items():

@@ -4,8 +4,9 @@ module chooses the sequence to shed (the victim).
 Problem: a full waiting room must shed the lowest class first. Within a class, a flooding tenant must not take the
 places of other tenants.
 
-Invariant: the victim has a lower class than the new sequence, or an equal class and a tenant with a longer queue. Queue
-lengths are divided by the tenant's weight, and the new sequence counts as if it had entered.
+Invariant: the victim has a lower class than the new sequence, or it has the same class and its tenant has a longer
+queue than the new sequence's tenant. Queue lengths are divided by the tenant's weight, and the new sequence counts
+as if it had entered.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class _TenantQueue:
     def last(self) -> WaitingSequence:
         """Return the sequence that entered last. Takes O(1), amortised.
 
-        `popitem` frees the places of deleted entries at the end of the dict. An iterator would pass these places each
-        time.
+        `popitem` frees the places of deleted entries at the end of the dict. An iterator would pass over these places
+        at each call.
         """
         call_id, waiting = self.waiting.popitem()
         self.waiting[call_id] = waiting
@@ -83,7 +84,8 @@ class TenantQueues:
             del queues[waiting.tenant]
 
     def last_of_longest(self, below: WaitingSequence) -> WaitingSequence | None:
-        """Return the waiting sequence to shed for the new sequence `below`; None if no sequence may be shed for it."""
+        """Return the waiting sequence that is dropped (shed) in favour of the new sequence `below`; None if no sequence
+        may be dropped for it."""
         longest = self._longest = self._longest if self._longest is not None else self._all_lengths()
         self._adds_unasked = 0
         for rank in sorted(longest, reverse=True):

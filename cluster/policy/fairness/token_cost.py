@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ServiceWeights:
-    """Weights of a prompt token that is not cached, a cached prompt token and an output token. VTC uses 1 for input and
-    2 for output."""
+    """Weights with which tokens count as service: `input` for a prompt token that is not cached, `cached` for a cached
+    prompt token, `output` for an output token. VTC, the source of this method, uses 1 for input and 2 for output."""
 
     input: float = 1.0
     cached: float = 0.1

@@ -202,7 +202,7 @@ class WaitingRoom:
         return latest if deadline is None or deadline > latest else deadline
 
     def statistics(self) -> RoomStatistics:
-        """Return the current contents and counts. They do not change later."""
+        """Return a copy of the current contents and counts."""
         return RoomStatistics(
             requests=len(self._entries),
             tokens=self._tokens,
@@ -220,10 +220,10 @@ class WaitingRoom:
         return f"WaitingRoom({len(self._entries)} requests, {self._tokens} tokens, {len(self._queues)} models)"
 
     def _admit_by_shedding(self, waiting: WaitingSequence, now: float, outcome: Outcome | None) -> RoomAdmission:
-        """Shed other sequences until there is room for this one, then admit it. It is refused if shedding cannot make
-        enough room.
+        """Admit a sequence, and shed other sequences if that is needed to make room. If shedding cannot make
+        enough room, refuse the sequence.
 
-        `outcome`: if not None, the sequence is refused with this reason.
+        `outcome`: if not None, only refuse the sequence, with this reason.
         """
         shed: list[WaitingSequence] = []
         while outcome is None and not self._has_room(waiting):

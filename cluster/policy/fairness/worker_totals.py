@@ -1,15 +1,14 @@
-"""Service that workers report for the calls of other gateways.
+"""Totals by tenant of the service (weighted tokens) that workers have given to the calls of other gateways.
 
-Problem: the service accounts of tenants must cover all gateways, but there is no store for them that all gateways
-share.
+Problem: the service accounts of tenants must cover all gateways, but the gateways share no store for them.
 
-Method: workers see the calls of all gateways, so workers report the service. A report has two numbers for each tenant:
-the service since the worker's start, and the part of it for calls of the gateway that gets the report. The gateway
-counts its own part itself, more exactly and sooner. So it adds only the growth of the difference between the two
-numbers.
+Method: workers see the calls of all gateways, so workers report the service. A report has two numbers for each
+tenant: the service since the worker's start, and the part of it for calls of the gateway that gets the report.
+The gateway counts its own part itself, more exactly and sooner. So it adds only the growth of the difference
+between the two numbers.
 
-Invariants: a repeated report changes nothing. The next report makes up for a lost report. The first report from a
-worker to a gateway adds nothing, because it is unknown when its service began.
+Invariants: a repeated report changes nothing. The next report makes up for a lost report. The first report from
+a worker to a gateway adds nothing, because it is unknown when its service began.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from cluster.policy.fairness.service_counters import FlowKey
 
 
 class WorkerTotals:
-    """Totals that the workers of one model have reported last. Each report is added to the counters of the model's
-    tenants."""
+    """The last reported totals of each worker of one model. From each new report, the growth is added to the service
+    counters of the model's tenants."""
 
     def __init__(self, flows: FlowTable) -> None:
         self._flows = flows
         self._workers: dict[str, tuple[str, dict[FlowKey, tuple[float, float]]]] = {}
 
     def apply(self, worker: str, incarnation: str, totals: Iterable[ServedTotal], now: float) -> None:
-        """Apply a report of a worker: add to the counters the service since the worker's last report, for calls of
-        other gateways.
+        """Apply a worker's report. Add to the counters the service that the worker has given to calls of other
+        gateways since its last report.
 
         The first report of a worker adds nothing; it only sets the starting point.
         """
@@ -52,8 +51,8 @@ class WorkerTotals:
                 self._flows.add_service(self._flows.flow(*key), difference)
 
     def link_ended(self, worker: str) -> None:
-        """Record that the link to a worker has ended. On the next link to the worker, the reported `by_this_link`
-        starts at zero."""
+        """Record that the link to a worker has ended. `by_this_link`, the service in the worker's reports for calls
+        over the link, starts at zero on the next link."""
         known = self._workers.get(worker)
         if known is not None:
             for key, (total, _) in known[1].items():

@@ -1,1 +1,2 @@
-"""Which worker holds which KV blocks: prefix hashes of token ids, and an index from hashes to workers."""
+"""The cache index, which knows the KV blocks that each worker holds, and the prefix hashes of token ids that identify
+the blocks."""

@@ -93,7 +93,7 @@ class BlockTable:
         return self._find(*self._keys(hashes))
 
     def words(self, hashes: Hashes) -> Words:
-        """Return the word of each hash; 0 for a hash that is not in the table."""
+        """Return the 64-bit word that is stored for each hash; 0 for a hash that is not in the table."""
         places, products = self._locate(*self._keys(hashes))
         words = self._flat_words.take(places)
         words *= products != 0
@@ -107,11 +107,12 @@ class BlockTable:
         return self._flat_words.take(places)
 
     def get(self, places: Places) -> Words:
-        """Return the words at places. `places`: results of `find` or `insert` without -1."""
+        """Return the table's words (bit sets of workers) at some places. `places`: results of `find` or `insert`
+        without -1."""
         return self._flat_words[places]
 
     def set(self, places: Places, words: Words) -> None:
-        """Set the words at places. A place whose word becomes 0 is free."""
+        """Write words into these places of the table. Writing the word 0 makes a place free."""
         self._flat_words[places] = words
         empty = places[words == 0]
         if empty.size:
@@ -119,8 +120,9 @@ class BlockTable:
             self._count(empty, -1)
 
     def insert(self, hashes: Hashes) -> Places:
-        """Return the place of each hash; -1 if the table has no room for the hash. A hash that was not in the table is
-        inserted with the word 0, and the caller must set its word. The hashes must be distinct."""
+        """Return the place of each hash; -1 if the table has no room for the hash. For a hash that was not in the
+        table, an entry with the value (word) 0 is made, and the caller must set its value. The hashes must be
+        distinct."""
         while True:
             marks, rows = self._keys(hashes)
             places = self._find(marks, rows)

@@ -25,7 +25,8 @@ class _Expectation:
 
 
 class ExpectedBlocks:
-    """Expected blocks of one model's workers, ordered by expiry. A worker is named by its number in the cache index."""
+    """Expected blocks (KV blocks that a worker will soon have computed) of one model's workers, ordered by expiry. A
+    worker is named by its number in the cache index."""
 
     def __init__(self) -> None:
         self._expectations: deque[_Expectation] = deque()
@@ -59,10 +60,11 @@ class ExpectedBlocks:
         return ended
 
     def _forget(self, expectation: _Expectation) -> Hashes:
-        """Forget the oldest expectation among those for its worker with the same first block. Returns its blocks that
-        none of the others contains.
+        """Forget an expectation. It must be the oldest of those for its worker with the same first block. Returns
+        the blocks that are now in no expectation for the worker.
 
-        Expectations with another first block need no comparison: prompts that share a block share all blocks before it.
+        Expectations with another first block need no comparison: prompts that share a block share all blocks before
+        it.
         """
         others = self._alike[expectation.key]
         others.popleft()

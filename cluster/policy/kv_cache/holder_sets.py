@@ -29,7 +29,8 @@ Members = tuple[int, int]
 
 
 def members_of_word(word: int) -> Members:
-    """Return the workers in the four fields of a word. The word of a set in the table is not allowed."""
+    """Return the workers in the four fields of a word. The word must not be the number of a table entry, that is, its
+    top bit must not be set."""
     held = expected = 0
     while word:
         field = word & _FIELD
@@ -42,7 +43,8 @@ def members_of_word(word: int) -> Members:
 
 
 class HolderSets:
-    """Table of the sets with more than four workers, and operations that change the sets of many blocks at once."""
+    """Table of the sets that have more than four workers, and operations that change the sets of many KV blocks at
+    once."""
 
     def __init__(self) -> None:
         self._sets: list[Members] = []
@@ -54,11 +56,11 @@ class HolderSets:
         return len(self._numbers)
 
     def members(self, word: int) -> Members:
-        """Return the workers of the set with this word."""
+        """Return the workers of the set that is encoded as `word`."""
         return self._sets[word - _IN_TABLE] if word >= _IN_TABLE else members_of_word(word)
 
     def holders(self, word: int) -> int:
-        """Return the bit mask of all workers of the set with this word, including the expected ones."""
+        """Return the bit mask of all workers of the set that is encoded as `word`, including the expected holders."""
         held, expected = self.members(word)
         return held | expected
 
@@ -99,7 +101,8 @@ class HolderSets:
         return np.array(new, np.uint64)[positions]
 
     def _change(self, word: int, count: int, change: Callable[[Members], Members]) -> int:
-        """Change the set with this word, which is the set of `count` blocks. Returns the word of the new set."""
+        """Apply `change` to the set that is encoded as `word`, for `count` blocks that have this set. Returns the word
+        of the new set."""
         before = self.members(word)
         after = change(before)
         if after == before:

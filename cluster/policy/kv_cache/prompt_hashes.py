@@ -44,7 +44,7 @@ class _Prompt:
 
 
 class PromptHashes:
-    """The remembered prompts of one gateway."""
+    """A gateway's memory of recent prompts and of their prefix hashes."""
 
     def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         self._max_tokens = max_tokens

@@ -99,9 +99,10 @@ class LimitUse:
 
 @frozen_dataclass
 class Granted:
-    """Result for an admitted call. Its amounts are now reserved.
+    """Result of a reservation that was granted: the call is admitted, and its request and tokens are reserved.
 
-    `requests` and `tokens` are the states of the limits per minute, or None for a limit that the tenant does not have.
+    `requests` and `tokens`: the state of the tenant's limits per minute after the reservation; None for a limit
+    that the tenant does not have.
     """
 
     requests: LimitUse | None
@@ -223,8 +224,8 @@ class Limiter:
     def reserve(
         self, policy: TenantPolicy, ask: ReservationRequest, now: float, epoch_s: float, *, sharers: int = 1
     ) -> Granted | LimitRefusal:
-        """See LimitStore. `sharers`: number of gateways, at least 1. Each gateway applies an equal share of every
-        limit."""
+        """Implements `LimitStore.reserve`. `sharers`: number of gateways, at least 1. Each gateway applies an equal
+        share of every limit."""
         if ask.call_id in self._held:
             raise ValueError(f"call {ask.call_id!r} holds a reservation already")
         use, now = self._at(policy.name, now, epoch_s)
@@ -240,7 +241,7 @@ class Limiter:
     def charge(
         self, policy: TenantPolicy, requests: int, tokens: int, now: float, epoch_s: float, *, sharers: int = 1
     ) -> LimitRefusal | None:
-        """See LimitStore. `sharers` as in `reserve`."""
+        """Implements `LimitStore.charge`. `sharers` as in `reserve`."""
         use, now = self._at(policy.name, now, epoch_s)
         limits = gateway_share(policy.limits, sharers)
         refusal = _refusal(limits, use, _Wanted(tokens, 0, requests, self._weights.sum(tokens, 0)), now, epoch_s)
@@ -274,7 +275,7 @@ class Limiter:
     def top_up(
         self, policy: TenantPolicy, call_id: str, output_tokens: int, now: float, epoch_s: float, *, sharers: int = 1
     ) -> bool:
-        """See LimitStore. Reserves one quantum when the reservation is used up."""
+        """Implements `LimitStore.top_up`. Reserves one quantum when the reservation is used up."""
         held = self._held.get(call_id)
         if held is None or output_tokens < held.output_tokens:
             return True
@@ -290,7 +291,7 @@ class Limiter:
         return True
 
     def settle(self, call_id: str, prompt_tokens: int, output_tokens: int, now: float, epoch_s: float) -> None:
-        """See LimitStore."""
+        """Implements `LimitStore.settle`."""
         held = self._held.pop(call_id, None)
         if held is None:
             return
@@ -308,7 +309,8 @@ class Limiter:
         held.spend(use, prompt_tokens + output_tokens - held.prompt_tokens - held.output_tokens)
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
-        """Raise the used tokens of the current day and of the current month to at least the given numbers.
+        """Set the used tokens of the current day and of the current month to at least the given numbers; higher
+        numbers stay.
 
         `today` and `month`: used tokens by tenant.
         """
@@ -415,8 +417,8 @@ def _fits(limits: TenantLimits, use: TenantUse, ask: _Wanted) -> bool:
 
 
 def _ends_in_s(name: Limit, use: TenantUse, over: int, now: float, epoch_s: float) -> tuple[float, float]:
-    """Return two times in seconds: until an amount of `over` has expired from the use, and until the whole limit is
-    free."""
+    """Return two durations in seconds: until at least the amount `over` of the tenant's use no longer counts, and until
+    none of the use counts. `name`: the limit that was exceeded."""
     if name is Limit.MONTHLY or name is Limit.DAILY:
         ends_in_s = month_ends_in_s(epoch_s) if name is Limit.MONTHLY else day_ends_in_s(epoch_s)
         return ends_in_s, ends_in_s

@@ -97,7 +97,8 @@ class Reservation:
         return f"<Reservation {self.size} bytes of {self.tenant} {state}>"
 
     def received(self, size: int) -> None:
-        """Count bytes received since the grant, for the minimum rate."""
+        """Add `size` to the number of bytes received since the grant. The minimum rate is checked against this
+        number."""
         self._received += size
 
     def complete(self) -> None:
@@ -123,7 +124,7 @@ class Reservation:
 
 
 class RequestBytes:
-    """All reservations of one process.
+    """The budget of one process for bytes of request bodies: it grants and counts all reservations.
 
     Not safe for several threads. `clock` returns monotonic seconds.
     """
@@ -183,7 +184,7 @@ class RequestBytes:
         return reservation
 
     def shrink(self, reservation: Reservation, size: int) -> None:
-        """See Reservation.shrink."""
+        """Implements `Reservation.shrink`."""
         less = reservation.size - size
         if less <= 0 or reservation.released:
             return
@@ -193,7 +194,7 @@ class RequestBytes:
         self._grant_all()
 
     def release(self, reservation: Reservation) -> None:
-        """See Reservation.release."""
+        """Implements `Reservation.release`."""
         if reservation.released:
             return
         reservation.released = True

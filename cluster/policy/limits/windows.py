@@ -111,7 +111,7 @@ class Period:
 
 
 def day_of(epoch_s: float) -> int:
-    """Serial number of the UTC day that contains this time, in seconds since the epoch."""
+    """Return the serial number of the UTC day of `epoch_s`, a time in seconds since the epoch."""
     return math.floor(epoch_s / 86_400)
 
 

@@ -29,7 +29,8 @@ _UNIT: Final = float(1 << FRACTION_BITS)
 
 
 class Columns:
-    """The rows of one fleet as columns. A row index is an index into the `rows` from which the columns were made."""
+    """The routing values of a fleet's workers, with one array for each value. The arrays are made from `rows`, one row
+    for each worker. A row index is an index into `rows`."""
 
     def __init__(self, rows: Sequence[Row], settings: RoutingSettings) -> None:
         self._settings = settings

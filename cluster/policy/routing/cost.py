@@ -90,8 +90,8 @@ class RoutingSettings:
 def settings_for(settings: RoutingSettings, largest: int) -> RoutingSettings:
     """Return the settings for a model whose largest worker has `largest` slots.
 
-    If `largest` is below MIN_SLOTS, `full` is reduced. A sequence then costs as much at the largest worker as it costs
-    elsewhere at a worker with MIN_SLOTS slots.
+    If `largest` is below MIN_SLOTS, the cost weight `full` is reduced. A sequence then costs as much at the largest
+    worker as it would cost at a worker with MIN_SLOTS slots under the given settings.
     """
     if largest >= MIN_SLOTS:
         return settings
@@ -145,7 +145,7 @@ def sequence_cost(settings: RoutingSettings, c: Candidate) -> float:
 
 
 def standing_cost(settings: RoutingSettings, c: Candidate) -> float:
-    """Return the sum of `standing_parts`."""
+    """Return the part of a worker's cost that is equal for all calls: the sum of the values of `standing_parts`."""
     total = 0.0
     for _, value in standing_parts(settings, c):
         total += value

@@ -175,8 +175,8 @@ class Fleet:
         return RoutingDecision(worker, self._reason(call, at, passed), scores, call.cached.get(worker, 0), full)
 
     def _full_holders(self, call: RouteCall, chosen: Row, rejecting: Collection[str]) -> Sequence[FullHolder]:
-        """Return the workers without room that cost less than the chosen worker. At most MAX_HOLDERS workers are
-        considered, and only those that hold at least as much of the prompt as the chosen worker."""
+        """Return the workers without free capacity that cost less than the chosen worker. At most MAX_HOLDERS workers
+        are considered, and only those that hold at least as much of the prompt as the chosen worker."""
         here = call.cached.get(chosen.worker_id, 0)
         if self.settings.policy != "cost":
             return ()

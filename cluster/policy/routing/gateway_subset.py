@@ -39,7 +39,8 @@ class GatewaySubset:
         return min(gateways, max(self.most, -(-gateways * LEAST_WORKERS // max(self.replicas, 1))))
 
     def of(self, gateways: Sequence[str]) -> tuple[str, ...]:
-        """Return the gateways to connect to, in the given order. `gateways`: distinct names of all gateways."""
+        """Return the gateways to which the worker connects, in the order of `gateways`. `gateways`: distinct names of
+        all gateways."""
         count = self.links(len(gateways))
         if count == len(gateways):
             return tuple(gateways)

@@ -6,9 +6,9 @@ than the routing itself.
 
 Invariants: the estimated size of the memory never exceeds `max_bytes`, and the oldest calls are forgotten first. In a
 fleet of up to MAX_CANDIDATES workers, the scores of a decision are read only when its call is explained. In a larger
-fleet, reading a thousand scores takes milliseconds. So at most SCORES_PER_S scores a second are read there; the best
-scores of such a decision are kept and the others are counted. Of the other decisions, only the choice and its reason
-are kept.
+fleet, reading a thousand scores takes milliseconds. So there at most SCORES_PER_S scores a second are read, at the
+time of the decision: the best scores are kept and the others are counted. For a decision whose scores are not read,
+only the choice and its reason are kept.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Route:
 
     @property
     def candidates(self) -> Candidates:
-        """The workers that were compared."""
+        """The workers that the router compared for this decision, with their scores."""
         decision = self.decision
         if isinstance(decision, Candidates):
             return decision
@@ -176,8 +176,8 @@ class RouteHistory:
             self.size -= oldest.size
 
     def _shorten(self, route: Route, workers: int) -> None:
-        """Keep only the best scores of a decision in a large fleet. Keep none if the scores of another decision were
-        kept just before."""
+        """Reduce the scores that a route's decision keeps, which saves memory in a large fleet. Only the best scores
+        are kept, or none if another decision has kept its scores just before. `workers`: number of workers."""
         if (route.sent_at - self._kept_at) * SCORES_PER_S >= workers:
             self._kept_at = route.sent_at
             route.keep(route.candidates)

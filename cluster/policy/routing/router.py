@@ -110,13 +110,14 @@ class RouteCall:
 
 @dataclass(frozen=True, slots=True)
 class FullHolder:
-    """A worker without room that would cost less for a call than the chosen worker, since it holds more of the prompt.
+    """A worker that has no room for a call, but would cost less than the chosen worker, since it holds more of the
+    prompt.
 
-    `gain`: how much lower the cost is. `per_sequence`: how much each further sequence on this worker adds to the cost.
-    `wait`: expected time to the call's first token on this worker, as the number of prompt tokens that a usual worker
-    computes in this time. `limit`: largest allowed `wait`: the expected time to the first token on the chosen worker,
-    or CostWeights.patience if that is longer. `uncached`: prompt tokens of the call that this worker must compute.
-    `slowdown`: see Candidate.
+    `gain`: how much lower its cost is. `per_sequence`: cost that each further sequence on this worker adds. `wait`:
+    expected time to the call's first token on this worker. It is measured in prompt tokens: the number that a usual
+    worker computes in this time. `limit`: longest `wait` that is allowed. It is the expected time to the first
+    token on the chosen worker, or CostWeights.patience if that is longer. `uncached`: number of the call's prompt
+    tokens that this worker must compute. `slowdown`: see Candidate.
     """
 
     worker_id: str
@@ -398,9 +399,9 @@ _NEW, _ONWARD = Router(), Router(scorers=ONWARD_SCORERS)
 
 
 def pick(call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
-    """Pick a worker by scores. The scores of a resumed call are its load, waiting prompts and held KV blocks; those of
-    another call are the load.
+    """Pick a worker by scores.
 
-    New calls of the waiting room are routed by cost instead, see fleet.py.
+    For a resumed call, the scores of a worker are its load, its waiting prompts and the KV blocks that it holds. For
+    any other call, the only score is the load. New calls of the waiting room are routed by cost instead, see fleet.py.
     """
     return (_NEW if call.compatibility_key is None else _ONWARD).pick(call, candidates)

@@ -1,4 +1,4 @@
-"""The row of a worker: values for decisions about new calls. A row is computed when its worker has changed."""
+"""A row: the values of one worker that decisions about new calls use. A row is computed when its worker has changed."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ KEPT = 200
 
 
 class DecisionLog:
-    """The newest decisions on one model. A decision to hold that follows a decision to hold with the same reason is
-    kept together with it."""
+    """The newest scaling decisions on one model. Successive decisions to hold for the same reason are kept as one
+    entry."""
 
     def __init__(self) -> None:
         self._decisions: deque[ScalingDecision] = deque(maxlen=KEPT)
@@ -52,8 +52,8 @@ class DecisionLog:
 
 
 def action_of(before: int, after: int) -> str:
-    """Return the name of the action that changes the number of replicas from `before` to `after`: up, down, hold,
-    from_zero or to_zero."""
+    """Return the name of the action that changes the number of replicas from `before` to `after`: `up`, `down`, `hold`,
+    `from_zero` or `to_zero`."""
     if after == before:
         return "hold"
     if after > before:

@@ -1,4 +1,4 @@
-"""Values that the scaler is given: its settings, operators' requests, the replicas on Ray, and the workers. Pure."""
+"""Input values of the scaler: its settings, operators' requests, the replicas on Ray, and the workers. Without I/O."""
 
 from __future__ import annotations
 
@@ -101,8 +101,9 @@ def inputs_by_model(
     workers: Sequence[WorkerSeen],
     room: Mapping[Kind, int],
 ) -> dict[str, ModelInputs]:
-    """Return the inputs of one pass, by model name. Several `specs` with one name describe one model on several types
-    of GPU. Replicas and workers of models without a spec are left out."""
+    """Return the inputs of one pass of the scaling policy, by model name. Several `specs` with one name describe one
+    model on several types of GPU. `on_ray`: replicas as Ray reports them. `room`: number of further replicas that fit.
+    Replicas and workers of models without a spec are left out."""
     types: dict[str, tuple[ModelSpec, ...]] = {}
     for spec in specs:
         types[spec.name] = (*types.get(spec.name, ()), spec)

@@ -21,8 +21,8 @@ class ScalingRequests:
         self._changed = changed
 
     def scale(self, name: str, replicas: int | None) -> ModelScaling:
-        """See ScalingService. `replicas` may be below the `min_replicas` of the model's catalog entry, but not above
-        its `max_replicas`."""
+        """Implements `ScalingService.scale`. `replicas` may be below the `min_replicas` of the model's catalog entry,
+        but not above its `max_replicas`."""
         spec, asked = self._named(name), self._scaler.operator_requests
         manual = {model: count for model, count in asked.manual.items() if model != spec.name}
         if replicas is not None:
@@ -41,7 +41,7 @@ class ScalingRequests:
         )
 
     def freeze(self, name: str, frozen: bool) -> Sequence[ModelScaling]:
-        """See ScalingService."""
+        """Implements `ScalingService.freeze`."""
         asked = self._scaler.operator_requests
         if name:
             spec = self._named(name)
@@ -54,7 +54,7 @@ class ScalingRequests:
         return [self._scaler.standing(model) for model in names]
 
     def explain(self, name: str, limit: int) -> ScalingExplanation:
-        """See ScalingService."""
+        """Implements `ScalingService.explain`."""
         return self._scaler.explain(self._named(name).name, limit)
 
     def _named(self, name: str) -> ModelSpec:

@@ -65,7 +65,8 @@ class LearntCosts:
     _batch: float = 0.0
 
     def observe(self, reports: Mapping[str, ComputedWork]) -> None:
-        """Add the newest reports of the engines, by incarnation.
+        """Learn from the newest report of each engine. `reports`: the work of each engine since its start, by the
+        engine's incarnation (one start of its process).
 
         An incarnation without a report is forgotten. The first report of a new incarnation only sets the starting
         point.

@@ -71,7 +71,7 @@ class Scaler:
         return self._operator_requests
 
     def set_operator_requests(self, requests: OperatorRequest) -> None:
-        """Replace the requests of operators. The next pass decides, by the new requests."""
+        """Replace the operators' scaling requests. The next pass decides at once and uses the new requests."""
         self._operator_requests = requests
         self.decide_next_pass()
 
@@ -162,8 +162,8 @@ class Scaler:
         return self._models[name].scaling
 
     def explain(self, name: str, limit: int = 0) -> ScalingExplanation:
-        """Return the scaling state of a model and up to `limit` of its newest decisions, the newest last; with 0 all
-        that are kept. Raises KeyError for an unknown model."""
+        """Return the scaling state of a model and its newest decisions, the newest last. `limit`: maximum number of
+        decisions; 0 for all decisions that are kept. Raises KeyError for an unknown model."""
         return self._models[name].explain(limit)
 
     def counters(self) -> Mapping[str, tuple[Mapping[str, int], float]]:

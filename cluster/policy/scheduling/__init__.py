@@ -1,1 +1,2 @@
-"""Which waiting sequence is sent next and to which worker, for new and for resumed sequences."""
+"""Choice of the waiting sequence that is sent next, and of the worker that gets it, for new and for resumed
+sequences."""

@@ -58,11 +58,11 @@ class AdapterWaits:
 
     @property
     def models(self) -> Collection[str]:
-        """Names of the models that have sequences here."""
+        """Names of the models with sequences that wait for an adapter."""
         return tuple(self._by_model)
 
     def waiting(self, model: str) -> tuple[int, int]:
-        """Return the number of a model's sequences that wait here, and the sum of their prompt tokens."""
+        """Return the number of a model's sequences that wait for an adapter, and the sum of their prompt tokens."""
         waits = [wait for of_adapter in self._by_model.get(model, {}).values() for wait in of_adapter.values()]
         return len(waits), sum(wait.entry.tokens for wait in waits)
 
@@ -79,7 +79,7 @@ class AdapterWaits:
         return True
 
     def pop(self, key: str) -> AdapterWait | None:
-        """Remove a sequence and return it; None if it does not wait here."""
+        """Remove a sequence and return it; None if it does not wait for an adapter."""
         wait = self._by_key.pop(key, None)
         if wait is None:
             return None

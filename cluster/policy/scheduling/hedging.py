@@ -108,7 +108,8 @@ class HedgingPolicy:
         return self._times.high(model, uncached_tokens, now) is not None
 
     def late(self, now: float) -> Iterator[str]:
-        """Yield the keys of the sequences that are late now. The caller calls `may_hedge` for each of them."""
+        """Yield the keys of the sequences whose first token is late now. The caller calls `may_hedge` for each of
+        them."""
         while self._due:
             due, number, key = self._due[0]
             sent = self._sent.get(key)

@@ -79,7 +79,7 @@ class NewAssignment:
                 yield Send(entry, where, decision.reason, 0, there, decision, cached, entry.holder_wait)
 
     def _awaited(self, decision: RoutingDecision, entry: WaitingSequence) -> FullHolder | None:
-        """Return the full worker for which a sequence should be set aside, or None.
+        """Return the full worker for which a sequence should wait ("be set aside"), or None.
 
         A sequence that may begin on several versions is not set aside. All sequences of a call must begin on the same
         version, and while this sequence waited, another sequence of its call could begin on another version.
@@ -88,8 +88,8 @@ class NewAssignment:
         return None if has_choice else self._aside.best(entry, decision.full_holders)
 
     def _assign_aside(self, aside: Aside, now: float) -> Iterator[Instruction]:
-        """Yield the instruction for a sequence that was set aside; none if it must wait longer, or returns to the
-        waiting room."""
+        """Decide about a sequence that waits for the worker that holds its prompt. Yield an instruction if it is sent
+        or fails. Yield nothing if it must wait longer, or if its time is over and it goes back to the waiting room."""
         entry, key = aside.entry, aside.entry.call_id
         if key not in self._aside:
             return

@@ -54,7 +54,7 @@ class ResumeQueue:
             self._cached_counts.setdefault(model, Counter())[sequence.cached_on] += 1
 
     def acquit(self, key: str) -> None:
-        """Record that a queued sequence is not the cause of its losses, so it is no longer suspect."""
+        """Record that a queued sequence did not cause the loss of its workers. It is no longer suspect."""
         places = self._places[self._models[key]]
         place = places[key]
         places[key] = replace(place, sequence=replace(place.sequence, suspect=False, lost_links=()))

@@ -1,4 +1,4 @@
-"""Routing request of a sequence that resumes."""
+"""The routing request (RouteCall) for a sequence that resumes, and the workers that suit the sequence."""
 
 from __future__ import annotations
 

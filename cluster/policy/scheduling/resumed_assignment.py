@@ -76,11 +76,11 @@ class ResumedAssignment:
             yield End(sequence.key, Ending.REPLACED)
 
     def _offered(self, sequence: ResumingSequence, view: WorkersView, now: float) -> Iterator[Sequence[Candidate]]:
-        """Yield groups of workers to try, one after the other. While the sequence must wait for the worker that holds
-        its KV blocks, this worker is the only group.
+        """Yield groups of workers to try, one after the other. The last group is all workers of the model. If there
+        are many workers, a group before it is a sample of them, with the worker that holds the sequence's KV
+        blocks.
 
-        Otherwise the last group is all workers. If there are many, the first group is a sample of them, with the worker
-        that holds the KV blocks.
+        While the sequence must wait for the worker that holds its KV blocks, this worker is the only group.
         """
         holder = view.one(sequence.cached_on) if sequence.cached_on else None
         cached_on = self._queue.waits_for(sequence.key, now)

@@ -30,7 +30,8 @@ class SchedulingPolicy:
     """The scheduling policy of one gateway, for all models."""
 
     def __init__(self, room: WaitingRoom, workers: Workers, resume_wait_s: float, losses: WorkerLosses) -> None:
-        """`room`: queue of new sequences. `resume_wait_s`: longest wait of a sequence for a compatible worker."""
+        """`room`: queue of new sequences. `workers`: the workers of all models. `resume_wait_s`: longest time that a
+        sequence to be resumed waits for a compatible worker. `losses`: the recent losses of workers."""
         self.room = room
         self.resuming = ResumeQueue(resume_wait_s)
         self.losses = losses
@@ -97,7 +98,7 @@ class SchedulingPolicy:
         yield from self._new_assignment.assign(model, now)
 
     def assign_resumed(self, model: str, sequences: Iterable[ResumingSequence], now: float) -> Iterator[Instruction]:
-        """Return the instructions for `sequences`, see ResumedAssignment.assign."""
+        """Return the instructions for the resumed sequences `sequences` of a model (see ResumedAssignment.assign)."""
         return self._resumed_assignment.assign(model, sequences, now)
 
     def movable(self, sequences: Iterable[ResumingSequence], worker_id: str, now: float) -> Iterator[str]:

@@ -64,7 +64,8 @@ class _Before:
 
 
 class SetAside:
-    """Sequences of one gateway that are set aside. `now` is monotonic, in seconds."""
+    """Sequences of one gateway that are set aside: each has left its queue and waits for the worker that holds its
+    prompt. `now` is monotonic, in seconds."""
 
     def __init__(self) -> None:
         self._by_key: dict[str, Aside] = {}

@@ -53,8 +53,8 @@ class WarmSequences:
         """By call id: time of the lookup, and the holders as (held tokens, worker id), the most tokens first."""
 
     def loss_of(self, model: str, now: float) -> LossOf:
-        """Return a function for one decision at the time `now`. The function takes a waiting sequence of the model and
-        returns the expected loss if this sequence is not sent."""
+        """Return a function for one decision at the time `now`. It takes a waiting sequence of the model and returns
+        the expected loss (prompt tokens to compute again) if this sequence is not sent now."""
         free: dict[str, int] = {}
         lookups = 0
 

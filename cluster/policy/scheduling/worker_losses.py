@@ -65,14 +65,15 @@ class WorkerLosses:
             self._lost = deque(loss for loss in self._lost if loss[2] != incarnation)
 
     def suspect(self, key: str, own: Sequence[str], now: float) -> None:
-        """Record that the sequence `key` may be the cause of its losses. `own`: see `verdict`."""
+        """Record that the sequence `key` may have caused the loss of its workers. `own`: see `verdict`."""
         if own[-1] != CARRIED:
             self._suspects.setdefault(own[-1], (now, set()))[1].add(key)
         self._forget(now)
 
     def verdict(self, own: Sequence[str], since: float, now: float) -> LossVerdict:
-        """Return the verdict on a sequence. `own`: its losses, the oldest first. A loss is the name of the link that
-        ended, or CARRIED for a loss at another gateway. `since`: time of its last loss."""
+        """Return the verdict on a sequence that has lost workers. `own`: the losses of this sequence, the oldest first.
+        Each loss is the name of the link that ended, or CARRIED if it happened at another gateway. `since`: time of the
+        sequence's last loss."""
         if now - since < SETTLE_S:
             return LossVerdict.WAIT
         self._forget(now)

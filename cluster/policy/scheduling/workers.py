@@ -27,7 +27,7 @@ class Workers(Protocol):
         worker id. Workers that hold none are left out. None if the numbers are not known or make no difference."""
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return the numbers of `cached_tokens`, but also if there is only one worker to choose from."""
+        """Like `cached_tokens`, but also for a model with only one worker, and never None."""
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
         """Return the number of tokens of the largest prompt that a worker can take now; 0 if it can take no sequence

@@ -23,7 +23,8 @@ MAX_SAMPLE = 8
 
 
 class WorkersView:
-    """Cache of one model's workers. It must be used for one batch of sequences only."""
+    """Cache of the state of one model's workers. It must be used for only one batch of sequences, because it does not
+    follow later changes."""
 
     def __init__(self, workers: Workers, model: str, now: float) -> None:
         self._workers = workers
@@ -66,19 +67,20 @@ class WorkersView:
         return found
 
     def one(self, incarnation: str) -> Candidate | None:
-        """One worker of the model; None if the worker is not linked."""
+        """Return the worker with this incarnation, if it is linked and serves the model; otherwise None."""
         if incarnation not in self._single:
             self._single[incarnation] = self._workers.candidate(self._model, incarnation, self._now)
         return self._single[incarnation]
 
     def runs_suspect(self, worker: Candidate) -> bool:
-        """Return whether a worker runs a suspect sequence."""
+        """Return whether a worker runs a suspect sequence (one that may have crashed its earlier workers)."""
         if worker.incarnation not in self._with_suspect:
             self._with_suspect[worker.incarnation] = self._workers.runs_suspect(self._model, worker.incarnation)
         return self._with_suspect[worker.incarnation]
 
     def refresh(self, worker: Candidate, is_suspect: bool) -> None:
-        """Read a worker again after a sequence was sent to it. `is_suspect`: whether this sequence is suspect."""
+        """Update this view of a worker after a sequence was sent to the worker. `is_suspect`: whether this sequence may
+        have crashed its earlier workers."""
         self._single.pop(worker.incarnation, None)
         if is_suspect:
             self._with_suspect[worker.incarnation] = True

@@ -213,7 +213,7 @@ class Principal:
 class AuthVerdict:
     """Result of an authentication attempt. Exactly one of `principal` and `outcome` is set.
 
-    `reason` is for audit and metrics only: ok, too_long, unknown, expired, revoked or suspended.
+    `reason` is for audit and metrics only: `ok`, `too_long`, `unknown`, `expired`, `revoked` or `suspended`.
     """
 
     principal: Principal | None
@@ -279,7 +279,8 @@ def _key_verdict(snapshot: AccessSnapshot, entry: KeyEntry, now_s: float) -> Aut
 
 
 def identify(snapshot: AccessSnapshot, tenant: str, by: str, subject: str, role: str = "caller") -> AuthVerdict:
-    """Return the verdict for a verified JWT or certificate that names `tenant`. An unknown `role` counts as caller."""
+    """Return the verdict for a verified JWT or certificate that names `tenant`. `by`: the kind of credentials. An
+    unknown `role` is treated as "caller"."""
     entry = snapshot.tenants.get(tenant, _NO_TENANT)
     if entry is _NO_TENANT:
         return AuthVerdict(None, Outcome.UNAUTHENTICATED_KEY, "unknown", subject)

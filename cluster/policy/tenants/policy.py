@@ -65,9 +65,9 @@ class GuardRule:
 
     Exactly one of `builtin` and `address` is set. `builtin`: `patterns` or `sizes`. `address`: address of a server of
     cluster.guard.v1, as `unix:/path` or host:port. A server on another host is called over TLS. `ca_file`: certificate
-    of the private authority behind the server's certificate; "" for a public authority. `timeout_s` bounds each call of
-    the guard. `fail`: whether text is refused (closed) or passes (open) when the guard gives no verdict. `patterns`:
-    regular expressions by name; `patterns_file`: a file with such patterns.
+    of the private authority that has issued the server's certificate; "" for a public authority. `timeout_s` bounds
+    each call of the guard. `fail`: whether text is refused (`closed`) or passes (`open`) when the guard gives no
+    verdict. `patterns`: regular expressions by name; `patterns_file`: a file with such patterns.
     """
 
     builtin: str = ""

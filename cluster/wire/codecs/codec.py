@@ -168,7 +168,7 @@ def _parsing_from_pb(m: pb.OutputParsing) -> OutputParsing:
 
 def max_submit_bytes(request: EngineRequest) -> int:
     """Return an upper bound for the sum of the sizes that `submit_bytes` returns. The bound is faster to compute than
-    the sum, and is low enough for nearly all requests."""
+    the sum. It is so low that nearly all requests are known to be small enough without the sum."""
     sampling = request.sampling
     characters = len(request.cache_salt) + len(request.traceparent) + len(request.adapter)
     if sampling.grammar is not None:
@@ -221,8 +221,8 @@ class StepColumns:
     stored as columns (slots, counts, token ids)."""
 
     def __init__(self, part_columns: bool = True) -> None:
-        """`part_columns`: whether the gateway can read the parts of parsed outputs as columns, which its Welcome
-        says."""
+        """`part_columns`: whether the gateway can read the parts of parsed outputs as columns. The gateway reports this
+        in its Welcome message."""
         self._part_columns = part_columns
         self.slots: list[int] = []
         self.counts: list[int] = []

@@ -47,8 +47,8 @@ def pooler_from_pb(m: pb.Pooler, capabilities: Iterable[str]) -> PoolingInfo:
 
 
 def vectors_by_slot(vectors: Sequence[pb.SlotVector]) -> Mapping[int, bytes]:
-    """Return the vectors of the slots that have one, by slot. Raises ValueError for a vector that is empty, longer than
-    MAX_DIMENSIONS, or not a whole number of float32 values."""
+    """Return the vectors by slot. Slots without a vector are left out. Raises ValueError for a vector that is empty,
+    longer than MAX_DIMENSIONS, or not a whole number of float32 values."""
     out: dict[int, bytes] = {}
     for vector in vectors:
         size = len(vector.values)

@@ -20,7 +20,8 @@ from cluster.wire.outbox import Outbox
 
 
 class ServedReports:
-    """The reports of one worker. Links are identified by their numbers."""
+    """Sends one worker's reports to the gateways: the tokens served to each tenant, and the other gateways' backlogs.
+    Links are identified by their numbers."""
 
     def __init__(self) -> None:
         self._meter = ServedMeter()
@@ -74,7 +75,8 @@ class ServedReports:
                 outbox.served(totals)
 
     def forward_backlog(self, number: int, backlog: pb.Backlog) -> None:
-        """Forward a gateway's backlog to the other gateways."""
+        """Forward a gateway's report of what waits there to the other gateways. `number`: number of the gateway's
+        link."""
         if not backlog.tells_flows or number not in self._links:
             return
         gateway, flows = self._links[number][0], flows_from_pb(backlog.flows)

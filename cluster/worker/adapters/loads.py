@@ -47,11 +47,11 @@ class AdapterLoads:
         mark_refused: Callable[[str, str], None],
         hold_s: float = HOLD_S,
     ) -> None:
-        """Create the object for an engine in whose memory there is no adapter.
+        """Create the object for an engine that holds no adapter yet.
 
         `report_dead`: is called if the engine must be replaced. `mark_corrupting(digest, reason)`: is called, in a
-        thread, if loading the adapter has corrupted the engine. `mark_refused(digest, reason)`: is called if the engine
-        refuses to load the adapter. `hold_s`: longest time in seconds for which a request waits.
+        thread, if loading the adapter has corrupted the engine. `mark_refused(digest, reason)`: is called if the
+        engine refuses to load the adapter. `hold_s`: longest time in seconds for which a request waits.
         """
         self.memory = memory
         self._engine = engine

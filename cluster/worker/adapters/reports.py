@@ -23,7 +23,7 @@ MOVES: Final = 4
 
 
 class AdapterReports:
-    """The reports to all links of one worker. `statuses` returns the states of all adapters."""
+    """Reports of the adapters' states to all links of one worker. `statuses`: returns the states of all adapters."""
 
     def __init__(self, statuses: Callable[[], Sequence[AdapterStatus]], report_s: float = REPORT_S) -> None:
         """Create the reports without links; `run` sends them. `report_s`: least time between two reports."""

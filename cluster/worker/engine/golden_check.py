@@ -287,7 +287,8 @@ class CheckedEngine:
                 return outputs
 
     def _remove_golden_output(self, outputs: Sequence[TokenOutput]) -> Sequence[TokenOutput]:
-        """Record the golden request's output and errors of other requests; return the outputs of the other requests."""
+        """Return `outputs` without the output of the golden request, which is added to the golden answer. If another
+        request has ended in an error, schedule another check."""
         golden_output = None
         for output in outputs:
             if output.request_id == self._golden_id:

@@ -88,7 +88,7 @@ class StepTimes:
         self.times = Quantile()
 
     def set_limit(self, most_tokens: int) -> None:
-        """Set the most tokens that one step computes. Used if the number is not known at construction."""
+        """Set the largest number of tokens that one step computes, if it was not known at construction."""
         self._most_tokens = most_tokens
 
     def began(self, now: float) -> None:
@@ -121,7 +121,8 @@ class StepTimes:
         return max(0.0, now - since) if since is not None else 0.0
 
     def explains(self, now: float, prompt_tokens: int) -> bool:
-        """Return whether waiting prompt tokens explain the age of the current step. `prompt_tokens`: their number."""
+        """Return whether the current step may take as long as it has, because prompts are waiting. `prompt_tokens`:
+        number of waiting prompt tokens."""
         if prompt_tokens <= 0:
             return False
         tokens = min(prompt_tokens, self._most_tokens)

@@ -81,7 +81,7 @@ class KvMirror:
         return list(self._blocks)
 
     def hashes_of(self, block_ids: Iterable[BlockId]) -> Hashes:
-        """Return the prefix hashes of those of the given blocks that are still held."""
+        """Return the prefix hashes of the blocks in `block_ids`. Blocks that are no longer held are skipped."""
         held = self._blocks
         return np.array([held[block_id].prefix.hash for block_id in block_ids if block_id in held], np.uint64)
 

@@ -65,7 +65,9 @@ REPLAYED_TOGETHER = frozenset(
 
 @dataclass(slots=True)
 class Coalescing:
-    """The state by which a session decides when to parse. `long_call`: see LONG_CALL; 0 to parse after every token."""
+    """Rule by which a session decides when to parse the tokens of one output: after every token, but in a long tool
+    call only from time to time. `long_call`: length in tokens from which a tool call is long; 0 to parse after every
+    token."""
 
     long_call: int = LONG_CALL
     _began: int = -1

@@ -41,7 +41,8 @@ class HangWatch:
         return cls(host.progress.read, lambda: cpu_seconds(host.pid))
 
     def hung(self, now: float) -> int:
-        """Return the session at which the process hangs; NONE if it does not hang. `now`: monotonic seconds."""
+        """Return the number of the parsing session in which the process hangs; NONE if it does not hang. `now`:
+        monotonic seconds."""
         seen = self.progress()
         if seen != self._seen or seen[0] == NONE:
             self._seen, self._since = seen, (self.cpu_s(), now)

@@ -109,7 +109,8 @@ def _as_json(values: dict[str, Any]) -> str:
 def load_kit(settings: KitSettings) -> ParserKit:
     """Load the tokenizer and the parsers.
 
-    Raises ValueError if vLLM has no parser of this name, or if the parser cannot be used with the tokenizer.
+    Raises ValueError if vLLM has no parser with a name in `settings`, or if a parser cannot be used with the
+    tokenizer.
     """
     return kit_of(_tokenizer(settings), settings)
 
@@ -135,8 +136,9 @@ def _tokenizer(settings: KitSettings) -> Any:
 def usable_parsers(settings: KitSettings, given: Container[str]) -> ParserNames:
     """Return those of the parsers in `settings` that can be used with the model's tokenizer.
 
-    `given`: keys of the parsers that the catalog entry names; the other parsers were chosen by the model's family.
-    Raises ValueError if a parser that the entry names cannot be used.
+    `given`: the keys with which the catalog entry names parsers. All other parsers were chosen by the model's
+    family, and are left out if they cannot be used. Raises ValueError if a parser that the entry names cannot be
+    used.
     """
     tokenizer = _tokenizer(settings)
     kept = settings.names

@@ -1,4 +1,5 @@
-"""The request that the engine gets: the caller's request, with the grammar that the parser has made from its tools."""
+"""The request that the engine gets: the caller's request, with the grammar that the parser has made from the request's
+tools."""
 
 from __future__ import annotations
 

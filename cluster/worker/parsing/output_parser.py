@@ -33,7 +33,7 @@ OPEN_S = 60.0
 
 
 class OutputParser(ReplacedProcess):
-    """The output parser of a worker that has parsers. It implements OutputParsers."""
+    """Parses the outputs of a worker's requests in a separate process. Implements the port OutputParsers."""
 
     def __init__(
         self,
@@ -156,7 +156,8 @@ class OutputParser(ReplacedProcess):
                 record.opened.set_result(wire.Opened(record.number, error=reason))
 
     def _begin_sessions(self, connection: ParserConnection) -> None:
-        """Begin all sessions in a new process, and send it the outputs that the last process did not answer."""
+        """Begin the sessions of all running requests in a new parser process. Also send this process the outputs that
+        the last process did not answer."""
         connection.is_ready = True
         for record in self._sessions.values():
             if record.has_ended:

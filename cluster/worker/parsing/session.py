@@ -121,7 +121,8 @@ class ParserSession:
         return len(ids)
 
     def _take(self, token_id: int, state: int) -> None:
-        """Detokenize one token, and parse it if a parse is due."""
+        """Detokenize one token, and parse the output if a parse is due. `state`: the state of the output after this
+        token (see `feed`)."""
         ended = self._decode(token_id, state)
         if self._is_whole:
             if ended:

@@ -1,6 +1,6 @@
-"""The worker's records of the sessions of its parsed requests.
+"""The records that a worker keeps of its parser sessions, one session for each parsed request.
 
-From its record, a session can begin anew in another process.
+If the parser process is lost, a session can begin anew in another process from its record.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class SessionRecord:
     def opening(self) -> wire.Open:
         """Return the message that begins the session.
 
-        A new process gets it, too, and continues after the answers so far.
+        If the parser process is replaced, the new process gets this message too. It then continues after the answers
+        so far.
         """
         sampling = self.request.sampling
         self.repeated_chars = self.delivered_chars
@@ -71,10 +72,11 @@ class SessionRecord:
         )
 
     def take(self, output: TokenOutput) -> tuple[int, bytes, int] | None:
-        """Record an output of the engine; return the item of a Feed message with all tokens that are not sent yet.
+        """Record an output of the engine. Returns the item for the next Feed message to the parser process.
 
-        Returns None if the output needs no parsing yet: the answer is parsed as a whole, has no stop strings and does
-        not end with this output. `output` then has no parts and can be sent to the gateway.
+        The item has all tokens that are not sent yet. It is None if the output needs no parsing yet: the answer is
+        parsed as a whole, has no stop strings and does not end with this output. `output` then has no parts and can be
+        sent to the gateway.
         """
         self.ids.extend(output.token_ids)
         if self.parsing.is_whole and not self.parsing.stop and output.finish is None:
@@ -85,9 +87,9 @@ class SessionRecord:
         return self._item(output, begin, self.sent)
 
     def again(self) -> list[tuple[int, bytes, int]]:
-        """Return the items of a Feed message for the outputs that are not answered yet.
+        """Return the outputs that are not answered yet, as items of a Feed message.
 
-        They are sent to a new process.
+        A new parser process gets these items.
         """
         items, begin = [], self.answered
         for output, end in self.pending:

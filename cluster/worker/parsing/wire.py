@@ -70,7 +70,7 @@ class Close(msgspec.Struct, array_like=True, tag=3, frozen=True):
 class Render(msgspec.Struct, array_like=True, tag=4, frozen=True):
     """Message to the renderer: render a chat.
 
-    `chat`: JSON with the FIELDS of rendering/kit.py. `max_tokens`: most ids that the reply may have.
+    `chat`: JSON with the FIELDS of rendering/kit.py. `max_tokens`: largest number of token ids in the reply.
     """
 
     number: int
@@ -79,7 +79,8 @@ class Render(msgspec.Struct, array_like=True, tag=4, frozen=True):
 
 
 class Ready(msgspec.Struct, array_like=True, tag=1, frozen=True):
-    """Message of the process after its start: its parsers or its renderer are loaded, or `error` says why not."""
+    """Message that a parser or renderer process sends after its start. `error`: why it could not load its parsers or
+    its renderer; empty if it has loaded them."""
 
     error: str = ""
 
@@ -100,9 +101,10 @@ class Opened(msgspec.Struct, array_like=True, tag=2, frozen=True):
 
 
 class Parsed(msgspec.Struct, array_like=True, frozen=True):
-    """The result of a session for one item of a Feed.
+    """The parts that a parser session made of one item of a Feed message, whose ids are token ids.
 
-    `kept`: number of the item's ids up to the end of the stop string `stop`; the number of all ids if `stop` is empty.
+    `kept`: number of the item's ids up to the end of the stop string `stop`; the number of all ids if `stop` is
+    empty.
     """
 
     number: int
@@ -159,7 +161,8 @@ def encode(message: Request | Reply) -> bytes:
 
 
 def decode_reply(body: bytes) -> Reply:
-    """Decode a message of the parser process, without its length. Raises msgspec.MsgspecError."""
+    """Decode a message of the parser process. `body`: the message without its length prefix. Raises
+    msgspec.MsgspecError."""
     return _replies.decode(body)
 
 

@@ -1,5 +1,5 @@
-"""The worker's side of its renderer's process: the chats that wait to be rendered, and the replacement of a process
-that has ended or hangs.
+"""The worker's side of its renderer process: the chats that wait to be rendered, and the replacement of a process that
+has ended or hangs.
 
 The process gets one chat at a time. So a chat that is withdrawn while it waits costs nothing. If the process hangs or
 ends, it is known which chat has caused this.
@@ -118,10 +118,10 @@ class PromptRenderer(ReplacedProcess):
             chat.fail("the render takes too long: send a shorter or simpler chat", "messages")
 
     def _record_death(self, number: int) -> None:
-        """Record that the process has ended while it worked on a chat. The next process begins with this chat.
+        """Record that the renderer's process has ended while it worked on a chat.
 
-        The chat is not rendered again if it was withdrawn. It fails if MAX_DEATHS processes have ended while they
-        worked on it.
+        The next process renders this chat first, with two exceptions. A chat that was withdrawn is dropped. A chat
+        on which MAX_DEATHS processes have ended fails.
         """
         in_work = self._in_work
         if not in_work:

@@ -98,7 +98,7 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CheckedAdapter:
-    """The result of a check.
+    """The result of `check_adapter`.
 
     `digest`: SHA-256 of the files, in hexadecimal. `modules`: number of layers that the adapter changes.
     """
@@ -159,7 +159,8 @@ def _digest(config_hash: str, weights_hash: str) -> str:
 
 
 def base_shapes(folder: Path) -> Shapes:
-    """Return the shapes of a base model's linear layers, from the headers of its safetensors files. Blocks.
+    """Return the shapes of a base model's linear layers, from the headers of its safetensors files. The call blocks on
+    file reads.
 
     A layer is left out if its weights are packed in a form that does not show their shape. Raises AdapterError.
     """

@@ -16,7 +16,8 @@ class Task:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the task's file, whose key `record` names the file for the record."""
+        """Read the task from the JSON file `path`. Its key `record` is the path of the file to which `call` writes the
+        tool calls."""
         given: dict[str, Any] = json.loads(path.read_text())
         self.base_url: str = given["base_url"]
         self.key: str = given["key"]
@@ -28,7 +29,7 @@ class Task:
         self._record = Path(given["record"])
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """Record a tool call and return its result. The result of a call that is not expected is an error."""
+        """Record a tool call and return its result. For a call that is not expected, the result is an error."""
         self._write({"name": name, "arguments": arguments})
         for expected in self._results:
             if (expected["name"], expected["arguments"]) == (name, arguments):

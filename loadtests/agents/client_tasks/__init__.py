@@ -1,1 +1,2 @@
-"""Scripted tasks for real clients: their turns, the engine that answers them, and the programs around it."""
+"""Scripted tasks for real client programs: what the model says in each turn, the engine that emits these turns, and the
+programs that prepare and serve them."""

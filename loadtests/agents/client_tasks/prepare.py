@@ -1,8 +1,8 @@
-"""Program that writes the model of the part clients: python -m loadtests.agents.client_tasks.prepare FILE FOLDER
+"""Program that writes the model of the part `clients`: python -m loadtests.agents.client_tasks.prepare FILE FOLDER
 
-FILE is JSON: the text of each answer by key (`answers`) and the number of characters before each death (`deaths`).
-FOLDER gets `model` with Qwen 3's chat template, `bundle`, `scripts.json`, `deaths.json` (tokens before each death) and,
-at the end, `models.json` with the model's entry.
+FILE is JSON: the text of each answer by key (`answers`) and the number of characters after which the engine
+kills its worker (`deaths`). FOLDER gets `model` with Qwen 3's chat template, `bundle`, `scripts.json`,
+`deaths.json` (numbers of tokens instead of characters) and, at the end, `models.json` with the model's entry.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MODEL, MAX_MODEL_TOKENS = "qwen3-scripted", 262_144
 
 
 def main(file: Path, folder: Path) -> None:
-    """Write everything, `models.json` last."""
+    """Write all files into `folder`. `models.json` is written last, as a sign that the others are complete."""
     from cluster.worker.weights.tokenizer_bundle import build_bundle  # imports transformers
 
     given, model, bundle = json.loads(file.read_text()), folder / "model", folder / "bundle"

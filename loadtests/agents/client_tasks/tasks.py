@@ -83,7 +83,8 @@ class Task:
 
     @property
     def deaths(self) -> dict[str, int]:
-        """Keys of the answers in which a worker dies, each with the number of characters emitted before."""
+        """Answers during which a worker is killed: for each answer's key, the number of characters that are emitted
+        before."""
         return {key_of(self.name, at): self.steps[at - 1].middle(part) for at, part in DEATHS.items()}
 
 

@@ -1,7 +1,7 @@
-"""Program that runs one worker of the part clients: python -m loadtests.agents.client_tasks.worker FILE
+"""Program that runs one worker of the part `clients`: python -m loadtests.agents.client_tasks.worker FILE
 
-FILE is JSON as for loadtests.agents.worker, with `pace_s`, `deaths` (a file), `log` (a file) and `folder` as well; see
-PacedEngine.
+FILE is JSON with the keys that loadtests.agents.worker takes, and four more: `pace_s`, `deaths` (a file), `log`
+(a file) and `folder`. PacedEngine describes these.
 """
 
 from __future__ import annotations

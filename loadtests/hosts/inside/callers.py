@@ -34,7 +34,8 @@ _WORDS = ("river", "stone", "lantern", "orchard", "copper", "velvet", "harbour",
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Plan of the callers."""
+    """The settings of the callers: where they connect, how many streams they keep running, and how long the streams
+    are. `out`: the file for the events."""
 
     out: str
     endpoint: str

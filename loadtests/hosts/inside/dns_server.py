@@ -1,8 +1,8 @@
-"""Program that serves the part of a cluster's DNS that these pods need. `python -m loadtests.hosts.inside.dns_server
-ZONE`.
+"""Program that serves the DNS names of a cluster to the simulated pods on this host.
 
-ZONE is a JSON file {"hosts": {name: [address]}, "srv": {name: [[target, port]]}}, read again whenever it changes.
-Addresses are shuffled for each question, so that callers are spread over pods as a Kubernetes Service does.
+Run it as `python -m loadtests.hosts.inside.dns_server ZONE`. ZONE is a JSON file {"hosts": {name: [address]}, "srv":
+{name: [[target, port]]}}, read again whenever it changes. Addresses are shuffled for each question, so that callers
+are spread over pods as a Kubernetes Service does.
 """
 
 from __future__ import annotations

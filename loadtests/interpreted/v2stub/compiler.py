@@ -6,7 +6,7 @@ from triton.backends.compiler import BaseBackend
 
 
 class CpuStubCompiler(BaseBackend):  # type: ignore[misc] # Triton is not there where types are checked
-    """Compiler that the interpreter never calls."""
+    """Stub of Triton's compiler backend. Triton's interpreter never calls it."""
 
 
 CpuStubCompiler.__abstractmethods__ = frozenset()

@@ -14,7 +14,8 @@ otherwise switches off.
 
 
 def apply() -> None:
-    """Apply both changes. This is a plugin for vllm.general_plugins. Idempotent."""
+    """Replace the kernel and enable asynchronous scheduling, as the module describes. vLLM calls this function as a
+    plugin (vllm.general_plugins). Idempotent."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         _replace_top_k_top_p()
     _schedule_asynchronously()

@@ -1,1 +1,2 @@
-"""Chats for the part `engines`, and the comparison of a gateway's predictions with the engines."""
+"""Chats for the part `engines` of the scenario `routing`, which runs real engines, and a comparison of a gateway's
+predictions with what the engines did."""

@@ -84,8 +84,13 @@ class Journal:
         self.decisions[request.sampling.seed or 0] = decision
 
     def is_traced(self, decision: Decision, cached: int) -> bool:
-        """Return whether the worker, after the decision, reported a change of the block at which prediction and engine
-        differ."""
+        """Return whether a report of the worker explains why the predicted number of cached tokens was wrong.
+
+        The report came after the decision and is about the first block at which the prediction differs from the engine.
+        If the prediction was too high, the report says that the block was removed; if too low, that it was stored.
+
+        `cached`: number of cached tokens that the engine found.
+        """
         at = min(decision.predicted, cached) // BLOCK
         block, is_lost = decision.hashes[at], decision.predicted > cached
         return any(

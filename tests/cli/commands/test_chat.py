@@ -1,4 +1,4 @@
-"""The commands chat, complete and models work with a real gRPC server."""
+"""Tests of the commands `chat`, `complete` and `models` with a real gRPC server."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_chat_json_is_the_message(run: Run, gateway: ScriptedGateway) -> None:
 
 
 def test_chat_reads_a_piped_prompt(run: Run, gateway: ScriptedGateway) -> None:
-    """Without a terminal, `chat` reads the prompt from standard input, and an empty prompt is bad usage."""
+    """Without a terminal, `chat` reads the prompt from standard input. An empty prompt is refused as bad usage."""
     assert run("chat", "tiny", "--endpoint", gateway.endpoint, input="From a pipe\n").exit_code == 0
     assert gateway.script.requests[0].messages[0].content == "From a pipe"
     assert run("chat", "tiny", "--endpoint", gateway.endpoint, input="").exit_code == 2

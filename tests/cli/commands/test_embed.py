@@ -29,9 +29,9 @@ def test_embed_prints_a_row_for_each_text(run: Run, gateway: ScriptedGateway) ->
 
 
 def test_embed_reads_lines(run: Run, gateway: ScriptedGateway) -> None:
-    """With `-`, `embed` reads one text per line from standard input, and --json prints all values.
+    """With `-`, `embed` reads one text per line from standard input, and `--json` prints all values.
 
-    Without a text the command is bad usage.
+    If there is no text, `embed` exits with code 2.
     """
     done = run("embed", "tiny", "-", "--json", "--endpoint", gateway.endpoint, input="one\n\nthree\n")
     assert json.loads(done.stdout) == {"model": "tiny", "embeddings": [[3.0, 0.0], [5.0, 1.0]], "prompt_tokens": 7}

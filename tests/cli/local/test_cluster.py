@@ -35,7 +35,8 @@ models: []
 
 
 def local(reports: list[str]) -> LocalCluster:
-    """Return a cluster with two gateway processes and no Ray process."""
+    """Return a local cluster with two gateway processes and no Ray process. The cluster appends its progress messages
+    to `reports`."""
     run = RunFolder("local")
     make_private_folder(run.path)
     return LocalCluster(choose_ports(parse(CONFIG)), run, reports.append)

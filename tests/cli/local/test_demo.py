@@ -92,9 +92,9 @@ def cache() -> None:
 
 
 def test_it_gets_ready_and_names_paris(demo: Demo) -> None:
-    """The demo prints a line that begins with `ready` and a first answer that contains Paris.
+    """The demo prints a line that begins with `ready`, and an answer that contains Paris.
 
-    A whole answer and a streamed answer of the SDK have the same text.
+    The SDK gets the same text from the demo as a whole answer and as a stream.
     """
     assert any(line.startswith("ready") for line in demo.lines), "\n".join(demo.lines)
     assert any("Paris" in line for line in demo.lines), "\n".join(demo.lines)

@@ -78,7 +78,7 @@ def test_open_ports_are_chosen_for_all_processes() -> None:
 
 
 def test_a_port_that_a_later_process_cannot_have_is_told() -> None:
-    """If the port of a second gateway process is in use, the error has that process's address."""
+    """If the port of a second gateway process is in use, the error names the address of the second process."""
     with contextlib.ExitStack() as stack:
         port = _taken_with_a_free_one_below(stack, 9)
         with pytest.raises(PortTaken, match=rf"gateway\.listen\.link: 127\.0\.0\.1:{port} is not available"):

@@ -16,7 +16,7 @@ from tests.support.serving import eventually
 
 
 class FakeRay:
-    """A LocalRay without processes. `current`: the newest instance."""
+    """Fake LocalRay that starts no processes. `current`: the newest instance."""
 
     current: FakeRay
     refuses = False
@@ -42,7 +42,7 @@ class FakeRay:
     kill = stop
 
     def environment(self) -> dict[str, str]:
-        """Return the address as the only variable."""
+        """Return the environment variables of this Ray: only its address."""
         return {"RAY_ADDRESS": self.address}
 
 

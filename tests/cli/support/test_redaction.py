@@ -196,7 +196,8 @@ def test_texts_of_the_form_of_a_secret(text: str, shown: str) -> None:
     ],
 )
 def test_addresses_without_credentials(address: str, shown: str, secrets: set[str]) -> None:
-    """`without_credentials` keeps an address's host and path, and a user name that comes with a password."""
+    """`without_credentials` keeps the host and path of an address, redacts password and query, and returns what it
+    redacted. A user name is kept only beside a password; alone it may be a token and is redacted."""
     assert without_credentials(address) == (shown, secrets)
 
 

@@ -88,7 +88,8 @@ def test_a_contexts_key_goes_to_its_own_address_only(
 def test_the_nearer_choice_wins(typed: TypedOptions, environment: dict[str, str], contexts: Contexts) -> None:
     """An option comes before an environment variable, and a variable before the current context.
 
-    A context and an address given in the same place contradict each other and are refused.
+    A command is refused if options give both a context and an address. It is also refused if variables give both
+    and no option decides.
     """
     both_typed = bool(typed.context and (typed.endpoint or typed.admin))
     both_set = "HEADRACE_CONTEXT" in environment and "HEADRACE_ENDPOINT" in environment

@@ -1,5 +1,5 @@
-"""Large request bodies. They are parsed in a helper process, to the same requests as by the parser of small bodies.
-Values are counted before they are parsed, and only known fields are parsed."""
+"""Large request bodies. A helper process parses them, with the same result as the parser of small bodies. The number of
+values is checked before parsing, and only known fields are parsed."""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ def test_edges_of_the_range() -> None:
 @pytest.mark.parametrize("dimensions", [1, 7, 4096])
 @pytest.mark.parametrize("is_base64", [False, True])
 def test_vectors_are_written_in_order(dimensions: int, is_base64: bool) -> None:
-    """Each vector has its index and its values."""
+    """The JSON of several vectors lists them in order. Each item has the right index and exactly the values of its
+    vector."""
     values = np.random.default_rng(dimensions).normal(size=(9, dimensions)).astype("<f4")
     text = b",".join(embeddings([row.tobytes() for row in values], is_base64))
     items = json.loads(b"[" + text + b"]")

@@ -80,7 +80,7 @@ MESSAGES: dict[str, list[dict[str, str] | dict[str, Any]]] = {
 
 
 def bodies(api: str, good: dict[str, Any]) -> dict[str, bytes]:
-    """Return the hostile bodies of an HTTP API by title."""
+    """Return the hostile bodies of an HTTP API, keyed by title."""
     made = {}
     for title, tools in TOOLS.items():
         listed = ", ".join(_tool(name, schema)[api] for name, schema in tools)
@@ -125,7 +125,8 @@ class Stalls:
 
     @property
     def too_long(self) -> bool:
-        """Whether the longest pass took more than STALL_S. The limit is larger on a slow machine."""
+        """Whether the longest pass of the event loop took more CPU time than STALL_S. On a slow machine the limit is
+        larger."""
         return self.longest_s > STALL_S * slowness()
 
     async def __aenter__(self) -> Stalls:

@@ -37,7 +37,7 @@ def exact(value: Any) -> Any:
 
 
 def agrees(data: bytes) -> None:
-    """Check that `data` is either not decoded, or decoded to the value that the module json gives."""
+    """Check that `data` is either not decoded, or decoded to the same value as by Python's module `json`."""
     if (decoded := decode(data)) is None:
         return
     assert exact(decoded[0]) == exact(json.loads(data.decode()))
@@ -54,16 +54,16 @@ def test_written_json_is_decoded_alike(value: Any, ascii_only: bool, indent: int
 @given(pieces=st.lists(st.sampled_from(PIECES), max_size=12))
 @example(pieces=["[" * 300, "]" * 300])
 def test_odd_texts_are_decoded_alike(pieces: list[str]) -> None:
-    """A text of random JSON tokens, valid or not, is either decoded to the same value as by the module json or left to
-    it."""
+    """For texts of random JSON tokens, valid or not, `decode` returns the value that the module json returns, or leaves
+    the text to that module."""
     for text in ("".join(pieces), f"[{','.join(pieces)}]"):
         agrees(text.encode("utf-8", "surrogatepass"))
 
 
 @given(value=VALUES, at=st.integers(0, 200), byte=st.integers(0, 255))
 def test_spoilt_bytes_are_decoded_alike(value: Any, at: int, byte: int) -> None:
-    """A text with one wrong byte is either decoded to the same value as by the module json or left to it. The text may
-    be invalid UTF-8."""
+    """A JSON text with one wrong byte is decoded to the same value as by Python's module `json`, or not decoded at all.
+    The text may be invalid UTF-8."""
     data = bytearray(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     data[at % len(data)] = byte
     agrees(bytes(data))
@@ -93,7 +93,8 @@ def test_the_length_of_a_text_does_not_matter(value: Any, levels: int, spoilt: b
     ("value", "depth"), [(None, 0), (1, 0), ("text", 0), ([], 1), ({}, 1), ([[]], 2), ({"a": [{}]}, 3)]
 )
 def test_depth(value: Any, depth: int) -> None:
-    """`is_deeper` is true for each number of levels below the depth of the value, and for no other."""
+    """`is_deeper` is true for every number of levels that is less than the depth of the value, and for no other
+    number."""
     assert [is_deeper(value, levels) for levels in range(5)] == [levels < depth for levels in range(5)]
     assert not is_deeper(value, MAX_DEPTH)
 

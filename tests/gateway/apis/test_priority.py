@@ -16,8 +16,8 @@ from tests.support.http import chat_body, completion_body
 async def test_a_call_of_a_later_class_waits_for_the_tenants_other_calls(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A call that names a class of lower priority waits for a call of the same tenant that came later and names no
-    class."""
+    """A call may request a lower priority class than its tenant's. It then waits for the tenant's calls of the usual
+    class, even if they came later."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, max_num_seqs=1), bundle)
     first = cluster.stub.StreamChat(chat(max_tokens=60, ignore_eos=True))
     await first.read()
@@ -50,7 +50,8 @@ async def test_the_error_lists_the_classes_of_the_tenant(
 
 
 def test_http_reads_the_class() -> None:
-    """Bodies of both HTTP paths may name a class. Null, and vLLM's default of 0, stand for the tenant's class."""
+    """A request to either HTTP path for generation may name a priority class. Null, and vLLM's default of 0, stand for
+    the tenant's own class."""
     for value, name in (("batch", "batch"), (None, ""), (0, ""), ("", "")):
         assert parse_chat(Fields(chat_body(priority=value))).requests[0].priority_class == name
         assert parse_completion(Fields(completion_body(priority=value))).requests[0].priority_class == name

@@ -41,7 +41,7 @@ ARGUMENTS = ['{"city": "Zürich"}', "", "[1]", "no JSON", "7"]
 
 
 def read(**fields: Any) -> GenerationRequest:
-    """Parse a body as on the event loop."""
+    """Parse the body of a chat with these fields, and return its generation request."""
     return parse_chat(read_object(json.dumps(chat_body(**fields)).encode())).requests[0]
 
 
@@ -90,8 +90,8 @@ MESSAGE = pb.ChatRequest(
 
 
 def test_both_apis_make_the_same_request() -> None:
-    """A body and a gRPC message with the same contents give equal requests, also in a helper process. Arguments in the
-    history that are not a JSON object become an empty object."""
+    """An HTTP body and a gRPC message with the same contents give equal requests, also if a helper process parses them.
+    Arguments of an earlier tool call in the chat become an empty object if they are not a JSON object."""
     small = read(**BODY)
     assert small == grpc_requests.parse_chat(MESSAGE)
     reader = BodyReader()
@@ -117,8 +117,8 @@ def test_both_apis_make_the_same_request() -> None:
     ],
 )
 def test_the_choice_has_vllms_defaults(fields: dict[str, Any], choice: str, needs_tools: bool) -> None:
-    """Without a tool choice, a call with tools may call them. With the choice `none`, the template still gets the
-    tools."""
+    """Without the field `tool_choice`, a call with tools has the choice `auto`. With the choice `none`, the chat
+    template still gets the tools."""
     output = read(**fields).output
     assert (json.loads(output.parser_request)["tool_choice"], output.needs_tools) == (choice, needs_tools)
     prompt = read(**fields).prompt

@@ -173,7 +173,8 @@ def _strings(value: Any) -> int:
 
 @given(value=VALUES, slack=st.integers(-1, 0), escaped=st.booleans())
 def test_counts_are_exact(value: Any, slack: int, escaped: bool) -> None:
-    """A JSON text with one container or string too many is refused. The contents of strings do not count."""
+    """A JSON text is refused if it has one container or one string more than allowed. Characters inside a string do not
+    count as containers or strings."""
     noise = '\\"[{,\\' * 4000
     text = json.dumps([noise, value], ensure_ascii=escaped).encode()
     containers, strings = 1 + _containers(value), 1 + _strings(value)

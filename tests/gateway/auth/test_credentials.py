@@ -70,7 +70,7 @@ class World:
         return await self.authenticator.principal(authorization, names, "10.0.0.9")
 
     async def refused(self, *authorization: str, names: tuple[str, ...] = ()) -> CallError:
-        """Return the error with which these credentials are refused."""
+        """Return the error with which these credentials are refused. `names`: the names in the client certificate."""
         with pytest.raises(CallError) as caught:
             await self.principal(*authorization, names=names)
         return caught.value

@@ -243,7 +243,8 @@ async def test_no_signature_and_a_public_key_as_a_secret(verifier: OidcVerifier,
 
 
 def _hmac_token(algorithm: str, digest: str, secret: bytes, body: str) -> str:
-    """Return an HMAC token, made by hand because the library refuses to make such a token."""
+    """Return a JWT that is signed with HMAC. The test makes it by hand, because the JWT library refuses to sign with a
+    public key as the secret."""
     head = base64.urlsafe_b64encode(json.dumps({"alg": algorithm, "kid": "k1"}).encode()).rstrip(b"=").decode()
     tag = hmac.digest(secret, f"{head}.{body}".encode(), digest)
     return f"{head}.{body}.{base64.urlsafe_b64encode(tag).rstrip(b'=').decode()}"
@@ -412,7 +413,7 @@ def test_which_tokens_are_for_this_module() -> None:
 
 @pytest.mark.parametrize("url", ["http://example.com/", "ftp://localhost/", "https://", "", "//localhost"])
 def test_documents_come_over_tls(url: str) -> None:
-    """Documents may be fetched over plain http from this host only."""
+    """An issuer's documents are fetched over https only, except from this host, where plain http is allowed."""
     with pytest.raises(ValueError, match="https"):
         oidc.check_url(url)
     assert oidc.check_url("http://127.0.0.1:1/x")

@@ -35,7 +35,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 async def test_it_works_as_it_says(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """With a key of the declared tenant, or of a tenant created by hand, the model can be called, also by the CLI.
+    """The example file's tenant and a tenant created by command can call the model with their keys, also by the CLI.
     Other keys are refused."""
     text = FILE.read_text() + f"gateway: {{drain_timeout_s: 0, listen: {PORTS}}}\n"
     make_secrets(parse(text))

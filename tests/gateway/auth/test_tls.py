@@ -43,14 +43,14 @@ class World:
         return f"localhost:{self.keyed.gateway.endpoints[listener].rsplit(':', 1)[1]}"
 
     def channel(self, shown: TlsFiles | None = None) -> grpc.aio.Channel:
-        """Return a channel with a separate gRPC connection."""
+        """Return a channel with a separate gRPC connection. `shown`: the client certificate to present, if any."""
         roots = self.files.ca_file.read_bytes()
         own = (None, None) if shown is None else (shown.key_file.read_bytes(), shown.cert_file.read_bytes())
         options = (("grpc.use_local_subchannel_pool", 1),)
         return grpc.aio.secure_channel(self.address("grpc"), grpc.ssl_channel_credentials(roots, *own), options=options)
 
     def http(self, shown: TlsFiles | None = None) -> httpx.AsyncClient:
-        """Return a separate HTTP client."""
+        """Return a new HTTP client. `shown`: the client certificate to present, if any."""
         context = ssl.create_default_context(cafile=str(self.files.ca_file))
         if shown is not None:
             context.load_cert_chain(shown.cert_file, shown.key_file)

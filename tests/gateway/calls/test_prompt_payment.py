@@ -32,8 +32,8 @@ def test_a_new_call_pays(may_be_computed: bool) -> None:
     ],
 )
 def test_the_terms_decide_after_the_first_output(terms: ResumeTerms, origin_lost: bool | None, is_due: bool) -> None:
-    """After the first output, the resume terms decide. Under IF_ALIVE, the prompt is free if the worker has reported
-    that the first gateway was lost."""
+    """After the first output, the terms of the resume decide whether the tenant is charged for the prompt. With
+    `IF_ALIVE`, the tenant is not charged if the worker has reported that the first gateway was lost."""
     payment = PromptPayment()
     payment.resume(FREE)
     payment.resume(terms)
@@ -43,8 +43,8 @@ def test_the_terms_decide_after_the_first_output(terms: ResumeTerms, origin_lost
 
 @pytest.mark.parametrize(("terms", "is_due"), [(FREE, False), (IF_ALIVE, True), (PAID, True)])
 def test_a_call_that_its_client_ends_early_may_pay(terms: ResumeTerms, is_due: bool) -> None:
-    """A call that its client ends before any output is charged for its prompt only if an engine may have computed it
-    and the terms are not FREE."""
+    """A resumed call whose client ends it before any output is charged for its prompt on two conditions: an engine may
+    have computed the prompt, and the resume terms are not FREE."""
     payment = PromptPayment()
     payment.resume(terms)
     assert payment.is_due(True) is is_due

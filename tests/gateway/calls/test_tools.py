@@ -1,4 +1,5 @@
-"""Checks of tools, and the request to a worker's parsers. Every error names the field."""
+"""Checks of the tools in a request, and conversion to the request for a worker's parsers. Every error names the
+field."""
 
 from __future__ import annotations
 
@@ -167,8 +168,8 @@ def test_the_parser_request_is_json_with_the_fields(tools: list[Any], argument: 
 
 
 def test_the_parser_request_is_bounded() -> None:
-    """Tools of more than a megabyte are refused; the size is counted in bytes. Template arguments do not make a request
-    large."""
+    """Tools of more than a megabyte are refused. The size is counted in bytes of UTF-8. Template arguments, however
+    large, add little to the request that is sent to the parser."""
 
     def request(description: str, arguments: dict[str, Any] | None = None) -> str:
         tools = [function_tool("f", description, None)]
@@ -201,8 +202,8 @@ def test_only_a_call_that_may_call_tools_needs_a_parser(tools: list[Any], choice
 
 @pytest.mark.slow
 def test_kimis_ids_are_vllms() -> None:
-    """The ids of Kimi's tool calls are the same as in vLLM's server. So is the count of earlier tool calls, which is
-    part of an id."""
+    """The ids of Kimi's tool calls equal those of vLLM's server. An id contains the number of earlier tool calls, which
+    is counted as in vLLM."""
     from vllm.parser.utils import count_chat_history_tool_calls
     from vllm.renderers.chat_utils import make_tool_call_id
 

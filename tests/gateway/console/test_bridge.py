@@ -77,7 +77,8 @@ async def operator(keyed: Keyed) -> Browser:
     ],
 )
 def test_wrong_bodies_name_the_field(kind: Any, body: bytes, field: str) -> None:
-    """A wrong body is refused. If a field is wrong, the error names the outermost wrong one."""
+    """An invalid body is refused. The error names the invalid field; if the field is nested, the error may name only an
+    outer field."""
     with pytest.raises(CallError) as caught:
         parse(kind, body)
     assert caught.value.outcome is Outcome.INVALID_FIELD
@@ -102,7 +103,8 @@ def outcome_of(kind: Any, body: bytes) -> Outcome:
 
 @given(st.data())
 def test_fields_of_any_value(data: st.DataObject) -> None:
-    """Each known field with a value of any type gives a message or an error."""
+    """A JSON object with known field names and values of any type is converted to a message or refused with an
+    error."""
     kind = data.draw(st.sampled_from(KINDS))
     names = [field.name for field in kind.DESCRIPTOR.fields]
     if names:

@@ -95,7 +95,7 @@ async def test_a_viewer_that_reads_nothing_is_disconnected(cluster: TestCluster)
 
 async def test_roles_see_what_they_may(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """An operator sees all tenants, with workers and gateways. A tenant's administrator sees its own calls and sums,
-    without names of workers, gateways and other tenants. Both hold for the method and for the stream."""
+    without names of workers, gateways and other tenants, both in GetOverview and in the stream."""
     async with keyed_cluster(tmp_path) as keyed:
         cluster = keyed.cluster
         worker = await cluster.add_worker(sim_engine(checkpoint), bundle, host="host-of-worker")

@@ -1,5 +1,8 @@
-"""Properties of the overview. Changes lead to the next document, merging does not depend on order, and a viewer of one
-tenant sees nothing of others."""
+"""Properties of the console's overview of the cluster.
+
+Applied to one document, the changes give the next document. Merging does not depend on the order. A viewer who may see
+only one tenant sees nothing of other tenants.
+"""
 
 from __future__ import annotations
 
@@ -197,7 +200,7 @@ def test_a_viewer_of_one_tenant_sees_nothing_of_others(parts: list[Part]) -> Non
 
 
 def _without_others(part: Part) -> Part:
-    """Return the part as it would be if other tenants had made no calls."""
+    """Return the part as it would be if only the first tenant had made calls."""
     quiet = [row | {"ttft_counts": [0] * 23, "tokens_per_s": 0.0, "waiting": 0} for row in part["models"]]
     return part | {
         "calls": [row for row in part["calls"] if row["tenant"] == TENANTS[0]],
@@ -208,7 +211,8 @@ def _without_others(part: Part) -> Part:
 
 
 def _part_of(gateway: str, at: float, ended: dict[str, float]) -> Part:
-    """Return a part with calls that ended at these times."""
+    """Return one gateway's part of the console's overview, with calls that ended at the times in `ended`. It also has
+    one running call."""
     rows = [
         {"id": name, "tenant": "a", "state": "ended", "arrived_s": when - 1.0, "duration_s": 1.0}
         for name, when in ended.items()

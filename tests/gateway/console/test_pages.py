@@ -102,7 +102,7 @@ async def test_no_other_file_is_reached(cluster: TestCluster, name: str) -> None
 
 @given(st.text(max_size=40))
 def test_every_endpoint_is_a_file_of_the_folder(name: str) -> None:
-    """The table of paths holds exactly the files of the folder."""
+    """A path below the console's static prefix is an endpoint if and only if it names one of the console's files."""
     endpoints = page_endpoints(FILES)
     assert (f"{STATIC}{name}" in endpoints) == (name in FILES)
 
@@ -128,8 +128,8 @@ async def report(cluster: TestCluster, body: bytes) -> Reply:
 
 
 async def test_reports_of_the_policy_are_counted(cluster: TestCluster) -> None:
-    """All reports of browsers are counted, and only a few are logged. Log lines do not contain the text of the blocked
-    script."""
+    """All browsers' reports of violations of the content security policy are counted, and only a few are logged. Log
+    lines do not contain the text of the blocked script."""
     fields = {"effective-directive": "script-src-elem", "blocked-uri": "inline", "script-sample": SECRET}
     with capture_logs() as logs:
         for _ in range(5):

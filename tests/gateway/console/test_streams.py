@@ -28,7 +28,7 @@ class CountingFeed:
         self.fails = False
 
     async def events(self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str) -> None:
-        """See ViewerFeed."""
+        """Implements `ViewerFeed.events`."""
         self.open += 1
         try:
             if self.fails:
@@ -43,7 +43,7 @@ class CountingFeed:
             self.open -= 1
 
     async def history(self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str) -> None:
-        """See ViewerFeed."""
+        """Implements `ViewerFeed.history`."""
         headers = [(b"content-length", b"%d" % len(viewer_tenant))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": viewer_tenant.encode(), "more_body": False})

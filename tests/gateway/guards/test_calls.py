@@ -75,7 +75,7 @@ class Tenant:
         return registry.get_sample_value("headrace_guard_actions_total", labels) or 0.0
 
     async def audited(self, at_least: int) -> Sequence[dict[str, Any]]:
-        """Wait for `at_least` audit events of the kind policy for the tenant, and return the events."""
+        """Wait until the tenant has `at_least` audit events of the kind `policy`, and return the events."""
         found: Sequence[dict[str, Any]] = ()
 
         async def there() -> bool:
@@ -300,7 +300,7 @@ class Server(guard_pb2_grpc.GuardServicer):
         self.asked: list[guard_pb2.CheckRequest] = []
 
     async def Check(self, request: guard_pb2.CheckRequest, context: Any) -> guard_pb2.CheckResponse:
-        """Handle a check by the first word of the last text."""
+        """Return the action that the first word of the last text names, such as `refuse`; allow any other text."""
         self.asked.append(request)
         kind = guard_pb2.CheckResponse
         match request.texts[-1].split()[0]:
@@ -448,7 +448,8 @@ def test_a_declared_tenants_file_must_be_there(tmp_path: Path) -> None:
 
 
 async def test_the_parsers_get_what_the_guards_leave(tmp_path: Path, bundle: Bundle) -> None:
-    """What an input guard removes from a tool reaches neither the prompt nor the worker's parsers."""
+    """If an input guard removes text from a tool definition, the text reaches neither the prompt nor the worker's
+    parsers."""
     engine = PartsEngine([[OutputPart(PartKind.CONTENT, "ok")]])
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(engine, bundle, parser=ParsedByEngine())

@@ -1,4 +1,5 @@
-"""Guards of a parsed output. Each channel is filtered as a text of its own, however it is split into parts."""
+"""Guards of a parsed output. Content, reasoning and each other channel are filtered separately, however the text is
+split into parts."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ channels = st.lists(
 
 
 def guarded(action: Action) -> GuardedParts:
-    """Return a filter with one pattern."""
+    """Return a filter of parsed outputs with one guard, which searches for SECRET. `action`: what the guard does with a
+    match."""
     return GuardedParts(lambda: chain([PatternStage(Patterns(SECRET), action, ignore)]))
 
 
@@ -50,8 +52,10 @@ def texts(parts: list[OutputPart]) -> list[OutputPart]:
 
 @given(st.data(), channels, st.sampled_from(["redact", "refuse"]))
 def test_each_channel_is_filtered(data: st.DataObject, parts: list[OutputPart], action: Action) -> None:
-    """The output is the same as if each channel were filtered as a whole. After a refusal nothing more is returned. No
-    part of a refused match is returned."""
+    """Parts are filtered as if each channel (content, reasoning or one tool call) were filtered as a whole.
+
+    After a refusal nothing more is returned, and no piece of the refused match is returned.
+    """
     guards = guarded(action)
     out: list[OutputPart] = []
     for feed in cut(data, parts):

@@ -89,7 +89,7 @@ def test_any_cut_gives_what_the_whole_text_gives(guards: list[tuple[Any, Action]
 def test_marks_tell_which_tokens_a_redaction_has_touched(
     sources: dict[str, str], chunks: list[str], more: list[str]
 ) -> None:
-    """The mark of a token is hidden if a redaction touched a character of the token, and only then."""
+    """A token's mark says that the token is hidden if a redaction touched a character of the token, and only then."""
     chunks = chunks + more
     text = "".join(chunks)
     spans = list(Patterns(sources).find(text))

@@ -97,8 +97,9 @@ def of_any_kind(tokens: int) -> list[Any]:
 
 @pytest.mark.parametrize("tokens", [60, 500], ids=["end-meanwhile", "go-on"])
 async def test_they_are_found_running(doomed: Doomed, tokens: int) -> None:
-    """Streams that still run, or have ended meanwhile, are resumed without another submission or computation. Callers
-    get the same output as without the loss of the gateway."""
+    """After a gateway was killed, its streams are resumed at another gateway. The workers still run the requests, or
+    have finished them meanwhile, so no request is submitted or computed again. Callers get the same output as without
+    the kill."""
     requests = of_any_kind(tokens)
     whole = await asyncio.gather(*(rest_of(doomed.survivor.stub.StreamChat(request)) for request in requests))
     submitted = doomed.count("submitted")
@@ -153,8 +154,8 @@ async def test_one_that_has_come_back_before_is_not_kept_twice(doomed: Doomed) -
 
 
 async def test_they_end_when_nobody_comes(doomed: Doomed) -> None:
-    """A detached request that is not resumed frees its slot after a moment. A request that cannot be resumed frees its
-    slot at once."""
+    """A detached request is one whose gateway is gone. It frees its slot after a moment if it is not resumed, and at
+    once if it cannot be resumed."""
     lasting = [chat(max_tokens=3000, ignore_eos=True, resumable=resumable) for resumable in (True, False)]
     kinds = [*lasting, chat(max_tokens=3000, ignore_eos=True, resumable=True, logprobs=True)]
     await begun(doomed, kinds)
@@ -168,8 +169,8 @@ async def test_they_end_when_nobody_comes(doomed: Doomed) -> None:
 
 
 async def test_they_keep_their_places(doomed: Doomed) -> None:
-    """While detached requests hold all slots, resumed calls start at once. New calls wait until the detached requests
-    have been resumed and have ended."""
+    """Detached requests (their gateway was killed) keep their slots, so they can be resumed at once while new calls
+    wait. A new call starts only after a resumed call has ended."""
     requests = [chat(str(number), max_tokens=700, ignore_eos=True, resumable=True) for number in range(PLACES)]
     chunks = await begun(doomed, requests)
     await until(lambda: doomed.worker.end.statistics().detached == PLACES, "all are without a gateway")

@@ -57,7 +57,8 @@ def test_who_beats_and_steps_or_says_why_not_is_not_suspected(story: list[tuple[
     [("silent", 0.5), ("hung", 0.5), ("deaf", 1.0), ("mute", 1.0)],
 )
 def test_each_way_of_standing_still_is_found_by_its_bound(reason: str, at: float) -> None:
-    """Each kind of failure is found on time, with the reason that a breaker and a metric use."""
+    """Each kind of link failure is detected within its time limit. The reported reason is the one that breakers and
+    metrics use."""
     liveness = alive()
     if reason == "deaf":
         liveness.record_sent(1, 0.0)
@@ -100,8 +101,8 @@ def test_who_has_never_beaten_gets_the_time_to_connect() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.0, 0.1), st.floats(0.0, 10.0)), max_size=30), st.floats(0.0, 1.0))
 def test_what_one_oversleeps_is_nobodys_silence(rests: list[tuple[float, float]], part: float) -> None:
-    """The waking time counts each sleep in full, plus at most LATE_S of oversleeping. It never goes backward, and never
-    runs ahead of the clock."""
+    """The waking time (the clock of the failure detection) counts each sleep in full. If a sleep ends late, it counts
+    at most LATE_S of the delay. It never goes backward, and never runs ahead of the clock."""
     clock, now, waked = Waking(0.0, 0.0), 0.0, 0.0
     for rest_s, late_s in rests:
         clock.rest(now, rest_s)

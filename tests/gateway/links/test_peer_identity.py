@@ -109,7 +109,8 @@ class Secured:
 
 @pytest.fixture(scope="module")
 async def secured(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Secured]:
-    """Provide one gateway for all attempts. No attempt may affect its worker."""
+    """Provide one gateway with TLS and a worker, for all tests of this module. The tests act with wrong certificates,
+    and must not affect this worker."""
     folder = tmp_path_factory.mktemp("certs")
     make_files(folder)
     async with running_cluster(folder / "state", config(folder), QUICK) as cluster:

@@ -31,7 +31,7 @@ class Silent:
     def refused(self, reason: str, message: str, field: str) -> None: ...
 
     def token(self, token_id: int, now: float) -> None:
-        """Record the time of the token, which the link reads."""
+        """Store the time of the token. The link reads `last_token_at`."""
         self.last_token_at = now
 
     def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None: ...
@@ -69,7 +69,8 @@ def submit(link: WorkerLink, prompt: int, emitted: int) -> int:
 
 
 def turn(*accepted: int, step: bool = False) -> pb.WorkerTurn:
-    """Return a worker's message about a step without first tokens."""
+    """Return a message of a worker that has no outputs. `accepted`: slots of the accepted requests. `step`: whether the
+    message is about a step."""
     message = pb.WorkerTurn(accepted=[pb.Accepted(slot=slot) for slot in accepted])
     if step:
         message.step.SetInParent()
@@ -77,8 +78,8 @@ def turn(*accepted: int, step: bool = False) -> pb.WorkerTurn:
 
 
 def test_room_is_there_again_when_a_step_has_begun_with_them() -> None:
-    """A resumed request stops counting once a step that includes it has begun. If requests counted until their first
-    tokens, every other step would have no prefill. If only time counted, steps would be overfilled."""
+    """The tokens of a resumed request count as waiting only until a step that computes them has begun. If they counted
+    until the request's first token, every other step would have no prefill."""
     listener = StepCounts()
     link, counts_at_begin = linked(listener), listener.resumed_tokens
     submit(link, 10, 0)
@@ -96,7 +97,7 @@ def test_room_is_there_again_when_a_step_has_begun_with_them() -> None:
 
 
 def test_a_long_one_takes_as_many_steps_as_it_needs() -> None:
-    """The part of a prompt that does not fit into one step still counts until the next step."""
+    """If a prompt does not fit into one step, its remaining tokens count as waiting until the next step begins."""
     link = linked()
     slot = submit(link, 2 * STEP_TOKENS, 8)
     link.apply(turn(slot, step=True))
@@ -150,7 +151,8 @@ def test_the_budget_makes_a_step_as_long_as_it_may_be(usual_s: float, per_token_
 
 @given(st.floats(0.001, 0.05), st.floats(0.06, 0.2))
 def test_the_budget_follows_the_longest_of_twenty_steps(usual_s: float, long_s: float) -> None:
-    """If one step in ten is long, the budget allows steps of STRETCH times the length of these long steps."""
+    """If one engine step in ten is long, the prefill budget allows steps that are STRETCH times as long as these long
+    steps."""
     replays = PrefillPacing(2048)
     tokens = 100
     for number in range(3000):

@@ -40,15 +40,15 @@ class Received:
         raise error
 
     def token(self, token_id: int, now: float) -> None:
-        """Get a token without parts."""
+        """Handle a token without parts."""
         self._get((token_id,), ())
 
     def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
-        """Get a token with its parts."""
+        """Handle a token with its parts."""
         self._get((token_id,), parts)
 
     def output(self, output: TokenOutput) -> None:
-        """Get several tokens with their parts, or a vector."""
+        """Handle an output: several tokens with their parts, or a vector."""
         self.vector = output.vector
         self._get(output.token_ids, () if output.parsed is None else output.parsed.parts)
 
@@ -63,8 +63,8 @@ class Received:
     st.booleans(),
 )
 def test_parts_come_with_their_tokens(messages: list[list[tuple[int, str]]], merge_all: bool) -> None:
-    """After each event, a sink has the parts of exactly the tokens that it has received. At the end it has all tokens
-    and parts."""
+    """Whenever a sink (a request's receiver) gets tokens, it also gets the parsed parts of exactly these tokens. At the
+    end it has all tokens and all parts."""
     if merge_all:
         messages = [[entry for message in messages for entry in message]]
     texts = {slot: [t for message in messages for s, t in message if s == slot] for slot in SLOTS}

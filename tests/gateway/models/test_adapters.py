@@ -55,7 +55,8 @@ SHARED, PRIVATE = AdapterSpec("shared", "/s"), AdapterSpec("private", "/p", tena
 )
 def test_who_may_use_an_adapter(tmp_path: Path, who: Principal, allowed: set[str]) -> None:
     """A tenant may use an adapter if it may use the adapter's model, or if its policy names the adapter. It may not use
-    an adapter that is private to other tenants. Lists hold exactly what may be called."""
+    an adapter that is private to other tenants. The list of models shows a tenant exactly the adapters that it may
+    use."""
     directory = directory_with(tmp_path, SHARED, PRIVATE)
     for name in ("m:shared", "x:shared", "m:private", "x:private"):
         if name in allowed:
@@ -108,7 +109,8 @@ def test_lists_have_what_can_be_called(
 
 
 def test_a_list_costs_the_adapters_once(tmp_path: Path) -> None:
-    """For a tenant with many patterns, listing 1,000 adapters is fast, and so is building the entry of each adapter."""
+    """Listing 1,000 adapters takes at most 20 ms, even for a tenant whose policy has 65 patterns of model names.
+    Building the listed entries also takes at most 20 ms."""
     directory = directory_with(tmp_path, *(AdapterSpec(f"a{i}", "/s") for i in range(1000)))
     who = caller("rival", "m:*", *(f"other-{i}-*" for i in range(64)))
     with cpu_within(0.02):
@@ -169,8 +171,8 @@ def test_aliases_of_a_tenant_name_adapters_too(tmp_path: Path) -> None:
 
 
 async def test_a_fallback_needs_the_adapter_too(tmp_path: Path) -> None:
-    """A call for an adapter falls back only to a model with a ready adapter of the same name that the caller may
-    use."""
+    """A call for an adapter falls back to another model only if that model has an adapter of the same name. The adapter
+    must be ready, and the caller must be allowed to use it."""
     directory = directory_with(tmp_path, SHARED, PRIVATE)
     entries = [CatalogEntry("n", fallback=("m",)), CatalogEntry("m", adapters=(SHARED, PRIVATE))]
     directory.apply_catalog(entries, 8)
@@ -197,7 +199,7 @@ class Listener(NoListener):
         self._directory = directory
 
     def adapters_changed(self, link: WorkerLink) -> None:
-        """See LinkListener."""
+        """Implements `LinkListener.adapters_changed`."""
         self._directory.adapters_changed(link)
 
 
@@ -239,8 +241,8 @@ async def test_workers_get_the_adapters_of_their_version(tmp_path: Path) -> None
 
 
 async def test_a_gateway_that_restarts_without_a_controller_knows_the_adapters(tmp_path: Path) -> None:
-    """A gateway that starts before the controller sends workers the adapters of the stored catalog, with that catalog's
-    revision."""
+    """If a gateway starts while the controller is down, it sends workers the adapters of its stored catalog, with the
+    revision of this catalog."""
     directory_with(tmp_path, SHARED)
     (link,) = linked(ModelDirectory(tmp_path, no_bundle), "one")
     assert await sent(link) == (7, ["shared"])
@@ -307,7 +309,7 @@ def test_counts_are_those_of_the_reports(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[str, dict[str, tuple[str, AdapterState]] | None]]
 ) -> None:
     """After any reports and losses of workers, an adapter is ready on exactly the workers whose newest reports say so.
-    The valid digest is one that a ready worker has."""
+    If the catalog gives no digest of an adapter, the digest in use is one that a ready worker has."""
     directory = directory_with(tmp_path_factory.mktemp("law"), AdapterSpec("a", "/a"), AdapterSpec("b", "/b", B))
     links: dict[str, WorkerLink] = {}
     adapters = directory.models[0].adapters

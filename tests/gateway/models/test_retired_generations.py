@@ -1,4 +1,4 @@
-"""Retired generations of a model: the gateway remembers the compatibility keys of their workers."""
+"""Retired deployment generations of a model: the gateway remembers the compatibility keys of their workers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def link(generation: str, key: CompatibilityKey = OLD, *, serves: bool = True) -
 
 
 def test_workers_of_a_retired_generation_leave() -> None:
-    """The compatibility key of a worker is remembered once its generation was retired and the worker has left. It is
-    forgotten when a worker with the same key joins."""
+    """A worker's compatibility key is remembered once its deployment generation was retired and the worker has left.
+    The key is forgotten when a worker with the same key joins."""
     retired = RetiredGenerations()
     retired.left(link("g0"))
     assert not retired.had_compatible(OLD), "its generation was not retired"
@@ -32,8 +32,8 @@ def test_workers_of_a_retired_generation_leave() -> None:
 
 
 def test_a_replacement_is_rolled_back() -> None:
-    """If a replacement is rolled back, its old generation is no longer retired. The generation is then forgotten if one
-    of its workers accepts new requests."""
+    """If a deployment is replaced and the replacement is then rolled back, the old deployment generation is no longer
+    retired. Once one of its workers accepts new requests again, the generation is forgotten."""
     for serves in (True, False):
         retired = RetiredGenerations()
         retired.update(["g1"], [])

@@ -215,8 +215,8 @@ async def test_a_session_answers_with_one_event(cluster: TestCluster, checkpoint
 async def test_answers_that_nobody_reads_are_bounded(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, in_session: bool
 ) -> None:
-    """While a client does not read its answer, the tenant's next call waits as an open call. That call is answered
-    after the first answer was read."""
+    """Unread answers are bounded: while a client does not read its answer, the answer to the tenant's next call is held
+    back, and that call stays open. It is answered after the first answer was read."""
     await cluster.add_worker(sim_engine(checkpoint, embed_dimensions=65_536), bundle)
     service = cluster.gateway.service
     unread = service.unread_answers = UnreadAnswers(1)
@@ -373,8 +373,8 @@ async def test_times_between_tokens_are_not_distorted(cluster: TestCluster, chec
 
 
 async def test_routing_is_explained(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A batch is spread over the workers. Calls with the same affinity key prefer one worker. The history of routes has
-    the call."""
+    """A batch is spread over the workers. Calls with the same affinity key prefer one worker. The call and its routes
+    can be looked up in the history of routes."""
     workers = [await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle) for _ in range(3)]
     meta = (("x-request-id", "mine"),)
     await cluster.stub.Embed(embed(BATCH), metadata=meta)

@@ -22,7 +22,7 @@ PAGE = (Path(__file__).resolve().parents[3] / "docs" / "embeddings.md").read_tex
 
 
 def blocks(language: str) -> list[str]:
-    """Return the code blocks of the page in a language."""
+    """Return the code blocks in `language` from the docs page."""
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.M | re.S)
 
 
@@ -65,5 +65,5 @@ async def test_the_commands_run(pooling: TestCluster, tmp_path: Path) -> None:
 
 
 def test_the_page_has_the_limit() -> None:
-    """The page states the number of inputs that is allowed."""
+    """The docs page on pooling states the maximum number of inputs of a request."""
     assert f"{MAX_INPUTS:,} inputs" in PAGE

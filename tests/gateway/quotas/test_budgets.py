@@ -204,7 +204,7 @@ def test_pauses_grow_to_an_hour() -> None:
 
 
 def test_many_gateways_tell_once(ledger: Ledger, receiver: Receiver, tmp_path: Path) -> None:
-    """Eight gateways that query the ledger at the same moment send one request."""
+    """If eight gateways find a crossed budget threshold at the same moment, one notice is sent in total."""
     use(ledger, "1", 820)
     ledgers = [Ledger(f"sqlite:///{tmp_path / 'ledger.db'}") for _ in range(8)]
     watches = [watch_of(one, receiver, Clock()) for one in ledgers]
@@ -262,8 +262,8 @@ def test_an_erased_tenant_leaves_no_notice(ledger: Ledger, receiver: Receiver) -
 
 @pytest.mark.slow
 async def test_a_real_gateway_tells(tmp_path: Path, checkpoint: Path, bundle: Bundle, receiver: Receiver) -> None:
-    """Calls use more than half of a tenant's budget while the store of shared limits is down. The metric and a notice
-    to the operator's server report the use, and a new gateway on the same ledger knows it."""
+    """A call uses more than half of a tenant's budget while the store of shared limits is down. The metric shows the
+    used share, and the operator's server gets a notice. A new gateway on the same ledger knows how much is used."""
     (tmp_path / "hook").write_text("h" * 32)
     more = (
         f"observe: {{budget_webhook: {{url: '{receiver.url}', secret_file: {tmp_path / 'hook'}, thresholds: [0.5]}}}}\n"

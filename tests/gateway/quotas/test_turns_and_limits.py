@@ -179,8 +179,8 @@ async def test_a_spent_budget_ends_a_running_call(tmp_path: Path, checkpoint: Pa
 
 
 async def test_gateways_share_their_tenants_accounts(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Two gateways share a worker. From the worker, one gateway learns how much service calls of the other gateway got,
-    and that calls wait there."""
+    """Two gateways share a worker. The worker reports to each gateway how much service the calls of the other gateway
+    got, and whether calls wait at the other gateway."""
     async with running_cluster(tmp_path / "a") as a, running_cluster(tmp_path / "b") as b:
         engine = sim_engine(checkpoint, decode_ms=5, max_num_seqs=2)
         end = WorkerSession(
@@ -240,7 +240,8 @@ async def test_every_try_counts(tmp_path: Path, checkpoint: Path, bundle: Bundle
 
 
 async def test_a_prompt_of_several_is_a_request_each(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A body with three prompts counts as three requests. A served call counts as one request."""
+    """For the limit `requests_per_minute`, a body with three prompts counts as three requests, and a call with one
+    prompt as one."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint), bundle)
         key = await keyed.key("three", limits={"requests_per_minute": 4})

@@ -121,7 +121,8 @@ async def test_contract_in_process() -> None:
 
 
 async def test_contract_in_the_store(gateways: Gateways) -> None:
-    """Shared limits reserve, top up, settle and refuse as the contract says."""
+    """Limits in the store that gateways share fulfil the contract of LimitsPort: they reserve, top up, settle and
+    refuse."""
 
     def pass_minute() -> None:
         gateways.now += 61.0
@@ -130,8 +131,8 @@ async def test_contract_in_the_store(gateways: Gateways) -> None:
 
 
 async def test_two_gateways_admit_one_limit_between_them(gateways: Gateways) -> None:
-    """Of a hundred concurrent calls at two gateways, as many are admitted as one limit allows. The store's own clock is
-    used."""
+    """Two gateways together admit as many of a hundred concurrent calls as the tenant's limit allows. Times come from
+    the store's own clock."""
     one = await gateways.add(
         "g1", virtual=False, timeout_s=10.0
     )  # a busy machine must not count as an unreachable store

@@ -1,5 +1,5 @@
-"""First claims of resume tokens. They are kept in the limits store, or if it is missing in the database, or else in a
-file. Without any store, no call is resumed."""
+"""First claims of resume tokens. They are kept in the limits store. If that is missing, they are kept in the database;
+if there is no database, in a file. Without any of these, no call is resumed."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ async def test_a_call_that_fails_everywhere_ends(cluster: TestCluster, checkpoin
 async def test_one_engines_nonsense_is_made_good_by_another(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A call that failed on one engine does not return to it while another engine is there."""
+    """A call that failed on one engine is not sent to this engine again while another engine is available."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, fault="nan@step:9"), bundle)
     call = cluster.stub.StreamChat(chat(max_tokens=60, ignore_eos=True))
     first = await read(call)
@@ -216,7 +216,8 @@ async def test_a_stuck_engine_is_found_and_spared(watchful: TestCluster, checkpo
 async def test_a_link_cut_one_way_is_found(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, watchful: TestCluster, way: str
 ) -> None:
-    """If a link carries no messages in one direction although beats pass, its calls are resumed on another worker."""
+    """If a link's connection carries no data in one direction, the link's calls are resumed on another worker. This
+    holds even while heartbeats, which have their own connection, still arrive."""
     async with cuttable(watchful.gateway.endpoints["link"]) as relay:
         await watchful.add_worker(sim_engine(checkpoint, decode_ms=5), bundle, gateways=[relay.address])
         request = chat(max_tokens=300, ignore_eos=True)

@@ -65,8 +65,8 @@ async def until_linked(cluster: TestCluster, worker: Worker) -> None:
 
 
 def kept(chunks: Sequence[Any]) -> list[Any]:
-    """Return the chunks whose resume tokens a frugal client keeps: the chunk of the last whole token, and those after
-    it."""
+    """Return the chunks whose resume tokens a client must keep: the last chunk with `resume_token_whole`, and all
+    chunks after it."""
     return list(chunks)[max((at for at, chunk in enumerate(chunks) if chunk.resume_token_whole), default=0) :]
 
 
@@ -144,7 +144,7 @@ async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, An
 
 async def test_it_goes_back_to_the_worker_that_has_its_blocks(pair: Pair, checkpoint: Path, bundle: Bundle) -> None:
     """A resumed call is sent to the worker that computed its tokens, although there are two other workers. That worker
-    computes less than a KV block again. The same holds after the call has changed workers."""
+    recomputes at most one KV block. The same holds after the call has changed workers."""
     workers = [pair.worker, *[await both(pair.first, pair.second, checkpoint, bundle) for _ in range(2)]]
 
     def counts(kind: str) -> list[int]:
@@ -238,8 +238,8 @@ async def test_without_being_asked_nothing_is_sealed(pair: Pair) -> None:
 
 
 async def test_each_segment_is_resumed_once(pair: Pair) -> None:
-    """Of several resumes with the same tokens, only one succeeds. This holds for resumes at once or later, and at
-    either of two gateways."""
+    """Of several resumes that present the same tokens, only one succeeds. This holds for concurrent and for later
+    resumes, whichever of the two gateways gets them."""
     request = chat(max_tokens=60, ignore_eos=True, resumable=True)
     chunks = await cut(pair.first, request, 8)
     asked = resume(request, chunks)
@@ -409,9 +409,9 @@ async def test_tokens_expire_and_deadlines_stay(
 
 
 async def test_only_its_own_caller_goes_on_and_pays(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A resume by another tenant or with another key gets the same error as a resume with forged tokens. A suspended
-    tenant is refused. The ledger has each delivered token once, under the request's id. It has the prompt twice,
-    because the client had left a gateway that still serves."""
+    """Only the key that made a call can resume it. Another key, of the same or another tenant, gets the error of a
+    forged resume token. If the tenant is suspended, the resume is refused. The ledger counts each output token once,
+    and the prompt once for each of the two streams, because the client left a gateway that still served."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
         own, foreign = await keyed.key("acme", models=["*"]), await keyed.key("other", models=["*"])

@@ -1,5 +1,5 @@
-"""Resume claims. Only one generation of a call is live. A resume ends the earlier reader of the call and is charged for
-the prompt."""
+"""Tests of resume claims. A call runs in one place only: a resume ends the earlier stream of the call, and workers run
+only its newest generation. The tests also check which resumes are charged for the prompt."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Rig:
 
 @asynccontextmanager
 async def rig_of(folder: Path, checkpoint: Path, bundle: Bundle, workers: int = 2) -> AsyncIterator[Rig]:
-    """Run a rig of two gateways with `auth` and `workers` workers."""
+    """Run two gateways with `auth`, and `workers` workers that are connected to both."""
     async with keyed_cluster(folder) as keyed, running_cluster(folder / "other", keyed_text(folder)) as other:
         first = keyed.cluster
         async with cuttable(first.gateway.endpoints["link"]) as relay:
@@ -118,8 +118,8 @@ async def error_of(call: Any) -> Answer:
 async def test_a_resumption_ends_the_reader_before_it(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, gateway: int
 ) -> None:
-    """A resume ends the call's earlier reader. Formerly, both readers were served to the end and only one reader
-    was charged."""
+    """When a client resumes a call whose first stream is still open, the first stream ends with CANCELLED. (In an
+    earlier version both streams ran to the end, and only one was charged.)"""
     async with rig_of(tmp_path, checkpoint, bundle) as rig:
         request = lasting()
         whole = await rest_of(rig.gateways[0].stub.StreamChat(request, metadata=bearer(rig.key)))
@@ -143,8 +143,9 @@ async def test_a_resumption_ends_the_reader_before_it(
 async def test_one_generation_and_every_prompt_is_paid(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, seed: int
 ) -> None:
-    """Only one generation of a call runs, and each prompt is charged, for random cancels and resumes at any prefix and
-    at two gateways. Formerly, resumes at prefixes of one stream gave 22 generations for the price of one prompt."""
+    """A call runs only once at a time, however often it is resumed, and each prompt is charged. This holds for random
+    cancels and resumes, from any prefix of the resume tokens and at two gateways. Formerly, resumes from prefixes of
+    one stream gave 22 running copies for the price of one prompt."""
     rng = random.Random(seed)
     async with rig_of(tmp_path, checkpoint, bundle) as rig:
         request = lasting(2000)
@@ -174,8 +175,8 @@ async def test_one_generation_and_every_prompt_is_paid(
 
 @pytest.mark.slow
 async def test_a_lost_gateways_prompt_is_paid_once(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """The first resume of a lost gateway's call is not charged for the prompt. A second resume from another prefix is
-    charged."""
+    """A call whose gateway was lost is resumed twice. The first resume is not charged for the prompt. The second
+    resume, which starts from an earlier chunk, is charged."""
     async with rig_of(tmp_path, checkpoint, bundle, workers=1) as rig:
         request = lasting(400)
         call, chunks = await rig.begin(request, 12)
@@ -216,7 +217,7 @@ class Kept:
         self.names: set[str] = set()
 
     async def claim_first(self, name: str, expires_s: float) -> bool:
-        """See FirstClaims."""
+        """Implements `FirstClaims.claim_first`."""
         await asyncio.sleep(0)
         new = name not in self.names
         self.names.add(name)
@@ -231,8 +232,9 @@ def chain(last: int, maker: Maker) -> TokenChain:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(0, 3)), min_size=1, max_size=20))
 def test_generations_only_rise(shown: list[tuple[bool, int, int]]) -> None:
-    """Any prefixes of any generations are claimed at two gateways at once. All resumes get different generations, each
-    higher than that of the presented tokens. At most one resume per generation is free."""
+    """Two gateways claim resumes of one call at the same time, with tokens of several generations. Every accepted
+    resume gets a new generation, higher than that of its tokens. For each generation, the prompt is free for at most
+    one resume."""
 
     async def run() -> None:
         kept = Kept()
@@ -269,7 +271,7 @@ class Held(Kept):
         self._enough = asyncio.Event()
 
     async def claim_first(self, name: str, expires_s: float) -> bool:
-        """See FirstClaims."""
+        """Implements `FirstClaims.claim_first`."""
         self.sent += 1
         if self.sent == 3:
             self._enough.set()
@@ -278,7 +280,8 @@ class Held(Kept):
 
 
 async def test_a_claim_waits_for_the_store_once() -> None:
-    """The first resume of a generation claims several names. All of them are sent to the store before it answers."""
+    """The first resume of a call claims several names in the store. All claims are sent before the store answers the
+    first, so the resume waits for the store only once."""
     store = Held()
     async with asyncio.timeout(10):
         assert (await ResumeClaims(store, "a").claim(chain(1, Maker("b")), 60.0)).generation == 1
@@ -286,7 +289,7 @@ async def test_a_claim_waits_for_the_store_once() -> None:
 
 
 async def test_tokens_that_were_presented_before_claim_nothing() -> None:
-    """A second resume with the same tokens is refused and changes neither the generations nor who pays."""
+    """A second resume with the same tokens is refused and stores no further claim."""
     kept = Kept()
     claims = ResumeClaims(kept, "a")
     await claims.claim(chain(1, Maker("b")), 60.0)
@@ -298,7 +301,8 @@ async def test_tokens_that_were_presented_before_claim_nothing() -> None:
 
 
 async def test_it_cannot_be_resumed_for_ever() -> None:
-    """The number of resumes per generation is bounded. A call that may have crashed workers cannot be resumed."""
+    """The number of resumes from one generation of a call is bounded. A call that may have crashed workers cannot be
+    resumed at all."""
     claims = ResumeClaims(Kept(), "a")
     for last in range(MOST_RESUMPTIONS):
         await claims.claim(chain(last, Maker("a")), 60.0)

@@ -34,7 +34,8 @@ def sealed(
     call_id: str = "chatcmpl-1",
     wholes: Set[int] = frozenset(),
 ) -> list[bytes]:
-    """Return the sealed tokens for these steps. `wholes`: numbers of the tokens that are whole."""
+    """Return the sealed resume tokens for these steps. `wholes`: the numbers of the resume tokens that hold the whole
+    state and so make earlier ones unnecessary."""
     out: list[bytes] = []
     before = TokenChain().last
     chars = [0, 0, 0]
@@ -71,7 +72,8 @@ def opened(tokens: list[bytes], envelopes: Envelopes) -> TokenChain:
 @settings(deadline=None)
 @given(STEPS)
 def test_a_chain_says_what_was_delivered(steps: list[list[tuple[int, list[int]]]]) -> None:
-    """Together, the tokens of a call give each choice's token ids in order, and the call's head."""
+    """All resume tokens of a call together contain the delivered token ids of each choice, in order, and the head of
+    the call."""
     envelopes = Envelopes([SECRET], "resume-token", "resume token")
     tokens = sealed(steps, Envelopes([SECRET], "resume-token", "resume token"))
     chain = opened(tokens, envelopes)
@@ -87,8 +89,8 @@ def test_a_chain_says_what_was_delivered(steps: list[list[tuple[int, list[int]]]
 @settings(deadline=None)
 @given(STEPS, st.sets(st.integers(2, 12), min_size=1))
 def test_a_list_may_begin_with_a_whole_one(steps: list[list[tuple[int, list[int]]]], wholes: set[int]) -> None:
-    """A list that begins with a whole token gives the same state as the complete list. A list is refused if it begins
-    with a later token that is not whole."""
+    """A list of resume tokens may begin with a token that is marked as whole; it then gives the same state as the
+    complete list. Otherwise, a list without its first tokens is refused."""
     envelopes = Envelopes([SECRET], "resume-token", "resume token")
     tokens = sealed(steps, envelopes, wholes=wholes)
     chain = opened(tokens, envelopes)

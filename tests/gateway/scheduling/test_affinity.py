@@ -55,7 +55,7 @@ async def test_calls_with_one_key_go_to_one_worker(cluster: TestCluster, checkpo
 
 
 async def test_a_long_key_over_http_is_refused(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A key of more than 256 characters is refused, and the error names the header."""
+    """An affinity key of more than 256 characters is refused, and the error names the header."""
     await cluster.add_worker(sim_engine(checkpoint), bundle)
     async with client(cluster) as ai:
         await ai.completions.create(**completion_body(max_tokens=2), extra_headers={HEADER: "k" * 256})

@@ -57,8 +57,8 @@ async def test_turns_of_a_conversation_go_to_the_worker_that_holds_it(
 
 
 async def test_the_gateway_knows_what_the_engines_hold(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """From an engine's reports, the gateway knows the blocks that the engine holds, under the call's salt only. Evicted
-    blocks are removed, and all blocks when the link ends."""
+    """An engine's reports tell the gateway which blocks the engine holds. A block is found only with the cache salt of
+    its call. Evicted blocks are forgotten, and all blocks when the link ends."""
     async with running_cluster(tmp_path) as cluster:
         engine = sim_engine(checkpoint, decode_ms=1, block_size=BLOCK, kv_blocks=128, max_model_len=2048)
         worker = await cluster.add_worker(engine, bundle)
@@ -138,8 +138,9 @@ async def test_workers_with_many_blocks_do_not_stop_the_event_loop() -> None:
 
 @pytest.mark.parametrize("after", [0, 1, BLOCK - 1])
 async def test_all_whole_blocks_of_a_sent_prompt_are_expected(after: int) -> None:
-    """A prompt that was sent to a worker counts as cached there before the worker's next report. A longer prompt finds
-    all whole blocks. The same prompt does not find a block that ends with its last token."""
+    """A prompt that was sent to a worker counts as cached on the worker at once, before the worker reports it. A longer
+    prompt that begins with it finds all of its whole blocks. An equal prompt finds all but a block that ends with the
+    prompt's last token."""
     caches, link, ids = WorkerCaches(), _Link(0), prompt(0, 40 * BLOCK + after)
     (message,) = kv_blocks_to_pb(KvChange(True))
     caches.report(link, message)  # type: ignore[arg-type]
@@ -185,7 +186,7 @@ async def test_a_warm_call_goes_before_an_older_cold_one(tmp_path: Path, checkpo
 @pytest.mark.parametrize("patience", [0, 24_000])
 async def test_a_call_waits_for_its_holder(tmp_path: Path, checkpoint: Path, bundle: Bundle, patience: int) -> None:
     """A call whose prompt is cached on a worker without a free slot waits for this worker. Later calls without a cached
-    prompt pass it. With a patience of zero, the call goes to another worker at once."""
+    prompt go ahead. If `patience_tokens` is 0 in the configuration, the call goes to another worker at once."""
     text = LOOPBACK + f"routing: {{weights: {{full_worker_tokens: 0, patience_tokens: {patience}}}}}\n"
     async with running_cluster(tmp_path, text) as cluster:
         engines = [sim_engine(checkpoint, decode_ms=5, block_size=BLOCK, max_num_seqs=1) for _ in range(2)]

@@ -1,4 +1,5 @@
-"""Chats whose prompts a worker renders, through a real gateway with real links, and the queue of these chats."""
+"""Tests of chats whose prompts a worker renders, and of the queue of these chats. The gateway and its links are
+real."""
 
 from __future__ import annotations
 

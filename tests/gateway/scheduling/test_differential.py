@@ -42,7 +42,7 @@ WEIGHTS = {"a": 1.0, "b": 2.0}
 
 @dataclass
 class PlainText:
-    """A text source that keeps only token ids."""
+    """A stand-in for a text source. It records token ids and makes no text."""
 
     token_ids: list[int] = field(default_factory=list)
     searches_text: bool = False
@@ -50,16 +50,16 @@ class PlainText:
     pending_chars: int = 0
 
     def pending_tokens(self) -> int:
-        """Return 0, since no text is kept."""
+        """Return 0, since this text source never holds tokens back."""
         return 0
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """Keep the tokens."""
+        """Record the tokens."""
         self.token_ids.extend(token_ids)
         return None
 
     def text_of(self, token_id: int) -> str:
-        """Keep the token."""
+        """Record the token and return no text."""
         self.token_ids.append(token_id)
         return ""
 

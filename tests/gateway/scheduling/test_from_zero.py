@@ -194,8 +194,8 @@ async def test_a_start_that_fails_tells_why(tmp_path: Path, checkpoint: Path, bu
 
 
 async def test_a_gateway_restarted_meanwhile_knows_it(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A gateway restarts while a model has no workers. It still tokenizes and holds calls for the model, by the state
-    in its folder, until a worker connects."""
+    """A gateway restarts while a model has no workers. From the state in its folder it still knows the model, so it
+    tokenizes calls for the model and holds them until a worker connects."""
     async with scaled(tmp_path / "first", checkpoint, bundle):
         pass
     async with running_cluster(tmp_path / "first") as later:

@@ -1,5 +1,5 @@
-"""Hedges in a gateway. The first of two workers to answer keeps the sequence. The other worker keeps nothing of it,
-whatever happens to either."""
+"""Hedges in a gateway. The first of two workers to answer keeps the sequence. The other worker is left with nothing of
+the sequence, whatever happens to the two workers."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Gateway(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.01, 2 * TTFT_S, 2.0]))
     def time_passes(self, seconds: float) -> None:
-        """Let time pass, and hedge the calls whose first token is late."""
+        """Advance the clock, and send each call whose first token is late to a second worker too."""
         self.now += seconds
         before = {call.id for call in self.calls if call.sequences[0].hedge is not None}
         self.scheduler.hedges.send_late()
@@ -161,8 +161,9 @@ class Gateway(RuleBasedStateMachine):
     @precondition(lambda self: self.slots())
     @rule(number=st.integers(0, 9), what=st.sampled_from(["token", "token", "finish", "error", "accept", "full", "no"]))
     def message(self, number: int, what: str) -> None:
-        """Report from a worker that a request was accepted, was refused or has an output. Hedged sequences come first,
-        so that their two workers report in any order."""
+        """Simulate a message of a worker about one request. `what`: what it reports, for example that the request was
+        accepted or refused, or has an output. `number` chooses among the first four requests. Requests that were also
+        sent to a second worker come first, so that both of their workers report in any order."""
         slots = self.slots()
         slots.sort(key=lambda entry: (entry[2].hedge is None, entry[2].key, entry[0].name))
         link, slot, sequence = slots[number % min(len(slots), 4)]
@@ -292,8 +293,8 @@ TestGateway = Gateway.TestCase
 def test_one_worker_of_a_hedged_sequence_is_counted(
     won: bool, loser_first: bool, in_vain: int, kept: int, wasted_s: float, kept_s: float
 ) -> None:
-    """A usage record waits for the reports of both workers, in either order. It has the counts of the worker that kept
-    the sequence."""
+    """The usage record of a sequence that was sent to two workers waits for the reports of both, in either order. It
+    has the counts of the worker that kept the sequence."""
     account = CallAccount(OpenRecord("r", "t", "k", "m", "v1", "q", 0.0, prompt_tokens=PROMPT), b"sealed", awaited=2)
     loser, winner = ("first", "second") if won else ("second", "first")
     account.in_vain.append(loser)

@@ -1,4 +1,5 @@
-"""Demand for a model without workers is reported at once, and only for the first waiting call."""
+"""When a first call waits for a model without workers, the demand is reported at once. Further calls cause no
+report."""
 
 from __future__ import annotations
 

@@ -135,7 +135,8 @@ async def test_several_outputs_of_a_call_come_from_one_version(
 async def test_what_is_replaced_gets_no_new_call_and_keeps_what_it_has(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A retired generation finishes its streams and gets no new ones. The other generation keeps the model READY."""
+    """A retired deployment of a model finishes its streams and gets no new ones. The workers of the new deployment keep
+    the model READY."""
     first, second = await two_workers(cluster, checkpoint, bundle)
     apply_catalog(cluster, entry())
     streams = [cluster.stub.StreamChat(chat(max_tokens=300, ignore_eos=True)) for _ in range(8)]
@@ -157,9 +158,9 @@ async def test_what_is_replaced_gets_no_new_call_and_keeps_what_it_has(
 async def test_a_stream_of_what_was_replaced_does_not_wait_for_its_like(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A stream whose worker's generation was replaced resumes on a compatible worker. If there is none and the new
-    generation serves, the stream fails at once. If the new generation does not serve yet or is rolled back, the stream
-    waits."""
+    """A stream loses its worker after the worker's generation of the model was replaced. It resumes on a compatible
+    worker. Without a compatible worker, it fails at once if the new generation serves. It waits if the new generation
+    does not serve yet or was rolled back."""
 
     async def begun_at(worker: Worker) -> Any:
         stream = cluster.stub.StreamChat(chat(max_tokens=3000, ignore_eos=True))

@@ -32,8 +32,8 @@ DEADLY = 13
 class Mortal:
     """A simulated engine that crashes on a request with the seed DEADLY, after `tokens` tokens of the request.
 
-    The crash waits until each other running request has got a token there. If `crash` is given, the engine gives no
-    outputs, and crashes once this event is set.
+    Before it crashes, it waits until each other running request has got a token from it. If `crash` is given, the
+    engine gives no outputs, and crashes once this event is set.
     """
 
     inner: SimEngine
@@ -47,7 +47,7 @@ class Mortal:
         return getattr(self.inner, name)
 
     async def submit(self, request: EngineRequest) -> None:
-        """See Engine."""
+        """Implements `Engine.submit`."""
         if request.sampling.seed == DEADLY:
             self.doomed[request.request_id] = len(request.emitted_token_ids)
         else:
@@ -55,7 +55,7 @@ class Mortal:
         await self.inner.submit(request)
 
     async def step(self) -> Any:
-        """See Engine."""
+        """Implements `Engine.step`."""
         outputs = [one for one in await self.inner.step() if self.doomed.get(one.request_id, -1) < self.tokens]
         for one in outputs:
             self.silent.discard(one.request_id)
@@ -93,8 +93,8 @@ async def test_a_query_of_death_takes_two_workers(
 
 @pytest.mark.slow
 async def test_no_neighbour_fails_with_a_query_of_death(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Streams beside a request that crashes engines lose two workers with it, without a token in between. They resume
-    and continue. The request takes down a third worker and then fails."""
+    """A request crashes the engine of each worker that runs it. It is ended after its third crash. Other streams that
+    lose the first two workers together with it, and get no token in between, resume and complete."""
     await cluster.add_worker(cast(Engine, Mortal(sim_engine(checkpoint, decode_ms=2))), bundle)
     request = complete(max_tokens=300, ignore_eos=True)
     whole = (await cluster.stub.Complete(request)).choices[0].text

@@ -17,7 +17,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 @pytest.fixture(scope="session")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
-    """Build the tokenizers of all families once per test session. Returns the tokenizers by family."""
+    """Build a tokenizer for each model family, once per test session. Returns the tokenizers by family."""
     from transformers import AutoTokenizer
 
     made = {}

@@ -141,8 +141,8 @@ def test_tokens_without_text_cost_no_more_the_more_there_are(kind: Kind, stop: l
 
 
 def test_a_character_that_never_ends_comes_out_with_the_others(kind: Kind) -> None:
-    """A character that stays incomplete is sent as the decoder shows it. No other text is lost, and the text after it
-    continues."""
+    """If a character stays incomplete, the detokenizer returns what the tokenizer's own decoder shows for it. The text
+    before and after it is complete, and no piece is long."""
     first = kind.theirs.encode("Once", add_special_tokens=False)
     for broken, special in [(10, 3), (70, 0), (500, 7)]:
         ids = [*[kind.byte_ids[0]] * broken, *[kind.special_ids[0]] * special, *kind.sample_ids[:30]]

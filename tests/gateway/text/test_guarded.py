@@ -25,7 +25,8 @@ LAW = settings(
 
 
 class Run:
-    """The result of a call: the text, the tokens that count, and the log probabilities that were sent."""
+    """The result of a call: the text, the tokens that are counted as usage, and the log probabilities that were
+    sent."""
 
     def __init__(self, text: Any, logprobs: Any, steps: Sequence[list[int]], takes: Sequence[bool]) -> None:
         self.text = ""
@@ -65,8 +66,9 @@ def plain(kind: Kind, steps: Any, stop: Sequence[str]) -> Run:
 @given(data=st.data())
 @pytest.mark.slow
 def test_what_is_delivered_and_what_is_told(kind: Kind, data: st.DataObject) -> None:
-    """A secret that spans tokens is neither in the text nor in the log probabilities, as a token's text or id. No other
-    text is lost, and the caller is not billed for tokens that a guard withheld."""
+    """A secret that spans several tokens does not reach the caller: neither in the text, nor as the text or id of a
+    token in the log probabilities. No other text is lost, and the caller is not billed for tokens that a guard
+    withheld."""
     steps = data.draw(st.lists(token_ids(kind), min_size=1, max_size=6))
     takes = data.draw(st.lists(st.booleans(), min_size=1, max_size=3))
     bare = plain(kind, steps, ())

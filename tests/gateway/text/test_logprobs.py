@@ -54,8 +54,8 @@ def vllm_content(kind: Kind, positions: list[PositionLogprobs], top_logprobs: in
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_equals_vllm(kind: Kind, data: st.DataObject) -> None:
-    """For any tokens, also those of split characters, the texts, bytes, numbers and alternatives equal those of vLLM,
-    with the same order and count."""
+    """Log probabilities have the same texts, bytes, numbers and alternatives as in vLLM, in the same order. This holds
+    for any tokens, even for tokens that split a character."""
     sampled = data.draw(token_ids(kind), label="sampled")[:24]
     top = data.draw(st.integers(0, 4), label="top_logprobs")
     others = st.lists(

@@ -1,4 +1,5 @@
-"""The texts of token ids equal those of transformers and of vLLM's log probabilities."""
+"""The texts that the gateway computes for token ids. They equal the texts of transformers, and the token texts in
+vLLM's log probabilities."""
 
 from __future__ import annotations
 

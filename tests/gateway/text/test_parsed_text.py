@@ -22,35 +22,35 @@ class PlainText:
 
     @property
     def pending_chars(self) -> int:
-        """See TextSource."""
+        """Implements `TextSource.pending_chars`."""
         return len(self._text)
 
     def pending_tokens(self) -> int:
-        """See TextSource."""
+        """Implements `TextSource.pending_tokens`."""
         return len(self._text)
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """See TextSource."""
+        """Implements `TextSource.push`."""
         self.token_ids += token_ids
         self._text += "x" * (len(token_ids) - stop_terminated)
         return None
 
     def text_of(self, token_id: int) -> str:
-        """See TextSource."""
+        """Implements `TextSource.text_of`."""
         self.token_ids.append(token_id)
         return "x"
 
     def push_back(self, text: str) -> None:
-        """See TextSource."""
+        """Implements `TextSource.push_back`."""
         self._text += text
 
     def pop_text(self, finished: bool) -> str:
-        """See TextSource."""
+        """Implements `TextSource.pop_text`."""
         text, self._text = self._text, ""
         return text
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """See TextSource."""
+        """Implements `TextSource.restore`."""
         if chars > len(token_ids):
             raise ValueError("too many characters")
         self.token_ids += token_ids
@@ -68,7 +68,7 @@ def flat(tokens: Sequence[Sequence[OutputPart]]) -> list[OutputPart]:
 
 
 def steps(data: st.DataObject, first: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield the steps of a worker, each as the tokens [start, stop)."""
+    """Cut the tokens from `first` to `end` into random steps, and yield (start, stop) of each step."""
     while first < end:
         stop = data.draw(st.integers(first + 1, end))
         yield first, stop
@@ -163,8 +163,8 @@ def test_a_stop_string_ends_the_output() -> None:
 
 @given(st.lists(st.text("ab", min_size=1, max_size=4), min_size=1), st.booleans())
 def test_content_may_pass_beside_the_text(texts: list[str], is_returned: bool) -> None:
-    """Content that the API delivers directly counts as delivered. A text that it gives back is returned by
-    `pop_text`."""
+    """Content that the API sends directly counts as delivered. If the API could not send the last content, it passes it
+    to `push_back`, and `pop_text` returns it."""
     text = ParsedText(PlainText())
     text.push_parsed((0,), ParsedOutput(), False, True)
     before = text.passes_content

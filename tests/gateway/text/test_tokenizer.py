@@ -88,8 +88,8 @@ def test_needs_no_engine_library() -> None:
 
 @pytest.mark.slow
 def test_a_big_vocabulary_loads_without_training(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The generated tokenizer of 128,000 tokens encodes and decodes a text, and has the special tokens of the
-    family."""
+    """The generated tokenizer of 128,000 tokens encodes and decodes a text. It has the same special tokens as the
+    models of its family."""
     from cluster.worker.weights.tokenizer_bundle import build_bundle
 
     folder = big_tokenizer(tmp_path_factory.mktemp("big"))

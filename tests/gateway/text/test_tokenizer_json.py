@@ -49,7 +49,7 @@ def packed(**parts: Any) -> bytes:
 
 
 def model(**options: Any) -> dict[str, Any]:
-    """Return the model of SMALL with other options."""
+    """Return the entry `model` of SMALL, with `options` added or replaced."""
     return {**SMALL["model"], **options}
 
 
@@ -62,7 +62,8 @@ def same(data: bytes) -> bool:
 
 
 def test_what_is_read_is_read_from_its_parts() -> None:
-    """A supported file is built from the parts. The library's own reader, which is the fallback, is not called."""
+    """Our reader builds the tokenizer from a supported tokenizer.json without the fallback, which is the library's own
+    reader."""
 
     def not_whole(_: bytes) -> Tokenizer:
         raise AssertionError("it was left to the library")
@@ -103,8 +104,8 @@ def test_merges_as_older_releases_wrote_them() -> None:
     ],
 )
 def test_the_unusual_is_left_to_the_library(parts: dict[str, Any]) -> None:
-    """A file with another model type, an unknown option, or an added token whose id is not the next id is left to the
-    library."""
+    """`from_parts` returns None for a file with another model type, an unknown option, or an added token whose id is
+    not the next id. Then the tokenizers library reads the file."""
     data = packed(**parts)
     assert from_parts(json.loads(data)) is None
     assert read_tokenizer(data).to_str() == Tokenizer.from_buffer(data).to_str()

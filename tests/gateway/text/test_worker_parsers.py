@@ -22,7 +22,8 @@ def test_a_worker_with_other_parsers_is_not_accepted() -> None:
 
 
 def test_any_worker_may_begin_to_parse() -> None:
-    """While no worker has parsed the output, any worker may continue it. The parsers of the last worker then count."""
+    """As long as no worker has parsed the output, a worker with any parsers is accepted. The parsers of the last
+    accepted worker are used."""
     parsers = WorkerParsers()
     assert parsers.accept(OTHER, False)
     assert parsers.accept((), False)

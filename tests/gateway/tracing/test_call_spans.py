@@ -120,8 +120,8 @@ def test_any_record_makes_one_tree(data: st.DataObject) -> None:
 
 
 def test_a_worker_that_measures_is_believed_and_placed_in_the_middle() -> None:
-    """The durations that a worker measured become its spans, in order. Together they lie in the middle between Submit
-    and the first output, since the link takes equal times on both sides."""
+    """The durations that a worker measured become spans, in order. Together they are centred between Submit and the
+    first output, since messages on the link are assumed to take equal times in both directions."""
     clock = Clock()
     trace = new_trace(clock)
     trace.queued()
@@ -192,7 +192,8 @@ def test_attempts_are_bounded() -> None:
 
 @pytest.mark.parametrize("end", ["lost", "refused"])
 def test_a_wait_that_never_ended_is_in_the_trace(end: str) -> None:
-    """If a call ends while its sequence waits for another worker, the wait is the last span and has the outcome."""
+    """If a call ends while its sequence waits for another worker, the last span is this wait, with the outcome of the
+    call as its error."""
     clock = Clock()
     trace = new_trace(clock)
     trace.queued()

@@ -254,8 +254,8 @@ async def test_a_lost_gateways_calls_are_told_to_another(
 async def test_gpu_seconds_of_calls_and_idle_are_the_replicas_lifetime(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """For a replica with 4 GPUs, the GPU seconds of all tenants and of `_idle` add up to 4 times its lifetime, within 1
-    %."""
+    """The GPU seconds of all tenants and those of idle time (recorded under the tenant `_idle`) are compared with a
+    replica's lifetime. For a replica with 4 GPUs, they add up to 4 times the lifetime, within 1 %."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         engine = sim_engine(checkpoint, decode_ms=5)
         worker = await start_worker(engine, bundle, [cluster.gateway.endpoints["link"]], gpus=4)

@@ -103,7 +103,7 @@ class Site:
         return str(yaml.safe_load(self._text[number])["gateway"]["listen"][listener])
 
     def config_file(self, number: int) -> Path:
-        """Return the configuration file of a gateway's current incarnation."""
+        """Return the path of the configuration file that gateway `number` uses since its last start."""
         return self.running[number][1] / "cluster.yaml"
 
     def _start(self, number: int) -> tuple[Child, Path]:
@@ -180,8 +180,9 @@ def database(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
 async def test_every_admitted_call_is_there_once(
     database: Database, tmp_path: Path, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """After five kills, the ledger has exactly the sequences that workers have accepted, each once. Two kills happen
-    while the database is down. After one kill, no gateway has any record on disk."""
+    """After gateways were killed five times, the ledger has each sequence that a worker has accepted, exactly once, and
+    no others. Two kills happen while the database is down. After the second of these, only the workers have the
+    records."""
     chance = random.Random(20261124)
     ledger = await asyncio.to_thread(Ledger, database.url, peppers=[PEPPER.encode()])
     await asyncio.to_thread(ledger.upgrade)

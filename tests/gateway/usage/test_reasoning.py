@@ -95,8 +95,8 @@ def usage_records(call: Call) -> list[UsageRecord]:
 
 @given(st.integers(0, 50), st.lists(st.integers(0, 20), min_size=1, max_size=6))
 def test_parts_of_an_output_count_each_token_once(reasoning: int, parts: list[int]) -> None:
-    """The reasoning tokens of an output's parts add up to those of the output. In no part do they exceed the part's
-    tokens."""
+    """If an output was generated in several parts, because it was resumed, its reasoning tokens are divided over the
+    parts. The numbers add up to that of the output, and no part has more reasoning tokens than tokens."""
     bounds = list(itertools.accumulate(parts, initial=0))
     counted = [reasoning_in_part(reasoning, first, end) for first, end in itertools.pairwise(bounds)]
     assert sum(counted) == min(reasoning, sum(parts))

@@ -164,7 +164,7 @@ def test_a_table_that_is_away_gets_them_later(make: Callable[..., AuditWriter], 
 def test_a_refused_batch_does_not_stand_before_others(
     make: Callable[..., AuditWriter], table: Table, tmp_path: Path
 ) -> None:
-    """Events that the table rejects are only in the file, and the statistics show the error.
+    """If the database table rejects an event, only the audit file has the event, and the statistics show the error.
 
     Later events are inserted into the table.
     """

@@ -1,4 +1,4 @@
-"""Migrations create the declared tables. A release recognizes the databases that it can use."""
+"""Migrations create the same tables as the code declares. A release recognizes the databases that it can use."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def tenant(import_plan: ImportPlan, name: str) -> PlannedTenant:
 
 
 def owner(import_plan: ImportPlan, secret: str) -> str:
-    """Return the name of the planned tenant of a key."""
+    """Return the name of the tenant to which the import plan assigns the key `secret`."""
     (match,) = [planned for planned in import_plan.keys if planned.sha256_hex == sha(secret)]
     return match.tenant
 

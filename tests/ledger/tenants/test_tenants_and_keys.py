@@ -86,8 +86,8 @@ def test_what_a_file_declares_is_read_only(ledger: Ledger) -> None:
 
 
 def test_declaring_makes_the_files_tenants_exactly_these(ledger: Ledger) -> None:
-    """If a tenant is removed from the configuration file and declared again, it has the same keys. Tenants of the API
-    stay.
+    """If a tenant is removed from the configuration file and declared again, it has the same keys. Tenants that
+    were created over the API are not removed.
 
     Declaring the same tenants again does not increment the change sequence.
     """

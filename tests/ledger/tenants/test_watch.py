@@ -94,8 +94,8 @@ def refusal(watcher: Watcher) -> str:
 
 
 def test_before_the_first_answer_nobody_is_let_in(make: Callable[..., Watcher], source: Source) -> None:
-    """With neither a database nor a saved file, all calls are rejected with a reason, even calls of declared
-    tenants."""
+    """Without a reachable database and without a saved file, all calls are rejected with a reason. This includes calls
+    of tenants that the configuration declares."""
     source.unreachable = True
     watcher = make(declared=[TenantPolicy("filed")])
     assert not watcher.poll()
@@ -181,8 +181,8 @@ def test_a_file_from_the_future_does_not_last_forever(
 
 
 def test_declared_tenants_stand_over_the_databases(make: Callable[..., Watcher], source: Source) -> None:
-    """The policy of a declared tenant overrides its policy in the database, after the first poll and after each
-    change."""
+    """If a tenant is in the configuration file and in the database, the policy in the file applies, both after the
+    first poll of the database and after each change in it."""
     seen: list[AccessSnapshot] = []
     watcher = make(declared=[TenantPolicy("acme", weight=9.0)], on_change=seen.append)
     watcher.poll()
@@ -194,7 +194,8 @@ def test_declared_tenants_stand_over_the_databases(make: Callable[..., Watcher],
 
 
 def test_the_file_is_whole_and_private(tmp_path: Path) -> None:
-    """A saved snapshot is private and is loaded without changes. Loading a damaged or foreign file returns None."""
+    """Only the owner can read a saved snapshot, and it is loaded without changes. If a file is damaged, missing or in
+    another format, loading returns None."""
     path = tmp_path / "s"
     snapshot = AccessSnapshot.of([TenantEntry(TenantPolicy("a"))], [KeyEntry("k", "a", b"d" * 32)], 5, 6.0)
     watch.save(path, snapshot)

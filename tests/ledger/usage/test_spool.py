@@ -93,7 +93,8 @@ def test_records_arrive_once_and_segments_go(make: Callable[..., Spool], tmp_pat
 
 
 def test_durable_is_told_in_order(make: Callable[..., Spool]) -> None:
-    """The reported positions of durable records only grow. The last reported position is that of the last record."""
+    """The spool reports up to which position its records are durable. The reported positions only grow, and the last
+    one is that of the last record."""
     positions: list[int] = []
     done = threading.Event()
 

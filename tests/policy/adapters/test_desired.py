@@ -1,4 +1,5 @@
-"""Property tests of the desired set of adapters, which gateways send to a worker with a revision."""
+"""Property tests of DesiredSet: several gateways send a worker the set of adapters that it should load, each time with
+a revision."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ SENT = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 20), st.booleans()),
 
 @given(SENT)
 def test_the_highest_revision_of_connected_gateways_counts(sent: list[tuple[int, int, bool]]) -> None:
-    """After each message, the desired set is the one with the highest revision among the last sets of the connected
-    gateways. When a gateway disconnects, the desired set stays."""
+    """A DesiredSet holds the set with the highest revision. Only the last set of each connected gateway is compared.
+    The set stays when its gateway disconnects, until the next set is received."""
     desired: DesiredSet[str] = DesiredSet("")
     last: dict[int, int] = {}
     for sender, revision, ends in sent:

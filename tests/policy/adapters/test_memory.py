@@ -23,7 +23,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.order: list[str] = []
 
     def used(self, digest: str) -> None:
-        """Record that an adapter was used last, if the memory holds it."""
+        """Mark an adapter as the most recently used one, if the memory holds it."""
         if digest in self.memory:
             self.order = [*(other for other in self.order if other != digest), digest]
 
@@ -48,7 +48,8 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @rule(digest=DIGESTS)
     def load(self, digest: str) -> None:
-        """Load an adapter as a worker does: drop victims while the memory is full."""
+        """Load an adapter as a worker does. While the memory is full, first remove the least recently used adapter that
+        no request uses."""
         if digest in self.memory:
             return
         while self.memory.is_full:

@@ -52,8 +52,8 @@ def test_a_broken_version_goes_after_a_few_calls() -> None:
 
 
 def test_a_slow_version_goes() -> None:
-    """A pair is a call of the canary and a call of the stable version, whose times to first token are compared. A
-    canary is rolled back if it is slower in twenty of twenty pairs, and not if it is slower in ten of twenty."""
+    """The times to first token of a canary's calls and of the stable version's calls are compared in pairs. The canary
+    is rolled back if it is slower in twenty of twenty pairs, but not in ten of twenty."""
     assert not judge(CanaryTally(calls=20), CanaryTally(calls=20, pairs=20, slower=10), **RATIOS).roll_back
     verdict = judge(CanaryTally(calls=20), CanaryTally(calls=20, pairs=20, slower=20), **RATIOS)
     assert verdict.roll_back
@@ -73,8 +73,10 @@ def test_a_version_that_is_just_as_allowed_is_hardly_ever_taken_back() -> None:
 
 @pytest.mark.slow
 def test_a_worse_version_is_found() -> None:
-    """A canary is rolled back in every run if it is slower in three of four pairs on average, or has far more errors
-    than allowed."""
+    """A canary that is worse than the stable version is rolled back in every simulation.
+
+    Worse means: it has far more errors than allowed, or it is the slower version in three of four comparisons.
+    """
     chance = random.Random(11)
     failing = [trial(chance, 20_000, weight=0.05, fails=(0.02, 0.16), slower=0.5) for _ in range(40)]
     late = [trial(chance, 20_000, weight=0.05, fails=(0.0, 0.0), slower=0.75) for _ in range(40)]

@@ -55,8 +55,8 @@ def test_layers_can_be_laid_in_any_grouping(
 
 @given(LAYERS, LAYERS, st.booleans())
 def test_applying_again_changes_nothing(now: list[dict[str, Any]], given_: list[dict[str, Any]], prune: bool) -> None:
-    """After entries were applied, they are in the catalog as given; the other entries stay, or are removed with
-    `prune`. Applying the same entries again changes nothing."""
+    """Entries that are applied are in the catalog unchanged. With `prune` the other entries are removed, otherwise they
+    stay. Applying the same entries again changes nothing."""
     after = apply_entries(now, given_, prune=prune)
     assert apply_entries(after, given_, prune=prune) == after
     by_name = {entry["name"]: entry for entry in after}
@@ -87,8 +87,8 @@ def test_changes_are_told_key_by_key() -> None:
 
 
 def test_a_canary_takes_the_models_place() -> None:
-    """When a canary is promoted, its own keys replace the model's keys, and the digest of the old weights is
-    removed."""
+    """When a canary is promoted, the keys that its entry sets replace those of the model. The digest of the old weights
+    is removed."""
     entry = {"name": "m", "source": "/m", "digest": "sha256:old", "revision": "a", "fallback": ["n"]}
     canary = {"version": "v2", "revision": "b", "weight": 0.5, "rollback": {}}
     assert promote_canary({**entry, "canary": canary}) == {

@@ -69,8 +69,8 @@ def test_every_pair(state: ModelState, seen: ModelObservation) -> None:
     ],
 )
 def test_what_is_seen(wanted: bool, seen: Observed | None, unplaceable: str, expected: ModelObservation) -> None:
-    """If a replica serves, that determines the observation. Otherwise a failure does, and otherwise the progress of the
-    starting replicas."""
+    """The observation of a model says that the model serves, if a replica serves. Otherwise it reports a present
+    failure, if there is one. Otherwise it reports the progress of the starting replicas."""
     assert observe(wanted, seen, unplaceable) is expected
 
 

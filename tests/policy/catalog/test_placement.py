@@ -14,7 +14,8 @@ TWO_GPUS = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:H100": 1.0}
 
 
 def spec(tensor: int = 1, pipeline: int = 1, *, gpu: str = "", spread: bool = False) -> ModelSpec:
-    """Return the spec of a model with this parallelism."""
+    """Return the spec of a model with these tensor-parallel and pipeline-parallel sizes. `spread`: whether a
+    tensor-parallel group may span nodes."""
     return ModelSpec(
         name="m",
         source="/m",
@@ -26,7 +27,8 @@ def spec(tensor: int = 1, pipeline: int = 1, *, gpu: str = "", spread: bool = Fa
 
 
 def test_one_gpu_shares_its_bundle_with_the_replica() -> None:
-    """A replica with a single GPU has one bundle, because its engine runs in the processes of the replica."""
+    """The placement group of a replica with a single GPU has one bundle, because the engine runs in the replica's
+    processes."""
     where = placement(spec())
     assert where.bundles == ({"CPU": 1.0, "GPU": 1.0},)
     assert (where.strategy, where.replica_cpus, where.replica_gpus) == ("STRICT_PACK", 1.0, 1.0)

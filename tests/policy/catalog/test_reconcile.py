@@ -1,6 +1,5 @@
-"""Tests of the reconciliation of wanted with observed applications: single plans, and a small simulated Ray to which
-plans are applied.
-"""
+"""Tests of the plans that turn the running Ray applications into the wanted ones. Some tests check a single plan,
+others apply plans to a simulated Ray."""
 
 from __future__ import annotations
 

@@ -91,8 +91,8 @@ def test_types_are_filled_in_their_order(replicas: int, capacities: list[int]) -
 
 @given(st.integers(0, 50), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=4))
 def test_what_is_on_a_type_stays_there(replicas: int, types: list[tuple[int, int]]) -> None:
-    """No replica moves because a preferred GPU type has free capacity. Scaling down removes replicas of the last type
-    first."""
+    """Replicas stay on their GPU type, even if a more preferred type has free capacity. Scaling down removes replicas
+    of the least preferred type first."""
     room, there = [most for most, _ in types], [min(have, most) for most, have in types]
     counts = over_types(replicas, room, there)
     assert sum(counts) == replicas

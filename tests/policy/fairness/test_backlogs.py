@@ -39,8 +39,8 @@ def test_a_silent_gateways_tenants_count_no_longer() -> None:
 
 
 def test_claims_are_parts_of_the_next_turns() -> None:
-    """A gateway claims few turns if its tenant has had more service than the other gateway's tenant, and many if it has
-    had less."""
+    """A gateway reports its expected share of the next turns of the fair queue. The share is small if its tenant has
+    had more service than the other gateway's tenant, and large if it has had less."""
     here, there = order_of(*[call(f"a{i}", "a") for i in range(10)]), order_of(call("b", "b"))
     turns(here, 5)
     here.backlogs.replace_peer("g2", there.backlogs.own(), 0.0)

@@ -109,7 +109,7 @@ def test_corrections_end_at_the_truth() -> None:
     """After all corrections, the service counter of a tenant is the cost of the tokens that were really computed.
 
     The first call is predicted with 100 output tokens and no cached tokens, and ends with 130 output tokens and 60
-    cached tokens. The second call is revoked.
+    cached tokens. The second call is revoked and costs nothing.
     """
     order = order_of(call("x", "a", tokens=100, output=100), call("y", "a", tokens=10))
     turns(order, 1)
@@ -222,7 +222,7 @@ def test_the_gap_of_backlogged_tenants_is_bounded(
 
 
 class FairMachine(RuleBasedStateMachine):
-    """State machine of a fair order with two classes, compared with plain lists.
+    """State machine of a fair order with two priority classes, compared with plain lists.
 
     Calls arrive, get their turn, are put back, are cancelled and end.
     """
@@ -243,7 +243,8 @@ class FairMachine(RuleBasedStateMachine):
         output=st.integers(0, 90),
     )
     def push(self, tenant: str, rank: int, tokens: int, output: int) -> None:
-        """Add a call that arrives."""
+        """Add a new call. `rank`: its priority class. `tokens`: length of its prompt. `output`: expected length of its
+        output."""
         self.serial += 1
         one = call(str(self.serial), tenant, tokens=tokens, output=output, rank=rank, arrived=self.now)
         self.order.push(one, self.now)
@@ -307,7 +308,8 @@ class FairMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_and_positions(self) -> None:
-        """A call is at the head if and only if a call waits. Positions are right within the queue of each tenant."""
+        """The order has a first sequence if and only if a sequence waits. Positions are right within the queue of each
+        tenant."""
         waiting = len(self.returned) + sum(len(line) for line in self.lines.values())
         assert self.order.statistics().waiting == waiting
         assert (self.order.head() is not None) == (waiting > 0)
@@ -324,10 +326,8 @@ TestFair = FairMachine.TestCase
 
 @given(st.lists(st.integers(0, 3), max_size=60))
 def test_nobody_starves(arrivals: list[int]) -> None:
-    """Before a waiting call gets its turn, a flooding tenant is served at most what this call costs, and one call more.
-
-    This holds however many calls the flooding tenant sends.
-    """
+    """One tenant floods the queue with calls of the same cost as another tenant's only call. That call waits for at
+    most two of them, however many they are."""
     order = order_of(call("small", "s", tokens=100))
     order.push(call("flood", "f", tokens=100), 0.0)
     served = 0
@@ -356,7 +356,8 @@ def test_a_line_forgets_those_who_left() -> None:
 
 @given(st.lists(st.one_of(st.none(), st.integers(0, 30)), max_size=120))
 def test_a_line_agrees_with_a_list(steps: list[int | None]) -> None:
-    """After any pushes (None) and removals (index among the waiting), the FIFO queue agrees with a list."""
+    """After any sequence of pushes and removals, the FIFO queue agrees with a list. `steps`: None for a push, or the
+    index of the waiting entry to remove."""
     line = FifoQueue()
     waiting: list[tuple[str, int]] = []
     for number, step in enumerate(steps):
@@ -389,10 +390,9 @@ def test_learnt_outputs() -> None:
 
 
 def test_outputs_that_all_run_to_their_most_are_expected_to_do_so() -> None:
-    """If all outputs of a tenant reached max_tokens, the next output is expected to reach it too, whatever its
-    max_tokens is.
+    """If all outputs of a tenant so far were as long as max_tokens allowed, the next output is expected to be as well.
 
-    Beyond the longest output so far, only the default number of further tokens is expected.
+    The expectation is at most the longest output so far plus `default_tokens`.
     """
     learnt = LearntOutputs(default_tokens=50)
     for most in (10, 1000, 200, 3000) * 8:
@@ -422,7 +422,7 @@ def test_of_whom_nothing_was_seen_others_tell() -> None:
     """The expected output of a tenant without outputs is that of other tenants: on the same model, else on all models,
     else the default.
 
-    Limits use only the tenant's own outputs.
+    The p95, which limits use, is computed only from the tenant's own outputs.
     """
     learnt = LearntOutputs(default_tokens=50)
     assert learnt.expected("a", "m", 1000) == 50

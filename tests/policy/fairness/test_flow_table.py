@@ -11,8 +11,9 @@ from cluster.policy.fairness.flow_table import FlowTable
 
 @pytest.mark.parametrize(("idle_s", "counter"), [(3.0, 1000.0), (1.0, 950.0)])
 def test_a_flow_that_returns_is_lifted(idle_s: float, counter: float) -> None:
-    """A flow that was idle for `idle_s` or longer returns with its counter at the floor. A flow that was idle for less
-    may be below the floor by at most the deficit."""
+    """A tenant's flow gets a waiting sequence again after `idle_s` seconds. If it was idle for more than 2 s, its
+    counter is raised to the floor: the lowest counter of the flows that wait. After a shorter time, the counter may
+    stay below the floor, by at most the deficit."""
     flows = FlowTable(lambda tenant: 2.0, 2.0, 100.0)
     busy, quiet = flows.flow(0, "busy"), flows.flow(0, "quiet")
     flows.advance(10.0)
@@ -27,8 +28,8 @@ def test_a_flow_that_returns_is_lifted(idle_s: float, counter: float) -> None:
 
 
 def test_idle_flows_are_forgotten() -> None:
-    """An idle flow at the floor counts as a guest for `idle_s`. Then it is forgotten, unless a call of the flow still
-    has a charge."""
+    """A flow without waiting sequences is forgotten after `idle_s` seconds, unless one of its calls still has a charge.
+    Before that, `forget_idle` returns the class of each such flow."""
     flows = FlowTable(lambda tenant: 1.0, 2.0, 100.0)
     for tenant in ("a", "b"):
         flow = flows.flow(1, tenant)

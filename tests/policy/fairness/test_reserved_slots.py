@@ -1,6 +1,5 @@
-"""Tests of reserved slots. A few slots are kept free for guests: tenants that send little. They are kept free only by
-tenants that always have sequences waiting.
-"""
+"""Tests of reserved slots: a few slots that are kept free for guests (tenants that send little). Only a tenant that
+always has sequences waiting must leave these slots free."""
 
 from __future__ import annotations
 
@@ -20,10 +19,11 @@ def call(call_id: str, tenant: str, rank: int = 0) -> WaitingSequence:
 
 
 def flooded(guest_rank: int = 0, loud_rank: int = 0) -> tuple[FairOrder, WaitingSequence]:
-    """Return a fair order, and a waiting sequence of a loud tenant, which has had sequences waiting since time 0.
+    """Return a fair order, and a waiting sequence of the tenant `loud`.
 
-    The loud tenant has RUNNING running calls. A guest's call came and was served at 5 s; the loud tenant has then had
-    another turn.
+    The tenant `loud` has had sequences waiting since time 0, and has more than RUNNING running calls. The tenant
+    `guest` has sent one call, which was sent to a worker at 5 s. After that, one more sequence of `loud` was sent
+    to a worker.
     """
     order = FairOrder()
     head = call("head", "loud", loud_rank)
@@ -40,7 +40,8 @@ def flooded(guest_rank: int = 0, loud_rank: int = 0) -> tuple[FairOrder, Waiting
 
 
 def test_places_are_kept_from_who_always_waits() -> None:
-    """After a guest was seen, the loud tenant leaves the reserved slots free until no guest has come for GUEST_S."""
+    """A tenant that always has waiting calls must leave the reserved slots free while other tenants still send calls.
+    Once no other tenant has sent a call for GUEST_S seconds, it may use all slots."""
     order, head = flooded()
     assert order.slots_to_keep_free(head) == RUNNING // KEPT_OF
     order.sweep(5.0 + IDLE_S + GUEST_S + 1)
@@ -48,7 +49,8 @@ def test_places_are_kept_from_who_always_waits() -> None:
 
 
 def test_nothing_is_kept_from_guests() -> None:
-    """A guest's new call may take any slot. A call that lost its worker may take any slot, too."""
+    """A new call of a guest (a tenant that has had no more than its share) may take any slot, even a reserved slot. So
+    may a call that lost its worker."""
     order, _ = flooded()
     second = call("again", "guest")
     order.push(second, 6.0)
@@ -59,8 +61,8 @@ def test_nothing_is_kept_from_guests() -> None:
 
 
 def test_a_lower_class_is_no_guest_of_a_higher_one() -> None:
-    """Interactive calls leave no slots free for guests with batch calls. Batch calls leave slots free for guests with
-    interactive calls."""
+    """Slots are kept free for other tenants only if these send calls of the same or a higher class. So interactive
+    calls leave no slot free for batch calls, but batch calls leave slots free for interactive calls."""
     order, head = flooded(guest_rank=2, loud_rank=0)
     assert order.slots_to_keep_free(head) == 0
     order, head = flooded(guest_rank=0, loud_rank=2)

@@ -15,8 +15,11 @@ def push(order: FairOrder, call_id: str) -> None:
 
 
 def test_a_speed_is_measured_while_sequences_wait() -> None:
-    """The speed is the service charged in a second, if sequences wait at its beginning and at its end. In slower
-    seconds the speed decays. While no speed is known, the estimated wait is 0."""
+    """A model's speed is the service that was charged within one second. It is measured only if sequences wait at the
+    beginning and at the end of this second.
+
+    In slower seconds the speed decays. While no speed is known, the estimated wait is 0.
+    """
     orders = FairOrders()
     order = orders.order(MODEL)
     statistics = ServiceStatistics(orders.order)

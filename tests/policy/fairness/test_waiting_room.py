@@ -45,7 +45,7 @@ def test_first_come_first_served_by_model() -> None:
 
 
 def test_only_the_head_is_offered() -> None:
-    """If the head does not fit, a shorter sequence behind it does not overtake it."""
+    """If the first waiting sequence does not fit on a worker, a shorter sequence behind it does not overtake it."""
     r = room()
     r.admit(waiting("long", tokens=900), 0.0)
     r.admit(waiting("short", tokens=1), 0.0)
@@ -105,7 +105,8 @@ def test_expiry_by_deadline_and_by_wait() -> None:
 
 
 def test_a_second_stay_has_its_own_time() -> None:
-    """A sequence that enters the room a second time gets a new expiry; the first one no longer counts."""
+    """A sequence that enters the waiting room a second time gets a new expiry time. The earlier expiry time no longer
+    applies."""
     r = room(max_wait_s=10.0)
     r.admit(waiting("a"), 0.0)
     w = r.pop_next("m", fits)
@@ -183,7 +184,8 @@ class RoomMachine(RuleBasedStateMachine):
         patience=st.none() | st.integers(0, 20),
     )
     def enter(self, model: str, count: int, tokens: int, patience: int | None) -> None:
-        """Admit sequences to the room."""
+        """Admit `count` sequences to the room. `patience`: seconds until the deadline of a sequence; None for no
+        deadline."""
         for _ in range(count):
             deadline = None if patience is None else self.now + patience
             w = waiting(str(self.serial), model=model, tokens=tokens, deadline=deadline, arrived=self.now)
@@ -200,7 +202,7 @@ class RoomMachine(RuleBasedStateMachine):
 
     @rule(target=bound, model=st.sampled_from("xy"), limit=st.integers(0, 9))
     def next(self, model: str, limit: int) -> WaitingSequence | None:
-        """Bind the head if it fits."""
+        """Return the first sequence of the fair order if its tokens are within `limit`, and take it out of the room."""
         line = self.lines[model]
         expected = line[0] if line and line[0].tokens <= limit else None
         got = self.room.pop_next(model, lambda w: w.tokens <= limit)

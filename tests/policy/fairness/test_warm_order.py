@@ -32,7 +32,7 @@ def order_of(calls: list[WaitingSequence]) -> FairOrder:
 
 
 def turn(order: FairOrder, loss_of: LossOf | None) -> WaitingSequence:
-    """Take the next turn, and return its sequence."""
+    """Mark the next sequence as taken, and return it."""
     head = order.head(loss_of)
     assert head is not None
     order.mark_taken(head.call_id)
@@ -104,8 +104,8 @@ def test_another_tenants_sequence_waits_for_no_more_service(
 
 @given(losses=LOSSES, arrivals=st.lists(st.integers(0, 2), min_size=1, max_size=60), waiting=st.integers(1, 30))
 def test_no_sequence_is_overtaken_for_ever(losses: list[int], arrivals: list[int], waiting: int) -> None:
-    """A sequence with p sequences of its tenant ahead gets one of the tenant's next (p + 1) * (MAX_OVERTAKEN + 1)
-    turns, whatever arrives behind it."""
+    """No sequence is overtaken for ever. If p sequences of its tenant are ahead of a new sequence, it is chosen within
+    the tenant's next (p + 1) * (MAX_OVERTAKEN + 1) turns, whatever arrives later."""
     order = order_of([call(str(number)) for number in range(waiting)])
     ahead = dict(zip(map(str, range(waiting)), range(waiting), strict=True))
     turns_left = {call_id: (place + 1) * (MAX_OVERTAKEN + 1) for call_id, place in ahead.items()}

@@ -8,7 +8,8 @@ from cluster.policy.fairness.worker_totals import WorkerTotals
 
 
 def test_only_what_others_served_is_added_and_only_once() -> None:
-    """Only the service that calls of other gateways got is added to a service counter, and only once.
+    """A worker's report adds to a service counter only the service that it gave to calls of other gateways, and adds
+    it once.
 
     This also holds for repeated and late reports, for a new link and for a restarted worker.
     """

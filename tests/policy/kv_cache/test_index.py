@@ -19,7 +19,8 @@ PROMPTS = tuple(prefix_hashes(range(start, start + BLOCKS), 1, 0) for start in (
 
 
 def blocks(ranges: list[tuple[int, int]], prompt: int) -> Hashes:
-    """Return the hashes of some blocks of a prompt, each once."""
+    """Return the hashes of the blocks of a prompt that lie in `ranges`, each once. A range is the number of its first
+    block and a count."""
     chosen = sorted({number for first, count in ranges for number in range(first, min(first + count, BLOCKS))})
     return PROMPTS[prompt][chosen]
 

@@ -42,7 +42,8 @@ def test_a_notice_is_one_however_often_it_is_found(used: int, limit: int, thresh
 
 
 def test_a_new_gateway_goes_on_where_the_last_was() -> None:
-    """The use that the ledger reports can raise a gateway's own count of the use, but never lower it."""
+    """A gateway counts the tokens that a tenant has used of its budget. The ledger's number can raise this count, but
+    never lowers it."""
     limiter, policy = Limiter(), tenant("a", daily=1000)
     limiter.spent({"a": 950}, {"a": 950}, NOON)
     refused = limiter.reserve(policy, ReservationRequest("1", 60, 0), 0.0, NOON)

@@ -39,7 +39,7 @@ def tenant(on_budget: str = "finish", **limits: int) -> TenantPolicy:
 def reserve(
     limiter: Limiter, policy: TenantPolicy, call_id: str, now: float, prompt: int = 10, output: int = 10
 ) -> Granted | LimitRefusal:
-    """Reserve for a call, and return the grant or the refusal."""
+    """Reserve `prompt` and `output` tokens for a call; return the grant or the refusal."""
     return limiter.reserve(policy, ReservationRequest(call_id, prompt, output), now, NOON + now)
 
 
@@ -125,8 +125,8 @@ def test_a_reservation_twice_is_the_callers_mistake() -> None:
 
 @pytest.mark.parametrize(("on_budget", "ends"), [("stop", True), ("finish", False)])
 def test_an_empty_budget_ends_the_call_or_not_as_configured(on_budget: str, ends: bool) -> None:
-    """When a call uses up the budget, it ends less than one quantum beyond the budget with `stop`, and runs on with
-    `finish`.
+    """The policy `stop` ends a call that uses up the token budget, less than one quantum of tokens beyond the budget.
+    The policy `finish` lets the call run on.
 
     In both cases the next call is refused.
     """
@@ -238,8 +238,8 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @rule(prompt=st.integers(0, 60), output=st.integers(1, 30), n=st.integers(1, 4))
     def ask(self, prompt: int, output: int, n: int) -> None:
-        """Reserve for a call with n outputs. If the call is admitted, the sums of the last minute in the log are within
-        the limits."""
+        """Reserve `prompt` tokens and `n` outputs of `output` tokens for a call. If the call is admitted, check that
+        the sums of the last minute in the log are within the limits."""
         self.serial += 1
         got = self.limiter.reserve(
             self.policy, ReservationRequest(str(self.serial), prompt, n * output), self.now, NOON

@@ -69,9 +69,11 @@ def test_who_stands_still_is_spared_though_nobody_else_is_there() -> None:
 
 
 def test_who_was_only_out_of_sight_needs_no_trial() -> None:
-    """If a worker was only unreachable, enough new engine steps after the pause close its breaker without a probe.
+    """If the gateway merely could not reach a worker, the worker's breaker closes without a probe call, once the
+    worker has reported enough new engine steps after the pause.
 
-    Older steps and too few steps do not close the breaker. Until a call is answered, the next pause doubles as usual.
+    Steps before the end of the pause, or too few steps, do not close the breaker. If the worker becomes
+    unreachable again before it has answered a call, the pause is twice as long.
     """
     breakers, now = Breakers(), PAUSE_S
     breakers.record_stall("a", 0.0, unseen=True)

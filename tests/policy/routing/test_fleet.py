@@ -83,7 +83,7 @@ policies = st.builds(RoutingSettings, st.sampled_from(POLICIES))
 
 
 def fleet_of(candidates: list[Candidate], settings: RoutingSettings, vector_from: int) -> Fleet:
-    """Return a fleet that uses numpy from `vector_from` workers on."""
+    """Return a fleet with these workers. `vector_from`: number of workers from which the fleet uses numpy."""
     fleet = Fleet(settings, vector_from)
     for candidate in candidates:
         fleet.put(candidate)
@@ -102,7 +102,7 @@ def test_the_worker_passes_and_is_the_cheapest(
 ) -> None:
     """The picked worker passes every filter, and no worker that passes has a lower cost.
 
-    Numpy, the loop and any order of the rows give the same decision with the same scores.
+    The numpy code and the Python loop make the same decision with the same scores, in any order of the rows.
     """
     decision = fleet_of(candidates, settings, 99).pick(call, rejecting)
     chance.shuffle(candidates)
@@ -199,8 +199,8 @@ def test_a_burst_makes_no_hot_spot(holders: int, tokens: int, vector_from: int) 
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.floats(0, 3)), max_size=30), st.integers(0, 2**64 - 1))
 def test_recent_calls_fade(sent: list[tuple[int, float]], prefix: int) -> None:
-    """The count of a prefix's recent calls is at most the number of its calls, and falls as time passes. The number of
-    remembered prefixes is bounded."""
+    """The count of recent calls with a prefix is at most the number of all calls with this prefix, and falls as time
+    passes. The number of remembered prefixes is bounded."""
     hot, now, calls = HotPrefixes(), 0.0, Counter[int]()
     for other, later_s in [*sent, (prefix, 0.0)]:
         now += later_s
@@ -226,9 +226,9 @@ def test_calls_spread_by_size(vector_from: int) -> None:
 
 @pytest.mark.parametrize("vector_from", [0, 99])
 def test_small_engines_keep_their_prompts(vector_from: int) -> None:
-    """A call goes to the worker that holds 1,000 tokens of its prompt although three more sequences run there, with
-    engines of 8 slots and of 64. If the model also has a worker of 512 slots, the call no longer goes to an engine of 8
-    slots."""
+    """One of two equal workers holds 1,000 tokens of a call's prompt and runs three more sequences than the other. It
+    gets the call, whether the workers have 8 slots or 64. Once a third worker with 512 slots is added, a holder with 8
+    slots no longer gets the call, and a holder with 64 slots still does."""
     call = RouteCall("m", 1032, cached={"holder": 1000})
     for slots in (8, 64):
         fleet = fleet_of(
@@ -296,10 +296,12 @@ def test_a_slow_worker_gets_few_calls(load: float) -> None:
 
 
 def test_full_holders_are_those_that_cost_less() -> None:
-    """The decision lists a full worker that holds the prompt if it costs less than the chosen worker. It does not list
-    a worker that drains, is unhealthy or has too much work.
+    """`full_holders` of a routing decision lists each worker that holds the prompt, has no capacity left, and
+    would cost less than the chosen worker. A worker that drains, is unhealthy or has too much work is not
+    listed.
 
-    If an affinity key prefers the chosen worker, the holder must cost less by more than the key's advantage.
+    If the call's affinity key prefers the chosen worker, the full worker is listed only if it costs less even
+    after the key's advantage is subtracted.
     """
     key = hash64("tenant\0key")
     for tokens, affinity, named in ((20_000, 0, True), (1500, 0, True), (20_000, key, True), (1500, key, False)):

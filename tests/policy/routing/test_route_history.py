@@ -76,8 +76,11 @@ def test_a_call_keeps_its_newest_routes(count: int) -> None:
 
 @given(st.integers(1, 60), st.data())
 def test_a_large_fleet_keeps_the_best_and_counts_the_others(workers: int, data: st.DataObject) -> None:
-    """At most MAX_CANDIDATES workers of a decision are kept, with their cached tokens; all workers are counted. If a
-    decision follows shortly after another one, a large fleet keeps only the chosen worker."""
+    """At most MAX_CANDIDATES workers of a decision are remembered, with their cached tokens. All workers are counted.
+
+    If the fleet has more workers than that, a decision that follows shortly after another one is remembered only with
+    the chosen worker.
+    """
     dropped = data.draw(st.integers(0, workers - 1))
     history, made, next_one = (
         RouteHistory(),

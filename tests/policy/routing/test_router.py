@@ -141,7 +141,8 @@ def test_what_is_kept_free_stays_free() -> None:
 
 
 def test_ties_go_to_more_room_then_to_the_name() -> None:
-    """Of equally loaded workers, the worker with more free sequences is chosen, then the first worker by name."""
+    """Of equally loaded workers, the worker that can take more sequences is chosen. If these numbers are equal too, the
+    first worker by name is chosen."""
     assert pick(CALL, [worker("a"), worker("b", free_sequences=8)]).worker_id == "b"
     assert pick(CALL, [worker("b"), worker("a")]).worker_id == "a"
 

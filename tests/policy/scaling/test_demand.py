@@ -69,8 +69,8 @@ def test_every_arrival_counts_once(steps: list[tuple[str, int]]) -> None:
 
 
 def test_a_controller_that_comes_back_counts_from_what_it_hears_first() -> None:
-    """For a new controller, the earlier arrivals at a running gateway do not count. All arrivals at a gateway that
-    starts later do."""
+    """A new controller does not count the calls that arrived at a gateway before the gateway's first report. If a
+    gateway starts later than the controller, all of its calls count."""
     demands = DemandTotals(now=1000.0)
     demands.record_report("old", report(counts(5000)), counting_s=900.0, now=1000.5)
     assert demands.pop_demand(1001.0)["m"]["c"].arrived_requests == 0

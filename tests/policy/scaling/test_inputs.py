@@ -25,6 +25,6 @@ def test_inputs_are_sorted_by_model_and_type_of_gpu() -> None:
 
 
 def test_frozen_models() -> None:
-    """A model is frozen by its name or with all models."""
+    """An operator can freeze one model by its name, or all models at once."""
     one, everything = OperatorRequest(frozen=frozenset({"m"})), OperatorRequest(all_frozen=True)
     assert [request.is_frozen(name) for request in (one, everything) for name in "mn"] == [True, False, True, True]

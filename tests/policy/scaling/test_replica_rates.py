@@ -17,7 +17,9 @@ LIMITS = ReplicaLimits(max_num_seqs=64, max_num_batched_tokens=2048, kv_tokens=1
 def spans(
     costs: Costs, seed: int, count: int, *, batch: int = 32, prompts: bool = True, noise: float = 0.0
 ) -> list[ComputedWork]:
-    """Return the engine's counters after each of `count` spans of 50 steps, with batches and prompts of all sizes."""
+    """Return an engine's cumulative counters, read `count` times with 50 steps between two readings. Batches have 1 to
+    `batch` sequences. `prompts`: whether some steps compute prompts. `noise`: largest relative error of the busy
+    time."""
     chance, at, out = random.Random(seed), ComputedWork(), []
     for _ in range(count):
         sequences = chance.randint(1, batch)
@@ -60,7 +62,7 @@ def test_known_costs_are_found(costs: Costs, seed: int) -> None:
 @given(st.integers(0, 99))
 @settings(deadline=None, max_examples=20)
 def test_noise_of_a_fifth_costs_no_more_than_that(seed: int) -> None:
-    """If the step times have noise of a fifth, each learnt rate differs from the true rate by at most a fifth."""
+    """With random noise of 20 % in the step times, each learnt rate is within 20 % of the true rate."""
     costs = Costs(0.01, 0.0005, 0.0001)
     rates = learnt(spans(costs, seed, 400, noise=0.2)).rates(LIMITS, itl_s=0.0)
     assert rates.decode_tokens_per_s == pytest.approx(64 / (0.01 + 64 * 0.0005), rel=0.2)

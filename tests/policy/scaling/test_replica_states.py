@@ -15,7 +15,7 @@ WALL_S = 1e9
 
 
 def states_at(states: ReplicaStates, now: float, desired: int, *workers: WorkerSeen, leaving: int = 0) -> Counter[str]:
-    """Run a pass; return the number of replicas by state."""
+    """Observe `workers` once in `states`, at the time `now`, and return the number of replicas by state."""
     inputs = ModelInputs((SPEC,), {"": RayReplicas(leaving=leaving)}, {"": workers}, {})
     return Counter(replica.state for replica in states.observe(inputs, {"": desired}, now, now + WALL_S))
 
@@ -35,8 +35,8 @@ def test_states_follow_the_decided_number() -> None:
 
 
 def test_the_cold_start_time_is_learnt_from_decided_starts() -> None:
-    """The cold-start time runs from the oldest decision to start a replica that has no replica yet. A replica without
-    such a decision is not counted."""
+    """The cold-start time of a new replica begins at the oldest decision to start a replica that no replica has
+    followed yet. A replica without such a decision is not counted."""
     states, workers = ReplicaStates(), [WorkerSeen(str(number), str(number), "m") for number in range(4)]
     states_at(states, 0.0, 1, workers[0])
     assert states.cold_start_s == 0.0

@@ -98,7 +98,7 @@ class World:
 
 
 def entry(world: World) -> CatalogEntry:
-    """Catalog entry of the first model for the gateways."""
+    """Return the catalog entry of the first model, with the fields that the scaler adds for gateways."""
     return world.scaler.with_scaling_fields(CatalogEntry(world.specs[0].name))
 
 
@@ -214,8 +214,8 @@ def test_what_cannot_be_asked() -> None:
 
 
 def test_the_story_is_bounded_and_says_how_often() -> None:
-    """Repeated decisions to hold for the same reason are one entry of the log. The log drops the oldest entries and
-    lists the newest entries last."""
+    """The decision log counts repeated decisions not to scale, for the same reason, as one entry. It drops the oldest
+    entries and lists the newest entries last."""
     world = World(spec())
     world.until(1)
     world.step()

@@ -62,8 +62,8 @@ def decided(seen: ModelSeen, **budget: int) -> ReplicaDecision:
 
 
 def test_a_replica_is_worth_the_lesser_of_what_it_does() -> None:
-    """The unit is the first GPU type with learnt rates; the worth of a replica is relative to it. A type without learnt
-    rates has the worth 1."""
+    """The worth of a replica is relative to a replica on the first GPU type with learnt rates. A replica on a type
+    without learnt rates has the worth 1."""
     seen = model({})
     assert (unit_of(seen), replica_worth(seen, "H100"), replica_worth(seen, "L4")) == ("H100", 1.0, 0.25)
     only_slow = model({}, {"L4": SLOW})
@@ -74,9 +74,10 @@ def test_a_replica_is_worth_the_lesser_of_what_it_does() -> None:
 
 @given(COUNTS, COUNTS)
 def test_a_mix_is_counted_by_what_it_is_worth(ready: dict[str, int], starting: dict[str, int]) -> None:
-    """A mix of replicas counts as its total worth, rounded up. A model with one GPU type is unchanged.
+    """Replicas of several GPU types count as replicas of one type with the same total worth, rounded up.
 
-    The number of replicas that count as ready is at most the worth of the ready replicas, rounded up.
+    The worth of a replica is its capacity in replicas of that type. At most the worth of the ready replicas, rounded
+    up, counts as ready. A model with one GPU type is unchanged.
     """
     seen = model(ready)
     coming = [
@@ -119,7 +120,7 @@ def test_no_type_has_more_than_its_budget_or_its_places(
 
 @given(COUNTS, st.integers(1, 10))
 def test_what_serves_is_not_moved(have: dict[str, int], budget: int) -> None:
-    """A wanted replica on a later GPU type stays there, even if an earlier type has free capacity."""
+    """A wanted replica stays on its GPU type, even if a more preferred type has free capacity."""
     total = sum(have.values())
     kept = decided(model(have, room={"H100": 6, "L4": 6}, manual=total))
     assert {gpu: kept.replicas.get(gpu, 0) for gpu in TYPES} == have
@@ -150,8 +151,8 @@ def test_lesser_replicas_come_in_greater_numbers() -> None:
 
 
 def test_more_than_there_are_gpus_for_is_said() -> None:
-    """The decision reports that there are too few GPUs. With several GPU types, the reported numbers are in replicas of
-    the unit, the first GPU type with learnt rates."""
+    """If there are too few GPUs, the decision says so. With several GPU types, its numbers of replicas are in replicas
+    of one type: the first type with learnt rates."""
     decision = decided(model({}, room={"H100": 1, "L4": 2}, min_replicas=0, manual=5), H100=1, L4=8)
     assert decision.replicas == {"H100": 1, "L4": 2}
     assert decision.why == "manual; the GPU budget allows 3 of 5"

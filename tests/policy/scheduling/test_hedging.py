@@ -43,7 +43,8 @@ def worker(name: str, free: int = 8, running: int = 0, waiting: int = 0, healthy
 
 @given(st.lists(durations, min_size=1, max_size=200), st.floats(0, 1))
 def test_a_quantile_is_near_a_duration_of_its_rank(values: list[float], part: float) -> None:
-    """A quantile is within the relative ACCURACY of one of the durations at or next to its rank."""
+    """The sketch's quantile is close to a measured duration: to the one at the exact rank of the quantile, or to a
+    neighbour in sorted order. The relative error is at most ACCURACY."""
     sketch = LatencySketch(60.0)
     for value in values:
         sketch.add(value, NOW)
@@ -99,7 +100,7 @@ def test_an_unknown_size_uses_the_next_larger_known_one(asked: int, known: int) 
 
 
 def test_the_high_time_is_the_quantile_of_one_percent() -> None:
-    """1 % of the observed times are above the time after which a first token is late."""
+    """A first token counts as late after the time that 1 % of the observed times to first token exceed."""
     times = FirstTokenTimes()
     for number in range(1, 1001):
         times.observe("m", "w", TOKENS, number / 100, NOW)
@@ -193,8 +194,8 @@ def test_the_budget_holds_and_no_sequence_is_hedged_twice(share: float, history:
 
 @given(st.integers(0, 5000))
 def test_a_quiet_time_saves_up_a_bounded_number_of_hedges(count: int) -> None:
-    """However many sequences were sent before, at most BURST hedges can follow at once. Half of these are kept for
-    sequences that have waited longer."""
+    """However many sequences were sent before, at most BURST hedges can follow at once. Sequences that have just become
+    late may use only half of these."""
     world = World(HedgingPolicy(0.01))
     world.learn(LEARNT + count)
     for number in range(20):
@@ -224,8 +225,8 @@ def test_nothing_is_hedged_under_overload(waiting: int, loads: list[tuple[int, i
 
 @given(st.floats(0.001, 5.0), st.floats(0.0, 40.0))
 def test_a_sequence_is_late_after_the_learnt_time(ttft_s: float, waited_s: float) -> None:
-    """A sequence is late once it has waited for the learnt time. Afterwards it is due again only when its wait has
-    grown by a factor."""
+    """A sequence is late once it has waited as long as earlier sequences suggest. It is reported as late again only
+    when its wait has grown by a factor."""
     world = World(HedgingPolicy(1.0))
     world.learn(LEARNT, ttft_s)
     world.send("s")
@@ -242,7 +243,8 @@ def test_a_sequence_is_late_after_the_learnt_time(ttft_s: float, waited_s: float
 
 
 def test_a_hedge_that_wins_does_not_hide_the_slow_worker() -> None:
-    """When the second worker answers first, the wait so far counts as the first worker's time to first token."""
+    """If the second worker answers before the slow one, the policy still learns that the slow worker is slow: its time
+    to the first token is at least the wait until then."""
     world = World(HedgingPolicy(1.0))
     world.learn(LEARNT)
     for number in range(3 * int(MIN_COUNT)):

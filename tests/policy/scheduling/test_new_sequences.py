@@ -19,7 +19,7 @@ def queues() -> NewSequences:
 
 
 def wait_for_adapter(new: NewSequences, key: str, now: float) -> None:
-    """Take the turn of the sequence at the head of the room, and let it wait for its adapter."""
+    """Remove the first sequence, which must be `key`, from the waiting room, and let it wait for its adapter."""
     taken = new.room.pop_next("m", lambda _: True, now)
     assert taken is not None
     assert taken.call_id == key
@@ -38,7 +38,8 @@ def test_a_sequence_counts_until_it_is_removed() -> None:
 
 
 def test_new_versions_return_a_sequence_to_the_room() -> None:
-    """If the versions of a sequence change while it waits for its adapter, it returns to the waiting room."""
+    """If the model versions on which a sequence may begin change while it waits for its adapter, the sequence returns
+    to the waiting room."""
     new = queues()
     new.admit(entry("a", adapter="x"), 0.0)
     wait_for_adapter(new, "a", 1.0)

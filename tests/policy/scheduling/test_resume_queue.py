@@ -47,8 +47,8 @@ def test_who_has_computed_them_is_counted() -> None:
 
 
 def test_each_waits_for_its_own_worker_for_a_moment() -> None:
-    """A sequence waits for a moment only for the worker that holds its KV blocks, then for any worker. If no worker
-    holds its blocks, it waits for any worker from the beginning."""
+    """At first, a resumed sequence waits for the worker that holds its KV blocks. After CACHED_WORKER_WAIT_S, any
+    worker may take it. If no worker holds its blocks, any worker may take it at once."""
     queue = queue_of(resuming("a", "x"), resuming("b"), now=5.0)
     assert [queue.waits_for(key, 5.0 + 0.9 * CACHED_WORKER_WAIT_S) for key in ("a", "b", "absent")] == ["x", "", ""]
     assert queue.waits_for("a", 5.0 + CACHED_WORKER_WAIT_S) == ""
@@ -69,8 +69,8 @@ def test_the_higher_class_first_and_who_waits_too_long_leaves() -> None:
 
 
 def test_no_wait_is_longer_than_twice_the_bound() -> None:
-    """While a model starts, its sequences may wait longer, but at most twice the bound. (Formerly the whole start time
-    was added, and a stream waited 49 s with max_wait_s 20.)"""
+    """While a model starts, its sequences may wait longer than max_wait_s, but at most twice as long. (Formerly the
+    whole start time was added, and a stream waited 49 s with max_wait_s 20.)"""
     queue = ResumeQueue(20.0)
     queue.add(resuming("a"), 0.0)
     assert queue.expired(39.9, lambda _: 500.0) == []

@@ -42,57 +42,58 @@ class Fleet:
     def add(
         self, name: str, free: int = 1, key: CompatibilityKey = KEYS[0], version: str = "", adapters: str = ""
     ) -> None:
-        """Add a worker with `free` free sequences. `adapters`: one letter for each adapter that the worker has."""
+        """Add a worker. `free`: number of sequences that it can take. `adapters`: one letter for each adapter that it
+        has."""
         self.workers[name] = Candidate(
             name, "m", version, free, 1000 * free, 0, 0, 0.0, True, False, incarnation=name, compatibility_key=key,
             prefill_budget=8192, block_size=16, adapters=frozenset(adapters),
         )  # fmt: skip
 
     def grant(self, name: str, free: int) -> None:
-        """Set the number of free sequences of a worker."""
+        """Set the number of further sequences that a worker can take."""
         self.workers[name] = replace(self.workers[name], free_sequences=free, free_tokens=1000 * free)
 
     def spend(self, name: str) -> None:
-        """Use one free sequence of a worker."""
+        """Lower by one the number of sequences that a worker can still take."""
         self.grant(name, self.workers[name].free_sequences - 1)
 
     def route(self, call: RouteCall, now: float) -> RoutingDecision:
-        """See Workers.route."""
+        """Implements `Workers.route`."""
         return choose(call, self.candidates(call.model, now, False))
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
-        """See Workers.candidates."""
+        """Implements `Workers.candidates`."""
         if self.broken:
             raise ValueError("broken")
         return list(self.workers.values())
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
-        """See Workers.candidate."""
+        """Implements `Workers.candidate`."""
         return self.workers.get(incarnation)
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """See Workers.cached_tokens."""
+        """Implements `Workers.cached_tokens`."""
         return self.cached.get(key, {})
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """See Workers.held_tokens."""
+        """Implements `Workers.held_tokens`."""
         return self.cached.get(key, {})
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
-        """See Workers.free_tokens."""
+        """Implements `Workers.free_tokens`."""
         worker = self.workers.get(worker_id)
         return None if worker is None else worker.free_tokens if worker.free_sequences > 0 else 0
 
     def has_adapter(self, model: str, adapter: str) -> bool:
-        """See Workers.has_adapter."""
+        """Implements `Workers.has_adapter`."""
         return any(adapter in worker.adapters for worker in self.workers.values())
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
-        """See Workers.runs_suspect."""
+        """Implements `Workers.runs_suspect`."""
         return incarnation in self.with_suspect
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
-        """See Workers.is_replaced."""
+        """Implements `Workers.is_replaced`."""
         return compatibility in self.replaced
 
 
@@ -189,8 +190,9 @@ def test_a_suspect_waits_for_its_verdict() -> None:
 
 @given(sharing=st.integers(2, 6), free=st.integers(1, 6), last=st.data())
 def test_suspects_that_lost_workers_together_are_tried_one_by_one(sharing: int, free: int, last: st.DataObject) -> None:
-    """Suspects that lost the same workers are tried one by one: until a suspect has a token, no other suspect is sent
-    to its worker. A suspect that then loses a third worker is ended."""
+    """A suspect is a sequence that may have crashed its workers. Suspects that lost the same workers are tried on
+    separate workers: a worker with a suspect gets no other suspect until the first has a token. A suspect that then
+    loses a third worker is ended."""
     fleet = Fleet()
     for name in ("w1", "w2"):
         fleet.add(name, free=free)
@@ -236,8 +238,8 @@ def test_what_can_never_resume_ends() -> None:
 
 
 def test_the_versions_of_a_queued_sequence_can_change() -> None:
-    """A queued sequence begins only on the versions that it has when it is sent: on the first version, or else on the
-    others."""
+    """The versions on which a queued sequence may begin can be changed until it is sent. Its preferred version is tried
+    first, then the others."""
     fleet = Fleet()
     fleet.add("old", free=3, version="1")
     fleet.add("new", free=1, version="2")
@@ -250,8 +252,8 @@ def test_the_versions_of_a_queued_sequence_can_change() -> None:
 
 
 def test_a_free_worker_gets_the_sequence_whose_prompt_it_holds() -> None:
-    """Of a tenant's waiting sequences, the one whose prompt a worker with capacity holds goes first. The blocks of a
-    full worker do not count, and other tenants keep their turns."""
+    """When a worker becomes free, it gets the waiting sequence whose prompt it holds, ahead of the same tenant's older
+    sequences. Blocks on a full worker do not count, and other tenants keep their turns."""
     fleet = Fleet()
     fleet.add("v", free=0)
     fleet.add("w", free=0)
@@ -269,8 +271,8 @@ def test_a_free_worker_gets_the_sequence_whose_prompt_it_holds() -> None:
 
 
 def test_the_chosen_head_holds_back_the_others() -> None:
-    """A sequence that goes first because a worker holds its prompt, but may not run on the free worker, holds back all
-    other sequences, as any first sequence does."""
+    """A worker's cached prompts decide which sequence goes first. If this sequence may not run on any free worker, all
+    other sequences wait too."""
     fleet = Fleet()
     fleet.add("old", free=1, version="1")
     fleet.cached = {"b": {"old": 8}}
@@ -309,8 +311,9 @@ def test_no_more_is_moved_than_fits(free: int) -> None:
 
 
 def test_a_sequence_that_waits_for_its_adapter_holds_back_nobody() -> None:
-    """While no worker has loaded an adapter, the sequences behind those that need the adapter are sent. Once a worker
-    has loaded it, the sequences that need it go first, in the order of their turns. They end after the longest wait."""
+    """While no worker has loaded an adapter, the sequences that need it wait, and the sequences behind them are sent.
+    Once a worker has loaded the adapter, the sequences that need it go first, in their order. A sequence whose adapter
+    is still missing after MAX_WAIT_S ends."""
     fleet = Fleet()
     fleet.add("w", free=3)
     policy = policy_of(fleet)
@@ -382,7 +385,8 @@ class PolicyMachine(RuleBasedStateMachine):
         adapter=st.sampled_from(["", "", "x"]),
     )
     def resume(self, key: CompatibilityKey, home: str, rank: int, adapter: str) -> None:
-        """Queue a sequence that resumes."""
+        """Queue a sequence that must be resumed. `home`: the worker that holds its KV blocks. `rank`: its priority
+        class."""
         sequence = ResumingSequence(entry(self._key(), rank=rank, adapter=adapter), 12, key, cached_on=home)
         self.policy.resume(sequence, self.now)
         self.resuming[sequence.key] = sequence
@@ -432,9 +436,11 @@ class PolicyMachine(RuleBasedStateMachine):
 
     @rule()
     def assign(self) -> None:
-        """Carry out all instructions, and check them. No worker then has capacity for a waiting sequence whose adapter
-        it has, and no sequence waits behind one that waits for its adapter. No sequence goes to a worker without its
-        adapter."""
+        """Carry out the policy's instructions. Check that each worker has the adapter of the sequence that it gets.
+
+        Afterwards, no worker with free capacity has the adapter of a waiting sequence. So a sequence that waits for its
+        adapter holds back no other sequence.
+        """
         began = False
         for instruction in self.policy.assign("m", self.now):
             assert isinstance(instruction, Send)

@@ -35,7 +35,7 @@ class LargeFleet(Fleet):
     """Workers with 64 slots, and with enough free tokens for a long prompt in each free slot."""
 
     def grant(self, name: str, free: int) -> None:
-        """Set the number of free sequences of a worker."""
+        """Set how many more sequences a worker can take."""
         self.workers[name] = replace(self.workers[name], free_sequences=free, free_tokens=TOKENS * free, slots=64)
 
 
@@ -50,8 +50,8 @@ def two_workers(*held: str, free_holder: int = 0, free_other: int = 2) -> tuple[
 
 
 def test_it_waits_for_its_holder_and_nobody_waits_for_it() -> None:
-    """A sequence is set aside while the worker that holds its prompt is full, and the next sequence is sent at once.
-    When this worker has capacity again, the sequence set aside gets it first."""
+    """While the worker that holds a sequence's prompt is full, the sequence waits outside the queue, and the next
+    sequence is sent at once. When this worker has capacity again, the waiting sequence is sent to it first."""
     fleet, policy = two_workers("warm", "late")
     policy.admit(entry("warm"), 0.0)
     policy.admit(entry("cold", "u"), 0.0)
@@ -69,8 +69,8 @@ def test_it_waits_for_its_holder_and_nobody_waits_for_it() -> None:
 
 
 def test_it_goes_elsewhere_in_the_end() -> None:
-    """After MAX_WAIT_S, the sequence that was set aside goes to any worker. If all are full, it returns to the head of
-    its queue."""
+    """A sequence that was set aside waits for the worker that holds its prompt, but at most MAX_WAIT_S. After that it
+    goes to any worker. If all workers are full, it returns to the head of its queue."""
     fleet, policy = two_workers("warm")
     policy.admit(entry("warm"), 0.0)
     assert not carry_out(policy, fleet, 0.0)
@@ -85,7 +85,8 @@ def test_it_goes_elsewhere_in_the_end() -> None:
 
 
 def test_it_waits_once() -> None:
-    """A sequence is set aside only once. After it has waited in vain, it goes to the first worker with capacity."""
+    """A sequence waits only once for the worker that holds its prompt. If it has waited in vain, it goes to the first
+    worker with capacity."""
     fleet, policy = two_workers("warm", free_other=1)
     policy.admit(entry("warm"), 0.0)
     assert not carry_out(policy, fleet, 0.0)
@@ -134,8 +135,8 @@ def test_it_does_not_wait_for_the_dead() -> None:
 
 
 def test_it_does_not_wait_in_vain() -> None:
-    """A sequence is not set aside for a worker with so much work ahead that the first token would come later there.
-    Other sequences that are set aside for the worker count as such work."""
+    """A sequence is set aside for the worker that holds its prompt, but not if another worker would give the first
+    token earlier. The work ahead on the worker includes the sequences that are already set aside for it."""
     fleet, policy = two_workers("warm")
     fleet.workers["holder"] = replace(fleet.workers["holder"], prefill_tokens=150_000)
     policy.admit(entry("warm"), 0.0)
@@ -151,7 +152,8 @@ def test_it_does_not_wait_in_vain() -> None:
 
 
 def test_a_cancelled_sequence_leaves_nothing() -> None:
-    """A sequence that is cancelled while it is set aside leaves the policy. Its tenant is not charged."""
+    """A sequence can be cancelled while it is set aside, that is, waits for the worker that holds its prompt. Then
+    nothing of it remains in the policy, and its tenant is not charged."""
     fleet, policy = two_workers("warm")
     policy.admit(entry("warm"), 0.0)
     assert not carry_out(policy, fleet, 0.0)
@@ -171,8 +173,8 @@ def test_a_cancelled_sequence_leaves_nothing() -> None:
     )
 )
 def test_sums_follow_the_sequences(steps: list[tuple[str, int, str, str]]) -> None:
-    """After any additions and removals, the counts and the work ahead equal the sums over the sequences that are set
-    aside."""
+    """After any additions and removals, the kept counts and the kept sums of work equal those computed from the
+    sequences that are set aside."""
     aside, known = SetAside(), dict[str, tuple[str, str]]()
     for step, number, model, worker in steps:
         key = str(number)
@@ -198,7 +200,8 @@ def test_sums_follow_the_sequences(steps: list[tuple[str, int, str, str]]) -> No
 
 
 def test_their_number_is_bounded() -> None:
-    """At most MAX_PER_MODEL sequences of a model are set aside."""
+    """For each model, at most MAX_PER_MODEL sequences are set aside, that is, wait for the worker that holds their
+    prompt."""
     aside, holder = SetAside(), holder_at("w", 1e9)
     for number in range(MAX_PER_MODEL):
         assert aside.best(entry("x"), [holder])
@@ -210,8 +213,8 @@ def test_their_number_is_bounded() -> None:
 
 
 def test_instructions_name_the_prediction() -> None:
-    """The instruction to send a sequence that was set aside contains the cached tokens predicted at the time of
-    sending."""
+    """When a sequence that was set aside is sent, the `Send` instruction has the number of cached tokens that is
+    predicted at that time."""
     fleet, policy = two_workers("warm")
     policy.admit(entry("warm"), 0.0)
     assert not carry_out(policy, fleet, 0.0)

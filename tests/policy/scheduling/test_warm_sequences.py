@@ -1,6 +1,5 @@
-"""Tests of the expected loss of waiting sequences: the cached tokens that may be evicted while a sequence waits. The
-loss follows the workers' capacity at once, and costs few lookups.
-"""
+"""Tests of the expected loss of a waiting sequence: the cached tokens of its prompt that may be evicted while it waits.
+A change of a worker's free capacity changes the loss at once. Lookups of cached tokens are few."""
 
 from __future__ import annotations
 
@@ -35,20 +34,20 @@ class Holders:
         self.asked = 0
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """See HolderView.held_tokens."""
+        """Implements `HolderView.held_tokens`."""
         self.lookups += 1
         return self.held
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
-        """See HolderView.free_tokens."""
+        """Implements `HolderView.free_tokens`."""
         self.asked += 1
         return self.room[worker_id]
 
 
 @given(workers=st.lists(st.tuples(st.integers(1, 1000), st.sampled_from([0, 99, 100, 500])), max_size=8))
 def test_a_sequence_loses_what_a_worker_with_room_holds(workers: list[tuple[int, int]]) -> None:
-    """The loss of a sequence is the largest number of its tokens that a worker with enough capacity holds. Only the
-    MAX_HOLDERS workers that hold most are considered."""
+    """The loss of a sequence is the largest number of its tokens that one worker has cached. Only workers with enough
+    capacity count, and only the MAX_HOLDERS workers with the most cached tokens are considered."""
     names = [str(number) for number in range(len(workers))]
     held = dict(zip(names, (tokens for tokens, _ in workers), strict=True))
     view = Holders(held, dict(zip(names, (room for _, room in workers), strict=True)))
@@ -73,7 +72,8 @@ def test_room_is_read_each_time_and_holders_seldom() -> None:
 
 
 def test_the_loss_grows_with_the_wait() -> None:
-    """After a wait of WAIT_S, the loss of a sequence counts double, because its blocks are nearer to eviction."""
+    """The loss of a sequence is the number of cached tokens that an eviction would cost it. After a wait of WAIT_S the
+    loss counts double, because its blocks are nearer to eviction."""
     warm = WarmSequences(Holders({"w": 80}, {"w": 100}))
     assert warm.loss_of("m", WAIT_S)(ENTRY) == 160
     assert warm.loss_of("m", WAIT_S)(replace(ENTRY, arrived=WAIT_S + 1)) == 80
@@ -101,7 +101,8 @@ def test_a_decision_looks_up_few_prompts() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    """The holders of at most MAX_PROMPTS sequences are remembered: those that were looked up last."""
+    """Which workers hold a sequence's prompt is remembered for at most MAX_PROMPTS sequences. These are the sequences
+    that were looked up last."""
     view = Holders({"w": 80}, {"w": 100})
     warm, sequences = WarmSequences(view), entries(MAX_PROMPTS + 1)
     for entry in sequences:

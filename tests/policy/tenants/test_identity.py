@@ -156,8 +156,9 @@ def _gap(samples: dict[str, list[int]]) -> float:
 
 
 def refusal_gaps() -> list[float]:
-    """Return the gap between refusals of unknown, expired, revoked and suspended keys for each round. There are up to
-    five rounds of 10,000 interleaved tries, until a round is below the bound."""
+    """Measure how the times of refusals differ between unknown, expired, revoked and suspended keys. Each round makes
+    10,000 interleaved tries and gives one gap. Up to five rounds are made, until a gap is below MAX_GAP. Return all
+    gaps."""
     keys = [entry(key_of(n)) for n in range(1000)]
     keys += [entry(key_of(5000), expires_at_s=NOW), entry(key_of(5001), revoked=True)]
     snapshot = world(*keys, entry(key_of(5002), tenant="gone"))
@@ -195,7 +196,7 @@ def test_refusals_take_the_same_time() -> None:
 
 
 def test_the_timing_test_would_see_an_early_return() -> None:
-    """The measured gap shows it if the code skips the hash for unknown keys."""
+    """The timing test detects code that does not hash unknown keys: the measured gap is then large."""
     samples: dict[str, list[int]] = {"hashed": [], "skipped": []}
     snapshot = world()
     for _ in range(2500):
@@ -231,8 +232,8 @@ def test_declared_tenants_stand_over_stored_ones() -> None:
 
 
 def test_claims_name_tenants_that_exist() -> None:
-    """A signed token that claims an unknown or suspended tenant is refused. An unknown role counts as the role
-    caller."""
+    """A signed token that claims an unknown or suspended tenant is refused. A token with an unknown role gets the role
+    `caller`."""
     assert identity.identify(world(), "nope", "jwt", "s").outcome is Outcome.UNAUTHENTICATED_KEY
     assert identity.identify(world(), "gone", "jwt", "s").outcome is Outcome.TENANT_SUSPENDED
     assert identity.identify(world(), "acme", "jwt", "s", "root").require().role == "caller"
@@ -241,7 +242,7 @@ def test_claims_name_tenants_that_exist() -> None:
 
 def test_certificates_map_by_their_alternative_names() -> None:
     """A certificate's alternative names determine its tenant. URIs match exactly, DNS names match without regard to
-    case, and wildcards never match. A certificate whose names belong to two tenants has none."""
+    case, and wildcards never match. A certificate whose names belong to two tenants maps to no tenant."""
     rules = [
         CertificateRule("spiffe://example.com/ns/billing", "billing"),
         CertificateRule("api.acme.example", "acme"),
@@ -314,8 +315,8 @@ def test_salts_part_tenants_and_join_groups() -> None:
 
 @given(st.text(), st.text(), st.text(), st.text())
 def test_no_client_salt_reaches_another_tenants_cache(a: str, b: str, c: str, d: str) -> None:
-    """Two tenants have different cache salts, whatever salts their clients send. Values that are derived from different
-    parts are different."""
+    """Two tenants have different cache salts, whatever salts their clients send. `derive` returns different values for
+    different pairs of texts."""
     one, two = TenantPolicy("acme"), TenantPolicy("acme2")
     assert identity.cache_salt(SECRETS, one, a) != identity.cache_salt(SECRETS, two, b)
     if (a, b) != (c, d):
@@ -332,7 +333,7 @@ def test_handles_say_nothing_and_tell_tenants_apart() -> None:
 
 
 def test_the_first_secret_signs_and_all_verify() -> None:
-    """A tag that was derived from any secret of the list is accepted.
+    """A tag (an authentication code) is accepted if it was derived from any secret in the list.
 
     A tag is refused if its secret is not in the list, or if its parts or its purpose differ.
     """

@@ -69,7 +69,8 @@ def test_matches_are_those_of_python(sources: dict[str, str], text: str) -> None
     ],
 )
 def test_the_longest_match_is_known(source: str, longest: int) -> None:
-    """The length of the longest match is right even for regex syntax that Python lacks.
+    """For a guard's pattern, the computed length of the longest match is right, even for regex syntax that Python
+    lacks.
 
     If it were wrong, a stream could deliver a part of a match.
     """
@@ -121,8 +122,8 @@ def test_the_wrong_one_is_named(sources: dict[str, str], name: str) -> None:
 
 
 def test_a_text_made_to_be_slow_is_not() -> None:
-    """A text that is very slow for a backtracking matcher is searched within a second; the search really needs a
-    hundredth of that."""
+    """A text that is very slow for a backtracking matcher is searched in less than a second (usually in about 0.01
+    s)."""
     patterns = Patterns({"slow": "(?:a|aa|a?a){1,30}!", "card": r"\b(?:\d[ -]?){13,19}\b"})
     with cpu_within(1.0):
         assert list(patterns.find("a" * 100_000)) == []

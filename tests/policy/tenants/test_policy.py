@@ -99,7 +99,8 @@ def test_what_cannot_be_is_named(value: dict[str, Any], path: str) -> None:
 
 
 def test_models_by_glob() -> None:
-    """A tenant may use the models that match one of its names or globs, with regard to case, and no other models."""
+    """A tenant may use only the models that match one of its names or globs. Matching is case-sensitive. A tenant
+    without names and globs may use every model."""
     assert FULL.allows("llama-3.1-70b")
     assert FULL.allows("support-de")
     assert not FULL.allows("Llama-3.1-70b")

@@ -1,4 +1,4 @@
-"""Tests of certificate revocation lists, as people and commands write them."""
+"""Tests of reading and writing certificate revocation lists, in the formats of people and of tools."""
 
 from __future__ import annotations
 

@@ -76,7 +76,8 @@ def test_hello_round_trip(info: PoolingInfo | None, slots: int, capacity: int) -
 
 
 def test_a_task_of_a_later_release_is_left_out() -> None:
-    """A worker counts as a pooling model even if this release does not know its pooling task."""
+    """A worker that reports a pooling task of a later release still counts as a pooling model. The unknown task is left
+    out."""
     message = hello(PoolingInfo((PoolingTask.EMBED,), 8))
     message.capabilities[:] = ["pools:rerank_v9"]
     assert codec.hello_from_pb(message)[1].pooling == PoolingInfo((), 8)

@@ -18,7 +18,8 @@ def test_durations_add_up(
 ) -> None:
     """The durations up to the first output add up to the time that has passed, and so do the durations up to the end.
 
-    This holds with and without the engine's own measurements, which are kept, and with and without parsing.
+    This holds with and without parsing, and with and without the engine's own measurements. Measured values stay as
+    they are.
     """
     engine = RequestTimes(queue_s=queue_s, prefill_s=prefill_s) if measured else None
     timing, total_s = RequestTiming(1000.0), queue_s + prefill_s + more_s

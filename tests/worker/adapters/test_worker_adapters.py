@@ -130,7 +130,7 @@ class Subject:
 
 
 def info_of(**changes: Any) -> EngineInfo:
-    """Return an EngineInfo with the given fields changed."""
+    """Return the EngineInfo of a simulated engine, with the fields in `changes` added."""
     plain = {"engine_class": "sim", "engine_path": "sim", "engine_version": "1", "block_size": 16, "kv_blocks": 64}
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 512, "vocab_size": 99}
     return EngineInfo(**plain, **sizes, **changes)  # type: ignore[arg-type]
@@ -194,8 +194,8 @@ async def test_a_slow_load_holds_nobody_up() -> None:
 
 
 async def test_more_adapters_than_memory_are_loaded_on_demand() -> None:
-    """All wanted adapters are ready. A request loads its adapter in place of the least recently used adapter that is
-    not in use."""
+    """All wanted adapters are READY, although not all of them fit into the engine's memory. A request for an adapter
+    that is not in memory loads it in place of the least recently used adapter that no request uses."""
     async with Subject() as subject:
         subject.want(*"abcde")
         await subject.all_ready()
@@ -234,8 +234,8 @@ async def test_what_is_gone_serves_its_requests_to_the_end() -> None:
 
 
 async def test_a_digest_that_the_catalog_learns_changes_nothing() -> None:
-    """An adapter is not loaded again if the catalog later names the digest that the worker has found, or other
-    tenants."""
+    """An adapter is not loaded again if the catalog later names the digest that the worker has computed. A change of
+    the tenants that may use the adapter does not reload it either."""
     async with Subject() as subject:
         subject.want("a")
         await subject.all_ready()

@@ -551,9 +551,10 @@ CONTROLS = ("frequency penalty", "presence penalty", "json grammar, seed", "rege
 
 
 async def plain_rests(subject: Subject, prompt: Sequence[int], name: str) -> tuple[int, int]:
-    """Resume a request as a new prompt after every cut.
+    """Split the output of a request at every position, and submit the prompt plus the tokens before the split as a new
+    request.
 
-    Return the number of cuts, and the number of cuts after which the request continues like the uncut request.
+    Return the number of splits, and the number of splits after which the new request gives the remaining tokens.
     """
     driver, changes = Driver(subject), RESUMED[name]
     (uncut,) = await driver.run(request(prompt, max_tokens=CUTS + 1, **changes))

@@ -53,7 +53,7 @@ def pool(
 
 
 def vector(answer: Answer) -> list[float]:
-    """Return the vector of a successful request. Check that its only output has the counts and no tokens."""
+    """Return the vector of a successful request. Check that the request has exactly one output, without tokens."""
     (output,) = answer.outputs
     assert (output.finish, list(output.token_ids), output.message) == (FinishReason.STOP, [], "")
     assert output.vector is not None
@@ -132,7 +132,8 @@ class PoolingContract:
         assert len({tuple(vector(answer)) for answer in answers}) == len(prompts)
 
     async def test_a_text_may_fill_the_context(self, driver: Driver, task: PoolingTask) -> None:
-        """A text as long as the context has a vector, since no token is generated. A longer text is refused."""
+        """A text that fills the whole context gets a vector, since pooling generates no token. A longer text is
+        refused."""
         longest = driver.subject.info.max_model_len
         (answer,) = await driver.run(pool(driver.subject.prompt(3, longest), task))
         assert answer.outputs[0].prompt_tokens == longest
@@ -186,7 +187,7 @@ class PoolingContract:
             assert values == pytest.approx(scaled(whole, length), abs=NEAR)
 
     async def test_other_dimensions_are_refused(self, driver: Driver, task: PoolingTask) -> None:
-        """A length of the vector that the model does not allow is refused."""
+        """A request is refused if it asks for a vector length that the model does not allow."""
         for length in (0, -1, info_of(driver.subject).dimensions + 1, 2**31 - 1):
             wrong = pool(driver.subject.prompt(7), task, length)
             await refuse(driver, wrong, "dimensions", Outcome.INVALID_FIELD)

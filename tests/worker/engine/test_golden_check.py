@@ -55,7 +55,8 @@ class TestContract(EngineContract):
 
 
 async def test_an_error_of_a_well_engine_changes_nothing() -> None:
-    """A request that ends in an error starts a golden request. The other requests keep their tokens."""
+    """If a request ends in an error, the healthy engine is checked with the golden (fixed) prompt. Other requests keep
+    their tokens."""
     engine, driver = await subject()
     (undisturbed,) = await driver.run(request(driver.subject.prompt(2), 40))
     asked = engine.statistics().submitted
@@ -91,7 +92,7 @@ async def test_a_wrong_answer_is_sickness(fault: str) -> None:
 
 
 async def test_an_engine_that_loses_emitted_tokens_does_not_start() -> None:
-    """If an engine reports exact resume but drops emitted tokens, its start raises EngineCorrupt."""
+    """Starting an engine raises EngineCorrupt if the engine drops emitted tokens of a resumed request."""
 
     class Forgetful(SimEngine):
         async def submit(self, request: EngineRequest) -> None:
@@ -151,7 +152,8 @@ async def test_an_engine_whose_seeded_calls_part_is_not_exact() -> None:
 
 
 async def test_an_engine_that_goes_on_with_no_seed_shows_nothing_by_them() -> None:
-    """If an engine refuses to resume requests with a seed, the greedy requests decide its resume capability."""
+    """If an engine refuses to resume requests with a seed, the golden check decides from the greedy requests alone
+    whether the engine keeps the capability RESUME_EXACT."""
 
     class Refusing(SimEngine):
         async def submit(self, request: EngineRequest) -> None:
@@ -211,10 +213,8 @@ def softmax(logits: list[float]) -> list[float]:
 
 
 def greedy(logprobs: list[float], top: int) -> PositionLogprobs:
-    """Return an engine's output for a greedy token.
-
-    The first entry is the greedy token, and the most likely tokens follow.
-    """
+    """Return the log probabilities of one position whose token is the most likely one. The first entry is this token;
+    the `top` most likely tokens follow."""
     order = sorted(range(len(logprobs)), key=lambda token: (-logprobs[token], token))
     ids = [order[0], *order[:top]]
     return PositionLogprobs(ids, [logprobs[token] for token in ids])
@@ -253,8 +253,8 @@ def test_a_healthy_engine_is_never_called_sick(
 def test_an_engine_beyond_the_tolerance_is_called_sick(
     values: list[float], moves: list[float], token: int, tolerance: float
 ) -> None:
-    """If the answers list all log probabilities, a change of one value beyond the tolerance is found, for any greedy
-    token."""
+    """If both answers list all log probabilities, one value that differs by more than the tolerance is found, whichever
+    token is the most likely."""
     expected = softmax(values)
     actual = [value + 0.999 * tolerance * move for value, move in zip(expected, moves, strict=True)]
     actual[token] = expected[token] + 1.01 * tolerance
@@ -265,8 +265,8 @@ def test_an_engine_beyond_the_tolerance_is_called_sick(
 
 @given(logits, st.integers(1, 4), tolerances)
 def test_another_model_is_called_sick(values: list[float], top: int, tolerance: float) -> None:
-    """An answer is wrong if its greedy token was clearly less likely in the reference, even if the reference does not
-    list it."""
+    """An answer is wrong if, in the reference, the answer's most likely token is clearly less likely than the
+    reference's own most likely token. This also holds if the reference does not list the answer's token."""
     right = sorted(softmax(values), reverse=True)
     right[0] += 2.1 * tolerance
     reference = GoldenAnswer([greedy(right, top + 1)])
@@ -290,8 +290,8 @@ def test_more_values_never_hide_what_fewer_prove(
 
 
 def test_a_token_outside_the_list_is_undecided() -> None:
-    """A token outside the reference's list proves nothing while its value is consistent with the smallest listed
-    value."""
+    """The reference lists the most likely tokens. An engine that answers with a token outside this list is not wrong as
+    long as the token's log probability is possible for a token outside the list."""
     reference = GoldenAnswer([PositionLogprobs([1, 1, 2, 3], [-2.0, -2.0, -2.2, -2.4])])
 
     def answer(*values: float) -> GoldenAnswer:

@@ -1,4 +1,4 @@
-"""The work by which an engine's load explains a long step."""
+"""Tests of the reason that an engine reports for a long step, such as a grammar, an adapter or a prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def work(
     loads_adapter: bool = False,
     starvation: Starvation | None = None,
 ) -> str:
-    """Return the work that the load reports for a step of age `age_s`."""
+    """Return the result of `reported_work` for a step that has run for `age_s` seconds: what the engine reports that it
+    works on."""
     pace = StepTimes()
     pace.began(100.0)
     return reported_work(
@@ -34,7 +35,8 @@ def work(
 
 @pytest.mark.parametrize(("running", "bound_s"), [(1, GRAMMAR_BESIDE_S), (0, GRAMMAR_ALONE_S)])
 def test_a_grammar_explains_a_step_for_a_while(running: int, bound_s: float) -> None:
-    """A grammar's compilation explains a longer step if no other request runs."""
+    """While a grammar is compiled, a long step is reported as "grammar" up to a time limit. The limit is higher if no
+    other request runs."""
     assert work(bound_s - 0.1, running=running, has_grammars=True) == "grammar"
     assert work(bound_s + 0.1, running=running, has_grammars=True) == ""
     assert work(0.1, running=running) == ""
@@ -46,7 +48,8 @@ def test_an_adapter_explains_a_step_for_a_while() -> None:
 
 
 def test_prompts_explain_a_step() -> None:
-    """Waiting prompt tokens explain a step, even a step that is too long for a grammar or the load of an adapter."""
+    """While prompt tokens wait to be computed, a long step is reported as "prefill". This also holds for a step that is
+    too long for the compilation of a grammar or the load of an adapter."""
     assert work(0.4, prefill_tokens=1) == "prefill"
     assert work(GRAMMAR_ALONE_S * 2, prefill_tokens=1 << 20, has_grammars=True, loads_adapter=True) == "prefill"
 

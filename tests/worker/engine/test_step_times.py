@@ -42,7 +42,8 @@ def test_it_forgets_what_was_long_ago() -> None:
 
 @given(durations, st.integers(SAMPLE_TOKENS, 2048), st.integers(1, 2048))
 def test_work_explains_in_proportion_and_not_for_ever(seconds: float, learned: int, tokens: int) -> None:
-    """Prompt tokens explain a step of up to PATIENCE times the time that they usually take, and not much longer."""
+    """A step may take PATIENCE times as long as its prompt tokens usually take. `explains` returns False for a step
+    that takes much longer."""
     pace = StepTimes(most_tokens=2048)
     pace.began(0.0)
     pace.step(seconds)
@@ -54,7 +55,8 @@ def test_work_explains_in_proportion_and_not_for_ever(seconds: float, learned: i
 
 
 def test_a_step_computes_no_more_than_its_most() -> None:
-    """A long queue of prompts explains only the time of one chunk, since a step computes at most one chunk."""
+    """A long queue of prompts explains a step only as long as one chunk of prompt tokens takes, since a step computes
+    at most one chunk."""
     pace = StepTimes(most_tokens=100)
     pace.began(0.0)
     pace.step(0.2)
@@ -64,7 +66,8 @@ def test_a_step_computes_no_more_than_its_most() -> None:
 
 
 def test_a_few_steps_that_stood_do_not_excuse_a_hang() -> None:
-    """One step in twenty that is slow for another reason does not extend the time that prompts explain."""
+    """If one step in twenty is slow for another reason than prompts, the time that a step with prompts may take does
+    not grow."""
     pace = StepTimes(most_tokens=100)
     now = 0.0
     pace.began(now)

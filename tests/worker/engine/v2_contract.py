@@ -1,4 +1,5 @@
-"""The engine contract over vLLM's V2 runner. Run these tests only in the environment of loadtests.interpreted."""
+"""The tests that every engine must pass, run on vLLM's V2 runner. Run them only in the environment of
+loadtests.interpreted."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def test_the_runner_is_v2(fast_subject: Subject) -> None:
 
 
 class TestV2(EngineContract):
-    """The engine contract over the fast path."""
+    """The tests of the engine contract, run with vLLM's V2 runner."""
 
     @pytest.fixture
     def engine(self, fast_subject: Subject) -> Subject:
@@ -60,7 +61,8 @@ async def test_control(name: str, fast_subject: Subject) -> None:
 
 
 async def test_noise_is_that_of_other_releases(fast_subject: Subject) -> None:
-    """A seed gives the tokens that other releases give, as recorded in SEEDED."""
+    """A seeded request gives the tokens in SEEDED. Several releases of vLLM give these tokens, so a seeded request can
+    resume on another release."""
     (answer,) = await Driver(fast_subject).run(request(fast_subject.prompt(50), max_tokens=12, temperature=1.0, seed=7))
     assert answer.token_ids == SEEDED
 

@@ -21,7 +21,7 @@ class Events:
         self.queue: asyncio.Queue[Sequence[KvEvent]] = asyncio.Queue()
 
     async def kv_events(self) -> Sequence[KvEvent]:
-        """See KvEventSource."""
+        """Implements `KvEventSource.kv_events`."""
         return await self.queue.get()
 
 
@@ -34,8 +34,8 @@ async def heartbeats(*outboxes: Outbox) -> None:
 
 
 async def known(outbox: Outbox, held: set[int], wanted: set[int]) -> set[int]:
-    """Read messages from an outbox until they add up to the wanted blocks. `held`: the blocks that are already
-    known."""
+    """Read messages from an outbox until the reported blocks equal `wanted`; return these blocks. `held`: blocks that
+    were reported before."""
     async with asyncio.timeout(60):
         while held != wanted:
             message = await outbox.next_message()
@@ -68,8 +68,8 @@ async def test_every_gateway_knows_all_blocks_whenever_it_has_connected() -> Non
 
 
 async def test_a_large_report_is_sent_in_pieces_between_which_other_work_runs() -> None:
-    """A gateway that connects to a worker with many blocks gets all of them in several messages, and meanwhile the
-    changes."""
+    """When a gateway connects, a worker sends it the list of all KV blocks in several messages. Changes that occur
+    meanwhile are sent too."""
     count = 5 * BLOCKS_PER_MESSAGE + 7
     hashes = list(map(int, prefix_hashes(range(count * SIZE), SIZE, seed_of(""))))
     source, early, late = Events(), Outbox(), Outbox()

@@ -34,7 +34,8 @@ class FaultyKit(ParserKit):
     def open(
         self, opening: wire.Open, working: Callable[[], None] = lambda: None
     ) -> tuple[ParserSession | None, wire.Opened]:
-        """Open a session. If the request contains one of the words, the session fails when it parses."""
+        """Open a session. If the request contains HANG, DIE or RAISE, the session hangs, ends the process or raises an
+        error when it parses."""
         session, opened = super().open(opening, working)
         for word, fail in ((HANG, _hang), (DIE, _die), (RAISE, _raise)):
             if word in opening.request and session is not None:
@@ -102,7 +103,7 @@ def fork_host(kit: Kit | Callable[[], Kit]) -> ParserHost:
 
 @dataclass
 class Hosts:
-    """A function that starts parsers and records them in `started`."""
+    """A callable that starts a parser at each call. `started` lists the parsers."""
 
     start: Callable[[ParserKit], ParserHost]
     kit: ParserKit
@@ -125,7 +126,8 @@ def parser_of(
 def request_of(
     form: Format, request_id: str, prompt: Sequence[int], emitted: Sequence[int] = (), **changes: Any
 ) -> EngineRequest:
-    """Return a request with parsing. `changes`: see `opening`; also `sampling` and `needs_tools`."""
+    """Return a request whose output is parsed. `changes`: `sampling`, `needs_tools`, and the changes that `opening`
+    takes."""
     sampling = changes.pop("sampling", Sampling(max_tokens=1000))
     needs_tools = changes.pop("needs_tools", changes.get("tool_choice") != "none")
     message = opening_for(form, prompt, **changes)

@@ -48,13 +48,14 @@ def names_of(folder: Path, engine: dict[str, Any]) -> ParserNames | None:
 def test_the_family_and_the_entry_choose_the_parsers(
     folder: Path, tmp_path: Path, engine: dict[str, Any], names: ParserNames | None
 ) -> None:
-    """A model gets the parsers that its entry names, otherwise those of its family."""
+    """A model gets the parsers that its catalog entry names. If the entry names none, the model gets the parsers of its
+    family."""
     assert names_of(model(folder, tmp_path), engine) == names
 
 
 def test_a_parser_must_accept_the_tokenizer(tmp_path: Path) -> None:
-    """If the tokenizer lacks a parser's tokens, the parser is left out. If the entry names this parser, it is an
-    error."""
+    """A parser whose tokens the tokenizer lacks is not used. It is an error if the catalog entry of the model names
+    such a parser."""
     plain = build_tokenizer("llama", tmp_path / "plain")
     (plain / "config.json").write_text("{}")
     mistral = model(plain, tmp_path, "mistral", "[TOOL_CALLS]")

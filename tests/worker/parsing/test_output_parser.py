@@ -97,7 +97,8 @@ async def test_outputs_come_back_parsed_with_their_tokens(folder: Path) -> None:
 
 
 async def test_a_request_without_tools_needs_no_session_where_its_text_is_its_content(folder: Path) -> None:
-    """Without tools and without a reasoning parser, most parsers change nothing. A request is not parsed then."""
+    """If a request has no tools and the model has no reasoning parser, the output is not parsed, since parsing would
+    not change it. With a reasoning parser, it is parsed."""
     parser, hosts = parser_of(folder, ONLY_TOOLS)
     plain = request_of(ONLY_TOOLS, "r", [1], tool_choice="none")
     assert await parser.open(plain) == replace(plain, parsing=None)
@@ -238,8 +239,8 @@ def _raise() -> ParserKit:
 
 
 async def test_a_process_that_cannot_load_its_parsers_refuses_and_is_tried_again(folder: Path) -> None:
-    """If a process cannot load its parsers, the requests that wait for it are refused with the reason. The next process
-    may work."""
+    """If a parser process cannot load its parsers, the waiting requests are refused with the reason. A new process is
+    then started, and serves later requests."""
 
     def broken(kit: ParserKit) -> ParserHost:
         return thread_host(kit) if hosts.started else thread_host(_raise)
@@ -265,8 +266,8 @@ async def test_no_process_remains(folder: Path) -> None:
 
 
 async def test_a_grammar_of_the_caller_stays_and_begins_after_the_reasoning(folder: Path) -> None:
-    """The grammar of a response_format is kept, and begins after the reasoning. With a forced tool call, a grammar of
-    the tools is made."""
+    """The grammar of a caller's response_format is kept, and applies only after the reasoning. If the caller forces a
+    tool call, the parser makes a grammar from the tools."""
     parser, _ = parser_of(folder, HERMES)
     sampling = Sampling(max_tokens=9, grammar=Grammar("json_schema", '{"type": "object"}'))
     async with running(parser):

@@ -70,7 +70,8 @@ def owner(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[subpro
 @pytest.mark.engine
 @pytest.mark.slow
 def test_a_parser_process_parses_and_ends_with_its_owner(owner: tuple[subprocess.Popen[str], str]) -> None:
-    """A parser process that was started in either way parses an output, and ends when its owner is killed."""
+    """A parser process parses an output, and ends when the process that started it is killed. Both hold for a parser
+    process that a fork server has forked, and for one that was spawned."""
     process, way = owner
     assert process.stdout is not None
     pid, forked, parts = json.loads(process.stdout.readline())

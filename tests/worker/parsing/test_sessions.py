@@ -208,7 +208,8 @@ def test_coalescing_changes_no_parts(folder: Path, form: Format) -> None:
     "form", [form for form in FORMATS if form.tools in REPLAYED_TOGETHER], ids=lambda form: form.name
 )
 def test_a_replay_in_few_parses_changes_no_parts(folder: Path, form: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Emitted tokens that are parsed together in a resume give the same parts, wherever the output is cut."""
+    """A resumed output is parsed into the same parts as an uninterrupted one, at whatever token it was interrupted. The
+    tokens before the interruption are parsed together."""
     monkeypatch.setattr(session_module, "REPLAYED_TOKENS", 9)
     kit, prompt = kit_for(folder, form), prompt_ids(folder, form)
     assert kit.replays_together

@@ -1,4 +1,4 @@
-"""Our answers equal those of vLLM's own server, whose chat generators get the same tokens, streamed and as a whole."""
+"""Our parsed answers equal those of vLLM's own chat server for the same tokens, both streamed and whole."""
 
 from __future__ import annotations
 

@@ -55,8 +55,8 @@ def test_a_renderer_chooses_the_parsers() -> None:
 
 
 def test_tokenizer_modes() -> None:
-    """The engine gets the tokenizer mode of the renderer. For harmony and for chat templates, the engine chooses the
-    mode."""
+    """The renderers `mistral` and `deepseek_v4` need the tokenizer mode of the same name. For `harmony` and for chat
+    templates the mode is empty, so the engine chooses it."""
     assert [tokenizer_mode_of(name) for name in ("mistral", "deepseek_v4", "harmony", "")] == [
         *("mistral", "deepseek_v4"),
         *("", ""),

@@ -78,8 +78,8 @@ def ours(kit: RendererKit, body: Mapping[str, Any]) -> list[int] | None:
 
 
 def test_conversations(kit: tuple[str, Any, RendererKit]) -> None:
-    """Tools, tool results, reasoning, developer messages and continued messages give vLLM's ids, or vLLM refuses them,
-    too."""
+    """Chats with tools, tool results, reasoning, developer messages and continued messages get the same token ids as in
+    vLLM. A chat that vLLM refuses is refused here too."""
     renderer, tokenizer, renders = kit
     rendered = 0
     for title, fields in CONVERSATIONS.items():

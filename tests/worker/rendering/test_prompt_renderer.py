@@ -34,7 +34,7 @@ def watch(host: ParserHost) -> HangWatch:
 
 
 class FaultyKit(ByteKit):
-    """A kit that fails on a chat that contains one of the words HANG, DIE and RAISE."""
+    """A renderer kit that fails on a chat that contains one of the words HANG, DIE or RAISE."""
 
     def render(self, request: wire.Render) -> wire.Rendered:
         """Render a chat. If it contains one of the words, hang, end the process or raise an error."""
@@ -102,7 +102,7 @@ async def test_only_the_faulty_chat_fails() -> None:
 
 
 async def test_a_process_that_does_not_start_answers() -> None:
-    """If the renderer cannot be loaded, each chat fails at once with the reason and without a field."""
+    """If the renderer cannot be loaded, each chat fails at once. The error has the reason and names no field."""
 
     def load() -> RendererKit:
         raise ValueError("no such tokenizer")

@@ -226,8 +226,8 @@ def test_a_giant_file_is_not_fetched(store: AdapterStore, folder: Path, server: 
 def test_a_giant_file_of_the_hub_is_not_fetched(
     store: AdapterStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An adapter is fetched from the hub. If a file on the hub is too large for any adapter of the model, no file is
-    fetched."""
+    """If a file of an adapter on the hub is too large for any adapter of the model, none of the adapter's files is
+    fetched. An adapter with files of normal size is fetched."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the variable as it was at the import
     spec = AdapterSpec("a", "hf://o/n")

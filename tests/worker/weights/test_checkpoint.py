@@ -42,7 +42,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check(folder: Path, **spec: Any) -> None:
-    """Check a folder as when a model is opened."""
+    """Check a folder in the same way as when a model is opened."""
     check_weights(ModelSpec("m", "unused", **spec), folder)
 
 
@@ -116,7 +116,8 @@ def test_what_is_not_known_is_left_to_the_engine(
 
 
 def test_an_entry_may_say_that_a_tensor_is_not_needed(whole: Callable[[str], Path], tmp_path: Path) -> None:
-    """An entry can allow a missing tensor: with vLLM's option, or with a changed value of config.json."""
+    """A checkpoint without a tensor is accepted if the catalog entry says that vLLM does not need the tensor. The entry
+    can do so with a loader option of vLLM, or by changing a value of config.json."""
     folder = Path(shutil.copytree(whole("llama"), tmp_path / "m"))
     rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
     check(folder, engine={"model_loader_extra_config": {"enable_weights_track": False}})
@@ -145,7 +146,7 @@ def test_a_missing_shard_is_named(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_only_the_index_has_is_named(shards: Path, tmp_path: Path) -> None:
-    """If only the index has a tensor, the error names the tensor and the file that should contain it."""
+    """If the index lists a tensor that its weight file lacks, the error names the tensor and the file."""
     folder = Path(shutil.copytree(shards, tmp_path / "m"))
     name, file = next(iter(json.loads((folder / INDEX).read_text())["weight_map"].items()))
     rewrite(folder, lambda tensors: tensors.pop(name), file)
@@ -183,7 +184,7 @@ def test_a_damaged_file_is_named(shards: Path, tmp_path: Path, damage: Callable[
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
 def test_a_damaged_index_is_named(shards: Path, tmp_path: Path, content: str) -> None:
-    """The error for a damaged index names the index."""
+    """The error for a damaged index file names the file."""
     folder = Path(shutil.copytree(shards, tmp_path / "m"))
     (folder / INDEX).write_text(content)
     with pytest.raises(CheckpointError, match=INDEX):

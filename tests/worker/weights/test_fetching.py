@@ -129,9 +129,9 @@ def test_what_has_come_is_not_fetched_again(server: Server, tmp_path: Path) -> N
 
 
 def test_a_connection_that_breaks_is_taken_up(server: Server, tmp_path: Path) -> None:
-    """A broken connection is retried a few times.
+    """A download whose connection breaks is tried up to three times.
 
-    Then the error gives the number of tries, and the next call resumes the download.
+    If the last try fails, the error has the number of tries. The next call resumes the download.
     """
     server.breaks = 2
     assert (fetch(server.address, tmp_path / "a", PATTERNS) / "one.safetensors").read_bytes() == SHARD
@@ -143,7 +143,7 @@ def test_a_connection_that_breaks_is_taken_up(server: Server, tmp_path: Path) ->
 
 
 def test_one_process_fetches_and_the_others_wait(server: Server, tmp_path: Path) -> None:
-    """Four concurrent calls fetch each file once."""
+    """Four concurrent fetches of the same model download each file only once in all."""
     with ThreadPoolExecutor(4) as pool:
         folders = list(pool.map(lambda _: fetch(server.address, tmp_path, PATTERNS), range(4)))
     assert len(set(folders)) == 1
@@ -219,7 +219,7 @@ def test_the_settings_of_an_embedding_model_are_fetched(server: Server, tmp_path
 
 @pytest.mark.parametrize("path", ["../up", "/etc", "a/b", ".git", "x" * 65])
 def test_a_module_outside_the_folder_is_refused(server: Server, tmp_path: Path, path: str) -> None:
-    """A modules.json with a path that is not a plain folder name is refused, and nothing is written there."""
+    """A modules.json with a path that is not a plain folder name is refused, and nothing is written to that path."""
     modules = json.dumps([{"type": "sentence_transformers.models.Pooling", "path": path}]).encode()
     server.files = MODULES | {"modules.json": modules}
     with pytest.raises(FetchError, match=r"modules\.json names the folder"):

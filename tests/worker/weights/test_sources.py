@@ -63,7 +63,8 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_pickled_weights_are_refused_unless_asked_for_and_allowed(tmp_path: Path) -> None:
-    """A folder of .bin files is refused, unless the entry sets load_format and weights.allow allows that format."""
+    """A folder with .bin files (pickled weights) is refused, unless the catalog entry sets their `load_format` and
+    `weights.allow` lists that format."""
     folder = checkpoint(tmp_path / "m", ["pytorch_model.bin"])
     with pytest.raises(SourceError, match="pickled weights can run code"):
         resolve(ModelSpec("m", str(folder)), SourceRules(tmp_path))

@@ -1,4 +1,5 @@
-"""Tokenizers: one that a model cannot use is refused when the model is opened, and every usable kind of file works."""
+"""Tests of tokenizers. When a model is opened, a tokenizer that the model cannot use is refused. Every usable kind of
+tokenizer file is accepted."""
 
 from __future__ import annotations
 
@@ -131,7 +132,8 @@ def test_each_kind_of_tokenizer_file_is_taken(llama: Path, tmp_path: Path) -> No
 
 
 def test_kinds_that_are_not_served_are_named(tmp_path: Path) -> None:
-    """The error names each kind of file that is not served: Mistral's tokenizer and folder, and gguf files."""
+    """The error names the kind of file that is not served: Mistral's tekken.json that cannot be read, a folder in
+    Mistral's format, or gguf files."""
     (folder_of(tmp_path / "tekken", "mistral") / "tekken.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tekken\.json cannot be read"):
         build_bundle(tmp_path / "tekken")

@@ -57,7 +57,7 @@ def uncordon(api: Admin, target: TargetArgument, as_json: JsonOption = False) ->
 
 
 def _request_and_wait(api: Admin, verb: str, request: Any, state: str, as_json: bool) -> None:
-    """Send a request, and wait until the workers report the given state."""
+    """Send a request, and wait until the workers report the state `state`."""
     answer = api.fleet(verb, request)
     targets = {worker.worker_id for worker in answer.workers}
     _print_notes(getattr(answer, "notes", ()))

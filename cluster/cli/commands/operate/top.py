@@ -111,7 +111,7 @@ class Poller:
         self._stopped.set()
 
     def picture(self) -> Picture:
-        """Return the newest document with its age, and the error of the last read if that read failed."""
+        """Return the newest overview document with its age, and the error of the last read if that read failed."""
         with self._lock:
             return Picture(self._document, max(self._clock() - self._at, 0.0), self._error)
 

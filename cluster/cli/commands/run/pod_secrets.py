@@ -108,9 +108,10 @@ def manifests(
     *,
     with_namespace: bool = False,
 ) -> Manifests:
-    """Build the objects for a first install, or for a renewal if the folder `authority` already has an authority.
+    """Return the Kubernetes objects for a first install. If the folder `authority` already has a certificate authority,
+    return the objects for a renewal.
 
-    Raises ValueError if the files in the folder are no authority. Raises OSError.
+    Raises ValueError if the folder has files that are not an authority. Raises OSError.
     """
     objects: list[Manifest] = []
     if with_namespace:
@@ -185,7 +186,7 @@ def _remember_hosts(folder: Path, hosts: Sequence[str]) -> list[str]:
 def _issue(folder: Path, namespace: str, name: str, hosts: Sequence[str], days: int) -> dict[str, Mapping[str, str]]:
     """Issue all certificates. Returns the data of each Secret, by the suffix of the Secret's name.
 
-    Raises ValueError if the files in `folder` are no authority.
+    Raises ValueError if the files in `folder` are not a certificate authority.
     """
     from cluster.cli import certificates
 

@@ -1,8 +1,8 @@
 """Explanations of routing decisions: which workers got the sequences of a call, why, and what came of it.
 
-A caller that may access only one tenant sees the calls of that tenant. The gateway and the names and scores of workers
-are removed from the answers to such a caller, as they are from usage records. The sentences that explain a decision are
-made after this removal, from the remaining fields. So the sentences cannot name a worker.
+A caller that may access only one tenant sees the calls of that tenant. The answers to such a caller contain neither the
+gateway nor the names and scores of workers. The sentences that explain a decision are made from the remaining fields
+only, so they cannot name a worker.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _AGAIN = {
 
 
 class RememberedRoutes:
-    """The routes that this gateway process remembers, as messages."""
+    """Returns the routes that this gateway process remembers, as messages of the admin API."""
 
     def __init__(
         self,
@@ -48,8 +48,8 @@ class RememberedRoutes:
         self._wall = wall
 
     def find(self, request: pb.ExplainRequestRequest) -> pb.ExplainRequestResponse:
-        """Return the calls with the requested request id that this process remembers. `request.parent`: the tenant of
-        the calls, "" for the calls of all tenants."""
+        """Return those of this process's remembered calls that have the requested request id. `request.parent`: the
+        tenant of the calls, "" for the calls of all tenants."""
         found = self._history.find(request.request_id, request.parent)
         return pb.ExplainRequestResponse(calls=map(self._call, found))
 
@@ -75,7 +75,8 @@ class RememberedRoutes:
 
 
 class RouteExplainer:
-    """Answers requests for explanations from the memory of one gateway process and of its siblings."""
+    """Answers ExplainRequest calls of the admin API: where the calls of one request were sent, and why. The data comes
+    from this gateway process and from its sibling processes."""
 
     def __init__(self, remembered: RememberedRoutes, siblings: Siblings | None = None) -> None:
         """`siblings`: the other processes of this gateway, if any."""

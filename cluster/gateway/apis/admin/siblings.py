@@ -44,9 +44,9 @@ name of a tenant, "" for all tenants."""
 class Siblings:
     """Sends and answers admin requests between the gateway processes of a host.
 
-    `answers`: for each method in METHODS, the function with which this process answers requests. `secrets`: the secrets
-    from which tags are derived. At a gateway without `auth`, `secrets` is empty. Requests then carry no tag, since
-    links are trusted.
+    `answers`: for each method in METHODS, the function with which this process answers requests. `secrets`: the
+    secrets from which the requests' tags (short-lived proofs of authenticity) are derived. On a gateway without
+    `auth`, `secrets` is empty and requests carry no tag, since links are trusted.
     """
 
     def __init__(

@@ -281,9 +281,9 @@ def progress_pb(progress: CallProgress) -> pb.Progress:
 
 
 def common_capabilities(each: Sequence[Sequence[str]]) -> Sequence[str]:
-    """Return the capabilities that every worker of a model has, in the order of the first worker. Of the resume
-    capabilities, only the weakest that any worker has is returned, as the last element. `each`: the capabilities of
-    each worker."""
+    """Return the capabilities that every worker of a model has, in the order of the first worker. The last element is
+    the resume capability of the model: the weakest that any of its workers has. `each`: the capabilities of each
+    worker."""
     first, *others = each or [()]
     words = [word for word in first if word not in RESUME_CAPABILITIES and all(word in other for other in others)]
     resume = weakest_resume_capability([word for words_of_worker in each for word in words_of_worker])

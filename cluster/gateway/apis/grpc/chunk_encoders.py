@@ -123,7 +123,7 @@ class SessionEncoder(GrpcEncoder):
         self._wrap = wrap
 
     def encode_text(self, text: str) -> bytes:
-        """Return the event of the next token, which brings nothing but `text`. Implements ChunkEncoder."""
+        """Return the event for a token that has only a text. Implements ChunkEncoder."""
         self._offset += 1
         return b"".join(codec.text_event(self.event_head, text))
 
@@ -153,8 +153,8 @@ class ResumableEncoder(GrpcEncoder):
         self._wrap = wrap
 
     def encode_text(self, text: str) -> bytes:
-        """Return the chunk of the next token, which brings nothing but `text`, with a resume token. Implements
-        ChunkEncoder."""
+        """Return the chunk of a token that adds `text` and has nothing else to report. The chunk contains a resume
+        token. Implements ChunkEncoder."""
         token = self._resume_tokens.text(text)
         return self._wrapped(codec.with_token(super().encode_text(text), token, self._resume_tokens.whole))
 

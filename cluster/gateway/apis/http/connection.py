@@ -83,7 +83,7 @@ class HttpConnection:
             self._on_lost = None
 
     def lose(self) -> None:
-        """Record that the connection is lost, and call the function that `watch` or `watch_paused` was given."""
+        """Record that the connection is lost, and call the function that was passed to `watch` or `watch_paused`."""
         self._lost, self.full = True, False
         if self._on_lost is not None:
             self._on_lost()

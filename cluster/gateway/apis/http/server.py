@@ -20,7 +20,7 @@ from cluster.gateway.apis.http.timeouts import TimeoutLimits
 
 
 class HttpServer:
-    """An ASGI application behind one address."""
+    """An HTTP server that serves one ASGI application at one address."""
 
     def __init__(
         self, app: Any, admission: http2.ConnectionAdmission | None = None, timeouts: TimeoutLimits | None = None

@@ -89,7 +89,7 @@ class HttpTimeouts:
         self._body_bytes += size
 
     def ended_body(self) -> None:
-        """Record the end of the request."""
+        """Record that the whole request, including its body, was received."""
         if self._part is not Part.IDLE:
             self._part = Part.ANSWER
 

@@ -1,8 +1,9 @@
-"""Encoding of output pieces, usage, models and errors as OpenAI's JSON: as complete answers or as server-sent events.
+"""OpenAI's JSON for output pieces, usage, models and errors. An answer is one JSON document or a stream of server-sent
+events.
 
-Each token is an event. The JSON around the text of a token is rendered once per call, since encoding a dictionary for
-each token would cost more than sending the token. All output is ASCII: some clients split lines at U+2028 and U+0085,
-and JSON encoders escape these characters only in ASCII output.
+In a stream, each token is an event. The JSON around the text of a token is rendered once per call, since encoding a
+dictionary for each token would cost more than sending the token. All output is ASCII: some clients split lines at
+U+2028 and U+0085, and JSON encoders escape these characters only in ASCII output.
 """
 
 from __future__ import annotations
@@ -158,8 +159,8 @@ class SseStream(ABC):
         self._starts: dict[int, str] = {}
 
     def events(self, call: Call, pieces: Sequence[Piece], shift: int = 0) -> bytes:
-        """Return one event for each piece. `shift`: the index that the first choice of `call` has in the answer, which
-        may hold the choices of several calls."""
+        """Return one event for each piece. `shift`: index of the first choice of `call` in the answer. It is above 0 if
+        the answer begins with the choices of other calls."""
         parts = []
         for piece in pieces:
             if piece.finish_reason or piece.first or piece.logprobs or self.continuous_usage:
@@ -176,15 +177,15 @@ class SseStream(ABC):
         return (self.text_start(index) + _escape(text) + self.text_end).encode("ascii")
 
     def text_start(self, index: int) -> str:
-        """Return the beginning of an event whose piece holds only a text: everything before the text."""
+        """Return the beginning of the event for a piece of output that is only text. The text itself follows."""
         start = self._starts.get(index)
         if start is None:
             start = self._starts[index] = f'{self._head}{{"index":{index},{self.before_text}'
         return start
 
     def _one_part(self, piece: Piece, shift: int) -> str:
-        """Return the event of a piece that holds only one part. Returns "" for a piece that only `_full` can render.
-        Cheaper than `_full`."""
+        """Return the event of a piece that consists of one part, or "" if only `_full` can render the piece. Cheaper
+        than `_full`. `shift`: number that is added to the piece's index."""
         return ""
 
     def _full(self, call: Call, piece: Piece, shift: int) -> str:
@@ -216,7 +217,7 @@ class SseStream(ABC):
 
 
 class ChatStream(SseStream):
-    """Events of /v1/chat/completions."""
+    """The server-sent events of a streamed answer of /v1/chat/completions."""
 
     kind = "chat.completion.chunk"
     before_text = '"delta":{"content":'
@@ -242,7 +243,7 @@ class ChatStream(SseStream):
 
 
 class CompletionStream(SseStream):
-    """Events of /v1/completions."""
+    """The server-sent events of a streamed answer of /v1/completions."""
 
     kind = "text_completion"
     before_text = '"text":'

@@ -33,7 +33,7 @@ from cluster.gateway.calls.sequences.pieces import Piece
 
 
 class OpenAiForm:
-    """Implements ApiForm for OpenAI's API."""
+    """Error responses and header names of OpenAI's API. Implements ApiForm."""
 
     request_id_headers: Sequence[bytes] = (b"x-request-id",)
     key_header = b""

@@ -22,7 +22,8 @@ _escape = json.encoder.encode_basestring_ascii
 async def embeddings_answer(
     call: PoolingCall, vectors: Sequence[bytes], created: int, is_base64: bool
 ) -> list[bytes | bytearray]:
-    """Return the parts of the answer of /v1/embeddings."""
+    """Return the body of an answer of /v1/embeddings, as pieces of JSON. `created`: Unix time. `is_base64`: encode
+    vectors in base64, not as lists of numbers."""
     from cluster.gateway.apis.openai.vectors import embeddings  # not at the start: deferred_imports.py
 
     items = with_commas(await in_slices(embeddings(vectors, is_base64)))

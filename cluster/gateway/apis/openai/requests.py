@@ -224,8 +224,8 @@ def metadata_of(body: Fields) -> dict[str, str]:
 
 
 def priority_of(body: Fields) -> str:
-    """Return the priority class of a request; "" for the class in the tenant's policy. The number 0, vLLM's default,
-    also means the class in the policy."""
+    """Return the priority class that a request names, or "" if it names none. "" stands for the class in the tenant's
+    policy. The number 0, vLLM's default, also gives ""."""
     value = body.values.get("priority")
     if isinstance(value, int) and value != 0:
         raise unsupported("priority", "give the name of a priority class, or leave it out")

@@ -1,4 +1,4 @@
-"""A pooling call: many inputs, one answer. The call has one sequence for each input and no tokens."""
+"""A pooling call: many inputs, one answer. The call has one sequence for each input, and generates no tokens."""
 
 from __future__ import annotations
 

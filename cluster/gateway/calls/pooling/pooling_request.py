@@ -241,7 +241,7 @@ class PairInputs:
         return joined(self.first, self.second)
 
     def path_of_text(self, i: int) -> str:
-        """Return the path in the caller's body of the text `all_texts[i]`."""
+        """Return the field path of the text `all_texts[i]` in the caller's request body, for error messages."""
         at = len(self.first)
         return self.first_field.path(i) if i < at else self.second_field.path(i - at)
 
@@ -287,8 +287,8 @@ PoolingInputs = TextInputs | IdsInputs | PairInputs
 
 
 def joined(first: Sequence[str], second: Sequence[str]) -> Sequence[str]:
-    """Return one sequence with all texts of `first`, then all texts of `second`. The returned sequence is packed if
-    `first` or `second` is packed."""
+    """Return one sequence with all texts of `first`, then all texts of `second`. The result is a PackedTexts if `first`
+    or `second` is one."""
     if isinstance(first, PackedTexts) or isinstance(second, PackedTexts):
         return _packed(first) + _packed(second)
     return [*first, *second]
@@ -308,8 +308,8 @@ def _packed(texts: Sequence[str]) -> PackedTexts:
 
 
 def packed(inputs: PoolingInputs) -> PoolingInputs:
-    """Return inputs in their packed form. Raises CallError for a token id that does not fit into 32 bits. Must not run
-    on an event loop."""
+    """Return inputs whose texts and token ids are packed into few large objects. Raises CallError for a token id that
+    does not fit into 32 bits. Must not run on an event loop."""
     match inputs:
         case TextInputs(texts, where):
             return TextInputs(_packed(texts), where)

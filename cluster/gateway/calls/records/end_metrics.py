@@ -56,8 +56,11 @@ class EndMetrics:
             metrics.count("reasoning_tokens_total", model, meta.tenant, by=reasoning)
 
     def _count_slo(self, call: Call, outcome: Outcome) -> None:
-        """Count whether a call met the SLO of its model. A cancelled or invalid call counts only if it ended without a
-        first token after the objective for the time to first token had passed."""
+        """Count whether a call met the SLO of its model.
+
+        A cancelled or invalid call is counted only if it got no first token and the SLO's time to first token had
+        passed.
+        """
         known = self._directory.find(call.model)
         if known is None or call.is_resumed:
             return

@@ -19,7 +19,7 @@ MAX_NAME = 128
 
 
 def call_facts(opening: Opening | PoolingOpening, outcome: Outcome, now: float) -> CallFacts:
-    """Return the facts of a call that has ended, or that could not begin."""
+    """Return what the spans of a call report about it, for a call that has ended or could not begin."""
     call, meta, request = opening.call, opening.meta, opening.request
     options = request.options if isinstance(request, requests.GenerationRequest) else requests.RequestOptions()
     common = CallFacts(

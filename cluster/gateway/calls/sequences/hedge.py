@@ -56,8 +56,8 @@ class HedgedSequence(Sink, Protocol):
 
 @dataclass(eq=False, slots=True)
 class Hedge:
-    """The slot of a sequence on its second worker, as long as both workers have the sequence. Receives the second
-    worker's messages until the first output (implements slots.Sink)."""
+    """A sequence's slot on the second worker to which it was sent, while both workers still have the sequence. Receives
+    the second worker's messages until the first output (implements slots.Sink)."""
 
     sequence: HedgedSequence
     link: WorkerLink
@@ -130,8 +130,8 @@ class Hedge:
     # ---- the end of the hedge
 
     def keep(self, computed_by: str, *, has_failed: bool, why: str) -> None:
-        """Continue the sequence on the second worker alone. `computed_by`: incarnation of the first worker, "" if it
-        has refused the sequence. `has_failed`: whether the first worker has failed the sequence. `why`: why the
+        """Continue the sequence on the second worker alone. `computed_by`: incarnation of the first worker; "" if it
+        has refused the sequence. `has_failed`: whether the sequence has failed on the first worker. `why`: why the
         sequence leaves the first worker, such as `lost` or `error` (call_trace.FINISHED)."""
         sequence, self._is_over = self.sequence, True
         sequence.switch_to_hedge(self, why)

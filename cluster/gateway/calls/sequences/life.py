@@ -231,8 +231,8 @@ class Life:
         self.apply(Event.RESUME if resumes else Event.RETRY)
 
     def restore(self, worker: str, key: CompatibilityKey | None, tokens: int) -> None:
-        """Continue a sequence that ran on `worker`, for another gateway or for an earlier stream of the call. `tokens`:
-        number of tokens emitted so far."""
+        """Continue a sequence that already ran on `worker`. It was part of a call at another gateway, or of an earlier
+        stream of this call. `tokens`: number of tokens emitted so far."""
         self.last_worker, self.compatibility = worker, key
         if tokens:
             self.reason = "gateway"

@@ -145,8 +145,8 @@ class LinkedSequence(RoutedSequence[Owner]):
         self.hedge = hedge
 
     def switch_to_hedge(self, hedge: Hedge, why: str) -> None:
-        """Leave the first worker, and continue on the second worker in the slot of the hedge. `why`: the reason, such
-        as `lost` or `error` (call_trace.FINISHED). Implements HedgedSequence."""
+        """Leave the first worker, and continue on the second worker, to which the hedge has sent the request. `why`:
+        the reason for leaving, such as `lost` or `error` (call_trace.FINISHED). Implements HedgedSequence."""
         RoutedSequence.leave_engine(self)
         self.hedge = None
         self.end_attempt(why)

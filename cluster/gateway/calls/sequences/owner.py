@@ -46,7 +46,7 @@ class CallEvents(Protocol[AnySequence]):
 
 
 class Notifier(Protocol):
-    """The part of a call's output that the sequences of the call use."""
+    """Wakes a call's API when one of the call's sequences has new output."""
 
     def wake(self) -> None:
         """Notify the call's API of an update."""

@@ -36,8 +36,8 @@ class Piece:
 
 
 class PieceBuffer:
-    """Buffer of one sequence's next piece. `index`: index of the sequence in its call. `parsed_text`: the same object
-    as `text` if the worker may parse the output, else None."""
+    """Buffer of one sequence's output that the API has not fetched yet: the sequence's next piece. `index`: index of
+    the sequence in its call. `parsed_text`: the same object as `text` if the worker may parse the output, else None."""
 
     __slots__ = (
         "_finish_reason",

@@ -74,8 +74,8 @@ class OutputSequence(LinkedSequence[Owner]):
             self.finish("length")  # the last token was delivered, the end was not
 
     def take_over_tokens(self, token_ids: Sequence[int], life: Life) -> None:
-        """Add tokens that follow the restored tokens, so that they are not computed again. An earlier stream of the
-        call at this gateway has received these tokens. `life`: state of the sequence in that stream."""
+        """Add tokens that an earlier stream of the call at this gateway has received, so that they are not computed
+        again. The tokens follow the restored tokens. `life`: state of the sequence in the earlier stream."""
         stop = self.detokenizer.push(token_ids)
         self.restored = len(self.emitted)
         self.life.restore(life.last_worker, life.compatibility, len(self.emitted))
@@ -139,9 +139,11 @@ class OutputSequence(LinkedSequence[Owner]):
         return False
 
     def _reject(self, reason: str, message: str, field: str) -> None:
-        """End the call, because the engine has refused the request as invalid. Exception: if this worker refuses the
-        tools after an earlier worker has begun to parse the output, the two workers have different parsers, and another
-        worker may continue."""
+        """End the call, because the engine has refused the request as invalid.
+
+        Exception: the worker refuses the tools, but an earlier worker has begun to parse the output. Then the two
+        workers have different parsers, and another worker may continue the sequence.
+        """
         if field == "tools" and self.parsed_text is not None and self.parsed_text.is_parsed:
             self.life.exclude(self.life.last_worker)
             self._retry_or_fail(Outcome.RESUME_UNSUPPORTED, "error", _NO_SUCH_PARSER)
@@ -248,5 +250,5 @@ class OutputSequence(LinkedSequence[Owner]):
 
     @property
     def tool_parser(self) -> str:
-        """Name in vLLM of the tool parser with which the worker parses the output; "" if there is none."""
+        """Name of the tool parser (one of vLLM's) with which the worker parses the output; "" if there is none."""
         return "" if self.parsed_text is None else self.parsed_text.parsers.tool_parser

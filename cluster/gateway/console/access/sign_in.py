@@ -47,7 +47,7 @@ class FailureLimits:
         self._buckets: dict[str, Bucket] = {}
 
     def check(self, address: str, now: float) -> None:
-        """Raise CallError RATE_LIMITED if the source has failed too often."""
+        """Raise CallError RATE_LIMITED if too many sign-ins from the source of `address` have failed."""
         bucket = self._buckets.get(_source(address))
         if bucket is not None and (left := bucket.charge(0, now)) < 1:
             delay_s = (1 - left) / FAILURES_PER_S

@@ -144,7 +144,8 @@ class Table:
 
 
 class History:
-    """The tables of one gateway process. Times are seconds since the epoch."""
+    """The history of one gateway process: a table of models and a table of tenants. Times are seconds since the
+    epoch."""
 
     def __init__(self) -> None:
         self.models = Table(MODEL_COLUMNS, MAX_MODELS)

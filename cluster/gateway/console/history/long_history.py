@@ -113,7 +113,7 @@ class Range:
 
 
 class LongHistory:
-    """Answers requests for more than an hour."""
+    """Answers requests for more than an hour of the history, with values from Prometheus."""
 
     def __init__(
         self, url: str, cluster: str, fetch: Fetch | None = None, wall: Callable[[], float] = time.time
@@ -174,8 +174,8 @@ class LongHistory:
 
 
 def expression_of(plot: Plot, labels: Mapping[str, str], times: Range) -> str:
-    """Return the Prometheus expression of a plot, restricted to the given labels. Labels with an empty value are left
-    out."""
+    """Return the Prometheus expression of a plot, restricted to the labels in `labels`. Labels with an empty value are
+    left out."""
     pairs = [f'{name}="{_escaped(value)}"' for name, value in labels.items() if value]
     window = f"{max(2 * times.step_s, 60)}s"
     return plot.expression.replace("{w}", window).replace("{s}", "{" + ",".join(pairs) + "}")

@@ -1,3 +1,2 @@
-"""The overview: one document about the whole cluster, with the parts that it is made of and the changes that are
-sent.
-"""
+"""The overview: one document about the whole cluster, the parts of which it is made, and the changes that are sent to
+consoles."""

@@ -51,7 +51,8 @@ subscribers, a request gets the last document if its age is at most FRESH_S."""
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The fields of a document that describe the cluster as a whole. `has_cost`: whether GPU-seconds have prices."""
+    """The fields of an overview document that describe the cluster as a whole. `has_cost`: whether GPU-seconds have
+    prices."""
 
     cluster: str
     version: str
@@ -98,9 +99,10 @@ class _View:
 
 
 class LiveOverview:
-    """Makes the documents of one gateway process and sends them to the subscribers.
+    """Makes the overview documents of one gateway process, and sends them and their changes to the subscribers.
 
-    Requests that wait for a document at the same time all get the same document. The same is true for parts.
+    Requests that wait for a document at the same time all get the same document. The same is true for requests for
+    this process's part of the overview.
     """
 
     def __init__(
@@ -187,8 +189,8 @@ class LiveOverview:
 
     @property
     def _fresh_s(self) -> float:
-        """Greatest age in seconds at which the last document and the last part are still returned. While there are
-        subscribers, this is one tick, since every tick makes a new document and a new part."""
+        """Age in seconds up to which a cached document or part may be returned. While there are subscribers, this is
+        one tick, since every tick makes a new document and a new part."""
         return TICK_S if self._views else FRESH_S
 
     async def part(self) -> Part:
@@ -273,7 +275,8 @@ class LiveOverview:
             await self._show(tenant, view, document)
 
     async def _make(self, part: Part, now: float) -> Document:
-        """Return the document of the whole cluster."""
+        """Merge `part`, which describes this process, with the parts of the other processes. Returns the document of
+        the whole cluster."""
         self._scaling.refresh(self._parts.directory.models, now)
         others = await self.peers.parts(now)
         document = await overview.merge([part, *others], self._parts.wall(), self._names.has_cost)

@@ -87,7 +87,7 @@ class Window:
 
 
 class PartMaker:
-    """Makes the parts of one gateway process from its snapshots."""
+    """Maker of one gateway process's parts of the console's overview, from snapshots of the process."""
 
     def __init__(self, gateway: str, process: int, instance: str, recent: RecentCalls) -> None:
         """`gateway`: id of the gateway process. `process`: its number on its host. `instance`: a text that differs
@@ -242,7 +242,7 @@ def _lag_ms(shot: Snapshot, before: Snapshot) -> float | None:
 
 
 class LimitUses:
-    """How much of their limits and budgets the tenants have used, at one moment and as far as it is known."""
+    """How much of its limits and budgets each tenant has used at one moment."""
 
     def __init__(
         self,

@@ -146,7 +146,7 @@ class RecentCalls:
 
     @property
     def tenants(self) -> Mapping[str, CallSums]:
-        """The sums of each tenant."""
+        """The sums over recent calls, by tenant."""
         return self._tenants
 
     @property

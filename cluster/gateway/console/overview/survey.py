@@ -52,7 +52,7 @@ class Tally:
     replicas_had: int = 0
 
     def add(self, sums: CallSums) -> None:
-        """Add the sums over ended calls to these numbers."""
+        """Add `sums`, the sums over ended calls, to the numbers of this tally."""
         self.requests += sums.requests
         self.tokens += sums.tokens
         self.prompt_tokens += sums.prompt_tokens

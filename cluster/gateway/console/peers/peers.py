@@ -34,11 +34,11 @@ Answer = Callable[[Question], Awaitable[Mapping[str, Any] | None]]
 
 
 class Peers(Protocol):
-    """Access to the other gateway processes with which the console's data is exchanged: those of this host, or those of
-    all hosts."""
+    """Access to the other gateway processes, with which the console's data is exchanged: those of this host, or those
+    of all hosts."""
 
     def start(self) -> None:
-        """Begin to answer questions."""
+        """Begin to answer the requests of the other processes."""
 
     async def parts(self, now: float) -> Sequence[Part]:
         """Ask the other processes for their parts, and return the newest part of each that has arrived."""
@@ -47,7 +47,7 @@ class Peers(Protocol):
         """Return the other processes' columns for a query of the history."""
 
     async def close(self) -> None:
-        """Stop asking and answering."""
+        """Stop requesting data from the other processes, and stop answering their requests."""
 
 
 class NoPeers:
@@ -82,7 +82,7 @@ class _Peer:
 
 
 class PeerParts:
-    """The newest part of each other process. Times are monotonic seconds."""
+    """The newest data (`Part`) that each other process has sent for the overview. Times are monotonic seconds."""
 
     def __init__(self) -> None:
         self._peers: dict[str, _Peer] = {}
@@ -113,8 +113,8 @@ class PeerParts:
         return not self._peers or any(not peer.has_all for peer in self._peers.values())
 
     def current(self, now: float) -> Sequence[Part]:
-        """Return the parts that are not older than EXPIRES_S. Each part holds all calls of its process that are
-        known."""
+        """Return the parts that are not older than EXPIRES_S. Each part holds its process's open calls and the ended
+        calls that are remembered."""
         self._forget(now)
         return [
             peer.part
@@ -187,7 +187,7 @@ class FirstConnected:
         return self._of_all if self._is_connected() else self._of_host
 
     def start(self) -> None:
-        """Begin to answer the questions of other processes. Implements Peers."""
+        """Begin to answer requests for data from other gateway processes. Implements Peers."""
         self._of_all.start()
         self._of_host.start()
 
@@ -201,14 +201,15 @@ class FirstConnected:
         return await self._current.history(query)
 
     async def close(self) -> None:
-        """Stop asking and answering. Implements Peers."""
+        """Stop sending requests for data to the other gateway processes, and stop answering theirs. Implements
+        Peers."""
         await self._of_all.close()
         await self._of_host.close()
 
 
 def part_for_peers(part: Part, has_all: bool) -> Part:
-    """Return a part as it is sent to other processes. With `has_all`, it holds all calls, else only the open calls and
-    those that ended in the last SHOWN_S."""
+    """Return a process's part of the overview in the form that is sent to other processes. With `has_all`, it holds all
+    calls. Otherwise it holds the open calls, and the calls that ended in the last SHOWN_S."""
     since = part["at"] - SHOWN_S
     calls = part["calls"] if has_all else [row for row in part["calls"] if not _ended_before(row, since)]
     return part | {"calls": calls, "has_all": has_all}

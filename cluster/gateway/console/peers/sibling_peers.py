@@ -78,7 +78,7 @@ class SiblingPeers:
         return [answer.value.splitlines() for answer in answers]
 
     async def close(self) -> None:
-        """Stop asking, and close the connections to the other processes. Implements Peers."""
+        """Stop requesting data, and close the connections to the other processes. Implements Peers."""
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.gather(self._asking, return_exceptions=True)
@@ -86,8 +86,8 @@ class SiblingPeers:
 
 
 def sibling_answer(answer: Answer) -> Callable[[BytesValue], Any]:
-    """Return a function that answers the questions of other processes of this host. An answer has one line of JSON for
-    each of its pieces."""
+    """Return a function that answers requests from the other gateway processes of this host. An answer is JSON lines,
+    one line for each piece of the answer."""
 
     async def respond(request: BytesValue) -> BytesValue:
         import orjson

@@ -50,7 +50,7 @@ UNREACHABLE: Final = (RedisError, OSError, TimeoutError)
 
 
 class ValkeyPeers:
-    """Access to the other processes of all hosts. Implements Peers."""
+    """Access to the other gateway processes on all hosts, through Valkey. Implements Peers."""
 
     def __init__(self, url: str, gateway: str, answer: Answer, clock: Callable[[], float] = time.monotonic) -> None:
         """`gateway`: id of this process. `answer`: returns the answer to a question of another process."""
@@ -75,7 +75,7 @@ class ValkeyPeers:
         """Set while this process receives the questions of others."""
 
     def start(self) -> None:
-        """Begin to answer the questions of other processes. Implements Peers."""
+        """Begin to answer the requests of other processes. Implements Peers."""
         self._listening = asyncio.create_task(self._listen_always())
 
     async def close(self) -> None:

@@ -54,7 +54,8 @@ _spent = _Spent()
 
 @contextmanager
 def bounded(cpu_s: float) -> Iterator[None]:
-    """Apply the limits to one render in this thread, for as long as the context is open."""
+    """Limit one render of a chat template in this thread: its CPU time to `cpu_s` seconds, and the size of the texts
+    that it makes. The limits apply within the `with` block."""
     _spent.until, _spent.made = time.thread_time() + cpu_s, 0
     try:
         yield
@@ -172,8 +173,8 @@ _GROWING_FILTERS: Final[Mapping[str, Callable[..., None]]] = {
 
 @jinja2.pass_context
 def _round(_context: object, _: object) -> None:
-    """Count one loop iteration. The function takes the context only to keep Jinja from evaluating the filter at compile
-    time."""
+    """Jinja filter that counts one loop iteration. It takes the context only to keep Jinja from evaluating the filter
+    at compile time."""
     _tick()
 
 

@@ -38,7 +38,8 @@ letter too."""
 
 
 class FragmentEncoder:
-    """Encodes the texts of one tokenizer by fragments. Create with `of`. Thread-safe."""
+    """Encoder that tokenizes texts fragment by fragment and remembers the ids of each fragment. It belongs to one
+    tokenizer. Create it with `of`. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, added: Sequence[str], max_fragments: int = MAX_FRAGMENTS) -> None:
         """`added`: contents of the added tokens."""

@@ -3,8 +3,8 @@
 The ids equal those of transformers with special tokens added, even if an input is cut (truncated). A cut keeps the
 special tokens, and shortens the longer text of a pair first (`longest_first`).
 
-If a tokenizer always splits texts before a space, a single text that is cut need not be tokenized whole: the ids of any
-beginning that ends before a space are the first ids of the text.
+If the tokenizer always splits texts before a space, a single text that is cut need not be tokenized whole. Its
+beginning up to a space has the same ids alone as in the whole text.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ class InputEncoder:
         return encoded
 
     def _beginnings(self, texts: Sequence[str], keep: int, chars: int) -> list[Encoding]:
-        """Return the encodings of texts. A text with more than `keep` tokens may be encoded only in part: a beginning
-        of the text that has more than `keep` tokens suffices. `chars`: length in characters of the beginnings that are
+        """Return the encodings of texts. For a text with more than `keep` tokens, the encoding of its beginning
+        suffices, if the beginning has more than `keep` tokens. `chars`: length in characters of the beginnings that are
         tried first."""
         begun = [_beginning(text, chars) for text in texts]
         encoded = self._encoded(begun)
@@ -136,8 +136,8 @@ class InputEncoder:
         return encoded
 
     def _mark(self, types: Sequence[int]) -> int:
-        """Return the index of the first token of the second text, found by the token types; 0 if there is no second
-        text."""
+        """Return the index of the first token of a pair's second text, found by the token types; 0 if there is no
+        second text."""
         return types.index(1) if self._has_types and 1 in types else 0
 
     def _kept(self, encoding: Encoding, keep: int) -> list[int]:

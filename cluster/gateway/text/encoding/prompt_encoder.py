@@ -56,8 +56,8 @@ class PromptEncoder:
             return self._blocks.encode(prompt.text, recall)
 
     def recall(self, tenant: str, cache_salt: str, field: str) -> Recall | None:
-        """Return a Recall, which finds the known blocks of one prompt in the memory; None if prompts are not cut into
-        blocks."""
+        """Return an object that finds which blocks of one prompt are in the prompt memory. Returns None if prompts are
+        not cut into blocks."""
         if self._blocks is None:
             return None
         return self._blocks.recall(self._memory, tenant, cache_salt, add_special_tokens=field == "prompt")

@@ -54,7 +54,7 @@ class _Share:
 
 
 class PromptMemory:
-    """The memory of one gateway, for all its models. Thread-safe."""
+    """The token ids of text blocks that one gateway has encoded before, by tenant, for all models. Thread-safe."""
 
     def __init__(self, max_bytes: int = MAX_BYTES, now: Callable[[], float] = time.monotonic) -> None:
         self._max_bytes = max_bytes
@@ -85,7 +85,7 @@ class PromptMemory:
             return found
 
     def put(self, tenant: str, items: Sequence[tuple[bytes, Planes]]) -> None:
-        """Remember blocks of a tenant by their digests."""
+        """Remember the token ids of a tenant's text blocks. `items`: digest and token ids of each block."""
         if not items:
             return
         with self._lock:

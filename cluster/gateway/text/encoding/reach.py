@@ -30,7 +30,7 @@ BLOCK_BYTES: Final = 1 << 20
 
 
 class Reach:
-    """Computes a lower bound on the number of tokens in a text. Create with `of`."""
+    """Computation of a lower bound on the number of tokens of a text, for one tokenizer. Create it with `of`."""
 
     def __init__(self, weights: np.ndarray[Any, np.dtype[np.float64]], composes: bool) -> None:
         """`weights`: the weight of each of the 256 byte values. `composes`: whether the tokenizer normalizes to NFC."""
@@ -40,8 +40,8 @@ class Reach:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, layout: Mapping[str, Any]) -> Reach | None:
-        """Return a Reach for a tokenizer; None if no bound is certain. `layout`: the contents of tokenizer.json without
-        the vocabulary."""
+        """Return the Reach of a tokenizer, or None if no lower bound on the number of tokens is certain. `layout`: the
+        contents of tokenizer.json without the vocabulary."""
         normalizers = list(_members(layout.get("normalizer"), "normalizers"))
         steps = list(_members(layout.get("pre_tokenizer"), "pretokenizers"))
         pieces = _pieces(tokenizer, steps) if _keeps_all(tokenizer, normalizers, steps) else None

@@ -30,7 +30,8 @@ _THREADS = ThreadPoolExecutor(min(os.cpu_count() or 1, 8), thread_name_prefix="e
 
 
 class TextJobs:
-    """Runs the text jobs of one model: on the event loop, in a thread, or in a helper process.
+    """Runs the text jobs (rendering, encoding, decoding) of one model on the event loop, in a thread, or in a helper
+    process.
 
     `is_quick`: whether the tokenizer takes linear time for every text.
     """

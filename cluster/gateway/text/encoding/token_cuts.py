@@ -37,7 +37,7 @@ _PLAIN_START = re.compile(r"[^\w\s]")
 
 
 class TokenCuts:
-    """Finds the cuts of a text. Create with `of`. Thread-safe."""
+    """Search for the positions where the texts of one tokenizer can be cut. Create it with `of`. Thread-safe."""
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         """`tokens`: the added tokens that the tokenizer finds before it normalizes."""

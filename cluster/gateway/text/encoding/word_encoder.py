@@ -103,8 +103,8 @@ def cuts_are_safe(tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None)
 
 
 def _splits_safely(steps: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether all steps are known to be safe, and the text is split into words no later than in the byte-level
-    step."""
+    """Return whether these pre-tokenizer steps allow a text to be cut between words. Every step must be known to be
+    safe. The byte-level step or an earlier step must split the text into words."""
     to_bytes = next((at for at, step in enumerate(steps) if step.get("type") == "ByteLevel"), -1)
     if to_bytes < 0 or not all(map(_is_safe, steps)):
         return False

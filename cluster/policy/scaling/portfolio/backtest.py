@@ -114,12 +114,13 @@ def queue_after(
     ready: Floats, waiting: Floats, arrivals: Arrivals, doubt: float, passed_s: float, cold_start_s: float
 ) -> tuple[Floats, Floats]:
     """Return the queue after a stretch of demand, in replica-seconds, and the share of the stretch's calls that are
-    late.
+    late. `ready`: replicas that serve. `waiting`: the queue before. `doubt`: factor on the load. `passed_s`: length
+    of the stretch.
 
-    In an overload, decoding is delayed first, because prompts are computed first. Once `behind_s` of decoding work is
-    outstanding, streams are just at the pace of the SLO, and prompts begin to wait. Calls are late when their prompts
-    wait longer than the slack. Work that would wait longer than one cold start is dropped, because its callers have
-    gone.
+    In an overload, decoding is delayed first, because prompts are computed first. Once `arrivals.behind_s` of
+    decoding work is outstanding, streams are just at the pace of the SLO, and prompts begin to wait. Calls are late
+    when their prompts wait longer than `arrivals.slack_s`. Work that would wait longer than one cold start is
+    dropped, because its callers have gone.
     """
     after = np.maximum(waiting + arrivals.load * doubt * passed_s - ready * passed_s, 0.0)
     late = late_share(ready * arrivals.slack_s + arrivals.behind_s, waiting, after)
@@ -143,8 +144,8 @@ def cheapest_rules(backtest: Backtest, late_budget: float, ahead: float) -> tupl
     budget, the price is also multiplied by late calls / budget. So even when no rule is within the budget, as after a
     sudden surge, neither adding GPUs without end nor serving no calls is cheapest.
 
-    The budget is `late_budget`, a share of the calls, times `ahead`. With `ahead` above 1, the budget includes later
-    calls in the SLO window: a rule may use all of it in one surge without a higher price.
+    The budget is a share of the calls: `late_budget` times `ahead`. `ahead` above 1 adds the budget of calls that come
+    later in the SLO window, so that a rule may use the whole budget in one surge without a higher price.
     """
     allowed = late_budget * backtest.calls * ahead
     served = np.maximum(1.0 - backtest.late / max(backtest.calls, 1e-9), 1e-9)

@@ -65,9 +65,9 @@ def empty() -> DemandLevels:
 def update(
     before: DemandLevels, load: float, passed_s: float, cold_start_s: float, past: tuple[Floats, Floats] | None
 ) -> DemandLevels:
-    """Return the state after one more stretch of demand: `passed_s` seconds at this load.
+    """Return the state after `passed_s` more seconds of demand at the load `load`.
 
-    `past`: means and signals of one cold start ago; None while the observed time is shorter.
+    `past`: `means` and `signals` of the state one cold start ago; None while the observed time is shorter.
     """
     # While less time than the span of a mean has been observed, the mean covers the observed time.
     spans = np.minimum(SPANS * cold_start_s, before.seen_s + passed_s)

@@ -143,10 +143,10 @@ def share(claims: Sequence[GpuClaim], budget: Mapping[str, int]) -> tuple[Replic
 
 
 def _is_satisfied(claim: GpuClaim, mine: Mapping[str, int]) -> bool:
-    """Whether the model needs no more replicas than `mine` (numbers by GPU type).
+    """Return whether a model needs no more replicas. `mine`: number of its replicas on each GPU type.
 
-    This is so if they reach the wanted number, counted in replicas of one type (gpu_equivalence.py). With several types
-    of GPU, it is also so if they reach the model's maximum number of replicas.
+    The model needs no more if these replicas do the work of `claim.wanted` replicas of one type (gpu_equivalence.py). A
+    model that may use several GPU types also needs no more if it has its maximum number of replicas.
     """
     settings = claim.seen.settings
     if len(settings.gpus) > 1 and sum(mine.values()) >= settings.max_replicas:
@@ -155,10 +155,12 @@ def _is_satisfied(claim: GpuClaim, mine: Mapping[str, int]) -> bool:
 
 
 def _add_replica(pool: _GpuPool, claim: GpuClaim, mine: dict[str, int]) -> bool:
-    """Add one replica to `mine`. Returns False if the budget has no GPUs for a replica.
+    """Add one replica to `mine`, the planned replicas of the claim's model by GPU type. Returns False if the
+    budget has no GPUs for a replica.
 
-    The first GPU type for which the budget suffices is used, in this order. First, types with room on which the model
-    already has more replicas than `mine`. Then all types with room. Last, the model's first type.
+    GPU types are tried in three groups, and the first type for which the budget suffices is used. The first
+    group are types with room on which the model already runs more replicas than `mine` has. The second group
+    are all types with room. The last is the model's first type.
     """
     types, room = claim.seen.settings.gpus, claim.seen.room
     kept = [gpu for gpu in types if mine.get(gpu, 0) < claim.have.get(gpu, 0)]
@@ -182,8 +184,8 @@ def _push_step(
     values: Floats,
     most: int,
 ) -> None:
-    """Push onto the heap the claim's next step: the number of replicas that gains most per GPU. `mine`: replicas given
-    so far. `most`: largest number of replicas after the step."""
+    """Find the number of further replicas at which the claim gains most per GPU, and push this step onto the heap.
+    `mine`: replicas that the claim has so far. `most`: largest number of replicas after the step."""
     here = total_worth(claim.seen, mine)
     first = math.floor(here + 1e-6) + 1
     if _is_satisfied(claim, mine) or most < first:
@@ -196,8 +198,9 @@ def _push_step(
 
 
 def _values(claim: GpuClaim) -> Floats:
-    """Return the value of 0, 1, 2, ... replicas: timely calls per second, weighted by class, as a mean over HORIZON.
-    Calls of replicas that already run are multiplied by EDGE."""
+    """Return the value of 0, 1, 2, ... replicas. The value is a mean over HORIZON of the calls a second that are served
+    in time, weighted by class. The share of replicas that already run is multiplied by EDGE, so that they are not
+    exchanged for a small gain."""
     have = total_worth(claim.seen, claim.have)
     numbers = np.arange(claim.wanted + 1, dtype=float)
     kept = np.minimum(numbers, have)
@@ -219,8 +222,8 @@ def _weighted_gain(claim: GpuClaim, numbers: Floats) -> Floats:
 
 
 def _in_time(claim: GpuClaim, numbers: Floats) -> Floats:
-    """Timely calls per second of all classes, for each number of replicas in `numbers`. Queued work reduces the
-    result."""
+    """Return the expected calls per second that meet their SLO, for each number of replicas in `numbers`. Queued work
+    reduces the result."""
     cold_s = max(claim.seen.settings.cold_start_s, 1.0)
     seen = claim.gains.time_s / cold_s
     guess = claim.calls_per_s * np.minimum(numbers / claim.load, 1.0) if claim.load > 0 else np.zeros(len(numbers))

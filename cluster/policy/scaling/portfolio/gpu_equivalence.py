@@ -22,13 +22,14 @@ _LITTLE = 1e-6
 
 
 def unit_of(seen: ModelSeen) -> str:
-    """Return the unit type, in which replicas are counted: the most preferred GPU type with learnt rates, or the first
-    type if no rates are learnt."""
+    """Return the unit type: the GPU type in which a model's replicas are counted. It is the most preferred type with
+    learnt rates or, if no rates are learnt, the first type."""
     return next((gpu for gpu in seen.settings.gpus if _learnt(seen.rates.get(gpu, Rates()))), seen.settings.gpus[0])
 
 
 def replica_worth(seen: ModelSeen, gpu: str) -> float:
-    """Return how many replicas on the unit type one replica on this type of GPU replaces."""
+    """Return the worth of one replica on the GPU type `gpu`: the number of replicas on the unit type that it
+    replaces."""
     if len(seen.settings.gpus) == 1:
         return 1.0
     rates, unit = seen.rates.get(gpu, Rates()), seen.rates.get(unit_of(seen), Rates())
@@ -41,7 +42,8 @@ def replica_worth(seen: ModelSeen, gpu: str) -> float:
 
 
 def total_worth(seen: ModelSeen, counts: Mapping[str, int]) -> float:
-    """Return how many replicas on the unit type the replicas in `counts` (numbers by GPU type) replace together."""
+    """Convert replicas on several GPU types to the equal number of replicas on the unit type. `counts`: number of
+    replicas by GPU type."""
     return math.fsum(count * replica_worth(seen, gpu) for gpu, count in counts.items())
 
 
@@ -51,17 +53,17 @@ def round_up(replicas: float) -> int:
 
 
 def covers(replicas: float, wanted: int) -> bool:
-    """Whether `replicas` is at least `wanted`, with a tolerance for floating-point error. Both numbers are in replicas
-    on the unit type."""
+    """Return whether `replicas` is at least `wanted`, with a tolerance for floating-point error. Both are numbers of
+    replicas on one GPU type, the unit type."""
     return replicas >= wanted - _LITTLE
 
 
 def as_one_type(seen: ModelSeen) -> ModelSeen:
-    """Return the model as if all its replicas were on the unit type.
+    """Return the model as if all its replicas were on one GPU type, the unit type (`unit_of`).
 
-    Starting and ready replicas are replaced by their total worth (`total_worth`), rounded up. The number of ready
-    replicas is the total worth of the ready replicas, rounded down, but at least 1 if any is ready. Draining replicas
-    are kept as they are.
+    The starting and ready replicas are replaced by as many replicas of the unit type as they are worth together
+    (`total_worth`), rounded up. Of these, as many count as ready as the ready replicas are worth, rounded down, but at
+    least 1 if any replica is ready. Draining replicas are kept as they are.
     """
     if len(seen.settings.gpus) == 1:
         return seen

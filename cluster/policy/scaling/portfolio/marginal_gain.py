@@ -39,17 +39,21 @@ class MarginalGains:
     time_s: float = 0.0
 
     def per_s(self, replicas: Floats) -> Floats:
-        """Timely calls per second, for each number of replicas in `replicas`."""
+        """Return how many calls a second are served in time, for each number of replicas in `replicas`."""
         return np.interp(replicas, COUNTS, self.good) / self.time_s if self.time_s else np.zeros(len(replicas))
 
 
 def empty() -> MarginalGains:
-    """Return the gains before the first stretch of demand."""
+    """Return zero gains, for use before any demand was replayed."""
     return MarginalGains(np.zeros(len(COUNTS)), np.zeros(len(COUNTS)))
 
 
 def replay(before: MarginalGains, arrivals: Arrivals, passed_s: float, cold_start_s: float) -> MarginalGains:
-    """Return the gains with one more stretch of demand."""
+    """Update the gains with the demand since the last update, and return them.
+
+    `before`: the gains at the last update. `arrivals`: the calls since then. `passed_s`: seconds since then. The older
+    demand is, relative to `cold_start_s`, the less it counts.
+    """
     fade = math.exp(-passed_s / (SPAN * cold_start_s))
     waiting, late = backtest.queue_after(COUNTS, before.waiting, arrivals, 1.0, passed_s, cold_start_s)
     served = np.where(COUNTS > 0, (1.0 - late) * arrivals.calls, 0.0)

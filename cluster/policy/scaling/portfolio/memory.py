@@ -17,10 +17,10 @@ from cluster.policy.scaling.portfolio.marginal_gain import MarginalGains
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """Forecast values at the end of an earlier learning step, at the time `at_s`.
+    """Forecasts that were made at the time `at_s`, at the end of an earlier learning step.
 
-    A plan is the maximum of a signal during the patience (replica_target.PATIENCE). Rules hold replicas for the plan,
-    not for the signal, so that a falling signal does not remove replicas at once.
+    `plans` holds, for each signal, its maximum over the patience (replica_target.PATIENCE cold starts). Rules hold
+    replicas for the plan, not for the signal, so that a falling signal does not remove replicas at once.
     """
 
     at_s: float
@@ -67,8 +67,8 @@ class Fidelity:
 
 @dataclass(frozen=True, slots=True)
 class ModelMemory:
-    """Memory of one model. `recent_targets`: pairs of (time, target), where the target may fall at once, without
-    patience."""
+    """Memory of one model. `recent_targets`: the newest targets as pairs of (time, target). They are targets before a
+    scale-down is delayed by patience."""
 
     last_call_s: float
     stretch: Stretch = field(default_factory=Stretch)

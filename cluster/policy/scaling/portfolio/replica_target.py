@@ -73,7 +73,8 @@ SPREAD = 3.0
 
 @dataclass(frozen=True, slots=True)
 class ReplicaTarget:
-    """Target number of replicas, in replicas of the first GPU type. `load` is the expected load, also in replicas."""
+    """Replica target of one model. `load`: the expected load. The unit of `replicas` and `load` is one replica of the
+    first GPU type."""
 
     replicas: int
     why: str
@@ -101,7 +102,7 @@ class ReplicaWork:
 
 def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> ReplicaWork | None:
     """Return the work that came since the last observation; None if the rates of the first GPU type are not learnt yet.
-    `ranks`: rank of each class."""
+    `ranks`: rank of each priority class."""
     rates = seen.rates.get(seen.settings.gpus[0], Rates())
     demand = seen.demand
     if not rates.prefill_tokens_per_s or not rates.decode_tokens_per_s:

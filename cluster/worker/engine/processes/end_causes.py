@@ -239,9 +239,9 @@ class Members:
         self._noted = threading.Event()
 
     def settle(self, timeout_s: float) -> None:
-        """Wait until the end of a member is noted, for at most `timeout_s` seconds.
+        """Wait at most `timeout_s` seconds until a member has ended and its end is noted.
 
-        While a member is ending, the wait continues for up to ENDING_S seconds more. Returns at once if there are no
+        If a member is still ending after that time, wait up to ENDING_S seconds more. Return at once if there are no
         members.
         """
         if not self._members or self._noted.wait(timeout_s):
@@ -252,7 +252,8 @@ class Members:
                 return
 
     def wait(self, timeout_s: float) -> None:
-        """Find new members, wait at most `timeout_s` seconds for a member to end, and note how members ended."""
+        """Find new members (processes of the engine). Then wait at most `timeout_s` seconds for a member to end, and
+        note how members ended."""
         self._members |= _members(self._members)
         gone = [(pid, exit_status.UNKNOWN) for pid in self._watched.add(self._members)]
         for pid, how in gone or self._watched.wait(timeout_s):

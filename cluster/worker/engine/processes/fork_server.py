@@ -48,7 +48,8 @@ def is_wanted() -> bool:
 
 
 def start() -> None:
-    """Start the server if it is wanted. The server imports in parallel with this process. Idempotent."""
+    """Start the fork server if `is_wanted` returns True. The server imports its modules while this process continues.
+    Idempotent."""
     if not is_wanted():
         return
     with _lock, _preloaded_libraries():
@@ -91,7 +92,7 @@ def install(*, rank_in_core: bool = False) -> None:
 
 
 class _Process(context.ForkServerProcess):
-    """A fork that has the environment of the process that starts it."""
+    """A fork of the fork server. It gets the environment of the process that starts it, not that of the server."""
 
     _environment: dict[str, str]
 

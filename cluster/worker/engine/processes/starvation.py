@@ -69,7 +69,8 @@ def lost_s(before: Tasks, after: Tasks, window_s: float) -> float:
 def read_tasks(pids: Iterable[int]) -> Tasks:
     """Return the threads of these processes; an empty mapping if /proc cannot be read.
 
-    Threads of this process itself never count as runnable, since the thread that calls this function always is.
+    Threads of this process itself never count as runnable, because the thread that calls this function is runnable at
+    every reading.
     """
     own = os.getpid()
     return {
@@ -98,7 +99,8 @@ def _read(folder: Path, with_state: bool) -> Task | None:
 
 @dataclass(slots=True)
 class _WatchedStep:
-    """The last reading of the engine's threads, and the seconds that the current step has lost so far."""
+    """The last reading of the engine's threads. `lost_s`: time in the current step for which the threads have waited
+    for a CPU core so far."""
 
     read_at: float
     tasks: Tasks

@@ -59,7 +59,7 @@ def mark(pid: int) -> str:
 
 
 def arm() -> None:
-    """Make this process the owner. Engine processes that it starts from now on watch it."""
+    """Make this process the owner of the engine processes that it starts from now on: these processes watch it."""
     own = mark(os.getpid())
     if own:
         os.environ[MARK] = own
@@ -131,10 +131,11 @@ def _with_descendants(roots: Iterable[int]) -> set[int]:
 
 
 def sharers(names: set[str]) -> dict[int, set[str]]:
-    """Return the processes on this host that have mapped any of these names, each with all names that it has mapped.
+    """Return the processes on this host that have mapped any of these shared-memory names, by pid. The values are all
+    shared-memory names that a process has mapped.
 
-    The result includes ranks placed by Ray. They are not descendants of this process, and may be killed before they can
-    unlink their names.
+    The result includes ranks that Ray has placed. Those ranks are not descendants of this process. They may be
+    killed before they can unlink their names.
     """
     pids = [int(process.name) for process in Path("/proc").iterdir() if process.name.isdigit()] if names else []
     return {pid: mapped for pid in pids if (mapped := mapped_shared_memory(pid)) & names}

@@ -92,7 +92,8 @@ class EngineFaults:
         return bool(self._armed)
 
     def arm(self, point: str, action: str, at: int = 1, seconds: float = 0.0) -> None:
-        """Arm a fault. Visits to its point are counted from now on.
+        """Arm a fault at a point of the code. `at`: which visit to the point, counted from now on, triggers the fault;
+        0 for every visit.
 
         Raises ValueError for a fault that SimFault does not allow.
         """
@@ -132,8 +133,8 @@ class EngineFaults:
         return [fault for fault in firing if fault.action == "slow"]
 
     def visit(self, point: str) -> list[SimFault]:
-        """Count a visit to a point; apply and return the faults that fire. A fault that fires only once is then
-        disarmed.
+        """Record that the engine has reached a point of its code, such as `step`. Apply the faults that are due at
+        this visit to the point, and return them. A fault that is due at only one visit is then disarmed.
 
         Raises EngineRefused for the action `refuse`.
         """

@@ -62,7 +62,7 @@ class KvCache:
         return cached
 
     def acquire(self, hashes: Iterable[int]) -> None:
-        """Hold blocks. All of them must be cached (see `match`)."""
+        """Count one more user of each block in `hashes`. All of the blocks must be cached (see `match`)."""
         for block in hashes:
             if block in self._idle:
                 del self._idle[block]

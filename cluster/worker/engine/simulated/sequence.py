@@ -1,4 +1,4 @@
-"""A request in the simulated engine: the check whether it is valid, its tokens so far, and its next token."""
+"""A request in the simulated engine: its validity check, its tokens so far, and its next token."""
 
 from __future__ import annotations
 

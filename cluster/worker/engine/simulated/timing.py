@@ -13,7 +13,7 @@ from cluster.observe.trace_context import is_sampled
 
 
 class SimTiming:
-    """The times at which requests of sampled calls were submitted and first scheduled.
+    """The times at which requests were submitted and first scheduled, for calls that are traced.
 
     Both times are kept until the request's first output.
     """

@@ -48,8 +48,8 @@ class EngineAdapters(Container[str]):
     def __init__(self, slots: int = 0, capacity: int = 0, ranks: int = 1) -> None:
         """Create the object without adapters.
 
-        `slots`: most adapters that one step can compute. `capacity`: most adapters that the engine may hold. `ranks`:
-        number of the engine's ranks.
+        `slots`: maximum number of adapters in one step. `capacity`: maximum number of adapters in the engine's memory.
+        `ranks`: number of the engine's ranks.
         """
         self.slots = slots
         self.capacity = capacity
@@ -65,18 +65,18 @@ class EngineAdapters(Container[str]):
         return held is not None and not held.leaving
 
     def request_of(self, digest: str) -> Any:
-        """Return vLLM's LoRARequest for an adapter of this object; None for the base model ("")."""
+        """Return vLLM's LoRARequest for the adapter with this digest; None for the base model, whose digest is ""."""
         return self._held[digest].request if digest else None
 
     def began(self, digest: str) -> None:
-        """Count a request for this adapter that vLLM gets now."""
+        """Count one more request that uses the adapter in vLLM."""
         if digest:
             held = self._held[digest]
             held.live += 1
             held.idle.clear()
 
     def ended(self, digest: str) -> None:
-        """Count the end of a request that `began` has counted."""
+        """Record the end of a request whose begin was recorded with `began`."""
         if digest:
             held = self._held[digest]
             held.live -= 1

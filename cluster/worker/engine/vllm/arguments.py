@@ -162,7 +162,7 @@ def _carry_to_ray_ranks(prefix: str) -> None:
 
 
 def engine_class(dtype: str, quantization: str | None, spec: ModelSpec, noise: str = "") -> str:
-    """Return the engine class: a name that is equal for engines that compute alike.
+    """Return the engine class: a name that two engines share if they compute in the same way.
 
     Examples are `float32-tp2-pp1` and `bfloat16-fp8-tp8-pp1-v2`. The parts of the name are dtype, quantization, ranks
     and noise scheme (resume.noise). The scheme CPU_32 is omitted, so that names from older releases, which had no noise

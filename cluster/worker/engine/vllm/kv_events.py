@@ -180,7 +180,7 @@ def _number(frames: Sequence[bytes]) -> int:
 
 
 def _run_length(batches: Sequence[Sequence[bytes]]) -> int:
-    """Return how many batches at the beginning of `batches` follow each other without a gap."""
+    """Return how many batches at the beginning of `batches` have consecutive numbers."""
     numbers = list(map(_number, batches))
     return next((at for at in range(1, len(numbers)) if numbers[at] > numbers[at - 1] + 1), len(numbers))
 

@@ -109,7 +109,7 @@ class PublicPath:
             self._readers.pop(request_id, None)
 
     async def add_adapter(self, request: Any) -> bool:
-        """Load an adapter between two steps. Raises EngineDead, or vLLM's error."""
+        """Load an adapter between two steps. Returns vLLM's result. Raises EngineDead, or vLLM's error."""
         try:
             return bool(await self._llm.add_lora(request))
         except self._dead_error as error:

@@ -210,8 +210,8 @@ def _check_ends(sampling: Sampling, limits: RequestBounds) -> None:
 
 
 def _check_resume(request: EngineRequest, limits: RequestBounds) -> None:
-    """Refuse a resumed request that has already ended, or that this engine would not continue as the first engine
-    would."""
+    """Refuse a resumed request if its emitted tokens already end it. Also refuse it if it has a parameter with which
+    this engine could not continue exactly."""
     sampling = request.sampling
     if len(request.emitted_token_ids) >= sampling.max_tokens:
         raise refused("emitted_token_ids", "reach max_tokens already; the call is at its end")
@@ -263,7 +263,8 @@ def is_heavy(request: EngineRequest, inline_tokens: int = 4096) -> bool:
 def prompt_of(request: EngineRequest, limits: RequestBounds) -> dict[str, Any]:
     """Return vLLM's prompt of token ids, with the cache salt. The ids of a long prompt may be an array.
 
-    If the emitted ids cannot be installed as output, they are part of the prompt.
+    A resumed request has token ids that were emitted earlier. If vLLM cannot take these as output, they are
+    appended to the prompt.
     """
     emitted = () if limits.installs else request.emitted_token_ids
     ids = request.prompt_token_ids

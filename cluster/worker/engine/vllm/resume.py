@@ -119,11 +119,14 @@ The body of that function changed between releases, but not the names in it.
 
 
 def noise(config: Any) -> str:
-    """Return the noise scheme of an engine with this VllmConfig. With the same seed, two schemes give different tokens.
+    """Return the noise scheme of an engine with this VllmConfig: how it draws random numbers for sampling.
 
-    V2 runner: murmur3 of seed, position and token, the same in vLLM 0.31 to 0.33. V1 runner on CPUs: 0.31 draws
-    exponentials over the vocabulary, 0.32 draws one number per token, and each unknown sampler is a scheme of its own.
-    V1 runner on other devices: the device's own generator.
+    With the same seed, two schemes give different tokens.
+
+    V2 runner: one scheme for vLLM 0.31 to 0.33, murmur3 of seed, position and token.
+    V1 runner on CPUs: one scheme for each sampler. vLLM 0.31 draws exponentials over the vocabulary, 0.32 draws one
+    number per token, and each unknown sampler is a scheme of its own.
+    V1 runner on other devices: one scheme, the device's own generator.
     """
     from vllm.platforms import current_platform
 

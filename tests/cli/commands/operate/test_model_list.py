@@ -1,4 +1,4 @@
-"""The commands `models` and `workers` show replicas and nodes if the address of the admin API is given."""
+"""The commands `models` and `workers`. If the address of the admin API is known, they also show replicas and nodes."""
 
 from __future__ import annotations
 

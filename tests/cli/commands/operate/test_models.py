@@ -1,4 +1,4 @@
-"""The commands apply, diff and models work with a scripted admin API over gRPC."""
+"""Tests of the commands `apply`, `diff` and `models` with a scripted admin API over gRPC."""
 
 from __future__ import annotations
 

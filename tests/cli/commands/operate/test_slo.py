@@ -87,7 +87,7 @@ def test_a_wrong_month_is_bad_usage(run: Run, file: Path, month: str) -> None:
 def test_days_of_a_month() -> None:
     """`days_of` returns the first and the last day of a month, also in leap years.
 
-    Without a month it takes the month of the given time in UTC.
+    If the month is "", it is the month of the given time in UTC.
     """
     assert days_of("2024-02", OCTOBER_S) == ("2024-02-01", "2024-02-29")
     assert days_of("", OCTOBER_S) == ("2026-10-01", "2026-10-31")

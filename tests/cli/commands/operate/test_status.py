@@ -1,4 +1,4 @@
-"""The commands status and workers work with a scripted admin API over gRPC."""
+"""Tests of the commands `status` and `workers` with a scripted admin API over gRPC."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Site:
 
 @pytest.fixture
 async def site(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Site]:
-    """Provide a site. The catalog entry of its model declares the adapter `own`."""
+    """Run a gateway with a controller and two workers. The catalog entry of the model declares the adapter `own`."""
     async with running_cluster(tmp_path / "gateway", TEXT) as cluster:
         models, published = DesiredModels(), PublishedCatalog()
         catalog = EditableCatalog(

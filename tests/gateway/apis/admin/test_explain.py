@@ -67,8 +67,8 @@ async def test_a_cached_prefix_is_predicted_and_found(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, without: str
 ) -> None:
     """The explanation names each worker with its scores and cached tokens, the reason of the choice, and the cached
-    tokens that the engine found. If the engine caches more than blocks of full attention, the prediction is marked as
-    approximate."""
+    tokens that the engine found. The prediction of cached tokens is marked as approximate if the model has layers
+    without full attention."""
     state = "approximate" if without else "exact"
     async with running_cluster(tmp_path) as cluster:
         await add_workers(cluster, checkpoint, bundle, 3, without=without)
@@ -143,9 +143,9 @@ async def test_each_resume_adds_a_decision(tmp_path: Path, checkpoint: Path, bun
 
 
 async def test_a_tenant_sees_its_own_calls_without_workers(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A tenant administrator sees the calls of its own tenant, without scores and without names of workers and
-    gateways. For another tenant's call it gets the same error as for an unknown call. The usage record has the numbers
-    of the explanation."""
+    """A tenant administrator gets explanations of the calls of its own tenant, without scores and without names of
+    workers and gateways. For another tenant's call it gets the same error as for an unknown call. The usage record of a
+    call has the same numbers as the explanation."""
     async with keyed_cluster(tmp_path) as keyed:
         await add_workers(keyed.cluster, checkpoint, bundle, 2)
         keys = {tenant: await keyed.key(tenant) for tenant in ("acme", "rival")}

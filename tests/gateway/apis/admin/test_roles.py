@@ -241,8 +241,8 @@ async def test_an_administrator_makes_nobody_greater(world: World, role: str) ->
 
 
 async def test_nobody_raises_the_own_limits(world: World) -> None:
-    """A tenant administrator cannot raise the limits of its own tenant. An update with any mask is refused, and so is a
-    second creation of the tenant."""
+    """A tenant administrator cannot raise the limits of its own tenant. The gateway refuses an update with any field
+    mask, and a second creation of the tenant."""
     client = world.clients["tenant_admin"]
     before = world.keyed.ledger.tenants.get(OWN)
     wide = tenants_pb2.Tenant(name=f"tenants/{OWN}", limits=tenants_pb2.Limits(tokens_per_minute=10**9))

@@ -58,8 +58,9 @@ def tls_text(folder: Path) -> tuple[str, TlsFiles]:
 
 @pytest.mark.parametrize("tls", [False, True])
 async def test_whichever_process_has_it(tmp_path: Path, checkpoint: Path, bundle: Bundle, tls: bool) -> None:
-    """A request at the first process can explain and end a call in either process, over plain links and over mutual
-    TLS. If the other process is gone, the errors say that a process did not answer."""
+    """A gateway has two processes. An admin request to the first process can explain and abort a call that runs in
+    either process, with and without mutual TLS. If the other process is gone, the errors say that a process did not
+    answer."""
     text, files = LOOPBACK, None
     if tls:
         head, files = tls_text(tmp_path / "tls")

@@ -119,7 +119,7 @@ async def test_the_bytes_of_a_stream(busy: TestCluster) -> None:
 
 
 async def test_tokens_take_the_short_way(busy: TestCluster) -> None:
-    """Tokens of a streamed text take the fast path from the link to the connection."""
+    """Tokens of a streamed text are written directly from the worker's link to the client's connection."""
     wire = await Wire.open(busy)
     wire.ask(MESSAGES, message_body(max_tokens=400, stream=True))
     service = busy.gateway.service

@@ -69,7 +69,8 @@ def test_every_outcome_has_a_type_for_its_status(outcome: Outcome) -> None:
 
 
 def test_fields_have_the_callers_names() -> None:
-    """Errors name the fields of a generation request, and of OpenAI's tools, as the caller's body names them."""
+    """An error names a wrong field as Anthropic's API calls it, for example `stop_sequences[1]`. The names of the
+    internal request and of OpenAI's tools are translated."""
     fields = ["stop[1]", "messages[0].content", "tools[2].function.parameters.properties", "response_format"]
     named = ["stop_sequences[1]", "messages[0].content", "tools[2].input_schema.properties", "output_config.format"]
     error = CallError(

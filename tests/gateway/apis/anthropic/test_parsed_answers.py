@@ -39,8 +39,9 @@ TOOLS = [{"name": name, "input_schema": {"type": "object"}} for name in ("weathe
 
 
 async def test_thinking_and_tool_calls(tmp_path: Path, bundle: Bundle) -> None:
-    """Whole and streamed answers have the same blocks, also with the official client: thinking, text, and a tool_use
-    with its own id for each tool call. The answer can be sent back with the results of its tool calls."""
+    """Whole and streamed answers have the same blocks: thinking, text, and a tool_use block for each tool call, each
+    with its own id. This also holds with the official client. The answer can be sent back with the results of its tool
+    calls."""
     async with running_cluster(tmp_path) as cluster:
         worker = await cluster.add_worker(PartsEngine(SCRIPT, reasoning_tokens=2), bundle, parser=ParsedByEngine())
         body = message_body(max_tokens=50, tools=TOOLS)

@@ -1,5 +1,5 @@
-"""Bodies of Anthropic's Messages API give the same generation requests as bodies of OpenAI's API. Errors name wrong
-fields."""
+"""Bodies of Anthropic's Messages API give the same generation requests as equivalent bodies of OpenAI's API. The error
+for an invalid body names the field that is wrong."""
 
 from __future__ import annotations
 

@@ -213,8 +213,8 @@ def test_stop_reasons(finish: str, stop_string: str, expected: tuple[str, str | 
 
 @pytest.mark.parametrize(("cut", "reason"), [(True, "stop_sequence"), (False, "tool_use")])
 def test_a_call_that_a_stop_sequence_cuts_is_not_run(cut: bool, reason: str) -> None:
-    """If a stop sequence cuts the last tool call, the stop reason is stop_sequence. If the tool call is complete, the
-    reason is tool_use, whatever text follows. Whole and streamed answers agree."""
+    """If a stop sequence cuts off the last tool call, the stop reason is `stop_sequence`. If the tool call is complete,
+    the stop reason is `tool_use`, whatever text follows. Whole and streamed answers agree."""
     parts = [OutputPart(TOOL_NAME, "f", 0), OutputPart(TOOL_ARGUMENTS, "{}", 0), OutputPart(TOOL_NAME, "g", 1)]
     parts.append(OutputPart(TOOL_ARGUMENTS, '{"x": ' if cut else '{"x": 1}', 1))
     piece = Piece(0, "", "tool_calls", parts=[*parts, OutputPart(CONTENT, "and")], stop_string="END")

@@ -239,7 +239,8 @@ async def test_malformed_requests(cluster: TestCluster) -> None:
 
 
 async def test_refusals_that_nobody_reads_are_bounded(cluster: TestCluster) -> None:
-    """The gateway stops reading from a client that sends starts of refused calls and never reads the refusals."""
+    """A client starts calls that are all refused, and never reads the refusals. The gateway stops reading from this
+    client before 1 MB is sent."""
     data = start(1, chat("x" * 1000, model="none")).SerializeToString()
     framed = b"\x00" + len(data).to_bytes(4, "big") + data
     async with raw_client(int(cluster.gateway.endpoints["grpc"].rpartition(":")[2]), window=1000) as raw:
@@ -259,8 +260,8 @@ async def test_refusals_that_nobody_reads_are_bounded(cluster: TestCluster) -> N
 
 
 async def _longest_pass_s(cluster: TestCluster, messages: bytes) -> float:
-    """Return the CPU time, in seconds, of the event loop's longest pass while a session handles `messages` and refuses
-    one start."""
+    """Send `messages` to a session, then the start of an invalid call, and wait until it is refused. Return the CPU
+    seconds of the event loop's longest iteration in this time."""
     loop, longest, last = asyncio.get_running_loop(), 0.0, time.thread_time()
 
     def tick() -> None:

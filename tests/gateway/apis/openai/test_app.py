@@ -38,8 +38,8 @@ async def busy(
 
 
 async def test_the_official_client_chats(busy: TestCluster) -> None:
-    """Complete and streamed chat answers to the official client equal the answer over gRPC. The last chunk holds the
-    usage if the client requests usage."""
+    """The official OpenAI client gets the same chat answers as a gRPC client, streamed or not. The last chunk of a
+    stream holds the usage if the client requests usage."""
     body = chat_body(max_tokens=40, extra_body={"ignore_eos": True})
     expected = await busy.stub.Chat(chat(max_tokens=40, ignore_eos=True))
     async with client(busy) as ai:
@@ -318,7 +318,7 @@ async def test_silence_is_broken_by_comments(tmp_path: Path, checkpoint: Path, b
 
 
 async def test_calls_are_counted_by_their_face(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """An answered stream is counted once, with the API http and the outcome ok."""
+    """An answered stream adds 1 to the metric `requests_total`, with the API "http" and the outcome "ok"."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     assert (await fetch(cluster, CHAT, chat_body(stream=True))).events
     await until(lambda: not cluster.gateway.service.statistics(), "the call is over")

@@ -1,4 +1,5 @@
-"""Events of output parts are the same on the fast path and on the general path."""
+"""Tests of OpenAI stream events for parsed outputs. `ChatStream` has a fast path for common parts; its events must
+equal those of the general path."""
 
 from __future__ import annotations
 

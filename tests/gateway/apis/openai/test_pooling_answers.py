@@ -1,4 +1,4 @@
-"""JSON of rankings, which the gateway writes in pieces."""
+"""Tests of the JSON of rankings, which the gateway writes in pieces."""
 
 from __future__ import annotations
 

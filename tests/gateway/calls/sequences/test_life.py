@@ -78,7 +78,7 @@ def test_a_sequence_with_tokens_resumes_and_one_without_starts_over(tokens: int,
 
 @given(st.integers(1, 6))
 def test_as_many_workers_may_fail_it_as_are_allowed(most: int) -> None:
-    """A sequence fails with the last worker failure that is allowed. Earlier failures do not fail it."""
+    """A sequence fails when `max_attempts` workers have failed it, and not before."""
     life = running(tokens=1, max_attempts=most)
     for failure in range(1, most + 1):
         waits = life.fail_worker("lost", 1)
@@ -90,8 +90,8 @@ def test_as_many_workers_may_fail_it_as_are_allowed(most: int) -> None:
 
 @given(st.integers(1, 4), st.integers(0, 3))
 def test_it_is_suspect_after_losses_with_no_token_between(most: int, tokens: int) -> None:
-    """A sequence becomes suspect after several losses without a token between them. A new token, or a call of `acquit`,
-    restarts the count."""
+    """A sequence is suspected of harming workers after it lost several workers without a new token between the losses.
+    A new token, or a call of `acquit`, restarts the count."""
     life = running(tokens=1, max_silent_losses=most)
     for number in range(most):
         assert not life.suspect(tokens)
@@ -119,7 +119,8 @@ def test_a_suspect_without_tokens_waits_in_the_resume_queue() -> None:
 
 
 def test_only_a_lost_gateway_leaves_kv_blocks_to_return_to() -> None:
-    """A sequence returns to its former worker only if its gateway was lost, not after another loss."""
+    """A sequence whose gateway was lost resumes on the worker that holds its KV blocks. A sequence that left its worker
+    for another reason has no such worker."""
     life = Life()
     life.restore("w1", None, tokens=3)
     assert (life.state, life.cached_on) == (State.RESUMING, "w1")

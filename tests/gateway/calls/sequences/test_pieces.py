@@ -1,4 +1,5 @@
-"""The pieces of one sequence add up to the output and hold one end, whenever the API pops them."""
+"""The pieces of one sequence add up to the whole output, and only the last piece has the end of the output. This holds
+whenever the API pops the pieces."""
 
 from __future__ import annotations
 
@@ -18,20 +19,20 @@ ONE = TokenLogprob(1, "x", b"x", -0.5)
 
 
 class NoTexts:
-    """A source of log probabilities that holds none back."""
+    """A source of log probabilities that has none."""
 
     def push(self, positions: Iterable[PositionLogprobs]) -> list[TokenLogprob]:
-        """See LogprobSource."""
+        """Implements `LogprobSource.push`."""
         return []
 
     def restore(self, token_ids: Sequence[int]) -> None:
-        """See LogprobSource."""
+        """Implements `LogprobSource.restore`."""
 
 
 @given(st.lists(st.sampled_from(["token", "pop", "pop_text"]), max_size=30))
 def test_pieces_add_up_to_the_text(steps: list[str]) -> None:
-    """The popped texts add up to the whole text. Only the first piece is marked as first, and only the last has an
-    end."""
+    """Joined, the pieces that are popped from the buffer give the whole text. Only the first piece is marked as first,
+    and only the last one has a finish reason."""
     source = PlainText()
     buffer = PieceBuffer(2, source, None, None)
     pieces: list[Piece] = []
@@ -70,7 +71,8 @@ def test_a_guard_may_refuse_text_that_was_held_back_to_the_end() -> None:
 
 
 def test_log_probabilities_need_a_piece() -> None:
-    """Text with log probabilities is popped only as a piece, and each log probability is popped once."""
+    """If text has log probabilities, `pop_text` returns None, and `pop` returns a piece with both. Each log probability
+    is returned once."""
     source = PlainText()
     buffer = PieceBuffer(0, source, NoTexts(), None)
     for _ in range(3):
@@ -85,8 +87,8 @@ def test_log_probabilities_need_a_piece() -> None:
 
 
 def test_parts_need_a_piece() -> None:
-    """Reasoning is popped as a piece with the kind of each part, together with content around it. Content alone is
-    popped as text."""
+    """A PieceBuffer returns content as plain text if it has nothing else. Otherwise it returns a piece with all parts
+    and their kinds, as for reasoning."""
     text = ParsedText(PlainText())
     buffer = PieceBuffer(0, text, None, text)
     for kind, as_text in ((PartKind.CONTENT, None), (PartKind.REASONING, None), (PartKind.CONTENT, "ab")):

@@ -1,4 +1,4 @@
-"""The worker side of a sequence: what is sent to the next worker, and what is aborted."""
+"""Tests of RoutedSequence: the request that it sends to its next worker, and the requests that it aborts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Link:
     aborted: list[int] = field(default_factory=list)
 
     def abort(self, slot: int) -> None:
-        """Collect the slot."""
+        """Record that the request in this slot was aborted."""
         self.aborted.append(slot)
 
 

@@ -212,7 +212,7 @@ async def test_an_issuer_that_is_away(tmp_path: Path) -> None:
 
 
 async def test_without_an_issuer_there_is_no_path(tmp_path: Path) -> None:
-    """Without an issuer in the configuration the paths of the flow do not exist."""
+    """If the configuration has no issuer, the HTTP paths of the OIDC sign-in do not exist."""
     async with keyed_cluster(tmp_path) as keyed:
         for path in (OIDC_START, OIDC_CALLBACK):
             assert (await Browser(keyed.cluster).fetch(path)).status == 404
@@ -286,12 +286,13 @@ class Scripted(OidcFlow):
 
 
 def answer_of(flow: FlowState, **more: str) -> dict[str, str]:
-    """Return the query of a valid redirect back."""
+    """Return the query of a valid redirect from the issuer back to the gateway. `more`: fields to add or replace."""
     return {"code": "c", "state": flow.state, **more}
 
 
 async def reason(scripted: Scripted, flow: FlowState, answer: Mapping[str, str], later_s: float = 0.0) -> str:
-    """Return the reason of a sign-in that fails `later_s` seconds from now."""
+    """Finish a sign-in that must fail, with a clock that is `later_s` seconds ahead. Return the reason of the
+    failure."""
     with pytest.raises(FlowError) as caught:
         await scripted.finish(flow, answer, time.time() + later_s)
     return caught.value.reason

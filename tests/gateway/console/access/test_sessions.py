@@ -169,8 +169,8 @@ def test_csrf_tokens_differ() -> None:
 
 
 def test_attributes() -> None:
-    """With TLS, the name prefix of a cookie binds it to the host. For this prefix, browsers require Secure, the path /
-    and no domain."""
+    """With TLS, the name of the session cookie begins with `__Host-`, which binds the cookie to the host. Browsers
+    accept this name only with the attributes Secure and Path=/ and without a domain."""
     assert cookie_name(True) == "__Host-headrace"
     assert cookie_name(False, "-oidc") == "headrace-oidc"
     header = set_cookie("__Host-headrace", "x", max_age_s=60, is_secure=True).decode()

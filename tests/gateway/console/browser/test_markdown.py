@@ -1,4 +1,5 @@
-"""The console's Markdown in a browser. Each form gives its elements, and any text gives only harmless elements."""
+"""The console's Markdown in a browser. Each form of Markdown becomes the right HTML elements, and no text can add a
+harmful element."""
 
 from __future__ import annotations
 
@@ -169,8 +170,8 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 async def test_time_is_linear_in_the_length(bare: Watched, name: str) -> None:
-    """Rendering time is linear in the length, even for texts that take quadratic time in careless renderers. A text
-    takes about four times as long as a quarter of it, whole and in 200 pieces."""
+    """Rendering time grows linearly with the length of a text, whether the text arrives at once or in 200 pieces. The
+    texts include those that take quadratic time in careless renderers."""
     text = LONG[name]
     script = """
     async ([text, pieces]) => {
@@ -195,7 +196,8 @@ async def test_time_is_linear_in_the_length(bare: Watched, name: str) -> None:
 
 
 async def test_a_fence_that_arrives_is_not_rendered_again(bare: Watched) -> None:
-    """While code arrives, its element is kept. So a selection in it and the copy button are kept too."""
+    """While the text of a code block arrives, the page keeps the block's element. So a selection in the block and its
+    copy button are kept too."""
     script = """
     async () => {
       const { MarkdownView } = await import("/console/static/markdown.js");

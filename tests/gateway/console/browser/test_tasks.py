@@ -122,7 +122,8 @@ async def test_find_out_who_used_most_yesterday(full: ConsolePages) -> None:
 
 
 async def test_drain_a_node(busy: ConsolePages) -> None:
-    """After clicks on Drain at a worker, on the node, and on Drain, exactly the workers of that node are drained."""
+    """An operator clicks Drain at a worker, chooses the worker's whole node in the dialog, and confirms. Then exactly
+    the workers of that node are drained."""
     async with a_person(busy) as person:
         row = person.page.locator("tr", has_text="10.0.0.3").first
         await person.click(row.get_by_role("button", name="Drain"))

@@ -56,7 +56,7 @@ def test_an_hour_of_a_large_cluster_fits_in_64_mib() -> None:
 
 
 def test_a_small_cluster_takes_little() -> None:
-    """One model and one tenant take less than 2 MiB."""
+    """The history of one model and one tenant takes less than 2 MiB of memory."""
     kept = History()
     kept.models.put("m", 1, model_values(1.0))
     kept.tenants.put("t", 1, [1.0] * len(TENANT_COLUMNS))
@@ -82,7 +82,8 @@ def test_values_lie_at_their_steps() -> None:
 
 
 def test_a_key_that_returns_after_hours_has_no_old_values() -> None:
-    """Skipped steps are unknown, even if more than an hour was skipped."""
+    """If a key of the history gets no values for a time, the steps in between have no values. This holds even if more
+    than an hour was skipped, which is the length of the history."""
     table = Table(("a",), 4)
     for step in range(10):
         table.put("k", step, (1.0,))
@@ -92,8 +93,8 @@ def test_a_key_that_returns_after_hours_has_no_old_values() -> None:
 
 
 def test_the_key_with_the_oldest_value_gives_way() -> None:
-    """If there are too many keys, the key whose last value is oldest is forgotten. The new key at its place has none of
-    its values."""
+    """If a table of the history has too many keys, it forgets the key whose last value is oldest. The new key does not
+    get values of the forgotten key."""
     table = Table(("a",), 2)
     table.put("old", 1, (1.0,))
     table.put("new", 2, (2.0,))
@@ -141,7 +142,7 @@ async def test_a_tenant_has_no_series_of_models() -> None:
 @settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 20), min_size=BUCKETS, max_size=BUCKETS), min_size=1, max_size=5))
 def test_percentiles_of_steps_are_those_of_the_overview(steps: list[list[int]]) -> None:
-    """The percentiles in plots are computed like those in rows, from the same counts."""
+    """The history computes the same percentiles as the overview from the same counts."""
     counts = np.array(steps, np.float32).T
     for part in (0.5, 0.99):
         found = history.quantiles(counts, part)
@@ -151,7 +152,7 @@ def test_percentiles_of_steps_are_those_of_the_overview(steps: list[list[int]]) 
 
 
 async def test_the_plots_of_a_large_cluster_block_shortly() -> None:
-    """The sum of 100 models over an hour, with percentiles, never blocks the event loop for 10 ms."""
+    """Adding up the history of 100 models over an hour, with percentiles, never blocks the event loop for 10 ms."""
     kept, names = History(), list(history.SERIES)
     for step in range(STEPS):
         for number in range(0, 100, 10):

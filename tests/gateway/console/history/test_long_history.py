@@ -72,7 +72,8 @@ class Server:
         return json.loads(self.sent[-1]["body"])
 
     def exchange(self, query: str) -> Exchange:
-        """Return the exchange of a query."""
+        """Return the HTTP exchange of a request with this query string. The messages of the response are added to
+        `sent`."""
         scope: Scope = {"headers": [], "query_string": query.encode("latin-1", "replace"), CONNECTION: None}
 
         async def send(message: Message) -> None:
@@ -92,7 +93,7 @@ def server() -> Server:
 
 
 def test_each_series_of_the_last_hour_is_known() -> None:
-    """All series of the last hour are also known for longer times. A series without a metric is null."""
+    """Each series of the last hour either has a query for longer times, in PLOTS, or is listed in UNKNOWN."""
     assert set(PLOTS) | UNKNOWN == set(SERIES)
 
 
@@ -144,14 +145,16 @@ def test_times(seconds: int, now_s: float) -> None:
 
 
 def test_values() -> None:
-    """Values are placed by their times. A missing value, or one that is not a number, is null."""
+    """Each value of Prometheus is put into the step of its time, and values outside the range are dropped. A value that
+    is missing or not a finite number becomes null."""
     times = Range(100, 10, 5)
     pairs = [[100, "1"], [110, "NaN"], [130, "2.5"], [140, "+Inf"], [90, "7"], [150, "7"]]
     assert times.values(pairs) == [1.0, None, None, 2.5, None]
 
 
 async def test_an_answer(server: Server) -> None:
-    """An answer has the same form as for the last hour, with all values of a series."""
+    """The answer for two hours has the same form as an answer for the last hour: one value for each step of each
+    series, None where there is no value."""
     server.result = [{"metric": {}, "values": [[NOW // 20 * 20, "3"]]}]
     answer = await server.get("series=tokens,cost&seconds=7200&model=sim")
     assert answer["step_s"] == 20
@@ -215,7 +218,7 @@ async def test_a_prometheus_that_fails(server: Server, error: Exception) -> None
 
 @pytest.mark.parametrize("result", [None, {}, [{}], [{"values": 1}], [{"values": [[1]]}], [{"values": [["x", "y"]]}]])
 async def test_a_prometheus_that_answers_oddly(server: Server, result: Any) -> None:
-    """A Prometheus answer of another form gives an error or no values."""
+    """If Prometheus answers in an unexpected form, the history gives an error or no values."""
     server.result = result
     try:
         answer = await server.get("series=tokens&seconds=7200")

@@ -83,8 +83,8 @@ async def test_guards_hold(keyed: Keyed) -> None:
 
 
 async def test_only_the_playgrounds_paths(keyed: Keyed) -> None:
-    """A session gives no access to the OpenAI API itself. Of its paths under the console, only the two of the
-    playground exist."""
+    """A console session gives no access to the paths of the OpenAI API. Under /console, only the two paths that the
+    playground needs exist."""
     browser = await signed_in(keyed, "acme", models=["*"])
     assert (await browser.fetch("/v1/models")).status == 401
     assert (await browser.fetch("/v1/chat/completions", chat_body())).status == 401

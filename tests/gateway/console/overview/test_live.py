@@ -51,7 +51,8 @@ async def test_a_killed_worker_is_shown_lost_and_its_calls_go_on_elsewhere(
 
 
 async def test_the_verb_returns_the_document(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """GetOverview returns the consoles' document once. The document holds calls only if the request asks for them."""
+    """The admin method GetOverview returns the overview document that the console shows. The document lists calls only
+    if the request asks for them."""
     worker = await cluster.add_worker(sim_engine(checkpoint), bundle)
     await cluster.stub.Chat(chat())
     async with AdminClient(cluster.gateway.endpoints["admin"]) as admin:

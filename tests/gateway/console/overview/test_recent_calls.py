@@ -21,8 +21,8 @@ def ended(number: int, tenant: str, at: float = 0.0, text: str = "") -> EndedCal
 @settings(deadline=None)
 @given(st.lists(st.sampled_from("abcd"), max_size=80), st.integers(1, 12))
 def test_one_tenant_does_not_push_out_others(tenants: list[str], most: int) -> None:
-    """At most `most` calls are kept: of each tenant the newest. A tenant of which calls were dropped keeps at most one
-    call less than any other tenant."""
+    """FairRing keeps the newest calls of each tenant, at most `most` in all. A tenant loses an old call only while it
+    has at least as many calls in the ring as any other tenant."""
     ring = FairRing(most)
     sent: Counter[str] = Counter()
     for number, tenant in enumerate(tenants):
@@ -52,7 +52,7 @@ def test_old_calls_are_dropped() -> None:
 
 
 def test_calls_with_long_texts_take_little_memory() -> None:
-    """The history is full, and each call has the longest texts. It takes less than 4 MiB."""
+    """A full history takes less than 4 MiB, even if each call has the longest texts."""
     gc.collect()
     tracemalloc.start()
     try:

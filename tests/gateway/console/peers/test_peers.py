@@ -26,7 +26,7 @@ from tests.support.valkey import Server
 
 @asynccontextmanager
 async def processes_of_a_host(folder: Path) -> AsyncIterator[list[TestCluster]]:
-    """Run two processes of one gateway. Both run in the process of the test."""
+    """Run the two gateway processes of a host. For the test, both are gateways in this process."""
     config = choose_ports(parse(LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  processes: 2")))
     async with AsyncExitStack() as stack:
         yield [await _started(stack, Gateway(config, folder / str(number), process=number)) for number in range(2)]
@@ -84,8 +84,8 @@ async def history_of(cluster: TestCluster, query: str) -> Any:
 async def one_cluster_is_shown(
     clusters: list[TestCluster], checkpoint: Path, bundle: Bundle, links_of_second: int = 1
 ) -> None:
-    """Assert that each gateway shows the workers, calls and tenants of both. `links_of_second`: number of links of the
-    worker that was given only the second gateway's address."""
+    """Assert that each of two gateways shows the workers, calls and tenants of both gateways. `links_of_second`: number
+    of links of the worker that was given only the second gateway's address."""
     links = [cluster.gateway.endpoints["link"] for cluster in clusters]
     both = await clusters[0].add_worker(sim_engine(checkpoint, decode_ms=1), bundle, gateways=links)
     only = await clusters[1].add_worker(sim_engine(checkpoint, decode_ms=1), bundle)

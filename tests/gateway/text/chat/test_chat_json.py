@@ -1,4 +1,5 @@
-"""Chats as JSON for a worker's renderer: the caller's values in vLLM's fields."""
+"""A chat is converted to JSON for a worker's renderer. The JSON has the fields of vLLM's chat request and the caller's
+values."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ def test_arguments_keep_the_callers_text(text: str) -> None:
     st.fixed_dictionaries({}, optional={"enable_thinking": st.booleans(), "x": st.integers()}),
 )
 def test_an_effort_is_a_field_again(effort: str, given_arguments: dict[str, Any]) -> None:
-    """The chat has the reasoning effort as a separate field. From it and the template arguments, vLLM computes the same
-    arguments as the gateway."""
+    """A chat that is sent to vLLM has the reasoning effort in its own field, not among the template arguments. vLLM
+    computes the same template arguments from it as the gateway."""
     chat = json.loads(chat_json([USER], template_kwargs=template_arguments(given_arguments, effort)))
     assert chat.get("reasoning_effort", "") == effort
     arguments = chat.get("chat_template_kwargs", {})

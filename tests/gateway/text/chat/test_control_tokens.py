@@ -56,8 +56,8 @@ def test_parts_form_no_token_together() -> None:
 
 
 def test_a_tokenizer_that_would_undo_it_is_refused() -> None:
-    """Escaping is refused if a control token is matched in normalized text, or if the control tokens use up all
-    separators."""
+    """Escaping is refused if the tokenizer matches a control token in normalized text. It is also refused if no
+    separator is left, because each one occurs in a control token."""
     for tokens in ([added("<s>", normalized=True)], [added("a b"), added("a\u200bb"), added("a\u2060b")]):
         with pytest.raises(ValueError, match="use keep"):
             escaping(tokens)

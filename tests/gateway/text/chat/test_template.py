@@ -130,8 +130,8 @@ def test_own_templates_have_one_bos(kind: Kind) -> None:
 
 
 def test_every_public_template_names_its_origin() -> None:
-    """Each public template in the repository has an index entry with the model, the holder and a permissive licence.
-    There are at least twelve public templates."""
+    """Each public template in the repository has an index entry with the model, the copyright holder and a permissive
+    licence. There are at least twelve public templates."""
     index = json.loads((PUBLIC / "index.json").read_text())
     assert sorted(Path(entry["file"]).stem for entry in index) == NAMES
     assert len(NAMES) >= 12

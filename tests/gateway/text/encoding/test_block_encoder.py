@@ -29,8 +29,8 @@ def encoder_of(tokenizer: Tokenizer, chars: int = 1) -> BlockEncoder | None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_ids_equal_those_from_scratch(name: str) -> None:
-    """Each text repeats parts of earlier texts. Encoded in blocks, it has the ids of encoding it whole from scratch,
-    with and without special tokens. This also holds if a helper process cuts the texts."""
+    """Encoding a text in blocks gives the same token ids as encoding the whole text at once, with and without special
+    tokens. Each text repeats parts of earlier texts. The ids are also equal if a helper process cuts the texts."""
     tokenizer = TOKENIZERS[name]
     memory = PromptMemory(20_000)  # small, so that blocks are evicted too
 
@@ -119,8 +119,8 @@ def missing_chars(encoder: BlockEncoder, memory: PromptMemory, text: str, tenant
 
 @pytest.mark.parametrize("name", ["llama3", "llama3, odd tokens"])
 def test_a_turn_costs_its_new_part(name: str) -> None:
-    """For the next turn of a conversation, only the new messages are encoded, and an earlier message that has changed.
-    Other tenants find nothing in memory, and neither does the same tenant with another salt."""
+    """For the next turn of a conversation, only the new messages and a changed earlier message are encoded. Another
+    tenant finds nothing in the memory, and neither does the same tenant with another salt."""
     encoder, memory = encoder_of(TOKENIZERS[name], 100), PromptMemory()
     assert encoder is not None
     whole, message = len(turns(40)), len(turns(1))
@@ -168,7 +168,8 @@ def test_a_lone_surrogate_is_the_tokenizers_error() -> None:
 
 
 def test_a_tokenizer_without_cuts_encodes_whole() -> None:
-    """A tokenizer gets no encoder if it treats special tokens as text and its pieces may span a space."""
+    """A tokenizer that treats special tokens as text, and whose pieces may contain a space, gets no block encoder. Its
+    texts are therefore encoded whole."""
     tokenizer = Tokenizer.from_str(TOKENIZERS["llama3"].to_str())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     assert encoder_of(tokenizer) is not None

@@ -41,13 +41,13 @@ LONGEST_PASS = 0.5
 
 
 def new_pool(kind: Kind) -> EncodingPool:
-    """Return a pool of one helper. Its callers wait even if the helper gets no core, since helpers run at idle
-    priority."""
+    """Return a pool of one helper process. The pool has a long patience, because helpers run at idle priority and may
+    be slow to get a core."""
     return EncodingPool(build_bundle(kind.folder), size=1, patience_s=PATIENT_S)
 
 
 def new_model(bundle: Bundle) -> TextModel:
-    """Return a model whose callers wait for a helper even if the helper gets no core."""
+    """Return a text model whose helper pool has a long patience, because helpers may be slow to get a core."""
     model = TextModel.from_bundle(bundle)
     assert model.pool is not None
     model.pool.patience_s = PATIENT_S
@@ -67,7 +67,8 @@ async def model(kinds: dict[str, Kind]) -> AsyncIterator[TextModel]:
 
 @dataclass
 class CpuTimes:
-    """CPU times in seconds. One is of all threads but the event loop's, the other of the event loop's longest pass."""
+    """CPU times in seconds. `others_s`: the time of all threads except the event loop's. `longest_pass_s`: the longest
+    single pass of the event loop."""
 
     others_s: float = 0.0
     longest_pass_s: float = 0.0
@@ -98,8 +99,8 @@ async def cpu_meanwhile(encode: Callable[[int], Awaitable[Sequence[int]]], expec
 
 
 async def test_long_prompts_leave_the_loop_free(model: TextModel) -> None:
-    """While helpers tokenize many prompts, the gateway's other threads take little CPU time, during which they would
-    hold the GIL. No pass of the event loop takes as long as tokenizing one prompt."""
+    """Helpers tokenize long prompts. Meanwhile the gateway's other threads use much less CPU time than if they
+    tokenized the prompts themselves. No pass of the event loop takes as long as tokenizing one prompt."""
     began_s = time.thread_time()
     expected = model.codec.encode_prompt(PROMPT)
     prompt_s = time.thread_time() - began_s
@@ -153,7 +154,8 @@ async def test_a_pool_that_is_closed_holds_nobody(kinds: dict[str, Kind], starte
 
 
 async def test_messages_are_rendered_there_too(model: TextModel) -> None:
-    """Long chat messages are tokenized in helpers too, with the same options."""
+    """Long chat messages are tokenized in helper processes too. The ids are the same as without helpers, for example
+    with continue_final_message."""
     messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "It"}]
     ids = await model.chat_ids_async(TENANT, messages, continue_final_message=True)
     assert ids.tolist() == model.codec.encode_chat(messages, continue_final_message=True)
@@ -274,8 +276,8 @@ async def test_what_was_sent_outlives_its_helper(kinds: dict[str, Kind]) -> None
 
 
 async def test_a_second_job_runs_on_the_same_helper(kinds: dict[str, Kind]) -> None:
-    """`then` may return another job for a result. That job runs next on the same helper, before all waiting jobs. An
-    error of the first job ends the call."""
+    """`then` makes a second job from the result of a first job. The second job runs on the same helper, before all
+    waiting jobs. An error of the first job ends the call."""
     pool = new_pool(kinds["llama"])
 
     async def call(text: str) -> list[bytes]:
@@ -320,8 +322,8 @@ async def test_nobody_waits_for_a_helper_that_gets_no_core(stuck: EncodingPool) 
 
 
 async def test_a_helper_is_late_without_its_caller_too(stuck: EncodingPool) -> None:
-    """If the caller of a stopped helper is cancelled before the helper is late, later callers still do not wait for the
-    helper."""
+    """A helper process is stopped and its caller is cancelled, before the helper counts as late. Later callers still do
+    not wait for this helper."""
     gone = asyncio.create_task(stuck.run(("prompt_ids", (TENANT, PROMPT), {})))
     await asyncio.sleep(0)
     gone.cancel()

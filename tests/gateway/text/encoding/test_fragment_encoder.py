@@ -22,7 +22,7 @@ LAW = settings(max_examples=150, deadline=None)
 
 
 def with_added(tokenizer: Tokenizer) -> Tokenizer:
-    """Return a copy of a tokenizer to which the tokens ADDED are added. Every other one is special."""
+    """Return a copy of a tokenizer with the tokens in ADDED added. Every second added token is a special token."""
     copy = Tokenizer.from_str(tokenizer.to_str())
     for at, content in enumerate(ADDED):
         token = AddedToken(content, normalized=False, special=at % 2 == 0)

@@ -106,7 +106,8 @@ def test_ids_are_those_of_transformers(
 
 @given(st.integers(0, 40), st.integers(1, 40), st.integers(0, 60))
 def test_the_longer_text_is_cut_first(first: int, second: int, room: int) -> None:
-    """What is kept of two texts fits into the room and fills it. The shorter text loses tokens only if it must."""
+    """The tokens that are kept of two texts fill the allowed length and do not exceed it. The shorter text loses tokens
+    only if it must."""
     kept = longest_first(first, second, room)
     assert sum(kept) == min(first + second, room) or (min(first, second) > room and sum(kept) <= room)
     assert kept[0] <= first
@@ -204,8 +205,8 @@ def test_a_beginning_has_the_first_ids(kind: str, text: str, times: int, keep: i
 
 
 def test_a_long_text_that_is_cut_is_not_read_whole() -> None:
-    """Of a text of 4 MB that is truncated, the tokenizer reads only about as much as is kept, if the text has a place
-    to cut."""
+    """If a long text is truncated to few tokens, the tokenizer reads only a small part of the text. A text without a
+    place to split is read whole."""
     counting = Counting()
     encoder = InputEncoder(counting, {})  # type: ignore[arg-type]
     assert len(encoder.encode(texts("unknown-thing " * 300_000), 512, 64).ids[0]) == 64
@@ -259,8 +260,8 @@ def test_packed_texts_are_the_texts(values: list[str], at: int) -> None:
 
 @given(st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=5), max_size=6))
 def test_packed_ids_are_the_ids(values: list[list[int]]) -> None:
-    """Packed lists of ids equal the original lists. From the position of an id, its list and its place there can be
-    found."""
+    """PackedIds hold the same lists of ids as were packed. For each id, `place_of` returns the index of its list and
+    its index in that list."""
     whole = PackedIds.of(values)
     encoded = EncodedInputs(whole, b"")
     again = pickle.loads(pickle.dumps(encoded, protocol=5)).ids  # noqa: S301

@@ -28,7 +28,8 @@ LONG = TEXTS | st.lists(TEXTS, max_size=8).map("".join) | st.builds(
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), family=st.sampled_from(FAMILIES))
 def test_the_bound_is_never_above_the_tokens(kinds: dict[str, Kind], data: st.DataObject, family: str) -> None:
-    """For each family and any text, the lower bound is at most the number of token ids."""
+    """The lower bound on the tokens of a text is at most their actual number, for any text and each family of
+    tokenizers."""
     model = kinds[family].ours
     reach = model.codec._lengths._reach
     if reach is None:
@@ -38,7 +39,8 @@ def test_the_bound_is_never_above_the_tokens(kinds: dict[str, Kind], data: st.Da
 
 
 def test_some_families_have_a_bound(kinds: dict[str, Kind]) -> None:
-    """At least two families have a lower bound. Without any bound, the test above would prove nothing."""
+    """At least two tokenizer families have a lower bound on the number of tokens. Otherwise
+    test_the_bound_is_never_above_the_tokens would check nothing."""
     bounded = [f for f, kind in kinds.items() if kind.ours.codec._lengths._reach is not None]
     assert {"llama", "qwen2"} <= set(bounded) or len(bounded) >= 2, bounded
 
@@ -84,7 +86,8 @@ def test_composition_is_allowed_for(text: str, composes: bool) -> None:
     ],
 )  # fmt: skip
 def test_what_may_drop_text_has_no_bound(layout: dict[str, object]) -> None:
-    """A tokenizer whose normalizer or pre-tokenizer may shorten a text has no bound."""
+    """For a tokenizer that may shorten a text before it splits the text, Reach has no lower bound on the number of
+    tokens."""
     assert Reach.of(_byte_level(None), {"pre_tokenizer": {"type": "ByteLevel"}, **layout}) is None
 
 
@@ -106,7 +109,8 @@ def test_a_text_beyond_the_context_is_refused_at_once(kinds: dict[str, Kind]) ->
     "pattern", ["(a+)+$", "(?:a|b)*c", "(a*)*", r"(\s+\S+)+", "(x{2,})+", r"(.)\1", "a*" * 9 + "$"]
 )
 def test_expressions_that_may_explode_are_told(pattern: str) -> None:
-    """An expression whose backtracking time may double with each character is classified as slow."""
+    """A regular expression is classified as slow if its backtracking time may double with each further character of a
+    text."""
     assert may_explode(pattern)
     assert list(expressions_of({"pre_tokenizer": {"pretokenizers": [{"pattern": {"Regex": pattern}}]}})) == [pattern]
 

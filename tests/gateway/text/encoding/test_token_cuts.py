@@ -1,4 +1,4 @@
-"""A text is cut at an added token only if the ids of both sides add up to those of the whole text."""
+"""A text is cut at an added token only if the joined ids of the two parts equal the ids of the whole text."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def splitting_specials(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("spoil", [truncating, padding, dropping_out, of_another_model, splitting_specials])
 def test_uncertain_tokenizers_have_no_cuts(spoil: Callable[[Tokenizer], None]) -> None:
-    """A tokenizer that violates any one of the conditions is not cut at its tokens."""
+    """Texts are not cut at added tokens if the tokenizer violates any one condition under which a cut leaves the token
+    ids unchanged."""
     tokenizer = Tokenizer.from_str(TOKENIZERS["llama3"].to_str())
     assert cuts_of(tokenizer) is not None
     spoil(tokenizer)

@@ -68,7 +68,7 @@ MADE = {
 
 @pytest.mark.parametrize("name", MADE)
 def test_ids_equal_those_of_the_whole(name: str) -> None:
-    """The ids of blocks that are encoded by words equal the ids of the whole text."""
+    """Encoding a text in blocks, word by word, gives the same token ids as encoding the whole text at once."""
     tokenizer = MADE[name]
     encoder = encoder_of(tokenizer)
     assert encoder is not None
@@ -152,7 +152,8 @@ SPOILED = (
 
 @pytest.mark.parametrize("spoil", SPOILED)
 def test_uncertain_tokenizers_are_encoded_whole(spoil: Callable[[Tokenizer], None]) -> None:
-    """A tokenizer that violates any one of the conditions gets no word encoder."""
+    """A tokenizer gets no word encoder if it violates any one condition under which encoding by words gives the ids of
+    the whole text."""
     tokenizer = Tokenizer.from_str(MADE["llama3"].to_str())
     assert encoder_of(tokenizer) is not None
     spoil(tokenizer)

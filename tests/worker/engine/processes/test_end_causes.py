@@ -76,7 +76,8 @@ def test_a_process_that_only_imports_ray_starts_none(monkeypatch: pytest.MonkeyP
 
 
 def write(folder: Path, *notes: end_causes.Note) -> None:
-    """Write notes of errors and ends as an engine's processes do, followed by some invalid lines."""
+    """Write a file with these notes, in the form in which an engine's processes note errors and ends. Some invalid
+    lines follow."""
     lines = [json.dumps(dataclasses.asdict(note)) for note in notes]
     (folder / f"{end_causes.NOTES}-e1").write_text("\n".join([*lines, "{", "[]", '{"at": 1}', ""]))
 
@@ -115,8 +116,8 @@ def test_old_errors_do_not_explain_a_new_end(folder: Path) -> None:
 
 
 def test_executors_words_for_ended_ranks_are_kept(folder: Path) -> None:
-    """The executors' log messages about ended ranks are kept, with the signal or exit code of a process, or the ranks
-    of Ray actors."""
+    """When vLLM's executor logs that a rank has ended, the cause is recorded: for a process, its signal or exit code;
+    for Ray actors, the numbers of their ranks."""
     end_causes.register()
     logger = logging.getLogger("vllm.v1.executor.multiproc_executor")
     logger.error("Worker proc %s died unexpectedly (exit code: %s), shutting down.", "VllmWorker-1", -11)
@@ -149,7 +150,7 @@ def test_ranks_have_their_numbers(name: str, rank: str) -> None:
     ],
 )
 def test_a_core_notes_how_other_processes_end(folder: Path, number: int, how: str) -> None:
-    """A core notes how a process that is not its child has ended, and the path of that process's log."""
+    """An engine core records how a process that is not its child has ended, and the path of that process's log."""
     command = "read line; exit 3"
     with subprocess.Popen(["sh", "-c", command], stdin=subprocess.PIPE) as process:
         member = end_causes.Member("rank 1", "/var/log/rank-1.out")
@@ -219,7 +220,7 @@ def test_a_core_waits_longer_for_a_rank_that_is_seen_to_end(folder: Path) -> Non
 
 
 def test_a_core_without_ranks_does_not_wait(folder: Path) -> None:
-    """The error of a core without ranks is noted at once."""
+    """An engine core without rank processes notes its error at once."""
     end_causes.register(end_causes.Members())
     fail("vllm.v1.engine.core", RuntimeError("alone"))
     assert end_causes.find_cause("e1") == "RuntimeError: alone"
@@ -251,8 +252,8 @@ def test_exit_codes_are_said_in_words(code: int | None, words: str) -> None:
 
 
 def test_nothing_is_written_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No notes are written if the folder in the environment does not exist or is not one of Headrace's socket
-    folders."""
+    """The cause of an engine's end is written only into one of Headrace's socket folders. Nothing is written if the
+    folder in the environment does not exist or is another folder."""
     end_causes.register()
     for place in (tmp_path, tmp_path / f"{sockets.PREFIX}2"):
         monkeypatch.setenv(sockets.ENV, str(place))

@@ -106,8 +106,8 @@ def temporary() -> Iterator[Path]:
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_the_servers_folder_goes(temporary: Path, killed: bool) -> None:
-    """The server's folder is removed when its owner ends. If the owner was killed, the next engine's start removes the
-    folder."""
+    """The fork server's folder is removed when the server's owner ends. If the owner was killed, the next engine's
+    start removes the folder."""
     environment = {**os.environ, fork_server.START: "fork-server", "PYTHONPATH": os.getcwd(), "TMPDIR": str(temporary)}
     command = [sys.executable, "-c", HOLDS]
     with subprocess.Popen(
@@ -126,7 +126,8 @@ def test_the_servers_folder_goes(temporary: Path, killed: bool) -> None:
 
 @pytest.mark.parametrize(("word", "wanted"), [("spawn", False), ("fork-server", True)])
 def test_a_word_decides(monkeypatch: pytest.MonkeyPatch, word: str, wanted: bool) -> None:
-    """The environment variable decides whether the fork server is used, for every vLLM build."""
+    """The environment variable `fork_server.START` decides whether the fork server is used. This holds for every vLLM
+    build."""
     monkeypatch.setenv(fork_server.START, word)
     assert fork_server.is_wanted() is wanted
 

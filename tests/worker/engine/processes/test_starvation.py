@@ -32,9 +32,11 @@ class Machine:
 
 
 def until_alarm(pass_time: Callable[[Machine, float], None], ends_s: float = 20.0) -> float:
-    """Return the time at which a gateway would find the engine hung, in a step that began at 0.
+    """Return the time at which a gateway would find the engine hung, in a step that began at 0; infinity if it does not
+    before `ends_s`.
 
-    The step is checked ten times a second, as by a gateway.
+    The step is checked ten times a second, as by a gateway. `pass_time`: advances the counters of the simulated
+    machine by a number of seconds.
     """
     machine = Machine()
     starvation = Starvation(machine.tasks)
@@ -68,7 +70,8 @@ def test_what_gets_no_core_hangs_not(part: float, told_late: bool) -> None:
 
 @pytest.mark.parametrize("runs", [0.0, 1.0], ids=["sleeps or is stopped", "spins"])
 def test_what_hangs_is_found_as_early_as_ever(runs: float) -> None:
-    """A deadlock, SIGSTOP or an endless loop with a core of its own is reported as hung without delay."""
+    """A process that hangs is reported without delay, whether it is in a deadlock, stopped by SIGSTOP, or in an endless
+    loop on a core that it has for itself."""
 
     def hangs(machine: Machine, seconds: float) -> None:
         machine.ran += runs * seconds
@@ -79,7 +82,8 @@ def test_what_hangs_is_found_as_early_as_ever(runs: float) -> None:
 
 @given(st.floats(0.0, 1.0), st.floats(0.0, 1.0))
 def test_a_hang_on_a_busy_machine_is_found_late(ran: float, waited: float) -> None:
-    """An endless loop that also waits for its core is detected by its CPU time. The detection takes longer."""
+    """An endless loop is detected by the CPU time that it uses. If the loop's thread also waits for its core, the
+    detection takes longer."""
     total = max(ran + waited, 1.0)
 
     def spins(machine: Machine, seconds: float) -> None:

@@ -68,8 +68,8 @@ async def held_engine(folder: Path, tensor_parallel_size: int, tag: str) -> tupl
 async def test_nothing_is_left_when_the_owner_is_killed(
     llama_folder: Path, fast_subject: Subject, tensor_parallel_size: int
 ) -> None:
-    """After SIGKILL of the owner, neither processes nor shared memory are left. Before the kill, TP 2 gives the tokens
-    of TP 1."""
+    """When the owner of an engine is killed by SIGKILL, the engine's processes end and leave no shared memory. Before
+    the kill, an engine with tensor_parallel_size 2 gives the same tokens as one with 1."""
     (expected,) = await Driver(fast_subject).run(request(fast_subject.prompt(1), max_tokens=8))
     tag, before = uuid.uuid4().hex, blocks()
     owner, line = await held_engine(llama_folder, tensor_parallel_size, tag)
@@ -95,7 +95,7 @@ async def test_nothing_is_left_when_the_owner_is_killed(
 
 
 def _shared(pid: int) -> int:
-    """Return how many shared memory blocks a process has mapped whose names are already removed."""
+    """Return the number of shared memory blocks that a process maps and whose names are already removed."""
     return sum("/dev/shm/psm_" in line and line.endswith(" (deleted)") for line in _maps(pid))
 
 
@@ -146,8 +146,8 @@ if __name__ == "__main__":
 
 
 async def test_only_the_engines_semaphores_are_forgotten(tmp_path: Path) -> None:
-    """The lock of a new child loses its name and still works. Locks of this process and of an earlier child keep their
-    names."""
+    """`forget_names` removes the name of a new child's lock from /dev/shm, and the lock still works. The locks of this
+    process and of an earlier child keep their names."""
     program = tmp_path / "locks.py"
     program.write_text(LOCKS)
 
@@ -173,8 +173,8 @@ async def test_only_the_engines_semaphores_are_forgotten(tmp_path: Path) -> None
 
 
 def test_a_mark_names_one_process_for_ever() -> None:
-    """A mark identifies a process by its pid, start time and boot. It is alive while the process is alive, dead if the
-    start time differs, and None (unknown) if the boot differs."""
+    """A mark identifies a process by its pid, start time and boot. `alive` returns True for the mark of a running
+    process, False if the start time differs, and None (unknown) if the boot differs."""
     own = watchdog.mark(os.getpid())
     assert watchdog.alive(own) is True
     pid, start, here = own.split("@")
@@ -196,7 +196,8 @@ async def test_a_zombie_counts_as_gone() -> None:
 
 
 async def test_a_process_that_watches_ends_with_its_owner() -> None:
-    """A process that has its owner's mark ends itself when the owner is gone. A process without a mark runs on."""
+    """A process with the mark of an owner process in its environment ends itself when the owner is gone. A process
+    without a mark runs on."""
     owner = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=PIPE)
     code = "from cluster.worker.engine.processes import watchdog; watchdog.watch(); print('up', flush=True); input()"
     marks = {"watcher": watchdog.mark(owner.pid), "free": ""}
@@ -218,7 +219,8 @@ async def test_a_process_that_watches_ends_with_its_owner() -> None:
 
 
 def test_only_multiprocessing_blocks_are_swept() -> None:
-    """Only shared memory of multiprocessing and vLLM is listed, without names that are already removed."""
+    """`shared_memory_files` lists only files of multiprocessing and vLLM. Files whose names are already removed are
+    left out."""
     maps = """
 7f1-7f2 rw-s 0 00:1a 5 /dev/shm/psm_abc123
 7f2-7f3 rw-s 0 00:1a 5 /dev/shm/plasmaXYZ

@@ -140,7 +140,7 @@ class LateClock(VirtualClock):
     """A clock that wakes callers 3 ms late, as a busy event loop does."""
 
     async def sleep_until(self, when: float) -> None:
-        """Return 3 ms after `when`."""
+        """Sleep until 3 ms after `when`."""
         if when > self.now():
             await super().sleep_until(when + 0.003)
 
@@ -275,8 +275,8 @@ async def test_hang_stands_still_until_healed() -> None:
 
 @pytest.mark.parametrize("point", ["step", "prefill"])
 async def test_a_hang_ages_and_soon_states_no_work(point: str) -> None:
-    """During a hang the step's age grows beyond that of earlier steps. A waiting prompt explains the age only for a
-    while."""
+    """During a hang, the reported age of the step becomes far greater than the duration of earlier steps. The load
+    reports a prompt as the reason only at first; after two seconds it reports no reason."""
     clock = VirtualClock()
     engine, driver = await subject(clock=clock)
     await driver.run(request(driver.subject.prompt(1), 20))
@@ -295,7 +295,8 @@ async def test_a_hang_ages_and_soon_states_no_work(point: str) -> None:
 
 @pytest.mark.parametrize(("point", "busy"), [("prefill", "prefill"), ("step", "")])
 async def test_a_slow_prefill_states_its_work(point: str, busy: str) -> None:
-    """A slow prefill is reported as work while it lasts. A step that is slow for no reason reports no work."""
+    """While a prefill is slow, the engine's load names it as the work in progress. If a step is slow for no reason, the
+    load names no work."""
     clock = HeldClock()
     engine, driver = await subject(clock=clock)
     engine.faults.arm(point, "slow", seconds=8.0)

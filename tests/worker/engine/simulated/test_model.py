@@ -296,7 +296,8 @@ def test_oldest_idle_block_is_evicted_first_and_tails_before_heads() -> None:
 
 
 def test_a_block_filled_again_is_not_idle_beside() -> None:
-    """If a new block gets the content of an idle block, the content is held once, in the used block."""
+    """If a call computes a block whose content an idle block already has, the content is not held twice: the idle copy
+    is dropped."""
     kv = KvCache(4)
     assert kv.allocate(2)
     for block in (1, 2):

@@ -83,8 +83,8 @@ async def test_an_error_of_one_text_is_no_vector() -> None:
 
 
 async def test_a_wrong_vector_is_sickness() -> None:
-    """If the golden request after an error gives a wrong vector, EngineCorrupt is raised, and the message names the
-    node."""
+    """After an engine error, the golden request (a request with a known answer) runs. If it gives a wrong vector,
+    EngineCorrupt is raised, and the message names the node."""
     engine, driver = await subject()
     engine.faults.arm("step", "nan", at=1)
     engine.faults.arm("step", "wrong", at=0)

@@ -58,7 +58,7 @@ async def subject(llama_folder: Path) -> AsyncIterator[Subject]:
 
 @pytest.fixture
 async def engine(subject: Subject) -> AsyncIterator[VllmEngine]:
-    """The engine, which holds no adapter after the test."""
+    """Provide the engine, and unload all its adapters after the test."""
     engine = subject.engine
     assert isinstance(engine, VllmEngine)
     yield engine
@@ -168,7 +168,8 @@ async def test_an_unloaded_adapter_serves_its_requests_to_the_end(
 async def test_a_request_with_an_adapter_is_resumed(
     subject: Subject, engine: VllmEngine, adapters: MergedAdapters
 ) -> None:
-    """A request for an adapter that is cut after some tokens continues with the same tokens, greedy and with a seed."""
+    """A request with an adapter is cut after some tokens and resumed. The remaining tokens equal those of the uncut
+    request, both greedy and with a seed."""
     folders = await load(engine, adapters, 2)
     prompt = subject.prompt(14, tokens=40)
     samplings: tuple[dict[str, Any], ...] = ({}, {"temperature": 1.0, "seed": 7, "presence_penalty": 0.5})
@@ -185,8 +186,8 @@ async def test_a_request_with_an_adapter_is_resumed(
 async def test_a_failed_load_leaves_the_engine_alive(
     subject: Subject, engine: VllmEngine, adapters: MergedAdapters, tmp_path: Path, llama_folder: Path, name: str
 ) -> None:
-    """vLLM refuses damaged adapter files that Headrace has not checked. The load fails between two steps, and other
-    requests run on."""
+    """If adapter files are damaged, vLLM's load of the adapter fails with ADAPTER_INVALID. Other requests continue, and
+    further adapters can be loaded. Headrace's own check of the files is not used here."""
     await load(engine, adapters, 1)
     folder = tmp_path / "broken"
     if name != "no folder":

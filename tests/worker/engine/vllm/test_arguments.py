@@ -38,7 +38,7 @@ def test_an_entry_becomes_arguments(llama_folder: Path) -> None:
 
 
 def test_grammars_have_one_backend(llama_folder: Path) -> None:
-    """The backend for grammars is xgrammar unless the entry names another. Other settings of
+    """The backend for grammars is xgrammar unless the catalog entry names another backend. Other settings of
     `structured_outputs_config` are kept."""
     for section, backend in (
         ({}, "xgrammar"),
@@ -70,7 +70,7 @@ def test_tekken_models_have_their_own_mode_and_backend(tmp_path: Path, llama_fol
 
 @pytest.mark.parametrize("executor", ["ray", "mp"])
 def test_a_world_larger_than_one_takes_the_executor(llama_folder: Path, executor: str) -> None:
-    """Tensor-parallel and pipeline-parallel ranks use the given executor."""
+    """With tensor or pipeline parallelism, vLLM's executor backend is the one in `executor`."""
     for entry in (spec(tensor_parallel_size=2), spec(pipeline_parallel_size=2)):
         assert arguments.engine_arguments(entry, llama_folder, executor).distributed_executor_backend == executor
 

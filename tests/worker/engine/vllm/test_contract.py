@@ -15,7 +15,8 @@ from tests.worker.engine.contract import EngineContract, Subject
 
 @pytest.mark.engine
 def test_bounds_of_lists_are_those_of_vllms_tables() -> None:
-    """Our bounds on the lists of a request equal those of vLLM's V2 runner. A longer list would end its engine core."""
+    """Our bounds on the lists of a request equal those of vLLM's V2 runner. A list beyond the bound would end vLLM's
+    engine core."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
@@ -41,7 +42,8 @@ class TestFastPath(EngineContract):
         return fast_subject
 
     def test_says_its_path(self, engine: Subject) -> None:
-        """EngineInfo has the path, the class and the sizes of the engine."""
+        """EngineInfo names the fast path as the engine's path. It also has the engine's class, sizes and default
+        sampling options."""
         assert (engine.info.engine_path, engine.info.engine_path_reason) == ("fastpath", "")
         assert without_seed_noise(engine.info.engine_class) == "float32-tp1-pp1"
         assert engine.info.vocab_size == 768
@@ -53,7 +55,8 @@ class TestFastPath(EngineContract):
 
 @pytest.mark.engine
 class TestPublic(EngineContract):
-    """The engine contract over AsyncLLM, which is used if vLLM lacks a name that the fast path needs."""
+    """The engine contract for an engine on AsyncLLM. An engine uses AsyncLLM if vLLM lacks a name that the fast path
+    needs."""
 
     @pytest.fixture
     def engine(self, public_subject: Subject) -> Subject:

@@ -12,7 +12,7 @@ from cluster.worker.engine.vllm.cpu import platform
 
 
 def test_says_nothing_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the environment variable, vLLM chooses its platform itself."""
+    """Without the environment variable LOGICAL_GPUS, the plugin returns None, and vLLM chooses its platform itself."""
     monkeypatch.delenv(platform.LOGICAL_GPUS, raising=False)
     assert platform.plugin() is None
 
@@ -20,9 +20,9 @@ def test_says_nothing_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.engine
 @pytest.mark.parametrize(("asked", "expected"), [("1", "LogicalGpuCpuPlatform GPU"), ("", "CpuPlatform ")])
 def test_vllm_takes_the_platform(asked: str, expected: str) -> None:
-    """If our platform is selected, vLLM uses it in a new process, with GPU as its Ray device.
+    """If Headrace's CPU platform is selected, vLLM uses it in a new process. Its Ray device key is `GPU`.
 
-    Otherwise vLLM uses its own platform.
+    Otherwise vLLM uses its own CPU platform.
     """
     code = "from vllm.platforms import current_platform as p; print(type(p).__name__, p.ray_device_key, p.is_cpu())"
     done = subprocess.run(

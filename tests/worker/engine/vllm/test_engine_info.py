@@ -57,7 +57,7 @@ def properties(
 
 
 def test_a_generating_engine(llama_folder: Path) -> None:
-    """The sizes come from the entry, and the EOS ids from the checkpoint and the tokenizer."""
+    """An engine's sizes come from its catalog entry. Its EOS ids come from the checkpoint and from the tokenizer."""
     found = properties(llama_folder)
     info, bounds = found.info, found.bounds
     assert (info.block_size, info.kv_blocks, info.max_num_seqs, info.max_num_batched_tokens) == (32, 77, 8, 128)
@@ -73,7 +73,8 @@ def test_a_generating_engine(llama_folder: Path) -> None:
 
 
 def test_resume_as_a_prompt_is_reported(llama_folder: Path) -> None:
-    """The properties report that requests are resumed as prompts if exact resume is missing, and on the public path."""
+    """If exact resume is missing, or on the public path (AsyncLLM), the engine reports the capability RESUME_PLAIN:
+    emitted tokens are resumed as a part of the prompt."""
     found = properties(llama_folder, exact_resume=False, why_public="switched off")
     assert (found.info.engine_path, found.info.engine_path_reason) == ("public", "switched off")
     assert RESUME_PLAIN in found.info.capabilities
@@ -82,7 +83,7 @@ def test_resume_as_a_prompt_is_reported(llama_folder: Path) -> None:
 
 
 def test_kv_events_need_a_socket_and_a_prefix_cache(llama_folder: Path) -> None:
-    """The capabilities of KV events require a socket for events and a prefix cache."""
+    """An engine reports the capabilities of KV events only if it has a socket for events and a prefix cache."""
 
     def capabilities(**entry: Any) -> set[str]:
         return set(properties(llama_folder, **entry).info.capabilities)
@@ -93,8 +94,8 @@ def test_kv_events_need_a_socket_and_a_prefix_cache(llama_folder: Path) -> None:
 
 
 def test_adapters_are_reported(llama_folder: Path) -> None:
-    """An engine with adapters reports its slots and its capacity, and its bounds accept requests for loaded
-    adapters."""
+    """An engine with adapters reports the number of its slots and of the adapters that its memory holds. Its checks of
+    requests know the loaded adapters."""
     engine = {"enable_lora": True, "max_loras": 2, "max_cpu_loras": 4, "enable_prefix_caching": False}
     found = properties(llama_folder, engine=engine)
     assert (found.info.adapter_slots, found.info.adapter_capacity) == (2, 4)
@@ -104,8 +105,8 @@ def test_adapters_are_reported(llama_folder: Path) -> None:
 
 
 def test_a_pooling_engine(tmp_path: Path) -> None:
-    """A cross-encoder has no capability of generating models. Its KV blocks bound its queue, since it has no KV
-    cache."""
+    """A cross-encoder has none of the capabilities of generating models. It has no KV cache; its number of KV blocks is
+    made up and only limits its queue."""
     found = properties(build_cross_encoder(tmp_path / "cross-encoder"), tasks=("classify",), blocks=1, max_model_len=96)
     assert found.info.capabilities == ("pools:score",)
     assert found.info.pooling is not None

@@ -38,7 +38,8 @@ def test_what_is_missing_is_named() -> None:
 
 @pytest.mark.engine
 def test_finish_reasons_keep_their_order() -> None:
-    """The number of each of vLLM's finish reasons is ours minus one. The fast path relies on this."""
+    """vLLM's finish reasons have the names of FinishReason, and each number is one lower than in FinishReason. The fast
+    path relies on this."""
     from cluster.api.types import FinishReason
 
     theirs = resolve("vllm.v1.engine.FinishReason")

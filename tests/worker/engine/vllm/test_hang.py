@@ -1,4 +1,5 @@
-"""An engine's load shows a stopped engine core, but raises no alarm for a long prefill. A sick engine is found."""
+"""Detection of a stopped engine core by the engine's load, without false alarms during long prefills, and detection of
+an engine with wrong answers by the golden check."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def watched(engine: Engine) -> Iterator[list[EngineLoad]]:
 
 @pytest.mark.parametrize("queued", [0, 6])
 async def test_a_stopped_core_shows_and_goes_on(fast_subject: Subject, fast_core: psutil.Process, queued: int) -> None:
-    """A core that SIGSTOP has stopped looks hung but not dead, with and without queued prompts.
+    """An engine core that SIGSTOP has stopped looks hung but not dead, with and without queued prompts.
 
     After SIGCONT the tokens are right.
     """
@@ -82,7 +83,7 @@ async def test_a_stopped_core_shows_and_goes_on(fast_subject: Subject, fast_core
 
 
 async def _hung(engine: Engine) -> EngineLoad:
-    """Wait for a load that looks hung, and return it."""
+    """Poll the engine's load until `looks_hung` is true for it. Returns this load."""
     while True:
         load = engine.load()
         if looks_hung(load):
@@ -130,7 +131,8 @@ class Started:
 
 
 class Forgetful(CheckedEngine):
-    """A checked engine whose golden answer a test can change, as if the engine had become sick."""
+    """An engine with golden checks. A test can replace the reference answer by a wrong one, so that the next check
+    fails."""
 
     def forget(self) -> None:
         """Replace the reference answer by a wrong one."""

@@ -211,9 +211,10 @@ FORGED: dict[str, tuple[int, ...]] = {
 
 @pytest.mark.parametrize("name", FORGED)
 async def test_emitted_tokens_that_nobody_emitted(fast_subject: Subject, name: str) -> None:
-    """A request with forged emitted ids is refused, continues or ends, with and without a grammar.
+    """A resumed request with forged emitted token ids does not harm the engine, with or without a grammar. It is
+    refused, or it runs to its end.
 
-    Another request keeps its own tokens.
+    A request that runs at the same time keeps its own tokens.
     """
     driver, plain, emitted = Driver(fast_subject), fast_subject.prompt(96), FORGED[name]
     (reference,) = await driver.run(request(plain, max_tokens=16))

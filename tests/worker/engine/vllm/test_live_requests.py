@@ -22,8 +22,8 @@ def live_request(prompt: int = 3, emitted: int = 0, sampling: Sampling | None = 
 
 
 def test_counts_follow_the_requests() -> None:
-    """A request's prompt and emitted tokens count as prefill until its first output or its end. The request counts
-    until its end."""
+    """Until its first output or its end, a request adds its prompt tokens and its emitted tokens to the prefill tokens.
+    Until its end, the request counts as live."""
     stats = StepStats()
     live = LiveRequests(stats)
     live.add("a", live_request(3, 2))
@@ -77,8 +77,8 @@ def test_ids_are_used_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_load_follows_the_requests() -> None:
-    """A request that the scheduler has not counted yet is reported as waiting, with its prompt tokens. The load has
-    both the age of a step and the reason for the age."""
+    """A request that the scheduler has not counted yet is reported as waiting, with its prompt tokens. The load also
+    has the age of the current step, and the work that may explain a long step, such as `grammar`."""
     stats = StepStats()
     stats.record_submit(5, 100.0)
     stats.record_submit(7, 100.0)

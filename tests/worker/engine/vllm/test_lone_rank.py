@@ -26,7 +26,8 @@ def config(ranks: int, device: str = "cpu") -> SimpleNamespace:
     (2, "core", "cpu", False), (1, "core", "cuda", False),
 ])  # fmt: skip
 def test_which_engines(ranks: int, word: str, device: str, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A single rank on CPUs runs in the core, unless the environment variable says `process`."""
+    """A single rank on CPUs runs in the process of the engine core, unless the environment variable has the value
+    `process`."""
     monkeypatch.setenv(lone_rank.RANK, word)
     settled = config(ranks, device)
     assert lone_rank.settle(settled) is there
@@ -41,7 +42,8 @@ def test_another_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_this_vllm_has_what_it_needs() -> None:
-    """The installed vLLM has every name of the table. If a name is missing, the rank silently keeps its own process."""
+    """The installed vLLM has every private name that lone_rank.py uses. If a name were missing, the rank would run in a
+    process of its own, without an error."""
     assert not missing(lone_rank.SYMBOLS)
 
 

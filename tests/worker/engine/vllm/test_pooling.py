@@ -39,7 +39,7 @@ LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 512}
 
 
 async def started(folder: Path, *, fast: bool, **engine: object) -> AsyncIterator[Subject]:
-    """Yield a started engine that the golden check wraps."""
+    """Start an engine inside a CheckedEngine, which runs the golden check, and yield it as a Subject."""
     spec = ModelSpec("pooling", "unused", dtype="float32", engine={**LIMITS, **engine})
     checked = CheckedEngine(VllmEngine(spec, folder, prefer_fastpath=fast))
     try:
@@ -57,7 +57,8 @@ def minilm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 async def embedder(minilm_folder: Path) -> AsyncIterator[Subject]:
-    """all-MiniLM-L6-v2 on the fast path, with declared lengths of shorter vectors."""
+    """all-MiniLM-L6-v2 on the fast path. Its configuration is overridden, so that it declares shorter vectors of 64 and
+    128 numbers."""
     async for subject in started(minilm_folder, fast=True, hf_overrides={"matryoshka_dimensions": [64, 128]}):
         yield subject
 
@@ -84,8 +85,8 @@ class TestEmbeddings(PoolingContract):
         return embedder
 
     def test_says_what_it_is(self, engine: Subject) -> None:
-        """EngineInfo has the path, the lengths of vectors and the longest text. Without a KV cache, the model has a
-        capacity of several steps."""
+        """EngineInfo has the engine path, the lengths of vectors and the maximum length of a text. The model has no KV
+        cache, so the reported KV tokens are those of several steps."""
         info = engine.info
         assert info.engine_path == "fastpath"
         assert info.capabilities == ("pools:embed",)
@@ -123,7 +124,7 @@ class TestScores(PoolingContract):
         return cross_encoder
 
     def test_says_what_it_is(self, engine: Subject) -> None:
-        """EngineInfo has the path, and a score is reported as a vector of length 1."""
+        """EngineInfo has the engine path `fastpath` and the task `score`, whose result is a vector of length 1."""
         assert (engine.info.engine_path, engine.info.capabilities) == ("fastpath", ("pools:score",))
         assert engine.info.pooling == PoolingInfo((PoolingTask.SCORE,), 1)
 
@@ -141,7 +142,8 @@ class TestScores(PoolingContract):
 
 @pytest.fixture(scope="module")
 async def decoder(llama_folder: Path) -> AsyncIterator[Subject]:
-    """A tiny Llama that its entry turns into an embedding model, behind AsyncLLM. Every shorter vector is allowed."""
+    """A tiny Llama that its catalog entry turns into an embedding model, on the AsyncLLM path. Requests may ask for any
+    shorter vector."""
     options: dict[str, Any] = {"block_size": 32, "kv_cache_memory_bytes": 64 << 20}
     async for subject in started(
         llama_folder, fast=False, runner="pooling", hf_overrides={"is_matryoshka": True}, **options
@@ -158,7 +160,7 @@ class TestDecoder(PoolingContract):
         return decoder
 
     def test_says_what_it_is(self, engine: Subject) -> None:
-        """EngineInfo has the path and the KV cache, and says that every shorter vector is allowed."""
+        """EngineInfo reports the public path, the KV cache, and that every shorter vector is allowed."""
         assert engine.info.engine_path == "public"
         assert engine.info.pooling == PoolingInfo((PoolingTask.EMBED,), 128, any_shorter=True)
         assert engine.info.kv_tokens > 16 * engine.info.max_num_batched_tokens

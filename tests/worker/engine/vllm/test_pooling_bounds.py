@@ -89,8 +89,8 @@ def test_declared_lengths() -> None:
 
 @given(st.integers(0, 9), st.integers(1, 256), st.integers(1, 9999), st.integers(1, 9999))
 def test_credit_suffices_for_a_text_and_a_step(blocks: int, block_size: int, step: int, longest: int) -> None:
-    """The longest text fits into the capacity, whatever vLLM reports. Without a KV cache, the capacity is that of
-    STEPS_AHEAD steps."""
+    """The advertised capacity is large enough for the longest text, whatever vLLM reports. Without a KV cache, it is
+    large enough for STEPS_AHEAD steps."""
     stated = kv_blocks(blocks, block_size, step, longest) * block_size
     assert stated >= longest
     if blocks < 2:
@@ -103,8 +103,10 @@ def test_credit_suffices_for_a_text_and_a_step(blocks: int, block_size: int, ste
 def test_lengths_are_refused_exactly_outside_the_declared_ones(
     length: int, shorter: set[int], any_shorter: bool
 ) -> None:
-    """The length of a vector is allowed if it is the model's own, or declared, or if the model allows every shorter
-    length."""
+    """A request may ask for vectors of the model's own length or of a shorter length that the model declares.
+
+    If the model allows every shorter length, so may the request. Any other length is refused.
+    """
     info = PoolingInfo((PoolingTask.EMBED,), 8, tuple(sorted(shorter)), any_shorter)
     params = PoolingOptions(PoolingTask.EMBED, length)
     if length == 8 or length in shorter or (any_shorter and 1 <= length <= 8):

@@ -1,4 +1,4 @@
-"""Which models have exactly predictable cache hits, derived from vLLM's configuration."""
+"""Tests of the check, by vLLM's configuration, whether a model's cache hits can be predicted exactly."""
 
 from __future__ import annotations
 

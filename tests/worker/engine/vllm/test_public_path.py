@@ -21,7 +21,8 @@ positions = st.integers(1, 5).flatmap(
 def test_merged_outputs_keep_every_position_whole(
     drawn: tuple[int, list[tuple[list[int], int]]], merged_from: int
 ) -> None:
-    """A position has the sampled token and the k most likely tokens, whether or not AsyncLLM has merged outputs."""
+    """Each position of an output has log probabilities of the sampled token and of the k most likely tokens. This also
+    holds if AsyncLLM has merged several outputs into one."""
     k, sampled_positions = drawn
     whole, merged = FlatLogprobs(), FlatLogprobs()
     expected = []

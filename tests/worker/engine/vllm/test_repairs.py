@@ -16,13 +16,15 @@ pytestmark = pytest.mark.engine
 def test_this_vllm_is_one_that_the_seed_repair_knows() -> None:
     """The seed repair supports the installed vLLM.
 
-    Verify the repair (vllm/repairs.py) before its list gets a new release.
+    If this test fails for a new release of vLLM, verify the repair (vllm/repairs.py) before you add the release to
+    its list.
     """
     assert repairs.seeds_are_safe()
 
 
 def test_seeds_are_not_safe_where_the_repair_is_kept_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If VLLM_PLUGINS does not name the repairs, vLLM's processes are not patched and the engine refuses seeds."""
+    """Headrace's repairs of vLLM are a plugin. If VLLM_PLUGINS is set and does not name this plugin, seeds are not
+    safe."""
     monkeypatch.setenv("VLLM_PLUGINS", "something_else")
     assert not repairs.seeds_are_safe()
     monkeypatch.setenv("VLLM_PLUGINS", f"something_else,{repairs.PLUGIN}")
@@ -30,7 +32,7 @@ def test_seeds_are_not_safe_where_the_repair_is_kept_out(monkeypatch: pytest.Mon
 
 
 def test_stock_generators_still_lack_an_offset() -> None:
-    """vLLM's runner uses the offset of a generator, but a CPU generator has none, which is the fault.
+    """PyTorch's CPU generator has no offset, although vLLM's runner uses it. Headrace repairs this fault.
 
     If this test fails, the repair can be removed.
     """
@@ -41,7 +43,8 @@ def test_stock_generators_still_lack_an_offset() -> None:
 
 
 def test_the_runner_takes_draws_back_as_the_repair_expects() -> None:
-    """For a discarded sample, vLLM's runner sets the generator back by one draw, at a single place in its source."""
+    """For a discarded sample, vLLM's runner sets the random generator back by one draw. Its source does this at a
+    single place."""
     import inspect
 
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
@@ -71,8 +74,8 @@ def test_a_draw_that_is_taken_back_is_drawn_again() -> None:
 
 
 def test_shared_memory_is_named_as_the_repair_expects() -> None:
-    """Ranks compare a name to find out whether they share memory. The name does not identify the memory, which is the
-    fault.
+    """vLLM has the fault that the repair removes: ranks compare a name to find out whether they share memory, but
+    the name does not identify the memory.
 
     The repair adds an id of the memory to the name.
     """
@@ -97,9 +100,9 @@ def test_shared_memory_is_named_as_the_repair_expects() -> None:
 
 @pytest.mark.parametrize("part", ["ring", "arena"])
 def test_a_queue_is_freed_quietly_when_its_block_is_gone(part: str) -> None:
-    """To free a queue whose shared memory has lost its name raises an error, which is the fault.
+    """vLLM raises FileNotFoundError when it frees a queue whose shared memory has lost its name.
 
-    The repair frees the queue without an error, and unregisters the name.
+    With our repair, the queue is freed without an error, and the name is unregistered.
     """
     modules = {"ring": ("shm_broadcast", "ShmRingBuffer"), "arena": ("shm_tensor_arena", "ShmTensorArena")}
     name, what = modules[part]
@@ -160,9 +163,10 @@ def test_a_vllm_outside_the_window_stays_as_it_is_and_is_named(monkeypatch: pyte
 
 @pytest.mark.parametrize("name", ["bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"])
 def test_a_row_without_an_adapter_gets_the_last_one(name: str) -> None:
-    """vLLM's operations read the index -1, which means no adapter, as the last slot, which is the fault.
+    """vLLM's LoRA operations apply the last slot's adapter to a row with the index -1, which means no adapter.
 
-    With the repair, a row with this index is not changed. If this test fails, the repair can be removed.
+    With the repair, such a row is not changed. If this test fails because vLLM no longer has the fault, the repair can
+    be removed.
     """
     import inspect
 
@@ -184,8 +188,8 @@ def test_a_row_without_an_adapter_gets_the_last_one(name: str) -> None:
 
 
 def test_adapters_are_refused_where_the_repair_is_kept_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CPUs, an engine with adapters does not start without the repair, since requests for the base model would get
-    wrong tokens."""
+    """An engine on CPUs refuses adapters if Headrace's repair of vLLM is not applied. Without the repair, requests for
+    the base model would get wrong tokens."""
     assert repairs.why_no_adapters() == ""
     with monkeypatch.context() as patch:
         patch.setenv("VLLM_PLUGINS", "something_else")

@@ -86,8 +86,8 @@ def test_a_wrong_request_is_refused(changes: dict[str, object], field: str, reas
     ],
 )
 def test_what_would_start_anew_is_not_continued_as_a_prompt(changes: dict[str, object], field: str) -> None:
-    """If an engine can only append emitted ids to the prompt, parameters that depend on earlier output are refused by
-    name."""
+    """Parameters that depend on earlier output are refused if the engine can only append emitted ids to the prompt. The
+    error names the parameter."""
     cut = dataclasses.replace(PLAIN, emitted_token_ids=(7,), sampling=Sampling(max_tokens=4, **changes))  # type: ignore[arg-type]
     check(cut, LIMITS)
     with pytest.raises(EngineRefused) as error:
@@ -260,8 +260,8 @@ def test_expressions_that_are_not_supported_are_called_so(pattern: str) -> None:
     ],
 )
 def test_an_expression_that_compiles_for_minutes_is_refused(pattern: str, says: str) -> None:
-    """An expression with counts that would be unrolled into too many states is refused with a remedy, alone and in a
-    schema."""
+    """A regular expression is refused if its repeat counts would make too many states, both alone and in a JSON schema.
+    The error names the remedy."""
     schema = json.dumps({"type": "string", "pattern": pattern})
     for grammar in (Grammar("regex", pattern), Grammar("json_schema", schema)):
         with pytest.raises(EngineRefused, match=says) as error:
@@ -270,7 +270,8 @@ def test_an_expression_that_compiles_for_minutes_is_refused(pattern: str, says: 
 
 
 def test_long_numbers_in_patterns_are_refused() -> None:
-    """A count with more digits than Python parses is refused like any other large count."""
+    """A repetition count in a pattern is refused like any other large count if it has more digits than Python
+    parses."""
     for pattern in ("a{" + "9" * 5000 + "}", ".{" + "9" * 5000 + "}", "(" * 5000 + "a" + "{999999999})" * 5000):
         with pytest.raises(EngineRefused, match="positions"):
             check_grammar(Grammar("json_schema", json.dumps({"type": "string", "pattern": pattern})))

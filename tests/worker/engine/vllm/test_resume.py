@@ -1,4 +1,5 @@
-"""Exact resume on the real engine, beyond the contract: chunks, preemption, two ranks and bad ids."""
+"""Tests of exact resume on a real vLLM engine, in addition to those of the engine contract: chunked prefills,
+preemption, two ranks and bad ids."""
 
 from __future__ import annotations
 
@@ -74,8 +75,8 @@ def test_this_vllm_has_every_name(path: str) -> None:
 
 
 def test_the_core_admits_as_the_continuation_expects() -> None:
-    """vLLM's scheduler sets a request's prefill statistics only if the object is truthy. It records cache hits at a
-    single place."""
+    """vLLM's scheduler has the two properties on which exact resume relies. It sets a request's prefill statistics only
+    if `request.prefill_stats` is truthy. It records cache hits at one place only."""
     source = inspect.getsource(resolve("vllm.v1.core.sched.scheduler.Scheduler.schedule"))
     assert "if request.prefill_stats and request.num_preemptions <= 0:" in source
     assert source.count("self.kv_cache_manager.record_prefix_cache_stats(") == 1
@@ -88,7 +89,8 @@ def test_the_v2_runner_gets_prompt_and_output_apart() -> None:
 
 
 def test_the_draw_of_a_seed_is_known_by_its_source() -> None:
-    """The code of the installed sampler is known by its digest. Unknown code would get a noise scheme of its own."""
+    """The digest of the installed sampler's code is in the table DRAWS. An engine with an unknown digest has a noise
+    scheme of its own, so other engines could not resume its seeded requests."""
     sampler = digest("vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler.forward_cpu")
     assert sampler in resume.DRAWS
 
@@ -122,8 +124,8 @@ CHOICES: dict[str, tuple[object, ...]] = {
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_any_combination_is_continued(fast_subject: Subject, seed: int) -> None:
-    """A request with random parameters and a seed that is cut at random gets the remaining tokens of the uncut
-    request."""
+    """A request with a seed and random parameters is interrupted at a random token. When it is resumed, it gets the
+    remaining tokens of the uninterrupted request."""
     chance = random.Random(seed)
     choices = CHOICES if fast_subject.resumes_seeds else CHOICES | {"temperature": (0.0,)}
     wholes = [
@@ -294,8 +296,8 @@ async def test_a_grammar_behind_reasoning_is_continued(llama_folder: Path, tmp_p
 
 
 async def test_an_engine_that_cannot_says_so_and_refuses(llama_folder: Path) -> None:
-    """An engine without exact resume reports this. It resumes greedy requests as prompts and refuses to resume
-    others."""
+    """An engine that cannot resume exactly reports this in its capabilities. It resumes greedy requests as new prompts
+    and refuses to resume others."""
     engine = VllmEngine(tiny_spec(), llama_folder, exact_resume=False)
     info = await engine.start()
     try:

@@ -16,5 +16,6 @@ KIND = "expand"
 
 
 def upgrade() -> None:
-    """Add the column. In existing rows it is NULL, which means that there was no prediction."""
+    """Add the column `predicted_cached_tokens` to the table `usage`. In existing rows it is NULL, which means that
+    there was no prediction."""
     op.add_column("usage", sa.Column("predicted_cached_tokens", sa.BigInteger))

@@ -16,6 +16,6 @@ KIND = "expand"
 
 
 def upgrade() -> None:
-    """Add the column. It is empty in existing rows."""
+    """Add the column `trace_id` to the table `usage`. The column is empty in existing rows."""
     column = sa.Column("trace_id", sa.String(32), nullable=False, server_default=sa.text("''"))
     op.add_column("usage", column)

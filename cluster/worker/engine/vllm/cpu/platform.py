@@ -16,7 +16,7 @@ QUALIFIED_NAME = "cluster.worker.engine.vllm.cpu.platform_class.LogicalGpuCpuPla
 
 
 def plugin() -> str | None:
-    """Return the platform's class name if LOGICAL_GPUS selects the platform and vLLM is its CPU build.
+    """Return the platform's class name if LOGICAL_GPUS selects the platform and the installed vLLM is a CPU build.
 
     Otherwise return None, so that vLLM chooses the platform. Entry point of group vllm.platform_plugins.
     """

@@ -86,9 +86,9 @@ class _Part:
 
 
 class Counts:
-    """A counter of an expression's positions, called for each token as the expression is read.
+    """Counter of the positions of a regular expression. The caller calls it for each token of the expression.
 
-    Methods raise TooCostly.
+    The methods raise TooCostly if the expression is too costly to compile.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Counts:
 
     @property
     def repeats(self) -> bool:
-        """Whether the preceding token is an atom or a group, which a quantifier can repeat."""
+        """Whether a quantifier may come next: the preceding token is an atom or a group."""
         return self._last is not None
 
     def atom(self) -> None:
@@ -113,11 +113,11 @@ class Counts:
         self._open[-1].add(self._last)
 
     def end_atom(self) -> None:
-        """Record a token that cannot be repeated, such as an anchor."""
+        """Record a token of the expression that no quantifier can repeat, such as an anchor (`^`)."""
         self._last = None
 
     def open(self) -> None:
-        """Begin a group."""
+        """Record the beginning of a group of the expression."""
         self._open.append(_Part())
         self._last = None
 

@@ -210,7 +210,8 @@ class _Walk:
         return f"is ignored beside `{chosen}`, which allows other types; keep only what has the type"
 
     def _keyword(self, schema: Json, keyword: str, types: frozenset[str]) -> Iterator[str]:
-        """Yield the problems of a keyword's value. The compiler reads this keyword."""
+        """Yield the problems of the value of `keyword`, which is a keyword that the grammar compiler reads. `types`:
+        the JSON types that the schema allows."""
         value = schema[keyword]
         if keyword in ("anyOf", "oneOf", "allOf", "enum") and not (isinstance(value, list) and value):
             yield "must be a list that is not empty"

@@ -28,7 +28,8 @@ _NAMES_MAY_HAVE = frozenset({"type", "pattern", "minLength", "maxLength", "forma
 
 
 def string_problem(keyword: str, value: object) -> str:
-    """Return why the compiler does not enforce the value of a string keyword; empty if it does."""
+    """Return why the grammar compiler does not enforce a JSON Schema keyword for strings, such as `maxLength`, with
+    this value; empty if it does."""
     if keyword in ("minLength", "maxLength"):
         return _count_problem(value)
     if not isinstance(value, str):
@@ -67,7 +68,8 @@ def array_problem(keyword: str, value: object) -> str:
 
 
 def object_problem(keyword: str, value: object) -> str:
-    """Return why the compiler does not enforce the value of an object keyword; empty if it does."""
+    """Return why the grammar compiler does not enforce a JSON Schema keyword for objects, such as `required`, with this
+    value; empty if it does."""
     if keyword in ("minProperties", "maxProperties"):
         return _count_problem(value)
     if keyword == "required":

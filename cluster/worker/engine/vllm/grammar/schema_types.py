@@ -67,8 +67,9 @@ def int64_problem(value: object) -> str:
 class SchemaTypes:
     """The types that the schemas below one root allow. Each schema is examined once.
 
-    `by_standard`: whether a schema without `type` allows all types, as in the JSON Schema standard. If false, such a
-    schema allows only objects if it has `properties`, or only arrays if it has `items`, as in the compiled grammar.
+    `by_standard`: whether a schema without `type` allows all types, as in the JSON Schema standard. If
+    `by_standard` is false, the rule of the compiled grammar applies: a schema without `type` allows only
+    objects if it has `properties`, and only arrays if it has `items`.
     """
 
     def __init__(self, root: Json, by_standard: bool = False) -> None:

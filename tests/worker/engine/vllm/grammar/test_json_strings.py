@@ -29,7 +29,7 @@ def _tag(schema: object) -> str:
 
 @pytest.mark.parametrize(("schema", "text"), NO_JSON)
 def test_strings_are_json(schema: dict[str, object], text: str) -> None:
-    """The stock compiler allows strings that are not valid JSON, which is the fault. The repaired compiler refuses them
+    """The stock compiler allows strings that are not valid JSON. The repaired compiler refuses such strings
     everywhere."""
     with pytest.raises(ValueError, match=r"Invalid"):
         json.loads(text)
@@ -49,7 +49,8 @@ def test_other_strings_are_allowed_as_before(text: str) -> None:
 
 
 def test_names_and_expressions_are_kept() -> None:
-    """Property names and expressions that look like the repaired character class are not changed in the grammar."""
+    """The compiler's repair changes a character class in the grammar text. Property names and regular expressions that
+    look like this character class stay unchanged."""
     grammar = compiled({**NAMES, "additionalProperties": {"type": "string", "maxLength": 2}})
     key = json.dumps(next(iter(NAMES["properties"])), ensure_ascii=False)
     assert accepts(grammar, f'{{{key}: "ab", "x": "bc", "y": "é"}}')
@@ -66,7 +67,8 @@ def test_other_json_is_kept() -> None:
 
 @pytest.mark.engine
 def test_the_backend_of_vllm_has_the_repaired_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The repair is listed in REPAIRS, and vLLM's backend with the repair refuses control characters in strings."""
+    """With the repair "strings", vLLM's xgrammar backend refuses control characters in JSON strings. REPAIRS lists this
+    repair."""
     from vllm.v1.structured_output.backend_types import StructuredOutputOptions
     from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 

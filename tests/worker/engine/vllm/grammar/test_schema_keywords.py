@@ -217,7 +217,8 @@ def _nested(children: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
 @settings(max_examples=40)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3), _nested, max_leaves=20))
 def test_any_json_gets_an_answer(value: object) -> None:
-    """Under every keyword, arbitrary JSON is accepted or refused, and no other error is raised."""
+    """A schema with any JSON value for a keyword is either accepted or refused with EngineRefused. No other error is
+    raised."""
     for keyword in KEYWORDS:
         for schema in ({keyword: value}, {"type": ["object", "array", "string", "number"], keyword: value}):
             with contextlib.suppress(EngineRefused):

@@ -126,7 +126,8 @@ PIECES = (
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=7).map("".join))
 def test_any_accepted_expression_is_enforced(pattern: str) -> None:
-    """A random expression that is accepted is also valid in other languages, and its outputs match it."""
+    """If a random regular expression is accepted, it is also valid in other regex dialects, and the outputs that it
+    allows match it."""
     if not pattern_problem(pattern):
         re.compile(pattern)
         _holds(pattern)

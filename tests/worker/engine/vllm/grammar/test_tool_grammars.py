@@ -62,7 +62,8 @@ def test_a_grammar_of_tools_is_checked_and_its_refusal_names_the_tools(grammar: 
 
 
 def test_usual_tools_pass() -> None:
-    """A structural tag with ordinary schemas is accepted. A schema that occurs several times counts once."""
+    """A structural tag with ordinary schemas is accepted. A schema that is repeated 100 times counts once toward the
+    limits."""
     schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 9}}}
     check(with_sampling(grammar=tag(*[schema] * 100, True)), LIMITS)
 
@@ -82,8 +83,8 @@ def test_a_budget_needs_an_engine_that_enforces_it() -> None:
 
 
 def test_the_engine_learns_where_a_grammar_begins() -> None:
-    """vLLM gets the place where a grammar begins in the form that its own server uses. Without a place, vLLM
-    decides."""
+    """vLLM gets the place in the output where a grammar begins, in the form that its own server uses. If it gets no
+    place, vLLM itself decides where the grammar begins."""
     grammar = dataclasses.replace(tag({}), reasoning_ended=False, template_kwargs='{"enable_thinking": true}')
     assert reasoning_arguments(with_sampling(grammar=grammar)) == {
         "reasoning_ended": False,
