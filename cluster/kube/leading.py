@@ -72,7 +72,6 @@ class Leader:
             await asyncio.wait({running}, timeout=self._terms.lease_s - self._terms.yield_s)
             if not running.done():
                 raise WorkNotStopped("the Lease is lost, but the work has not stopped: this process must exit")
-            running.result()
         finally:
             for part in (running, stopping, keeping):
                 part.cancel()
@@ -80,6 +79,7 @@ class Leader:
         if self.leads:
             await self._give_up()
         log.info("lease.released", holder=self._candidate.me)
+        running.result()  # raises the error of failed work, now that another process can take the Lease
 
     async def _keep(self) -> None:
         """Renew the Lease periodically. Returns when the Lease is lost."""

@@ -154,13 +154,17 @@ async def test_a_killed_holder_is_followed(api: FakeApi) -> None:
 
 
 async def test_work_that_fails_is_raised_and_the_lease_is_free(api: FakeApi) -> None:
-    """If the work raises an error, `run` raises this error."""
+    """If the work raises an error, `run` raises this error, and the Lease has no holder, so that another process can
+    lead at once."""
 
     async def fails(stop: asyncio.Event) -> None:
         raise RuntimeError("Ray has gone mad")
 
     with pytest.raises(RuntimeError, match="gone mad"):
         await Leader(api.lease(), "a", QUICK).run(fails, asyncio.Event())
+    record = api.lease().read()
+    assert record is not None
+    assert record.holder == ""
 
 
 async def test_work_that_does_not_stop_ends_the_process(api: FakeApi) -> None:
