@@ -40,5 +40,5 @@ class NamedFiles:
             raise ValueError(f"digest {digest} is not {spec.digest}")
         return StoredAdapter(digest, Path("/none"))
 
-    def mark_refused(self, digest: str, reason: str) -> None:
-        """Implements `AdapterFiles.mark_refused`."""
+    def mark_corrupting(self, digest: str, reason: str) -> None:
+        """Implements `AdapterFiles.mark_corrupting`."""

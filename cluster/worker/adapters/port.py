@@ -14,5 +14,5 @@ class AdapterFiles(Protocol):
     def fetch(self, spec: AdapterSpec) -> StoredAdapter:
         """Fetch an adapter if it is not on this node's disk yet, and check it. Blocks. Raises ValueError or OSError."""
 
-    def mark_refused(self, digest: str, reason: str) -> None:
+    def mark_corrupting(self, digest: str, reason: str) -> None:
         """Record that loading this adapter has corrupted an engine."""

@@ -218,4 +218,4 @@ class WorkerAdapters:
 
     def _mark_corrupting(self, digest: str, reason: str) -> None:
         assert self._files is not None
-        self._files.mark_refused(digest, reason)
+        self._files.mark_corrupting(digest, reason)

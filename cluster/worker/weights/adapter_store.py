@@ -117,7 +117,7 @@ class AdapterStore:
         shutil.rmtree(folder, ignore_errors=True)
         return False
 
-    def mark_refused(self, digest: str, reason: str) -> None:
+    def mark_corrupting(self, digest: str, reason: str) -> None:
         """Record that loading this adapter has corrupted an engine, so that no other replica of this node loads it."""
         (self.root / f"{digest}{_REFUSED}").write_text(reason[:2000], errors="replace")
 

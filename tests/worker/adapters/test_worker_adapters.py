@@ -54,7 +54,7 @@ class Files:
         digest = digest_of(spec.source)
         return StoredAdapter(digest, Path("/adapters") / digest)
 
-    def mark_refused(self, digest: str, reason: str) -> None:
+    def mark_corrupting(self, digest: str, reason: str) -> None:
         self.refused[digest] = reason
 
 

@@ -142,7 +142,7 @@ def test_what_an_engine_failed_on_is_not_tried_again(store: AdapterStore, folder
     """An adapter that an engine failed to load is refused. Otherwise the replica's successor would fail in the same
     way."""
     stored = store.fetch(AdapterSpec("a", str(folder)))
-    store.mark_refused(stored.digest, "rank 1 could not read it")
+    store.mark_corrupting(stored.digest, "rank 1 could not read it")
     for digest in ("", stored.digest):
         with pytest.raises(AdapterError, match=r"rank 1 could not read it.*remove .*refused"):
             store.fetch(AdapterSpec("a", str(folder), digest))
