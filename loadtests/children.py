@@ -71,7 +71,8 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        """Whether the command itself still runs, not only the guard process."""
+        """Whether the started command still runs. A guard process, which is the parent of the command, may run
+        longer."""
         return self.process.poll() is None
 
     def commands(self) -> list[psutil.Process]:

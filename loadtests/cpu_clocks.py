@@ -1,8 +1,8 @@
-"""CPU time of the front end between two moments, from the kernel's CPU clock of each process, with nanosecond
-resolution.
+"""CPU time that the front end (all processes except the engines) uses between two moments. It is read from the kernel's
+CPU clock of each process, with nanosecond resolution.
 
-processes.py counts in steps of 10 ms, which is too coarse for a single call. These clocks also count threads that have
-ended.
+processes.py counts in steps of 10 ms, which is too coarse for a single call. These clocks also count threads that
+have ended.
 """
 
 from __future__ import annotations

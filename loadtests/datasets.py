@@ -1,7 +1,8 @@
-"""Prompts: seeded, with given lengths, with shared prefixes, from MT-bench, or from the blocks of a trace.
+"""Prompts for the load tests: random words of chosen lengths, with or without shared prefixes; questions from
+MT-bench; or prompts from the blocks of a trace. Equal seeds give equal prompts.
 
-The driver has no tokenizer, so lengths are numbers of words from `WORDS`. Such a word is one token or a few tokens in
-any English tokenizer. The report contains the token counts that the server reports.
+The driver has no tokenizer, so lengths are numbers of words from `WORDS`. Such a word is one token or a few
+tokens in any English tokenizer. The report contains the token counts that the server reports.
 """
 
 from __future__ import annotations

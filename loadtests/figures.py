@@ -126,8 +126,9 @@ def ratio_figure(
     difference_unit: str = "",
     note: str = "",
 ) -> Figure:
-    """Return a row of the report: the ratio of `ours` to `theirs`, with one pair of values for each round. `scale`
-    converts the values to `difference_unit`. With too few rounds the bound is never met."""
+    """Return a row of the report: the ratio of `ours` to `theirs`, and their difference. Both lists have one value for
+    each round. `scale`: factor that converts a difference of the values to `difference_unit`. With too few rounds the
+    bound is never met."""
     if not ours or not theirs:
         return missing(name, bound, "no round gave a value for both")
     ratio, difference = paired_ratio(ours, theirs), paired_difference(ours, theirs)

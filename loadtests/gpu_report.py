@@ -4,9 +4,9 @@ make gpu-report MODEL=...
 python -m loadtests.gpu_report MODEL --out docs/gpu-report-DATE.md
 
 MODEL is a checkpoint's folder or a Hugging Face id. One GPU serves all engines in turn; with two GPUs, further rows
-measure tensor parallelism over both GPUs. `--minutes` (15) bounds the total time: when the time is short, fewer rounds
-run, and the page says so. `--cpu` tries the program with a tiny model; no row counts as met. Exit code 0: complete,
-1: partial, 2: something is missing.
+measure tensor parallelism over both GPUs. `--minutes` (15) bounds the total time: when the time is short, fewer
+rounds run, and the page says so. `--cpu` tries the program on CPU with a tiny model; no row of that page counts as
+having met its bound. Exit code 0: complete, 1: partial, 2: something is missing.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ def _gpus() -> list[str]:
 
 
 def versions(peers: Path | None = None) -> dict[str, str]:
-    """Return the versions of all software under test. `peers`: the environment of the peers."""
+    """Return the versions of all software under test. `peers`: folder of the Python environment in which the servers
+    compared with Headrace (peers) are installed."""
     out = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -1,4 +1,5 @@
-"""A report of `peers` as a page of Markdown: set-up, figures, medians of the arms, and problems."""
+"""A report of the scenario `peers` as a page of Markdown: set-up, figures, medians of each arm (measured server), and
+problems."""
 
 from __future__ import annotations
 

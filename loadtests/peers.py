@@ -1,6 +1,5 @@
-"""Functions that start the peers, and for each peer the servers in front of which it runs. The peers have their own
-Python environment (`make bench-peers`).
-"""
+"""Functions that start the peers: vllm-router, SMG, LiteLLM and vLLM's own server, with which Headrace is compared. The
+peers have their own Python environment (`make bench-peers`)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""PNG plots of a report. The plots show latency CDFs of every arm, throughput against concurrency where a scenario
-swept it, gaps between chunks around faults, and demand, replicas and violations of an autoscaler.
-"""
+"""PNG plots of a report: the distribution of latencies of each compared server, throughput against concurrency if the
+scenario varied it, gaps between chunks around faults, and demand, replicas and violations of an autoscaler."""
 
 from __future__ import annotations
 
@@ -121,8 +120,8 @@ def _draw(pyplot: Any, path: Path, title: str, series: Sequence[tuple[str, list[
 
 
 def _by_concurrency(report: Report) -> dict[str, dict[int, float]]:
-    """Return tokens per second by arm (measured server) and concurrency. The single-stream arm of the same name gives
-    the first point."""
+    """Return tokens per second by arm (measured server) and concurrency. An arm named `one stream: X` gives the first
+    point of the arm X."""
     rates: dict[str, dict[int, list[float | None]]] = {}
     for arm in report.arms:
         points = rates.setdefault(arm.name.removeprefix("one stream: "), {})

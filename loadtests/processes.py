@@ -85,7 +85,7 @@ def _sample_tree(process: psutil.Process, kind: str, samples: dict[tuple[int, fl
 
 
 def classify(command: str, parents: str) -> str:
-    """Return the class of a process. It follows from the command line; if that matches no class, it is `parents`, the
+    """Return the class of a process by its command line. If the command line matches no class, return `parents`, the
     class of the parent process."""
     return next((kind for pattern, kind in _BY_COMMAND if pattern.search(command)), parents)
 

@@ -49,7 +49,7 @@ def _worker(number: int, chance: Random) -> Candidate:
 
 def measure(case: Case, rounds: int = ROUNDS) -> tuple[Sequence[float], Sequence[float]]:
     """Return the quantiles of two CPU times in seconds: the time of a routing decision alone, and the time of a
-    decision with the changes before it."""
+    decision together with the changes of workers that precede it."""
     chance, fleet = Random(SEED), Fleet()
     workers = [_worker(number, chance) for number in range(case.workers)]
     for worker in workers:

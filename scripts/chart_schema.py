@@ -1,6 +1,6 @@
 """Write the generated files of the chart. With `--check`, only compare the files.
 
-- helm/values.schema.json gets the schema that `headrace config schema` prints, as `config`.
+- helm/values.schema.json gets the output of `headrace config schema` as the schema of the key `config`.
 - cluster/cli/chart_values.json gets a part of helm/values.yaml. `headrace config check` merges an operator's values
   into this part.
 - helm/values.yaml gets the descriptions in helm/values.schema.json as comments; helm/README.md gets them as a table.

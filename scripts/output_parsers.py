@@ -29,7 +29,8 @@ def table() -> dict[str, str | list[str]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the table. With --check, only compare the table. Returns the exit code: 0 if the table is up to date."""
+    """Write the table of output parsers. With `--check`, only compare the stored table with the installed vLLM; the
+    exit code is 1 if they differ, else 0."""
     text = json.dumps(table(), indent=1) + "\n"
     if "--check" in arguments:
         same = TABLE.exists() and TABLE.read_text() == text

@@ -52,8 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @functools.cache
 def _lack(name: str) -> str:
-    """Return why a requirement is missing on this machine, with the remedy; empty if it is met. `name`: as in the
-    doctor."""
+    """Return why a requirement of the tests is missing on this machine, with the remedy; empty if it is met. `name`:
+    the requirement's name in the program `doctor`, which checks a machine for all requirements."""
     return doctor.missing_reason(name)
 
 

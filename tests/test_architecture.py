@@ -103,7 +103,8 @@ ALL = [imported for name, file in MODULES.items() for imported in imports_of(fil
 
 
 def package(module: str) -> str:
-    """Return the package in the table to which a module of this project belongs; empty for `cluster` itself."""
+    """Return the package to which a module of this project belongs, as docs/architecture.md lists it; empty for
+    `cluster` itself."""
     parts = module.split(".")
     if "_pb2" in module or parts[1:2] in (["v1"], ["admin"], ["guard"], ["link"]):
         return "pb"

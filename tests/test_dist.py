@@ -68,8 +68,8 @@ class Release:
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
-    """Build a release from a copy of the working tree, in a repository of its own with one commit and a tag, by the
-    script that `make dist` runs. Skips if this tree is not a repository."""
+    """Build a release with the script that `make dist` runs. The script runs in a copy of the working tree; the copy is
+    a repository with one commit and a tag. Skips if the working tree itself is not in a repository."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a repository, so its files are not known")
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")

@@ -20,7 +20,8 @@ def test_pages_are_current(name: str) -> None:
 
 
 def test_a_stale_page_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--check` names a page that differs and the command that writes it, and changes no file."""
+    """If a page differs from the code, `--check` reports the page and the command that writes the page. It changes no
+    file."""
     assert reference.main([], tmp_path) == 0
     assert reference.main(["--check"], tmp_path) == 0
     stale = tmp_path / "errors.md"

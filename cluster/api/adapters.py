@@ -1,7 +1,8 @@
-"""Types of adapters (LoRA): small sets of weights that change a base model, and that the model's workers load without a
-restart.
+"""Data types for adapters (LoRA). An adapter is a small set of weights that changes a base model, and that
+the model's workers load without a restart.
 
-An adapter is named by its digest everywhere below the gateway: on the link, in the engine and in the cache index.
+Everywhere below the gateway (on the link, in the engine and in the cache index) an adapter is named by
+its digest.
 """
 
 from __future__ import annotations

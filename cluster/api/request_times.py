@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class RequestTimes:
-    """Durations in seconds; 0 if unknown. Durations, not points in time, since two machines' clocks differ.
+    """How long the phases of a request took on a worker, in seconds; 0 if unknown.
+
+    The fields are durations and not points in time, since two machines' clocks differ.
 
     `wait_s`: time on the worker but outside the engine before the first output, mostly before the request enters the
     engine's queue. `queue_s`: time in the engine's queue. `prefill_s`: from the request's first step to the first
-    output. `decode_s`: from the first output to the last. `parse_s`: from the engine's last output until this output is
-    parsed.
+    output. `decode_s`: from the first output to the last. `parse_s`: time to parse the last output after the engine
+    has returned it.
     """
 
     wait_s: float = 0.0

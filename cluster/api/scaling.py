@@ -62,7 +62,7 @@ class ScalingService(Protocol):
     """
 
     def scale(self, name: str, replicas: int | None) -> ModelScaling:
-        """Set a fixed number of replicas, or with None return to scaling by demand."""
+        """Set a fixed number of replicas. If `replicas` is None, the number follows the demand again."""
 
     def freeze(self, name: str, frozen: bool) -> Sequence[ModelScaling]:
         """Freeze or unfreeze a model's number of replicas. With `name` "", set or clear a separate flag that freezes

@@ -136,8 +136,9 @@ def _is_same_address(first: str, second: str) -> bool:
 def api_key(target: ClusterTarget) -> str:
     """Return the API key for a command's calls; "" for none.
 
-    The key is read from the target's key file, or without a key file from the target's environment variable. An
-    unreadable file, or an unset variable that a context names, ends the command with exit code 2.
+    The key is read from the target's key file. If the target has no key file, the key is the value of the target's
+    environment variable. An unreadable file, or an unset variable that a context names, ends the command with exit
+    code 2.
     """
     if target.api_key_file is None:
         key = os.environ.get(target.api_key_env, "")
@@ -192,5 +193,5 @@ def rpc_errors(endpoint: str, context: str = "") -> Iterator[None]:
 
 
 def target_errors(target: ClusterTarget) -> contextlib.AbstractContextManager[None]:
-    """Turn a failed RPC to the target's gRPC endpoint into a one-line error. See rpc_errors."""
+    """Return a context that turns a failed RPC to the target's gRPC endpoint into a one-line error."""
     return rpc_errors(grpc_endpoint(target.endpoint), target.context)

@@ -1,7 +1,7 @@
-"""Set keys of models in a YAML text and keep everything else, including comments and layout. Does no I/O.
+"""Change settings of models in a YAML text and keep everything else, including comments and layout. Does no I/O.
 
 The YAML parser gives the position of each value, and the new value replaces the text at that position. The result is
-parsed again, and rejected if anything but the given keys has changed.
+parsed again, and rejected if anything but these settings has changed.
 """
 
 from __future__ import annotations

@@ -177,7 +177,8 @@ class RemoteUsageReports:
             yield from map(_record, page.records)
 
     def slo(self, wanted: UsageQuery, objectives: SloObjectives | None = None) -> list[SloSum]:
-        """Implements `UsageReports.slo`. The gateway uses the SLOs of its catalog."""
+        """Implements `UsageReports.slo`. `objectives` must be None, because the gateway uses the SLOs of its own
+        catalog."""
         if objectives is not None:
             raise LedgerError("objectives: a gateway uses the SLOs of its own catalog")
         request = usage_pb2.QuerySloRequest(**_query_fields(wanted))

@@ -39,7 +39,7 @@ Request = pb.ChatRequest | pb.CompleteRequest | pb.ResumeRequest
 class SessionCall:
     """A call in a session, with the methods `read` and `cancel` of a gRPC stream.
 
-    `read` returns chunks, or a str with the next text of choice 0.
+    `read` returns a chunk, or a str if the gateway has sent only the next text of choice 0.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class SessionCall:
     async def read(self) -> Any:
         """Return the next chunk or text, or aio.EOF at the end. Raises HeadraceError.
 
-        If the call was restarted as a plain stream, the method raises grpc.RpcError instead.
+        After the call was restarted as a plain stream, errors are raised as grpc.RpcError instead.
         """
         while not self._inbox and self._stream is None:
             self._waiter = asyncio.get_running_loop().create_future()

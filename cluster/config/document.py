@@ -132,9 +132,11 @@ def names_of(data: Any) -> set[str]:
 
 
 def with_models(config: Config, entries: Sequence[Mapping[str, Any]], absent: Collection[str] = ()) -> Config:
-    """Return the configuration with the models in `entries` instead of the models of `config`, checked as a whole.
+    """Return the configuration with the models in `entries` instead of the models of `config`, checked as a
+    whole.
 
-    `absent` has the same meaning as for `examine`. Raises CallError, which names every wrong key with the model's name.
+    `absent`: names of models that are in neither, but may be named as fallbacks. Raises CallError, which
+    names every wrong key with the model's name.
     """
     plain: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True, by_alias=True)
     changed, wrong = examine(Document(plain | {"models": [dict(entry) for entry in entries]}), absent)

@@ -97,7 +97,8 @@ class Tls(Section):
 
 
 class LinkTls(Tls):
-    """Certificate files of the link port. `revoked_serials_file` lists revoked certificates; re-read on changes."""
+    """Certificate files of the link port. `revoked_serials_file` lists revoked certificates; it is read again when it
+    changes."""
 
     revoked_serials_file: Path | None = None
     """Serial numbers of revoked certificates. Re-read when the file changes."""
@@ -120,7 +121,8 @@ class ClientTls(Section):
 
 
 class Queue(Section):
-    """Bounds on the requests waiting in a gateway: in total, and for each tenant (`tenant_...`; absent: no bound)."""
+    """Bounds on the requests waiting in a gateway. The keys `tenant_...` are bounds for each single tenant, and have no
+    effect if they are absent."""
 
     max_requests: Annotated[int, Field(ge=1)] = 20_000
     """Waiting requests of all tenants."""
@@ -181,11 +183,9 @@ class GatewaySettings(Section):
         return tuple(":" + address.rsplit(":", 1)[1] for address in others)
 
     def open_port(self) -> str:
-        """Return the first of the listeners `grpc`, `http` and `link` that has port 0; "" if none has port 0.
-
-        The caller refuses a listener with port 0, since each process would choose a different port. The result is "" if
-        there is only one process.
-        """
+        """Return the name of a listener (`grpc`, `http` or `link`) with port 0 although the gateway has several
+        processes; "" if there is none. Each process would choose a different port, so the caller refuses this
+        listener."""
         if self.processes == 1:
             return ""
         return next((n for n in ("grpc", "http", "link") if getattr(self.listen, n).endswith(":0")), "")

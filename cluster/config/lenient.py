@@ -64,7 +64,8 @@ def load_for_controller(path: Path) -> PartialConfig:
 
 
 def for_gateway(text: str, where: str = "configuration") -> PartialConfig:
-    """Read the text of a file as load_for_gateway does. `where`: name of the file in error messages."""
+    """Read the text of a configuration file with which a gateway starts. Raises ConfigError for a problem outside the
+    sections in GATEWAY_OPTIONAL_SECTIONS. `where`: name of the file in error messages."""
     document = read_document(text, where)
     config, wrong = examine(document)
     if config is not None:
@@ -78,7 +79,8 @@ def for_gateway(text: str, where: str = "configuration") -> PartialConfig:
 
 
 def for_controller(text: str, where: str = "configuration") -> PartialConfig:
-    """Read the text of a file as load_for_controller does. `where`: name of the file in error messages."""
+    """Return the configuration in `text`, the contents of a controller's configuration file. `where`: name of the file
+    in error messages. Raises ConfigError for a problem outside `models`."""
     document = read_document(text, where)
     config, wrong = examine(document)
     if config is not None:

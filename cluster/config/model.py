@@ -268,8 +268,8 @@ class Model(Section):
         return self
 
     def engines(self) -> Iterator[tuple[KeyPath, str, Mapping[str, Any], Mapping[str, Any]]]:
-        """Yield (path, source of the weights, arguments of the section, all arguments of the engine) for every
-        `engine:` section of the entry."""
+        """Yield a tuple for every `engine:` section of the entry: the path of the section, the source of the weights,
+        the arguments in the section, and all arguments of the engine, including those from other parts of the entry."""
 
         def whole(engine: Mapping[str, Any], ranks: int | None, length: int | None) -> Mapping[str, Any]:
             own = {"tensor_parallel_size": ranks or self.tensor_parallel_size, "max_model_len": length}

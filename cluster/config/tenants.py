@@ -51,7 +51,7 @@ class ApiKeys(Section):
 
 
 class Oidc(Section):
-    """An OpenID issuer whose tokens name a tenant. Claims may be paths (`realm_access.tenant`)."""
+    """An OpenID issuer whose tokens name a tenant. The name of a claim may be a path (`realm_access.tenant`)."""
 
     issuer: str
     """URL of the issuer, as in the `iss` of its tokens; `https`, or `http` on this host."""
@@ -141,7 +141,8 @@ class RetentionDays(Section):
 
 
 class Store(Section):
-    """Databases of tenants, keys and usage (default: SQLite in the cache folder) and of limits that gateways share."""
+    """The section for the databases. One database holds tenants, keys and usage; by default it is SQLite in the cache
+    folder. Another holds the limits that gateways share."""
 
     database_url: str = ""
     """`postgresql+psycopg://user@host/database` or `sqlite:////folder/file`; empty: SQLite in the cache folder. The
@@ -295,7 +296,8 @@ class LimitSettings(Section):
 
 
 class TenantRetention(Section):
-    """Retention of one tenant's data in days, shorter or longer than the cluster's; 0: not stored."""
+    """How many days one tenant's data is kept. A value may be smaller or larger than the cluster's setting. With 0, the
+    data is not stored."""
 
     usage_days: Annotated[int, Field(ge=0, le=MAX_DAYS)] | None = None
     """Days for usage records. None: `store.retention_days.usage`."""

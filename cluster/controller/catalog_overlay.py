@@ -29,10 +29,10 @@ class CatalogOverlay:
 
 
 class CatalogOverlayFile:
-    """The file with the overlay. The next controller of the same cluster continues from this file.
+    """The file with the catalog overlay: the changes that operators have made to the catalog at runtime.
 
-    `life`: the instance id of a local cluster; "" for other clusters. A file with another instance id is ignored.
-    `on_stored` is called after each change of the file.
+    The next controller of the same cluster reads this file. `life`: the instance id of a local cluster; "" for other
+    clusters. A file with another instance id is ignored. `on_stored` is called after each change of the file.
     """
 
     def __init__(self, path: Path, life: str, on_stored: Callable[[], None] = lambda: None) -> None:
@@ -41,7 +41,8 @@ class CatalogOverlayFile:
         self._on_stored = on_stored
 
     def read(self) -> CatalogOverlay | None:
-        """Return the stored overlay, or None if the file is missing, unreadable or from another instance."""
+        """Return the stored overlay. None if the file is missing or unreadable, or was written for another instance of
+        the cluster."""
         try:
             values = json.loads(self._path.read_text())
             if values["life"] != self._life:

@@ -35,8 +35,8 @@ log = structlog.get_logger("catalog")
 
 
 class StoredCatalogService:
-    """Implementation of CatalogService (cluster/api/catalog.py) that changes the editable catalog, and the overrides of
-    versions in the desired models."""
+    """Implementation of CatalogService (cluster/api/catalog.py). It changes two things: the editable catalog, and the
+    overrides of versions in the desired models."""
 
     def __init__(self, catalog: EditableCatalog, models: DesiredModels, published: PublishedCatalog) -> None:
         """`models`: the desired models that `catalog` changes. `published`: the published catalog, from which the
@@ -48,11 +48,13 @@ class StoredCatalogService:
     # ---- verbs
 
     def diff(self, entries: Sequence[Mapping[str, Any]], *, prune: bool) -> Sequence[Change]:
-        """Return the changes without making them, as described in CatalogService."""
+        """Return the changes that `apply` would make to the catalog for these entries. Nothing is changed."""
         return self._with_entries(entries, prune=prune)[1]
 
     def apply(self, entries: Sequence[Mapping[str, Any]], *, prune: bool, validate_only: bool) -> Sequence[Change]:
-        """Add and change entries and return the changes, as described in CatalogService."""
+        """Add or replace entries and return the changes. `prune`: also remove all models that have no entry in
+        `entries`. `validate_only`: only return the changes. Raises CallError for a model that only the controller's
+        file can change."""
         config, changes = self._with_entries(entries, prune=prune)
         refused = [change.model for change in changes if self._catalog.is_managed_by_file(change.model)]
         if refused:
@@ -115,7 +117,9 @@ class StoredCatalogService:
         return entry
 
     def load_adapter(self, name: str, adapter: AdapterSpec) -> tuple[str, AdapterSpec]:
-        """Add an adapter to a model, as described in CatalogService."""
+        """Add an adapter to a model, or replace an adapter of the same name that was added in this way. Returns the
+        model's name and the adapter. Raises CallError, for example if the model's entry already has an adapter of this
+        name."""
         model = self._catalog.find(name)
         if not model.takes_adapters:
             raise invalid(
@@ -130,7 +134,8 @@ class StoredCatalogService:
         return model.name, adapter
 
     def unload_adapter(self, name: str, adapter: str) -> tuple[str, AdapterSpec]:
-        """Remove an adapter, as described in CatalogService."""
+        """Remove an adapter that `load_adapter` has added. Returns the model's name and the adapter. Raises CallError
+        for any other adapter."""
         model = self._catalog.find(name)
         self._check_not_configured(model, adapter)
         loaded = self._catalog.loaded(model)

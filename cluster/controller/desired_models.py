@@ -59,7 +59,8 @@ class DesiredModels:
         self.changed.set()
 
     def restore(self, overrides: Mapping[str, Mapping[str, VersionOverride]]) -> None:
-        """Replace all overrides. Overrides of versions that are not wanted are dropped."""
+        """Replace all overrides, which change what the catalog file says about a version. An override of a version that
+        is not wanted is dropped."""
         versions = {(model, variant.spec.version) for model, variants in self.variants.items() for variant in variants}
         self.overrides = {
             model: kept

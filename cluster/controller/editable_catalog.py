@@ -58,8 +58,9 @@ class EditableCatalog:
             models.restore(stored.overrides)
 
     def _restored(self, config: Config, overlay: CatalogOverlay) -> Config:
-        """Return `config` with the stored models. On a local cluster, the stored models replace the models of the file.
-        On other clusters, the stored models are added. Returns `config` unchanged if the result would be invalid."""
+        """Return `config` with the models that operators have stored (`overlay`). Where the models of the file can be
+        changed only in the file, the stored models are added to them. Elsewhere (on a local cluster) the stored models
+        replace them. Returns `config` unchanged if the result would be invalid."""
         stored = [entry for entry in overlay.models if entry.get("name") not in self._file_models]
         entries = [entry_of(model) for model in config.models if model.name in self._file_models]
         try:
@@ -106,8 +107,8 @@ class EditableCatalog:
         return self._loaded.get(model.name, ())
 
     def with_entries(self, entries: Sequence[Mapping[str, Any]]) -> Config:
-        """Return the configuration with the models in `entries` instead of its models. Raises CallError for an invalid
-        entry."""
+        """Return the current configuration with its models replaced by the models in `entries`. Raises CallError for an
+        invalid entry."""
         return with_models(self._config, entries, self._held)
 
     def restarts(self, after: Config) -> Mapping[str, str]:

@@ -21,10 +21,11 @@ FILE = "last-good-models.json"
 
 
 def with_last_good(found: PartialConfig, folder: Path) -> PartialConfig:
-    """Replace each invalid model entry by the model's last valid entry. Store the valid entries for the next start.
+    """Replace each invalid model entry by the model's last valid entry. Store the valid entries for the next
+    start.
 
-    A model stays held (see HeldModel) if it has no last valid entry, or if that entry would make the configuration
-    invalid.
+    A model stays held, which means that its replicas are left as they are, if it has no last valid entry. The
+    same holds if the last valid entry would make the configuration invalid.
     """
     path = folder / FILE
     before = _read(path)

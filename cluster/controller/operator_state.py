@@ -76,7 +76,7 @@ async def recover(
 ) -> bool:
     """Replace the files in `folder` if a gateway has a newer state. Returns whether the files were replaced.
 
-    `gateways`: link addresses, as for ControllerLinks. If the folder has no state, the function waits at most `wait_s`
+    `gateways`: link addresses of the gateways. If the folder has no state, the function waits at most `wait_s`
     until a gateway answers.
     """
     own = _revision(folder)

@@ -85,7 +85,8 @@ class PublishedCatalog:
     def update(
         self, models: DesiredModels, seen: ControllerPass, add_scaling: Callable[[CatalogEntry], CatalogEntry]
     ) -> Sequence[CatalogEntry]:
-        """Derive the catalog of a pass. `add_scaling`: function that adds the scaler's fields to an entry."""
+        """Set the catalog from what one pass of the controller has observed (`seen`), and return its entries. `models`:
+        the models that should run. `add_scaling`: adds the scaler's fields to an entry."""
         apps = seen.snapshot.apps.values()
         on_ray = {app.model for app in apps}
         entries: dict[str, CatalogEntry] = {}

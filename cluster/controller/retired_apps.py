@@ -25,7 +25,8 @@ class RetiredApps:
         return app in self._since_s
 
     def update(self, retired: Collection[str], now_s: float) -> None:
-        """Replace the set of retired applications. Applications that stay in the set keep their time."""
+        """Replace the set of retired applications. An application that was in the set before keeps its time of
+        retirement; the others get `now_s`."""
         self._since_s = {app: self._since_s.get(app, now_s) for app in retired}
 
     def deletable(

@@ -139,7 +139,8 @@ class CallService:
         return CallContext(opening, self._begin_pooling, self._at_end, self.clock)
 
     def _trace(self, opening: CallOpening, traceparent: str) -> None:
-        """Begin the record of a call's spans, if calls are traced. `traceparent`: see CallOpening.begin_trace."""
+        """Begin the record of a call's spans, if the call is sampled. `traceparent`: the caller's trace context or, for
+        a resumed call, the trace context of the call at its first gateway."""
         if self._tracer is not None:
             opening.begin_trace(self._tracer, traceparent)
 

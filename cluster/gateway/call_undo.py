@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 
 class UndoSteps:
-    """The undo steps of one gateway's calls (see Cleanup). `close`: undo steps of an open call. `quota`: undo steps of
-    a quota reservation. `schedule`: undo steps of a queued call."""
+    """Functions that one gateway runs at the end of a call, to undo what the call has taken.
+
+    `close`: for an open call. `quota`: for a quota reservation. `schedule`: for a queued call. A call's Cleanup
+    runs them.
+    """
 
     def __init__(
         self, calls: OpenCalls, reservations: QuotaReservations, scheduler: Scheduler, prompts: PromptLog | None

@@ -24,8 +24,9 @@ class ConfigState:
     """The validity of one configuration file. `watch` runs in the background of the gateway."""
 
     def __init__(self, path: Path | None = None, problems: Sequence[str] = (), look_s: float = LOOK_S) -> None:
-        """`path`: the configuration file; None: `watch` does nothing. `problems`: the errors found when the process
-        started. `look_s`: seconds between two looks for a change of the file."""
+        """Create the state. `path`: the configuration file; if it is None, `watch` does nothing. `problems`: the errors
+        that were found in the file when the process started. `look_s`: seconds between two checks for a changed
+        file."""
         self._path = path
         self._look_s = look_s
         self._stamp = self._read_stamp()

@@ -1,8 +1,9 @@
 """Modules that only large requests need and that a gateway therefore imports after its start.
 
 Importing numpy takes about 60 ms, and msgspec and orjson 10 ms. Together that is a twentieth of a gateway's start. The
-modules are usually imported before the first large request arrives. If a large request arrives earlier, its own code
-imports them. A new gateway whose workers already hold KV blocks needs the modules at once, to index the blocks.
+modules are usually imported before the first large request arrives. If a large request arrives earlier, the code that
+handles it imports them. A new gateway whose workers already hold KV blocks needs the modules at once, to index the
+blocks.
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ class DemandTally:
             counters.outside_slo += 1
 
     def classes(self, model: str, now: float, served: bool) -> tuple[ClassCounts, ...]:
-        """Return the counts for a model, one entry for each priority class. `served`: whether a worker takes the
-        model's calls."""
+        """Return the demand for a model at this gateway, one entry for each priority class. `served`: whether a worker
+        takes the model's calls."""
         classes = self._models.get(model, {})
         return tuple(_counts(name, counters, now, served) for name, counters in sorted(classes.items()))
 

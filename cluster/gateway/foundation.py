@@ -39,7 +39,7 @@ class Foundation:
 
     @classmethod
     def build(cls, config: Config, folder: Path, process: int) -> Self:
-        """Build the parts without starting them. Raises ValueError for an unusable secret file."""
+        """Build the parts of the foundation without starting them. Raises ValueError for an unusable secret file."""
         gateway_id = f"{pod_name() or config.name}-{uuid.uuid4().hex[:6]}"
         metrics = Metrics(config.name, config.observe.max_tenant_series)
         shared_limits = optional_parts.shared_limits(config, gateway_id)

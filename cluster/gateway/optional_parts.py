@@ -74,8 +74,11 @@ def accounting(
 def budgets(
     config: Config, tenants: TenantAuthenticator | None, metrics: Metrics, process: int, on_sums: SumsCallback
 ) -> BudgetWatch | None:
-    """Return the periodic check of all tenants' budgets; None if `tenants` is None. Only process 0 of a host sends
-    notices. Raises ValueError for an unusable webhook secret file."""
+    """Return the periodic check of all tenants' budgets; None if `tenants` is None.
+
+    `process`: number of this process on its host. Only process 0 sends notices. `on_sums`: gets each tenant's tokens of
+    the day and of the month after each check. Raises ValueError for an unusable webhook secret file.
+    """
     if tenants is None:
         return None
     from cluster.gateway.quotas.budgets import BudgetWatch

@@ -277,8 +277,11 @@ async def run_gateway(
 ) -> None:
     """Run a gateway until `stop` is set, then drain the gateway.
 
-    `folder`, `process`, `probes`, `config_state`: see Gateway. `ready`: called with the bound addresses, keyed by the
-    names of the listeners. `link`: a bound socket for the links; None: the gateway binds its own.
+    `folder`: the folder for tokenizer bundles and the last catalog. `process`: the index of this process among
+    `gateway.processes`. `probes`: an address for grpc.health.v1 without TLS, "" for no such listener.
+    `config_state`: the validity of the file from which `config` was read. `ready`: called with the bound
+    addresses, keyed by the names of the listeners. `link`: a bound socket for the links; None: the gateway
+    binds its own.
     """
     interpreter.shorten_switch_interval()
     gateway = Gateway(config, folder, process=process, probes=probes, config_state=config_state)

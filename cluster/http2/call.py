@@ -157,8 +157,8 @@ class ServerCall(ResponseWriter):
         return len(self.request.body)
 
     def mark_admitted(self, tenant: str | None) -> None:
-        """Record that the gate has authorized the call. `tenant`: the tenant whose budget of request bytes the request
-        uses."""
+        """Record that the call is authorized. `tenant`: the tenant that is charged for the bytes of the request; None
+        if no tenant is."""
         self.admitted, self.tenant = True, tenant
 
     def run(self, work: Coroutine[Any, Any, None], limit_s: float | None, serializer: Callable[[Any], bytes]) -> None:
@@ -330,8 +330,7 @@ class OpenStreams:
         self._on_end()
 
     def admit(self, call: ServerCall, tenant: str | None) -> None:
-        """Record that the gate has authorized a call. `tenant`: the call's tenant; None for a method that needs no
-        credential.
+        """Record that a call is authorized. `tenant`: the call's tenant; None for a method that needs no credential.
 
         Raises BadMessage if too many calls without credentials are open.
         """

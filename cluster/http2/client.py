@@ -1,8 +1,9 @@
 """A gRPC client on asyncio that sends all writes of one event-loop pass together and parses received bytes at once.
 
 grpc.aio passes each message through its own threads. Where processes share a core, a message then takes about 0.3 ms
-from the write to the wire, and another 0.3 ms to be read. As in the server, h2 keeps HTTP/2's state and DATA frames are
-made by hand. A client is one connection and never reconnects; the owner of the client decides whether to connect again.
+from the write to the wire, and another 0.3 ms to be read. The library h2 keeps HTTP/2's state, but DATA frames are
+made by hand, as in the server. A client is one connection and never reconnects; the owner of the client decides
+whether to connect again.
 """
 
 from __future__ import annotations
@@ -114,14 +115,15 @@ class GrpcClient:
 
 
 class Keepalive:
-    """Pings that one connection sends while the server is silent. If the server does not answer a ping, it counts as
-    lost."""
+    """The pings that one connection sends while the server is silent. If an answer to a ping is late, the connection
+    counts as lost."""
 
     def __init__(
         self, ping_s: float, answer_s: float, send_ping: Callable[[], bool], on_silence: Callable[[], None]
     ) -> None:
-        """`send_ping`: sends a ping, or returns False if none is needed. `on_silence`: called if the answer to a ping
-        is late."""
+        """`ping_s`: seconds of silence before a ping. `answer_s`: seconds within which an answer to the ping must
+        arrive. `send_ping`: sends a ping, or returns False if none is needed. `on_silence`: called if no answer arrives
+        in time."""
         self._loop = asyncio.get_running_loop()
         self._ping_s, self._answer_s = ping_s, answer_s
         self._send_ping, self._on_silence = send_ping, on_silence

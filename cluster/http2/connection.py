@@ -189,7 +189,7 @@ class Connection:
 
 
 class ConnectionProtocol(asyncio.BufferedProtocol):
-    """asyncio's callbacks for one connection, which begins when the transport is connected."""
+    """asyncio's callbacks for one connection. The connection begins when the transport is connected."""
 
     _connection: Connection
     _core: ConnectionCore
@@ -201,8 +201,8 @@ class ConnectionProtocol(asyncio.BufferedProtocol):
         self._slot = slot
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Create the Connection for a new transport and put it into this protocol's slot. The transport is aborted if
-        the slot was released meanwhile."""
+        """Create the Connection for a new transport and put it into this protocol's slot. If the slot was released
+        before the transport was ready, abort the transport."""
         connection = Connection(cast(asyncio.Transport, transport), self._server, self._age_s, self._slot)
         self._connection = self._slot.connection = connection
         self._core, self._intake = connection.core, connection.intake

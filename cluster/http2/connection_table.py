@@ -67,7 +67,8 @@ SHARES: Final = {Port.CLIENT: 16, Port.LINK: 6, Port.ADMIN: 4, Port.METRICS: 3, 
 
 
 class ConnectionStage(IntEnum):
-    """The progress of a connection. Connections at an earlier stage are closed first."""
+    """The progress of a connection. When a full port must close a connection, one at an earlier stage is closed
+    first."""
 
     SILENT = 0
     """The client has sent nothing complete, or the TLS handshake is not complete."""
@@ -125,7 +126,8 @@ class ConnectionSlot:
         return stage if old else max(stage, ConnectionStage.GREETED)
 
     def used(self) -> bool:
-        """Whether a call is in progress, or has begun since the last call of this method."""
+        """Whether the client uses the connection: a request is in progress, or one has begun since this method was last
+        called."""
         connection = self.connection
         if connection is None:
             return False

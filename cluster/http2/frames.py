@@ -97,7 +97,8 @@ class FrameReader:
     """A reader of the frames of one connection, which keeps the bytes that are not read yet."""
 
     def __init__(self, max_frame_bytes: int, max_block_bytes: int) -> None:
-        """`max_block_bytes`: maximum size of the encoded header fields of one request."""
+        """Create the reader of a new connection. `max_frame_bytes`: maximum size of a frame. `max_block_bytes`: maximum
+        size of the encoded header fields of one request."""
         self._max_frame_bytes = max_frame_bytes
         self._max_block_bytes = max_block_bytes
         self._data = bytearray()

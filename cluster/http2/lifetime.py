@@ -32,7 +32,8 @@ class ConnectionLog:
         self._noted: dict[str, tuple[float, int]] = {}
 
     def note(self, peer: str, event: str, reason: str) -> None:
-        """Log an event of a connection, or count the event if the last line is younger than NOTE_S."""
+        """Log an event of a connection. If the last line about the same kind of event is younger than NOTE_S seconds,
+        only count the event."""
         now = asyncio.get_running_loop().time()
         at, more = self._noted.get(event, (-NOTE_S, 0))
         if now - at < NOTE_S:

@@ -201,7 +201,7 @@ class BlockedAnswers:
             blocked.pop(next(iter(blocked)))()
 
     def push_all(self) -> None:
-        """Send more of all waiting answers, because the client has changed the size of the streams' windows."""
+        """Continue to send all waiting answers, because the client has changed the size of the streams' windows."""
         blocked, self._by_stream = self._by_stream, {}
         for push in blocked.values():
             push()

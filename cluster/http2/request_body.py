@@ -70,7 +70,8 @@ class RequestBody:
         return len(self._inbox)
 
     def admit(self, tenant: str | None) -> None:
-        """Record the admitted caller's tenant; None for a method that needs no credential. Raises BadMessage."""
+        """Record that the caller was admitted. `tenant`: the caller's tenant; None for a method that needs no
+        credential. Raises BadMessage if a received part of the body is invalid."""
         self.tenant, self._admitted = tenant, True
         self.settle()
 
@@ -119,7 +120,7 @@ class RequestBody:
         self._grow_connection_window(self._connection_growth)
 
     def settle(self) -> None:
-        """Reserve the incomplete message if it has no reservation yet, and enlarge the receive windows. Raises
+        """Reserve bytes for the incomplete message if none are reserved yet, and enlarge the receive windows. Raises
         BadMessage."""
         if not self._allowed_size and self._assembler.held_bytes:
             self._start_message()
@@ -129,13 +130,15 @@ class RequestBody:
             self._grow_stream_window()
 
     def settle_connection(self) -> None:
-        """Enlarge the connection's receive window by the received bytes, without the bytes that a streaming handler has
-        not read."""
+        """Let the client send as many more bytes on this connection as the request has brought, by enlarging the
+        connection's receive window. Bytes that a streaming handler has not read yet are left out. Does nothing before
+        the connection is admitted."""
         if self._connection.windows.admitted:
             self._grow_connection_window(self._connection_growth - (self._unread if self.streaming else 0))
 
     def _start_message(self) -> None:
-        """Reserve a message whose prefix is complete, and let the client send the rest. Raises BadMessage."""
+        """Begin a message whose length prefix has arrived: reserve bytes for it, and let the client send the rest.
+        Raises BadMessage."""
         size, budget, limits = self._assembler.message_bytes, self._connection.budget, self._connection.limits
         if not size or not self._admitted:
             return
@@ -191,7 +194,7 @@ class RequestStream:
         self, connection: ConnectionCore, stream_id: int, encoding: str, abort: Abort, too_slow: Callable[[], None]
     ) -> None:
         """`encoding`: the compression of the messages. `abort`: ends the call with a status. `too_slow`: called when
-        the request arrives too slowly while other requests wait for the budget."""
+        the request arrives too slowly while other requests wait for memory in the budget of request bytes."""
         self.body = RequestBody(connection, stream_id, too_slow)
         self.half_closed = False
         """Whether the client has ended the request."""
@@ -208,7 +211,8 @@ class RequestStream:
         self._waiter: asyncio.Future[None] | None = None
 
     def stream(self, parse: Callable[[Any], Any]) -> None:
-        """Prepare for a handler that reads any number of messages with `read`. `parse`: parses each message."""
+        """Prepare this request for a handler that calls `read` any number of times, once for each message. `parse`:
+        parses each message."""
         self._parse = parse
         self.body.streaming = True
 

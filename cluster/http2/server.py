@@ -170,8 +170,8 @@ class Server:
         budget: Budget | None = None,
     ) -> None:
         """`admission`: the connection pool of the port and the log of refused connections; None: the server creates
-        both. `gate`: authorizes calls; without a gate, connections have the full `limits` from the start. `budget`: the
-        budget of request bytes, see request_body.py."""
+        both. `gate`: authorizes calls; without a gate, connections have the full `limits` from the start. `budget`:
+        limits the bytes of all requests that are being received."""
         self.limits = limits or ServerLimits()
         self.connections: set[Connection] = set()
         self._runner = runner = CallRunner(self.limits.request_s, gate)
@@ -197,7 +197,8 @@ class Server:
         """Do nothing: generated code registers the same methods here a second time."""
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, *, shared: bool = False) -> int:
-        """Bind a socket, serve on it and return the port. `shared`: as in `listening_socket`. Raises OSError."""
+        """Bind a socket, serve on it and return the port. `shared`: whether other processes may bind the port too.
+        Raises OSError."""
         return await self.serve(listening_socket(host, port, shared=shared), tls)
 
     async def serve(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> int:

@@ -70,7 +70,7 @@ class KubeLease:
         return cls(f"https://{host}:{port}", namespace, name, lease_s, account / "token", account / "ca.crt")
 
     def read(self) -> LeaseRecord | None:
-        """Return the Lease's record; see LeaseStore."""
+        """Return the Lease's record; None if there is no Lease. Raises ApiUnavailable."""
         status, answer = self._call("GET", self._path())
         if status == http.client.NOT_FOUND:
             return None
@@ -79,7 +79,9 @@ class KubeLease:
         return _record(answer)
 
     def write(self, holder: str, over: LeaseRecord | None) -> LeaseRecord:
-        """Write the Lease; see LeaseStore."""
+        """Write a record of `holder` ("" for no holder) into the Lease and return it. `over`: the record to replace, as
+        the caller last read it; None to create the Lease. Raises Conflict if the record has changed since, and
+        ApiUnavailable."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         changed = over is None or over.holder != holder
         transitions = 0 if over is None else over.transitions + (1 if changed and holder else 0)

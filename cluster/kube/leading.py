@@ -111,8 +111,8 @@ class Leader:
             self._logged_error = str(error)
 
     async def _give_up(self) -> None:
-        """Clear the record's holder, so that the next process can take the Lease at once. Errors are ignored, since the
-        Lease expires anyway."""
+        """Remove the holder from the Lease, so that the next process can take the Lease at once. Errors are ignored,
+        since the Lease expires anyway."""
         with contextlib.suppress(Conflict, ApiUnavailable):
             await asyncio.to_thread(self._store.write, "", self._candidate.seen)
         self._candidate = LeaseCandidate(self._candidate.me, self._terms)

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class LeaseTerms:
-    """Times in seconds. `lease_s`: time without a change of the record after which another process may take it.
-    `yield_s`: time after its last write during which the holder may act. `again_s`: time between two reads."""
+    """The times of a lease, in seconds. `lease_s`: another process may take the lease when its record has not changed
+    for this time. `yield_s`: the holder may act for this time after its last write. `again_s`: time between two
+    reads."""
 
     lease_s: float = 15.0
     yield_s: float = 10.0
@@ -46,9 +47,12 @@ class LeaseWrite:
 
 @dataclass(frozen=True, slots=True)
 class LeaseCandidate:
-    """The state of one process. `seen`: the record as last read. `seen_at_s`: when this process first read it in this
-    form. `wrote_at_s`: start of this process's last write; None while the process does not hold the Lease. Times are
-    monotonic seconds."""
+    """The state of one process that competes for the Lease.
+
+    `me`: name of the process. `seen`: the Lease's record as last read. `seen_at_s`: when this process first
+    read the record with this content. `wrote_at_s`: start of this process's last write; None while the process
+    does not hold the Lease. Times are monotonic seconds.
+    """
 
     me: str
     terms: LeaseTerms = LeaseTerms()

@@ -43,8 +43,9 @@ class LineWriter:
         dropped_event: Callable[[int], Event],
         max_bytes: int = MAX_PENDING_BYTES,
     ) -> None:
-        """`render`: returns the line of an event, without a newline; it must not raise. `dropped_event`: returns the
-        event that reports this number of dropped events."""
+        """Create a writer to the file descriptor `descriptor`. `render`: returns the line of an event, without a
+        newline; it must not raise. `dropped_event`: takes a number of dropped events, and returns the event that
+        reports it. `max_bytes`: approximate bound on the waiting events."""
         self._descriptor = descriptor
         self._render = render
         self._dropped_event = dropped_event

@@ -87,9 +87,11 @@ def add_flush(waits: Callable[[float], object]) -> None:
 
 
 class CallFields:
-    """Context manager for code that handles one call. Within it, `call_fields` returns `fields` in the same task.
+    """Context manager for code that handles one call. Inside the context, the function `call_fields` returns the
+    log fields `fields` to code in the same task.
 
-    This context manager is entered for every call. A generator with `contextmanager` would take three times as long.
+    This context manager is entered for every call. A generator with `contextmanager` would take three times as
+    long.
     """
 
     __slots__ = ("_fields", "_token")

@@ -78,7 +78,7 @@ class FollowedFile:
 
 
 class OutputCopy:
-    """Copies the lines that are appended to files to a descriptor, in its own thread."""
+    """Follows files and copies each appended line to a descriptor, in its own thread."""
 
     def __init__(self, files: Mapping[str, FollowedFile], descriptor: int, fields: Mapping[str, str]) -> None:
         """`files`: the file that contains each stream, by the stream's name (stdout or stderr). `descriptor`: where
@@ -117,8 +117,9 @@ class OutputCopy:
             self._copy(POLL_S)
 
     def _copy(self, patience_s: float) -> bool:
-        """Copy until no line is left. Returns False if the output fails. `patience_s`: when the process ends, time in
-        seconds after which an output that accepts nothing counts as failed."""
+        """Copy lines until none is left. Returns False if the output fails. `patience_s`: the longest time in seconds
+        to wait, when the process ends, for an output that accepts no bytes; after this time the output counts as
+        failed."""
         while lines := list(self._next_lines()):
             if not all(self._write(piece, patience_s) for piece in _pieces(lines)):
                 return False

@@ -11,8 +11,8 @@ MARGIN_S = 15.0
 
 
 def ray_timeout_s(drain_timeout_s: float) -> float:
-    """Return the drain time of a Ray node in seconds, which is the value of TIMEOUT_ENV: `drain_timeout_s`, in which
-    calls may end or resume elsewhere, plus MARGIN_S.
+    """Return the drain time of a Ray node in seconds, for the environment variable TIMEOUT_ENV. It is the sum of
+    `drain_timeout_s`, the time for calls to end or resume elsewhere, and MARGIN_S.
 
     The Helm chart computes the same sum.
     """
@@ -20,5 +20,6 @@ def ray_timeout_s(drain_timeout_s: float) -> float:
 
 
 def usable_s(left_s: float) -> float:
-    """Return the seconds during which calls may end or resume elsewhere. `left_s`: seconds until the drain deadline."""
+    """Return for how many seconds calls may still end or resume on another worker, before a margin for the shutdown
+    begins. `left_s`: seconds until the drain deadline."""
     return max(left_s - MARGIN_S, left_s / 4)

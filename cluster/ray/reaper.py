@@ -26,7 +26,9 @@ _POLL_S = 0.05
 
 
 def find(instance: str, folder: Path | None = None) -> frozenset[int]:
-    """Return the ids of the cluster's living processes except the calling process. Without /proc, the set is empty."""
+    """Return the ids of the cluster's living processes except the calling process. Without /proc, the set is empty.
+    `instance`: the cluster's id in the environment of its processes. `folder`: the cluster's folder, to which processes
+    write their output."""
     tag = f"{INSTANCE_ENV}={instance}".encode()
     below = f"{folder.resolve()}/" if folder is not None else ""
     own = os.getpid()

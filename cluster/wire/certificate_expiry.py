@@ -29,7 +29,8 @@ class LinkFiles(Protocol):
 
     @property
     def ca_file(self) -> Path:
-        """CA certificates that verify the other process's certificates."""
+        """Path of the file with the CA certificates. They verify the certificate of the process at the other end of a
+        link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class CertificateExpiry:
 
     @classmethod
     def of_link(cls, link: LinkFiles | None) -> Self:
-        """Return the expiry of the files with which a process dials the gateways."""
+        """Return the expiry of the certificate files that a process uses to connect to the gateways."""
         return cls() if link is None else cls([link.cert_file], [link.ca_file])
 
     def current(self) -> Iterator[tuple[Path, float]]:

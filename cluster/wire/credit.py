@@ -59,8 +59,10 @@ class _Account:
 
 
 class CreditGranter:
-    """The worker's side of credit. It divides the capacity in proportion to the links' backlogs, or evenly if all
-    backlogs are empty."""
+    """Divides a worker's free capacity among its links to gateways, as credit: the capacity that a gateway may use.
+
+    Each link gets a share in proportion to its gateway's backlog. If all backlogs are empty, the shares are equal.
+    """
 
     def __init__(self) -> None:
         self._accounts: dict[int, _Account] = {}

@@ -64,8 +64,8 @@ class KeeperStatistics:
 
 
 class UsageKeeper:
-    """The usage records of ended requests that a worker keeps until a gateway has them, each under a key. Links are
-    numbered from 1, and a number is never reused; 0 means no link."""
+    """A worker's store of usage records of ended requests. It keeps each record, under a number, until a gateway has
+    acknowledged it. Links are numbered from 1, and a link's number is never reused; 0 means no link."""
 
     def __init__(self, max_records: int = MAX_RECORDS, patience_s: float = PATIENCE_S) -> None:
         self._max_records = max_records
@@ -132,7 +132,7 @@ class UsageKeeper:
             self._kept.pop(key, None)
 
     def reassign_late(self, now: float) -> list[int]:
-        """Assign records whose acknowledgement is late to other links. Returns the links that got records."""
+        """Assign a record to another link if its acknowledgement is overdue. Returns the links that got records."""
         if len(self._due) < 2:
             return []
         late = []

@@ -107,8 +107,8 @@ class Outbox:
         self.flush()
 
     def peer_backlog(self, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
-        """Report what waits at another gateway on this link. `gateway`: the other gateway. A backlog of that gateway
-        that was not sent yet is replaced."""
+        """Send to this link's peer the sequences that wait at another gateway. `gateway`: that other gateway.
+        `waiting`: its backlog by flow. If an earlier backlog of it is still unsent, the new one replaces it."""
         self._elsewhere[gateway] = waiting
         self.flush()
 
@@ -149,8 +149,8 @@ class Outbox:
         return tokens > self._max_tokens or sum(columns.vector_bytes for columns in self._steps) > MAX_VECTOR_BYTES
 
     async def next_message(self) -> pb.WorkerTurn:
-        """Wait until the writer is woken, then return the next message. It contains everything that was added since the
-        previous message. Data that exceeds the size of a message is returned in later messages."""
+        """Wait until there is something to send, then return the next message. It contains everything that was added
+        since the previous message. Data that exceeds the size of a message is returned in later messages."""
         await self._wake.wait()
         self._wake.clear()
         self.sent_seq += 1
@@ -211,7 +211,7 @@ class Outbox:
 
 
 class CommandBox:
-    """A gateway's outgoing messages for one worker, merged like an Outbox."""
+    """A gateway's outgoing messages for one worker. They are merged into one message while they wait to be sent."""
 
     def __init__(self) -> None:
         self._wake = asyncio.Event()
@@ -238,8 +238,8 @@ class CommandBox:
         self._wake.set()
 
     def backlog(self, backlog: pb.Backlog) -> None:
-        """Set the gateway's backlog for the worker's model. If the new backlog has no tenants' backlogs, the tenants'
-        backlogs of the previous one are kept until they are sent."""
+        """Replace the unsent backlog of the gateway for the worker's model. A backlog may list the backlogs of single
+        tenants. If the unsent one does and the new one does not, the unsent list is kept."""
         if self._backlog is not None and self._backlog.tells_flows and not backlog.tells_flows:
             unsent = self._backlog
             unsent.waiting, unsent.waiting_tokens = backlog.waiting, backlog.waiting_tokens

@@ -87,9 +87,9 @@ class AdmissionWindow:
         self._ends += 1
 
     def record_step(self) -> None:
-        """Record the end of a step. The next step begins at once.
+        """Record the end of one engine step and the start of the next.
 
-        Call after the first outputs and the ends of sequences in this step are recorded.
+        Call this method only after all first outputs and all ends of sequences of the step were recorded.
         """
         self._ends_a_step += (self._ends - self._ends_a_step) / 64
         self._ends = 0

@@ -70,9 +70,10 @@ class DetachedRequests:
         return sum(request.tokens for request in self._running.values())
 
     def add(self, request: DetachedRequest, now: float) -> list[str]:
-        """Add a request that has ended or whose gateway is gone; drop an older request with the same stream name.
+        """Add a request that has ended or whose gateway is gone. An older request of the same sequence (with the
+        same stream name) is dropped.
 
-        Returns the engine request ids to abort.
+        Returns the ids of engine requests that the caller must abort.
         """
         older = self.drop(request.stream)
         request.until = now + DETACHED_S

@@ -50,11 +50,11 @@ class DrainStates:
         return True
 
     def drain(self, now: float, timeout_s: float, leaving: bool) -> None:
-        """Begin a drain: take no new sequences, and let running sequences end by themselves for a part of the drain
-        time. That part is STAY_PART of `timeout_s` seconds.
+        """Begin a drain: take no new sequences, and let running sequences end by themselves.
 
-        `leaving`: whether the process is about to end. A second drain sets a new time. Once `leaving` was set, a
-        further drain can only shorten the time.
+        `timeout_s`: duration of the whole drain. Running sequences may stay for the fraction STAY_PART of this
+        time. `leaving`: whether the process ends after the drain. A second drain sets a new time. After a drain
+        with `leaving`, a further drain can only shorten the time.
         """
         stays_until = now + timeout_s * STAY_PART
         self._stays_until = min(self._stays_until, stays_until) if self.leaving else stays_until

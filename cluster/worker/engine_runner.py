@@ -71,7 +71,8 @@ class EngineRunner:
                 link.outbox.flush()
 
     def work(self, request_outputs: RequestOutputs) -> ComputedWork:
-        """Return counts of the work that the engine has computed since its start."""
+        """Return counts of the work that the engine has computed since its start. The numbers of prefilled and decoded
+        tokens come from `request_outputs`."""
         return ComputedWork(
             self.steps, self._busy_s, request_outputs.prefilled_tokens, request_outputs.decoded_tokens, *self._counts()
         )

@@ -34,10 +34,8 @@ class _Acknowledgement:
 
 
 class LinkCredit:
-    """The credit of all links. Credit is granted only while the worker takes new sequences.
-
-    The argument `link` of the methods is the link's `credit_order`.
-    """
+    """The credit of all links. Credit is granted only while the worker takes new sequences. The methods identify a link
+    by the number that `credit_order` has returned for it."""
 
     def __init__(
         self, capacity: Callable[[], tuple[Capacity, int]], count_cached: Callable[[int], int], drain_state: DrainStates

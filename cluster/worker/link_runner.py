@@ -154,8 +154,11 @@ class LinkRunner:
         self.drain_state.attach(link.outbox, time.monotonic())
 
     async def _detach(self, link: Link, parts: Sequence[asyncio.Task[None]]) -> None:
-        """Release everything that a link held: abort its requests in the engine, or detach them, and revoke its
-        credit."""
+        """Release everything that a link held, and revoke its credit.
+
+        While the worker keeps serving, requests that have output are detached: they run on for a while, so that
+        another gateway can claim them. All other requests of the link are aborted in the engine.
+        """
         self.links.remove(link)
         self.drain_state.detach(link.outbox)
         self.credit.detach(link.credit_order)

@@ -294,7 +294,9 @@ class RequestOutputs:
                 running.timing.record_last(time.monotonic())
 
     def apply_parsed(self, outputs: Sequence[TokenOutput]) -> tuple[Collection[Link], list[str]]:
-        """Send parsed outputs, which `apply_step` has already counted as work. Forget the requests that have ended.
+        """Send outputs of a step that have been parsed since then, and forget the requests that have ended.
+
+        `apply_step` has already counted these outputs as work of their step.
 
         Returns the links that the caller must flush, and the engine request ids of the ended requests. The caller must
         abort these requests: if a stop string or a parser error has ended a request, the engine still runs it.

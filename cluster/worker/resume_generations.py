@@ -42,5 +42,6 @@ class ResumeGenerations:
         return True
 
     def is_outdated(self, stream: str, generation: int) -> bool:
-        """Return whether a newer generation of a request's call is known. `stream`: the request's stream name."""
+        """Return whether the request's call was resumed again later: whether a higher `generation` (number of a resume)
+        of the call is known. `stream`: the request's stream name."""
         return bool(stream) and generation < self._newest.get(call_of(stream), 0)

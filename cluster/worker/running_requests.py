@@ -115,7 +115,8 @@ class RunningRequests:
     # ---- start of a request
 
     def new_request(self, link: Link, submit: pb.Submit, request: EngineRequest, received_at: float) -> RunningRequest:
-        """Return the record of a new request. The request is counted only by `reattach` or `start`.
+        """Return the record of a new request. The request does not count as running until `reattach` or `start` is
+        called.
 
         `received_at`: monotonic time at which the Submit arrived.
         """
@@ -148,11 +149,11 @@ class RunningRequests:
         return True, to_abort
 
     def start(self, running: RunningRequest, request_id: str, submit: pb.Submit) -> list[str]:
-        """Count a request that the caller is about to submit to the engine; return the engine request ids to abort
-        first.
+        """Add a request that the caller is about to submit to the engine. Returns the engine request ids that the
+        caller must abort first.
 
-        The requests to abort are detached requests. Their end makes room in the KV cache and, for a resumed request,
-        frees a slot.
+        The requests to abort are detached requests. Their end makes room in the KV cache and, for a resumed
+        request, frees a slot.
         """
         self._add_running(
             running, request_id, submit, running.fresh_tokens if self.outputs.caches_kv else running.tokens

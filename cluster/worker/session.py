@@ -218,8 +218,8 @@ class WorkerSession:
         self._closed.set()
 
     async def _report_served(self) -> None:
-        """Every REPORT_S seconds, report the served tokens to every gateway, and abort detached requests that have
-        expired."""
+        """Every REPORT_S seconds, report the served tokens to every gateway. Also abort the detached requests (requests
+        whose gateway is gone) that have expired."""
         while True:
             await asyncio.sleep(REPORT_S)
             self._served.report(self._requests.output_tokens())

@@ -99,8 +99,8 @@ class ReplicaSettings:
 
     @property
     def digest(self) -> str:
-        """Digest of the settings that require a new replica when they change: `spec`, and the result of
-        `surroundings`."""
+        """Digest of all settings whose change requires a new replica: the catalog entry `spec`, and the settings that
+        `surroundings` returns."""
         return specs.digest(self.spec, self.surroundings())
 
     @property

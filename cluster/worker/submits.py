@@ -1,8 +1,9 @@
-"""The Submits of all links. A Submit is a gateway's message that starts a request: the request is run on the engine,
-reattached to its detached request, or refused.
+"""The Submits of all links. A Submit is a gateway's message that starts a request. The worker runs the request
+on the engine, or refuses it. If the request still runs after the loss of its former gateway (a detached
+request), the worker connects it to the new gateway instead.
 
-A request id inside the engine consists of gateway incarnation, epoch, slot and attempt, because a repeated id would end
-vLLM's engine core. If one request fails, its link and the link's other requests continue.
+A request id inside the engine consists of gateway incarnation, epoch, slot and attempt, because a repeated
+id would end vLLM's engine core. If one request fails, its link and the link's other requests continue.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ class Submits:
             await self.abort(link, [slot])
 
     async def _run(self, link: Link, submit: pb.Submit, request: EngineRequest, received_at: float) -> None:
-        """Reattach a resumed request, or submit it to the engine. Raises EngineRefused and EngineDead."""
+        """Run the request of a Submit. If the request still runs on the engine as a detached request, connect it to the
+        new gateway; otherwise submit it to the engine. Raises EngineRefused and EngineDead."""
         if submit.generation:
             await self.take_over(call_of(submit.stream), submit.generation)
         if request.parsing is not None:

@@ -43,7 +43,8 @@ def zipf(count: int, seed: int) -> list[int]:
 
 
 def cold(adapters: Iterable[int], memory: int = MEMORY) -> list[bool]:
-    """Return for each call whether it is cold: its adapter is not among the `memory` different adapters called last."""
+    """Return for each call whether it is cold. A call is cold if its adapter is not one of the last `memory` different
+    adapters that were called before. `adapters`: the adapter of each call, in order."""
     recent: dict[int, None] = {}
     out = []
     for adapter in adapters:
@@ -61,8 +62,8 @@ def request(key: str, adapter: int) -> Request:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Measure the time to load an adapter, then the calls for 200 adapters; return the report's rows. Raises
-    DidNotStart."""
+    """Measure how long an adapter takes to load, and then the latency of calls for 200 adapters. Return the report's
+    rows. Raises DidNotStart."""
     folder = await rig.prepare(stage, ADAPTERS)
     async with rig.running(stage, folder, rig.names(ADAPTERS), ENGINE) as ours:
         arm = Contestant(

@@ -113,7 +113,8 @@ def rate(round_: Round) -> float | None:
 
 
 def figures(theirs: Contestant, *ours: Contestant) -> list[Figure]:
-    """Return the report's rows: cost and rate, each for HTTP and for gRPC."""
+    """Return the report's rows: cost and rate, each for HTTP and for gRPC. `theirs`: vLLM's server. `ours`: Headrace
+    over HTTP, then over gRPC."""
     rows: dict[str, Figure] = {}
     for arm, suffix in zip(ours, ("", GRPC), strict=True):
         for name, value, bound, scale, unit in (

@@ -34,8 +34,9 @@ ENGINE = {
 
 @dataclass(slots=True)
 class RowCounts:
-    """Counts of rows. `differ`: rows whose tokens differ from the greedy tokens of the merged weights. `together`: the
-    largest number of rows with an output in one step. `engine_class`: see EngineInfo."""
+    """Counts of rows, which are the requests of a batch. `differ`: rows whose tokens differ from the greedy tokens of
+    the model with merged adapter weights. `resumed_differ`: the same for resumed rows. `together`: the largest number
+    of rows with an output in one step. `engine_class`: dtype, quantization and parallelism of the engine."""
 
     engine_class: str = ""
     rows: int = 0

@@ -39,8 +39,11 @@ BOUND, NONE = Bound("<=", 2.0), Bound("<=", 0.0)
 
 @dataclass(frozen=True, slots=True)
 class ReplicaKind:
-    """The replicas of a part. `kind`: word for these replicas in the report's rows. `source_of`: function from the base
-    model's folder to the replicas' model source. `starts_s`: longest time to wait for a start, in seconds."""
+    """The replicas with which one part of the scenario runs.
+
+    `kind`: word for these replicas in the report's rows. `source_of`: returns the replicas' model source for
+    the folder of the base model. `starts_s`: longest time to wait until a replica has started, in seconds.
+    """
 
     kind: str
     count: int

@@ -86,7 +86,8 @@ def throughput(round_: Round) -> float | None:
 
 
 def figure(arms: Mapping[tuple[str, int], Contestant]) -> Figure:
-    """Return the report's row: our ratio of mixed to single-adapter throughput, divided by the server's ratio."""
+    """Return the report's row: the throughput with mixed adapters divided by the throughput with one adapter, for us,
+    relative to the same ratio for vLLM's server."""
     if problem := next((arm.arm.problem for arm in arms.values() if arm.arm.problem), ""):
         return missing(TITLE, BOUND, problem)
     ours, theirs = (

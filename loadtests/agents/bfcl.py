@@ -74,7 +74,7 @@ class Compared:
 
     @property
     def other_finish(self) -> str:
-        """CUT or NAMED_END if the finish reasons of the two answers differ in this known way (see known_finish), else
+        """CUT or NAMED_END if the finish reasons of the two answers differ in a way that known_finish knows, else
         ""."""
         trial = self.trial
         return known_finish(self.theirs, self.ours, is_cut=trial.is_cut, is_named=trial.choice == NAMED)
@@ -158,7 +158,8 @@ def different_prompts(theirs: servers.Side, ours: servers.Side) -> list[str]:
 
 
 def figures(compared: Sequence[Compared], wrong_prompts: int) -> list[Figure]:
-    """Return the report's rows for this part. `wrong_prompts`: number of trials with different prompts."""
+    """Return the report's rows for the BFCL cases. `compared`: the compared outputs. `wrong_prompts`: number of trials
+    in which the two sides got different prompts."""
     whole = [one for one in compared if one.mode == "whole"]
     values = {
         COMPARED: len({one.trial.case.name for one in compared}),

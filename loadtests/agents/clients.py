@@ -85,7 +85,7 @@ ROWS: Mapping[str, Bound | None] = {
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """A client library. `program`: name of the module, or of the script for Node.js, that runs it."""
+    """A client library. `program`: the program that uses the library: a Python module, or a script for Node.js."""
 
     name: str
     program: str

@@ -101,7 +101,8 @@ class Difference:
 
 
 def differences(theirs: Answer, ours: Answer) -> list[Difference]:
-    """Return the fields in which two answers differ. If arguments differ as text, also compare their values.
+    """Return the fields in which two answers differ. If the arguments of a tool call differ as text, also compare them
+    as JSON values.
 
     An error on either side, or on both, is a difference: there is nothing to compare.
     """

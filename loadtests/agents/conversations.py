@@ -61,7 +61,9 @@ def conversation(seed: str, scale: float = 1.0, system: str = "", count: int = T
 
 
 def _turn(seed: str, number: int, scale: float) -> list[dict[str, Any]]:
-    """Return the messages that a turn adds: an answer, and the results of its tools."""
+    """Return the messages that one turn adds to a conversation: an answer with a tool call, and the result of the tool.
+    Every eighth turn has a user's message instead. `number`: number of the turn. `scale`: factor for the lengths of the
+    texts."""
     said = prose(f"answer/{seed}/{number}", round(ANSWER_CHARS * scale))
     if number % 8 == 0:
         return [

@@ -51,8 +51,8 @@ async def write_models(children: Children, folder: Path, texts: Mapping[str, Map
 
 
 def environment(model: Path, step_ms: float) -> dict[str, str]:
-    """Return the environment variables for the processes of one side. `model`: the folder of a family, with or without
-    `scripts.json`."""
+    """Return the environment variables for the processes of one compared server. `model`: the folder of a model family.
+    If it has a `scripts.json`, the engine plays its scripts."""
     scripts = model / "scripts.json"
     return {
         **ENVIRONMENT, "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
@@ -80,8 +80,12 @@ async def start_ours(
     witness: tuple[str, ...] = (),
     tenant_count: int = 1,
 ) -> serving.Ours:
-    """Start a gateway and a worker. `step_ms`: duration of an engine step. `engine`: engine arguments in addition to
-    ENGINE. `witness`, `tenant_count`: see serving.start. Raises DidNotStart."""
+    """Start a gateway and a worker. Raises DidNotStart.
+
+    `step_ms`: duration of an engine step. `engine`: engine arguments in addition to ENGINE. `witness`: options
+    of the measurements in the gateway's process; if empty, nothing is measured there. `tenant_count`: number of
+    tenants to create.
+    """
     return await serving.start(
         children, folder, bundle=model / "bundle", source=str(model / "model"), engine={**ENGINE, **engine},
         environment={**environment(model, step_ms), **IN_CORE}, name=name, witness=witness, tenant_count=tenant_count,

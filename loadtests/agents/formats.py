@@ -43,9 +43,10 @@ class Family:
     """Whether vLLM expects forced calls as plain JSON and not in the family's format."""
 
     def answer(self, calls: Sequence[Call], text: str = "", reasoning: str | None = "", choice: str = "auto") -> str:
-        """Return the text of an answer: reasoning, text and calls, each if given.
+        """Return the text of a model's answer with these calls, text and reasoning, in the format of this family.
 
-        `reasoning`: None if the answer has neither reasoning nor the tags around it. `choice`: the kind of tool choice.
+        `reasoning`: None if the answer has neither reasoning nor the tags around it. `choice`: the request's tool
+        choice.
         """
         thought = ""
         if self.reasoning and reasoning is not None:

@@ -52,7 +52,8 @@ def steps(token_ids: Sequence[int], seed: str, largest: int = LARGEST_STEP) -> I
 
 @dataclass(frozen=True, slots=True)
 class Scripts:
-    """Prepared answers of one model: the token ids of each answer, by key. The last id is the end token."""
+    """Prepared answers of one model. `answers`: the token ids of each answer, by the answer's key. Each answer ends
+    with the end token."""
 
     tokenizer: Tokenizer
     answers: Mapping[str, Sequence[int]]
@@ -72,8 +73,8 @@ class Scripts:
 
 
 class PromptLog:
-    """File of the prompts that one server's engine got. A line is a JSON array of a prompt's script key and token
-    ids."""
+    """A file of all prompts that one server's engine got. Each line is a JSON array: the key of the script that answers
+    the prompt, and the prompt's token ids."""
 
     def __init__(self, path: Path) -> None:
         """Open the file for appending."""
@@ -211,7 +212,7 @@ class ScheduledRequest:
         self._tokens = tokens
 
     def tokens(self, scheduled: int) -> list[int]:
-        """Count the scheduled tokens as computed. Return the next output token, or [] while part of the prompt is not
-        computed."""
+        """Record that `scheduled` more tokens are computed. Returns the next output token, or [] while part of the
+        prompt is not computed."""
         self._left -= scheduled
         return [] if self._left > 0 else [next(self._tokens)]

@@ -1,12 +1,14 @@
 """An executor for vLLM's engine core that emits prepared tokens and computes nothing.
 
-It is used to compare vLLM's server with Headrace. Both get it by the engine argument
-`distributed_executor_backend`. Only the executor is replaced: the engine core, its scheduler and everything in front
-of them are real. Headrace's worker also gets the environment variables in IN_CORE, without which a worker on CPUs
-uses another executor. The core is a separate process on both sides, and each side uses its own client of the core.
+It is used to compare vLLM's server with Headrace. Both servers are started with the engine argument
+`distributed_executor_backend`, which selects this executor. Only the executor is replaced: the engine core, its
+scheduler and everything in front of them are real. Headrace's worker also gets the environment variables in IN_CORE,
+without which a worker on CPUs uses another executor. On both sides the core is a separate process, and each side uses
+its own client of the core.
 
-A step takes STEP_MS. The prompt of a request contains the mark of a script, and the request gets the tokens of this
-script (scripted.py). If there are no scripts, each token is PLAIN_TOKEN, until max_tokens.
+A step takes STEP_MS milliseconds. A script is a prepared answer (scripted.py). Each prompt contains the mark of a
+script, and the request gets the tokens of that script. If there are no scripts, each token is PLAIN_TOKEN, until
+max_tokens.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ class ScriptedExecutor(Executor):  # type: ignore[misc]
         self._running: dict[str, ScheduledRequest] = {}
 
     def collective_rpc(self, method: Any, *_: Any, non_block: bool = False, **__: Any) -> Any:
-        """Return a list with one empty result, which stands for one rank. With `non_block`, return a completed future
-        of this list."""
+        """Call no method. Return a list with one None, the result of a single rank. With `non_block`, return a
+        completed future of this list."""
         if not non_block:
             return [None]
         done: Future[Any] = Future()

@@ -70,7 +70,7 @@ and vLLM's server has no parsers by default."""
 class ServedTurns:
     """Measurements of one family of models. Times are in milliseconds.
 
-    `sampled_*`: one value for each conversation, the mean over SAMPLED of its turns.
+    `sampled_*`: one value for each conversation, the mean over the turns with the numbers SAMPLED.
     """
 
     family: str
@@ -135,7 +135,8 @@ def body_of(messages: Messages) -> bytes:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Measure all families and return the report's rows. Raises DidNotStart."""
+    """Measure the turns of each model family in FAMILIES, and return the report's rows. Raises DidNotStart if a server
+    does not start."""
     folder = await cores.write_models(stage.children, stage.folder, {family: {} for family in FAMILIES})
     rows = []
     for family in FAMILIES:
@@ -202,7 +203,8 @@ class Family:
         return side
 
     def _bodies(self) -> Iterator[tuple[int, int, bytes]]:
-        """Yield the bodies of all turns, each as (number of the turn, number of the conversation, body)."""
+        """Yield the request body of each turn of each conversation, as (number of the turn, number of the conversation,
+        body)."""
         for number in range(len(self._talks[0])):
             for i, talk in enumerate(self._talks):
                 yield number, i, body_of(talk[number])

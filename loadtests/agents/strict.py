@@ -98,8 +98,8 @@ def body(chance: random.Random) -> dict[str, Any]:
 
 
 def why_wrong(answer: Answer, request: Mapping[str, Any]) -> str:
-    """Return why an answer is wrong; "" if it is right. An answer with the finish reason `length` must not be
-    passed."""
+    """Return why an answer is wrong; "" if it is right. Do not call it for an answer with the finish reason `length`,
+    which was cut off."""
     if answer.error or answer.finish != "tool_calls" or len(answer.calls) != 1:
         return answer.error or f"finish {answer.finish!r} with {len(answer.calls)} calls: {answer.content[:100]!r}"
     (call,) = answer.calls

@@ -118,7 +118,8 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 def bind(stage: Stage, arms: Sequence[Contestant]) -> str:
-    """Bind the front ends to one CPU core, and engine cores and driver to another; return a description."""
+    """Bind processes to CPU cores: the front ends, vLLM's engine processes and the driver each get cores of their own.
+    Returns a description of the result."""
     plan = planned_cores(stage.options.pin)
     if plan is None:
         return "nothing was bound to cores"

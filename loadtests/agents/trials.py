@@ -1,5 +1,5 @@
-"""Trials of the comparison with scripted answers: the case and the model family of each trial, and the text that the
-engine emits."""
+"""The requests of the comparison of servers with scripted answers. Each request, a trial, has a case, a model family,
+and the text that the engine emits for it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class Trial:
         return "max_tokens" in self.options or "stop" in self.options
 
     def body(self, *, stream: bool, seed: int | None = None) -> dict[str, Any]:
-        """Return the request of the trial. `seed`: for vllm_server.py, the seed of the engine's steps."""
+        """Return the request of the trial. `seed`: the sampling seed, from which vllm_server.py draws the sizes of the
+        engine's steps; None for steps of one token."""
         question = {"role": "user", "content": f"{self.case.question}\n{MARK.format(self.key)}"}
         body: dict[str, Any] = {
             "model": self.family.name,
@@ -71,7 +72,8 @@ class Trial:
         return body
 
     def is_as_written(self, answer: Answer) -> bool:
-        """Return whether an answer has exactly the calls of the case. Meaningless for a trial that is cut."""
+        """Return whether an answer has exactly the calls of the case. Do not use the result for a trial whose output is
+        cut short (by a small max_tokens, for example)."""
         shown = 0 if self.choice == "none" else 1 if "parallel_tool_calls" in self.options else None
         expected = [(call.name, call.arguments) for call in self.case.calls[:shown]]
         return [(call.name, call.parsed) for call in answer.calls] == expected
@@ -87,7 +89,8 @@ def plan(cases: Sequence[Case], families: Sequence[Family] = FAMILIES) -> list[T
 
 
 def _trial(number: int, key: str, case: Case, family: Family) -> Trial:
-    """Return a trial. `number`: the trial's number in the family, which determines everything but the case."""
+    """Return a trial of a case with a model family. `number`: number of the trial in the family. It determines the
+    answer, the options and the history. `key`: key of the trial's script."""
     options: dict[str, Any] = {}
     if _is_turn(number, SINGLE_EVERY):
         options["parallel_tool_calls"] = False

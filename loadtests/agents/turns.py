@@ -2,11 +2,15 @@
 
 `python -m loadtests.agents.turns [--json FILE]`
 
-Many conversations of four tenants take their turns in rotation, one at a time, so that the CPU time of each turn is
-known exactly. It is the CPU time of this process, which does the work of a gateway, and of its helper processes. Then
-several conversations take their turns at once, and the longest stall of the event loop is measured. The stall is
-measured in wall-clock time and in CPU time of the loop's thread, because on a busy machine the thread also waits for a
-core. The token ids of some turns are compared with the ids of the whole prompt, tokenized at once. With --memory, many
+First part: many conversations of four tenants take turns in rotation, one turn at a time, so that the CPU time of
+each turn is known exactly. This is the CPU time of two kinds of processes: this process, which does the work of a
+gateway, and its helper processes.
+
+Second part: several conversations take their turns at once, and the longest stall of the event loop is measured. The
+stall is measured in wall-clock time and in CPU time of the loop's thread, because on a busy machine the thread also
+waits for a core.
+
+The token ids of some turns are compared with the ids of the whole prompt, tokenized at once. With --memory, many
 conversations of half the length follow, and the oldest of them take one more turn.
 """
 
@@ -142,7 +146,8 @@ def made(family: str, count: int, turns: int, first: int = 0) -> list[list[Messa
 
 
 async def one_at_a_time(front: FrontEnd, talks: Sequence[Sequence[Messages]], figures: Turns) -> None:
-    """Let the conversations take their turns in rotation, and set the CPU times in `figures`."""
+    """Make the first turn of every conversation, one call after the other, then every second turn, and so on. Put the
+    CPU times into `figures`."""
     by_turn: list[list[float]] = []
     own: list[float] = []
     for number in range(len(talks[0])):
@@ -207,11 +212,11 @@ async def mean_ms(front: FrontEnd, bodies: Sequence[bytes], tenants: Sequence[st
 
 @dataclass
 class Remembered:
-    """Measurements of the gateway's prompt memory after many conversations.
+    """Measurements of the gateway's prompt memory after `conversations` conversations.
 
-    Each conversation has half the usual length. `mib`: size of the memory by its own count. `grown_mib`: growth of this
-    process. `oldest_ms`: mean CPU time of the next turn of the oldest conversations. `scratch_ms`: the same time when
-    the prompt memory holds nothing of the conversation.
+    The conversations have half as many turns as in the other parts. `mib`: size of the prompt memory by its own count.
+    `grown_mib`: growth of this process's memory. `oldest_ms`: mean CPU time of one more turn of the oldest
+    conversations. `scratch_ms`: the same, if the prompt memory holds nothing of these conversations.
     """
 
     conversations: int
@@ -259,7 +264,7 @@ async def measure_family(family: str, count: int = CONVERSATIONS, turns: int = c
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Return the scenario's rows, each with the value of the worst family."""
+    """Return the scenario's rows. Each row has the value of the worst tokenizer family."""
     rows = [await measure_family(family) for family in FAMILIES]
     stage.report.settings["turns"] = [asdict(row) for row in rows]
     stage.screen.console.print(table(rows))

@@ -71,8 +71,8 @@ async def session_of(
 async def serve(
     given: Mapping[str, Any], engine_of: Callable[[Mapping[str, Any], int, PromptLog], Engine] = engine_of
 ) -> None:
-    """Serve all models until SIGTERM, or until one of the engines ends. `given`: the contents of FILE. `engine_of`:
-    creates a model's engine."""
+    """Serve all models until SIGTERM, or until one of the engines ends. `given`: the contents of the program's JSON
+    file. `engine_of`: creates a model's engine."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -39,8 +39,8 @@ BESIDE = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Clairvoyant:
-    """The cheapest plan of replicas that met the SLO when it was replayed on demand known in advance. `cost_s`:
-    GPU-seconds of the plan, including starts."""
+    """The cheapest plan of replicas that meets the SLO if the demand is known in advance. The demand was replayed to
+    check the plan. `cost_s`: GPU-seconds of the plan, including starts."""
 
     cost_s: float
     bound_s: float
@@ -58,8 +58,9 @@ class Clairvoyant:
 def slots_of(
     demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float, quanta: int, more: float, pace_s: float
 ) -> Slots:
-    """Return the demand in slots. The work of a prompt falls into the slot where the call arrives. The work of an
-    output is spread over the duration of the stream: `pace_s` for each token. `more`: factor of all work."""
+    """Return the demand by time slot. The work of a prompt falls into the slot where the call arrives. The work of an
+    output is spread over the duration of the stream: `pace_s` for each token. `more`: factor by which all work is
+    multiplied. `quanta`: number of units of work that one replica serves in a slot."""
     count = int(np.ceil(demand.duration_s / slot_s))
     at = np.minimum((demand.at_s / slot_s).astype(int), count - 1)
     prompt = demand.count * demand.prompt_tokens / plant.prefill_at(itl_s)
@@ -76,8 +77,11 @@ def slots_of(
 
 
 def slacks_of(ttft_s: float, slot_s: float, share: float) -> tuple[float, ...]:
-    """Return the slack of each class of calls, in slots: the TTFT target less the prefill time in the middle of the
-    class, times `share`. -1 if there is no slack."""
+    """Return the slack of each class of calls, in time slots of `slot_s` seconds; -1 if there is no slack.
+
+    A class holds the calls with similar prefill times (CLASSES_S). Its slack is `share` times the longest time that a
+    call may wait: the TTFT target minus the prefill time in the middle of the class.
+    """
     edges = (0.0, *CLASSES_S, 2 * ttft_s)
     slack_s = [ttft_s - (low + high) / 2 for low, high in pairwise(edges)]
     return tuple(value * share / slot_s if value > 0 else -1.0 for value in slack_s)
@@ -101,8 +105,8 @@ def _spread(begin: Floats, end: Floats, rate: Floats, count: int) -> Floats:
 def replay(
     demand: Demand, plant: ReplicaModel, settings: ModelSettings, replicas: Floats, slot_s: float, tick_s: float
 ) -> Track:
-    """Replay a plan unchanged. Every replica is started one cold start before the plan needs it, so it is ready in
-    time."""
+    """Simulate a plan unchanged. `replicas`: the plan, a number of replicas for each slot. Each replica is ready when
+    the plan needs it, since it would be started one cold start earlier."""
     counts = [int(n) for n in replicas]
 
     def planned(_: Observation, now_s: float) -> dict[str, int]:
@@ -124,7 +128,9 @@ def clairvoyant(
     tried: Sequence[tuple[float, float, float]] = TRIED,
     tries: int = 8,
 ) -> Clairvoyant | None:
-    """Return the cheapest replayed plan that meets the SLO; None if no plan does."""
+    """Return the cheapest plan of replicas that meets the SLO when it is replayed call by call in the simulation; None
+    if no plan meets it. `most`: largest number of replicas. `slot_s`: length of a planning step in seconds. `tried`:
+    the combinations of planner settings to try."""
     slo, best = settings.slo, None
     for share, more, pace_s in tried:
         slots = slots_of(demand, plant, slo.itl_s, slot_s, quanta, more, pace_s)

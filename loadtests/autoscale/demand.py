@@ -35,8 +35,9 @@ def from_trace(name: str, times: int = TIMES, seed: int = 1, within_s: float = 1
 
 
 def synthetic(rate_per_s: Sequence[float], step_s: float, cv: float, lengths: tuple[float, float], seed: int) -> Demand:
-    """Return a demand with Gamma distributed gaps, whose rate changes every `step_s`. Lengths are lognormal. `lengths`:
-    mean length of prompts and of outputs, in tokens."""
+    """Return a random demand. The gaps between calls are Gamma distributed. `rate_per_s`: calls per second in each
+    period of `step_s` seconds. `cv`: coefficient of variation of the gaps. `lengths`: mean length of prompts and of
+    outputs, in tokens; the lengths are lognormal."""
     rng = np.random.default_rng(seed)
     at = renewal(np.asarray(rate_per_s, dtype=float), step_s, np.full(len(rate_per_s), cv), rng)
 
@@ -48,8 +49,8 @@ def synthetic(rate_per_s: Sequence[float], step_s: float, cv: float, lengths: tu
 
 
 def renewal(rate: Floats, window_s: float, cv: Floats, rng: np.random.Generator) -> Floats:
-    """Return arrival times. Each window has `rate` x `window_s` calls, with Gamma distributed gaps of coefficient of
-    variation `cv`."""
+    """Return the arrival times of calls. `rate` and `cv` have one value for each window of `window_s` seconds: the
+    calls per second, and the coefficient of variation of the gaps between calls, which are Gamma distributed."""
     out = []
     for number, (per_s, variation) in enumerate(zip(rate, cv, strict=True)):
         count = int(per_s * window_s + rng.random())

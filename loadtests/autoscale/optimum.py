@@ -54,7 +54,12 @@ class Slots:
 
     @classmethod
     def of(cls, work_s: Sequence[float], calls: Floats, slot_s: float, quanta: int) -> Slots:
-        """Convert replica-seconds to slots; the rounding error of a slot is carried to the next."""
+        """Return the demand by time slot. Work is rounded to quanta; the rounding error of a slot is carried to the
+        next slot.
+
+        `work_s`: work that arrives in each slot, in replica-seconds. `slot_s`: length of a slot in seconds.
+        `quanta`: number of quanta that one replica serves in a slot.
+        """
         total = np.rint(np.cumsum(np.asarray(work_s)) * quanta / slot_s)
         work = np.diff(total, prepend=0.0).astype(np.int64)
         return cls(work, calls, slot_s, quanta)
@@ -85,7 +90,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Optimum:
-    """Bounds on the cost of the optimum in GPU-seconds: `bound_s` from below, `plan.cost_s` from above."""
+    """The lowest possible cost of serving a demand, in GPU-seconds: at least `bound_s`, and at most `plan.cost_s`."""
 
     bound_s: float
     plan: Plan
@@ -183,11 +188,11 @@ def optimum(
     tries: int = 12,
     holds: Callable[[Plan], bool] | None = None,
 ) -> Optimum | None:
-    """Return the cheapest plan that keeps the budget of late calls, found by bisection over the price of a late call.
+    """Return the cheapest plan whose share of late calls is at most `budget`, found by bisection over the price of
+    a late call. The bisection is in the logarithm of the price. Returns None if even the highest price gives no
+    such plan.
 
-    `budget`: allowed share of late calls. `holds`: function that decides whether a plan keeps the budget, for callers
-    that judge plans beyond this fluid model; by default the late calls of the plan are counted. The bisection is in the
-    logarithm of the price. Return None if even the highest price gives no plan that keeps the budget.
+    `holds`: decides whether a plan keeps the budget, in place of the number of late calls in this fluid model.
     """
     allowed = budget * float(slots.calls.sum())
     keeps = holds or (lambda plan: plan.late <= allowed)

@@ -44,7 +44,7 @@ class _Model:
 
 
 class RayPolicy:
-    """Scaler for loadtests/sim/scaling.py that runs Ray Serve's policy. Needs the package ray."""
+    """A scaler that runs Ray Serve's policy, for the simulator in loadtests/sim/scaling.py. Needs the package ray."""
 
     def __init__(self, settings: RaySettings) -> None:
         from ray.serve.config import AutoscalingConfig

@@ -21,8 +21,8 @@ SPANS = 2000
 @dataclass(frozen=True, slots=True)
 class PolicySweep:
     """Mean numbers of streams over many moments. `blind`: streams on a random replica. `fewest`: streams on the replica
-    with the fewest streams. `blind_moved`, `fewest_moved`: those of them that would have to move if the replica were
-    removed."""
+    with the fewest streams. `blind_moved`, `fewest_moved`: how many of these streams would have to move if the replica
+    were removed."""
 
     blind: float
     fewest: float

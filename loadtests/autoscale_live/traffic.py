@@ -38,7 +38,8 @@ class PlannedCall:
 
 
 def days(seed: int, count: int, seconds: float, engine: Engine, replicas: int, **more: Any) -> Sequence[PlannedCall]:
-    """Return the calls of `count` days. Each day has different calls; the other arguments are those of `plan`."""
+    """Return the planned calls of `count` days. Each day has different calls. `seconds`: length of a day. The other
+    arguments are passed to `plan`."""
     return [
         replace(call, at_s=call.at_s + day * seconds)
         for day in range(count)

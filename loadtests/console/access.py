@@ -1,5 +1,5 @@
-"""The part `access`: errors that the accessibility checker axe finds on every page of the console. Each page is checked
-in the light and the dark theme, at widths of 360 and 1920 pixels."""
+"""The part `access` of the load test of the console. It counts the errors that the accessibility checker axe finds on
+the console's pages. Each page is checked in the light and the dark theme, at widths of 360 and 1920 pixels."""
 
 from __future__ import annotations
 

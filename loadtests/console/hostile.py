@@ -1,8 +1,9 @@
-"""The part `hostile`: scripts in every text that the pages show, and the effects of these scripts.
+"""The part `hostile` of the console's load test: it puts scripts into every text that the pages show, and
+counts their effects.
 
-The overview, the admin API's answers and answers of a model contain the scripts in place of names, reasons, errors and
-texts. The effects are foreign elements, active attributes, runs of a script, requests to other hosts, dialogs, and
-reports of the content security policy.
+The scripts take the place of names, reasons, errors and texts in the overview, in the admin API's answers
+and in a model's answers. Each of these effects counts: a foreign element, an active attribute, a script
+that runs, a request to another host, a dialog, or a report of the content security policy.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ async (texts) => {
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Show the scripts on the pages, and return the report's rows. Raises RuntimeError."""
+    """Put hostile scripts into the texts that the console's pages show, and return the report's rows. Raises
+    RuntimeError."""
     effects: list[str] = []
     looked = 0
     async with chromium() as browser, filled(stage, browser) as pages:
@@ -91,8 +93,8 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def _chats(stage: Stage, browser: Browser) -> tuple[list[str], int]:
-    """Send the scripts as prompts to a model that repeats its prompt: first as text, then as reasoning and tool calls.
-    Return the effects of the scripts on the page, and the number of answers that were shown."""
+    """Send hostile scripts as prompts to a model that repeats its prompt, first as text, then as reasoning and tool
+    calls. Return the effects of the scripts on the console's page, and the number of answers that were shown."""
     folder = stage.folder / "echo"
     checkpoint = await asyncio.to_thread(build_checkpoint, "llama", folder / "checkpoint")
     bundle, engine = bundle_of(checkpoint), EchoEngine(768)

@@ -1,4 +1,5 @@
-"""The part `roles`: requests that a role must not make, and names of other tenants that the console sends to a role.
+"""The part `roles` of the load test of the console. It counts forbidden requests that the console does not refuse, and
+names that the console must not send to a role.
 
 Each role calls each admin method through the console, for its own tenant and for another tenant. The console must
 refuse what the admin port refuses (tests/gateway/apis/admin/test_roles.py). Some roles may see one tenant only. The
@@ -112,8 +113,8 @@ async def _explained(browsers: Mapping[str, Browser], answer: str) -> list[str]:
 
 
 async def _shown(keyed: Keyed, browsers: Mapping[str, Browser]) -> list[str]:
-    """Return names that roles with access to one tenant must not see, but that the console sends to them in events,
-    models or history."""
+    """Return the names that the console wrongly sends to roles with access to one tenant: names of other tenants,
+    gateways and workers. The console's events, models and history are searched."""
     hub = keyed.gateway.hub
     foreign = {OTHER, "fixed", hub.gateway_id, *(worker.identity.worker_id for worker in keyed.cluster.workers)}
     found = []

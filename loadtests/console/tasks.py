@@ -90,7 +90,8 @@ ROWS: Mapping[str, Bound | None] = dict.fromkeys(TASKS, MOST)
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Do the tasks, and return a row for each. Raises RuntimeError."""
+    """Do each task of an operator in a browser, and return a row with the number of clicks for each. Raises
+    RuntimeError."""
     figures = []
     async with chromium() as browser, filled(stage, browser) as pages:
         for name, task in TASKS.items():

@@ -19,12 +19,14 @@ PATH = "/v1/embeddings"
 
 
 class HttpEmbeddings(OpenAiSse):
-    """Client of embeddings, with the connections of OpenAiSse. The prompt of a request is the text."""
+    """Client of the HTTP API for embeddings. A request's prompt is the text to embed. The class inherits its
+    connections from OpenAiSse."""
 
     name = "http embeddings"
 
     async def run(self, request: Request, on_text: OnText) -> Answer:
-        """Make a call; see Face.run. `on_text` gets one piece when the answer is complete."""
+        """Request the vector of a text, and return the answer. `on_text` is called once, when the answer is complete.
+        Implements `Face.run`."""
         answer = await self.ask({"model": self._model, "input": request.prompt, "encoding_format": "float"})
         on_text("vector")
         return Answer(1, answer["usage"]["prompt_tokens"])

@@ -55,7 +55,8 @@ class _Call:
 
 
 class _Stream:
-    """A session. The first call opens it; after the stream has broken, the next call opens it again."""
+    """A session: one gRPC stream that carries several calls. The first call opens the stream. If the stream breaks, the
+    next call opens a new one."""
 
     def __init__(self, address: str, metadata: tuple[tuple[str, str], ...]) -> None:
         self._metadata = metadata

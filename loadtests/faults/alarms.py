@@ -50,7 +50,8 @@ def prefilling_source(model: Path, plain: str, seed: int) -> str:
 
 @dataclass(slots=True)
 class Hangs:
-    """Results of the hangs. `noticed_s`: seconds from an engine's last step to the end of the worker's link."""
+    """Results of the runs in which engines hang. `noticed_s`: seconds from an engine's last step to the end of the
+    worker's link."""
 
     noticed_s: list[float] = field(default_factory=list)
     reasons: set[str] = field(default_factory=set)

@@ -39,7 +39,8 @@ _Tokens = Mapping[int, Sequence[tuple[int, float]]]
 
 @dataclass(frozen=True, slots=True)
 class FaultRequest:
-    """A request of a given kind, with a key that identifies the request."""
+    """A request for the load tests of faults. `key` identifies the request. `kind` is the name of its kind, for example
+    "greedy"."""
 
     key: str
     kind: str
@@ -61,8 +62,12 @@ def mixed(count: int, model: str, seed: int, *, tokens: tuple[int, int], words: 
 def make_request(
     key: str, kind: str, model: str, tokens: int, words: int, seed: float, fields: Mapping[str, Any] | None = None
 ) -> FaultRequest:
-    """Return a request of a kind. The answer has the given length unless a stop string ends it. `fields`: the request's
-    fields, for a kind that is not in KINDS."""
+    """Return a chat request. Its prompt is `key` and `words` random words. The answer has `tokens` tokens, unless
+    a stop string ends it.
+
+    `kind`: a name in KINDS, which gives the fields of the request. `fields`: the fields of the request for
+    another kind. `seed`: seed of the random words.
+    """
     rng = random.Random(f"{key} {seed}")
     prompt = f"{key} " + " ".join(rng.choice(_WORDS) for _ in range(words))
     given = {"ignore_eos": True, **(KINDS[kind] if fields is None else fields)}
@@ -126,7 +131,8 @@ class CallResult:
 
     @property
     def last(self) -> bool:
-        """Whether the whole undisturbed answer has arrived, except for the last token or two."""
+        """Whether the answer has arrived except for at most its last token or two. The length of the whole answer is
+        known from the same call without a fault; if it is unknown, the result is False."""
         return self.whole > 0 and sum(map(len, self.texts.values())) >= self.whole - LAST_CHARACTERS
 
     @property

@@ -77,7 +77,8 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """A vLLM model runner and the load for it: `tokens` per call, and faults after `pieces` pieces of each call."""
+    """A model runner of vLLM and its load. `tokens`: length of an answer. `pieces`: least and greatest number of pieces
+    that each call has received when a fault follows."""
 
     environment: Mapping[str, str]
     tokens: int
@@ -94,9 +95,8 @@ NOTICED_S, BACK_S, BEAT_S, STARTS_S, ENDS_S = 5.0, 10.0, 0.1, 90.0, 120.0
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A fault: the kind, the worker hit, the number of pieces that each call had received, and the number of
-    sequences hit.
-    """
+    """A fault of a worker: its kind, the worker's number, the number of pieces that each call had received before the
+    fault, and the number of sequences that the fault hit."""
 
     kind: str
     worker: int
@@ -122,8 +122,8 @@ class Proof:
     seconds: float = 0.0
 
     def exact(self, *kinds: str) -> tuple[int, int]:
-        """Return two counts over the calls of these kinds that lost a worker or failed: the calls that gave the
-        undisturbed answer, and all of them."""
+        """Return two numbers about the calls of these kinds that lost a worker or failed: how many of them gave the
+        same answer as the call without a fault, and how many there are."""
         hit = [result for result in self.calls if result.request.kind in kinds and (result.resumed or result.error)]
         return sum(result.request_id not in self.differences for result in hit), len(hit)
 
@@ -254,7 +254,8 @@ async def running(
 
 
 def requests_of(model: str, seed: int, tokens: int) -> list[FaultRequest]:
-    """Return batches of requests of all kinds, each request with a different prompt."""
+    """Return REQUESTS requests: whole batches, each with all kinds of requests in the order of BATCH. Each request has
+    a different prompt. `tokens`: length of the answers."""
     rng = random.Random(seed)
     out = []
     for number in range(REQUESTS):
@@ -301,7 +302,7 @@ class Batch:
 
 
 class Prover:
-    """Runner of batches over two engines, and of the faults that hit the batches."""
+    """Runs batches of requests on two engines, and causes faults while a batch runs."""
 
     def __init__(self, engines: Engines, seed: int) -> None:
         fleet = engines.fleet
@@ -396,5 +397,5 @@ class Prover:
 
 
 async def prove(engines: Engines, points: int, seed: int) -> Proof:
-    """Run a Prover and return its proof; see Prover.prove."""
+    """Run a Prover until `points` faults have hit a sequence, and return its proof."""
     return await Prover(engines, seed).prove(points)

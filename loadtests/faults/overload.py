@@ -71,7 +71,7 @@ class Load:
         return sum(1 for its, result in self.calls if its == cls and result.error)
 
     def settings(self) -> dict[str, Any]:
-        """Return the counts of calls and errors at this rate, as settings of a report's row."""
+        """Return the counts of calls and errors at this rate, by name, for the `settings` of the report's row."""
         return {
             "rate_per_s": round(self.rate_per_s, 1),
             "goodput_per_s": round(self.goodput_per_s, 2),
@@ -106,11 +106,14 @@ class OverloadResults:
         return max(load.goodput_per_s for load in self.sweep)
 
     def refused_s(self, shed: bool) -> list[float]:
-        """Return the seconds until refusal, over all rates of the sweep and of the overload; see Load.refused_s."""
+        """Return the seconds until refusal of each refused call, over all rates of the sweep and of the overload.
+        `shed`: true for the calls that were dropped while they waited, false for the calls that were refused at
+        admission."""
         return [s for load in (*self.sweep, *self.overs.values()) for s in load.refused_s(shed)]
 
     def refusals_p99_ms(self, shed: bool) -> float:
-        """Return the 99th percentile of the times to refusal in milliseconds; NaN if no call was refused."""
+        """Return the 99th percentile of the times to refusal in milliseconds; NaN if no call was refused. `shed`:
+        whether to count calls that were shed while they waited, or calls that were refused at admission."""
         return percentile(self.refused_s(shed), 99) * 1000
 
 

@@ -4,8 +4,8 @@ Serve's gRPC proxy.
 Each of the three has two backends, and all backends use the same simulated engine: Headrace's workers, plain OpenAI
 servers, and replicas of a plain deployment. In a round all streams begin together; when each stream has received some
 pieces, one backend gets SIGKILL. A stream finishes when all its tokens arrive, with exactly the text that the same
-server gave undisturbed. The two peers use their default retries. Each round of vllm-router starts its own engines and
-router; the backends of Headrace and Ray are restarted automatically.
+server gave undisturbed. vllm-router and Ray Serve use their default retries. Each round of vllm-router starts its own
+engines and router; the backends of Headrace and Ray are restarted automatically.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ BEGUN_S, ENDS_S, BACK_S = 30.0, 120.0, 60.0
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Return the model source of the simulated engines, the same for all backends."""
+    """Return the URL `sim://...` with which all backends start the same simulated engine. `plain`: further parameters
+    of the URL. `seed`: seed of the tokens."""
     room = f"max_num_seqs={2 * STREAMS}&max_num_batched_tokens=4096&kv_blocks=8192&max_model_len=4096"
     return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=100000&{room}&seed={seed}&{plain}"
 

@@ -46,7 +46,8 @@ BEFORE_S = 1.0
 
 
 def source(model: Path, plain: str, seed: int) -> str:
-    """Return the workers' model source. Each token has a different text, so that each step gives a chunk."""
+    """Return the `sim://` source of the workers' simulated engines, for the model folder `model`. `plain`: parameters
+    of the source that give each token a different text, so that each step gives a chunk."""
     room = "max_num_seqs=64&max_num_batched_tokens=2048&kv_blocks=16384&max_model_len=4096"
     speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}"
     return f"sim://{model}?{speed}&{room}&seed={seed}&{plain}"
@@ -140,7 +141,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Return the quantiles in milliseconds, and the number of values."""
+    """Return the p50, the p99 and the maximum in milliseconds, and the number of values. `values`: in seconds."""
     return {f"p{q}": round(percentile(values, q) * 1000, 1) for q in (50, 99, 100)} | {"count": len(values)}
 
 
@@ -233,8 +234,8 @@ class Recovery:
             into.append(await self._caller.call(self._make_request(FRESH_TOKENS)))
 
     async def _apply_fault(self, kind: str, episode: Episode) -> Sequence[CallResult]:
-        """Apply the fault of the episode. In a calm episode, start the crowd of new calls instead, and return these
-        calls."""
+        """Apply the fault `kind` to a random worker. For the kind CALM, which has no fault, start as many new calls at
+        once as a lost worker would have had, and return these calls."""
         episode.struck = time.time()
         if kind == CALM:
             return await self._crowd(STREAMS // WORKERS)

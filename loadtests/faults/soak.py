@@ -67,7 +67,8 @@ class Soak:
     """Reasons of links that ended during the soak, although no worker was disturbed."""
 
     def growth(self) -> dict[str, int]:
-        """Return the resources that have grown, with the growth of each."""
+        """Return how much each resource has grown between the start and the end of the run. Resources that have not
+        grown are left out."""
         before, after = asdict(self.before), asdict(self.after)
         names = ("sockets", "files", "threads", "tasks")
         return {name: after[name] - before[name] for name in names if after[name] > before[name]}
@@ -96,7 +97,8 @@ def slope(samples: Sequence[tuple[float, int]], rate_per_s: float, seed: int = 0
 
 
 async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tuple[Soak, list[CallResult]]:
-    """Warm up, run the calls, and count the resources at rest before and after; return the results and the calls.
+    """Make calls for `seconds` seconds after a warm-up, and count the gateway's resources at rest before and after the
+    calls. Return the results and the calls.
 
     `told_file`: file to which the gateway's process writes its measurements.
     """

@@ -35,7 +35,7 @@ def mutant(good: str, rng: random.Random) -> Mutant:
 
 
 def places(data: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield every value of a document with its path, without the document itself."""
+    """Yield the path and the value of every item in a document, at all depths. The document itself is not yielded."""
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     for key, value in items:
         yield (*path, key), value

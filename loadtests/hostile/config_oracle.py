@@ -54,7 +54,8 @@ ENGINE_S = 600.0
 
 
 class Oracle:
-    """Constructor of the objects of all processes, in temporary folders. `close` removes the folders."""
+    """Constructs the objects of all processes from a configuration, in temporary folders, to find out which of them
+    refuse the configuration. `close` removes the folders."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -205,9 +206,8 @@ def _may_be_fetched(source: str) -> bool:
 
 
 def main() -> None:
-    """Run the engine check in this process: read specs as JSON from standard input, write an error for each spec to
-    standard output.
-    """
+    """Read model specs as JSON from standard input. For each spec, write vLLM's error to standard output, or "" if the
+    engine settings of the spec cause no error. Runs in a process of its own."""
     from cluster.worker.engine.vllm.arguments import engine_arguments
 
     answers = []

@@ -28,7 +28,6 @@ from loadtests.scenarios.common import Stage
 from loadtests.scenarios.parts import exact
 
 MUTANTS = 100
-TRIES = 4 * MUTANTS
 LET_THROUGH = "wrong value files and cluster.yaml files of 100 that a restart refuses and the checks let through"
 GOOD_REFUSED = "shipped files that the checks refuse"
 ROWS: Mapping[str, Bound] = {LET_THROUGH: Bound("<=", 0), GOOD_REFUSED: Bound("<=", 0)}
@@ -77,9 +76,8 @@ def _measure(stage: Stage) -> list[Figure]:
 
 
 def check_mutants(oracle: Oracle, rng: random.Random, say: Any, mutants: int = MUTANTS) -> Count:
-    """Make mutants until `mutants` of them are wrong; return the counts. All engine checks run in one process, since
-    the start of the process takes seconds.
-    """
+    """Put one mistake each into good configuration files, until `mutants` of the changed files are wrong. Return the
+    counts of the results. One process makes the engine's checks of all files, because it takes seconds to start."""
     count = Count()
     asked: list[tuple[Mutant, list[dict[str, Any]]]] = []
     for _ in range(4 * mutants):
@@ -121,8 +119,12 @@ def refused(text: str, file: Path) -> bool:
 
 
 def as_processes_see_it(text: str, file: Path) -> tuple[str, list[dict[str, float]] | None]:
-    """Return the cluster.yaml that the processes would read, and the nodes that Ray would have; None if the nodes are
-    unknown."""
+    """Return the cluster.yaml that the processes would read, and the nodes that Ray would have.
+
+    `file`: the original file. `text`: its changed content. If `file` holds values of the chart, the
+    cluster.yaml and the nodes are derived from them. Else `text` is the cluster.yaml itself, and the nodes are
+    None (unknown).
+    """
     if file not in VALUE_FILES:
         return text, None
     values = merge_values(load(CHART_VALUES.read_text()), yaml.safe_load(text))

@@ -74,9 +74,9 @@ async def _play_pair(
     bundle: Path,
     source: str,
 ) -> None:
-    """Start one gateway process of each checkout, in the order of `checkouts`, and run the rounds with these numbers.
-    `arms`: the arms (measured servers), one for each checkout and API, by name. The first pair of processes fills this
-    mapping."""
+    """Start one gateway process for each checkout, in the order of `checkouts`, and run the rounds with these
+    `numbers`. `pair`: number of this set of processes, from 0. `arms`: the measured servers by name, one for each
+    checkout and API; the first pair of processes fills this mapping."""
     # The parts of the scenario choose the arms by name, so `--only` must not filter the arms again.
     whole = replace(stage, options=replace(stage.options, only=()))
     started: list[serving.Ours] = []

@@ -56,7 +56,8 @@ def made_to_reset(attacker: Attacker) -> bytes:
 
 
 def endless_block(part: bytes) -> Callable[[Attacker], bytes]:
-    """Return a function that makes a header block that does not end."""
+    """Return a function that makes a header block without an end: a HEADERS frame, followed by CONTINUATION frames that
+    all hold `part`."""
     return lambda attacker: (
         HeadersFrame(attacker.last + 2, b"").serialize()
         + repeated(ContinuationFrame(attacker.last + 2, part))(attacker)

@@ -44,9 +44,8 @@ SCHEMAS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Hostile:
-    """A hostile call. `chat`: whether the bytes are a chat request or a completion request. `fields`: names of the
-    hostile fields, for a report.
-    """
+    """A hostile call. `chat`: True for a chat request, False for a completion request. `fields`: names of the hostile
+    fields, for a report."""
 
     chat: bool
     message: bytes
@@ -96,7 +95,8 @@ class Generator:
         return self._rng.choice([0, 1, -1, 2, 64, 65, 128, 1024, most, most - 1, -most - 1, 2**15])
 
     def ids(self) -> list[int]:
-        """Return token ids: few ids, as many as allowed, or more; some ids are outside the vocabulary."""
+        """Return a random list of token ids. The list may be empty, short, as long as allowed, or too long. Some ids
+        may be outside the vocabulary."""
         rng = self._rng
         count = rng.choice([0, 1, 128, 129, 1024, 1025])
         if rng.random() < HUGE_ODDS:
@@ -153,9 +153,8 @@ class Generator:
             setattr(message, name, value)
 
     def _not_text(self, message: Any) -> bytes:
-        """Return an encoded text field that is not valid UTF-8, to append to a message. A later value of a field
-        replaces an earlier value.
-        """
+        """Return an encoded text field that is not valid UTF-8. Appended to an encoded message, it replaces the field's
+        earlier value."""
         rng = self._rng
         texts = [field for field in message.DESCRIPTOR.fields if field.type == field.TYPE_STRING]
         bad = rng.choice(NOT_TEXT)

@@ -26,7 +26,8 @@ KINDS = {"body": "0", "pipelined": "1", "head": "2"}
 
 
 def first_request(gateway: Attacked) -> None:
-    """Make a first request, so that the imports of a first request are not counted as memory of the attack."""
+    """Make one request before the attack, so that the modules which the gateway imports for its first request do not
+    count as memory of the attack."""
     with urllib.request.urlopen(f"http://{gateway.endpoints['http']}/health", timeout=10) as answer:
         answer.read()
 
@@ -55,7 +56,8 @@ async def attack(stage: Stage, name: str, arguments: Sequence[str], *, with_key:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Measure each anonymous attack alone, all anonymous attacks together, and the tenant's attack."""
+    """Run the attacks on the memory for HTTP bodies, and return the report's rows. Each attack without a key runs
+    alone, then all of them together, then the attack with a tenant's key."""
     alone = {kind: await attack(stage, kind, ["--first", first]) for kind, first in KINDS.items()}
     many = await attack(stage, "many", ["--connections", "1000"])
     tenant = await attack(stage, "tenant", ["--connections", "20"], with_key=True)

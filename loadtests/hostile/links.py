@@ -156,9 +156,8 @@ class Attack:
 
 
 def attack(address: str, http: str, key: str, volley: Volley) -> Counter[str]:
-    """Run a volley in a separate process, so that generating the volley delays nothing else; return the numbers of
-    answers by kind.
-    """
+    """Make the hostile calls of `volley`. Return the number of answers of each kind. The call of this function runs in
+    a separate process, so that making the hostile calls delays nothing else."""
 
     async def run() -> Counter[str]:
         attacker = Attack(address, http, key)
@@ -187,9 +186,8 @@ def _is_message(call: Hostile) -> bool:
 
 
 class Bystanders:
-    """Streams of another tenant, compared with undisturbed streams. Each of BYSTANDERS tasks makes one stream after the
-    other.
-    """
+    """Streams of a tenant that does not take part in the attack, compared with undisturbed streams. Each of BYSTANDERS
+    tasks makes one stream after the other."""
 
     def __init__(self, running: Fleet, results: AttackResults, tokens: int) -> None:
         self._running = running

@@ -100,7 +100,8 @@ class QuietCalls:
 
 @asynccontextmanager
 async def quiet_calls(gateway: Attacked) -> AsyncIterator[QuietCalls]:
-    """Make a quiet call every few milliseconds while the context is entered."""
+    """While the context is open, make a call of a tenant that does not attack every few milliseconds, and record how
+    long each call takes."""
     quiet = QuietCalls()
     async with gateway.channel() as channel:
         list_models: Any = pb_grpc.InferenceStub(channel).ListModels

@@ -1,8 +1,9 @@
 """Cost of refused requests by size, over HTTP and gRPC, for every field that can hold much data.
 
-The CPU time is that of the gateway and its helper processes. A piece of event-loop work is work during which nothing
-else runs on the loop. Its length is the time by which the loop was late while the gateway's process used CPU. The
-length is measured on a second gateway, because the witness that measures it uses a twentieth of a core.
+The CPU time is that of the gateway and its helper processes. A piece of event-loop work is work during
+which nothing else runs on the loop. Its length is the time by which the loop was late while the gateway's
+process used CPU. The length is measured on a second gateway, because the measurement itself takes a
+twentieth of a core.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ TIME_S: Final = 110.0
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """Bodies of one shape. `body` makes a body of a given size; `method` is an HTTP path or a gRPC method."""
+    """A kind of hostile request. `body(size)`: makes a body of this size. `method`: an HTTP path or a gRPC method."""
 
     name: str
     method: str
@@ -283,7 +284,8 @@ async def attack_all(stage: Stage, name: str, source: str, bundle: Path, witness
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Measure CPU time on one gateway, and pieces of event-loop work on another gateway; return the report's rows."""
+    """Measure the cost of refused requests: their CPU time on one gateway, and how long they block the event loop of
+    another gateway. Return the report's rows."""
     model, bundle = await ours.prepare(stage.children, "tokenizer", stage.folder)
     source = f"sim://{model}"
     costs: dict[tuple[str, str], dict[int, float]] = {}

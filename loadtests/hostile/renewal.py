@@ -171,7 +171,8 @@ class Release:
         await self._gateway.until(lambda: _serves(health), "its health port answers", START_S)
 
     async def working_keys(self, keys: Sequence[str], ca_file: Path) -> int:
-        """Return the number of keys that list the models over a new connection that trusts only `ca_file`."""
+        """Return how many of the API keys work: the models can be listed with the key, over a new connection that
+        trusts only `ca_file`."""
         return sum(await asyncio.gather(*(asyncio.to_thread(self._key_works, key, ca_file) for key in keys)))
 
     def _key_works(self, key: str, ca_file: Path) -> bool:

@@ -39,8 +39,8 @@ def opening(port: str, habit: str) -> bytes:
 
 async def hold(port: str, address: str, habit: str, tried: asyncio.Semaphore, gate: asyncio.Semaphore) -> None:
     """Keep one connection open until cancelled, and reconnect whenever the server closes it. `port`: name of the port,
-    such as `http`. `habit`: behaviour of the client (see `spread`). `tried` is released after the first attempt. `gate`
-    limits the number of attempts at the same time."""
+    such as `http`. `habit`: behaviour of the client, such as `silent` or `dribbled`. `tried` is released after the
+    first attempt. `gate` limits the number of attempts at the same time."""
     host, number = address.rsplit(":", 1)
     first = True
     while True:

@@ -1,1 +1,2 @@
-"""A cluster of real processes on network namespaces as hosts, started from the rendered chart. See scenarios/hosts."""
+"""The test bed of the scenario `hosts`: a cluster of real processes, started from the rendered Helm chart. Each host of
+the cluster is a network namespace."""

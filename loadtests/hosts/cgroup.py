@@ -20,8 +20,9 @@ V1, V2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
 
 @contextlib.contextmanager
 def cgroup() -> Iterator[Path | None]:
-    """Create a group for the time of the context; yield None if this machine does not permit it. The group has the
-    weight of one session. With a larger weight, all other processes had to wait for a processor for over a second."""
+    """Create a control group that exists while the context is open. Yields None if this machine does not permit it. The
+    group has the CPU weight of one session. With a larger weight, all other processes had to wait for a processor for
+    over a second."""
     parent = V1 if (V1 / "cpu.shares").exists() else V2
     path = parent / f"headrace-{os.getpid()}"
     try:

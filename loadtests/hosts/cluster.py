@@ -153,12 +153,14 @@ class Cluster:
         return self.linked(MASS, beside) >= self.size.workers
 
     def linked(self, model: str, beside: Collection[str] = ()) -> int:
-        """Return the number of workers of a model that have links to every gateway, without those in `beside`."""
+        """Return the number of workers of a model that have links to every gateway. Workers in `beside` are not
+        counted."""
         ups = [self.timeline.up(pod.spec.name) - set(beside) for pod in self.gateways]
         return min(sum(worker.startswith(f"{model}-") for worker in up) for up in ups)
 
     async def until_whole(self, timeout_s: float, beside: Collection[str] = ()) -> bool:
-        """Wait until `whole` is true; return whether that happened in time."""
+        """Wait until every gateway has a link to every simulated worker. Returns False if this takes longer than
+        `timeout_s`. `beside`: workers that are leaving and do not count."""
         deadline = time.monotonic() + timeout_s
         while not self.whole(beside):
             if time.monotonic() > deadline:

@@ -41,9 +41,8 @@ class WideEngineResults:
 
 
 async def play(cluster: Cluster, children: Children, folder: Path, seed: int) -> WideEngineResults:
-    """Add the engine, make calls, cut the hosts apart, heal the network, and make calls again. Raises RuntimeError and
-    DidNotStart.
-    """
+    """Add an engine with ranks on two hosts, and make calls. Cut the hosts apart, reconnect them, and make calls again.
+    Raises RuntimeError and DidNotStart."""
     model, _ = await serving.prepare(children, "llama", folder)
     checkpoint = cluster.claims["models"] / "llama"
     checkpoint.mkdir()

@@ -32,7 +32,8 @@ DRAIN_S = 20.0
 
 
 class NotWhole(RuntimeError):
-    """The cluster did not become complete in time, or its load did not become steady, before or during an event."""
+    """Error: the cluster did not become complete in time, or its load did not become steady, before or during an
+    event."""
 
 
 @dataclass(slots=True)
@@ -77,7 +78,8 @@ class EpisodeResults:
 
     @property
     def ratio(self) -> float:
-        """The longest gap, divided by the sum of the detection time and the time of one prefill."""
+        """The longest gap in a stream, divided by the sum of two times: the time until all gateways had noticed the
+        event, and the time of one prefill."""
         return self.longest_gap_s / (self.episode.detected_s + self.prefill_s)
 
     @property
@@ -93,8 +95,9 @@ class EpisodeResults:
 
     @property
     def moved(self) -> int:
-        """Number of streams that certainly changed workers in this event. These are resumed streams that began after
-        the earlier events, or ended after the last of the original workers was gone."""
+        """Number of streams that certainly changed workers because of this event. Counted are resumed streams that
+        began after the earlier events were over, and resumed streams that ended after the last of the original workers
+        was gone."""
         episode = self.episode
         return sum(
             bool(call.resumed)
@@ -232,7 +235,9 @@ class Play:
 
     async def move(self, episode: Episode) -> None:
         """Start a second Ray cluster, change the model's entry to run there, and remove the first Ray cluster. This is
-        the way to upgrade Ray, Python, CUDA or vLLM. The event strikes when the entry changes.
+        the way to upgrade Ray, Python, CUDA or vLLM.
+
+        The effects of the event are measured from the change of the entry.
         """
         cluster, timeline = self._cluster, self._cluster.timeline
         began = time.time()
@@ -295,15 +300,16 @@ class Play:
         episode.notes["back after s"] = round(time.time() - episode.struck, 1)
 
     def _record_ended_connections(self, episode: Episode) -> None:
-        """Record when connections of callers ended. If a connection ended before the cable was plugged in again, its
-        end counts as detection of the cut."""
+        """Record when connections of callers ended after the network cut. If a connection ended before the network was
+        connected again, its end counts as detection of the cut."""
         self._load.read()
         broke = [at - episode.struck for at in self._load.broke if 0.0 <= at - episode.struck < AWAY_S]
         episode.notes["connections ended after s"] = [round(s, 3) for s in sorted(broke)]
         episode.detected_s = max([episode.detected_s, *broke])
 
     async def _until_links_lost(self, episode: Episode) -> None:
-        """Wait until every gateway has lost a link. The time of the last loss is the detection time."""
+        """Wait until every gateway has lost a link. The detection time of the episode ends with the last of these
+        losses."""
         timeline, gateways = self._cluster.timeline, {pod.spec.name for pod in self._cluster.gateways}
         deadline = time.monotonic() + DETECTED_S
         while time.monotonic() < deadline:

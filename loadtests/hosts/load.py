@@ -31,9 +31,8 @@ BEFORE_S = 20.0
 
 
 def tokens_of(speed: float) -> tuple[int, int]:
-    """Return the numbers of tokens of the shortest and of the longest stream of the simulated workers, shortened by the
-    factor `speed`.
-    """
+    """Return the numbers of tokens of the shortest and of the longest stream of the simulated workers. A higher `speed`
+    gives streams that are shorter by this factor."""
     low, high = (max(round(s / speed * 1000 / STEP_MS), 4) for s in (SHORTEST_S, LONGEST_S))
     return low, high
 

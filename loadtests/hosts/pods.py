@@ -1,7 +1,7 @@
-"""Running pods. Each pod is a process tree in its own namespaces. The pod is restarted when the tree ends, and has
-a readiness probe.
+"""Pods, and their operation without Kubernetes. A pod is a process tree in its own namespaces.
 
-`Kubelet` does for the pods what Kubernetes does with a kubelet, its controllers and the cluster's DNS.
+`Kubelet` starts the pods, probes their readiness, restarts a pod whose process tree has ended, and publishes the
+addresses of ready pods in DNS.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """All rendered objects, with the Secrets that were made before the rendering."""
+    """All Kubernetes objects of a release: those that the Helm chart renders, and the Secrets that were made before."""
 
     objects: Sequence[Object]
 
@@ -86,7 +86,8 @@ class Release:
         raise LookupError(f"the chart has no {kind} {name}")
 
     def files(self, kind: str, name: str, items: Sequence[Mapping[str, str]] = ()) -> dict[str, str]:
-        """Return the files in a volume of a ConfigMap or Secret, by name."""
+        """Return the files in a volume of a ConfigMap or Secret: contents by name. `items`: pairs of a key and a file
+        name, as in a pod's volume; without items, all keys are files."""
         manifest = self.find(kind, name)
         data = dict(manifest.get("data", {}))
         if kind == "Secret":

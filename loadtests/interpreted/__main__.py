@@ -1,4 +1,4 @@
-"""Run tests on vLLM's V2 model runner, interpreted, with asynchronous scheduling.
+"""Run tests on vLLM's V2 model runner with asynchronous scheduling. Triton's interpreter runs the kernels, on CPUs.
 
 python -m loadtests.interpreted tests/worker/engine/v2_contract.py
 python -m loadtests.interpreted --v1 tests/worker/engine/async_contract.py

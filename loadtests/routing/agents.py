@@ -102,8 +102,8 @@ class ServiceObserver:
 
 
 def run(policy: str, seed: int, config: SessionsConfig | None = None, blocks: int = BLOCKS) -> tuple[Outcome, float]:
-    """Run all sessions. Returns the measurements, and the fairness gap as a multiple of U (both are defined in the
-    module's docstring)."""
+    """Run all sessions. Returns the measurements and the fairness gap: the most service that one tenant gained over
+    another, as a multiple of the unit U. The module's docstring defines U."""
     config = config or SessionsConfig(TENANTS)
     weights = {tenant.name: tenant.weight for tenant in config.tenants}
     order = FairOrder(weight_of=weights.__getitem__, service=SERVICE)

@@ -43,7 +43,8 @@ class BlockCache:
         return bool(self._changed)
 
     def __len__(self) -> int:
-        """Number of blocks whose content is known, used or not. Blocks that a call still computes do not count."""
+        """Number of blocks whose content is known, whether or not a call uses them now. Blocks that a call still
+        computes do not count."""
         return len(self._references) + len(self._evictable)
 
     def match(self, names: Sequence[int]) -> int:

@@ -46,9 +46,10 @@ def fifo(_: str) -> Order:
 class ClusterConfig:
     """Settings of a simulation.
 
-    `blocks`: KV blocks of a worker, of BLOCK_TOKENS tokens. `policy`: name in POLICIES. `picker_of`: if set, builds the
-    routing policy instead. `order_of`: returns the order of the waiting calls. `hedger_of`: creates a gateway's hedging
-    policy. `link_s`: delay of messages in seconds. `slow`: pairs of a worker's number and its slowness.
+    `blocks`: KV blocks of a worker, of BLOCK_TOKENS tokens. `policy`: name in POLICIES. `picker_of`: builds the
+    routing policy in place of `policy`, if set. `order_of`: returns the order of the waiting calls.
+    `hedger_of`: creates a gateway's hedging policy. `link_s`: delay of messages in seconds. `slow`: pairs of a
+    worker's number and the factor by which it is slower.
     """
 
     policy: str = "cost"

@@ -120,7 +120,8 @@ async def post_chat(client: httpx.AsyncClient, url: str, body: Mapping[str, obje
 async def our_fleet(
     children: Children, folder: Path, client: httpx.AsyncClient, source: str, bundle: Path
 ) -> AsyncIterator[OurFleet]:
-    """Run a gateway and workers with engines of `source`, as for serving.worker. Raises DidNotStart."""
+    """Run a gateway and its workers. `source`: the engines' model source, as loadtests.serving.worker takes it. Raises
+    DidNotStart."""
     gateway = Gateway(parse(CONFIGURATION), folder / "gateway")
     journal = Journal(gateway.scheduler.worker_caches)
     journal.install()
@@ -147,8 +148,7 @@ async def our_fleet(
 
 
 def chats_of(kv_tokens: int, share: float, tokens_a_chat: int, seed: int, name: str) -> list[Chat]:
-    """Return as many chats as together take the share `share` of `kv_tokens`, at `tokens_a_chat` tokens for each
-    chat."""
+    """Return chats that together take the fraction `share` of `kv_tokens`. Each chat takes `tokens_a_chat` tokens."""
     count = max(round(share * kv_tokens / tokens_a_chat), 2)
     return [Chat(number, seed, f"{name}-{number % 2}") for number in range(count)]
 
@@ -199,8 +199,8 @@ async def router(
 
 
 async def run(children: Children, folder: Path, environment: Path, seed: int = 1) -> list[Figure]:
-    """Measure a fleet of Headrace workers, and then the peers. `environment`: the peers' environment. Raises
-    DidNotStart or RuntimeError."""
+    """Measure a fleet of Headrace workers, and then the peers. `environment`: folder of the Python environment in which
+    the peers are installed. Raises DidNotStart or RuntimeError."""
     model, bundle = await serving.prepare(children, "llama", folder)
     async with httpx.AsyncClient() as client:
         async with our_fleet(children, folder, client, str(model), bundle) as fleet:

@@ -186,7 +186,8 @@ class RoutingGateway:
                 self._hedger.hedged(key, decision.worker_id, uncached, now)
 
     def _settle(self, call: RoutedCall, winner: int, now: float) -> None:
-        """Keep the worker that answered first, and abort the call at the other worker."""
+        """End the hedge of a call, which was sent to two workers: the call stays on the worker `winner`, which answered
+        first, and is aborted on the other worker."""
         loser = call.worker if winner == call.second else call.second
         link = self._links[loser]
         link.running -= 1
@@ -227,8 +228,8 @@ class RoutingGateway:
         self._links[worker].resident = adapters
 
     def owns(self, worker: int, call_id: str) -> bool:
-        """Return whether a worker's outputs for a call count: the call has not ended, and the worker has not lost a
-        hedge."""
+        """Return whether the gateway uses a worker's outputs for a call. It does not if the call has ended, or if
+        another worker has won the call's hedge."""
         call = self.calls.get(call_id)
         return call is not None and (call.worker == worker or call.second == worker)
 
@@ -275,7 +276,8 @@ class RoutingGateway:
         return self._candidate(int(incarnation))
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return how many leading tokens of a prompt each worker holds, as far as the gateway knows."""
+        """Return for each worker how many leading tokens of a call's prompt it holds, as far as the gateway knows.
+        `key`: the id of the call."""
         return {worker: blocks * BLOCK_TOKENS for worker, blocks in self._matched(self.calls[key]).items()}
 
     def _matched(self, call: RoutedCall) -> Mapping[str, int]:
@@ -284,7 +286,7 @@ class RoutingGateway:
         return matched
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return how many leading tokens of a prompt each worker holds, as `cached_tokens` does."""
+        """Return how many leading tokens of a prompt each worker holds, by worker id. The same as `cached_tokens`."""
         return self.cached_tokens(model, key)
 
     def free_tokens(self, model: str, worker_id: str) -> int:

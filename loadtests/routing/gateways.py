@@ -20,7 +20,7 @@ ROWS: Mapping[str, Bound] = {LOSS: Bound("<=", 1.0), LOAD: Bound("<=", 0.06)}
 
 
 def run(gateways: int, seed: int, most: int = CALLS) -> Outcome:
-    """Replay the beginning of Mooncake's trace on a cluster with this number of gateways."""
+    """Replay the first `most` calls of Mooncake's trace on a cluster with `gateways` gateways."""
     config = ClusterConfig(OURS, blocks=BLOCKS, gateways=gateways, seed=seed)
     return measured(f"{gateways} gateways", replay(Cluster(config), mooncake(most=most)))
 

@@ -174,8 +174,9 @@ def _hash_and_match(index: CacheIndex, prompts: Sequence[array[int]], number: in
 
 
 def grown(filled: Filled, conversations: int = 20, turns: int = 20) -> Figure:
-    """Hash conversations of 60,000 tokens that grow by TURN_TOKENS a turn, and count the hashed blocks. The
-    conversations take their turns in rotation."""
+    """Measure how much `PromptHashes` hashes again when conversations grow. The conversations begin with 60,000 tokens
+    and grow by TURN_TOKENS in each turn; they take their turns in rotation. The row's value is the number of hashed
+    blocks relative to the blocks of the final prompts. `filled`: source of the token ids."""
     memory, times, fresh = PromptHashes(), [], []
     whole = [filled.token_ids(60_000 // BLOCK + turns * TURN_TOKENS // BLOCK) for _ in range(conversations)]
     lengths = [60_000 + turn * TURN_TOKENS for turn in range(turns)]

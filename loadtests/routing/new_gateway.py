@@ -42,8 +42,8 @@ class Known(NamedTuple):
 
 
 def run(seed: int, kill_s: float = KILL_S, for_s: float = FOR_S) -> list[Known]:
-    """Replay Mooncake's trace, and kill a gateway at `kill_s`; return the calls that the new gateway gets within
-    `for_s`."""
+    """Replay Mooncake's trace with two gateways, and replace one of them by a new gateway at `kill_s`. Return the calls
+    that the new gateway gets in the `for_s` seconds after that."""
     cluster = Cluster(ClusterConfig(OURS, blocks=BLOCKS, gateways=2, seed=seed))
     rng = Random(seed)
     for at_s, prompt in mooncake(SPEED):
@@ -79,8 +79,8 @@ def replace_gateway(cluster: Cluster, number: int) -> list[RoutedCall]:
 
 
 def back_after_s(calls: Sequence[Known]) -> float:
-    """Return how many seconds after its start the new gateway has its usual hit rate again. Return FOR_S if that takes
-    longer than FOR_S."""
+    """Return how many seconds after its start the new gateway knows at least the share ENOUGH of the cached tokens. At
+    most FOR_S."""
     for step in range(round(FOR_S / GRID_S)):
         window = [call for call in calls if step * GRID_S <= call.after_s < step * GRID_S + WINDOW_S]
         if sum(call.known for call in window) >= ENOUGH * sum(call.held for call in window):

@@ -23,9 +23,10 @@ QUANTILES = tuple(range(0, 101, 2))
 class Outcome:
     """Measurements of a simulation. Tokens are sums over all calls, times are in seconds.
 
-    `cached`, `pooled`, `in_pool`: see RoutedCall. `exact`: share of the calls for which the gateway predicted the
-    cached tokens exactly. `load`: prompt tokens that each worker computed. `quantiles_s`: the QUANTILES of the times to
-    first token.
+    `cached`: prompt tokens that engines found in their caches. `pooled` and `in_pool`: prompt tokens that
+    would be in one cache for all workers; RoutedCall names the two caches. `exact`: share of the calls for
+    which the gateway predicted the cached tokens exactly. `load`: prompt tokens that each worker computed.
+    `quantiles_s`: the QUANTILES of the times to first token.
     """
 
     label: str
@@ -44,13 +45,14 @@ class Outcome:
 
     @property
     def hits(self) -> float:
-        """Number of cached tokens, as a fraction of the tokens that one pooled cache would have had (`pooled`, see
-        RoutedCall)."""
+        """Number of cached tokens, as a fraction of `pooled`: the tokens that one cache shared by all workers would
+        have held."""
         return self.cached / max(self.pooled, 1)
 
     @property
     def hits_alike(self) -> float:
-        """Cached tokens, divided by `in_pool`. See RoutedCall for `in_pool`."""
+        """Number of prompt tokens that were cached on the workers, divided by `in_pool`. `in_pool`: the number that one
+        large cache with the blocks of all workers would have had."""
         return self.cached / max(self.in_pool, 1)
 
     @property

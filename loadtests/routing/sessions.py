@@ -28,9 +28,12 @@ class AgentTenant:
 
 @dataclass(frozen=True, slots=True)
 class SessionsConfig:
-    """Lengths in tokens and times in seconds. `new_tokens`: median of the tokens that a turn adds to its prompt.
-    `output_tokens`: median length of an output. `start_s`: time within which the sessions begin. `spawns`: share of the
-    turns after which sub-agents start: `sub_agents` of them, each with `sub_turns` turns."""
+    """Configuration of the simulated agent sessions. Lengths are in tokens, times in seconds.
+
+    `new_tokens`: median of the tokens that a turn adds to its prompt. `output_tokens`: median length of an
+    output. `start_s`: time within which the sessions begin. `spawns`: share of the turns after which
+    `sub_agents` sub-agents start, each with `sub_turns` turns.
+    """
 
     tenants: Sequence[AgentTenant]
     turns: int = 43
@@ -82,7 +85,8 @@ class Sessions:
         on_end: Callable[[RoutedCall], None],
         adapter: str = "",
     ) -> None:
-        """Make a call. `blocks` is extended to the blocks of the prompt and its output."""
+        """Make a call with a prompt of `tokens` tokens. `blocks`: the KV blocks of the conversation so far. Blocks are
+        appended to this list until it covers the prompt and the output."""
         output = self._length(self.config.output_tokens)
         while len(blocks) < (tokens + output) // BLOCK_TOKENS:
             blocks.append(next(self._block))

@@ -37,8 +37,8 @@ ROWS: Mapping[str, Bound] = {
 
 
 def run(label: str, seed: int, most: int = CALLS) -> tuple[Outcome, int]:
-    """Run one of the three configurations, `label`, with at most `most` calls. Return its measurements, and the number
-    of calls that ended more than once."""
+    """Run one of the three configurations with at most `most` calls. `label`: name of the configuration. Returns its
+    measurements, and the number of calls that ended more than once."""
     config = ClusterConfig(
         OURS if label != NEITHER else "cost without rates",
         seed=seed,

@@ -37,8 +37,8 @@ def with_adapters(calls: Timed, mix: AdapterMix | None) -> Timed:
 
 
 def azure(speed: float = 1.0, most: int | None = None, folder: Path | None = None) -> Timed:
-    """Return Azure's conversation trace, in which no prompt shares a block with another. Raises NoData if the trace is
-    absent."""
+    """Return the first `most` calls of Azure's conversation trace (None: all calls), replayed `speed` times as fast. In
+    this trace no two prompts share a block. Raises NoData if the trace is absent."""
     calls, block = Timed(), 1
     for traced in traces.load("azure-conv", folder or traces.DEFAULT_FOLDER)[:most]:
         whole = traced.prompt_tokens // BLOCK_TOKENS

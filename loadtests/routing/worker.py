@@ -137,10 +137,10 @@ class PrefixWorker:
             self._outputs.granted(replace(grant, link=grant.link % _LINKS))
 
     def _rank(self, link: int) -> int:
-        """Return the link's rank among this worker's links. The part of the capacity that cannot be divided equally
-        goes to the gateway with the lowest rank among those with equal claims.
+        """Return the link's rank among this worker's links. Among gateways with equal claims, the lowest rank gets the
+        part of the capacity that cannot be divided equally.
 
-        The ranks differ from worker to worker. Otherwise the same gateway would get this part at every worker, and
+        Each worker ranks its links differently. Otherwise the same gateway would get this part at every worker, and
         another gateway might get no credit anywhere.
         """
         return (link * 40_503 + self.number * 30_011) % 97 * _LINKS + link
@@ -262,7 +262,8 @@ class PrefixWorker:
         self.regrant()
 
     def _reach(self, plan: int) -> None:
-        """Handle the planned event. Do nothing if a newer plan has replaced `plan`."""
+        """Handle the event that this worker has planned: the end of a prefill or of a call. `plan`: serial number of
+        the plan. Does nothing if the worker has made a newer plan."""
         if plan != self._plan:
             return
         self._advance()
@@ -293,8 +294,8 @@ class PrefixWorker:
         return own if self._pool is None else [*own, (self._pool, job.in_pool)]
 
     def _finish(self, job: _Job) -> None:
-        """Release the blocks of a call that ends. Whole blocks of its output stay cached if they have names
-        (`prompt.names`) and the call was not cancelled."""
+        """Release the blocks of a call that ends. If the call was not cancelled, the whole blocks of its output stay
+        cached, as far as `prompt.names` has their names (prefix hashes)."""
         prompt = job.prompt
         named = prompt.whole if job.is_cancelled else len(prompt.names)
         for cache, _ in self._caches(job):

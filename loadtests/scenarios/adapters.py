@@ -10,5 +10,6 @@ PARTS = ("rows", "embeddings", "mixed", "cold", "loading", "real_loading", "host
 
 
 async def play(stage: Stage) -> None:
-    """Run the selected parts, and report the rows of all parts in the table's order."""
+    """Run the parts of this scenario that the user selected. Report the rows of all parts, also of those that did not
+    run. The rows are in the order of PARTS."""
     await play_parts(stage, "loadtests.adapters", PARTS)

@@ -151,7 +151,8 @@ def add_figures(stage: Stage, results_by_case: dict[str, list[CaseResults]], sha
 
 
 def add_ray(figures: list[Figure], name: str, case_results: Sequence[CaseResults]) -> None:
-    """Add the comparison with Ray Serve's default settings and with the best settings of the grid."""
+    """Add figures that compare our policy with Ray Serve's policy: with its default settings, and with the best
+    settings of a grid search."""
     picks: tuple[tuple[str, Callable[[CaseResults], Any]], ...] = (
         ("defaults", lambda result: result.ray_default),
         ("best of the grid", lambda result: result.ray_best and result.ray_best[1]),

@@ -111,8 +111,8 @@ class Stage:
 
 @dataclass(eq=False, slots=True)
 class Contestant:
-    """An arm (a server, measured over one protocol) with its client and its processes. `after`: returns values that
-    only the server knows, for a run."""
+    """An arm (a server, measured over one protocol) with its client and its processes. `after`: called after a run,
+    returns values of this run that only the server knows."""
 
     arm: Arm
     face: Face
@@ -149,7 +149,11 @@ async def run_round(
     limits: Limits | None = None,
     keep: bool = True,
 ) -> Run:
-    """Drive the contestant once, and record the CPU time of its processes before and after; return the run."""
+    """Send the requests to a contestant (a measured server) and return the run. Unless `keep` is False (a warm-up),
+    the run is recorded as a round of the contestant, with the CPU time of the server's processes.
+
+    `number`: number of the round.
+    """
     title = f"{contestant.arm.name}, round {number}" if keep else f"{contestant.arm.name}, warm-up"
     before = snapshot(contestant.roots)
     async with screen.running(title) as on_start:
@@ -180,11 +184,13 @@ async def alternate(
     first_number: int = 1,
     check: bool = True,
 ) -> None:
-    """Warm up each arm (measured server), then run every arm in turn `rounds` times, with the same requests. A broken
-    arm is skipped. Every second round has the opposite order, so that an arm does not always follow the same other arm.
+    """Warm up each contestant (a server to measure), then run all contestants in turn, `rounds` times.
 
-    `cooldown_s`: pause between two arms, for work that the processes of an arm still do after the arm's last call.
-    `first_number`: number of the first round. `check`: whether to check the answers at the end.
+    All contestants of a round get the same requests. A broken contestant is skipped. Every second round has the
+    opposite order, so that a contestant does not run after the same other contestant in every round.
+
+    `cooldown_s`: pause after each run, in which the processes finish the work that follows their last call.
+    `first_number`: number of the first round. `check`: whether to check the answers after the last round.
     """
     for contestant in contestants:
         await run_round(contestant, stage.screen, 0, requests_of(0), concurrency=concurrency, limits=limits, keep=False)

@@ -1,4 +1,8 @@
-"""Scenario `endpoint`: load a running server. The API follows from the server's address; the loop is open or closed."""
+"""Scenario `endpoint`: load a server that is already running.
+
+The scheme of the server's address selects the API. The load is an open loop (calls begin at their own times) or a
+closed loop (a fixed number of calls runs at once).
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Fairness between tenants: gap, shares, a quiet tenant while a loud tenant sends, and the cost of fairness.
+"""Fairness between tenants: the largest gap in service, the tenants' shares, a quiet tenant beside a loud
+one, and the cost of the fair queue.
 
-Eight simulated workers and one, two or eight gateways run in virtual time. Waiting room, fair queue, credits, accounts
-and routing are the production code (loadtests/sim). Reports arrive 100 ms late. The lengths of the tenants' calls are
-from public traces, or synthetic if the traces are absent. Only the cost of queueing is measured in real time. With
-`--adapters SHARE`, this share of the calls names one of 64 adapters. A worker's engine holds eight adapters at a time.
+Eight simulated workers and one, two or eight gateways run in virtual time. Waiting room, fair queue,
+credits, accounts and routing are the production code (loadtests/sim). Reports arrive 100 ms late. The
+lengths of the tenants' calls are from public traces, or synthetic if the traces are absent. Only the cost
+of queueing is measured in real time. With `--adapters SHARE`, this share of the calls names one of 64
+adapters. A worker's engine holds eight adapters at a time.
 """
 
 from __future__ import annotations
@@ -59,9 +61,8 @@ class Crowd:
 
 @dataclass(frozen=True, slots=True)
 class QuietTenant:
-    """p99 time to first token of a quiet tenant in seconds, and throughput of the cluster in
-    weighted tokens a second.
-    """
+    """Result of a run: the p99 time to first token of a quiet tenant in seconds, and the throughput of the cluster in
+    weighted tokens a second."""
 
     ttft_s: float
     throughput: float

@@ -1,10 +1,10 @@
-"""Faults: the effect on callers when workers are killed, stopped and cut off, and the gateway under overload.
+"""Faults: how callers are affected when workers are killed, stopped or cut off, or when the gateway is overloaded.
 
 The scenario has parts, each with rows of its own. In the order of the table the parts are:
 
 - `mass`: faults during calls of every kind
 - `engines`: the same faults on real vLLM
-- `peers`: streams that finish behind peers and behind our gateway
+- `peers`: streams that finish although a worker is killed, compared with other projects' gateways
 - `recovery`: silent gaps, detection, streams that were not hit
 - `alarms`, `overload`, `soak`
 
@@ -61,8 +61,8 @@ _ALL, _NONE = Bound(">=", 1.0), Bound("<=", 0.0)
 
 @dataclass(slots=True)
 class TestBed:
-    """The objects that all parts of the scenario share: the stage, the model, its bundle, and the sums of the ledger's
-    audits (`books`)."""
+    """The objects that all parts of the scenario share: the stage, the model and its bundle. `books`: sums of the
+    counts that audits of the ledger have found."""
 
     stage: Stage
     model: Path

@@ -1,9 +1,9 @@
-"""Hosts: the rendered chart, with network namespaces as hosts, under load. Meanwhile parts of the cluster die, are cut
-off and are replaced.
+"""The scenario `hosts`: a cluster from the rendered Helm chart, with network namespaces as hosts, under load. Meanwhile
+parts of the cluster die, are cut off and are replaced.
 
-The cluster is started once. Every event of hosts/events.py is played over the same streams; then `engine` adds a real
-engine over two hosts. `--only EVENT` plays some of the events; `--speed` shortens the streams, and with them the run;
-`--concurrency` is the number of sequences that each simulated worker takes.
+The cluster is started once. Every event of hosts/events.py is played over the same streams. Then the event `engine`
+adds a real engine over two hosts. `--only EVENT` plays some of the events. `--speed` shortens the streams and so the
+run. `--concurrency` is the number of sequences that each simulated worker takes.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def requests_of(seed: int, number: int, tokens: int, calls: int = CALLS) -> list
 
 
 def prose_requests(seed: int, number: int, tokens: int, calls: int = CALLS) -> list[Request]:
-    """Return prompts of prose. Each prompt begins at a different position."""
+    """Return requests with prompts of prose. Each prompt begins at a different position in the text."""
     return [
         Request(
             f"prose-{seed}-{number}-{i}",
@@ -113,14 +113,15 @@ async def play(stage: Stage) -> None:
 
 
 def _with_prose(stage: Stage, arm: Contestant) -> Contestant:
-    """Add an arm (a measured server) to the report for the prompts of prose, and return it. It uses the servers of
-    `arm`."""
+    """Return an arm (a measured server) for the prompts of prose, and add it to the report. The new arm uses the same
+    servers as `arm`."""
     name = arm.arm.name.removeprefix(stage.part)
     return Contestant(stage.arm(name + WITH_PROSE, arm.arm.description), arm.face, arm.roots, arm.after)
 
 
 def figures(stage: Stage, arms: dict[str, Contestant], suffix: str, rate_name: str, stall_name: str) -> list[Figure]:
-    """Return the rows for rate and stall of the arms whose names end in `suffix`."""
+    """Return two rows of the report: the request rate of our gateway relative to the peer's, and the longest stall of
+    our event loop. `rate_name`, `stall_name`: names of these rows. `suffix`: end of the names of the compared arms."""
     ours = arms.get(stage.part + relay.GRPC + suffix)
     router = arms.get(stage.part + relay.ROUTER + suffix)
     pairs = per_round(ours, router, _rate)

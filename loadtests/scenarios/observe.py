@@ -124,7 +124,8 @@ async def _play_cpu(stage: Stage) -> None:
 
 
 async def _cpu_figure(stage: Stage, part: str, workload: Workload, pairs: dict[str, serving.Ours]) -> Figure:
-    """Run the calls of a part on the two gateways in turn, and return the row of the part."""
+    """Return the report's row on the CPU cost of `part` (`streams` or `calls`). The calls of the part run in turn on
+    two gateways: one with metrics, traces and logs, and one without. `pairs`: these gateways, by `on` and `off`."""
     options, arms = stage.options, {}
     for name, description in (("on", ON), ("off", OFF)):
         ours = pairs[name]
@@ -177,8 +178,8 @@ async def _scraped(address: str) -> AsyncIterator[None]:
 
 
 async def _tenant_figures(stage: Stage) -> Sequence[Figure]:
-    """Serve the same number of calls for few and for many tenants, and return the report's rows: memory, and tenants in
-    the metrics."""
+    """Serve the same number of calls for few and for many tenants. Return two rows of the report: the difference in
+    memory, and the number of tenants in the metrics."""
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
     source = f"sim://{model}?decode_ms=1&prefill_tokens_per_s=100000000&max_num_seqs=64&{serving.plain_tokens(model)}"
     memory_mb: dict[int, float] = {}

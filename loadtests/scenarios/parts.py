@@ -18,7 +18,8 @@ NOT_ASKED = "not selected (--only)"
 
 
 class Part(Protocol):
-    """What the module of each part defines: the rows of the part, and the function that measures them."""
+    """Interface of a module that defines one part of a scenario: the rows of the part, and the function that measures
+    them."""
 
     ROWS: Mapping[str, Bound | None]
     """Rows of the part, with the bound of each row; None for a row without a bound."""

@@ -1,13 +1,16 @@
-"""Peers: our stack compared with other serving stacks, on one tiny model with one set of engine settings, in turn.
+"""Comparison of our stack with other serving stacks. They run one after the other, on one tiny model with
+one set of engine settings.
 
-vLLM's own OpenAI server runs alone (a) and behind vllm-router (b), SMG (c) and LiteLLM (d). Ray Serve's own gRPC proxy
-and its direct ingress (e) run in front of a plain vLLM deployment. Our stack (f, g, h) is a gateway process and a
-worker process. The worker consists of the parts of the Ray replica, but runs without Ray's processes. Engines and their
-ranks are bound to one core, all front ends and the driver to another core. The rows that need no engine are measured by
-the scenarios relay, longprompt, startup and processes.
+vLLM's own OpenAI server runs alone (a) and behind vllm-router (b), SMG (c) and LiteLLM (d). Ray Serve's
+own gRPC proxy and its direct ingress (e) run in front of a plain vLLM deployment. Our stack (f, g, h) is
+a gateway process and a worker process. The worker consists of the parts of the Ray replica, but runs
+without Ray's processes. Engines and their ranks are bound to one core, all front ends and the driver to
+another core. The rows that need no engine are measured by the scenarios relay, longprompt, startup and
+processes.
 
-With `--adapters SHARE`, this share of the calls names one of eight adapters. Then only our side and vLLM's server
-(alone and behind vllm-router) run; the other peers and the rows without an engine are left out.
+With `--adapters SHARE`, this share of the calls names one of eight adapters. Then only our side and
+vLLM's server (alone and behind vllm-router) run; the other peers and the rows without an engine are left
+out.
 """
 
 from __future__ import annotations
@@ -117,7 +120,7 @@ def value_of(kind: str) -> Callable[[Round], float | None]:
 
 
 class TestBed:
-    """The arms of this scenario (measured servers), collected as they start. If an arm does not start, the problem is
+    """The measured servers (arms) of this scenario, collected as they start. If a server does not start, the problem is
     recorded."""
 
     def __init__(self, stage: Stage, stack: AsyncExitStack) -> None:
@@ -176,7 +179,8 @@ class TestBed:
             self.arms.append(contestant)
 
     def bind(self) -> str:
-        """Bind engines to one core, front ends and driver to another core; return a description."""
+        """Bind the engines to one core, and the front ends and the driver to other cores. Return a text that says which
+        cores these are, or that nothing was bound."""
         plan = cores(self.stage.options.pin)
         if plan is None:
             return "nothing was bound to cores"
@@ -191,7 +195,7 @@ class TestBed:
 
 
 async def play(stage: Stage) -> None:
-    """Measure the rows that need an engine, then the parts that need none."""
+    """Measure the servers that need a real engine, then the parts of the scenario that need none."""
     setup = stage.options.setup
     kind = str(setup.model) if setup is not None and setup.model is not None else "llama"
     async with AsyncExitStack() as stack:
@@ -323,8 +327,11 @@ async def _ray(bed: TestBed, stack: AsyncExitStack, name: str, model: Path, *, d
 
 
 async def _rounds(bed: TestBed, part: str = "") -> None:
-    """Run rounds with one stream, then rounds with 64 streams. All arms (measured servers) alternate. Then add rows to
-    the report for the arms that were measured."""
+    """Run rounds with 64 concurrent streams and add the results to the report. In each round, all arms (measured
+    servers) take turns.
+
+    `part`: prefix of the names of the added rows. If it is "", rounds with one stream are run first.
+    """
     stage, options = bed.stage, bed.stage.options
     rounds, streams = rounds_of(options), options.concurrency or STREAMS
     stage.report.settings[f"{part}cores"] = bed.bind()
@@ -377,7 +384,8 @@ def figures(arms: dict[str, Contestant], stage: Stage) -> list[Figure]:
 
 
 async def _parts(stage: Stage) -> None:
-    """Measure the rows without an engine: run other scenarios as parts of this scenario."""
+    """Measure the rows that need no engine, by running four other scenarios: relay, longprompt, startup and processes.
+    A part that does not start is reported as a problem."""
     for name, part in (("relay", relay), ("longprompt", longprompt), ("startup", startup), ("processes", processes)):
         unbind()
         folder = stage.folder / name

@@ -39,7 +39,7 @@ class Event:
 
 
 class LinkLog:
-    """Link events of the gateway's log, read as the gateway writes them."""
+    """The link events in the gateway's log. The log is read while the gateway writes it."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -189,9 +189,12 @@ async def started_gateway(
     witness: tuple[str, ...] = (),
     classes: Sequence[str] = (),
 ) -> Fleet:
-    """Start a gateway without workers and follow the gateway's log. `gateway`: more keys of the configuration's section
-    `gateway`. `witness`: options of the measurements in the gateway's process; without any, nothing is measured there.
-    `classes`: priority classes, for which one more tenant each is made. Raises DidNotStart."""
+    """Start a gateway without workers and follow the gateway's log. Raises DidNotStart.
+
+    `gateway`: more keys of the configuration's section `gateway`. `witness`: options for measurements in the
+    gateway's process; if empty, nothing is measured. `classes`: priority classes. There is one tenant of the
+    default class, and one for each of `classes`.
+    """
     keys = await tenants.make_keys(home / "tenants", ("", *classes))
     text = configuration(MODEL, home / "tenants", log_level="info", more=gateway)
     child = exec_gateway(children, home, "gateway", text, witness)
@@ -221,8 +224,9 @@ async def running(
     classes: Sequence[str] = (),
 ) -> AsyncIterator[Fleet]:
     """Run a gateway and one simulated worker for each model source in `sources`. `gateway`: more keys of the
-    configuration's section `gateway`. `witness`: options of the measurements in the gateway's process
-    (serving/gateway.py). All processes end with the context. Raises DidNotStart."""
+    configuration's section `gateway`. `witness`: options of loadtests/serving/gateway.py, which measures the gateway
+    from within its process; without options, nothing is measured there. `classes`: priority classes, each of which gets
+    a tenant of its own. All processes end with the context. Raises DidNotStart."""
     home = folder / name
     async with AsyncExitStack() as stack:
         fleet = await started_gateway(stack, children, home, gateway=gateway, witness=witness, classes=classes)

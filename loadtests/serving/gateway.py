@@ -33,9 +33,12 @@ more. A list of all values would itself make memory grow.
 
 
 class Stalls:
-    """Lateness of the event loop. `cpu_s`: the loop thread's own CPU time within the worst stall. If this time is much
-    shorter than the stall, the thread did not run: another process or thread had the core. `busy_s`: the largest
-    lateness, where each lateness counts at most the CPU time that the process used meanwhile."""
+    """Lateness of the event loop.
+
+    `cpu_s`: CPU time of the loop's thread during the longest stall. If it is much shorter than the stall,
+    another process or thread had the core. `busy_s`: the largest lateness that work in this process can
+    explain. Each lateness is limited to the CPU time that the process used meanwhile.
+    """
 
     def __init__(self, path: Path, begins_later: bool = False) -> None:
         """Create the sampler of the event loop's lateness. `path`: file for the measurements. `begins_later`: sampling

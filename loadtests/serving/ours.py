@@ -32,9 +32,8 @@ PREPARE_S = 540.0
 
 
 async def prepare(children: Children, kind: str, folder: Path) -> tuple[Path, Path]:
-    """Return the model folder and the bundle folder of a kind (see serving.prepare). Missing folders are created.
-    Raises DidNotStart.
-    """
+    """Return the model folder and the bundle folder for the model kind `kind`. Folders that are missing in `folder` are
+    created by the program loadtests.serving.prepare. Raises DidNotStart."""
     name = Path(kind).name
     made = folder / name
     child = children.start(
@@ -176,9 +175,9 @@ async def start_gateways(
 ) -> list[tuple[Child, Mapping[str, str]]]:
     """Start gateway processes on one port; return each process with its endpoints by listener. Raises DidNotStart.
 
-    `home`: the folder that tenants.make_key has filled. `witness`: options of loadtests.serving.gateway, which runs the
-    gateway and measures its event loop; if empty, the gateway runs without it. `observe`: keys of the configuration
-    section `observe`.
+    `home`: folder with the tenants' database, filled by tenants.make_key. `witness`: command-line options of
+    loadtests.serving.gateway, a program that runs the gateway and measures its event loop. If `witness` is empty, the
+    gateway runs without this program. `observe`: keys of the configuration section `observe`.
     """
     text, out = configuration(MODEL, home, processes, observe=observe), []
     for process in range(processes):
@@ -213,9 +212,11 @@ async def start(
 ) -> Ours:
     """Start a gateway and a worker; return when the model is ready. Raises DidNotStart.
 
-    `source` and `engine`: as for serving.worker. `checkout`: the source tree that both processes run.
-    `descriptors`: hard limit of the gateway's file descriptors. `observe`: keys of the configuration section
-    `observe`.
+    `source`: `sim:///folder?...` for a simulated engine, or a model folder for vLLM. `engine`: arguments for vLLM.
+    `witness`: options of loadtests/serving/gateway.py, which measures the gateway from within its process; without
+    options, nothing is measured there. `processes`: number of gateway processes. `checkout`: the source tree that
+    both programs run. `descriptors`: hard limit of the gateway's file descriptors. `observe`: keys of the
+    configuration section `observe`.
     """
     home = folder / f"{name}-tenants"
     keys = await tenants.make_tenants(home, tenant_count)

@@ -125,7 +125,7 @@ class Simulated:
 
 
 def main() -> None:
-    """Deploy the application, write the ready file, and stay until SIGTERM."""
+    """Deploy the application, write the ready file, and wait for SIGTERM."""
     parser = argparse.ArgumentParser()
     for name in ("folder", "engine", "ready"):
         parser.add_argument(f"--{name}", required=True)

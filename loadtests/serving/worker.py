@@ -49,8 +49,8 @@ class WholeEngine(Engine, KvEventSource, AdapterEngine, Protocol):
 
 
 def opened(arguments: argparse.Namespace, bundle: Bundle) -> tuple[WholeEngine, OutputParser | None]:
-    """Return the engine that the source names, and the parser of its outputs. vLLM is imported only for a model folder,
-    or if the engine's arguments name a parser."""
+    """Return the engine for `arguments.source`, and the parser of its outputs. The source is a simulated engine's or a
+    model folder. vLLM is imported only for a model folder, or if the engine's arguments name a parser."""
     spec = spec_of(arguments)
     if arguments.source.startswith(SCHEME):
         config = SimConfig.from_source(arguments.source)
@@ -63,8 +63,8 @@ def opened(arguments: argparse.Namespace, bundle: Bundle) -> tuple[WholeEngine, 
 
 
 def adapter_files(arguments: argparse.Namespace) -> AdapterStore | None:
-    """Return the store of adapters, with its cache in the folder of the file --ready; None if the engine takes no
-    adapters."""
+    """Return the worker's store of adapters; None if the engine takes no adapters. The store's cache folder is next to
+    the file `--ready`."""
     engine = json.loads(arguments.engine)
     if not engine.get("enable_lora"):
         return None

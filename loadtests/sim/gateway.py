@@ -26,7 +26,8 @@ MODEL = "m"
 
 @dataclass(slots=True)
 class SimCall:
-    """State of one simulated call. `bound`, `first` and `ended`: times of these events, -1 before the event."""
+    """State of one simulated call. `bound`, `first`, `ended`: times at which the call was assigned to a worker, had its
+    first token, and ended; -1 before that."""
 
     waiting: WaitingSequence
     request: EngineRequest

@@ -120,7 +120,8 @@ class Observer:
         return max(lead) - min(lead)
 
     def largest_gap(self, tenants: Sequence[str], weights: Mapping[str, float], from_s: float) -> float:
-        """Largest gap over all pairs of tenants, in weighted tokens divided by weight."""
+        """Return the largest difference in received service between any two tenants, from the time `from_s` on. The
+        service is in weighted tokens divided by the tenant's weight."""
         return max(self.gap(a, b, weights, from_s) for i, a in enumerate(tenants) for b in tenants[i + 1 :])
 
     def smallest_share(

@@ -47,8 +47,8 @@ class ReplicaModel:
         return running / (self.step_s + self.per_sequence_s * running)
 
     def sequences(self, itl_s: float) -> float:
-        """Maximum number of running sequences at which each sequence gets its next token within `itl_s`, without
-        prefill."""
+        """Maximum number of running sequences at which each sequence still gets its next token within `itl_s` seconds,
+        while no prompt is computed."""
         return min((itl_s - self.step_s) / self.per_sequence_s, self.max_running)
 
     def busy(self, prompt_tokens: float, output_tokens: float, itl_s: float) -> float:
@@ -57,8 +57,8 @@ class ReplicaModel:
         return prompt_tokens / self.prefill_at(itl_s) + output_tokens / self.decode_tokens_per_s(itl_s)
 
     def prefill_at(self, itl_s: float) -> float:
-        """Number of prompt tokens per second that a replica can compute beside a few decoding sequences, for which it
-        makes exactly one step every `itl_s` seconds."""
+        """Return the number of prompt tokens per second that a replica can compute while it also decodes a few
+        sequences. The replica makes one step every `itl_s` seconds, so that each sequence gets a token in this time."""
         return self.prefill_tokens_per_s * (1.0 - self.step_s / itl_s)
 
 

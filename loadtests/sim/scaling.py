@@ -1,4 +1,4 @@
-"""Scaling in virtual time. Models have demand from a trace, replicas have a cold start, and a scaling policy decides.
+"""Simulation of scaling in virtual time: models have demand from a trace, and a policy sets their numbers of replicas.
 
 Every `every_s` seconds the policy receives what the controller would observe, and decides. Decisions are carried out at
 once. A new replica holds its GPUs from the decision on, and serves after the cold start. An unwanted replica leaves at
@@ -59,8 +59,8 @@ class SimModelSpec:
 
 @dataclass(slots=True)
 class Track:
-    """Result of the run of one model. Lists have one value for each decision. `held` counts starting and ready
-    replicas."""
+    """Results of the simulated run of one model. The lists have one value for each decision. `held`: number of starting
+    and ready replicas."""
 
     at_s: list[float] = field(default_factory=list)
     held: list[int] = field(default_factory=list)

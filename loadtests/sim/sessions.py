@@ -96,7 +96,8 @@ class _Session:
 
 @dataclass(eq=False, slots=True)
 class Turn:
-    """One call of a session. Times are -1 before the event; `cached`: prompt tokens found in the worker's cache."""
+    """One call of a session. `first` and `ended`: times of the first token and of the end; -1 until then. `cached`:
+    number of prompt tokens found in the worker's cache."""
 
     waiting: WaitingSequence
     session: _Session
@@ -360,7 +361,8 @@ class SessionWorld:
         return {worker: blocks * BLOCK_TOKENS for worker, blocks in matched.items()}
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return the same as `cached_tokens`; nothing if `warm` is off."""
+        """Return how many leading tokens of a prompt each worker holds, by worker id, as `cached_tokens` does. Returns
+        nothing if the warm order is off (`warm`)."""
         return self.cached_tokens(model, key) if self.config.warm else {}
 
     def free_tokens(self, model: str, worker_id: str) -> int:

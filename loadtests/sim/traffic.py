@@ -22,9 +22,9 @@ class Lengths:
 class SimTenant:
     """Behaviour of one simulated tenant.
 
-    The tenant keeps `backlog` calls waiting at each of its gateways, or sends `rate_s` calls a second. `lengths` are
-    drawn at random. All prompts of the tenant share the first `prefix_tokens`. `gateways`: the gateways that the tenant
-    uses; None for all.
+    The tenant keeps `backlog` calls waiting at each of its gateways, or sends `rate_s` calls a second.
+    `lengths` are drawn at random. All prompts of the tenant share their first `prefix_tokens` tokens.
+    `gateways`: the gateways that the tenant uses; None for all.
     """
 
     name: str

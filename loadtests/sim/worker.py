@@ -1,4 +1,5 @@
-"""Simulated worker in virtual time: the engine model, the granted credits and the account of service."""
+"""A simulated worker in virtual time. It runs the engine model, grants credit to gateways, and counts the service
+(weighted tokens) that each tenant gets."""
 
 from __future__ import annotations
 
@@ -135,7 +136,8 @@ class SimWorker:
         self._start_step()
 
     def backlog(self, link: int, claim: int) -> None:
-        """Record the number of sequences that wait at a gateway. `claim`: this number, as the gateway reports it."""
+        """Record the number of sequences that wait at a gateway. `link`: the gateway's link. `claim`: the number that
+        the gateway has reported."""
         self._granter.set_backlog(self._rotated[link], claim)
         self.regrant()
 

@@ -54,7 +54,8 @@ class WorldConfig:
 
 
 class World:
-    """A simulation. Results of `run` are in `observer`, `workers` and `gateways`."""
+    """A simulation of callers, gateways and workers in virtual time. After `run`, the results are in `observer`,
+    `workers` and `gateways`."""
 
     def __init__(self, config: WorldConfig) -> None:
         self.config = config

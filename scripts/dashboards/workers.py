@@ -13,8 +13,8 @@ def of_worker(metric: str) -> str:
 
 
 def of_engine(metric: str) -> str:
-    """Return the query for the rate of one of vLLM's counters. Every gateway exports these counters for its own
-    links."""
+    """Return the query for the rate of a counter of vLLM's engines. Every gateway exports these counters for the
+    workers that are linked to it."""
     matcher = f'{CLUSTER},model_name=~"$model"'
     return f"max by (model_name, worker) (rate({metric}{{{matcher}}}[$__rate_interval]))"
 

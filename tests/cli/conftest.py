@@ -14,7 +14,8 @@ from tests.support.scripted_gateway import Script, ScriptedGateway, serve
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Use temporary folders for the cache and for contexts, and none of the user's variables."""
+    """Use temporary folders for the cache and for contexts, and ignore the HEADRACE environment variables of the
+    user."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     for name in ("HEADRACE_ENDPOINT", "HEADRACE_API_KEY", "HEADRACE_CONFIG", "HEADRACE_TLS_CA", "HEADRACE_CONTEXT"):

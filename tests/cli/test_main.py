@@ -41,8 +41,8 @@ def test_what_starts_alone_is_what_there_is_to_start() -> None:
 
 @pytest.mark.parametrize("words", [["gateway"], ["controller"], ["pod", "gateway"], ["prepare"]])
 def test_a_process_imports_no_console(words: list[str]) -> None:
-    """When the command of a process prints its help, it does not import rich, pygments or the modules of other
-    commands."""
+    """A command that runs a process of the cluster, such as a gateway, does not import rich, pygments or the modules of
+    other commands when it prints its help."""
     program = PROGRAM.format(words=words)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr

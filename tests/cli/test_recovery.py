@@ -70,10 +70,10 @@ def recover(server: postgres.PostgresServer, moment: str) -> None:
 
 
 def test_a_ledger_comes_back_as_it_was_at_a_moment(run: Run, server: postgres.PostgresServer, tmp_path: Path) -> None:
-    """A recovery restores the ledger as it was at a moment after the base backup: tenants, keys, usage and schema.
+    """A recovery restores the ledger as it was at a chosen time after the base backup: tenants, keys, usage, schema.
 
-    A record that a gateway writes again is counted once. A key that was revoked after that moment works again, and
-    `audit` does not show the revocation.
+    A usage record that is in the restored ledger and that a gateway writes again is counted once. If a key was
+    revoked after the chosen time, the key works again, and `audit` does not show the revocation.
     """
     url = server.new_database()
     pepper = tmp_path / "pepper"

@@ -86,7 +86,8 @@ def test_names_of_the_first_install_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_an_earlier_release_renews(tmp_path: Path) -> None:
-    """A folder from `certs ca`, which has only the link's authority, is renewed and gets an authority for client ports.
+    """An earlier release's `certs ca` made a folder with only the certificate authority of links. Such a folder is
+    renewed and gets an authority for client ports.
 
     If a key of an authority is missing, the commands print no Secrets.
     """

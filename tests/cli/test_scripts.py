@@ -36,7 +36,7 @@ esac
 
 
 def find(*folders: Path, python: str = "") -> subprocess.CompletedProcess[str]:
-    """Run find-python.sh with only the given folders and basic tools on PATH."""
+    """Run find-python.sh with only `folders` and basic tools on PATH. `python`: value of the variable PYTHON."""
     tools = folders[0].parent / "tools"
     tools.mkdir(exist_ok=True)
     for tool in ("tr", "printf"):

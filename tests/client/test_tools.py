@@ -43,7 +43,8 @@ def test_a_function_becomes_a_tool() -> None:
     ],
 )
 def test_calls_are_run(call: ToolCall, result: str) -> None:
-    """`run_calls` runs a call with valid arguments. For an invalid call, its message tells the model what is wrong."""
+    """`run_calls` runs a tool call with valid arguments. For an invalid tool call, it returns a message that tells the
+    model what is wrong."""
     (message,) = run_calls([Tool(weather)], [call])
     assert (message["role"], message["tool_call_id"]) == ("tool", "1")
     assert message["content"].startswith(result)

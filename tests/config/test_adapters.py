@@ -27,7 +27,8 @@ def models(text: str, more: str = "") -> tuple[Model, ...]:
     ],
 )
 def test_a_list_and_a_mapping_say_the_same(adapters: str) -> None:
-    """Adapters can be a list, or a mapping from their names. The stored entry gives the same adapters."""
+    """A model's adapters can be written as a list, or as a mapping from adapter names. Both forms give the same
+    adapters, also after the entry was stored and read again."""
     (model,) = models(f"  - {{name: m, source: /m, adapters: {adapters}}}\n")
     assert model.adapter_specs() == (
         AdapterSpec("a", "/a", DIGEST, ("t",)),

@@ -25,7 +25,8 @@ def console(text: str, more: str = "") -> Console:
 
 
 def test_defaults() -> None:
-    """Without the section the console is served to operators and viewers, for eight hours."""
+    """Without the section `gateway.console`, the console is on for operators and viewers but not for tenants, and a
+    session lasts eight hours."""
     section = console("{}")
     assert (section.enabled, section.tenants, section.history, section.oidc) == (True, False, True, None)
     assert section.session_s == 8 * 3600
@@ -82,6 +83,7 @@ def test_wrong_clients(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("more", ["", AUTH.replace("sso", "other")])
 def test_the_issuer_is_known(more: str) -> None:
-    """The console's issuer must be listed in auth.oidc, which says where its tokens name the tenant."""
+    """The issuer that the console uses for sign-ins must be listed in auth.oidc. The entry there says which claim of a
+    token names the tenant."""
     with pytest.raises(ConfigError, match=r"gateway\.console\.oidc\.issuer.*auth\.oidc"):
         console(f"{{public_url: 'https://llm.example.com', oidc: {OIDC}}}", more)

@@ -10,7 +10,8 @@ HEAD = "api_version: headrace/v1\nname: test\nmodels: []\nobserve: {tracing: {"
 
 
 def test_tracing_is_off_and_its_defaults_are_modest() -> None:
-    """Without the section there is no tracing. With an endpoint alone, one call in a hundred is traced."""
+    """Without the section `observe.tracing`, tracing is off. With only an endpoint in this section, one call in a
+    hundred is traced."""
     assert parse("api_version: headrace/v1\nname: test\nmodels: []\n").observe.tracing is None
     tracing = parse(HEAD + "endpoint: 'http://otel:4317'}}").observe.tracing
     assert tracing is not None

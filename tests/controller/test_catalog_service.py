@@ -35,7 +35,8 @@ CANARY = {"version": "v2", "revision": "b", "weight": 0.25}
 
 
 class CatalogBed:
-    """A catalog service with a controller and a fake Ray, for tests. `life` and `by_file` are as in run_controller."""
+    """A catalog service with a controller and a fake Ray, for tests. `life`: instance id of the local cluster; "" for
+    other clusters. `by_file`: whether the models of the file can be changed only in the file."""
 
     def __init__(
         self, folder: Path, *, life: str = "one", by_file: bool = False, ray: FakeRay | None = None, text: str = FILE
@@ -82,8 +83,8 @@ async def refused(awaitable: Any) -> CallError:
 
 
 async def test_only_what_differs_is_touched(tmp_path: Path) -> None:
-    """Apply deploys a new model. Changed names, bounds and fallbacks restart no replica, and the same entries applied
-    again change nothing."""
+    """Apply deploys a model that is new. A change of names, bounds or fallbacks restarts no replica. A second Apply
+    with the same entries changes nothing."""
     bed = CatalogBed(tmp_path)
     await bed.up()
     entries: tuple[dict[str, Any], ...] = (

@@ -37,8 +37,9 @@ def test_an_override_of_another_digest_is_replaced() -> None:
 
 
 def test_what_is_not_wanted_leaves_unless_it_is_held() -> None:
-    """A model on Ray that is no longer wanted is removed, unless it is held. The removal uses the model's last spec.
-    Every change of the wanted models sets `changed`, which starts a pass of the controller."""
+    """A model on Ray that is no longer wanted is removed, unless its entry is invalid (the model is held). The removal
+    uses the model's last spec. Every change of the wanted models sets `changed`, which starts a pass of the
+    controller."""
     models = DesiredModels()
     models.want([settings("a", aliases=("first",)), settings("b")])
     models.want([settings("b")])

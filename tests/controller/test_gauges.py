@@ -34,8 +34,8 @@ async def test_each_ray_cluster_has_a_value() -> None:
 
 
 async def test_the_local_ray_has_a_value() -> None:
-    """The gauge of the Ray that `headrace up` starts has the name `local`. Its value follows the controller's
-    passes."""
+    """The metric `ray_up` of the Ray that `headrace up` starts has the label `local`. It is 1 if Ray answered in the
+    controller's last pass, else 0."""
     ray = FakeRay()
     loop = controller(ray, FakeGateways(), settings("m"))
     assert list(ray_samples(ray, loop)) == []

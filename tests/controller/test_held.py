@@ -72,7 +72,8 @@ async def test_a_trial_gets_no_call_while_its_model_is_held() -> None:
 
 
 async def test_a_held_model_that_runs_nowhere_says_why() -> None:
-    """A model that is held but has no replicas is FAILED, and the reason says that its entry is invalid."""
+    """If a model's catalog entry is invalid and the model has no replicas, its state is FAILED. The reason says that
+    the entry is invalid."""
     gateways = FakeGateways()
     loop = controller(FakeRay(), gateways)
     loop.models.hold([ModelSpec("b", "", ("second",))])

@@ -57,7 +57,7 @@ def test_a_gateway_keeps_the_state_over_a_restart(tmp_path: Path) -> None:
 
 
 def test_a_state_is_sent_only_if_operators_have_changed_something(tmp_path: Path) -> None:
-    """Without stored changes of operators, there is no message with their state to send. Each recorded change gets a
+    """If no operator has changed anything, there is no message with the operators' state. Each recorded change gets a
     higher revision, even if the clock goes back."""
     assert OperatorState(tmp_path).message is None
     (tmp_path / SCALING_FILE).write_text("{}")
@@ -102,7 +102,8 @@ async def serving(hub: Hub) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def controller(address: str, state: pb.OperatorState | None) -> AsyncIterator[ControllerLinks]:
-    """Run a controller that publishes a catalog and sends a state for the next controller."""
+    """Run a controller that publishes a catalog. It also sends `state` to the gateway, which keeps the state for the
+    next controller."""
     links = ControllerLinks(controller_id="c", gateways=[address], tls=None, bundles=lambda _: None)
     links.set_operator_state(state)
     links.publish([CatalogEntry("m")])
@@ -122,7 +123,7 @@ def kept_by(folder: Path) -> int:
 @pytest.mark.slow
 async def test_the_next_controller_goes_on_without_the_folder(tmp_path: Path) -> None:
     """A new controller with an empty folder gets the operators' changes from a gateway, even if the gateway was
-    restarted. A newer folder is not replaced."""
+    restarted. If the changes in the folder are at least as new as the gateway's, they are kept."""
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     (first / SCALING_FILE).write_text('{"frozen": {"m": "x"}}')

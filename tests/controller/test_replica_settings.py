@@ -36,7 +36,8 @@ def test_settings_come_from_the_configuration() -> None:
 
 
 def test_versions_and_types_come_from_the_configuration() -> None:
-    """There are settings for each version and GPU type of a model, with the version's values and Ray cluster."""
+    """Each version of a model has settings for each of its GPU types. The settings have the values and the Ray cluster
+    that the configuration gives the version."""
     config = parse(
         CONFIG.replace("ray: [", 'ray: [{name: green, dashboard_url: "http://green:8265"}, ')
         .replace("source: /m/x", "source: /m/x, revision: r1, digest: 'sha256:" + "a" * 64 + "', " + VERSIONS)

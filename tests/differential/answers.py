@@ -20,8 +20,8 @@ LOGPROB_TOLERANCE = 1e-4
 
 @dataclass
 class Choice:
-    """One output of a call to our gateway or to vLLM's server. `logprobs`: log probabilities in the form that this
-    server returns. `token_ids`: empty if this server does not return them."""
+    """One output of a call. The call was made to our gateway or to vLLM's server. `logprobs`: log probabilities, in the
+    form of the server that was called. `token_ids`: empty if that server does not return them."""
 
     text: str = ""
     finish_reason: str = ""
@@ -84,7 +84,7 @@ def _add(to: Choice, choice: Any) -> None:
 
 
 def of_peer(status: int, body: Mapping[str, Any]) -> Answer:
-    """Convert an HTTP answer of vLLM's server to the neutral form."""
+    """Convert an HTTP answer of vLLM's server to an Answer, which can be compared with Headrace's answer."""
     if status == 400:
         return Answer(refused=str(body))
     assert status == 200, (status, body)
@@ -138,8 +138,8 @@ def _near(what: str, theirs: float, mine: float) -> list[str]:
 
 
 def _chat_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob]) -> list[str]:
-    """Compare `logprobs.content`, in order: text or id, bytes and log probability of each token and of each
-    alternative."""
+    """Compare `logprobs.content` of vLLM's server (`theirs`) with ours (`mine`), position by position. Text or id,
+    bytes and log probability are compared, for each token and each alternative. Returns the differences."""
     problems = _unequal("positions", len(theirs["content"]), len(mine))
     for i, (position, token) in enumerate(zip(theirs["content"], mine, strict=False)):
         problems += _token(case, f"position {i}", position, token, with_bytes=True)
@@ -160,7 +160,7 @@ def _token(case: Case, at: str, theirs: Any, mine: pb.TokenLogprob, *, with_byte
 
 def _complete_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob]) -> list[str]:
     """Compare the `logprobs` of completions: the lists of tokens and numbers, and the map of alternatives of each
-    position."""
+    position. Returns the differences."""
     problems = _unequal("tokens", theirs["tokens"], [_name(case, token) for token in mine])
     for i, token in enumerate(mine[: len(theirs["tokens"])]):
         problems += _near(f"position {i} logprob", theirs["token_logprobs"][i], token.logprob)
@@ -169,8 +169,9 @@ def _complete_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob])
 
 
 def _alternatives(case: Case, at: str, theirs: Mapping[str, float], token: pb.TokenLogprob) -> list[str]:
-    """Compare the alternative tokens and their log probabilities at one position of an answer. Alternatives that
-    Headrace leaves out by test_differential.EXCEPTIONS are not compared."""
+    """Return the differences between the alternative tokens, with their log probabilities, that vLLM (`theirs`) and
+    Headrace (`token`) list at one position of an answer. Alternatives that Headrace leaves out on purpose
+    (test_differential.EXCEPTIONS) are not compared."""
     asked = case.top_logprobs or 0
     listed = _by_name(case, token.top_logprobs or [token])
     allowed = dict(theirs)

@@ -135,8 +135,8 @@ def _format_http(kind: str, value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Earlier:
-    """An answer to an earlier case. A later case with the same prompt uses parts of `text` as stop strings. They occur
-    in its answer too, since equal prompts get equal answers."""
+    """An answer to an earlier case. A later case with the same prompt uses parts of `text` as stop strings. The stop
+    strings occur in the later answer too, since equal prompts get equal answers."""
 
     prompt: Prompt
     continues: bool
@@ -157,7 +157,8 @@ class Maker:
         return self._case(prompt, {"max_tokens": self._random.randint(24, 40)}, continues)
 
     def any(self, earlier: Sequence[Earlier]) -> Case:
-        """Return a case with random options. Half of these cases repeat the prompt of an earlier answer."""
+        """Return a case with random options. If there are earlier answers, the case repeats the prompt of one of them
+        with probability 1/2."""
         chance = self._random
         known = chance.choice(earlier) if earlier and chance.random() < 0.5 else None
         prompt, continues = (known.prompt, known.continues) if known else self.prompt()

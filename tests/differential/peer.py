@@ -67,8 +67,8 @@ class Peer:
         return of_peer(response.status_code, response.json())
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
-        """Post a request. If the connection ends without an answer, post it once more, since keep-alive is not
-        compared."""
+        """Post a request. If the kept-alive connection ends without an answer, post the request once more. The tests do
+        not compare how servers close such connections."""
         try:
             return await self._client.post(path, json=body)
         except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError) as error:
@@ -78,7 +78,8 @@ class Peer:
 
 @asynccontextmanager
 async def running_peer(folder: Path, arguments: Mapping[str, object], log: Path) -> AsyncIterator[Peer]:
-    """Start a server for the model in `folder`. `arguments`: vLLM's arguments, by their names in Python."""
+    """Run vLLM's own server for the model in `folder` while the context is open. `arguments`: vLLM's arguments, by
+    their names in Python."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

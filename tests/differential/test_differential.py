@@ -1,17 +1,18 @@
-"""Our answers equal those of vLLM's own OpenAI server, from one engine build: text, finish_reason, logprobs and usage.
+"""Our answers equal those of vLLM's own OpenAI server, from one engine build: text, finish_reason, logprobs and
+usage.
 
-EXCEPTIONS are the cases in which the two sides differ on purpose. A test below checks each exception, so that none is
-wider than stated:
+EXCEPTIONS are the cases in which the two servers differ on purpose. A test below checks that each exception
+covers only the case described here:
 
-- completion-k-plus-one: for k alternatives, the peer's /v1/completions returns k + 1 entries if the chosen token is not
-among the k likeliest (OpenAI's old format has no other place for the chosen token), and one entry for k = 0. Our
-CompleteChoice has the chosen token beside the alternatives, so that k alternatives are k, as in chat.
-- impossible-alternatives: a grammar leaves fewer possible tokens than the alternatives requested. All other tokens have
-a log probability of minus infinity, and on either side the sort decides at random which of these tokens are named. Only
-the number of such tokens is compared.
-- greedy-n: the peer answers several outputs at temperature 0 with a 400, since all are the same; we return them.
-- more-than-the-context: the peer answers max_tokens above the model's context with a 400, however short the prompt is.
-If only the prompt and max_tokens together exceed the context, the peer cuts max_tokens. We cut in both cases.
+- completion-k-plus-one: for k alternatives, /v1/completions of vLLM returns k + 1 entries if the chosen token is
+not among the k likeliest (OpenAI's old format has no other place for the chosen token), and one entry for k = 0.
+Our CompleteChoice has the chosen token beside the alternatives, so it always has k alternatives, as in chat.
+- impossible-alternatives: a grammar leaves fewer possible tokens than the alternatives requested. All other tokens
+have a log probability of minus infinity, and on either side the sort decides at random which of these tokens are
+named. Only the number of such tokens is compared.
+- greedy-n: vLLM refuses several outputs at temperature 0 with a 400, since all are the same; we return them.
+- more-than-the-context: vLLM refuses max_tokens above the model's context with a 400, however short the prompt is.
+If only the prompt and max_tokens together exceed the context, vLLM cuts max_tokens. We cut in both cases.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ async def test_greedy_requests_are_answered_alike(requests: int, both: tuple[Pee
 
 def _assert_spread(cases: Sequence[Case], answers: dict[int, Answer], share: float) -> None:
     """Check that the requests were of many kinds, since few kinds would prove nothing. `share`: number of requests
-    divided by 500."""
+    divided by 500; the required counts are multiplied by it."""
     answered = [case for case in cases if not answers[case.number].refused]
     choices = [choice for case in answered for choice in answers[case.number].choices]
     cut_by_stop = [
@@ -160,7 +161,8 @@ async def test_exception_completion_k_plus_one(both: tuple[Peer, TestCluster]) -
 
 
 async def test_exception_greedy_n(both: tuple[Peer, TestCluster]) -> None:
-    """The peer refuses several outputs at temperature 0. Our gateway returns the same answer several times."""
+    """vLLM's server refuses a request for several outputs at temperature 0. Headrace's gateway returns the same output
+    several times."""
     prompt = Maker(SEED).prompt_ids(20)
     theirs, mine = await _both_ways(Case(1, prompt, {"temperature": 0.0, "n": 3}), both)
     assert "n must be 1" in theirs.refused

@@ -238,8 +238,8 @@ async def _search(
 
 
 async def test_no_call_kills_the_engine(cluster: TestCluster) -> None:
-    """Each of 300 unusual calls ends properly. Plain calls at the same time get their own tokens, and the engine is
-    idle afterwards."""
+    """Each of 300 unusual calls ends with a valid status. Plain calls at the same time get the right tokens. Afterwards
+    the engine is idle and still runs."""
     reference = await _plain(cluster.stub)
     assert len(reference) == 24
     before = _engine_processes()

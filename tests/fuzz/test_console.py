@@ -29,7 +29,7 @@ WORDS = ["tenants/acme", "tenants/rival", "tenants/acme/keys/k1", "sim", "acme",
 
 @pytest.fixture
 async def keyed(tmp_path: Path) -> AsyncIterator[Keyed]:
-    """Provide a gateway with keys, at which all roles may sign in."""
+    """Provide a gateway with API keys for all roles. Each role may sign in to the gateway's console."""
     async with keyed_cluster(tmp_path, gateway="  console: {tenants: true}\n") as keyed:
         yield keyed
 

@@ -1,6 +1,5 @@
-"""Messages that a faulty worker sends to a gateway, and messages that a faulty gateway sends to a worker. See
-test_public.py.
-"""
+"""Fuzz tests of the link: random messages that a faulty worker sends to a gateway, and that a faulty gateway sends to a
+worker."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ async def check_healthy(cluster: TestCluster) -> None:
 
 
 def slots() -> st.SearchStrategy[int]:
-    """Return a strategy for slots of calls that run or do not run."""
+    """Return a strategy for slot numbers: of running calls, and of calls that do not exist."""
     return st.integers(1, 4) | st.integers(0, (1 << 32) - 1)
 
 

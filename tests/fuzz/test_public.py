@@ -112,7 +112,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
 
 
 async def test_http2_frames(cluster: TestCluster) -> None:
-    """Any frames in any order on the gRPC port end no connection except the connection that carries them."""
+    """A connection on the gRPC port may send any frames in any order. At most this connection ends, and no other."""
     address = cluster.gateway.endpoints["grpc"]
     async with nothing_unexpected():
         for batch in batches(st.tuples(st.booleans(), st.lists(frames(), max_size=12))):

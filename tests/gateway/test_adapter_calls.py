@@ -90,8 +90,9 @@ A, B = AdapterSpec("a", "/a"), AdapterSpec("b", "/b", digest_of("/b"))
 
 
 async def test_adapters_are_models_of_their_own(bed: Bed) -> None:
-    """An adapter is called by its own name after the name or alias of its model, with and without a digest in the
-    catalog. It answers differently from its model and from other adapters. Lists show it beside its model."""
+    """Callers name an adapter as `model:adapter`, where `model` is the name or an alias of its model. The adapter
+    answers differently from its model and from other adapters. Lists of models show it beside its model. All this holds
+    with and without a digest in the catalog."""
     await bed.worker()
     bed.catalog(A, B)
     await bed.until_ready(1, "a")
@@ -283,7 +284,7 @@ async def test_a_stream_resumes_at_another_gateway_with_its_files(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stream with an adapter is resumed at another gateway with the same text. If the adapter's files were replaced
-    meanwhile, the resume is refused."""
+    before the resume, the resume is refused."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     one, two = tmp_path / "a", tmp_path / "b"
     async with running_bed(one, checkpoint, bundle) as bed, running_bed(two, checkpoint, bundle) as other:

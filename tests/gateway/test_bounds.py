@@ -1,5 +1,5 @@
-"""Bounds of validation. No request makes an error long or its check slow, because counts are checked first and quoted
-values are cut."""
+"""Bounds on the validation of requests. However large an invalid request is, checking it is fast, and the error is
+short: counts are checked first, and values that the error quotes are cut."""
 
 from __future__ import annotations
 

@@ -50,8 +50,8 @@ class StepClock:
 
 @pytest.mark.slow
 async def test_a_thousand_cancels_free_their_places(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """At 20 ms a step, the slot of a cancelled call is free within two steps (p99 of 1,000 cancels). Other calls keep
-    their tokens."""
+    """At 20 ms a step, the slot of a cancelled call is free within two steps (p99 of 1,000 cancels). Other calls lose
+    no tokens."""
     engine = StepClock(sim_engine(checkpoint, decode_ms=20, max_num_seqs=256, kv_blocks=2_000))
     await cluster.add_worker(engine, bundle)
     steady = chat("steady", max_tokens=150, ignore_eos=True)
@@ -96,7 +96,7 @@ async def test_a_thousand_cancels_at_once(cluster: TestCluster, checkpoint: Path
 
 @pytest.mark.parametrize("queued", [False, True], ids=["running", "queued"])
 async def test_deadlines_reach_the_engine(cluster: TestCluster, checkpoint: Path, bundle: Bundle, queued: bool) -> None:
-    """A call past its deadline ends DEADLINE_EXCEEDED and leaves the queue and the engine."""
+    """A call past its deadline ends with DEADLINE_EXCEEDED, and leaves the queue and the engine."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5, max_num_seqs=1), bundle)
     others = []
     if queued:

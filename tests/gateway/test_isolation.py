@@ -206,8 +206,8 @@ class Rig:
 
 @asynccontextmanager
 async def rig_of(cluster: TestCluster, bundle: Bundle, engine: Engine) -> AsyncIterator[Rig]:
-    """Provide a rig with this engine. Afterwards check that the link is the same, has all its credit and holds
-    nothing."""
+    """Provide a test bed: a cluster with one worker that runs this engine. Afterwards check that the worker's link was
+    not lost, that all its credit is free, and that the gateway keeps nothing of the calls."""
     worker = await cluster.add_worker(engine, bundle)
     await cluster.stub.Complete(complete(max_tokens=2))
     await cluster.until_idle()
@@ -267,8 +267,8 @@ class FaultySealer:
 async def test_a_record_that_cannot_be_sealed_ends_its_call(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
-    """A record that cannot be sealed or sent ends its call. Formerly such a record ended the link and left the account
-    open."""
+    """If the usage record of a call cannot be sealed or sent, only this call ends. Formerly such a record ended the
+    link and left the call's account open."""
     written: list[UsageRecord] = []
     for number, sealer in enumerate((cast(Sealer, FaultySealer()), Sealer([b"s" * 32]))):
         accounting = Accounting(

@@ -139,9 +139,9 @@ async def at_rest(cluster: TestCluster) -> None:
 
 
 async def settled(cluster: TestCluster) -> Held:
-    """Return the counts once a new link is complete and they no longer change. The threads and stubs of a link are
-    created a little later than the link. On a busy machine, a count may block the event loop until the link is lost and
-    made again."""
+    """Return the counts of objects once a new link is complete and the counts no longer change. The threads and stubs
+    of a link are created a little later than the link itself. On a busy machine, counting may block the event loop for
+    so long that the link is lost and made again; then the wait begins anew."""
     (worker,) = cluster.workers
     held = [Held.now()]
 

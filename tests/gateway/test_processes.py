@@ -84,8 +84,8 @@ def sockets(child: Any, address: str) -> Counter[str]:
 async def test_both_serve_and_one_goes_on_alone(
     ours: serving.Ours, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both processes get connections, their metrics add up to all calls, and `status` shows both. After one process is
-    killed, the other serves the port alone."""
+    """Two gateway processes share one port. Both get connections, their metrics add up to all calls, and `status` shows
+    both. After one process is killed, the other serves the port alone."""
     ((second, at_second),) = ours.siblings
     assert at_second["grpc"] == ours.grpc
     assert int(at_second["link"].rsplit(":", 1)[1]) == int(ours.endpoints["link"].rsplit(":", 1)[1]) + 9

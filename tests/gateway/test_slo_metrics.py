@@ -1,4 +1,5 @@
-"""Metrics by which alerts and dashboards judge calls: the SLO of the model, and the versions while a canary runs."""
+"""Tests of the metrics by which alerts and dashboards judge calls: whether calls meet the SLO of their model, and how a
+canary compares with the stable version."""
 
 from __future__ import annotations
 

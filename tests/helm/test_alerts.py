@@ -193,7 +193,8 @@ def command_lines(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_each_alert_has_its_runbook(name: str) -> None:
-    """The runbook of an alert has the alert's name and the four headings in order, and its commands exist."""
+    """Each alert has a runbook, which begins with the alert's name and has the four headings in order. The commands in
+    the runbook exist."""
     text = (RUNBOOKS / f"{name}.md").read_text()
     assert text.startswith(f"# {name}\n")
     assert tuple(re.findall(r"^## .*$", text, re.MULTILINE)) == HEADINGS

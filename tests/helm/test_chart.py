@@ -195,9 +195,10 @@ def test_revoked_certificates_reach_the_gateways() -> None:
 
 
 def test_two_clusters_side_by_side() -> None:
-    """Two Ray clusters of a release have separate images, Ray versions, network policies and storage namespaces.
+    """A Helm release can have two Ray clusters. Each has its own image, Ray version, network policy and storage
+    namespace.
 
-    The configuration may use only one of them.
+    The section `ray` of the configuration may name only one of the two clusters.
     """
     url = "http://headrace-green-head-svc:8265"
     used = [{"name": "green", "dashboard_url": url, "token_file": "/secrets/ray-token"}]

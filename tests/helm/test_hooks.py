@@ -109,8 +109,8 @@ def test_the_check_passes_presets_and_fails_a_wrong_model(preset: Rendered, tmp_
 def test_the_tables_are_made_beside_the_release_under_argo_cd(preset: Rendered) -> None:
     """Under Argo CD, the Job that creates the database tables runs in the phase Sync, together with the release.
 
-    From the Job's Helm hooks alone, Argo CD would also run it in the phase PreSync. At the first sync, neither the
-    Job's service account nor a database exists in that phase.
+    An annotation of the Job sets this phase. Without it, Argo CD would derive phases from the Job's Helm hooks,
+    among them PreSync. In PreSync of the first sync, neither the Job's service account nor a database exists.
     """
     job = preset.only("Job", "headrace-database")
     assert job["metadata"]["annotations"][ARGO] == "Sync"

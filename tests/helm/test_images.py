@@ -61,7 +61,8 @@ def by_stage(text: str) -> dict[str, str]:
 
 
 def test_the_gateways_image_has_no_engine() -> None:
-    """The build stages of the gateway's image install only the base pins; Ray is in the controller's image."""
+    """The gateway's image contains neither an engine nor Ray. It installs only requirements/base.txt; Ray is in the
+    controller's image."""
     stages = by_stage((DOCKER / "gateway.Dockerfile").read_text())
     pins = (ROOT / "requirements" / "base.txt").read_text()
     for name in ("torch", "vllm", "ray", "transformers"):

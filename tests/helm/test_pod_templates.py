@@ -122,7 +122,7 @@ def test_annotations_and_labels_reach_the_pod(part: str) -> None:
 
 @parts
 def test_spread_constraints_are_added(part: str) -> None:
-    """A topology spread constraint is added to those of the chart."""
+    """A topology spread constraint in the values is added to the chart's own constraints."""
     changed, before = (
         pod(release, part)["spec"].get("topologySpreadConstraints", []) for release in (rendered(part), plain())
     )
@@ -131,7 +131,7 @@ def test_spread_constraints_are_added(part: str) -> None:
 
 @parts
 def test_security_contexts_are_merged(part: str) -> None:
-    """A supplementary group and a capability are added, and the chart's own restrictions stay."""
+    """A pod template can add a supplementary group and a capability. The chart's own restrictions stay."""
     changed, before = pod(rendered(part), part), pod(plain(), part)
     security = changed["spec"]["securityContext"]
     assert security == {**before["spec"]["securityContext"], "supplementalGroups": [44]}
@@ -149,7 +149,8 @@ def test_init_containers_run_before(part: str) -> None:
 
 @parts
 def test_volumes_and_mounts_are_added(part: str) -> None:
-    """Volumes are added to those of the chart, and mounts are added to the chart's container."""
+    """Volumes of a pod template are added to the chart's own volumes. Its mounts are added to the mounts of the chart's
+    container."""
     changed, before = pod(rendered(part), part), pod(plain(), part)
     extra = {"name": "extra", "configMap": {"name": "extra"}}
     assert changed["spec"]["volumes"] == [*before["spec"]["volumes"], extra]
@@ -219,8 +220,8 @@ def test_an_image_volume_replaces_the_model_cache() -> None:
 def test_the_jobs_run_where_gateways_do() -> None:
     """Jobs take the node selector, the tolerations and the security settings of the gateways' pod template.
 
-    The database Job also takes its volumes and variables, to reach the same database with the same certificate
-    authority.
+    The database Job also takes the volumes and the environment variables of that template, to reach the same
+    database with the same certificate authority.
     """
     given = copy.deepcopy(template("gateway"))
     given["spec"]["nodeSelector"] = {"pool": "cpu"}

@@ -269,7 +269,8 @@ OPERATOR = Peer("kuberay", {"app": "operator"})
 
 
 def site(rendered: Rendered) -> tuple[Peer, Peer, Peer, int]:
-    """Return the peers Prometheus, KubeRay's operator and DNS server, and the DNS port, on the release's platform."""
+    """Return four values for the platform on which the chart is installed (OpenShift or other): the peers Prometheus,
+    KubeRay's operator and DNS server, and the DNS port."""
     if rendered.all("Route"):
         prometheus = Peer("openshift-user-workload-monitoring", {"app": "prometheus"})
         return prometheus, Peer("openshift-operators", {}), Peer("openshift-dns", {"dns": "default"}), 5353

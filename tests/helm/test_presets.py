@@ -130,7 +130,8 @@ def test_only_the_job_reaches_the_mirror() -> None:
 
 
 def test_workers_reach_the_object_store_and_the_metadata_server() -> None:
-    """Workers reach object stores outside and the cloud's metadata server, which gateways do not reach."""
+    """Workers reach the cloud's metadata server and object stores outside the cluster. Gateways do not reach the
+    metadata server."""
     rendered = helm.template(preset("object-store"))
     there, allows, metadata = peers(rendered), network(rendered).allows, Peer(address="169.254.169.254")
     assert allows(there["worker"], INTERNET, 443)

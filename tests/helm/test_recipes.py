@@ -24,7 +24,8 @@ OBJECTS = [item for block in BLOCKS if "kind" in block[0] for item in block]
 
 
 def test_the_recipes_are_read() -> None:
-    """The reader of the page finds its Helm values and its Kubernetes objects."""
+    """Enough code blocks are found in docs/kubernetes-recipes.md: at least eight with Helm values, and those with a
+    Certificate and an ExternalSecret. Otherwise the other tests would check nothing."""
     assert len(VALUES) >= 8
     assert {item["kind"] for item in OBJECTS} == {"Certificate", "ExternalSecret"}
 
@@ -75,7 +76,8 @@ def test_certificates_have_the_names_of_pod_secrets() -> None:
 def test_external_secrets_have_the_charts_keys() -> None:
     """The ExternalSecrets make the Secrets with the keys that pods mount.
 
-    The Secret with the key pepper never changes.
+    The Secret `headrace-secrets` is created once and never changes. It holds the pepper with which API keys are
+    hashed.
     """
     asked = {item["spec"]["target"]["name"]: item["spec"] for item in OBJECTS if item["kind"] == "ExternalSecret"}
     kept = asked["headrace-secrets"]

@@ -50,7 +50,8 @@ def preset_file(name: str) -> Path:
 
 
 def gateway_api(**backend: Any) -> dict[str, Any]:
-    """Return values with routes and a BackendTLSPolicy. `backend`: further keys of `backendTLS`."""
+    """Return chart values that enable routes of the Gateway API and a BackendTLSPolicy. `backend`: further keys of
+    `backendTLS`."""
     routes = {"enabled": True, "parentRefs": [{"name": "public"}], "backendTLS": {"enabled": True, **backend}}
     return {"gateway": {"gatewayApi": routes}}
 
@@ -172,7 +173,8 @@ def test_a_site_can_open_more() -> None:
 
 
 def test_dns_may_live_elsewhere() -> None:
-    """DNS can be on another port and in another namespace, or on the node. DNS in kube-system is then unreachable."""
+    """The network policies allow DNS where the values place it: on another port and in another namespace, or on the
+    node. They then block DNS in kube-system."""
     to = [
         {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "openshift-dns"}}},
         {"ipBlock": {"cidr": "169.254.20.10/32"}},

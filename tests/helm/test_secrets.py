@@ -1,6 +1,6 @@
 """With `secrets.create`, the chart makes its Secret once and keeps an existing Secret.
 
-For this, Helm must be able to read the cluster.
+To find an existing Secret, Helm must be able to read from the cluster.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DISCOVERY: Mapping[str, Any] = {
 def api_server(objects: Mapping[str, Any]) -> Iterator[str]:
     """Run a Kubernetes API server with these objects, and yield its URL.
 
-    `objects`: by `secrets/NAME` or `serviceaccounts/NAME`.
+    `objects`: each object by its path, `secrets/NAME` or `serviceaccounts/NAME`.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -81,7 +81,7 @@ OWNED = {
 
 
 def secret(*keys: str) -> dict[str, Any]:
-    """Return the Secret that an earlier install of the release made, with these keys."""
+    """Return the Secret of an earlier install of the release. `keys`: the keys of the Secret's data."""
     data = dict.fromkeys(keys, "b2xk")
     return {"secrets/headrace-secrets": {"apiVersion": "v1", "kind": "Secret", "metadata": OWNED, "data": data}}
 

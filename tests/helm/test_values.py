@@ -92,9 +92,10 @@ WRONG_TOGETHER = [
 
 @pytest.mark.parametrize(("values", "words"), WRONG_TOGETHER)
 def test_halves_that_do_not_fit_are_refused(values: Mapping[str, Any], words: str) -> None:
-    """Values that contradict each other are refused.
+    """The chart refuses values that contradict each other.
 
-    Such a release could be installed, but would fail at the first restart or never place a replica.
+    Without this check the release could be installed, but it would fail at the first restart or never place a
+    replica.
     """
     with pytest.raises(helm.HelmFailed) as caught:
         helm.template(values)
@@ -282,9 +283,9 @@ EXAMPLES = int(os.environ.get("CHART_EXAMPLES", "8"))
 )  # shrinking would take minutes and show little more
 @given(values=st.fixed_dictionaries({}, optional={key: from_schema(item) for key, item in TOP.items()}))
 def test_whatever_the_schema_allows_renders_and_is_valid(values: Mapping[str, Any]) -> None:
-    """The chart renders valid objects and a valid configuration from random values that the schema allows.
+    """From random values that the schema allows, the chart renders valid objects and a valid configuration.
 
-    An object is checked by the newest Kubernetes API's schema or by its own definition.
+    A built-in object is checked with the schema of the newest Kubernetes release, a custom object with its definition.
     """
     rendered = helm.template(draws(values))
     parse(rendered.cluster_yaml)

@@ -1,4 +1,4 @@
-"""Properties of the connection table hold over any sequence of arrivals, credentials, calls and ends."""
+"""Property tests of the connection table, over random sequences of arrivals, authentications, calls and ends."""
 
 from __future__ import annotations
 
@@ -212,7 +212,8 @@ def test_a_connection_that_is_not_read_yet_has_not_been_silent() -> None:
 
 @given(cap=st.integers(MIN_CONNECTIONS, 100), every_s=st.floats(1e-5, 0.1))
 def test_a_full_port_changes_hands_no_faster_than_its_size_allows(cap: int, every_s: float) -> None:
-    """A full port limits the rate of replacements, so that slow clients have time to authenticate."""
+    """On a full port, new connections replace old ones only at a limited rate. So a slow client has time to
+    authenticate before its connection is replaced."""
     pool, now, victims = Pool(cap), 0.0, 0
     for i in range(3 * cap):
         now += every_s

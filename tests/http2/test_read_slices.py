@@ -15,8 +15,8 @@ COSTS = st.lists(st.lists(st.floats(0.0, 2 * SLICE_S), min_size=1, max_size=12),
 
 
 class Costly:
-    """A fake clock that advances by a cost for each parsed frame. `taken`: the readers in the order in which they
-    parsed."""
+    """A fake clock that several readers share. Each parsed frame advances the clock by the cost of the frame. `taken`:
+    the reader of each parsed frame, in order."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -24,7 +24,8 @@ class Costly:
 
 
 class Reading:
-    """A fake reader. Parsing a frame advances the clock of the shared `Costly` by the cost of the frame."""
+    """A fake reader of a connection. Each frame has a parsing cost. Parsing a frame advances the fake clock, which
+    several readers share, by this cost."""
 
     def __init__(self, all_of_them: Costly, name: int, costs_s: list[float], *, broken: bool = False) -> None:
         self._all, self._name, self._broken = all_of_them, name, broken

@@ -1,5 +1,5 @@
-"""A request body without a credential is refused. A body with a credential may have to wait for the budget of body
-bytes, but is received in the end."""
+"""Tests of request bodies. The body of a request without a credential is refused. The body of a request with a
+credential may have to wait until the total of buffered body bytes allows it, but is received in the end."""
 
 from __future__ import annotations
 
@@ -144,8 +144,8 @@ async def test_a_message_without_a_credential_is_short() -> None:
 
 
 async def test_streams_beyond_a_strangers_are_refused_alone() -> None:
-    """On a connection without an admitted call, only the calls beyond the limit are refused; the other calls
-    continue."""
+    """A connection without an admitted call may have `unauthenticated_calls` open calls. Only the calls beyond this
+    number are refused; the other calls continue."""
     limits = http2.ServerLimits(unauthenticated_calls=10)
     async with serving(ByteBounds(MIB, MIB, MIB), limits) as (echo, gate, _), raw_client(echo.port) as raw:
         gate.open.clear()

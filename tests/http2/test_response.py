@@ -24,8 +24,8 @@ def kinds(data: bytes) -> list[int]:
 
 
 async def test_no_data_follows_the_status() -> None:
-    """If the status closes the connection, bytes that are gathered in the same pass are dropped: a frame after the end
-    of a stream would be an error of the whole connection."""
+    """No data is sent after the final status. If sending the status closes the connection, data that was gathered for
+    the same write is dropped. A frame after the end of a stream would be an error of the whole connection."""
     sink = Sink()
     slot: Any = SimpleNamespace(mark_authenticated=lambda: None)
     core = ConnectionCore(cast(Any, sink), slot, cast(Any, SimpleNamespace()), cast(Any, None), lambda: None)

@@ -30,17 +30,18 @@ CODE = grpc.StatusCode
 
 
 def unary_unary(channel: grpc.aio.Channel, method: str) -> Any:
-    """Return a unary method of the echo server, with messages as bytes."""
+    """Return a method of the echo server that answers one request with one message. Messages are bytes."""
     return channel.unary_unary(f"/{SERVICE}/{method}")
 
 
 def unary_stream(channel: grpc.aio.Channel, method: str) -> Any:
-    """Return a method with a response stream, with messages as bytes."""
+    """Return a method of the echo server that answers one request with a stream. Messages are bytes."""
     return channel.unary_stream(f"/{SERVICE}/{method}")
 
 
 def stream_stream(channel: grpc.aio.Channel, method: str) -> Any:
-    """Return a method with a request stream and a response stream, with messages as bytes."""
+    """Return a method of the echo server that answers a stream of requests with a stream of messages. Messages are
+    bytes."""
     return channel.stream_stream(f"/{SERVICE}/{method}")
 
 
@@ -79,7 +80,8 @@ async def test_compressed_requests(serve: Serve) -> None:
 
 
 async def test_a_stream_each_way(serve: Serve) -> None:
-    """Messages of any size return on the stream in order, and the stream ends after the client has half-closed it."""
+    """A method that echoes a stream returns messages of any size in order. The answer stream ends after the client has
+    half-closed the request stream."""
     sent = [bytes([i % 256]) * (i * 997 % 300_000) for i in range(60)]
 
     async def messages() -> AsyncIterator[bytes]:
@@ -172,8 +174,8 @@ async def test_a_handler_that_does_not_read_stops_its_client(serve: Serve) -> No
 
 
 async def test_what_was_read_is_given_back_once(serve: Serve) -> None:
-    """The server returns the bytes that a handler has read to the client's window exactly once, so the window never
-    grows beyond its first size."""
+    """When a handler has read some bytes, the server enlarges the client's flow-control window by the same number once.
+    So the window never grows beyond its first size."""
     limits = http2.ServerLimits(window_bytes=10_000, connection_window_bytes=65_535)
     async with serve(limits) as echo, raw_client(echo.port, window=1 << 20) as raw:
         while not raw.events:
@@ -311,8 +313,8 @@ def silent_clients(port: int) -> Iterator[tuple[str, bytes]]:
 
 
 async def test_who_does_not_speak_http2_is_cut_off(serve: Serve) -> None:
-    """An HTTP/1.1 client gets an answer. A connection with noise, an incomplete preface or nothing is closed without an
-    answer. A gRPC client is served afterwards."""
+    """An HTTP/1.1 client gets an answer. A client that sends random bytes, an incomplete preface or nothing is
+    disconnected without an answer. A gRPC client is served afterwards."""
     async with serve(http2.ServerLimits(hello_s=0.3)) as echo:
         for name, begin in silent_clients(echo.port):
             reader, writer = await asyncio.open_connection("127.0.0.1", echo.port)

@@ -43,8 +43,8 @@ class World:
         assert len(acting) <= 1, f"{acting} act at once"
 
     def look(self, who: int, failures: float, delay_s: float) -> None:
-        """Simulate one read of the candidate `who`, and a write if the read requires one. Each may be slow, and may
-        fail before or after its effect."""
+        """Simulate one read of the lease by candidate number `who`, and a write if the read requires one. Read and
+        write may be slow, and may fail before or after they take effect."""
         record = self.record
         self.wait(delay_s)
         if self.random.random() < failures:
@@ -116,6 +116,6 @@ def test_a_record_that_was_given_up_is_taken_at_once() -> None:
 
 
 def test_terms_that_overlap_are_refused() -> None:
-    """LeaseTerms raises ValueError for durations with which two processes could hold the lease at once."""
+    """LeaseTerms raises ValueError for durations with which two processes could hold the lease at the same time."""
     with pytest.raises(ValueError, match="must hold"):
         LeaseTerms(lease_s=10.0, yield_s=10.0)

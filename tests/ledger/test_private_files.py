@@ -31,8 +31,8 @@ def umask(mask: int) -> Iterator[None]:
 
 
 def accessible(folder: Path) -> dict[str, str]:
-    """Return the modes of the paths that other users may enter, read or write: the folder itself and all paths in
-    it."""
+    """Find the paths that other users may enter, read or write, among `folder` and everything in it. Returns the mode
+    of each such path."""
     paths = [folder, *folder.rglob("*")]
     return {str(path): oct(stat.S_IMODE(path.stat().st_mode)) for path in paths if path.stat().st_mode & 0o077}
 
@@ -77,7 +77,7 @@ async def test_the_record_of_resumptions_is_private(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run folder is private because it holds secrets, and so are the folders that are created above it."""
+    """A new run folder and the parent folders created for it are private, because a run folder holds secrets."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "new" / "cache"))
     with umask(0o000), RunFolder("x").lock():
         assert {path for path in accessible(tmp_path / "new") if Path(path).is_dir()} == set()

@@ -69,8 +69,8 @@ RUN = [Submitted(f"{TASK.name}#{turn}", history(TASK, turn), 0) for turn in rang
 
 @given(st.sampled_from(TASKS), st.integers(1, TURNS + 1), st.lists(st.sampled_from(("Hi", "<b>")), max_size=3))
 def test_a_prompt_names_its_turn(task: Task, turn: int, extra: Sequence[str]) -> None:
-    """The turn of a prompt follows from the number of earlier answers with calls, whatever messages the client has put
-    before the task."""
+    """The turn to which a prompt belongs is recognized by the number of earlier answers with tool calls. Messages that
+    the client has put before the task make no difference."""
     prompt = history(task, turn, extra)
     assert key_of_prompt(prompt) == f"{task.name}#{turn}"
     assert f"{task.name}#{turn}" in task.answers
@@ -97,7 +97,7 @@ def test_every_death_cuts_the_part_that_it_names(task: Task) -> None:
 
 
 def test_a_task_has_turns_with_two_calls_and_every_call_once() -> None:
-    """The task of functions has twelve turns, some of them with two calls. No call occurs twice."""
+    """The task has twelve turns with tool calls. Some turns have two calls, and no call occurs twice."""
     assert len(TASK.steps) == TURNS
     assert {len(step.calls) for step in TASK.steps} == {1, 2}
     assert len(TASK.results) == len(TASK.calls) == len({json.dumps([c.name, c.arguments]) for c in TASK.calls})
@@ -168,7 +168,8 @@ def test_a_client_gets_no_variable_of_this_process(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_run_as_in_the_script_has_no_faults() -> None:
-    """A run with each turn once and with a resumed answer has no fault, and the resumed answer is counted."""
+    """No fault is reported for a run in which each turn was requested once and one answer was resumed. The resumed
+    answer is counted."""
     resumed = replace(RUN[3], emitted=17)
     counts, wrong = judge_requests(TASK, [*RUN, resumed, Submitted(SIDE, "a title, please", 0)])
     assert wrong == []
@@ -226,8 +227,8 @@ def _do(call: Call, folder: Path) -> None:
 
 @pytest.mark.parametrize("agent", coding.CODING_AGENTS, ids=lambda agent: agent.name)
 def test_the_files_show_whether_each_call_was_made_once(agent: coding.CodingAgent, tmp_path: Path) -> None:
-    """After the script's calls the files are right. A further command and a missing file are each reported as a
-    fault."""
+    """If the agent makes each call of the script once, no fault is reported. A call that is made twice and a missing
+    file are each reported as a fault."""
     task = coding.coding_task(agent.name, agent.tools, tmp_path)
     for call in task.calls:
         _do(call, tmp_path)

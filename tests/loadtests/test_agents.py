@@ -89,7 +89,8 @@ def test_every_family_and_category_has_its_turn() -> None:
 
 @given(st.lists(st.integers(0, 9), max_size=40), st.text(max_size=3))
 def test_steps_join_to_the_tokens(token_ids: Sequence[int], seed: str) -> None:
-    """Steps have 1 to 5 tokens, are equal for equal seeds, and join to the script."""
+    """A script's tokens are divided into steps of 1 to 5 tokens, without loss and in order. Equal seeds give equal
+    steps."""
     made = list(scripted.steps(token_ids, seed))
     assert [token for step in made for token in step] == token_ids
     assert all(1 <= len(step) <= scripted.LARGEST_STEP for step in made)
@@ -134,7 +135,8 @@ async def test_the_engine_emits_each_script_from_any_cut_to_its_end(scripts: scr
 
 
 async def test_the_engine_refuses_a_prompt_without_a_script(scripts: scripted.Scripts) -> None:
-    """A prompt whose mark has no script is refused and gets no output."""
+    """The scripted engine looks up the script of a prompt by a mark in the prompt. It refuses a prompt with an unknown
+    mark."""
     with pytest.raises(EngineRefused, match="no script"):
         await _generate(scripts, [_request(scripts, "unknown-1")])
 
@@ -177,8 +179,9 @@ def test_answers_differ_exactly_if_a_difference_is_found(one: Answer, other: Ans
 def test_a_finish_reason_is_known_only_where_it_differs(
     one: Answer, other: Answer, is_cut: bool, is_named: bool
 ) -> None:
-    """known_finish returns a known difference only if the finish reasons differ: CUT only for a cut answer, NAMED_END
-    only for a named tool choice. It never returns one if vLLM's finish reason is `length`."""
+    """`known_finish` reports a known difference between the finish reasons of two answers. The reasons then always
+    differ, and vLLM's reason is not `length`. It returns CUT only if the answer was cut, and NAMED_END only if the
+    caller named the tool."""
     known = compare.known_finish(one, other, is_cut=is_cut, is_named=is_named)
     if known:
         assert one.finish != other.finish
@@ -269,8 +272,8 @@ async def headrace_side(
 async def test_headrace_answers_as_vllms_own_server(
     sample: tuple[list[Trial], list[dict[str, Any]]], vllm_side: servers.Side, headrace_side: servers.Side
 ) -> None:
-    """Headrace's prompts and answers equal those of vLLM's server, even if its engine emits the same tokens in steps of
-    other sizes."""
+    """Headrace's prompts and answers equal those of vLLM's server, even if Headrace's engine emits the same tokens in
+    steps of other sizes."""
     compared = await bfcl.compare(sample[0], vllm_side, headrace_side)
     assert len(compared) == 60
     assert [one.as_json() for one in compared if one.differences] == []

@@ -30,7 +30,8 @@ COMPLETIONS = fixed(12, 8, 20, seed=3, chat=False)
 
 @pytest.fixture
 async def ours(bundle: tuple[Bundle, str], tmp_path: Path) -> AsyncIterator[TestCluster]:
-    """Run a Headrace gateway with one worker. The worker's simulated engine is the same as behind the SSE server."""
+    """Run a Headrace gateway with one worker. The worker's simulated engine is of the same kind as in the other server
+    of these tests, which has an OpenAI API."""
     files, tokens = bundle
     ranges = dict(pair.split("=") for pair in tokens.split("&"))
     async with running_cluster(tmp_path) as cluster:

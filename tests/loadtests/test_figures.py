@@ -1,4 +1,4 @@
-"""Figures: intervals, bounds, and rows that were not measured."""
+"""Tests of the figures in a load test's report: their intervals, their bounds, and rows without a measurement."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     [("<=", 1.0, 0.9, True), ("<=", 1.0, 1.1, False), (">=", 1.0, 1.1, True), (">=", 1.0, 0.9, False)],
 )
 def test_met_looks_at_the_worse_end(sense: str, limit: float, ours: float, met: bool) -> None:
-    """A bound is met if the whole interval is inside it. It is not met if the rounds spread to both sides of the
+    """A bound is met only if every value of the interval meets it. It is not met if the rounds lie on both sides of the
     bound."""
     steady = ratio_figure("x", [ours] * MIN_ROUNDS, [1.0] * MIN_ROUNDS, Bound(sense, limit))
     assert steady.met is met

@@ -1,6 +1,5 @@
-"""Tests of `make gpu-report`: missing items are reported, GPU memory is shared or refused, and a trial on CPU has no
-row that counts as met.
-"""
+"""Tests of `make gpu-report`. A missing GPU, peer or model is reported. Engines share one GPU's memory if it is large
+enough. In a trial on CPU, no row counts as met."""
 
 from __future__ import annotations
 

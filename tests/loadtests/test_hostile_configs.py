@@ -17,7 +17,7 @@ HEAD = "api_version: headrace/v1\nname: c\n"
 
 
 def test_a_seed_repeats_its_mutants() -> None:
-    """Equal seeds give equal mutants, so that a figure can be reproduced."""
+    """Equal seeds give equal wrong configuration files, so that a figure can be reproduced."""
     text = EXAMPLE.read_text()
     first, second = ([mutant(text, random.Random(seed)).text for seed in range(20)] for _ in range(2))
     assert first == second

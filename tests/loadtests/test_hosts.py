@@ -52,8 +52,7 @@ def call(
 
 
 def test_only_silences_of_the_event_count_and_failures_within_it() -> None:
-    """A silence before the event does not count for the event. A failure before or after the event does not count
-    either."""
+    """Only silent gaps and failures between the beginning and the end of an event count for the event."""
     load = Load.__new__(Load)
     load.calls = [
         call(0, 90.0, 90.2, 104.0, [(95.0, 3.0), (101.0, 0.9)]),
@@ -184,8 +183,8 @@ def test_a_host_is_cut_off_and_healed_and_nothing_leads_out_or_stays() -> None:
 @pytest.mark.long
 @pytest.mark.timeout(900)
 async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
-    """When a gateway of the whole cluster dies, no call fails, and texts and ledger are exact. No route leads out of
-    the network, and at the end everything is removed."""
+    """The load test `hosts` starts the cluster of the Helm chart and kills a gateway. No call fails, and the texts and
+    the ledger are exact. The cluster's network has no route to the outside. At the end everything is removed."""
     file = tmp_path / "out.json"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "loadtests", "hosts", "--only", "gateway", "--speed", "20", "--concurrency", "16",
@@ -210,8 +209,8 @@ async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("last", [False, True])
 def test_pods_share_processors_by_process(last: bool) -> None:
-    """The kernel reports the weight of the cgroup, its processes and their niceness as they were set. The cgroup is
-    removed afterwards."""
+    """A new cgroup has the usual CPU weight. A process that is started in the cgroup belongs to it. If `last` is set,
+    the process also has the niceness LAST. The cgroup is removed afterwards."""
     with cgroup() as path:
         if path is None:
             pytest.skip("no groups of the cpu controller; run the tests as root, with a writable /sys/fs/cgroup")

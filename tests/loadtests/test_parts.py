@@ -20,8 +20,8 @@ PARTS = ("first", "broken", "second")
 
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a package with the modules PARTS. Each module writes a file of the same name; the module `broken`
-    then fails."""
+    """The name of a package that has one module for each name in PARTS. Each module writes the file ledger.db into its
+    folder. The module `broken` then raises an error."""
     for name in PARTS:
         row = f"{name} row"
 

@@ -35,8 +35,9 @@ def test_a_burst_is_sent_whole(holders: int) -> None:
 
 
 def test_small_agent_cell() -> None:
-    """Agents of three tenants find most of their prompts in caches. The fairness gap between two tenants is at most one
-    U (see ServiceObserver.unit)."""
+    """Agents of three tenants find most of their prompts in caches. No tenant gains more than one unit U of service
+    over another. U is the larger of the longest prompt's cost and the cost of the most tokens that a worker held at
+    once."""
     tenants = tuple(AgentTenant(name, weight, 3, 1.0) for name, weight in (("a", 1.0), ("b", 2.0), ("c", 3.0)))
     outcome, gap = agents.run(OURS, 1, SessionsConfig(tenants, turns=4, start_s=10.0), blocks=400)
     assert outcome.calls >= 36

@@ -62,7 +62,8 @@ PROMPTS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12)), max_size=30
 
 @given(PROMPTS, st.integers(1, 30))
 def test_the_pool_hits_what_the_last_prompts_left(prompts: list[tuple[int, int]], blocks: int) -> None:
-    """A pool that is large enough holds every block of earlier prompts. A smaller pool never has more hits."""
+    """In a large PooledLru (a simulated prefix cache), a prompt hits every leading block that an earlier prompt has
+    stored. In a smaller PooledLru it never hits more blocks."""
     small, large, held = PooledLru(blocks), PooledLru(10_000), set[int]()
     for kind, count in prompts:
         hashes = [100 * kind + at for at in range(count)]
@@ -77,9 +78,12 @@ def test_rows_have_bounds_for_every_figure() -> None:
 
 
 async def test_simulated_engines_hold_what_the_gateway_predicts(tmp_path: Path) -> None:
-    """If all chats fit into the caches, more than nine tenths of the predictions equal the engines' counts, and the
-    engines find at least four fifths of what a pooled cache finds. Each prediction that is not equal is explained by a
-    change that a worker reported after it, also with many evictions."""
+    """If all chats fit into the caches, more than nine tenths of the gateway's predictions of cached tokens equal
+    the engines' counts. The engines find at least four fifths of what one common cache would find.
+
+    Every wrong prediction is explained by a change of the cache that the worker reported after the prediction.
+    This holds also if the chats do not fit and many blocks are evicted.
+    """
     async with Children(tmp_path) as children, httpx.AsyncClient() as client:
         model, bundle = await serving.prepare(children, "tokenizer", tmp_path)
         source = f"sim://{model}?decode_ms=1&block_size={BLOCK}&kv_blocks=1000&max_model_len=4096&max_num_seqs=8"

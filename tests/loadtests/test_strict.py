@@ -1,4 +1,5 @@
-"""Tests of the load-test part `strict`: the engine's checks accept its schemas, and wrong calls are found."""
+"""Tests of the load-test part `strict`: the engine's schema checks accept the schemas of the part, and the part finds
+wrong tool calls."""
 
 from __future__ import annotations
 

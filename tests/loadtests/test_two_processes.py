@@ -1,6 +1,5 @@
-"""A small run of the scenario `processes`: all servers answer every call, and the row is in the report, although there
-are too few rounds to meet the bound.
-"""
+"""A small run of the scenario `processes`. All servers answer every call. The report has the scenario's row, although
+the run has too few rounds to pass."""
 
 from __future__ import annotations
 

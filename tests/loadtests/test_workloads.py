@@ -81,7 +81,7 @@ def test_traces_are_read_in_each_of_their_formats(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(traces.TRACES))
 def test_the_real_traces_can_be_read_whole(name: str) -> None:
-    """Traces beside the checkout can be read completely, in order of arrival."""
+    """Each trace in the folder of downloaded traces can be read completely, in order of arrival."""
     if not traces.DEFAULT_FOLDER.is_dir():
         pytest.skip("optional data: the folder of traces is absent")
     requests = traces.load(name)
@@ -102,7 +102,8 @@ def test_mt_bench_gives_as_many_questions_as_asked(tmp_path: Path) -> None:
 
 
 def test_an_absent_folder_and_an_unknown_name_say_what_to_do(tmp_path: Path) -> None:
-    """The message for an absent folder or an unknown name says what is missing."""
+    """If the folder of traces is absent, the error names the option `--traces`. For an unknown trace or dataset, the
+    error lists the known ones."""
     with pytest.raises(NoData, match=r"folder of traces is absent .*--traces"):
         traces.load("mooncake", tmp_path / "nowhere")
     with pytest.raises(NoData, match=r"unknown trace 'moon': there are azure-code"):

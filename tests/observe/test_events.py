@@ -31,7 +31,7 @@ def test_lines_about_a_call_have_its_trace_id() -> None:
 
 
 def test_meanings_are_sentences() -> None:
-    """Each meaning in the table begins with a capital letter and ends with a full stop."""
+    """In the table of log events, the meaning of each event begins with a capital letter and ends with a full stop."""
     assert [name for name, meaning in EVENTS.items() if not meaning[0].isupper() or not meaning.endswith(".")] == []
 
 

@@ -169,8 +169,8 @@ def test_a_forked_process_writes_its_own_lines() -> None:
 
 
 async def test_calls_have_their_own_fields() -> None:
-    """`call_fields` returns the fields of the task's own call while other calls run at the same time, and nothing
-    outside of calls."""
+    """`call_fields` returns the fields of the call that the current task serves, even while other calls run. Outside of
+    calls it returns nothing."""
 
     async def run(name: str) -> bool:
         with log.CallFields(log.ids_of_call(name, "")):

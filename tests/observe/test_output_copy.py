@@ -120,8 +120,10 @@ def test_an_output_that_takes_nothing_does_not_hold_up_the_end(tmp_path: Path) -
 
 
 def test_an_output_that_cannot_be_opened_is_logged(tmp_path: Path) -> None:
-    """Nothing is copied without a path, or if the process's output is no file. If the path cannot be opened, the error
-    is logged and not raised."""
+    """If the path for the copy cannot be opened, the error is logged and not raised.
+
+    Nothing is copied if no path is set, or if the process does not write its output to a file.
+    """
     out = tmp_path / "out"
     out.touch()
     assert copy_output("", FIELDS, lambda number: str(out)) is None

@@ -89,7 +89,7 @@ class Load:
 
 
 class Operator:
-    """An operator: applies entries, and waits for their effect at the gateway."""
+    """An operator that applies catalog entries to a cluster, and waits until the gateway shows their effect."""
 
     def __init__(self, cluster: TestCluster, service: StoredCatalogService, folder: Path) -> None:
         self._cluster = cluster
@@ -121,7 +121,8 @@ class Operator:
         return {link.identity.incarnation: link.identity.version for link in links if link.free.sequences}
 
     async def serve(self, *versions: str, model: str = "m") -> dict[str, str]:
-        """Wait until workers of exactly these versions are linked and accept calls. Return them as workers() does."""
+        """Wait until workers of exactly these versions are linked and accept calls. Return the version of each of these
+        workers, by its incarnation."""
 
         def are_linked() -> bool:
             known = self._cluster.gateway.directory.find(model)

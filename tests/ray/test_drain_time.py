@@ -1,4 +1,5 @@
-"""Tests of how a node's drain time is divided between running calls and the end of the node."""
+"""Tests of how the drain time of a node is divided: a part for running calls, and the rest for ending the node's
+processes."""
 
 from __future__ import annotations
 

@@ -92,8 +92,8 @@ async def test_a_lost_driver_is_replaced(backend: ChildBackend) -> None:
 
 @pytest.mark.slow
 async def test_bundle_is_built_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """`bundling.build` returns a tokenizer bundle and the model's properties. For an invalid source it returns no
-    bundle and the reason."""
+    """`bundling.build` returns a tokenizer bundle and the model's properties. For an invalid source the bundle is None,
+    and the properties contain the reason."""
     folder = build_tokenizer("llama", tmp_path / "model")
     (folder / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 99}')
     generation = {"temperature": 0.6, "top_p": 1.0, "top_k": 20, "max_new_tokens": 77, "do_sample": True}

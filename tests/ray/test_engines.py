@@ -142,7 +142,8 @@ def sockets() -> set[str]:
 
 
 def _end_reason(door: Door, known: int) -> str | None:
-    """Return the reason of the last engine's end, or None if the gateway knows only the `known` earlier ends."""
+    """Return why the engine that was lost last has ended. Returns None if the gateway has reported no lost engine
+    beyond the first `known` ones."""
     ends = door.lost_engines()
     return ends[-1].reason if len(ends) > known else None
 

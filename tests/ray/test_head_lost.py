@@ -165,8 +165,8 @@ def simulated(deployment: Deployment, folder: Path, replicas: int) -> ReplicaSet
 
 
 async def test_the_head_is_lost_and_comes_back(ray_with_head: HeadAndNode, tmp_path: Path) -> None:
-    """The loss of the head changes neither streams nor new calls nor the catalog (vLLM with TP 2). Once the head is
-    back, no worker is restarted, nothing is deployed again, and scaling works."""
+    """While Ray's head node is lost, streams and new calls go on and the catalog is unchanged. Once the head is back,
+    no worker is restarted, nothing is deployed again, and scaling works. The model runs in vLLM with TP 2."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with running_deployment(ray_with_head, tmp_path) as deployment:
         engine = two_ranks("tp2", checkpoint, deployment.link)

@@ -77,8 +77,8 @@ def test_reaper_takes_shared_memory_along() -> None:
 
 
 def test_reaper_finds_by_output(tmp_path: Path) -> None:
-    """A process without the tag belongs to the cluster if it writes its output to a file below the cluster's folder. A
-    process that reads such a file does not."""
+    """A process without the cluster's id in its environment still belongs to the cluster if its output goes to a file
+    below the cluster's folder. A process that only reads such a file does not."""
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     path = tmp_path / "log"
     with path.open("wb") as log, path.open("rb") as source:

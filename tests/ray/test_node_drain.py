@@ -42,7 +42,7 @@ ASKS = [chat(f"Story {n}", max_tokens=LONG if n % 2 else SHORT, ignore_eos=True)
 
 @dataclasses.dataclass
 class Replicas:
-    """The replicas of the simulated model on a Ray of several nodes, managed by a controller."""
+    """The replicas of the simulated model on a Ray cluster of several nodes. A controller manages them."""
 
     ray: RayNodes
     backend: ChildBackend
@@ -57,7 +57,7 @@ class Replicas:
 
 @contextlib.asynccontextmanager
 async def serving(cluster: TestCluster, ray: RayNodes, folder: Path) -> AsyncIterator[Replicas]:
-    """Run a controller of the simulated model. At first it wants no replica."""
+    """Run a controller and a Ray backend. The settings are those of a simulated model, and no replica runs at first."""
     address = cluster.gateway.endpoints["link"]
     spec = ModelSpec("sim", f"sim://{folder}?decode_ms=8&max_num_seqs=64")
     settings = ReplicaSettings(spec, "test", gateways=(address,), drain_timeout_s=DRAIN_S)

@@ -1,5 +1,5 @@
-"""Test of the replacement of all replicas after a changed entry, while streams run: real Ray and gateway, simulated
-engines."""
+"""Test of a changed catalog entry: all replicas are replaced while streams run. Ray and the gateway are real, the
+engines are simulated."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 async def test_a_changed_entry_cuts_no_stream(backend: ChildBackend, tmp_path: Path) -> None:
-    """A version change cuts neither the two streams on each of two replicas nor calls that begin meanwhile. In the end
-    only the new version serves."""
+    """A change of the model's version ends no call early: neither the streams that run on the two replicas, nor calls
+    that begin during the change. In the end only replicas of the new version serve."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with running_cluster(tmp_path / "gateway") as cluster:
         address = cluster.gateway.endpoints["link"]

@@ -53,7 +53,8 @@ class TwoNodes:
 
 
 def start_node(host: Host, folder: Path, environment: dict[str, str], *arguments: str) -> None:
-    """Run `ray start --block` on a host. The reaper finds the process by its tag and ends it."""
+    """Run `ray start --block` on a host, without waiting for it. cluster/ray/reaper.py ends the process later, which it
+    recognizes by a variable in `environment`."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-gpus=1"]
     options = [f"--node-ip-address={host.address}", "--disable-usage-stats", "--object-store-memory=134217728"]
     with (folder / f"{host.namespace}.log").open("wb") as log:

@@ -20,8 +20,8 @@ MIX = AdapterMix(0.5, count=6, slots=2, copy_s=0.2)
 
 
 def test_a_share_of_the_keys_names_adapters() -> None:
-    """The configured share of the keys names adapters. The first adapter is named most often, and a key always names
-    the same adapter."""
+    """The configured share of the call keys is mapped to adapters. The first adapter is chosen most often. A key is
+    always mapped to the same adapter."""
     named = [MIX.adapter_of(key) for key in range(4000)]
     assert named == [MIX.adapter_of(key) for key in range(4000)]
     counts = Counter(named)
@@ -58,7 +58,7 @@ def test_calls_go_where_their_adapter_lies() -> None:
 
 
 def test_tenants_with_adapters_are_served() -> None:
-    """In the simulation of the scenario fairness, too, adapters are copied, and all calls that arrived end."""
+    """Two simulated tenants use adapters. Every worker copies adapters into slots, and all calls that arrived end."""
     tenants = [SimTenant(name, [Lengths(100, 20)], rate_s=5.0) for name in ("one", "two")]
     world = World(WorldConfig(tenants, workers=2, adapters=MIX)).run(10.0)
     world.stop_arrivals()

@@ -17,7 +17,7 @@ ARRIVALS = st.lists(
 
 
 def test_the_bound_is_the_gateways() -> None:
-    """The simulated queue has the same maximum wait of a call as the gateway's default."""
+    """A call waits at most as long in the simulated queue as in a gateway with the default configuration."""
     assert Queue().max_wait_s == MAX_WAIT_S
 
 
@@ -26,8 +26,8 @@ def test_the_bound_is_the_gateways() -> None:
 def test_every_call_waits_runs_or_is_judged(arrivals: list[tuple[float, int, int, int]], ready: list[int]) -> None:
     """At every moment, and with any number of replicas, every call waits, runs or has been judged.
 
-    The predicted output tokens of refused calls are subtracted. So at the end, the predicted tokens equal the generated
-    tokens.
+    At the end, the fleet's sum of predicted output tokens equals the generated tokens, since predictions for
+    refused calls are subtracted from the sum.
     """
     fleet, line = Fleet(PLANT, 2.0, 0.1), sorted(arrivals)
     made = 0.0

@@ -41,8 +41,8 @@ def test_every_turn_is_served(warm: bool) -> None:
 
 
 def test_warm_order_finds_more_and_stays_fair() -> None:
-    """With warm order, more prompt tokens are found in caches and first tokens arrive earlier. The fairness gap between
-    tenants stays within its bound U (see Observer.unit)."""
+    """With warm order, more prompt tokens are found in caches and first tokens arrive earlier. The difference in
+    service between tenants stays within the bound of fair queueing."""
     cold, warm = run(False), run(True)
     assert warm.hit_rate() > 1.05 * cold.hit_rate()
     assert warm.ttft_s(0.9) < cold.ttft_s(0.9)

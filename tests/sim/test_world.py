@@ -56,8 +56,9 @@ def test_backlogged_tenants_share_by_weight(gateways: int) -> None:
     """Tenants that always have calls waiting are served in proportion to their weights, with any number of
     gateways.
 
-    The largest difference in service between two tenants is at most U (see Observer.unit). Each tenant gets at
-    least four fifths of its share.
+    The largest difference in service between two tenants is at most one unit U. U is the larger of the longest
+    prompt's cost and the cost of the most tokens that a worker held at once. Each tenant gets at least four
+    fifths of its share.
     """
     seen = crowded(gateways).observer
     assert seen.largest_gap(list(WEIGHTS), WEIGHTS, 0.0) <= seen.unit()
@@ -65,7 +66,8 @@ def test_backlogged_tenants_share_by_weight(gateways: int) -> None:
 
 
 def test_first_come_first_served_does_not() -> None:
-    """The largest gap between tenants is more than three times as large in arrival order as in fair order."""
+    """If calls are served in order of arrival, the largest gap in service between tenants is more than three times as
+    large as in fair order."""
     fair, fifo = crowded(2, True).observer, crowded(2, False).observer
     assert fifo.largest_gap(list(WEIGHTS), WEIGHTS, 0.0) > 3 * fair.largest_gap(list(WEIGHTS), WEIGHTS, 0.0)
 

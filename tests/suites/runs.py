@@ -112,8 +112,8 @@ def _environment(suite: Suite, address: str, names: Sequence[str], report: Path)
 
 
 def _command(suite: Suite) -> list[str]:
-    """Return the command of a run. Options of the suite's own configuration, such as the number of its processes, are
-    left out."""
+    """Return the command that runs the tests of a suite. Options of the suite's own pytest configuration, such as the
+    number of processes, are left out."""
     command = [str(PYTHON), "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", PLUGIN]
     if suite.folder == HERE:  # a file of ours: without the conftest.py of our own tests, which imports Headrace
         command += ["--noconftest", "--import-mode=importlib", "-c", str(HERE / "langchain.ini"), f"--rootdir={HERE}"]

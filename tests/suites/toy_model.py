@@ -84,11 +84,11 @@ class _Answers:
 
 @dataclass(frozen=True)
 class ToyScripts(Scripts):
-    """Scripts for all prompts. The key of a script is the text of its prompt."""
+    """Prepared answers (scripts) to all prompts. The key of an answer is the text of its prompt."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ToyScripts:
-        """Return the scripts, with a tokenizer for prompts and answers."""
+        """Return scripts whose prompts and answers are encoded with `tokenizer`."""
         return cls(tokenizer, _Answers(tokenizer))  # type: ignore[arg-type] # of a mapping, only look-ups are used
 
     def key(self, prompt_token_ids: Sequence[int]) -> str:

@@ -1,4 +1,5 @@
-"""All tests of the client libraries, run by `make client-suites`. Excluded tests must fail."""
+"""All tests of the client libraries, run by `make client-suites`. An excluded test must fail: if it passes, its
+exclusion is out of date."""
 
 from __future__ import annotations
 

@@ -18,10 +18,10 @@ def digest_of(source: str) -> str:
 
 
 class NamedFiles:
-    """Fake AdapterFiles: an adapter's digest depends only on the name of its source.
+    """Fake of AdapterFiles. The digest of an adapter depends only on the name of its source.
 
-    `broken`: error by source, for sources that cannot be fetched. `digests`: digest by source, in place of the usual
-    digest. `fetch` waits until `may_fetch` is set.
+    `broken`: maps a source that cannot be fetched to its error. `digests`: maps a source to a digest that
+    replaces the usual one. `fetch` waits until `may_fetch` is set.
     """
 
     def __init__(self) -> None:

@@ -110,7 +110,8 @@ class TestCluster:
     ) -> Worker:
         """Start an engine and link it to the gateway as a worker.
 
-        `info`: given if the engine already runs. `adapter_files`: given if the engine is also an AdapterEngine.
+        `info`: the engine's info, if the engine is already started. `adapter_files`: for an engine that is also
+        an AdapterEngine.
         """
         number = next(_numbers)
         if info is None:

@@ -1,4 +1,4 @@
-"""A browser's requests to the console, for tests: it keeps cookies and sends the CSRF token."""
+"""A fake browser for tests of the console. It keeps cookies and sends the CSRF token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Browser:
     async def fetch(self, path: str, body: Any = None, *, method: str = "", **headers: str) -> Reply:
         """Send a request with the cookies, and with the CSRF token if there is a body.
 
-        `headers` override these headers.
+        `headers`: further headers, which may replace the cookies and the token.
         """
         own = {"host": self.host}
         if self.cookies:

@@ -1,7 +1,7 @@
 """Small built-in text in several scripts. The tests train their tokenizers on this text in under a second.
 
-The rare scripts are meant to stay rare: a tokenizer of a few hundred pieces then splits characters of these scripts
-over several tokens, which the tests of the detokenizer need.
+Some scripts are rare in the text on purpose. A tokenizer of a few hundred pieces then splits each character of a rare
+script over several tokens. The tests of the detokenizer need such tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fake of the Backend of rayserve: a Ray that carries out every request at once."""
+"""A fake of the backend in cluster/ray: a Ray in memory that carries out every request at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from cluster.worker.settings import ReplicaSettings
 
 @dataclass
 class FakeRay:
-    """Applications in memory, and a journal of requests. If `away` is set, every call fails with this message."""
+    """A fake Ray with its applications in memory and a journal of requests. `away`: if not empty, the error message
+    with which every call fails."""
 
     nodes: tuple[Mapping[str, float], ...] = ({"CPU": 8.0, "GPU": 8.0},)
     apps: dict[str, Observed] = field(default_factory=dict)

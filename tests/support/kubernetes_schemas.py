@@ -1,4 +1,5 @@
-"""Strict schemas: those of the Kubernetes API in four releases, and those of custom resources from a folder."""
+"""Strict schemas of Kubernetes resources: those of the Kubernetes API in four releases, and custom resources, whose
+schemas are read from a folder."""
 
 from __future__ import annotations
 

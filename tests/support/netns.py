@@ -39,7 +39,8 @@ class Host:
 
 @dataclass(frozen=True)
 class Network:
-    """Hosts of a network, and the address by which the hosts reach this machine's own namespace."""
+    """The hosts of a network. `address`: the address at which the hosts reach programs in this machine's own network
+    namespace."""
 
     hosts: tuple[Host, ...]
     address: str

@@ -37,8 +37,8 @@ class Scheduler(LoadScopeScheduling):  # type: ignore[misc] # xdist's classes ar
     def remove_node(self, node: Any) -> str | None:
         """Remove a test process. If it has crashed, return the test that ran there.
 
-        xdist would hand the finished groups of this process to other processes, which would then wait for tests
-        forever.
+        The finished groups of tests of this process are dropped first. Otherwise xdist would hand them to other
+        processes, which would then wait for tests forever.
         """
         work = self.assigned_work[node]
         for finished in [group for group, tests in work.items() if all(tests.values())]:

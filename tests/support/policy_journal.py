@@ -37,7 +37,8 @@ class Journal:
 
 
 class RecordedOrder(FairOrder):
-    """A fair order that records the changes made to it directly, not those made by the waiting room."""
+    """A fair order that records each change that is made directly to it. Changes that the waiting room makes are not
+    recorded here."""
 
     def __init__(self, journal: Journal, model: str, weight_of: Callable[[str], float]) -> None:
         super().__init__(weight_of=weight_of)
@@ -79,9 +80,8 @@ class _RecordedWorkers:
 
     def route(self, call: RouteCall, now: float) -> RoutingDecision:
         """Implements `Workers.route`. Records the candidate workers, not the decision, so that a replay decides anew.
-
-        The prompts of these tests are too short to be looked up in the workers' caches.
-        """
+        Cached tokens are not recorded: the prompts of these tests are too short to be looked up in the workers'
+        caches."""
         answer = list(self._workers.candidates(call.model, now, False))
         self._journal.reads.append(((call, now), answer))
         return self._workers.route(call, now)

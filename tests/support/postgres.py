@@ -81,7 +81,7 @@ class PostgresServer:
         assert done.returncode == 0, done.stderr
 
     def write(self, name: str, text: str) -> None:
-        """Write a file below the server's folder that the server's user owns."""
+        """Write a file below the server's folder. The server's user becomes the owner of the file."""
         file = self.folder / name
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)

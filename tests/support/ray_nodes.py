@@ -35,9 +35,9 @@ class RayNodes:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def add(self, name: str, *inside: str) -> None:
-        """Start a node with resources for replicas by `ray start --block`. Returns before the node has joined.
+        """Start a Ray node that can run replicas. Returns before the node has joined the cluster.
 
-        `inside`: a program that wraps the command, such as unshare.
+        `inside`: a program that wraps the command `ray start`, such as unshare.
         """
         command = [
             *inside,

@@ -179,7 +179,7 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
 
 
 class ScriptedFleet(admin_pb2_grpc.FleetServicer):
-    """Admin API of the workers, whose answers come from the script."""
+    """The admin API's Fleet service, with answers from a test's `Script`."""
 
     def __init__(self, script: Script) -> None:
         self.script = script

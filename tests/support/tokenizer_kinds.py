@@ -95,9 +95,8 @@ def falcon(vocab_size: int) -> TokenizerAndConfig:
 
 
 def llama2(vocab_size: int) -> TokenizerAndConfig:
-    """Return a BPE with byte fallback as in LLaMA 2's file. A normalizer prepends the space; the class is
-    LlamaTokenizer.
-    """
+    """Return a tokenizer like LLaMA 2's: BPE with byte fallback, and a normalizer that puts a space before each text.
+    Its config names the class LlamaTokenizer."""
     tokenizer = Tokenizer(_byte_fallback_model(vocab_size))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(METASPACE), normalizers.Replace(" ", METASPACE)])
     return _finish_sentencepiece(tokenizer, {"tokenizer_class": "LlamaTokenizer", "legacy": False})
@@ -143,7 +142,8 @@ def _put_first(tokenizer: Tokenizer, token: str) -> processors.TemplateProcessin
 
 
 def _train_byte_level(tokenizer: Tokenizer, vocab_size: int, specials: Sequence[str]) -> None:
-    """Train a tokenizer on the corpus. Special tokens come after the ordinary tokens, as in the published files."""
+    """Train a tokenizer on the corpus. Special tokens get the ids after those of the ordinary tokens, as in published
+    tokenizers."""
     trainer = BpeTrainer(
         vocab_size=vocab_size - len(specials),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),

@@ -96,8 +96,9 @@ async def test_what_else_fails_tells_no_inside() -> None:
 
 
 async def test_no_answer_is_told_as_what_it_is() -> None:
-    """After a timeout or a lost stream, the error says that the controller may have executed the verb. A verb that the
-    controller does not know is never sent."""
+    """A gateway forwards an admin command to the controller. If there is no answer in time, or the stream is lost, the
+    error says that the controller may have executed the command. A command that the controller does not know is never
+    sent."""
     stream = Stream()
     late = await asked(stream, GOOD, timeout_s=0.01)
     with pytest.raises(CallError, match="may still do it"):
@@ -114,7 +115,7 @@ async def test_no_answer_is_told_as_what_it_is() -> None:
 
 
 async def test_a_body_that_is_no_message_is_refused() -> None:
-    """A Verb refuses bytes that are not a message of the verb's request type."""
+    """A forwarded admin command is refused if its body is not a message of the command's request type."""
 
     async def act(request: pb.Cordon, actor: str) -> pb.Cordon:
         return request

@@ -18,8 +18,9 @@ def days(expiry: CertificateExpiry) -> list[int]:
 
 
 def test_chains_end_first_and_authorities_last(tmp_path: Path) -> None:
-    """A certificate chain expires with its first certificate, a file of CA certificates with its last. A missing file,
-    or one without certificates, has no expiry. A renewed file has its new expiry."""
+    """A certificate chain expires when any of its certificates expires. A file of CA certificates expires when all of
+    them have expired. A missing file, or a file without certificates, has no expiry. A renewed file has its new
+    expiry."""
     authority, key = tmp_path / "ca.crt", tmp_path / "ca.key"
     certificates.make_authority(authority, key, 100)
     cert, _ = certificates.issue_server(tmp_path, "server", ["localhost"], 10)

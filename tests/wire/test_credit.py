@@ -131,8 +131,8 @@ def test_all_room_goes_to_the_only_link() -> None:
 
 
 def test_room_follows_the_backlog_once_it_is_given_back() -> None:
-    """Unused capacity moves to the gateway that has a backlog, once the other gateway has acknowledged a lower
-    limit."""
+    """One gateway has a backlog, and the other holds unused capacity. The capacity moves to the first gateway after the
+    second has acknowledged a lower limit."""
     granter = CreditGranter()
     granter.attach(1)
     granter.new_grants(Capacity(10, 1000))
@@ -147,8 +147,9 @@ def test_room_follows_the_backlog_once_it_is_given_back() -> None:
 
 
 def test_calls_whose_blocks_are_here_get_any_place() -> None:
-    """A gateway gets extra credit for waiting calls whose KV blocks are on this worker. All grants together are at most
-    `places` sequences. Other calls share the usual capacity as if there were no such calls."""
+    """A gateway gets extra credit for waiting calls whose KV blocks are on this worker. The argument `places` bounds
+    the sequences of all grants together. All other calls share the worker's usual capacity as if these calls did not
+    exist."""
     granter = CreditGranter()
     for link, waiting, kept in ((1, 5, 0), (2, 7, 6), (3, 9, 9)):
         granter.attach(link)
@@ -161,8 +162,8 @@ def test_calls_whose_blocks_are_here_get_any_place() -> None:
 
 
 def test_calls_whose_blocks_are_here_claim_like_others_where_there_are_no_more_places() -> None:
-    """If `places` allows no additional sequences, calls whose KV blocks are on the worker get a share like other
-    calls."""
+    """Calls whose KV blocks are on the worker may get additional sequences (`places`). If `places` allows none, they
+    share the free capacity like other calls."""
     for waiting, room, expected in ((0, 1, {2: 1}), (5, 4, {1: 2, 2: 2})):
         granter = CreditGranter()
         granter.attach(1)

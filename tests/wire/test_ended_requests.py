@@ -69,8 +69,8 @@ def test_nothing_is_lost_and_nothing_acknowledged_comes_back(events: list[tuple[
 
 
 def test_the_gateway_that_sent_it_hears_it_first() -> None:
-    """A usage record is sent on the link of its request while that link is attached, and otherwise on another link. A
-    record that was sent on another link stays assigned to that link."""
+    """A usage record is sent on the link on which the request came. If this link ends before it has acknowledged the
+    record, the record is sent on a second link and not on any further one."""
     keeper = UsageKeeper()
     keeper.attach(1)
     keeper.attach(2)

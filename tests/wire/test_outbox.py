@@ -113,8 +113,9 @@ async def test_frames_merge_until_they_are_taken() -> None:
 
 
 async def test_vectors_are_sent_in_bounded_messages_before_their_usage() -> None:
-    """The vectors of one engine step are split into messages of little more than a megabyte. Usage records and the end
-    of the engine are sent with the last of these messages. The outbox is full if the unsent vectors exceed a limit."""
+    """The vectors of one engine step are split into messages of little more than a megabyte. The usage records, and the
+    report that the engine has ended, are sent with the last of these messages. The outbox is full if the unsent vectors
+    exceed a limit."""
     outbox = Outbox()
     outbox.usage = lambda: [EndedUsage(b"r", 1, 0, 0, 0, 0, 0.0, "", "ok", 0.1)]
     vector = bytes(250_000)

@@ -66,8 +66,8 @@ def test_an_idle_engine_has_room_for_three() -> None:
 
 
 def test_more_than_places_only_where_calls_end_in_each_step() -> None:
-    """If two sequences end in each step, two more sequences than slots are admitted. Otherwise only as many as slots
-    are."""
+    """If two sequences end in each step, the window admits two sequences more than the engine has slots. If none end,
+    it admits as many as there are slots."""
     fast, slow = AdmissionWindow(4, 2048), AdmissionWindow(4, 2048)
     for number in range(400):
         for name in (f"{number}-a", f"{number}-b"):

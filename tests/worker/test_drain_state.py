@@ -94,9 +94,10 @@ async def test_a_cordon_through_one_gateway_holds_at_both(
 async def test_a_drained_worker_ends_empty_and_nothing_is_cut(
     two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bundle
 ) -> None:
-    """Streams of both gateways leave a drained worker within the drain time, with the text of an undisturbed stream.
+    """An operator drains a worker through one of two gateways. The streams of both gateways leave the worker
+    within the drain time, and their texts equal the text of an undisturbed stream.
 
-    The other gateway gets the drain state, too. After uncordon the worker serves again.
+    Both gateways get the drain state. After `uncordon` the worker serves again.
     """
     a, b = two
     worker = await add(two, checkpoint, bundle, decode_ms=30)  # so slow that no stream ends before the command arrives

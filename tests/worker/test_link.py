@@ -26,8 +26,8 @@ def make_link() -> Link:
 
 
 def test_an_abort_waits_for_its_submit() -> None:
-    """If an abort arrives while its request is being submitted, the end of the Submit reports the abort, once. An abort
-    after the Submit takes effect at once."""
+    """An abort that arrives while its request is being submitted takes effect when the Submit ends: `finish_submit`
+    then returns true, once. An abort that arrives later takes effect at once."""
     link = make_link()
     link.begin_submit(3, "r3")
     assert link.is_submitting(3)
@@ -39,7 +39,7 @@ def test_an_abort_waits_for_its_submit() -> None:
 
 
 def test_a_refused_submit_leaves_nothing() -> None:
-    """After a refused Submit its slot is free, and an abort that arrived meanwhile is dropped."""
+    """After a refused Submit its slot is free. An abort that arrived between the Submit and its refusal is dropped."""
     link = make_link()
     link.begin_submit(3, "r3")
     link.request_to_abort(3)

@@ -62,8 +62,8 @@ def test_a_gateway_is_lost_once_no_link_to_it_has_beats() -> None:
 
 
 async def test_every_gateway_gets_the_first_reason_and_closes_its_link() -> None:
-    """Gateways get the first reason of the engine's end. The report of the end waits until they have closed their
-    links."""
+    """If several reasons are recorded for an engine's end, gateways get the first one that is not empty.
+    `report_engine_end` returns when all gateways have closed their links."""
     links = OpenLinks()
     await links.report_engine_end()  # the engine runs: nothing to report
     link = added(links, 1, "a")

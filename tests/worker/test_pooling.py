@@ -185,8 +185,8 @@ async def test_a_drain_waits_for_a_vector(door: Door) -> None:
 
 
 async def test_a_request_of_a_lost_gateway_is_not_kept(door: Door) -> None:
-    """When a link ends, its pooling request is aborted in the engine and not kept for a resume, even if it has a stream
-    name. The gateway sends the text again."""
+    """When a link ends, a pooling request on it is aborted in the engine. It is not kept for a resume, even if it has a
+    stream name: the gateway sends the text again to another worker."""
     gate = Gate()
     engine = SimEngine(CONFIG, gate)
     async with serving(door, engine) as (replica, link):

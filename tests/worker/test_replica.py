@@ -53,8 +53,8 @@ async def test_serves_until_stopped(door: Door) -> None:
 
 
 async def test_a_start_shows_how_far_its_weights_are(door: Door) -> None:
-    """While a replica fetches its weights, the gateway gets the fetched bytes and the replica's pod and node. The
-    reports end with the start, whether it succeeds or fails."""
+    """While a replica fetches its weights, the gateway gets reports with the fetched bytes and the replica's pod and
+    node. Once the start has succeeded or failed, there are no more reports."""
     for fails in (False, True):
         go_on, progress = threading.Event(), FetchProgress()
 
@@ -196,8 +196,8 @@ async def test_a_sick_engine_goes_the_way_of_a_dead_one(door: Door) -> None:
 
 
 async def test_an_engine_that_is_sick_from_the_start_never_links(door: Door) -> None:
-    """NaN in the first golden answer ends the start. The error is not ModelRefused, since another node may have a
-    healthy GPU."""
+    """If the engine's answer to the first golden (fixed) request has NaN, the replica's start fails. The error is not
+    ModelRefused, since another node may have a healthy GPU."""
     replica = Replica(settings(door, SOURCE + "&fault=nan@step:3"), ReplicaPlacement("r1", "node-7"), open_model)
     with pytest.raises(EngineCorrupt, match=r"node-7 is sick.*NaN in the logits"):
         await replica.start()

@@ -60,7 +60,7 @@ def test_what_replicas_never_see_restarts_none(change: dict[str, Any]) -> None:
     ],
 )
 def test_what_replicas_are_started_with_makes_them_anew(changed: ReplicaSettings) -> None:
-    """Every setting with which a replica is started is part of the digest."""
+    """If any setting with which a replica is started changes, the digest of the settings changes too."""
     assert changed.digest != SETTINGS.digest
 
 

@@ -40,7 +40,7 @@ class StepLine:
     def show(self, text: str, part: float | None = None) -> None:
         """Redraw the line on a terminal. Prints nothing if standard output is no terminal.
 
-        The line has a bar if `part`, the progress in [0, 1], is given.
+        `part`: progress in [0, 1], shown as a bar; None for a line without a bar.
         """
         if self._live:
             bar = "" if part is None else " " + ("█" * int(part * BAR)).ljust(BAR, "·")

@@ -20,9 +20,10 @@ class LeftOut(Exception):
 
 @dataclass
 class Parts:
-    """The collected parts by file name, and `left_out`: the reason for each part that was left out, by file name.
+    """The files of a support bundle that were collected so far.
 
-    `deadline_s`: time of `clock` after which nothing more is collected.
+    `deadline_s`: time of `clock` after which nothing more is collected. `left_out`: the reason for each file
+    that was left out, by file name.
     """
 
     deadline_s: float

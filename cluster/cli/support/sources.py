@@ -138,7 +138,8 @@ def machine() -> dict[str, Any]:
 
 
 class GatewaySource:
-    """The parts that come from a gateway's admin port. Every method raises LeftOut."""
+    """The parts of a support bundle that come from a gateway's admin port. A method raises LeftOut if its part cannot
+    be read."""
 
     def __init__(self, api: Admin, access: Access, parts: Parts) -> None:
         self._api = api

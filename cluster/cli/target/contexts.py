@@ -172,7 +172,7 @@ class ClusterTarget:
 
     @property
     def is_named(self) -> bool:
-        """Whether an option, a variable or a context names an address."""
+        """Whether the user has given an address, by an option, an environment variable or a context."""
         return self.endpoint is not None or self.admin is not None
 
 
@@ -208,7 +208,8 @@ def select_target(typed: TypedOptions, environment: Mapping[str, str], contexts:
 
 
 def _context_name(typed: TypedOptions, environment: Mapping[str, str], contexts: Contexts) -> str:
-    """Return the name of the context to use; "" for none. Raises ContextError for a contradiction."""
+    """Return the name of the context to use; "" for none. Raises ContextError if two options, or two environment
+    variables, select different clusters."""
     addressed = [option for option, value in (("--endpoint", typed.endpoint), ("--admin", typed.admin)) if value]
     if typed.context:
         if addressed:

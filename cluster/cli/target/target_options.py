@@ -81,7 +81,7 @@ def _is_typed(ctx: typer.Context, name: str) -> bool:
 def target_of(ctx: typer.Context) -> ClusterTarget:
     """Return the cluster that a command's options, the environment and the contexts select.
 
-    A contradiction or an invalid file ends the command with exit code 2.
+    If they contradict each other, or a file is invalid, the command ends with exit code 2.
     """
     given = {name: ctx.params.get(name) for name in ADMIN_OPTIONS if _is_typed(ctx, name)}
     if "context_name" not in given and _is_typed(root_of(ctx), "context_name"):

@@ -1,4 +1,5 @@
-"""The state of `headrace top`, and the change that each key makes to it. Pure, except for Keyboard and `keyboard`."""
+"""The state of the screen of `headrace top`, and how each pressed key changes it. Everything is pure except for the
+class Keyboard and the function `keyboard`, which read the terminal."""
 
 from __future__ import annotations
 

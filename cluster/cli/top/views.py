@@ -35,7 +35,8 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A page of the screen. The page shows the list `items` of the document. `sort`: index of the sort column.
+    """A page of the screen. The page shows the list `items` of the overview document. `sort`: index of the sort
+    column.
 
     `sort` and `is_rising` (whether the order is ascending) apply until the user changes the order.
     """

@@ -23,8 +23,8 @@ _EPSILON: Final = 1e-8
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """A document in an answer. `index`: its index in the request. `score`: as returned by scores_of. `text`: the text
-    of the document; None if the answer holds no texts."""
+    """A document in an answer that ranks documents. `index`: the document's index in the request. `score`: the
+    document's score for the query. `text`: the text of the document; None if the answer holds no texts."""
 
     index: int
     score: float

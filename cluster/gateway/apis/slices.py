@@ -1,5 +1,5 @@
-"""Functions that make the long lists in an answer in slices of time, so that other tasks of the event loop run in
-between."""
+"""Functions for long lists in an answer. The items of a list are made in slices of time, so that other tasks of the
+event loop run in between."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ MOST_BYTES: Final = 256 << 20
 
 
 class UnreadAnswers:
-    """The bound on large answers that this gateway makes or sends and that clients have not read yet, for all APIs."""
+    """Bounds the bytes of large answers that a tenant's clients have not read yet. The bound holds for each tenant of
+    this gateway, over all APIs together."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._most_bytes = most_bytes
@@ -28,8 +29,8 @@ class UnreadAnswers:
         return UnreadAnswer(self, tenant)
 
     async def hold(self, tenant: str, size: int) -> None:
-        """Wait until an answer of about `size` bytes may be made, then count the answer against the bound until
-        `release` is called."""
+        """Wait until the tenant's unread answers leave space for an answer of about `size` bytes. Then count the answer
+        until `release` is called."""
         while (held := self._held.get(tenant, 0)) and held + size > self._most_bytes:
             await self._freed.wait()
         self._held[tenant] = held + size

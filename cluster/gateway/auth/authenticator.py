@@ -61,7 +61,8 @@ class Caller:
 
 
 class RegisteredCallers:
-    """The registered callers, and whether tenants or keys have changed since the callers were last authenticated."""
+    """The registered callers, which are long-lived. Their credentials are authenticated again periodically, and after
+    each change of tenants or keys."""
 
     def __init__(self, authenticate: Callable[[Credentials], Awaitable[Principal]]) -> None:
         """`authenticate`: returns the principal for a caller's credentials, or raises CallError."""

@@ -1,4 +1,4 @@
-"""Check whether a bearer token is a JWT or an API key, and the error for a refused token.
+"""A check whether a bearer token is a JWT or an API key, and the error for a refused token.
 
 This module is separate from oidc.py, which verifies JWTs, because oidc.py is slow to import.
 """

@@ -11,7 +11,8 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 
 class DerivedTenants:
-    """The handles and cache salts of tenants. They are computed once for each version of a tenant's policy."""
+    """The handles and cache salts of tenants. A handle identifies a tenant to workers. Both are computed once for each
+    version of a tenant's policy."""
 
     def __init__(self, secrets: Sequence[bytes]) -> None:
         """`secrets`: the cluster's secrets."""
@@ -28,8 +29,9 @@ class DerivedTenants:
         return cache_salt(self._secrets, policy, own) if own else self._derive(policy)[2]
 
     def _derive(self, policy: TenantPolicy) -> tuple[TenantPolicy, TenantPolicy, str]:
-        """Return three values: the tenant's policy from the snapshot, a copy of this policy with the tenant's handle,
-        and the tenant's cache salt. `policy`: either the policy from the snapshot or the copy."""
+        """Return three values: the tenant's policy from the snapshot, a copy of this policy with the tenant's handle
+        (the id by which workers know the tenant), and the tenant's cache salt. `policy`: either the policy from the
+        snapshot or the copy."""
         cached = self._derived.get(policy.name)
         if cached is None or (policy is not cached[0] and policy is not cached[1]):
             handle = tenant_handle(self._secrets, policy.name)

@@ -106,7 +106,7 @@ def _described(tls: ssl.SSLObject) -> str:
 
 
 class RevocablePort(Protocol):
-    """A server that can close connections with a revoked certificate."""
+    """A server that can close chosen connections, such as those whose client certificate was revoked."""
 
     def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:
         """Close the connections that satisfy the condition. Returns the number of closed connections."""

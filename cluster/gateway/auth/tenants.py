@@ -136,7 +136,9 @@ class TenantAuthenticator:
         self.ledger.close()
 
     async def _keep_ledger(self, tried: asyncio.Event, *, serving: bool) -> None:
-        """In process 0, prepare the ledger's database and delete expired rows. Arguments: see LedgerUpkeep.prepare."""
+        """In process 0, prepare the ledger's database and then delete expired rows regularly. `tried`: the event that
+        is set after the first attempt. `serving`: whether calls already run; if so, the work is delayed and has low
+        priority."""
         await asyncio.sleep(CHECK_AFTER_S if serving else 0.0)
         if self._first:
             await self._upkeep.prepare(tried, serving=serving)

@@ -27,8 +27,8 @@ FALLBACK_LABEL = "fallback_for"
 
 @dataclass(slots=True)
 class CallOpening:
-    """A call that is being opened: what is known of the call so far. The methods are the steps, in the order in which
-    they are taken. They raise CallError."""
+    """The state of a call that is being opened. The methods are the steps of the opening, in the order in which they
+    are taken. They raise CallError."""
 
     meta: CallMeta
     arrived: float

@@ -32,9 +32,9 @@ class Cleanup:
         self._added: list[Any] = []
 
     def add(self, subject: Subject, steps: Sequence[Undo[Subject]]) -> None:
-        """Register steps that undo the acquisition of something for the call. Call this method before the acquisition
-        if the steps may run even when the acquisition fails, else after it. `subject`: the first argument of the
-        steps."""
+        """Register `steps`, which run at the end of the call and undo the acquisition of something for the call.
+        `subject`: the first argument of the steps. If the steps may run even though the acquisition has failed, call
+        this method before the acquisition, else after it."""
         self._added += (subject, steps)
 
     async def run(self) -> None:

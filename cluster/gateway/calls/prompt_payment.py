@@ -24,7 +24,8 @@ class PromptPayment:
         that gateway is lost."""
 
     def resume(self, terms: ResumeTerms) -> None:
-        """Record that the call began at another gateway. `terms`: the terms of its resume."""
+        """Record that the call began at another gateway and is resumed here. `terms`: who pays if an engine computes
+        the prompt again."""
         self.terms = terms
 
     def record_output(self, origin_lost: bool | None) -> None:

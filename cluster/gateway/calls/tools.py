@@ -170,8 +170,8 @@ def output_options(
     include_reasoning: bool = True,
     is_whole: bool = False,
 ) -> OutputOptions:
-    """Return the output options of a chat. The caller must have checked the arguments. Raises CallError as
-    `parser_request` does."""
+    """Return the output options of a chat. The caller must have checked the arguments. Raises CallError if the tools
+    are too large."""
     request = parser_request(
         prompt.tools,
         tool_choice,

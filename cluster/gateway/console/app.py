@@ -151,7 +151,8 @@ class ConsoleApp:
     # ---- the session
 
     async def _session(self, exchange: Exchange) -> None:
-        """Answer with the session of the browser. Without `auth`, begin a session if the browser has none."""
+        """Answer a browser's query for its console session. If the configuration has no section `auth`, a browser
+        without a session gets a new one."""
         access = self._access
         access.check_site(exchange)
         session, headers = access.session(exchange), list(JSON_HEADERS)

@@ -24,7 +24,8 @@ LINES_PER_S: Final = 1
 
 
 class CspReports:
-    """The endpoint for browsers' reports. Anybody may send a report, so a report only affects the count and the log."""
+    """The endpoint for browsers' reports of violations of the content security policy. Anybody may send a report, so a
+    report only affects the count and the log."""
 
     def __init__(self, bodies: RequestBodies, metrics: Metrics, clock: Callable[[], float]) -> None:
         """`clock`: monotonic seconds."""

@@ -1,8 +1,9 @@
 """The live data of the console: event streams and history, limited to what the viewer may see.
 
-A stream could outlive its session. So the gateway ends the stream when the session expires, and when a change of
-tenants or keys ends the session or changes what it may see. The page then requests its session. If the session has
-ended, the page shows the sign-in, else it reconnects.
+A stream could outlive its console session. So the gateway ends the stream in two cases: the session
+expires, or a change of tenants or keys ends the session or changes the viewer's rights. The page then
+requests its session again. If there is still a session, the page reconnects; otherwise it shows the
+sign-in.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class ViewerFeed(Protocol):
     see, "" for all."""
 
     async def events(self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str) -> None:
-        """Answer with a stream of server-sent events, which ends when the client disconnects."""
+        """Answer with a stream of server-sent events, which ends when the client disconnects. `viewer_tenant`: the only
+        tenant that the viewer may see, "" for all."""
 
     async def history(self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str) -> None:
         """Answer with the values of the last hour."""

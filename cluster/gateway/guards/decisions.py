@@ -72,7 +72,7 @@ class GuardDecisions:
         return fails_open
 
     def pop_all(self) -> Iterator[GuardDecision]:
-        """Return the decisions, one for each guard and outcome, and forget them."""
+        """Yield the recorded decisions about the call, one for each guard and outcome, and forget them."""
         counts, self._counts = self._counts, {}
         for (guard, outcome), matches in counts.items():
             texts = tuple(self._texts.get((guard, outcome), ()))

@@ -133,7 +133,7 @@ class CallGuards:
 
     async def inputs(self, inputs: PoolingInputs, text: TextModel) -> PoolingInputs:
         """Apply the input guards to the inputs of a pooling request. Returns the filtered inputs, or the same object if
-        nothing changes. Raises CallError as `prompt` does."""
+        nothing changes. If a guard refuses an input, raises CallError with the outcome GUARD_REFUSED."""
         if not self._inputs:
             return inputs
         texts = await _texts_of_inputs(inputs, text)

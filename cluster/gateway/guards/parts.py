@@ -40,7 +40,8 @@ class GuardedParts:
         return out
 
     def _filter(self, text: str, last: bool, out: list[OutputPart]) -> None:
-        """Filter text of the current channel and append the result to `out`. `last`: whether the channel ends here."""
+        """Filter text of the current channel (content, reasoning or the arguments of one tool call), and append the
+        result to `out`. `last`: whether the channel ends here."""
         if self.refused or not (text or self._chain):
             return
         self._chain = self._chain or self._new_chain()

@@ -123,8 +123,9 @@ class PatternStage:
         return "".join(out)
 
     def _decided_marks(self, all_marks: bool) -> Sequence[GuardMark]:
-        """Remove and return the marks of the text that is no longer held back. The returned marks hold positions in the
-        output. If `all_marks` is set, the marks of the text that is held back are removed and returned too."""
+        """Remove and return the marks (the positions of each token's characters) of the text that is no longer held
+        back. The returned positions are positions in the output. If `all_marks` is set, the marks of the text that is
+        held back are removed and returned too."""
         marks, edits, out = self._marks, self._edits, []
         decided = self._base + self._at
         while marks and (all_marks or marks[0].end <= decided):
@@ -215,8 +216,8 @@ class GuardChain:
         return sum(stage.held for _, stage in self._stages)
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool = False) -> tuple[str, Sequence[GuardMark]]:
-        """Feed text through all stages. Returns the text that no later text can change, and its marks, as
-        GuardStage.feed does. The rest is held back."""
+        """Feed text through all stages. `marks`: the positions of the text's tokens. Returns the text that no later
+        text can change, and the marks of that text. The rest is held back."""
         if self.done:
             return "", ()
         for number, stage in list(self._stages):

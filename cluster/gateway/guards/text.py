@@ -72,8 +72,8 @@ class GuardedText:
         return len(self.token_ids) - self._taken
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """Add the tokens of a step, as Detokenizer.push does. Returns the stop string that ended the text, GUARD if a
-        guard ended the text, else None."""
+        """Add the tokens of a step. Returns the stop string that ended the text, GUARD if a guard ended the text, else
+        None. `stop_terminated`: whether the last token is the stop token that ended the sequence."""
         if self._chain.done:
             return None
         stop = None

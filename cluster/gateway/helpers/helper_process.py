@@ -72,7 +72,8 @@ class HelperProcess:
         return False
 
     async def do(self, job: Job, cpu_s: float) -> tuple[str, Any]:
-        """Run a job and return the answer of the process. Raises OSError if the process has ended."""
+        """Run a job and return the answer of the process. `cpu_s`: CPU seconds that the job may use. Raises OSError if
+        the process has ended."""
         loop = asyncio.get_running_loop()
         self._busy = True
         try:

@@ -66,7 +66,8 @@ class HelperPool:
     """A pool of helper processes for one kind of job. A pool belongs to one event loop."""
 
     def __init__(self, setup: Setup, size: int | None = None, patience_s: float = PATIENCE_S) -> None:
-        """`size`: maximum number of helpers; by default the number of cores, up to MAX_HELPERS."""
+        """`size`: maximum number of helpers; by default the number of cores, up to MAX_HELPERS. `patience_s`: seconds
+        after which a helper that has not finished a small job counts as late."""
         self._setup = setup
         self.patience_s = patience_s
         """Seconds after which a helper without an answer to a small job is late; see PATIENCE_S."""
@@ -164,8 +165,9 @@ class HelperPool:
     async def _work(
         self, helper: HelperProcess, job: Job, then: Callable[[Any], Job | None] | None, patience_s: float, cpu_s: float
     ) -> tuple[str, Any] | None:
-        """Run a job on a helper and return the helper's answer; None if the helper was lost. `then`: see `run`.
-        `patience_s`: seconds after which the helper is late. `cpu_s`: CPU limit of the job."""
+        """Run a job on a helper and return the helper's answer; None if the helper was lost. `then`: makes a second job
+        from the first job's result, or returns None; the helper runs the second job next. `patience_s`: seconds after
+        which the helper is late. `cpu_s`: CPU limit of each job."""
         late = asyncio.get_running_loop().call_later(patience_s, self._mark_late, helper)
         try:
             answer = await helper.do(job, cpu_s)
@@ -222,7 +224,7 @@ class HelperPool:
         self._release_waiting()
 
     def _release_waiting(self) -> None:
-        """If no helper may soon become free, let the callers of waiting jobs do the work themselves."""
+        """Let the callers of waiting jobs do the work themselves, unless a helper may soon become free."""
         while not self._may_become_free and (future := self._queue.pop()) is not None:
             future.set_result(None)
 

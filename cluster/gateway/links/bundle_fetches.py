@@ -55,8 +55,8 @@ class BundleFetches:
         return True
 
     def request_again(self) -> None:
-        """Repeat the requests that were sent to a worker whose link has ended. Must be called after each start and each
-        end of a link."""
+        """Request bundles again that were requested from a worker whose link has ended. Must be called after each start
+        and each end of a link."""
         for digest, holder in list(self._holders.items()):
             if holder is not None and holder.ended:
                 self._request(digest)

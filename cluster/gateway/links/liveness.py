@@ -47,10 +47,11 @@ class Suspicion:
 
 
 class Waking:
-    """A clock that does not count the time for which its owner overslept.
+    """A clock that does not count the time by which its owner woke up too late.
 
-    The owner announces each sleep. If a sleep lasts more than LATE_S longer than announced, the excess is not counted:
-    on a machine where every process waits for a CPU, heartbeats arrive as late as the owner's checks for heartbeats.
+    The owner announces each sleep. If a sleep lasts more than LATE_S longer than announced, the excess is not
+    counted: on a machine where every process waits for a CPU, heartbeats arrive as late as the owner's checks
+    for heartbeats.
     """
 
     def __init__(self, now: float, rest_s: float) -> None:
@@ -59,11 +60,12 @@ class Waking:
         self._counts_s = rest_s + LATE_S
 
     def at(self, now: float) -> float:
-        """Return this clock's time, which leaves out late wake-ups, at the monotonic time `now`."""
+        """Return this clock's reading at the monotonic time `now`. The time by which the owner woke up too late is not
+        counted."""
         return self._waked + min(max(now - self._since, 0.0), self._counts_s)
 
     def rest(self, now: float, rest_s: float) -> None:
-        """Record that the owner goes to sleep at `now` for `rest_s` seconds."""
+        """Record that the task that uses this clock goes to sleep at `now` for `rest_s` seconds."""
         self._waked, self._since, self._counts_s = self.at(now), now, rest_s + LATE_S
 
 
@@ -72,8 +74,9 @@ class LinkLiveness:
     exclude the time in which the gateway itself did not run."""
 
     def __init__(self, now: float, hang_s: float, silence_s: float) -> None:
-        """`hang_s`: minimum time, in seconds, before an inactive worker is suspected. `silence_s`: seconds of silence
-        that are allowed before the first heartbeat, because heartbeats need a connection of their own."""
+        """`hang_s`: minimum time, in seconds, before an inactive worker is suspected. `silence_s`: seconds for which a
+        new worker may be silent before its first heartbeat. Heartbeats need a separate connection, which takes time to
+        open."""
         self._hang_s = hang_s
         self._silence_s = silence_s
         self._heard = now
@@ -136,13 +139,16 @@ class LinkLiveness:
 
     @property
     def due(self) -> float:
-        """Time at which the worker will be suspected if nothing more arrives from it. Times are in waking time (see
-        `Waking`)."""
+        """Time at which the worker will be suspected if nothing more arrives from it. This time excludes seconds in
+        which the gateway itself did not run."""
         return min(since + bound_s for _, since, bound_s in self._obligations())
 
     def _obligations(self) -> Iterator[tuple[str, float, float]]:
-        """Yield what the worker must do now. Each is a tuple: the reason of the suspicion if the worker does not do it,
-        the time since which it is due, and the seconds allowed. The time is on the clock of `Waking`."""
+        """Yield one tuple for each thing that the worker must do now, such as sending a heartbeat.
+
+        A tuple holds the reason of the suspicion if the worker does not do it, the time since which it is due,
+        and the seconds allowed. The time excludes seconds in which the gateway itself did not run.
+        """
         bound_s = self.bound_s
         yield "silent", self._heard, bound_s if self._beats else self._silence_s
         if self._stuck_with.running:

@@ -1,19 +1,20 @@
-"""Prefill pacing: a count of the prompt tokens that wait for a worker's steps, and an upper bound on this count.
+"""Prefill pacing: a count of the prompt tokens that wait for a worker's steps, and an upper bound on this
+count.
 
-Problem: when a worker dies, its calls move to the other workers all at once, and all tokens of each call must be
-recomputed. If these calls are sent together, one step becomes so long that every sequence's next token is late. The
-prompts of new calls in the same step make the step even longer. If the calls are sent one by one, each after the first
-token of the previous call, every second step is wasted: it has no prefill.
+Problem: when a worker dies, its calls move to the other workers all at once, and all tokens of each call
+must be recomputed. If these calls are sent together, one step becomes so long that every sequence's next
+token is late. The prompts of new calls in the same step make the step even longer. If each call is sent
+only after the first token of the previous call, only every second step computes a prompt.
 
-Invariants: a request is counted from its submission until a step that computes it has begun. Requests that have ended
-are not counted. A step begins when the previous step ends, and computes the requests that the engine has accepted by
-then, up to the step's token capacity.
+Invariants: a request is counted from its submission until a step that computes it has begun. Requests that
+have ended are not counted. A step begins when the previous step ends, and computes the requests that the
+engine has accepted by then, up to the step's token capacity.
 
-The upper bound is called the budget. It is the number of tokens that makes a step STRETCH times as long as the 95th
-percentile of the step lengths. The budget follows from the cost of a prompt token at this worker, which is learned from
-steps that produced a first token. Before the cost is known, the budget is half a step's token capacity. This gateway
-does not see the prompts of other gateways, which make its own prompts look more expensive; therefore the budget has a
-minimum.
+The upper bound is called the budget. It is the number of tokens that makes a step STRETCH times as long as
+the 95th percentile of the step lengths. The budget follows from the cost of a prompt token at this worker,
+which is learned from steps that produced a first token. Before the cost is known, the budget is half a
+step's token capacity. Prompts of other gateways make the same steps longer. This gateway does not see
+those prompts, so it estimates too high a cost for its own. Therefore the budget has a minimum.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ SMOOTH = 1 / 8
 
 
 class PrefillPacing:
-    """Count of the prompt tokens that one gateway's requests let wait for the steps of one worker, and the upper bound
-    of this count."""
+    """Counts the prompt tokens of one gateway that wait for the next steps of one worker, and computes an upper bound
+    on this count."""
 
     __slots__ = (
         "_accepted",
@@ -65,7 +66,8 @@ class PrefillPacing:
         return f"PrefillPacing({self.resumed_tokens} resumed and {self.new_tokens} new tokens wait)"
 
     def add(self, slot: int, tokens: int, resumed: bool) -> None:
-        """Count the tokens of a request that has been sent. `slot`: number of the request on the link."""
+        """Count the tokens of a request that has been sent to the worker. `slot`: number of the request on the link.
+        `resumed`: whether the request is resumed."""
         self._waiting[slot] = (tokens, resumed)
         self._count(tokens, resumed)
 

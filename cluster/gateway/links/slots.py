@@ -1,8 +1,9 @@
-"""The requests that run on one link, keyed by slot (the request's number on the link). Each request has a sink, the
-object that receives its events. The table also has the prompts that the engine has not computed yet.
+"""The table of the requests that run on one link, keyed by slot (the request's number on the link). Each
+request has a sink, the object that receives its events. The table also lists the prompts that the engine
+has not computed yet.
 
-When a link ends, for whatever reason, `lost` is called once on each sink, and no later message of the link is applied.
-Slots are not reused within a link.
+When a link ends, for whatever reason, `lost` is called once on each sink, and no later message of the
+link is applied. Slots are not reused within a link.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ class Sink(Protocol):
         token. `now`: the monotonic time at which the token arrived."""
 
     def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
-        """Handle an output that consists of one token and the parsed parts (such as content or reasoning) that the
-        worker's parser made of it. Otherwise like `token`."""
+        """Handle an output that consists of one token and the parts (such as content or reasoning) that the worker's
+        parser made of it. This is a fast path of `output`. Never called for the first token. `now`: the monotonic time
+        at which the token arrived."""
 
     def output(self, output: TokenOutput) -> None:
         """Handle the tokens of one step. If the output has `finish`, no further method is called."""
@@ -92,8 +94,8 @@ class SlotTable:
         send_aborts: Callable[[Sequence[int]], None],
         count_gaps: Callable[[float, int], None],
     ) -> None:
-        """`send_aborts`: sends the slots of aborted requests to the worker. `count_gaps`: see
-        LinkListener.token_gaps."""
+        """`send_aborts`: sends the slots of aborted requests to the worker. `count_gaps`: records a gap between tokens;
+        its arguments are the gap in seconds and the number of tokens that arrived after the gap."""
         self._worker_id = worker_id
         self._pacing = pacing
         self._send_aborts = send_aborts
@@ -122,9 +124,13 @@ class SlotTable:
     def add(
         self, slot: int, sink: Sink, tokens: int, paced: int, resumed: bool, to_compute: int = 0, now: float = 0.0
     ) -> None:
-        """Add a request that is being sent. `tokens`: number of the request's tokens. `paced`: number of tokens that
-        PrefillPacing counts. `to_compute`: number of tokens that the engine is likely to compute; 0 means that it
-        equals `paced`. `now`: monotonic time."""
+        """Add a request that is being sent.
+
+        `sink`: receives the request's outputs. `tokens`: number of tokens of the prompt and the emitted tokens.
+        `paced`: number of tokens that count for prefill pacing. `resumed`: whether the request resumes a sequence.
+        `to_compute`: number of tokens that the engine is likely to compute; 0 means that it equals `paced`. `now`:
+        monotonic time.
+        """
         prompt = _Prompt(tokens, to_compute or paced, now)
         self._sinks[slot], self._prefilling[slot] = sink, prompt
         self.prefill_tokens += prompt.to_compute

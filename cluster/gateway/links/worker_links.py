@@ -178,8 +178,8 @@ class WorkerLinks:
             await asyncio.sleep(rest_s)
 
     def _rest_s(self, left_s: float) -> float:
-        """Return the seconds until the next check. `left_s`: seconds until a worker may be suspected at the earliest;
-        if they are few, the check comes sooner."""
+        """Return the seconds until the next check of the workers. `left_s`: seconds until the earliest time at which a
+        worker may be suspected. The shorter this time is, the sooner the next check comes."""
         if left_s > max(CALM * self._timing.hang_s, 2 * CHECK_S):
             return CHECK_S
         return min(self._timing.hang_s / CHECKS, left_s)

@@ -72,8 +72,8 @@ class ModelAdapters:
     """The adapters of one model."""
 
     def __init__(self, links: Mapping[str, WorkerLink], takes_calls: Callable[[WorkerLink], bool]) -> None:
-        """`links`: the links of the model's workers; the owner changes this mapping. `takes_calls`: see
-        KnownModel.takes_calls."""
+        """`links`: the links of the model's workers; the owner changes this mapping. `takes_calls`: returns whether the
+        worker of a link gets new calls (KnownModel.takes_calls)."""
         self._links = links
         self._takes_calls = takes_calls
         self._catalog: tuple[AdapterSpec, ...] = ()
@@ -208,15 +208,15 @@ class ModelAdapters:
         return AdapterView(state, ready, workers, tuple(failures))
 
     def is_ready(self, key: str) -> bool:
-        """Return whether any linked worker takes calls for an adapter. `key`: the key of the adapter, as the method
-        `key` returns it."""
+        """Return whether any linked worker takes calls for an adapter. `key`: the adapter's digest, or the placeholder
+        that the method `key` returns while the digest is unknown."""
         name = name_of(key)
         digest = self.digest(name) if name else key
         return digest in (self._ready.get(name, ()) if name else self._ready_digests)
 
     def keys_on(self, link: WorkerLink) -> Keys:
-        """Return two sets of adapter keys: the adapters whose calls the worker takes, and the subset that lies in slots
-        of the worker's engine. An adapter can have two keys, its digest and its `pending_key`."""
+        """Return two sets of adapters: those whose calls the worker takes, and those of them that lie in slots of the
+        worker's engine. An adapter is given by its digest or by its `pending_key`, and a set can contain both."""
         if not link.adapters.statuses:
             return _NONE, _NONE
         worker_id = link.identity.worker_id
@@ -253,8 +253,8 @@ class ModelAdapters:
         return wanted
 
     def refusal_of(self, model: str, name: str) -> CallError | None:
-        """Return the error for calls for an adapter that no worker could load or that was removed. None if the adapter
-        may be served."""
+        """Return the error for a call that names this adapter. There is an error if the adapter was removed or if no
+        worker could load it; otherwise None."""
         if name not in self._specs:
             return CallError(Outcome.MODEL_NOT_FOUND, f"adapter {model}:{name} has been removed")
         view = self.view(name)

@@ -25,7 +25,8 @@ class ModelDirectory:
     """Directory of a gateway's models and of their tokenizers. `lookup` finds a model by name."""
 
     def __init__(self, folder: Path, fetch: Callable[[str], Awaitable[Bundle]]) -> None:
-        """`folder`: the gateway's folder, for the catalog and tokenizer bundles. `fetch`: see TextModels."""
+        """`folder`: the gateway's folder, for the catalog and tokenizer bundles. `fetch`: returns a bundle by its
+        digest, or raises LookupError."""
         self._stored = StoredCatalog(folder)
         self._texts = TextModels(folder, fetch)
         self._models: dict[str, KnownModel] = {}

@@ -69,8 +69,9 @@ class ModelLookup:
         return [*(name for name in model.entry.aliases if name not in own), *of_tenant]
 
     def resolve(self, name: str, principal: Principal = DEFAULT_PRINCIPAL, *, began: bool = False) -> KnownModel:
-        """Return the model with this name or alias. For the name of an adapter, return the adapter's base model. Raises
-        CallError. See `target`."""
+        """Return the model with this name or alias. For the name of an adapter, return the adapter's base model.
+        `began`: whether the call began earlier; only such a call gets a model that is being removed. Raises
+        CallError."""
         return self.target(name, principal, began=began).model
 
     def target(self, name: str, principal: Principal = DEFAULT_PRINCIPAL, *, began: bool = False) -> Target:
@@ -121,8 +122,8 @@ class ModelLookup:
         return visible
 
     def _reachable_by(self, principal: Principal) -> Mapping[str, KnownModel]:
-        """Return the models for which `ModelAccess.may_allow_adapters` is true. Each model is keyed by its name and by
-        its catalog aliases."""
+        """Return the models that the tenant's policy allows, or of which it may allow an adapter. Each model is keyed
+        by its name and by its catalog aliases."""
         patterns = tuple(principal.tenant.models)
         reachable = self._reachable.get(patterns)
         if reachable is None:

@@ -27,9 +27,9 @@ class RetiredGenerations:
         """Compatibility keys of departed workers whose generation was retired, oldest first."""
 
     def update(self, retired: Iterable[str], links: Iterable[WorkerLink]) -> None:
-        """Remember the generations that a new catalog retires. A remembered generation is forgotten if the new catalog
-        does not retire it and one of its workers takes new requests: it is in use again, because its replacement was
-        rolled back. `links`: the links of the model's workers."""
+        """Remember the generations in `retired`, which a new catalog retires. Forget a generation that is in use again
+        because its replacement was rolled back: the new catalog does not retire it, and one of its workers takes new
+        requests. `links`: the links of the model's workers."""
         retired = tuple(retired)
         _remember(self._retired, *retired)
         for link in links:
@@ -37,8 +37,8 @@ class RetiredGenerations:
                 self._retired.pop(link.identity.generation, None)
 
     def joined(self, link: WorkerLink) -> None:
-        """Record that a worker has joined: sequences with its compatibility key can resume again, so the key is
-        forgotten."""
+        """Record that a worker has joined. Sequences with its compatibility key can resume again, so the key no longer
+        counts as one of departed workers."""
         self._departed.pop(link.compatibility_key, None)
 
     def left(self, link: WorkerLink) -> None:

@@ -21,7 +21,8 @@ class ModelVersions:
         takes_calls: Callable[[WorkerLink], bool],
         capabilities: ModelCapabilities,
     ) -> None:
-        """`links`: the links of the model's workers; the owner changes this mapping. `takes_calls`: see KnownModel."""
+        """`links`: the links of the model's workers; the owner changes this mapping. `takes_calls`: returns whether the
+        worker of a link gets new calls."""
         self._entry = entry
         self._links = links
         self._takes_calls = takes_calls

@@ -54,8 +54,9 @@ class BudgetWatch:
         wall: Callable[[], float] = time.time,
     ) -> None:
         """`policies`: returns the policies of all tenants and may raise CallError. `on_sums`: gets the tokens of the
-        day and of the month, both keyed by tenant, and the time in seconds since the Unix epoch. `max_tenants`: the
-        metric has at most twice this number of samples, and prefers the budgets with the highest use."""
+        day and of the month, both keyed by tenant, and the time in seconds since the Unix epoch. `max_tenants`: bound
+        on the metric of budget use. The metric has at most twice this number of samples; if there are more budgets,
+        those with the highest use are exported."""
         self._cluster = cluster
         self._ledger = ledger
         self._policies = policies

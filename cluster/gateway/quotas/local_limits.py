@@ -41,7 +41,7 @@ class LimitsPort(Protocol):
         An implementation whose store outlives the gateway does not need these sums."""
 
     def sweep(self) -> None:
-        """Forget tenants whose sums are all zero. Must be called once a minute."""
+        """Forget tenants for which nothing is counted any more. Must be called once a minute."""
 
 
 class LocalLimits:

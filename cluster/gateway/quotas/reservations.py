@@ -120,7 +120,7 @@ class QuotaReservations:
         await (settling if self._limits.synchronous else asyncio.shield(self._spawn(settling)))
 
     async def watch(self) -> None:
-        """Top up the reservations of calls that have grown, periodically. Runs until cancelled."""
+        """Periodically raise the reservations of calls whose output has grown. Runs until cancelled."""
         swept = self._clock()
         while True:
             await asyncio.sleep(LOOK_S)

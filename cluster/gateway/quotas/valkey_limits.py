@@ -65,9 +65,10 @@ class ValkeyStore:
         beat_s: float = BEAT_S,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        """`gateway`: instance id of this process. `on_return`: called when the store is reachable again, to add to the
-        store what was counted in the meantime; may raise UNREACHABLE. `clock`: a clock for tests; None for the store's
-        own clock."""
+        """Create the client of the store at `url`. `gateway`: instance id of this process. `on_return`: called when the
+        store is reachable again, to add to the store what was counted in the meantime; may raise UNREACHABLE.
+        `timeout_s`: time limit for connecting and for each answer. `beat_s`: seconds between two heartbeats. `clock`: a
+        clock for tests; None for the store's own clock."""
         self._redis: Redis = Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
         self._gateway = gateway
         self._on_return = on_return
@@ -97,7 +98,7 @@ class ValkeyStore:
 
     async def ask(self, tenant: str, operation: str, *arguments: float) -> Sequence[float] | None:
         """Run an operation of the script for a tenant and return the numbers in the reply. Returns None if the store is
-        unreachable, and at once if that is already known."""
+        unreachable. If the store is already known to be unreachable, returns None without a request."""
         if self.degraded:
             return None
         try:
@@ -300,7 +301,8 @@ class ValkeyLimits:
             self._owe(held.tenant, plain)
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
-        """Implements `LimitsPort.spent`. Only the mirror is updated, since the store keeps its own sums."""
+        """Raise this process's copy of the budget sums to the ledger's sums (LimitsPort.spent). The sums in the store
+        stay unchanged, since the store keeps them while gateways restart."""
         self._mirror.spent(today, month, epoch_s)
 
     def sweep(self) -> None:
@@ -326,8 +328,8 @@ class ValkeyLimits:
         self._owed[tenant] = self._owed.get(tenant, 0) + tokens
 
     async def _resynchronize(self) -> None:
-        """Add to the store the tokens and running calls that only this process has counted so far. Raises
-        UNREACHABLE."""
+        """Add to the store the tokens and running calls that only this process has counted so far. Raises one of the
+        exceptions in UNREACHABLE if the store does not answer."""
         for tenant in {*self._owed, *(held.tenant for held in self._held.values())}:
             owed = self._owed.pop(tenant, 0)
             try:

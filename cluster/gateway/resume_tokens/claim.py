@@ -42,7 +42,8 @@ class ResumeTerms(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ResumeClaim:
-    """A successful claim on a resume: the number of the resume, and the terms on which it runs."""
+    """A successful claim on a resume. `generation`: number of the resume. `terms`: decide who pays if an engine
+    computes the prompt again."""
 
     generation: int
     terms: ResumeTerms

@@ -40,14 +40,16 @@ class FirstClaims(Protocol):
 
 
 def stores_unavailable() -> CallError:
-    """Return the error for a claim that no store can decide, because none answers."""
+    """Return the error for a resume that must be refused because no store answers. A store decides whether the resume
+    tokens are used for the first time."""
     return CallError(
         Outcome.STORE_UNAVAILABLE, "neither the limits store nor the database answers: resume after the given delay"
     )
 
 
 class FileFirstClaims:
-    """First claims in a SQLite file, for gateways of one host that have no ledger. Like the resume tokens, the file
+    """First claims in a SQLite file: it records the resume tokens that were used, so that only the first resume with
+    the same tokens succeeds. It is for gateways of one host that have no ledger. Like the resume tokens, the file
     outlives the gateways."""
 
     def __init__(self, path: Path, wall: Callable[[], float] = time.time) -> None:
@@ -106,7 +108,8 @@ class LedgerFirstClaims:
 
 
 class StoreFirstClaims:
-    """Decides first claims in the limits store. While the limits store is unavailable, another store decides."""
+    """Decides in the limits store which gateway is the first to claim a call for a resume. While the limits store is
+    unavailable, another store decides."""
 
     def __init__(self, first: Callable[[str, float], Awaitable[bool | None]], otherwise: FirstClaims) -> None:
         """`first(name, expires_s)`: claims a name in the limits store. Returns whether the claim was the first; None if

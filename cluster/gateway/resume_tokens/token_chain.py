@@ -196,8 +196,9 @@ def encode_one(number: int, expires_s: int, before: bytes, chars: int, token_id:
 def encode(
     number: int, expires_s: int, before: bytes, choices: Sequence[Choice], more: Mapping[str, Any] | None = None
 ) -> bytes:
-    """Return the content of a resume token, which the caller must then seal. `before`: digest of the previous token.
-    `more`: further fields, stored as a JSON object at the end."""
+    """Return the content of a resume token, which the caller must then seal. `number`: the token's position in the
+    chain. `before`: digest of the previous token. `choices`: the emitted tokens of each choice. `more`: further fields,
+    stored as a JSON object at the end."""
     parts = [_HEAD.pack(number, expires_s, before, len(choices))]
     for choice in choices:
         count = len(choice.token_ids)

@@ -23,7 +23,8 @@ MOST: Final = 1024
 
 
 class AdapterChecks:
-    """Checks the queued sequences that use an adapter, in slices, after each change of the adapters."""
+    """Runs the function `check` on each queued sequence that uses an adapter, after each change of the adapters. At
+    most `most` sequences (a slice) are checked at once."""
 
     def __init__(
         self, queued: Callable[[], Sequence[CallSequence]], check: Callable[[CallSequence], None], most: int = MOST
@@ -38,14 +39,14 @@ class AdapterChecks:
         self._is_stale = False
 
     def changed(self) -> None:
-        """Handle a change of the adapters: check the first slice of sequences now and the others a little later. Checks
-        after an earlier change are finished first; then all sequences are checked again."""
+        """Check all queued sequences after a change of the adapters: the first slice now, the other slices a little
+        later. If checks after an earlier change are still running, they are finished first."""
         self._is_stale = True
         if not self._left:
             self.go_on()
 
     def go_on(self) -> None:
-        """Check the next slice of sequences. Called a few times a second."""
+        """Check the next slice of the queued sequences that use an adapter. Called a few times a second."""
         if self._is_stale and not self._left:
             self._is_stale = False
             self._left = [sequence for sequence in self._queued() if sequence.call.adapter]

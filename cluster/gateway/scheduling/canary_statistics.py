@@ -39,7 +39,8 @@ class CanaryStatistics:
         self._trials: dict[str, _Trial] = {}
 
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
-        """Apply a new catalog. Each model with two versions has a trial, which begins anew when a version changes."""
+        """Apply a new catalog. The statistics of each model with two versions are kept as a trial of the canary. The
+        trial begins anew when a version changes."""
         trials = {}
         for entry in entries:
             if len(entry.versions) < 2:

@@ -93,8 +93,9 @@ class ChatRenders:
         clock: Callable[[], float],
         note_unserved: Callable[[KnownModel], None] = lambda model: None,
     ) -> None:
-        """`room_of(order_of)` returns a waiting room in which `order_of(model)` orders a model's chats. `find` returns
-        a model by name. `note_unserved` reports the demand for a model that has no worker."""
+        """Create the queue of chats. `room_of`: makes its waiting room, from a function that returns a model's fair
+        order. `weight_of`: returns a tenant's weight. `tally`: counts the waiting chats as demand. `find`: returns a
+        model by name. `note_unserved`: reports the demand for a model that has no worker."""
         self._orders = FairOrders(lambda: FairOrder(weight_of=weight_of))
         self._room = room_of(self._orders.order)
         self._tally = tally

@@ -75,8 +75,11 @@ class Hedges:
     # ---- reports of the scheduler
 
     def sent(self, sequence: CallSequence, link: WorkerLink, cached_tokens: int, now: float) -> None:
-        """Watch a sequence that was sent to a worker, if a second worker may get it too when it is late.
-        `cached_tokens`: number of prompt tokens that the worker is expected to hold."""
+        """Record that a sequence was sent to a worker. If its first token is late, the sequence may be sent to a
+        second worker too. Sequences that may not have a second worker are ignored.
+
+        `cached_tokens`: number of prompt tokens that the worker is expected to hold.
+        """
         call = sequence.call
         if sequence.state is not State.SENT or len(call.sequences) > 1 or call.is_resumed:
             return
@@ -101,8 +104,8 @@ class Hedges:
             self.policy.forget(sequence.key)
 
     def ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:
-        """Count a hedge that has ended. `won`: whether the second worker keeps the sequence. `computed_by`: see
-        CallEvents.hedge_ended."""
+        """Count a hedge that has ended. `won`: whether the second worker keeps the sequence. `computed_by`: incarnation
+        of the worker that drops out; "" if that worker has refused the sequence."""
         model, accounts = sequence.call.model, self._accounts()
         if accounts is not None:
             accounts.hedge_ended(sequence, computed_by)
@@ -141,7 +144,7 @@ class Hedges:
                 sequence.call.fail_unexpectedly(error)
 
     def _hedge(self, sequence: CallSequence, now: float) -> None:
-        """Send a late sequence to a second worker if the policy allows it."""
+        """Send a sequence whose first token is late to a second worker too, if the policy allows it."""
         model, place = sequence.call.model, self._place(sequence)
         waiting = self._queues.waiting(model)[0]
         if place is None or not self.policy.may_hedge(sequence.key, waiting):

@@ -84,12 +84,14 @@ class BacklogReports:
             self._report(model, self._clock())
 
     def joined(self, model: str) -> None:
-        """Report a model's queues again in full, because a new worker has had no report yet."""
+        """Report all queues of a model again, because a new worker of the model has joined and has had no report
+        yet."""
         self._reported.pop(model, None)
         self.changed(model)
 
     async def watch(self) -> None:
-        """Report claims and backlogs periodically. Runs until cancelled."""
+        """Report the gateway's claims on capacity and its backlogs to the workers, periodically. Runs until
+        cancelled."""
         while True:
             await asyncio.sleep(REPORT_S)
             now = self._clock()

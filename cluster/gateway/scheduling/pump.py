@@ -23,7 +23,8 @@ class SequencePump:
         directory: Callable[[], ModelDirectory],
         clock: Callable[[], float],
     ) -> None:
-        """`backlogs`: gets each change of a model's queues. `directory`: returns the gateway's models."""
+        """Create the pump. `backlogs`: is notified of each change of a model's queues. `directory`: returns the
+        gateway's models."""
         self._policy = policy
         self._executor = executor
         self._backlogs = backlogs
@@ -38,9 +39,9 @@ class SequencePump:
         self._backlogs.changed(name)
 
     def send_resumed(self, name: str, sequences: Sequence[ResumingSequence]) -> None:
-        """Try to send only these sequences of a model, because nothing else has changed. After the loss of a gateway or
-        worker, many sequences are requeued one by one. Trying the whole queue after each of them would take quadratic
-        time."""
+        """Try to send these resumed sequences of a model, and no other waiting sequences. After the loss of a gateway
+        or worker, many sequences are requeued one by one. If each of them caused an attempt to send the whole queue,
+        the total time would be quadratic."""
         self._executor.carry_out(self._policy.assign_resumed(name, sequences, self._clock()))
         self._backlogs.changed(name)
 

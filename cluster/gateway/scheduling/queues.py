@@ -19,8 +19,8 @@ from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 
 @dataclass(frozen=True, slots=True)
 class QueueAdmission:
-    """Result of an admission. It holds the sequences that were shed in favour of the new sequence, and the outcome with
-    which the new sequence was refused; None if the new sequence was admitted."""
+    """Result of an admission. `shed`: the sequences that were shed in favour of the new sequence. `refusal`: why the
+    new sequence was refused; None if it was admitted."""
 
     shed: Sequence[CallSequence]
     refusal: Outcome | None
@@ -30,7 +30,8 @@ class Queues:
     """The waiting sequences of one gateway, with the demand tally."""
 
     def __init__(self, policy: SchedulingPolicy, charges: ServiceCharges, clock: Callable[[], float]) -> None:
-        """`policy`: orders the waiting sequences. `charges`: the service charges by which it orders them."""
+        """`policy`: decides the order of the waiting sequences. `charges`: the service of each tenant, which the order
+        depends on."""
         self._policy = policy
         self._charges = charges
         self._clock = clock
@@ -73,8 +74,9 @@ class Queues:
         return entry if entry.adapter == adapter else replace(entry, adapter=adapter)
 
     def set_adapter(self, sequence: CallSequence, key: str) -> None:
-        """Set the adapter key of a sequence. If the sequence is in the waiting room, it is queued again, as by
-        `put_back`. `key`: see ModelAdapters."""
+        """Set the adapter of a sequence. `key`: the key under which routing knows the adapter: its digest, or another
+        key while the digest is unknown. If the sequence is in the waiting room, it is queued again, ahead of all
+        sequences that were never sent."""
         sequence.call.set_adapter(sequence, key)
         if self._policy.remove(sequence.key):
             self._policy.put_back(self._entry(sequence), self._clock(), sequence.call.versions)
@@ -104,8 +106,8 @@ class Queues:
         )
 
     def settle(self, sequence: CallSequence) -> None:
-        """Correct the service charge of a sequence that has ended to its actual cost, and count its output as demand.
-        Idempotent."""
+        """Settle a sequence that has ended: replace its predicted service charge by its actual cost, and count its
+        output as demand. Idempotent."""
         if (place := self._charges.place(sequence)) is not None:
             self.tally.ended(place, len(sequence.emitted), sequence.life.computed)
         self._charges.settle(sequence)

@@ -19,7 +19,8 @@ EXACT, APPROXIMATE = "exact", "approximate"
 
 
 class Routes:
-    """The routes of one gateway process. The methods `sent` and `began` take a few microseconds each."""
+    """The creation, the history and the metrics of the routes of one gateway process. A route is a decision to send a
+    sequence to a worker. The methods `sent` and `began` run for each sequence and take a few microseconds."""
 
     def __init__(self, metrics: Metrics, workers: Callable[[str], int], clock: Callable[[], float]) -> None:
         """`workers` returns the number of a model's linked workers."""
@@ -45,7 +46,8 @@ class Routes:
     def create_hedge(
         decision: RoutingDecision, cached: Mapping[str, int], sequence: CallSequence, link: WorkerLink, now: float
     ) -> Route:
-        """Return the route of a late sequence that is also sent to a second worker. `cached`: see RouteCall."""
+        """Return the route by which a sequence whose first token is late is also sent to a second worker. `cached`:
+        number of leading tokens of the prompt that each worker holds in its KV cache, by worker id."""
         return _route(sequence, link, decision.reason, decision, cached, "late", now)
 
     def sent(self, call: Call, route: Route) -> None:
@@ -60,8 +62,8 @@ class Routes:
             self.on_resent(links[-1])
 
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:
-        """Count the predicted cached tokens of a sequence whose first output has arrived, and how far the prediction
-        was wrong. `cached_tokens`: number of tokens that the engine found in its KV cache."""
+        """Add to the metrics, at the first output of a sequence, how many cached tokens were predicted and how wrong
+        the prediction was. `cached_tokens`: number of tokens that the engine found in its KV cache."""
         route = sequence.route
         predicted = None if route is None else route.predicted_cached_tokens
         if route is None or predicted is None:

@@ -80,7 +80,8 @@ class SchedulerHost(Protocol):
 
 
 def _open_accounts(host: SchedulerHost) -> OpenAccounts | None:
-    """Return the open accounts of a gateway; None if the gateway keeps no accounts."""
+    """Return the accounts of a gateway's submitted sequences whose usage records are not written yet; None if the
+    gateway does no usage accounting."""
     return None if host.accounting is None else host.accounting.accounts
 
 
@@ -103,9 +104,11 @@ class Scheduler:
         routing: RoutingSettings | None = None,
         hedging_share: float = 0.0,
     ) -> None:
-        """`resume_wait_s`: longest wait, in seconds, of a sequence for a compatible worker. `max_silent_losses`: see
-        policy/scheduling/worker_losses.py. `policy_of` creates the policy, so that a test can wrap it.
-        `render_room_of`: see ChatRenders. `routing`: the policy for new calls. `hedging_share`: see HedgingPolicy."""
+        """`resume_wait_s`: longest wait, in seconds, of a sequence for a compatible worker. `max_silent_losses`: number
+        of workers in a row that a sequence may lose before they send it a token. `policy_of` creates the policy, so
+        that a test can wrap it. `render_room_of` creates the waiting room of the chats that wait to be rendered.
+        `routing`: the policy for new calls. `hedging_share`: largest fraction of a model's sequences that may be
+        hedged."""
         self.host = host
         self.charges = charges
         self.canaries = CanaryStatistics(metrics)
@@ -276,8 +279,8 @@ class Scheduler:
         call.output.wake()
 
     def follow(self, call: Call) -> None:
-        """Update the charges and the demand of a running call. Called a few times a second. Does nothing for a pooling
-        call, whose sequences do not grow."""
+        """Update the service charges of a running call by its output so far, and count this output as demand. Called a
+        few times a second. Does nothing for a pooling call, whose sequences have no growing output."""
         if call.is_pooling:
             return
         for sequence in call.sequences:

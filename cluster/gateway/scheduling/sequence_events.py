@@ -130,6 +130,7 @@ class SequenceEvents:
         self._queues.settle(sequence)
 
     def hedge_ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:
-        """Record that one of the two workers to which a hedged sequence was sent has dropped out. See CallEvents for
-        the parameters."""
+        """Record that a sequence, which was sent to two workers (hedged), stays on only one of them. `won`: True if it
+        stays on the second worker, False for the first. `computed_by`: incarnation of the worker that drops out; "" if
+        that worker has refused the sequence."""
         self._hedges.ended(sequence, won, computed_by)

@@ -113,8 +113,9 @@ class ServiceCharges:
         self._learnt_cached.observe(call.policy.flow, call.model, cached_tokens)
 
     def grew(self, sequence: CallSequence) -> WaitingSequence | None:
-        """Raise the charge of a running sequence if the sequence's output exceeds the charge. Called a few times a
-        second. Returns the waiting room's entry for the sequence if the charge was raised, else None."""
+        """Raise the service charge of a running sequence if its output has become longer than the output that was
+        charged. Called a few times a second. If the charge was raised, returns the waiting room's entry for the
+        sequence, else None."""
         tokens, charge = len(sequence.emitted), self._charges.get(sequence.key)
         if charge is None or tokens < charge.due or not tokens:
             return None

@@ -127,8 +127,8 @@ def _traced(sequence: CallSequence, route: Route | None, link: WorkerLink, *, is
 
 
 def _with_context(request: EngineRequest, traced: Attempt | None) -> EngineRequest:
-    """Return a copy of the request with the trace context of an attempt. The worker learns from it that the call is
-    sampled."""
+    """Return a copy of the request with the trace context of an attempt, which shows the worker that the call is
+    sampled. Without an attempt, return the request itself."""
     return request if traced is None else replace(request, traceparent=traced.context.traceparent)
 
 

@@ -225,8 +225,12 @@ class WorkerCaches:
             index.maintain(now, SEGMENTS)
 
     def _prompt_hashes(self, key: str, block_size: int, request: EngineRequest) -> Hashes:
-        """Return the hashes of all whole blocks of a prompt. A block that ends with the last token is included: the
-        worker will hold this block, although it cannot be reused for this prompt."""
+        """Return the hashes of all whole blocks of a prompt. `key`: the sequence's key, under which the hashes are
+        remembered.
+
+        A block that ends with the last token is included: the worker will hold this block, although it cannot be
+        reused for this prompt.
+        """
         from cluster.policy.kv_cache.prefix_hashes import seed_of  # not at the start: deferred_imports.py
         from cluster.policy.kv_cache.prompt_hashes import PromptHashes
 

@@ -86,7 +86,8 @@ class WorkerEvents:
         self._scheduler.renders.pump(link.identity.model)
 
     def apply_catalog(self, entries: Sequence[CatalogEntry], revision: int = 0) -> None:
-        """Apply a new catalog from the controller. `revision`: see ModelDirectory."""
+        """Apply a new catalog from the controller. `revision`: number of the catalog, higher for a newer catalog. With
+        0, no adapters are sent to the workers."""
         directory = self._host.directory
         directory.apply_catalog(entries, revision)
         self._scheduler.canaries.catalog(entries)
@@ -117,7 +118,8 @@ class WorkerEvents:
         return self._metrics.histogram("inter_token_latency_seconds", model).observe
 
     def step_begun(self, link: WorkerLink, resumed: bool) -> None:
-        """Handle the beginning of a worker's step that computes prompts of this gateway: send further sequences."""
+        """Send further sequences, because a worker has begun a step that computes prompts of this gateway. `resumed`:
+        whether the step computes prompts of resumed sequences."""
         self._scheduler.pump.step_begun(link.identity.model, resumed)
 
     def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:

@@ -157,12 +157,14 @@ class LinkedWorkers:
         return self._caches.cached_tokens(model, key, self._request_of(key))
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Like `cached_tokens`, but also for a model with one worker. Returns an empty mapping instead of None."""
+        """Return, by worker id, how many leading tokens of a waiting sequence's prompt each worker of a model holds.
+        Unlike `cached_tokens`, the method also works for a model with one worker, and returns an empty mapping if
+        nothing is known."""
         return self._caches.cached_tokens(model, key, self._request_of(key)) or {}
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
-        """Return how many prompt tokens of a new sequence a worker can take now; 0 if it can take no sequence now. None
-        if the worker is not linked or takes no new sequences."""
+        """Return how many prompt tokens of a new sequence a worker has room for now; 0 if all its sequence slots are
+        taken. None if the worker is not linked, or accepts no new sequences, for example while it drains."""
         link = self.link(model, worker_id)
         if link is None or not link.takes_new_requests:
             return None
@@ -182,7 +184,8 @@ class LinkedWorkers:
         return link is not None and any(isinstance(sink, LinkedSequence) and sink.suspect for sink in link.slots.sinks)
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
-        """Return whether a sequence with this compatibility key can no longer resume. See KnownModel.is_replaced."""
+        """Return whether a sequence with this compatibility key can no longer resume, because its compatible workers
+        were retired and have left. See KnownModel.is_replaced."""
         known = self._owner.directory.find(model)
         return known is not None and known.is_replaced(compatibility)
 
@@ -242,8 +245,9 @@ def _prefix_hash(request: EngineRequest) -> int:
 def _read_candidate(
     known: KnownModel, link: WorkerLink, slowdown: float, healthy: bool = True, resumed: bool = False
 ) -> Candidate:
-    """Return the present state of a worker. `slowdown`: see PrefillTimes. `healthy`: whether the worker's circuit
-    breaker lets sequences through. `resumed`: whether the state is for a sequence that must be resumed."""
+    """Return the present state of a worker, as routing reads it. `slowdown`: time that the worker needs for a prompt,
+    relative to a usual worker of the model. `healthy`: whether the worker's circuit breaker lets sequences through.
+    `resumed`: whether the state is for a sequence that must be resumed."""
     free, identity = link.free, link.identity
     adapters, resident = known.adapters.keys_on(link)
     return Candidate(

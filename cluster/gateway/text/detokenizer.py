@@ -75,8 +75,8 @@ class WholeTexts(dict[int, str | None]):
     characters is None. Each entry is computed when the token is first looked up."""
 
     def __init__(self, tokenizer: Tokenizer, unsafe_ids: Collection[int]) -> None:
-        """`unsafe_ids`: token ids whose entry is always None: added tokens, which a detokenizer may skip and which do
-        not stand for bytes."""
+        """Create an empty table. `unsafe_ids`: ids of tokens for which the table always holds None. They are added
+        tokens: a detokenizer may skip them, and they do not stand for bytes."""
         super().__init__()
         self._tokenizer = tokenizer
         self._unsafe_ids = unsafe_ids
@@ -164,8 +164,8 @@ class Detokenizer:
         return None
 
     def text_of(self, token_id: int) -> str:
-        """Add one token that is not a stop token, and return its text, which `pop_text` then does not return. Not
-        allowed if there are stop strings."""
+        """Add one token and return its text. `pop_text` does not return this text again. The token must not be a stop
+        token, and there must be no stop strings."""
         if self._whole:
             text = self._whole_texts[token_id]  # type: ignore[index]
             if text is not None:

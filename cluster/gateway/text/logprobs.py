@@ -1,8 +1,8 @@
 """Log probabilities of one sequence with the text and bytes of each token, as vLLM's server returns them.
 
-A token may be only a part of a character. The text of such a token is then what the token adds to the sampled tokens
-before it. The token that completes the character has the whole character as its text, and the other tokens have no
-text. Each alternative at a position is decoded after the same sampled tokens, independently of the other alternatives.
+A character may be split over several tokens. The last of these tokens then has the whole character as its text, and
+the tokens before it have no text. Each alternative at a position is decoded after the same sampled tokens,
+independently of the other alternatives.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class TokenTexts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The log probability of one token. `top`: the most likely tokens at the same position; the first is the sampled
-    token."""
+    """The log probability of one token. `top`: the sampled token, followed by the most likely other tokens at the same
+    position."""
 
     token_id: int
     token: str
@@ -53,8 +53,8 @@ class LogprobSource(Protocol):
 
 
 class LogprobTexts:
-    """Converts the positions of one sequence, in order, to TokenLogprobs. Keeps the last sampled tokens between
-    steps."""
+    """Converts the log probabilities of one sequence to TokenLogprobs, position by position. Keeps the last sampled
+    tokens between steps, since a token's text may depend on the tokens before it."""
 
     def __init__(self, texts: TokenTexts, top_logprobs: int) -> None:
         """`top_logprobs`: number of alternatives to return for each position, the sampled token included."""

@@ -16,7 +16,7 @@ TAIL_SAFE_DECODERS: Final = frozenset({"ByteLevel", "Replace", "ByteFallback", "
 
 
 class OutputTexts:
-    """The decoding side of one model's tokenizer. The only state is caches."""
+    """Converts output tokens of one model to text. It has no state except caches."""
 
     def __init__(self, tokenizer: Tokenizer, layout: Mapping[str, Any]) -> None:
         """`layout`: the contents of tokenizer.json; the vocabulary may be missing."""

@@ -67,8 +67,8 @@ class TextCodec:
         return array("I", self.prompts.encode(text, "prompt_token_ids", add_special_tokens=False))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Render messages with the chat template and tokenize the result. `options`: the further arguments of
-        render_chat. Raises CallError as ChatTemplate.render does."""
+        """Render messages with the chat template and tokenize the result. `options`: further arguments of
+        `render_chat`. Raises CallError if the template cannot render the messages."""
         return self.prompts.encode(self.render_chat(messages, **options), "messages", add_special_tokens=False)
 
     def render_chat(
@@ -130,28 +130,32 @@ class TextCodec:
         return self.prompts.ids(self.chat_text(messages, max_tokens, **options), tenant, cache_salt)
 
     def prompt_text(self, text: str, max_tokens: int = ANY_LENGTH) -> PromptText:
-        """Return the text to be tokenized for a plain prompt. Raises CallError as `prompt_ids` does."""
+        """Return the text to be tokenized for a plain prompt. Raises CallError if the text certainly has more than
+        `max_tokens` tokens."""
         self._lengths.refuse_long(text, max_tokens, chat=False)
         return PromptText(text, "prompt")
 
     def chat_text(
         self, messages: Sequence[Mapping[str, Any]], max_tokens: int = ANY_LENGTH, **options: Any
     ) -> PromptText:
-        """Return the text to be tokenized for the messages of a chat. Raises CallError as `prompt_ids` does."""
+        """Return the text to be tokenized for the messages of a chat. `options`: passed to `render_chat`. Raises
+        CallError if the text certainly has more than `max_tokens` tokens."""
         text = self.render_chat(messages, **options)
         self._lengths.refuse_long(text, max_tokens, chat=True)
         return PromptText(text, "messages")
 
     def packed_text(self, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> PromptText:
-        """Return the text to be tokenized for a packed prompt. Raises CallError as `prompt_ids` does."""
+        """Unpack a prompt, and return its text that must be tokenized. Raises CallError as `prompt_ids` does."""
         unpacked = prompt.unpacked()
         if isinstance(unpacked, TextPrompt):
             return self.prompt_text(unpacked.text, max_tokens)
         return self.chat_text(unpacked.messages, max_tokens, **unpacked.template_options)
 
     def begin(self, job: Job) -> bytes | array[int]:
-        """Begin to tokenize a prompt in a helper process (see PromptEncoder.begin). `job`: the method of this object
-        that returns the PromptText, and its arguments."""
+        """Begin to tokenize a prompt in a helper process, and return what PromptEncoder.begin returns.
+
+        `job`: the name of the method that makes the prompt's text, and the arguments of this method.
+        """
         method, positional, named = job
         return self.prompts.begin(getattr(self, method)(*positional, **named))
 
@@ -161,7 +165,9 @@ class TextCodec:
         return self.prompts.finish(missing, field)
 
     def encode_inputs(self, inputs: TextInputs | PairInputs, most: int, keep: int | None = None) -> EncodedInputs:
-        """Return the ids of the inputs of a pooling request. The parameters are those of InputEncoder.encode."""
+        """Return the ids of the inputs of a pooling request. `most`: the number of tokens that the model's context
+        holds, 0 if unknown. `keep`: the number of tokens to which a longer input is cut; None: not cut. Raises
+        CallError, which names the input, for an input with no tokens or with more than `most`."""
         if most and keep is None:
             self._lengths.refuse_long_inputs(inputs, most)
         try:

@@ -59,8 +59,8 @@ class TokenStream:
     def __init__(
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int], unseen: UnseenTokens, *, skip_special_tokens: bool
     ) -> None:
-        """Start after the tokens `prompt_ids`. `unseen`: the UnseenTokens of the same tokenizer, made with the same
-        `skip_special_tokens`."""
+        """Start a stream that continues after the tokens `prompt_ids`. `unseen`: the table of skipped tokens, made for
+        the same tokenizer and with the same `skip_special_tokens`."""
         self._tokenizer = tokenizer
         self._unseen = unseen
         self._skip_special = skip_special_tokens
@@ -69,7 +69,7 @@ class TokenStream:
         self.restart(prompt_ids)
 
     def restart(self, token_ids: Sequence[int]) -> None:
-        """Continue as after a text that consists only of the tokens `token_ids`."""
+        """Start the stream anew, as if exactly the tokens `token_ids` had been decoded so far."""
         self._stream = DecodeStream(ids=list(token_ids), skip_special_tokens=self._skip_special)
 
     def decode(self, token_id: int) -> str:
@@ -126,8 +126,8 @@ class TokenStream:
 def priming_ids(
     tokenizer: Tokenizer, prompt_ids: Sequence[int], unsafe_ids: Collection[int], *, skip_special_tokens: bool = True
 ) -> Sequence[int]:
-    """Return the last ids of a prompt after which a stream gives the same text as after the whole prompt: usually at
-    most TAIL_TOKENS ids.
+    """Return the last ids of a prompt, usually at most TAIL_TOKENS. A stream that starts with these ids gives the same
+    text as a stream that starts with the whole prompt.
 
     Reason: DecodeStream decodes these ids twice at the first token, which takes milliseconds for a long prompt. The
     text after a prompt depends only on the tail of the prompt if three conditions hold: the tail begins with a token

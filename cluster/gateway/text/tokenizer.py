@@ -70,7 +70,7 @@ class TextModel:
         return f"TextModel({self.family or 'unknown'}, {self.vocab_size} tokens, {self.codec.template!r})"
 
     async def chat_json_async(self, tenant: str, prompt: ChatPrompt | PackedPrompt) -> bytes:
-        """Return the result of chat_json. If the chat is long, the work is done off the event loop."""
+        """Return the same JSON of a chat as `chat_json`. If the chat is long, the work is done off the event loop."""
         job: Job
         if isinstance(prompt, PackedPrompt):
             chars = _chars_of_packed(prompt)
@@ -118,8 +118,9 @@ class TextModel:
     async def encode_inputs_async(
         self, tenant: str, inputs: TextInputs | PairInputs, most: int, keep: int | None = None
     ) -> EncodedInputs:
-        """Return the result of encode_inputs. If there are many texts or long texts, the work is done off the event
-        loop."""
+        """Return the token ids of the inputs of a pooling request. If there are many texts or long texts, the work is
+        done off the event loop. `most`: largest number of tokens of an input; 0 if unknown. `keep`: number of tokens to
+        which a longer input is cut; None: not cut."""
         chars = inputs.chars + CHARS_PER_INPUT * len(inputs)
         if self._jobs.is_short(chars):
             return self.codec.encode_inputs(inputs, most, keep)
@@ -160,9 +161,9 @@ class TextModel:
 
 
 def _chars_of_packed(prompt: PackedPrompt) -> int:
-    """Return a length for a packed prompt, as if it were a text of so many characters. Texts above a limit are
-    tokenized in a helper process. The returned length is always above this limit, since a packed prompt must be
-    unpacked there."""
+    """Return a number that stands for the length of a packed prompt in characters. Texts above a limit are tokenized in
+    a helper process. The returned number is always above this limit, since only a helper process may unpack a
+    prompt."""
     return max(memoryview(prompt.packed).nbytes, ENCODE_HELPER_CHARS + 1)
 
 

@@ -33,7 +33,8 @@ class SpanFactory:
         error: str = "",
         resource: Attributes | None = None,
     ) -> SpanRecord:
-        """Return a span below the call's span, or below `parent_id`. A span never ends before it begins."""
+        """Return a span below the call's span, or below `parent_id`. If `end` is before `start`, the span ends at
+        `start`."""
         trace = self.trace
         return SpanRecord(
             name,

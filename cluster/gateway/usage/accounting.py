@@ -69,8 +69,9 @@ class Accounting:
         grace_s: float = GRACE_S,
         gateway: str = "",
     ) -> None:
-        """`incarnation`: the prefix of record ids. `gateway`: the gateway's name in records. `folder`: the folder of
-        the spool (records that wait for the database). `insert`: see RecordDelivery."""
+        """Create the accounting. `incarnation`: the prefix of record ids. `gateway`: the gateway's name in records.
+        `folder`: the folder of the spool (records that wait for the database). `insert`: writes records to the
+        database; raises StoreUnavailable while the database does not answer."""
         self.accounts = OpenAccounts(incarnation=incarnation, sealer=sealer, gateway=gateway, clock=clock, wall=wall)
         """Accounts of the submitted sequences whose records are not being written yet."""
         self._sealer = sealer

@@ -1,5 +1,5 @@
-"""The open accounts of a gateway. An account is opened when a sequence is first submitted to a worker, and stays open
-until its usage record is written.
+"""The open accounts of a gateway. An account collects what a sequence has used. It is opened when the
+sequence is first submitted to a worker, and stays open until the usage record of the sequence is written.
 
 The id of a record is fixed before the first submission and stays the same over retries.
 """
@@ -70,8 +70,8 @@ class OpenAccounts:
         return account.sealed
 
     def hedged(self, sequence: CallSequence) -> bytes:
-        """Expect the counts of one more submission, because a sequence is also sent to a second worker. Returns the
-        sealed record for this worker. Raises KeyError for a sequence without an open account."""
+        """Record that a sequence is also sent to a second worker, so that the account waits for one more usage report.
+        Returns the sealed record for the second worker. Raises KeyError for a sequence without an open account."""
         account = self._by_sequence[sequence.key]
         account.awaited += 1
         return account.sealed

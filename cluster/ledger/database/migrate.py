@@ -49,9 +49,10 @@ USABLE = frozenset({SchemaState.CURRENT, SchemaState.TO_CONTRACT, SchemaState.AH
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Result of `check`.
+    """The state of a database's migrations, as `check` returns it.
 
-    `database` and `release` are migration numbers; 0 means no migration. `pending` has the revisions still to apply.
+    `database`: number of the newest migration of the database; 0 if there is none. `release`: number of the
+    newest migration of this release. `pending`: revisions that must still be applied.
     """
 
     state: SchemaState

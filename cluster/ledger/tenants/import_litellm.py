@@ -126,7 +126,9 @@ def read(database_url: str, password: str | None = None) -> LiteLLMRows:
 
 
 def plan(rows: LiteLLMRows, now_s: float, *, tokens_per_dollar: float | None = None) -> ImportPlan:
-    """Decide which tenants and keys to create from LiteLLM's rows. `now_s` is in seconds since the epoch."""
+    """Decide which tenants and keys to create from LiteLLM's rows. `now_s` is in seconds since the epoch.
+    `tokens_per_dollar`: rate that turns budgets in dollars into token budgets; None if such budgets are not
+    imported."""
     return _Planner(rows, now_s, tokens_per_dollar).plan()
 
 

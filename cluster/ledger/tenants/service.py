@@ -28,10 +28,11 @@ PolicyOf = Callable[[str, Mapping[str, Any]], TenantPolicy]
 
 
 class TenantService(Protocol):
-    """Operations on tenants and keys. Every operation may raise LedgerError or a subclass of LedgerError.
+    """Operations on tenants and on their API keys. Every operation may raise LedgerError or a subclass of
+    LedgerError.
 
-    In the parameters `changes` and `own`, the keys are field names of a tenant in the configuration. The value None
-    removes a field.
+    The parameters `changes` and `own` map a tenant's fields, named as in the configuration, to values. The
+    value None removes a field.
     """
 
     def create_tenant(self, name: str, own: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
@@ -44,7 +45,7 @@ class TenantService(Protocol):
         """Return all tenants, ordered by name."""
 
     def update_tenant(self, name: str, changes: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
-        """Change the given fields of a tenant. Limits, retention and labels are merged key by key."""
+        """Change those fields of a tenant that are in `changes`. Limits, retention and labels are merged key by key."""
 
     def suspend_tenant(self, name: str, suspended: bool, *, reason: str = "") -> StoredTenant:
         """Suspend or resume a tenant."""

@@ -35,7 +35,7 @@ class ClaimedNotice:
 
 
 def retry_delay_s(attempts: int) -> float:
-    """Return the pause in seconds after `attempts` failed attempts."""
+    """Return the pause in seconds before a notice is sent again, after `attempts` failed attempts."""
     return min(FIRST_PAUSE_S * 2.0 ** min(attempts - 1, 20), LONGEST_PAUSE_S)
 
 

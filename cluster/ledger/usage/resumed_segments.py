@@ -12,9 +12,10 @@ from cluster.ledger.database.tables import resumed
 
 
 class ResumedSegments:
-    """The table of claimed names. cluster/gateway/resume_tokens/claim.py defines which names a resume claims.
+    """The database table of claims on resumes of calls. A claim is stored as a name.
 
-    Backups do not contain the table, because resume tokens are valid for minutes only.
+    cluster/gateway/resume_tokens/claim.py defines which names a resume claims. Backups do not contain the
+    table, because resume tokens are valid for minutes only.
     """
 
     def __init__(self, engine: Engine) -> None:

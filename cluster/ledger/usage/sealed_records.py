@@ -92,7 +92,8 @@ class Envelopes:
 
 
 class Sealer:
-    """Encryption of open records. Workers keep the sealed records."""
+    """Encrypts open records (the parts of usage records that are known when a sequence is sent) and decrypts them.
+    Workers keep the encrypted records."""
 
     def __init__(self, secrets: Sequence[bytes]) -> None:
         self._envelopes = Envelopes(secrets, "sealed-record", "sealed record")

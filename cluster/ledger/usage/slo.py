@@ -19,8 +19,8 @@ from cluster.ledger.usage.usage import IDLE_TENANT, conditions
 
 
 class SloTable:
-    """Counts, in the usage table of one database, the calls that met and the calls that missed the SLO of their
-    model."""
+    """The SLO counts of one database. For each model, the usage table is searched for the calls that met and the calls
+    that missed the model's SLO."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -282,10 +282,11 @@ def _modified_at(path: Path) -> float:
 
 
 class Replayer:
-    """Thread that moves the records of closed segments into the database.
+    """Thread that moves usage records from the spool's closed segments (files that are no longer written) into
+    the database.
 
-    `insert` is `Ledger.usage.insert`, which writes all of the given records or none, and stores each record id once.
-    `insert` raises StoreUnavailable while the database is unreachable.
+    `insert` is `Ledger.usage.insert`, which writes all of the given records or none, and stores each record id
+    once. `insert` raises StoreUnavailable while the database is unreachable.
     """
 
     def __init__(

@@ -170,8 +170,8 @@ def conditions(usage_query: UsageQuery) -> list[ColumnElement[bool]]:
 
 
 def _fold(usage_query: UsageQuery, rows: Sequence[Mapping[str, Any]], rates: Prices | None) -> list[dict[str, Any]]:
-    """Sum rows by group. If `rates` are given, the sums have costs, and `rows` must have one row per group and
-    accelerator."""
+    """Sum rows by group. If `rates` are given, the sums have costs. `rows` must then have separate rows for each
+    accelerator of a group."""
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
         key = tuple(str(row[f"d{at}"]) for at in range(len(usage_query.group_by)))

@@ -61,7 +61,8 @@ class AdapterMemory:
         return self._uses[digest]
 
     def begin_use(self, digest: str) -> bool:
-        """Record that one more request uses the adapter; return whether `residents` has changed."""
+        """Record that one more request uses the adapter. Returns whether this has changed the set of resident adapters
+        (`residents`)."""
         self._uses[digest] += 1
         return self._touch(digest)
 

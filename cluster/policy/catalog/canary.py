@@ -1,23 +1,25 @@
-"""Canary verdict: sequential tests of the error rate and the time to first token (TTFT) of a canary. Pure.
+"""Canary verdict: sequential tests of the error rate and the time to first token (TTFT) of a canary.
 
-Problem: a canary is checked every second for hours, on few calls. A test with a 5 % false-positive rate would give a
-wrong verdict every twenty seconds.
+Problem: a canary is checked every second for hours, on few calls. A test with a 5 % false-positive rate
+would give a wrong verdict every twenty seconds.
 
-Invariant: if a canary is no worse than the configured ratio allows, the probability of a rollback because of errors is
-at most ALPHA, and so is the probability of a rollback because of TTFT. The bound does not depend on the number of
-checks.
+Invariant: if a canary is no worse than the configured ratio allows, the probability of a rollback because
+of errors is at most ALPHA, and so is the probability of a rollback because of TTFT. The bound does not
+depend on the number of checks.
 
-Method: both tests bet against the hypothesis "no worse than allowed" (an e-process; Ville's inequality gives the
-bound). The bet is spread over a grid of possible degradations.
+Method: both tests bet against the hypothesis "no worse than allowed" (an e-process; Ville's inequality
+gives the bound). The bet is spread over a grid of possible degradations.
 
-Errors: let n be the number of calls of the canary, m the number of calls of the stable version, and r the ratio. Given
-a failed call, the probability that the canary served the call is at most r*n / (r*n + m).
+Errors: let n be the number of calls of the canary, m the number of calls of the stable version, and r the
+ratio. Given a failed call, the probability that the canary served the call is at most r*n / (r*n + m).
 
-TTFT: gateways pair each call of the canary with the most recent call of the stable version. The canary loses a pair if
-its TTFT was more than r times as long as that of the stable version. A canary that is no worse than allowed loses at
-most half of the pairs. The calls of a pair are close in time, so changes in load affect both calls.
+TTFT: gateways pair each call of the canary with the most recent call of the stable version. The canary
+loses a pair if its TTFT was more than r times as long as that of the stable version. A canary that is no
+worse than allowed loses at most half of the pairs. The calls of a pair are close in time, so changes in
+load affect both calls.
 
-Source: Ramdas, Gruenwald, Vovk, Shafer, "Game-theoretic statistics and safe anytime-valid inference" (2023), section 3.
+Source: Ramdas, Gruenwald, Vovk, Shafer, "Game-theoretic statistics and safe anytime-valid inference"
+(2023), section 3.
 """
 
 from __future__ import annotations
@@ -81,9 +83,9 @@ def log_evidence(losses: int, wins: int, chance: float) -> float:
 
 
 def judge(stable: CanaryTally, canary: CanaryTally, *, error_ratio: float, ttft_ratio: float) -> CanaryVerdict:
-    """Return whether the canary must be rolled back, and why. It must if its calls fail more than `error_ratio` times
-    as often as the stable version's, or if their TTFT is more than `ttft_ratio` times as long. A ratio of 0 switches
-    that test off."""
+    """Return whether the canary must be rolled back, and why. There are two possible reasons: its calls fail more than
+    `error_ratio` times as often as those of the stable version, or its times to first token are more than `ttft_ratio`
+    times as long. If a ratio is 0, its reason is not checked."""
     threshold = -math.log(ALPHA)
     if error_ratio and canary.errors >= MIN_ERRORS and canary.calls and stable.calls:
         allowed = error_ratio * canary.calls

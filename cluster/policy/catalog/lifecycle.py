@@ -152,8 +152,8 @@ class Version:
 
 
 def entry_of(versions: Sequence[Version], *, retired: Sequence[str] = (), cold_start_s: float = 0.0) -> CatalogEntry:
-    """Catalog entry of a model with all its versions. `versions`: the stable version first. `retired`: see
-    CatalogEntry."""
+    """Return the catalog entry of a model with all its versions. `versions`: the versions, the stable one first.
+    `retired`: generations (digests of replica settings) whose workers get no new calls."""
     stable = versions[0]
     stable_entry = entry(
         stable.spec,

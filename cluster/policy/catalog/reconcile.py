@@ -186,10 +186,12 @@ def reconcile(
 
 
 def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
-    """Return the applications that replace the application `old`. `wanted`: the wanted applications of the same model.
+    """Return the applications that replace the application `old`. `wanted`: the wanted applications of the same
+    model.
 
-    These are the applications with the version of `old`. If this version is no longer wanted, they are those with the
-    first wanted version. If some of these want replicas on the GPU type of `old`, only these are returned.
+    Their version is the version of `old` or, if this version is no longer wanted, the first wanted version.
+    Among the applications with this version, only the ones with replicas on the GPU type of `old` are returned,
+    if there are any.
     """
     versions = [want.version for want in wanted]
     version = old.version if old.version in versions else next(iter(versions), "")

@@ -102,8 +102,8 @@ def replicas_of(total: int, parts: Sequence[ReplicaShare]) -> dict[str, int]:
 
 
 def total_for(replicas: int, parts: Sequence[ReplicaShare]) -> int:
-    """Return the smallest argument `total` with which `replicas_of` assigns at least `replicas` replicas to all
-    versions together."""
+    """Return the smallest `total` for which `replicas_of(total, parts)` gives all versions together at least `replicas`
+    replicas."""
     return next((n for n in range(replicas + 1) if sum(replicas_of(n, parts).values()) >= replicas), replicas)
 
 

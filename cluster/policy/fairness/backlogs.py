@@ -99,11 +99,11 @@ class ModelBacklogs:
 
 
 def _share_of_turns(flows: Sequence[Flow], turns: int) -> tuple[float, int]:
-    """Simulate up to `turns` turns among these flows. Returns this gateway's part of the turns, and the number of
-    simulated turns.
+    """Simulate the next turns among these flows, `turns` at most. Returns this gateway's part of the turns, and
+    the number of simulated turns.
 
-    Each turn goes to the flow with the least counter. This gateway's part of a turn is the fraction of the flow's
-    waiting sequences that wait here.
+    Each turn goes to the flow with the least service counter. This gateway's part of a turn is the fraction of
+    the flow's waiting sequences that wait here.
     """
     heap = [(f.counter, at, f, f.here + f.elsewhere) for at, f in enumerate(flows)]
     if len(heap) > turns:

@@ -47,10 +47,10 @@ def equal(tenant: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class FairStatistics:
-    """Current numbers of one fair order.
+    """Statistics of one fair order, at one time.
 
-    `spread`: largest difference between the counters of two backlogged tenants of one class. A counter is in weighted
-    tokens divided by the tenant's weight.
+    `spread`: largest difference between the counters of two backlogged tenants of one class. A counter is in
+    weighted tokens divided by the tenant's weight.
     """
 
     flows: int
@@ -95,8 +95,8 @@ class FairOrder:
     # ---- Order
 
     def push(self, waiting: WaitingSequence, now: float = 0.0) -> None:
-        """Append a sequence to the queue of its tenant. If the tenant was idle, its counter is first raised to the
-        least allowed value (see `__init__`)."""
+        """Append a sequence to the queue of its tenant. If the tenant was idle, its service counter is first raised, so
+        that idle time earns no advantage (see `__init__`)."""
         flows = self._flows
         flows.advance(now)
         flow = flows.flow(waiting.rank, waiting.tenant)
@@ -186,10 +186,11 @@ class FairOrder:
     # ---- time
 
     def sweep(self, now: float) -> None:
-        """Forget gateways that are silent for `idle_s`, and idle tenants as FlowTable.forget_idle describes.
-
-        The caller runs this method once a second. It also records the classes for which slots are reserved
+        """Forget gateways that are silent for `idle_s`, and idle tenants that need no memory (FlowTable.forget_idle).
+        Also note the priority classes that must keep slots for tenants that became idle recently
         (reserved_slots.py).
+
+        The caller runs this method once a second.
         """
         self._flows.advance(now)
         self.backlogs.drop_silent(now - self._idle_s)
@@ -199,8 +200,8 @@ class FairOrder:
     # ---- reading
 
     def counter(self, tenant: str, rank: int = 0) -> float:
-        """Return the counter of a tenant: weighted service divided by weight, plus the raises after idle times. 0 for
-        an unknown tenant."""
+        """Return the counter of a tenant; 0 for an unknown tenant. The counter is the tenant's weighted service divided
+        by its weight, plus the amounts that were added after idle times."""
         flow = self._flows.known(tenant, rank)
         return 0.0 if flow is None else flow.counter
 
@@ -239,8 +240,8 @@ def _spread(turns: ClassTurns) -> float:
 
 
 class FairOrders:
-    """The fair orders of one gateway, one for each model. An order and its counters are kept while no sequence
-    waits."""
+    """The fair orders of one gateway, one for each model. An order and its counters are kept even while no sequence of
+    the model waits."""
 
     def __init__(self, make: Callable[[], FairOrder] = FairOrder) -> None:
         self._make = make

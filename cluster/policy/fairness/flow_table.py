@@ -68,7 +68,7 @@ class FlowTable:
             yield from turns.here.flows()
 
     def service_above(self, rank: int) -> float:
-        """Return the expected cost of the sequences that wait here in classes above the class `rank`, in weighted
+        """Return the expected cost of this gateway's waiting sequences in classes above the class `rank`, in weighted
         tokens."""
         return sum(flow.here_service for r, turns in self._classes.items() if r < rank for flow in turns.here.flows())
 
@@ -113,7 +113,8 @@ class FlowTable:
 
     def _update_backlogged(self, flow: Flow, waited: bool) -> None:
         """Update a flow after its sequences began or stopped waiting on any gateway. `waited`: whether the flow had a
-        waiting sequence before. If it had none, the flow's service counter is raised where it is too low."""
+        waiting sequence before. If not, its service counter is raised to the lowest counter of the waiting flows, so
+        that idle time saves up no service. A flow that waited a short time ago may stay a little below."""
         turns = self._classes[flow.key.rank]
         if not waited:
             floor = turns.floor()
@@ -125,12 +126,13 @@ class FlowTable:
         turns.update(flow)
 
     def forget_idle(self, charged: Collection[int]) -> list[int]:
-        """Forget idle flows that need no memory. Such a flow has been idle for `idle_s` and has no open charges,
-        and its counter is at most ClassTurns.floor. When it waits again, its counter would be raised to this
-        value anyway.
+        """Forget idle flows that need no memory. Such a flow has been idle for `idle_s` and has no open charges, and
+        its counter is at most ClassTurns.floor. If it were kept, its counter would be raised to this value at its
+        next sequence anyway.
 
-        `charged`: `id()` of each flow with open charges. Returns the rank of a class for each flow in it that is a
-        guest (reserved_slots.py): its counter is as low, but it has been idle for less than `idle_s`.
+        `charged`: `id()` of each flow with open charges. Returns the priority rank of each guest, one entry for
+        each guest. A guest (reserved_slots.py) is an idle flow with a counter that low, but idle for less than
+        `idle_s`.
         """
         guests = []
         for rank, turns in self._classes.items():

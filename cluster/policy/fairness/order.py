@@ -21,7 +21,8 @@ from cluster.api.frozen import frozen_dataclass
 
 @dataclass(frozen=True, slots=True)
 class HolderWait:
-    """How long a sequence has waited for the worker that holds its prompt; see policy/scheduling/set_aside.py."""
+    """The worker for which a sequence has waited, because that worker holds its prompt, and the seconds that it has
+    waited."""
 
     worker_id: str
     wait_s: float
@@ -36,7 +37,7 @@ class WaitingSequence:
     the start, or None. `rank`: rank of the priority class; rank 0 is served first and shed last. `needs_tools`: whether
     the worker must have a parser for tool calls. `affinity`: hash of the tenant and the affinity key, in [1, 2**64), or
     0 for none. `holder_wait`: how long the sequence has waited in vain for the worker that holds its prompt; None if it
-    has not. `adapter`: see RouteCall.
+    has not. `adapter`: digest of the adapter, or another name while the digest is unknown; "" for the base model.
     """
 
     call_id: str

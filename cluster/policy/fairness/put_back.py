@@ -1,6 +1,7 @@
 """Sequences that were sent, lost their worker, and must start over. They are sent before all other sequences.
 
-Invariant: the order is by class, the highest first, then by arrival, then in the order in which they were put back.
+Invariant: the order is by class, the highest first. Within a class it is by arrival. Sequences that arrived at the
+same time are in the order in which they were added here.
 """
 
 from __future__ import annotations

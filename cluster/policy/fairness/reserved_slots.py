@@ -22,9 +22,9 @@ GUEST_S = 30.0
 
 
 class ReservedSlots:
-    """Reserved slots of one model. A guest is a tenant that has had no more than its share and has no sequence waiting.
-    The caller calls `note_guest` once a second for each priority class with a guest, and reads `reserved` before each
-    choice of a sequence."""
+    """Slots of one model that are kept free for guests. A guest is a tenant that has had no more than its share and has
+    no sequence waiting. The caller calls `note_guest` once a second for each priority class with a guest. Before each
+    choice of a sequence, the caller gets the number of slots to keep free from `reserved`."""
 
     __slots__ = ("_until",)
 

@@ -16,8 +16,8 @@ from cluster.policy.fairness.token_cost import Charge
 
 
 class ServedMeter:
-    """Service (weighted tokens) that a worker has given, by tenant and class. It is also kept by the link on which the
-    calls came. The number of a link is never reused."""
+    """Service (weighted tokens) that a worker has given, by tenant and class. There is one sum over all links, and one
+    for each link with the service of its calls. The number of a link is never reused."""
 
     def __init__(self) -> None:
         self._totals: dict[FlowKey, float] = {}
@@ -37,10 +37,10 @@ class ServedMeter:
         self._changed.pop(link, None)
 
     def accepted(self, request_id: str, link: int, flow: FlowKey, charge: Charge, *, again: bool = False) -> None:
-        """Record a call that the worker has accepted.
+        """Record a call that the worker has accepted, with its charge.
 
-        `again`: the call was resumed, and another worker has counted its first charge. Only later changes of the charge
-        are counted here.
+        `again`: True for a resumed call. Its first charge was counted by the worker that ran it before, so only
+        later changes of the charge are counted here.
         """
         self._open[request_id] = (link, flow, charge)
         if again:
@@ -74,7 +74,7 @@ class ServedMeter:
             self._add(entry[0], entry[1], entry[2].ended())
 
     def report(self, link: int) -> Sequence[ServedTotal]:
-        """Return the totals that have changed since the last report on this link."""
+        """Return the service totals that have changed since the last report on this link."""
         mine = self._by_link[link]
         changed, self._changed[link] = self._changed[link], set()
         return [ServedTotal(key.rank, key.tenant, self._totals[key], mine.get(key, 0.0)) for key in sorted(changed)]

@@ -26,8 +26,8 @@ class _TenantQueue:
     def last(self) -> WaitingSequence:
         """Return the sequence that entered last. Takes O(1), amortised.
 
-        `popitem` frees the places of deleted entries at the end of the dict. An iterator would pass over these places
-        at each call.
+        The sequence is removed with `popitem` and added again, because `popitem` frees the places of deleted
+        entries at the end of the dict. An iterator would have to pass over these places at each call.
         """
         call_id, waiting = self.waiting.popitem()
         self.waiting[call_id] = waiting

@@ -63,8 +63,8 @@ class Charge:
         return self._prompt - before
 
     def generated(self, tokens: int) -> float:
-        """Record the number of output tokens so far, from all workers that ran the call together. A lower number than
-        before is ignored."""
+        """Record how many output tokens the call has so far, counted over all workers that have run the call. A lower
+        number than before is ignored."""
         if tokens > self._generated:
             self._generated = tokens
         more = self._generated - self._paid_output

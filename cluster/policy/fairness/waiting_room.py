@@ -146,7 +146,8 @@ class WaitingRoom:
         the next sequence does not fit.
 
         `fits(sequence)`: whether a worker can take the sequence. `now` None: the latest time that was passed to the
-        room. `loss_of`: see Order.head.
+        room. `loss_of(sequence)`: expected loss if the sequence is not sent now; the room's order may prefer sequences
+        with a greater loss.
         """
         queue = self._queues.get(model)
         head = queue.order.head(loss_of) if queue is not None else None
@@ -185,8 +186,8 @@ class WaitingRoom:
         return gone
 
     def position(self, call_id: str) -> int | None:
-        """Return the number of sequences ahead of a waiting sequence, see `Order.position`. None if no sequence with
-        this id waits."""
+        """Return how many sequences are ahead of a waiting sequence in its queue (see `Order.position`). None if no
+        sequence with this id waits."""
         entry = self._entries.get(call_id)
         return None if entry is None else self._queues[entry[0].model].order.position(call_id)
 
@@ -223,7 +224,7 @@ class WaitingRoom:
         """Admit a sequence, and shed other sequences if that is needed to make room. If shedding cannot make
         enough room, refuse the sequence.
 
-        `outcome`: if not None, only refuse the sequence, with this reason.
+        `outcome`: if not None, refuse the sequence for this reason and shed nothing.
         """
         shed: list[WaitingSequence] = []
         while outcome is None and not self._has_room(waiting):

@@ -43,11 +43,12 @@ matters."""
 
 
 def next_of(flow: Flow, loss_of: LossOf) -> WaitingSequence | None:
-    """Return the sequence to send when it is the turn of this flow (the queue of one tenant); None if nothing waits.
+    """Return the sequence to send when it is the turn of this flow (the queue of one tenant); None if nothing
+    waits.
 
-    Among the first MAX_CHOICES sequences, the one with the greatest loss is returned; of equal losses, the first one.
-    The first sequence is returned without a call of `loss_of` if only one waits, or if it was overtaken MAX_OVERTAKEN
-    times.
+    `loss_of` returns how much is lost if a sequence is not sent now. Among the first MAX_CHOICES sequences,
+    the one with the greatest loss is returned; of equal losses, the first one. The first sequence is returned
+    without a call of `loss_of` if only one waits, or if it was overtaken MAX_OVERTAKEN times.
     """
     if len(flow) < 2 or flow.overtaken >= MAX_OVERTAKEN:
         return flow.head()

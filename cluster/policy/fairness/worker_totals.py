@@ -8,7 +8,7 @@ The gateway counts its own part itself, more exactly and sooner. So it adds only
 between the two numbers.
 
 Invariants: a repeated report changes nothing. The next report makes up for a lost report. The first report from
-a worker to a gateway adds nothing, because it is unknown when its service began.
+a worker to a gateway adds nothing, because the gateway cannot tell how much of the service is recent.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class WorkerTotals:
                 self._flows.add_service(self._flows.flow(*key), difference)
 
     def link_ended(self, worker: str) -> None:
-        """Record that the link to a worker has ended. `by_this_link`, the service in the worker's reports for calls
-        over the link, starts at zero on the next link."""
+        """Record that the link to a worker has ended. On the next link, the worker counts the service for calls over
+        the link (`by_this_link`) from zero again."""
         known = self._workers.get(worker)
         if known is not None:
             for key, (total, _) in known[1].items():

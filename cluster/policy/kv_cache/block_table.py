@@ -100,7 +100,8 @@ class BlockTable:
         return words
 
     def leading_words(self, hashes: Hashes) -> Words:
-        """Return the words of the leading hashes, up to the first hash that is not in the table."""
+        """Return the 64-bit words that are stored for the first hashes, up to the first hash that is not in the
+        table."""
         places, products = self._locate(*self._keys(hashes))
         if not products.all():
             places = places[: (products == 0).argmax()]
@@ -144,16 +145,16 @@ class BlockTable:
         return used, segment + 1 < len(self._depths)
 
     def _keys(self, hashes: Hashes) -> tuple[Marks, Places]:
-        """Return the mark of each hash, and the two rows where the hash may be, as an array of shape (2, number of
-        hashes)."""
+        """Return the mark of each hash, and the two rows of the table where the hash may be. A mark is the part of a
+        hash that the table stores. The rows are an array of shape (2, number of hashes)."""
         keys = hashes * self._multiplier
         first_rows = self._directory.take((keys >> np.uint64(64 - self._depth)).view(np.int64))
         rows = first_rows + keys.view(np.uint8).reshape(-1, 8)[:, _ROW_BYTES].T
         return keys.view(np.uint32)[_HIGH_HALF::2] | _ONE_MARK, rows
 
     def _locate(self, marks: Marks, rows: Places) -> tuple[Places, _Flags]:
-        """Look up each mark in its two rows. Returns the place of each mark, and a number that is 0 if the mark is in
-        neither row; the place is then meaningless."""
+        """Look up each mark (a part of a block's hash) in the two rows of the table that may hold it. Returns the place
+        of each mark, and a number that is 0 for a mark in neither row. The place of such a mark has no meaning."""
         products = (self._marks.take(rows, axis=0) == marks[:, None]).view(np.uint64)[..., 0]
         products *= _COLUMNS
         places = np.where(products[0], rows[0], rows[1])

@@ -60,11 +60,11 @@ class ExpectedBlocks:
         return ended
 
     def _forget(self, expectation: _Expectation) -> Hashes:
-        """Forget an expectation. It must be the oldest of those for its worker with the same first block. Returns
-        the blocks that are now in no expectation for the worker.
+        """Forget the expectation of one prompt's blocks. Returns those of its blocks that the worker is no longer
+        expected to hold for any other prompt.
 
-        Expectations with another first block need no comparison: prompts that share a block share all blocks before
-        it.
+        `expectation`: must be the oldest of all expectations for its worker that have the same first block. Only
+        these expectations are compared: prompts that share any block also share the first block.
         """
         others = self._alike[expectation.key]
         others.popleft()

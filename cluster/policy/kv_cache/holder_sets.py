@@ -43,8 +43,8 @@ def members_of_word(word: int) -> Members:
 
 
 class HolderSets:
-    """Table of the sets that have more than four workers, and operations that change the sets of many KV blocks at
-    once."""
+    """A table of the worker sets that have more than four workers. Its methods also change the sets of many KV blocks
+    at once."""
 
     def __init__(self) -> None:
         self._sets: list[Members] = []
@@ -65,8 +65,8 @@ class HolderSets:
         return held | expected
 
     def add(self, words: Words, worker: int, expected: bool = False) -> Words:
-        """Return the sets with a worker added: as an expected holder if `expected`, else as a holder. A worker that
-        already holds a block stays its holder."""
+        """Add a worker to the sets `words` and return the changed sets. With `expected`, the worker is only expected to
+        hold the blocks soon; without, it holds them. A worker that already holds a block stays its holder."""
         bit = 1 << worker
 
         def added(members: Members) -> Members:

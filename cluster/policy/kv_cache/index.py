@@ -38,7 +38,8 @@ class CacheIndex:
     """The KV blocks that one model's workers hold."""
 
     def __init__(self, max_hashes: int, multiplier: int) -> None:
-        """`max_hashes`: bound on the number of different blocks. `multiplier`: random number in [0, 2**64)."""
+        """Create an empty index. `max_hashes`: bound on the number of different blocks. `multiplier`: random number in
+        [0, 2**64) that hashes are multiplied by, so that no caller can choose hashes that collide."""
         self._table = BlockTable(max_hashes, multiplier)
         self._sets = HolderSets()
         self._numbers: dict[str, int] = {}
@@ -159,8 +160,9 @@ class CacheIndex:
         return starts[:first], kinds[:first], starts[first]
 
     def _sampled(self, hashes: Hashes) -> tuple[npt.NDArray[np.int64], Words]:
-        """Look up some blocks of a long prompt. Returns the positions and the words of these blocks; the word of a
-        block that no worker holds is 0. Every other block has the same word as the last returned block before it.
+        """Look up some blocks of a long prompt. Returns the positions of these blocks, and for each block the word that
+        encodes its set of workers; the word is 0 if no worker holds the block. A block that is not returned has the
+        same word as the last returned block before it.
 
         First, every 16th block is looked up, up to the first one that no worker holds. If two neighbours among these
         have different words, all blocks between them are looked up too. If they have the same word, the blocks between
@@ -199,8 +201,8 @@ class CacheIndex:
             self._table.set(places, self._sets.remove(self._table.get(places), number, only_expected))
 
     def _sweep(self) -> None:
-        """Remove departed workers from the next segment of the table. Their numbers can be reused after a pass over all
-        segments."""
+        """Remove departed workers from the next segment of the table. After the removal from all segments, the numbers
+        of these workers can be given to new workers."""
         if self._next_segment is None:
             if not self._departed:
                 return

@@ -55,8 +55,8 @@ class PromptHashes:
         """Number of blocks that were hashed, without those whose hashes were remembered."""
 
     def hashes(self, token_ids: Sequence[int] | _Ids, block_size: int, seed: int) -> Hashes:
-        """Return the prefix hashes of the whole blocks of `token_ids`; see `prefix_hashes`. The caller must not change
-        the ids later."""
+        """Return the prefix hashes of the whole blocks of `token_ids`, as the function `prefix_hashes` does with
+        `block_size` and `seed`. The caller must not change the ids later."""
         ids = np.asarray(token_ids, np.uint32)
         ids = ids[: len(ids) // block_size * block_size]
         known = self._known(ids, block_size, seed)

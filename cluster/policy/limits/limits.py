@@ -1,16 +1,20 @@
-"""Tenant limits. An amount is reserved when a call is admitted, topped up while the call runs, and settled at the end.
+"""Tenant limits. An amount is reserved when a call is admitted, topped up while the call runs, and settled at
+the end.
 
-Problem: the cost of a call is known only at the end of the call, when many other calls have been admitted. So the
-likely cost is reserved: the prompt and the tenant's 95th percentile of output. If the output becomes longer, more
-tokens are reserved, one quantum at a time. At the end the unused rest is returned.
+Problem: the cost of a call is known only at the end of the call, when many other calls have been admitted.
+So the likely cost is reserved: the prompt and the tenant's 95th percentile of output. If the output
+becomes longer, more tokens are reserved, one quantum at a time. At the end the unused rest is returned.
 
-Invariants: a call is refused if it would bring a one-minute window, or a daily or monthly budget, over its limit.
-However a call ends, `running` decreases by one, and the reservation of the call is replaced by the tokens that the
-engine counted. If a tenant's policy stops calls on an empty budget, a call exceeds the budget by less than one quantum.
+Invariants: a call is refused if it would bring a one-minute window, or a daily or monthly budget, over its
+limit. At the end of a call, also of a failed one, the number of running calls decreases by one, and the
+tokens that the engine counted replace the call's reservation. If a tenant's policy stops calls on an empty
+budget, a call exceeds the budget by less than one quantum.
 
-A limit per minute never ends a running call. A budget ends a running call only if the policy says stop.
+A limit per minute never ends a running call. A budget ends a running call only if the tenant's policy says
+`stop`.
 
-Source: reserve and settle as in two-phase quota (Doorman, Google 2016). The sliding windows are in windows.py.
+Source: reserve and settle as in two-phase quota (Doorman, Google 2016). The sliding windows are in
+windows.py.
 """
 
 from __future__ import annotations
@@ -152,8 +156,8 @@ class _HeldAmounts:
     month: int
 
     def spend(self, use: TenantUse, tokens: int) -> None:
-        """Add tokens to the use of the day and of the month in which the call was admitted. A period that is over is
-        not changed."""
+        """Add tokens to the tenant's sums of used tokens for a day and a month: those in which this call was admitted.
+        A sum is not changed if `use` has moved on to a later day or month."""
         if use.day.number == self.day:
             use.day.used += tokens
         if use.month.number == self.month:
@@ -189,7 +193,7 @@ class LimitStore(Protocol):
     ) -> LimitRefusal | None:
         """Count requests and tokens that belong to no reservation. `tokens` count as input tokens.
 
-        If they would exceed a limit, nothing is counted and the refusal is returned.
+        If a limit would be exceeded, nothing is counted and the refusal is returned.
         """
 
     def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int, now: float, epoch_s: float) -> bool:
@@ -417,8 +421,8 @@ def _fits(limits: TenantLimits, use: TenantUse, ask: _Wanted) -> bool:
 
 
 def _ends_in_s(name: Limit, use: TenantUse, over: int, now: float, epoch_s: float) -> tuple[float, float]:
-    """Return two durations in seconds: until at least the amount `over` of the tenant's use no longer counts, and until
-    none of the use counts. `name`: the limit that was exceeded."""
+    """Return two durations in seconds. After the first, at least `over` tokens or requests of the tenant's use no
+    longer count. After the second, none of the use counts. `name`: the limit that was exceeded."""
     if name is Limit.MONTHLY or name is Limit.DAILY:
         ends_in_s = month_ends_in_s(epoch_s) if name is Limit.MONTHLY else day_ends_in_s(epoch_s)
         return ends_in_s, ends_in_s

@@ -172,8 +172,9 @@ class RequestBytes:
     ) -> Reservation:
         """Reserve the whole size of one body.
 
-        The returned reservation is already granted if the bounds allow it now. Otherwise `on_grant` is called once,
-        when the release or shrinking of other reservations has made room. `too_slow`: see slow().
+        The returned reservation is already granted if the bounds allow it now. Otherwise `on_grant` is called
+        once, when other reservations have been released or reduced. `too_slow`: called if the body then arrives
+        too slowly while other reservations wait.
         """
         reservation = Reservation(self, tenant, connection, size, on_grant, too_slow)
         if not self._waiting and self._fits(reservation):
@@ -225,9 +226,9 @@ class RequestBytes:
         )
 
     def _grant_all(self, new: Reservation | None = None) -> None:
-        """Grant all reservations that fit, in order.
+        """Grant all reservations that fit, in order. Calls on_grant for each, except for `new`.
 
-        `new` gets no on_grant call, because the owner of `new` checks `granted`.
+        `new`: a reservation that is just being made. Its owner reads `granted` instead.
         """
         while (reservation := self._next()) is not None:
             self._forget(reservation)
@@ -288,5 +289,5 @@ def _count(counts: Counter[_K], key: _K, size: int) -> None:
 
 
 def _due(elapsed_s: float) -> float:
-    """Number of bytes that must have arrived `elapsed_s` seconds after the grant."""
+    """Number of bytes of a body that must have arrived `elapsed_s` seconds after its reservation was granted."""
     return (elapsed_s - GRACE_S) * MIN_BYTES_PER_S

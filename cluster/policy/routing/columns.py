@@ -67,7 +67,7 @@ class Columns:
 
     def pick(self, call: RouteCall, rejecting: Collection[str]) -> tuple[int, int]:
         """Return the row index of the best worker (-1 if no worker passes the filters), and the number of workers that
-        pass."""
+        pass. `rejecting`: incarnations of the workers to which their circuit breakers allow no call now."""
         passes = self._passing(call, rejecting)
         places = passes.nonzero()[0]
         passed = len(places)
@@ -102,7 +102,8 @@ class Columns:
         return passes
 
     def _costs(self, call: RouteCall) -> Floats:
-        """Return the cost of each worker for a call. The advantage of affinity is not subtracted."""
+        """Return the cost of each worker for a call. A worker that the call's affinity key prefers gets no discount
+        here."""
         costs: Floats
         if self._settings.policy == "consistent_hash":
             costs = -self._preferences(call.affinity or call.prefix)
@@ -152,7 +153,8 @@ class Columns:
         return places, np.fromiter(cached.values(), np.float64, len(cached))
 
     def _preferences(self, key: int) -> Floats:
-        """Return how much the hash `key` prefers each worker; see rendezvous.py."""
+        """Return a number in [0, 1) for each worker. Rendezvous hashing (rendezvous.py) prefers the worker with the
+        highest number. `key`: hash of an affinity key."""
         mixed = self._hashes ^ np.uint64(key)
         mixed = (mixed ^ (mixed >> _SHIFTS[0])) * _MULTIPLIERS[0]
         mixed = (mixed ^ (mixed >> _SHIFTS[1])) * _MULTIPLIERS[1]

@@ -21,8 +21,9 @@ the time that a usual worker needs for a prompt token:
   so its cost is proportional to their number. `full` is the cost of a worker without a free slot. `slots` are the slots
   of the engine. The credit (capacity granted to this gateway) does not measure the load, since the engine's admission
   of prompts keeps it small.
-  Engines with more slots are faster, so a sequence costs less there. Engines with few slots are not slower than others;
-  most of them have little memory. So if no worker of a model has MIN_SLOTS slots, `full` is lower: see `settings_for`.
+  Among the workers of one model, an engine with more slots is faster, so a sequence costs less there. But few slots do
+  not make an engine slow: usually its memory is small. So if no worker of a model has MIN_SLOTS slots, `full` is
+  reduced (`settings_for`).
 - `queue`: sequences of other gateways in the engine's queue. Their prompts are not known here, so each counts `queued`
   tokens. A sequence of this gateway without output is already part of `waiting`.
 - `kv_usage`: the fuller the KV memory, the sooner sequences are preempted and cached blocks are evicted, and their
@@ -53,7 +54,8 @@ PolicyName = Literal["cost", "least_load", "round_robin", "power_of_two", "consi
 
 @dataclass(frozen=True, slots=True)
 class CostWeights:
-    """Weights of the cost, all in prompt tokens and at least 0. See the derivation above."""
+    """Weights of the terms of the cost, all in prompt tokens and at least 0. The module's docstring derives the
+    terms."""
 
     computed: float = 16.0
     """Cost of a prompt token that must be computed."""
@@ -74,24 +76,26 @@ class CostWeights:
 
 @dataclass(frozen=True, slots=True)
 class RoutingSettings:
-    """The policy for new calls.
+    """The settings of the router for new calls.
 
-    `policy` says which worker gets a call. `cost`: the worker with the lowest cost. The other policies are simpler
-    ones, for comparison and as fallbacks. `least_load`: the worker with the smallest share of used slots.
-    `round_robin`: the worker to which this gateway has sent nothing for the longest time. `power_of_two`: the less
-    loaded of two workers that are drawn by the call's id (Mitzenmacher 2001). `consistent_hash`: the worker with the
-    highest rendezvous hash of the affinity key, or else of the beginning of the prompt (Thaler and Ravishankar
-    1998)."""
+    `policy` decides which worker gets a call. The policy `cost` picks the worker with the lowest cost. The
+    other policies are simpler; they are for comparison and serve as fallbacks. `least_load`: the worker with
+    the smallest share of used slots. `round_robin`: the worker to which this gateway has sent nothing for the
+    longest time. `power_of_two`: the less loaded of two workers that are drawn by the call's id (Mitzenmacher
+    2001). `consistent_hash`: the worker with the highest rendezvous hash of the affinity key, or of the
+    beginning of the prompt if there is no key (Thaler and Ravishankar 1998).
+    """
 
     policy: PolicyName = "cost"
     weights: CostWeights = CostWeights()
 
 
 def settings_for(settings: RoutingSettings, largest: int) -> RoutingSettings:
-    """Return the settings for a model whose largest worker has `largest` slots.
+    """Return the routing settings adapted to a model. `largest`: number of slots of the model's largest worker.
 
-    If `largest` is below MIN_SLOTS, the cost weight `full` is reduced. A sequence then costs as much at the largest
-    worker as it would cost at a worker with MIN_SLOTS slots under the given settings.
+    If `largest` is below MIN_SLOTS, the cost weight `full` is reduced in proportion. On a small worker each
+    sequence fills a larger share of the slots; with the reduced weight it costs no more than on a worker with
+    MIN_SLOTS slots.
     """
     if largest >= MIN_SLOTS:
         return settings

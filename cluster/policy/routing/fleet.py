@@ -5,14 +5,14 @@ takes milliseconds. Between two decisions few workers change.
 
 Method: a row for each worker holds what a decision needs: the part of the worker's cost that is equal for all calls,
 its cost of a prompt token, and the largest prompt that fits on the worker. A row is computed when its worker has
-changed. A decision adds the part that depends on the call. From VECTOR_FROM workers on, the rows are also kept as numpy
-columns, see columns.py.
+changed. A decision adds the part that depends on the call. From VECTOR_FROM workers on, the rows are also kept as
+numpy columns, see columns.py.
 
-Invariants: the chosen worker passes all FILTERS, and no worker that passes has a lower cost. With power_of_two, only
-the two workers that were drawn are compared. Of workers with equal costs, the one with more free sequences is chosen;
-of these, the one that got nothing from this gateway for the longest time, so that idle workers fill their caches
-evenly; of these, the first by worker id. Equal inputs give equal decisions, whatever the order of the changes, with and
-without numpy.
+Invariants: the chosen worker passes all FILTERS, and no worker that passes has a lower cost. With the setting
+power_of_two, only two workers are compared, which are drawn at random. Of workers with equal costs, the one that can
+take more sequences is chosen; of these, the one that got nothing from this gateway for the longest time, so that
+idle workers fill their caches evenly; of these, the first by worker id. Equal inputs give equal decisions, whatever
+the order of the changes, with and without numpy.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ class Fleet:
         self.busy.discard(worker_id)
 
     def _fit_settings(self) -> None:
-        """If the number of slots of the largest worker has changed, compute all rows again with the settings for this
-        number."""
+        """If the largest worker now has another number of slots, adapt the routing settings to this number, and compute
+        the precomputed costs of all workers again."""
         largest = max(self._sizes, default=MIN_SLOTS)
         if largest == self._largest:
             return
@@ -175,8 +175,9 @@ class Fleet:
         return RoutingDecision(worker, self._reason(call, at, passed), scores, call.cached.get(worker, 0), full)
 
     def _full_holders(self, call: RouteCall, chosen: Row, rejecting: Collection[str]) -> Sequence[FullHolder]:
-        """Return the workers without free capacity that cost less than the chosen worker. At most MAX_HOLDERS workers
-        are considered, and only those that hold at least as much of the prompt as the chosen worker."""
+        """Return workers at which the call would cost less than at the chosen worker, but which have no free capacity.
+        Only workers that hold at least as much of the prompt as the chosen worker are considered, and at most
+        MAX_HOLDERS of them."""
         here = call.cached.get(chosen.worker_id, 0)
         if self.settings.policy != "cost":
             return ()
@@ -217,8 +218,8 @@ class Fleet:
         return self._columns
 
     def _scan(self, call: RouteCall, rejecting: Collection[str]) -> tuple[int, int]:
-        """Return the index in `_rows` of the best worker (-1 if no worker passes the filters), and the number of
-        workers that pass."""
+        """Return two numbers: the index in `_rows` of the best worker (-1 if no worker passes the filters), and how
+        many workers pass. `rejecting`: incarnations of the workers whose circuit breakers let no call through."""
         entries = [
             (at, cost_of(call, row, self.settings))
             for at, row in enumerate(self._rows)
@@ -254,7 +255,8 @@ class Fleet:
 
 
 def _fits(call: RouteCall, row: Row, rejecting: Collection[str]) -> bool:
-    """Return whether a worker passes the filters that depend on the call. The size of the prompt is not checked."""
+    """Return whether a worker passes the filters that depend on the call. The size of the prompt is not checked.
+    `rejecting`: incarnations whose circuit breakers let no call through."""
     c = row.candidate
     return (
         (not call.versions or c.version in call.versions)
@@ -269,7 +271,7 @@ def _scores(
     call: RouteCall, rows: Sequence[Row], settings: RoutingSettings, rejecting: Collection[str]
 ) -> tuple[Score, ...]:
     """Return the scores of all workers: first the workers that pass the filters, ordered by cost, then the dropped
-    workers, ordered by worker id."""
+    workers, ordered by worker id. `rejecting`: incarnations of workers whose circuit breakers let no call through."""
     passed: list[tuple[float, int, float, str, Score]] = []
     dropped: list[Score] = []
     for row in rows:

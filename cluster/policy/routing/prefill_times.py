@@ -115,8 +115,9 @@ class PrefillTimes:
         sums.late_tokens, sums.late_s, sums.late_until = tokens, seconds, now + seconds
 
     def record_unfinished_lost(self, worker_id: str, now: float) -> None:
-        """Record that the late prompts of the last `record_unfinished` have left the worker. Their tokens and the
-        seconds so far are recorded as a sample. The sample is too fast, since the prompts were not finished."""
+        """Record a sample for prompts that left the worker before they were finished. The sample consists of the tokens
+        and seconds of the last `record_unfinished`. It overstates the worker's speed, since not all of the tokens were
+        computed."""
         sums = self._workers.get(worker_id)
         if sums is not None and now < sums.late_until:
             self.record(worker_id, sums.late_tokens, sums.late_s, now)

@@ -1,14 +1,14 @@
 """Bounded memory of a gateway's routing decisions, for explanations of single calls.
 
-Problem: an operator asks only afterwards why a call was sent to a worker, often when the call has ended. Each decision
-has a score for each worker. Keeping all scores would fill the memory, and formatting them would cost each call more
-than the routing itself.
+Problem: an operator asks only afterwards why a call was sent to a worker, often when the call has ended. Each
+decision has a score for each worker. Keeping all scores would fill the memory, and formatting them would cost each
+call more than the routing itself.
 
-Invariants: the estimated size of the memory never exceeds `max_bytes`, and the oldest calls are forgotten first. In a
-fleet of up to MAX_CANDIDATES workers, the scores of a decision are read only when its call is explained. In a larger
-fleet, reading a thousand scores takes milliseconds. So there at most SCORES_PER_S scores a second are read, at the
-time of the decision: the best scores are kept and the others are counted. For a decision whose scores are not read,
-only the choice and its reason are kept.
+Invariants: the estimated size of the memory never exceeds `max_bytes`, and the oldest calls are forgotten first. In
+a fleet of up to MAX_CANDIDATES workers, the scores of a decision are read only when its call is explained. In a
+larger fleet, reading a thousand scores takes milliseconds. So scores are read at the time of the decision, and at
+most SCORES_PER_S of them a second. The best scores are kept, and the others are counted. For a decision whose scores
+are not read, only the choice and its reason are kept.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Candidates:
 
     @classmethod
     def of(cls, scores: Sequence[Score]) -> Candidates:
-        """Keep the best of a decision's scores, and count the workers that were dropped."""
+        """Return the candidates of one decision: its best scores, and the numbers of dropped workers. `scores`: the
+        scores of all workers, the best first."""
         dropped = Counter(score.dropped for score in scores if score.dropped)
         return cls(scores[:MAX_CANDIDATES], dict(dropped), len(scores))
 

@@ -110,14 +110,15 @@ class RouteCall:
 
 @dataclass(frozen=True, slots=True)
 class FullHolder:
-    """A worker that has no room for a call, but would cost less than the chosen worker, since it holds more of the
-    prompt.
+    """A worker that has no room for a call, but would cost less than the chosen worker, since it holds more of
+    the prompt.
 
-    `gain`: how much lower its cost is. `per_sequence`: cost that each further sequence on this worker adds. `wait`:
-    expected time to the call's first token on this worker. It is measured in prompt tokens: the number that a usual
-    worker computes in this time. `limit`: longest `wait` that is allowed. It is the expected time to the first
-    token on the chosen worker, or CostWeights.patience if that is longer. `uncached`: number of the call's prompt
-    tokens that this worker must compute. `slowdown`: see Candidate.
+    `gain`: how much lower its cost is. `per_sequence`: cost that each further sequence on this worker adds.
+    `wait`: expected time to the call's first token on this worker. It is measured in prompt tokens: the number
+    that a usual worker computes in this time. `limit`: longest `wait` that is allowed. It is the expected time
+    to the first token on the chosen worker, or CostWeights.patience if that is longer. `uncached`: number of
+    the call's prompt tokens that this worker must compute. `slowdown`: time that this worker needs for a
+    prompt, relative to a usual worker of its model.
     """
 
     worker_id: str
@@ -189,9 +190,9 @@ class RoutingDecision:
         cached_tokens: int = 0,
         full_holders: Sequence[FullHolder] = (),
     ) -> None:
-        """`reason` None: the reason follows from the scores. `scores`: the scores, or a function that computes them.
+        """`reason`: None if the reason follows from the scores. `scores`: the scores, or a function that computes them.
         `cached_tokens`: number of leading tokens of the call that the chosen worker holds in its KV cache.
-        `full_holders`: see FullHolder; empty if the chosen worker costs least."""
+        `full_holders`: workers that would cost less than the chosen worker but have no room for the call."""
         self.worker_id = worker_id
         self.cached_tokens = cached_tokens
         self.full_holders = full_holders
@@ -349,8 +350,8 @@ queue lengths are as old as the last heartbeat.
 
 
 class Router:
-    """Pipeline of filters and scorers. Scorers see only workers that passed the filters, so free_sequences is above
-    0."""
+    """Pipeline of filters and scorers. Scorers see only the workers that passed the filters; each of these workers has
+    a `free_sequences` above 0."""
 
     def __init__(self, filters: Sequence[Filter] = FILTERS, scorers: Sequence[Scorer] = SCORERS) -> None:
         """Create a pipeline. Raises ValueError if there are no scorers or a weight is not above 0."""
@@ -363,8 +364,9 @@ class Router:
     def pick(self, call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
         """Pick the candidate with the best score among the candidates that pass all filters.
 
-        Ties are broken in this order: more free sequences; earlier `last_sent`, so that idle workers fill their caches
-        evenly; first by worker_id.
+        Of candidates with equal scores, the one with more free sequences is picked. If these are equal too, the
+        one with the earlier `last_sent` is picked, so that idle workers fill their caches evenly. The worker id
+        decides last, the smaller one first.
         """
         if call.reserved_slots:
             candidates = list(candidates)

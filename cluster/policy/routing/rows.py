@@ -1,4 +1,5 @@
-"""A row: the values of one worker that decisions about new calls use. A row is computed when its worker has changed."""
+"""Rows for decisions about new calls. A row has the values of one worker that such a decision needs. It is computed
+again when its worker has changed."""
 
 from __future__ import annotations
 
@@ -10,12 +11,13 @@ from cluster.policy.routing.router import Candidate, RouteCall
 
 
 class Row(NamedTuple):
-    """The values of a worker that decisions use.
+    """The values of a worker that routing decisions use.
 
-    `is_open`: whether the worker passes the filters that are the same for all calls. `is_serving`: the same, but
-    without the filter for a free slot. `max_tokens`: number of tokens of the largest prompt that fits. `standing` and
-    `per_token`: see cost.py. `hashed`: hash of the worker's id. `shared_slots`: the worker's free slots that count
-    towards RouteCall.reserved_slots.
+    `is_open`: whether the worker passes the filters that are the same for all calls. `is_serving`: the same,
+    but without the filter for a free slot. `max_tokens`: number of tokens of the largest prompt that fits.
+    `standing`: the part of the worker's cost that is equal for all calls. `per_token`: the cost of each
+    prompt token. `hashed`: hash of the worker's id. `shared_slots`: the worker's free slots, if they count
+    towards the slots that must stay free (RouteCall.reserved_slots).
     """
 
     candidate: Candidate

@@ -33,7 +33,7 @@ class DecisionLog:
             self._decisions.append(decision)
 
     def add_uncounted(self, decision: ScalingDecision) -> None:
-        """Keep a decision that was not made by the policy, without counting it."""
+        """Keep a decision that the scaling policy did not make. `counts` does not include it."""
         self._decisions.append(decision)
 
     def newest(self, limit: int = 0) -> Sequence[ScalingDecision]:

@@ -14,7 +14,8 @@ from cluster.policy.scaling.replica_rates import LearntCosts, ReplicaLimits
 
 @dataclass(slots=True)
 class _Learnt:
-    """Learnt costs of steps, and newest batch limits, of the replicas on one type of GPU."""
+    """What was learnt about one model's replicas on one type of GPU: the costs of a step, and the newest batch
+    limits."""
 
     costs: LearntCosts = field(default_factory=LearntCosts)
     limits: ReplicaLimits = field(default_factory=lambda: ReplicaLimits(0, 0, 0))
@@ -40,7 +41,8 @@ class LearntRates:
                     learnt.limits = worker.limits
 
     def rates(self, spec: ModelSpec) -> Rates:
-        """Return the rates of a replica on the type of GPU in `spec`. The last pass must have had this type."""
+        """Return the rates of a replica on the type of GPU in `spec`. The last call of `observe` must have included
+        this type."""
         learnt = self._by_gpu[spec.gpu]
         return learnt.costs.rates(learnt.limits, spec.slo_itl_s, world_size(spec))
 

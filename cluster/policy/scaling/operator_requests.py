@@ -1,4 +1,5 @@
-"""Scaling requests of operators. A request is validated, stored, and applied in the next pass. Pure."""
+"""Scaling requests of operators. A request is validated and handed to the scaler, which applies it in its next pass. A
+callback stores the request. No I/O in this module."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def requests_to_json(asked: OperatorRequest) -> dict[str, object]:
 
 
 def requests_from_json(values: Mapping[str, object]) -> OperatorRequest:
-    """Return the requests from JSON values; the inverse of `requests_to_json`. Raises ValueError for invalid values."""
+    """Return an OperatorRequest from JSON values; the inverse of `requests_to_json`. Raises ValueError for invalid
+    values."""
     manual, frozen, everything = values.get("manual"), values.get("frozen"), values.get("all_frozen")
     if not isinstance(manual, dict) or not all(isinstance(count, int) for count in manual.values()):
         raise ValueError("manual must be numbers by model")

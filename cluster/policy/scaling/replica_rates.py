@@ -1,19 +1,19 @@
-"""Throughput of one replica, learnt from the durations of the steps of its engine. Pure.
+"""Throughput of one replica, learnt from the durations of the steps of its engine.
 
-Model: a step takes `fixed` seconds, plus `decode` seconds for each sequence that gets a token, plus `prefill` seconds
-for each prompt token. So over a span between two reports of an engine:
+Model: a step takes `fixed` seconds, plus `decode` seconds for each sequence that gets a token, plus
+`prefill` seconds for each prompt token. So over a span between two reports of an engine:
 
     time spent in steps = fixed * steps + decode * generated tokens + prefill * prompt tokens
 
-Method: the three costs are found by least squares over the spans of all replicas together; the weight of older spans
-fades. Costs cannot be negative. So least squares is solved for each of the seven subsets of costs, with the other costs
-set to 0, and the best solution without a negative cost is used.
+Method: the three costs are found by least squares over the spans of all replicas together; the weight of
+older spans fades. Costs cannot be negative. So least squares is solved for each of the seven subsets of
+costs, with the other costs set to 0, and the best solution without a negative cost is used.
 
-The decode rate is extrapolated to at most BEYOND_SEEN times the observed batch, because a small batch does not show how
-many streams a replica can hold.
+The decode rate is extrapolated to at most BEYOND_SEEN times the observed batch, because a small batch
+does not show how many streams a replica can hold.
 
-Source: Lawson & Hanson, Solving Least Squares Problems (1974), ch. 23. All subsets are tried, because there are so few
-unknowns.
+Source: Lawson & Hanson, Solving Least Squares Problems (1974), ch. 23. All subsets are tried, because
+there are so few unknowns.
 """
 
 from __future__ import annotations

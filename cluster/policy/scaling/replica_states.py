@@ -1,10 +1,10 @@
 """States of the replicas of one model, and the time that a start takes.
 
-Replicas that serve are ready, up to the decided number. If fewer serve, the missing replicas are starting. All other
-connected replicas, and replicas that Ray stops, are draining.
+Of the replicas that serve, at most the decided number count as ready. If fewer serve, the missing replicas are
+starting. All other connected replicas, and replicas that Ray stops, are draining.
 
-The cold-start time is the time from a decision to add a replica until a replica serves. When a replica serves for the
-first time, it is matched with the oldest such decision that has no replica yet.
+The cold-start time is the time from a decision to add a replica until a replica serves. When a replica serves
+for the first time, it is matched with the oldest such decision that has no replica yet.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ PLENTY = 1_000_000
 
 
 class ScaledModel:
-    """Scaling state of one model. In each pass, call `observe`. Then call `apply` if the policy has decided, or `hold`
-    if the demand is unknown.
+    """Scaling state of one model. In each pass, call `observe`. Then call `apply` if the policy has decided, or
+    `hold` if the demand is unknown.
 
-    `now` is monotonic, in seconds; `wall_s` is the same time in seconds since the epoch. In the operators' requests,
-    `all_frozen` must be set if an operator or the configuration freezes all models.
+    `now` is monotonic, in seconds; `wall_s` is the same time in seconds since the epoch. If an operator or the
+    configuration freezes all models, the caller must set `all_frozen` in the operators' requests.
     """
 
     def __init__(self, inputs: ModelInputs, cold_start_s: float) -> None:
@@ -78,8 +78,8 @@ class ScaledModel:
         )
 
     def apply(self, decision: ReplicaDecision, requests: OperatorRequest, now: float, wall_s: float) -> ScalingDecision:
-        """Apply a decision of the policy. The number of replicas of a frozen model stays the same. Returns the decision
-        as it was applied."""
+        """Apply a decision of the scaling policy, and return the decision as it was applied. If `requests` freezes the
+        model, its numbers of replicas stay the same."""
         last = self._desired or {}
         desired = last
         if not requests.is_frozen(decision.model):

@@ -79,7 +79,8 @@ class AdapterWaits:
         return True
 
     def pop(self, key: str) -> AdapterWait | None:
-        """Remove a sequence and return it; None if it does not wait for an adapter."""
+        """Remove a waiting sequence and return its wait; None if the sequence does not wait for an adapter. `key`: the
+        sequence's key."""
         wait = self._by_key.pop(key, None)
         if wait is None:
             return None

@@ -48,8 +48,11 @@ class _Hedge:
 
 @dataclass(slots=True)
 class _Sent:
-    """A sequence that was sent and has no output yet. `wait_s`: seconds from `sent_at` until the next check; at first,
-    until the sequence is late. `hedge`: the second worker, while both workers have the sequence; else None."""
+    """A sequence that was sent and has no output yet.
+
+    `wait_s`: seconds from `sent_at` until the sequence is checked next. The first check is when the sequence counts as
+    late. `hedge`: the second worker, while both workers have the sequence; else None.
+    """
 
     model: str
     worker: str
@@ -88,8 +91,8 @@ class HedgingPolicy:
         return self._due[0][0] if self._due else math.inf
 
     def sent(self, key: str, model: str, worker_id: str, uncached_tokens: int, now: float) -> None:
-        """Record that a sequence was sent to its first worker, or to another worker after a loss. `uncached_tokens`:
-        number of prompt tokens that the worker is expected to compute."""
+        """Record that a sequence was sent to its first worker, or to another worker after a loss. `key`: id of the
+        sequence. `uncached_tokens`: number of prompt tokens that the worker is expected to compute."""
         if self.share <= 0:
             return
         before = self._sent.get(key)
@@ -162,8 +165,8 @@ class HedgingPolicy:
         sent.was_hedged, sent.hedge = True, _Hedge(worker_id, uncached_tokens, now)
 
     def hedge_ended(self, key: str, won: bool, now: float) -> int:
-        """Record that only one of a sequence's two workers keeps the sequence: the second worker if `won`, else the
-        first. Returns the number of prompt tokens that the worker without the sequence was expected to compute."""
+        """Record which of a sequence's two workers keeps the sequence: the second worker if `won`, else the first.
+        Returns the number of prompt tokens that the other worker was expected to compute."""
         sent = self._sent.get(key)
         if sent is None or sent.hedge is None:
             return 0

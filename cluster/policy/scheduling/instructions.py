@@ -67,13 +67,13 @@ class Ending(enum.Enum):
 class Send:
     """Send a sequence to a worker. The sequence has left its queue.
 
-    `decision`: the routing decision, for explanations. `reason`: see RoutingDecision. `holder_wait`: how long a new
-    sequence has waited for the worker that holds its prompt, even if it is now sent to another worker; None if it has
-    not waited.
+    `decision`: the routing decision, for explanations. `reason`: why this worker was chosen, as a metric label.
+    `holder_wait`: how long a new sequence has waited for the worker that holds its prompt, even if it is now sent to
+    another worker; None if it has not waited.
 
-    For a resumed sequence, `uncached_tokens` is the number of tokens that the worker is likely to compute; 0 means all
-    tokens. For a new sequence, `cached_tokens` is as in RoutingDecision, and `cached` is the number of its leading
-    tokens that each worker holds in its KV cache, by worker id; None if the caches were not looked up.
+    Field of a resumed sequence: `uncached_tokens` is the number of tokens that the worker is likely to compute; 0 means
+    all tokens. Fields of a new sequence: `cached_tokens` is the number of its leading tokens that this worker holds in
+    its KV cache. `cached` has this number for each worker, by worker id; None if the caches were not looked up.
     """
 
     entry: WaitingSequence
@@ -105,8 +105,8 @@ class Fail:
 
 @dataclass(frozen=True, slots=True)
 class Acquit:
-    """Forget that a waiting sequence has lost workers. It is not the cause, because workers that did not run it were
-    lost too."""
+    """Instruction: stop suspecting that a waiting sequence made its workers fail. Workers that did not run the sequence
+    were lost too, so the sequence is not the cause."""
 
     key: str
 

@@ -34,8 +34,9 @@ class NewAssignment:
         self._warm = WarmSequences(workers)
 
     def assign(self, model: str, now: float) -> Iterator[Instruction]:
-        """Yield the instructions for a model's new sequences, in the order of the module's description. If no worker
-        has room for the first sequence of the waiting room, all sequences behind it wait too."""
+        """Yield the instructions for a model's new sequences. Sequences that were set aside come first, then sequences
+        that wait for an adapter, then the waiting room. If no worker has room for the first sequence of the waiting
+        room, all sequences behind it wait too."""
         for aside in self._aside.in_order(model):
             yield from self._assign_aside(aside, now)
         yield from self._assign_with_adapters(model, now)
@@ -142,7 +143,8 @@ class NewAssignment:
         self._queues.forget_versions(key)
 
     def _call(self, entry: WaitingSequence, cached: Mapping[str, int]) -> RouteCall:
-        """Return the routing request of a new sequence. `cached`: see RouteCall."""
+        """Return the routing request of a new sequence. `cached`: how many leading tokens of its prompt each worker
+        holds in its KV cache, by worker id."""
         keep_free, versions = self._room.slots_to_keep_free(entry), self._versions.get(entry.call_id, ANY_VERSION)
         first = frozenset((versions.first,)) if versions.first else versions.all
         return RouteCall(

@@ -35,8 +35,9 @@ class NewSequences:
     def admit(
         self, entry: WaitingSequence, now: float, starts_in_s: float = 0.0, versions: Versions = ANY_VERSION
     ) -> RoomAdmission:
-        """Queue a new sequence if the waiting room admits the sequence; see WaitingRoom.admit. `versions`: versions of
-        the model on which the sequence may begin."""
+        """Queue a new sequence if the waiting room admits it. The result has the reason of a refusal, and the sequences
+        that the room has shed for the new one. `starts_in_s`: seconds until the earliest possible start. `versions`:
+        versions of the model on which the sequence may begin."""
         admission = self.room.admit(entry, now, starts_in_s)
         for other in admission.shed:
             self._versions.pop(other.call_id, None)

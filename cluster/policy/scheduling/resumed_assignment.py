@@ -1,8 +1,9 @@
-"""Assignment of resumed sequences: each sequence is sent to a compatible worker, keeps waiting, or has its call ended.
+"""Assignment of resumed sequences to workers. A sequence is sent to a compatible worker, or it keeps
+waiting, or its call is ended.
 
-A sequence first waits for the worker that holds its KV blocks, for as long as the resume queue says. Then it may be
-sent to any compatible worker. A suspect sequence, which may have caused the loss of its workers, is resumed only as
-worker_losses.py allows.
+A sequence first waits for the worker that holds its KV blocks. The resume queue limits this wait. Then
+the sequence may be sent to any compatible worker. A suspect sequence, which may have caused the loss of
+its workers, is resumed only as worker_losses.py allows.
 """
 
 from __future__ import annotations
@@ -76,11 +77,11 @@ class ResumedAssignment:
             yield End(sequence.key, Ending.REPLACED)
 
     def _offered(self, sequence: ResumingSequence, view: WorkersView, now: float) -> Iterator[Sequence[Candidate]]:
-        """Yield groups of workers to try, one after the other. The last group is all workers of the model. If there
-        are many workers, a group before it is a sample of them, with the worker that holds the sequence's KV
-        blocks.
+        """Yield groups of workers, in the order in which to try them.
 
         While the sequence must wait for the worker that holds its KV blocks, this worker is the only group.
+        Otherwise the last group is all workers of the model. If there are many workers, the group before it is a
+        sample, together with the worker that holds the KV blocks.
         """
         holder = view.one(sequence.cached_on) if sequence.cached_on else None
         cached_on = self._queue.waits_for(sequence.key, now)

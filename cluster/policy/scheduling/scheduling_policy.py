@@ -46,18 +46,19 @@ class SchedulingPolicy:
     def admit(
         self, entry: WaitingSequence, now: float, starts_in_s: float = 0.0, versions: Versions = ANY_VERSION
     ) -> RoomAdmission:
-        """Queue a new sequence if the waiting room admits it; see WaitingRoom.admit. `versions`: versions of the model
-        on which the sequence may begin."""
+        """Queue a new sequence if the waiting room admits it. The result names the sequences that the room has shed for
+        it, and the reason of a refusal. `starts_in_s`: seconds until the earliest possible start. `versions`: versions
+        of the model on which the sequence may begin."""
         return self._new.admit(entry, now, starts_in_s, versions)
 
     def put_back(self, entry: WaitingSequence, now: float, versions: Versions = ANY_VERSION) -> None:
         """Queue a sequence that was sent before and must start over. It waits ahead of all sequences of the model that
-        were never sent."""
+        were never sent. `versions`: versions of the model on which it may begin."""
         self._new.put_back(entry, now, versions)
 
     def set_versions(self, key: str, versions: Versions) -> None:
-        """Set the versions on which a queued sequence may begin. Once one sequence of a call has begun, the other
-        sequences of the call may begin only on the same version."""
+        """Set the versions of the model on which a queued sequence may begin. Once one sequence of a call has begun,
+        the other sequences of the call may begin only on the same version. `key`: id of the sequence."""
         self._new.set_versions(key, versions)
 
     def resume(self, sequence: ResumingSequence, now: float) -> None:
@@ -86,7 +87,8 @@ class SchedulingPolicy:
 
     def expire(self, now: float, longer_s: Callable[[str], float]) -> list[End]:
         """Remove the sequences that have waited too long, and return the instructions to end their calls.
-        `longer_s(model)`: see ResumeQueue.expired."""
+        `longer_s(model)`: extra seconds that a model's sequences may wait for a resume. At most as many seconds as the
+        usual limit are added."""
         ends = [End(key, Ending.TOO_LATE) for key in self._new.pop_expired(now)]
         return ends + [End(key, Ending.NOT_RESUMED) for key in self.resuming.expired(now, longer_s)]
 
@@ -98,11 +100,14 @@ class SchedulingPolicy:
         yield from self._new_assignment.assign(model, now)
 
     def assign_resumed(self, model: str, sequences: Iterable[ResumingSequence], now: float) -> Iterator[Instruction]:
-        """Return the instructions for the resumed sequences `sequences` of a model (see ResumedAssignment.assign)."""
+        """Return instructions that assign resumed sequences of a model to workers. `sequences`: the resumed
+        sequences."""
         return self._resumed_assignment.assign(model, sequences, now)
 
     def movable(self, sequences: Iterable[ResumingSequence], worker_id: str, now: float) -> Iterator[str]:
-        """Return the keys of the sequences that may leave a draining worker, see ResumedAssignment.movable."""
+        """Yield the keys of the sequences that may leave the draining worker `worker_id`, because another worker has
+        capacity. `sequences`: sequences on the draining worker. The caller must move each sequence before it takes the
+        next key."""
         return self._resumed_assignment.movable(sequences, worker_id, now)
 
     def __repr__(self) -> str:

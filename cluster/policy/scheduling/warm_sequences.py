@@ -40,12 +40,12 @@ class HolderView(Protocol):
         """Return how many leading tokens of a waiting sequence's prompt the workers hold, by worker id."""
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
-        """Return the number of tokens of the largest prompt that a worker can take now; 0 if it can take no sequence
-        now, None if the worker is not linked or takes no new sequences."""
+        """Return the number of tokens of the largest prompt that a worker can take now. 0: the worker is full. None:
+        the worker is not linked, or no longer accepts new sequences."""
 
 
 class WarmSequences:
-    """Memory of which workers hold the prompts of a gateway's waiting sequences. Times are monotonic seconds."""
+    """Records for each waiting sequence of a gateway which workers hold its prompt. Times are monotonic seconds."""
 
     def __init__(self, workers: HolderView) -> None:
         self._workers = workers

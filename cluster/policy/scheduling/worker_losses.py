@@ -34,8 +34,8 @@ WINDOW_S = 30.0
 
 
 class LossVerdict(enum.Enum):
-    """Verdict on a suspect sequence: WAIT for more loss reports, RESUME it, send it to a worker that runs no other
-    suspect sequence (ALONE), or END its call."""
+    """What happens to a sequence that may have crashed its workers (a suspect). WAIT: wait for more loss reports.
+    RESUME: resume it. ALONE: send it to a worker that runs no other suspect. END: end its call."""
 
     WAIT = "wait"
     RESUME = "resume"
@@ -65,7 +65,8 @@ class WorkerLosses:
             self._lost = deque(loss for loss in self._lost if loss[2] != incarnation)
 
     def suspect(self, key: str, own: Sequence[str], now: float) -> None:
-        """Record that the sequence `key` may have caused the loss of its workers. `own`: see `verdict`."""
+        """Record that the sequence `key` may have caused the loss of its workers. `own`: the losses of this sequence,
+        the oldest first, as `verdict` takes them."""
         if own[-1] != CARRIED:
             self._suspects.setdefault(own[-1], (now, set()))[1].add(key)
         self._forget(now)

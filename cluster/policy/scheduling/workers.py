@@ -13,7 +13,8 @@ class Workers(Protocol):
     """The linked workers of one gateway. A gateway and the simulators implement this protocol."""
 
     def route(self, call: RouteCall, now: float) -> RoutingDecision:
-        """Pick a worker for a new sequence, see policy/routing/fleet.py."""
+        """Pick a worker for a new sequence, by the rules in policy/routing/fleet.py. Returns the decision with its
+        reasons."""
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
         """Return all workers of a model. `resumed`: whether they are for a sequence that resumes. The result may be
@@ -27,14 +28,16 @@ class Workers(Protocol):
         worker id. Workers that hold none are left out. None if the numbers are not known or make no difference."""
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Like `cached_tokens`, but also for a model with only one worker, and never None."""
+        """Return how many leading tokens of a prompt each worker of a model holds in its KV cache, by worker id. Unlike
+        `cached_tokens`, it also returns the numbers for a model with only one worker, and never None."""
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
         """Return the number of tokens of the largest prompt that a worker can take now; 0 if it can take no sequence
         now, None if the worker is not linked or takes no new sequences."""
 
     def has_adapter(self, model: str, adapter: str) -> bool:
-        """Return whether any worker of a model takes calls for an adapter (see RouteCall). This check is cheap."""
+        """Return whether any worker of a model takes calls for an adapter. `adapter`: the adapter's name in the form of
+        RouteCall.adapter. This check is cheap."""
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
         """Return whether a worker runs a suspect sequence (worker_losses.py) that has got no token from this worker

@@ -261,7 +261,7 @@ def key_of(snapshot: AccessSnapshot, token: str, peppers: Sequence[bytes]) -> Ke
 
 
 def authenticate_again(snapshot: AccessSnapshot, digest: bytes, now_s: float) -> AuthVerdict:
-    """Return the present verdict for a key that was presented earlier. `digest`: stored digest of the key."""
+    """Return the verdict that holds now for a key that was presented earlier. `digest`: stored digest of the key."""
     return _key_verdict(snapshot, snapshot.keys.get(digest, _NO_KEY), now_s)
 
 

@@ -167,8 +167,8 @@ def _parsing_from_pb(m: pb.OutputParsing) -> OutputParsing:
 
 
 def max_submit_bytes(request: EngineRequest) -> int:
-    """Return an upper bound for the sum of the sizes that `submit_bytes` returns. The bound is faster to compute than
-    the sum. It is so low that nearly all requests are known to be small enough without the sum."""
+    """Return an upper bound on the sum of the sizes that `submit_bytes` returns. The bound is faster to compute than
+    the sum. For nearly all requests the bound is below the allowed size, so the sum need not be computed."""
     sampling = request.sampling
     characters = len(request.cache_salt) + len(request.traceparent) + len(request.adapter)
     if sampling.grammar is not None:
@@ -370,11 +370,12 @@ def check_kv_blocks(message: pb.KvBlocks) -> int:
 
 
 def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
-    """Return the slots that have more data than one token: a First, a Finish, log probabilities, SlotParts or a vector.
+    """Return the slots (numbers of requests on the link) for which `step` has other data than one token. Such
+    data is a First or Finish message, log probabilities, SlotParts or a vector.
 
-    If any slot has several entries in the message, all slots with parts in columns are returned too, because parts must
-    stay with their tokens. Returns None for a message with `counts`, because its slots may have no token or several
-    tokens.
+    If any slot has several entries in the message, slots whose parts are in the columns `part_slots` are
+    returned too, because parts must stay with their tokens. Returns None for a message with `counts`, because
+    its slots may have no token or several tokens.
     """
     if step.counts:
         return None

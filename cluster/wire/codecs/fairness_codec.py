@@ -33,8 +33,11 @@ class FlowBacklog(NamedTuple):
 
 
 def add_charge(message: pb.Submit, turn: WeightedValue[WaitingSequence]) -> None:
-    """Set the fields of a Submit by which its tenant is charged: the tenant, the tenant's weight, and the expected
-    numbers of cached and generated tokens. The Submit already has the priority class, as the request's priority."""
+    """Set the fields of a Submit that say how its tenant is charged.
+
+    The fields are the tenant, the tenant's weight, and the expected numbers of cached and generated tokens. `turn`: the
+    waiting sequence with the tenant's weight.
+    """
     waiting = turn.value
     message.tenant_handle, message.tenant_weight = waiting.tenant, turn.weight
     message.expected_cached_tokens, message.expected_output_tokens = waiting.cached_tokens, waiting.output_tokens

@@ -108,10 +108,8 @@ class GpuMeter:
         return max(1, min(chunks, self._steps - share.from_step, len(self._last) + 1))
 
     def _add_tokens(self, step: _MeteredStep, tokens: float) -> float:
-        """Add `tokens` of a prompt to an earlier step, and lower the step's price accordingly.
-
-        Returns the GPU-seconds of these tokens.
-        """
+        """Add `tokens` of a prompt to an earlier step. The step's GPU time is now shared by more tokens, so its price
+        per token falls. Returns the GPU-seconds of the added tokens."""
         before = step.gpu_s / step.tokens
         step.tokens += tokens
         after = step.gpu_s / step.tokens
@@ -127,15 +125,17 @@ class GpuMeter:
         return share.prefill_s + max((self._price - share.first_price) * each, 0.0)
 
     def charge(self, share: GpuShare, generated: int) -> float:
-        """Charge a request that has ended; return the GPU-seconds it owes. Call once for each request."""
+        """Record the GPU-seconds of a request that has ended, and return them. Call once for each request. `share`: the
+        request's share of the GPU time. `generated`: number of its output tokens."""
         owed = self.owed(share, generated)
         self._charged += owed
         return owed
 
     def idle(self, now: float, running: Iterable[tuple[GpuShare, int]] = ()) -> float:
-        """Return the idle GPU-seconds since the previous call of this method.
+        """Return the GPU-seconds since the previous call of this method that no request owes.
 
-        `running`: the requests that are not charged yet, each with its share and number of generated tokens.
+        `running`: the requests that have not ended yet, each with its share and number of generated tokens.
+        What they owe so far does not count as idle.
         """
         outstanding = sum(self.owed(share, generated) for share, generated in running)
         whole = (now - self._started) * self.gpus - self._charged - outstanding

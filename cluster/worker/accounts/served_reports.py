@@ -75,7 +75,7 @@ class ServedReports:
                 outbox.served(totals)
 
     def forward_backlog(self, number: int, backlog: pb.Backlog) -> None:
-        """Forward a gateway's report of what waits there to the other gateways. `number`: number of the gateway's
+        """Forward a gateway's report of its waiting sequences to the other gateways. `number`: number of the gateway's
         link."""
         if not backlog.tells_flows or number not in self._links:
             return

@@ -124,10 +124,10 @@ class AdapterLoads:
             raise
 
     def why_waiting(self, digest: str) -> str:
-        """Return why a ready adapter takes no requests now; "" if it takes requests.
+        """Return why an adapter that is otherwise ready takes no new requests; "" if it takes requests.
 
-        An adapter takes no requests while its load takes longer than a request may wait, or while it is about to be
-        removed.
+        There are two reasons: loading the adapter into the engine already takes longer than a request may wait,
+        or the adapter is about to be removed from the engine.
         """
         waits = digest in self._overdue or (bool(digest) and digest == self._closing)
         return self._all_in_use if waits else ""

@@ -54,8 +54,8 @@ class WantedAdapter:
     def is_same(self, spec: AdapterSpec) -> bool:
         """Return whether this adapter's files can serve `spec`, too.
 
-        This holds if `spec` differs from this adapter's own spec at most in `pinned` and `tenants`, and the digest in
-        `spec` is empty or that of these files.
+        They can if `spec` differs from this adapter's own spec at most in `pinned` and `tenants`. The digest in
+        `spec` must be empty or equal to the digest of the files.
         """
         plain = {"pinned": False, "tenants": (), "digest": ""}
         is_other = replace(self.spec, **plain) != replace(spec, **plain)  # type: ignore[arg-type]

@@ -261,7 +261,8 @@ class CheckedEngine:
         return golden.request_id
 
     async def _repeat_golden(self) -> None:
-        """Submit the greedy golden request again while other requests run."""
+        """Submit the golden request (the fixed request whose answer is known) again, while other requests run. The
+        repeated request is the one with greedy sampling."""
         assert self._info is not None
         golden = golden_request(self._info, uuid.uuid4().hex, (), self._tops[0])
         self._answer, self._check_again = GoldenAnswer(), False

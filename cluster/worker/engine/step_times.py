@@ -121,7 +121,7 @@ class StepTimes:
         return max(0.0, now - since) if since is not None else 0.0
 
     def explains(self, now: float, prompt_tokens: int) -> bool:
-        """Return whether the current step may take as long as it has, because prompts are waiting. `prompt_tokens`:
+        """Return whether waiting prompts can explain how long the current step has taken so far. `prompt_tokens`:
         number of waiting prompt tokens."""
         if prompt_tokens <= 0:
             return False

@@ -1,7 +1,5 @@
-"""vLLM's ChatCompletionRequest for a parsed output.
-
-It is made from OutputParsing.request, and may contain a grammar.
-"""
+"""Conversion of a request with parsing options (`OutputParsing.request`) into vLLM's ChatCompletionRequest, which
+vLLM's parsers take. Also reads back what the parsers have changed in it, such as the grammar."""
 
 from __future__ import annotations
 

@@ -112,7 +112,8 @@ def _renderer_parsers(bundle: Bundle) -> ParserNames | None:
 
 
 def chosen_parsers(bundle: Bundle, engine: Mapping[str, Any]) -> tuple[ParserNames, frozenset[str]]:
-    """Return the parsers of a model, and those of the PARSER_KEYS that the catalog entry's `engine:` section sets."""
+    """Return two values: the names of a model's parsers, and the keys among PARSER_KEYS that the `engine:` section of
+    the catalog entry sets."""
     given = {key: str(engine[key]) for key in PARSER_KEYS if engine.get(key)}
     config = json.loads(bundle.files.get("config.json", b"{}"))
     template = bundle.files.get("chat_template.jinja", b"").decode(errors="replace")

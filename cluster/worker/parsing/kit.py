@@ -40,7 +40,9 @@ log = structlog.get_logger("parser")
 class KitSettings:
     """Settings of a parser process: the model's folder, which has its tokenizer, and the names of the parsers.
 
-    `plugin`: path of a Python file that registers further reasoning parsers; "" for none. `long_call`: see LONG_CALL.
+    `plugin`: path of a Python file that registers further reasoning parsers; "" for none. `long_call`: number
+    of tokens from which on a tool call is long. A long call is parsed only from time to time, not after every
+    token; 0: every call is parsed after every token.
     """
 
     folder: str
@@ -68,7 +70,8 @@ class ParserKit:
     def open(
         self, opening: wire.Open, working: Callable[[], None] = lambda: None
     ) -> tuple[ParserSession | None, wire.Opened]:
-        """Open a session; return the session and the reply to the worker. `working`: see ParserSession.
+        """Open a session; return the session and the reply to the worker. `working`: is called from time to time during
+        long work.
 
         If the request is refused, return None and a reply with the reason.
         """

@@ -62,7 +62,8 @@ class OutputParser(ReplacedProcess):
     # ---- requests
 
     async def open(self, request: EngineRequest) -> EngineRequest:
-        """Open a session for a request with `parsing`; see OutputParsers."""
+        """Open a parsing session if the request has `parsing`. Returns the request for the engine, with the grammar
+        that its tools require. See OutputParsers.open."""
         parsing = request.parsing
         if parsing is None:
             return request
@@ -96,7 +97,8 @@ class OutputParser(ReplacedProcess):
         return record
 
     def divert(self, outputs: Sequence[TokenOutput]) -> tuple[Sequence[TokenOutput], Sequence[TokenOutput]]:
-        """Remove the outputs of requests with a session from a step's outputs; see OutputParsers."""
+        """Divide the outputs of an engine step. Returns two lists: the outputs that need no parsing, and the outputs of
+        requests with a parser session. The latter are sent to the parser process. Implements OutputParsers."""
         if not self._numbers:
             return outputs, ()
         passed, taken, items = [], [], []
@@ -115,14 +117,14 @@ class OutputParser(ReplacedProcess):
         return passed, taken
 
     async def parsed(self) -> Sequence[TokenOutput]:
-        """Wait for parsed outputs; see OutputParsers."""
+        """Wait for parsed outputs and return them. Implements `OutputParsers.parsed`."""
         await self._has_done.wait()
         self._has_done.clear()
         done, self._done = self._done, []
         return done
 
     def close(self, request_id: str) -> None:
-        """End a session; see OutputParsers."""
+        """End the session of a request. Outputs that are not parsed yet are dropped. An unknown id is ignored."""
         number = self._numbers.pop(request_id, None)
         if number is None:
             return
@@ -188,10 +190,8 @@ class OutputParser(ReplacedProcess):
             self._return(record, failed(record.request.request_id, f"the output could not be parsed: {reason}"))
 
     def _record_death(self, number: int) -> None:
-        """Record that the process has ended while it worked on session `number`.
-
-        If this has happened MAX_DEATHS times, the session's request fails.
-        """
+        """Record that the parser process has ended while it worked on session `number`. After MAX_DEATHS such ends, the
+        session's request fails."""
         record = self._sessions.get(number)
         if record is None:
             return

@@ -56,7 +56,7 @@ class ParserNames:
 
     @property
     def values(self) -> tuple[str, str]:
-        """The names in the order of cluster.config.engine.PARSER_KEYS."""
+        """Return the names in the order of cluster.config.engine.PARSER_KEYS."""
         return self.tools, self.reasoning
 
     @property
@@ -90,11 +90,11 @@ class OutputParsers(Protocol):
         """
 
     async def parsed(self) -> Sequence[TokenOutput]:
-        """Wait for parsed outputs; return them. An output has `parsed`, or `finish` ERROR and a `message` if its
-        request failed.
+        """Wait for parsed outputs; return them. Each output has the field `parsed`. If parsing its request failed,
+        the output has `finish` ERROR and a `message` instead.
 
-        If an output contains a stop string, it is the request's last output. It then has `finish` STOP, and no tokens
-        after the stop string.
+        If an output contains a stop string, it is the request's last output. It then has `finish` STOP, and no
+        tokens after the stop string.
         """
 
     def close(self, request_id: str) -> None:

@@ -16,9 +16,10 @@ NONE = 0
 
 
 class ParserProgress:
-    """Shared memory in which a parser process records the session on which it works, so that the worker can read it.
+    """Shared memory in which a parser process notes the session that it works on, so that the worker can read it.
 
-    The memory also has the number of records so far. Only the parser process writes to the memory.
+    The memory also holds a counter that the process increases with each note. Only the parser process writes to the
+    memory.
     """
 
     def __init__(self, descriptor: int) -> None:

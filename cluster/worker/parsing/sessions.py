@@ -53,10 +53,10 @@ class SessionRecord:
         return record
 
     def opening(self) -> wire.Open:
-        """Return the message that begins the session.
+        """Return the message that begins the session in the parser process.
 
-        If the parser process is replaced, the new process gets this message too. It then continues after the answers
-        so far.
+        If this process is replaced, the new process gets such a message too. The message holds the tokens whose
+        parts were returned already, and the new process continues after these tokens.
         """
         sampling = self.request.sampling
         self.repeated_chars = self.delivered_chars
@@ -101,7 +101,8 @@ class SessionRecord:
         return self.number, self.ids[begin:end].tobytes(), _state(output.finish)
 
     def answer(self, parsed: wire.Parsed) -> TokenOutput:
-        """Complete the oldest output that is not answered yet with the parser's result, and return the output."""
+        """Add the parser's result to the oldest pending output, and return this output. An output is pending from the
+        time it is sent to the parser until this method is called for it."""
         output, self.answered = self.pending.popleft()
         if parsed.error:
             return failed(output.request_id, f"the output could not be parsed: {parsed.error}")
@@ -116,10 +117,10 @@ class SessionRecord:
         return output
 
     def _new_parts(self, given: Sequence[OutputPart]) -> Sequence[OutputPart]:
-        """Return the parts without the text that was already delivered before the session began anew.
+        """Return the parts without the text that was already delivered before the session was started again.
 
-        The repeated tokens give the same text, but the text may be divided into parts differently. So characters are
-        counted.
+        The repeated tokens give the same text, but the text may be divided into parts differently. So characters
+        are counted, not parts.
         """
         if not self.repeated_chars:
             for _, text, _ in given:

@@ -36,10 +36,11 @@ class GrammarText(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Open(msgspec.Struct, array_like=True, tag=1, frozen=True):
-    """Message to the parser: begin session `number`, which parses the output of one request.
+    """Message to the parser process: begin session `number`, which parses the output of one request.
 
-    `request`, `stop`, `is_whole`: see OutputParsing. `prompt`, `emitted`: packed ids. The session's first answer
-    includes the parts of the emitted tokens.
+    `request`, `stop` and `is_whole` have the same meaning as in OutputParsing. `prompt`: packed token ids of
+    the prompt. `emitted`: packed ids of the tokens that a resumed request has emitted already. The session's
+    first answer includes the parts of these tokens.
     """
 
     number: int
@@ -53,9 +54,10 @@ class Open(msgspec.Struct, array_like=True, tag=1, frozen=True):
 
 
 class Feed(msgspec.Struct, array_like=True, tag=2, frozen=True):
-    """Message to the parser with outputs of a step.
+    """Message to the parser process with the outputs of one engine step.
 
-    An item is a session's number, packed ids, and the output's state (RUNS, STOPPED, ENDED or FAILED).
+    Each of the `items` is the output of one request: the number of its parser session, the packed token ids, and the
+    output's state (RUNS, STOPPED, ENDED or FAILED).
     """
 
     items: list[tuple[int, bytes, int]]
@@ -101,10 +103,12 @@ class Opened(msgspec.Struct, array_like=True, tag=2, frozen=True):
 
 
 class Parsed(msgspec.Struct, array_like=True, frozen=True):
-    """The parts that a parser session made of one item of a Feed message, whose ids are token ids.
+    """The parts that the parser process made of one item of a Feed message (one request's output of one engine
+    step).
 
-    `kept`: number of the item's ids up to the end of the stop string `stop`; the number of all ids if `stop` is
-    empty.
+    `number`: number of the parser session. `stop`: the stop string that was found; "" if none was found.
+    `kept`: number of the item's token ids up to the end of the stop string; the number of all its token ids
+    without a stop string.
     """
 
     number: int
@@ -116,7 +120,8 @@ class Parsed(msgspec.Struct, array_like=True, frozen=True):
 
 
 class ParsedStep(msgspec.Struct, array_like=True, tag=3, frozen=True):
-    """Reply to Feed, with one result for each item whose session is known, in order."""
+    """The parser process's reply to a Feed message. It has one result for each item of the message whose session is
+    known, in the order of the items."""
 
     items: list[Parsed]
 

@@ -58,7 +58,8 @@ def ensure_demo_model(cache_dir: Path, progress: Progress | None = None, source:
 
 
 def make_demo_model(model: DemoModel, cache_dir: Path, progress: Progress | None = None) -> Path:
-    """Return the folder of a demo model's checkpoint, as `ensure_demo_model` does. Raises DemoModelError."""
+    """Return the folder of a demo model's checkpoint in `cache_dir`. Creates the checkpoint if the folder does not
+    exist. `progress`: see ensure_demo_model. Raises DemoModelError."""
     folder = cache_dir / "models" / model.folder
     if folder.is_dir():
         return folder

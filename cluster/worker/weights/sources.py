@@ -47,7 +47,8 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class SourceRules:
-    """The settings for sources in the configuration's `weights` section."""
+    """Rules for the sources of model weights, from the configuration's section `weights`: where weights may come from,
+    and which formats, licenses and code are allowed."""
 
     cache_dir: Path
     hub_endpoint: str = ""
@@ -107,11 +108,12 @@ def from_hub(
     progress: Progress | None = None,
     most_bytes: Mapping[str, int] | None = None,
 ) -> Path:
-    """Fetch the files of a hub repository that match a pattern; return their folder in the hub's cache. Blocks.
+    """Fetch the files of a hub repository that match `patterns`. Returns their folder in the hub's cache. Blocks
+    the thread.
 
-    `where`: the key of the configuration that names the source, for errors. `name`: `organisation/name`. `revision`: ""
-    for the newest. `most_bytes`: largest allowed size of a file, by name; if one file is larger, no file is fetched.
-    Raises SourceError.
+    `where`: the key of the configuration that names the source, for errors. `name`: `organisation/name`.
+    `revision`: "" for the newest. `most_bytes`: largest allowed size of a file, by name; if one file is
+    larger, no file is fetched. Raises SourceError.
     """
     if name.count("/") != 1 or not all(name.split("/")):
         raise SourceError(f"{where}: expected hf://organisation/name, got {f'hf://{name}'!r}")

@@ -89,11 +89,8 @@ def escaping(added: Iterable[Any]) -> dict[str, Any]:
 
 
 def _lowers(folder: Path) -> bool:
-    """Return whether an embedding model's texts are converted to lower case before they are tokenized, as in vLLM's
-    server.
-
-    The setting is sentence-transformers' `do_lower_case`.
-    """
+    """Return whether an embedding model's texts must be converted to lower case before they are tokenized. The setting
+    is sentence-transformers' `do_lower_case`, which vLLM's server follows too."""
     return read_json(folder / "sentence_bert_config.json").get("do_lower_case") is True
 
 
@@ -120,10 +117,8 @@ def _backend_json(tokenizer: Any, beyond: frozenset[int], *, lowers: bool = Fals
 
 
 def _tokenizer_config(tokenizer: Any, beyond: frozenset[int]) -> dict[str, Any]:
-    """Return the tokenizer's settings under transformers' names, without tokens in `beyond`.
-
-    Special tokens are given as text.
-    """
+    """Return the tokenizer's settings under transformers' names. Special tokens are returned as text. `beyond`: ids of
+    the tokens that the settings must not contain."""
     left_out = set(tokenizer.convert_ids_to_tokens(sorted(beyond)))
     roles = {role: token for role, token in tokenizer.special_tokens_map.items() if str(token) not in left_out}
     extra = [str(token) for token in tokenizer.extra_special_tokens if str(token) not in left_out]

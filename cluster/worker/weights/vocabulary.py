@@ -132,7 +132,8 @@ def check_vocabulary(folder: Path, tokenizer: Any) -> frozenset[int]:
 
 
 def _unneeded(folder: Path, tokenizer: Any, beyond: Mapping[str, int]) -> set[str]:
-    """Return those of the tokens in `beyond` that are special and occur in no text."""
+    """Return the tokens in `beyond` that the model does not need: those that are special and occur in no text.
+    `beyond`: tokens whose ids are outside the model's vocabulary, with these ids."""
     special = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special}
     in_text = {token for role in TEXT_ROLES for token in _texts(getattr(tokenizer, role, None))}
     in_text |= set(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
@@ -178,8 +179,8 @@ def vocab_size(folder: Path) -> int:
 
 
 def embedding_rows(folder: Path) -> int:
-    """Return the number of rows of the input embedding, from the headers of the safetensors files; 0 if it is not
-    found."""
+    """Return the number of rows of the model's input embedding, read from the headers of the safetensors files. Returns
+    0 if the files have no input embedding."""
     from safetensors import SafetensorError, safe_open
 
     rows = 0

@@ -1,6 +1,7 @@
-"""Tasks of twelve turns with tools: what the model says in each turn, and where a worker dies. The functions are pure.
+"""Tasks of twelve turns with tools: what the model says in each turn, and where a worker is killed. The
+functions are pure.
 
-A task's answers are written in the format of Qwen 3: reasoning, text, and calls as hermes writes them.
+A task's answers are written in the format of Qwen 3: reasoning, text, and tool calls in the Hermes format.
 """
 
 from __future__ import annotations
@@ -83,13 +84,13 @@ class Task:
 
     @property
     def deaths(self) -> dict[str, int]:
-        """Answers during which a worker is killed: for each answer's key, the number of characters that are emitted
-        before."""
+        """The answers during which a worker is killed. By the answer's key: the number of characters that are emitted
+        before the kill."""
         return {key_of(self.name, at): self.steps[at - 1].middle(part) for at, part in DEATHS.items()}
 
 
 def key_of(name: str, turn: int) -> str:
-    """Return the key of the answer in a turn, which counts from 1."""
+    """Return the key of the answer in a turn. `turn` counts from 1."""
     return f"{name}#{turn}"
 
 
@@ -98,10 +99,10 @@ _THOUGHTS = re.compile(r"<\|im_start\|>assistant\n<think>\n(.*?)\n</think>", re.
 
 
 def key_of_prompt(prompt: str) -> str:
-    """Return the key of the answer to a prompt in the format of Qwen 3's template.
+    """Return the key of the prepared answer to a prompt. The prompt has the format of Qwen 3's template.
 
-    The number of earlier answers with a call gives the turn. The key is SIDE for a prompt without a task or without
-    tools.
+    The key consists of the name of the prompt's task and the turn. The turn is the number of earlier answers with a
+    tool call, plus 1. A prompt without a task or without tools has the key SIDE.
     """
     _, found, rest = prompt.partition(_MARK_BEGINS)
     if not found or "<tools>" not in prompt:
@@ -167,7 +168,8 @@ _THOUGHT = 'Turn {}: the tool fits. It takes JSON such as {{"x": [1]}}, and then
 
 
 def function_task(name: str) -> Task:
-    """Return the task for the functions of TOOLS. Every third turn has two calls."""
+    """Return a task in which the model calls the functions of TOOLS: two calls in turns 1, 4, 7 and so on, one call in
+    the other turns."""
     steps, results = [], []
     for turn in range(1, TURNS + 1):
         calls = [_function_call(turn)]

@@ -22,7 +22,7 @@ from loadtests.agents.worker import serve
 
 
 def main(given: Mapping[str, Any]) -> None:
-    """Serve until SIGTERM, or until the engine kills this process."""
+    """Run the worker until SIGTERM, or until the engine kills this process. `given`: the contents of FILE."""
 
     def engine_of(model: Mapping[str, Any], seed: int, _: PromptLog) -> Engine:
         return PacedEngine(

@@ -17,7 +17,8 @@ PORT = 6443
 
 
 class Leases:
-    """Leases by path, with resource versions as the API keeps them."""
+    """The Lease objects of a fake Kubernetes API, by path. As in the real API, each write gives an object a new
+    resource version, and an update from an older version is refused."""
 
     def __init__(self, token: str) -> None:
         self._token = token

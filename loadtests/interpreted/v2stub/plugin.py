@@ -1,5 +1,5 @@
-"""Changes to vLLM that its processes need to run kernels in the interpreter: a replaced kernel, and asynchronous
-scheduling on CPUs."""
+"""Changes to vLLM without which its processes cannot run kernels in Triton's interpreter: a replaced kernel, and
+asynchronous scheduling on CPUs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ otherwise switches off.
 
 
 def apply() -> None:
-    """Replace the kernel and enable asynchronous scheduling, as the module describes. vLLM calls this function as a
-    plugin (vllm.general_plugins). Idempotent."""
+    """Apply the two changes to vLLM: replace the kernel that the interpreter cannot run, and enable asynchronous
+    scheduling. vLLM calls this function as a plugin (vllm.general_plugins). Idempotent."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         _replace_top_k_top_p()
     _schedule_asynchronously()

@@ -1,4 +1,5 @@
-"""A gateway's predictions of cached tokens, compared with what the engines found and with one pooled cache."""
+"""Predictions of cached tokens by a gateway, compared with what the engines found in their caches. A second comparison
+is with one cache as large as all caches together."""
 
 from __future__ import annotations
 

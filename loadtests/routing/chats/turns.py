@@ -57,8 +57,8 @@ class Tokens:
 async def play(chats: Sequence[Chat], seed: int, post: Post) -> Tokens:
     """Play all turns of chats, CONCURRENCY calls at a time.
 
-    Each next turn is of an idle chat (one without a running call). The chat is drawn at random from the quarter of the
-    idle chats that has waited longest, because people take similar pauses.
+    The next turn is always taken from an idle chat (one without a running call). The chat is drawn at random
+    from the quarter of the idle chats that has waited longest, because people take similar pauses.
     """
     rng, idle, running = random.Random(seed), list(chats), set[asyncio.Task[None]]()
     prompt = cached = 0

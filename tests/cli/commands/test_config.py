@@ -303,7 +303,8 @@ def test_files_that_are_named_are_looked_for(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_local_checkpoint_is_asked_for_its_heads(tmp_path: Path) -> None:
-    """For a local checkpoint, the degrees of parallelism are checked against its numbers of heads and layers."""
+    """For a local checkpoint, `config check` compares the degrees of parallelism with the model. The attention heads
+    must be divisible by `tensor_parallel_size`, and there must be enough layers for `pipeline_parallel_size`."""
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 12, "num_hidden_layers": 2}))
     (tmp_path / "model.safetensors").write_bytes(b"x")
 

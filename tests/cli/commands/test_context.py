@@ -68,10 +68,11 @@ def test_show_names_what_commands_use(run: Run, monkeypatch: pytest.MonkeyPatch)
 def test_commands_use_the_context(
     run: Run, gateway: ScriptedGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Commands of callers and of operators use the address and the key of the selected context.
+    """Commands of callers and of operators use the address and the key of a context.
 
-    The option --context (before or after the command's name) or HEADRACE_CONTEXT selects it, else the current context
-    is used. If the command line gives an address, the context's key is not sent.
+    The context is selected with the option --context (before or after the command's name) or with
+    HEADRACE_CONTEXT. Otherwise the current context is used. If the command line gives an address, the
+    context's key is not sent.
     """
     key = tmp_path / "key"
     key.write_text("hr_of_the_context\n")

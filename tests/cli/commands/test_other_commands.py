@@ -86,7 +86,8 @@ def test_prepare_refuses_a_source_that_is_not_there(run: Run, tmp_path: Path) ->
 
 
 def test_the_report_ends_with_the_line_that_installs() -> None:
-    """The report of the doctor ends with one command line that installs each missing Debian package once."""
+    """The report of `headrace doctor` ends with one command line that installs the missing Debian packages, each named
+    once."""
     lack = doctor.DoctorFinding("ip", "not found", "apt-get install -y iproute2", "two nodes", "iproute2")
     text = doctor.report([lack, doctor.DoctorFinding("git", found="/usr/bin/git"), lack])
     assert text.splitlines()[-1] == "install with: apt-get install -y iproute2"
@@ -95,7 +96,7 @@ def test_the_report_ends_with_the_line_that_installs() -> None:
 
 
 def test_doctor_runs_without_the_environment() -> None:
-    """The doctor runs with only the standard library, because `make doctor` runs before any installation."""
+    """`make doctor` needs only the standard library, because it runs before any package is installed."""
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
         "from cluster.cli.commands import doctor; doctor.main(['--apt'])"

@@ -34,7 +34,8 @@ def test_open_ports_are_chosen_all_different() -> None:
 
 
 def test_chosen_ports_are_not_given_to_outgoing_connections() -> None:
-    """Chosen ports lie outside the ephemeral range, so that no outgoing connection takes a port before its listener."""
+    """Chosen ports lie outside the ephemeral range. So no outgoing connection can take a chosen port before its
+    listener is started."""
     low, high = map(int, EPHEMERAL.read_text().split())
     for processes in (1, 3):
         addresses = choose_ports(config(processes)).gateway.listen.model_dump().values()

@@ -238,7 +238,8 @@ def test_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_time_is_bounded(tmp_path: Path) -> None:
-    """After the deadline no further part is collected, and the manifest says so. Special files are not read."""
+    """After the deadline, no further part of the support bundle is collected, and the manifest says so. Special files
+    are not read."""
     now = [0.0]
     parts = Parts(1.0, clock=lambda: now[0])
     assert parts.document("first", lambda: 1) == 1

@@ -174,7 +174,8 @@ def test_too_many_ids_are_refused_by_their_number() -> None:
 
 
 def _count(message: Any) -> int:
-    """Return the number of fields and list elements in the serialized form of a message, without packed numbers."""
+    """Return the number of fields and list elements that a message has when it is serialized. A packed list of numbers
+    counts as one field."""
     total = 0
     for field, value in message.ListFields():
         entry = field.message_type is not None and field.message_type.GetOptions().map_entry
@@ -326,8 +327,8 @@ async def bodies() -> AsyncIterator[Bodies]:
 
 
 async def test_what_is_large_is_read_by_a_helper(bodies: Bodies) -> None:
-    """Helper processes parse large bodies of both APIs and of sessions, with the same results and errors as for small
-    bodies."""
+    """Helper processes parse large HTTP bodies, gRPC messages and session messages. The results and errors are the same
+    as for small bodies."""
     long = "hello, " * 300_000
     parsed = await bodies.http("chat", json.dumps(chat_body(long)).encode())
     assert bodies.pool.pids

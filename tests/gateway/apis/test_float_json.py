@@ -22,7 +22,7 @@ FLOATS = st.one_of(
 
 @given(st.lists(FLOATS, max_size=40))
 def test_every_float32_has_its_shortest_text(values: list[float]) -> None:
-    """The text of a value is parsed to the same float32, and equals numpy's text as a number."""
+    """The JSON text of a float32 reads back as the same float32. As a number, it equals the text that numpy writes."""
     numbers = np.array(values, "<f4")
     short = short_floats(numbers.tobytes())
     assert np.array_equal(np.array(short).astype("<f4"), numbers)

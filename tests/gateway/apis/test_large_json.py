@@ -101,7 +101,7 @@ def test_depth(value: Any, depth: int) -> None:
 
 @given(text=st.binary(max_size=200), characters=st.sets(st.sampled_from(b'[{,"a'), min_size=1))
 def test_counts(text: bytes, characters: set[int]) -> None:
-    """Characters are counted as `bytes.count` counts them, in bytes and in a bytearray."""
+    """`count_of` gives the same number of characters as `bytes.count`, for bytes and for a bytearray."""
     expected = sum(text.count(bytes([character])) for character in characters)
     assert count_of(bytes(characters), text) == expected
     assert count_of(bytes(characters), bytearray(text)) == expected

@@ -50,8 +50,8 @@ async def test_the_error_lists_the_classes_of_the_tenant(
 
 
 def test_http_reads_the_class() -> None:
-    """A request to either HTTP path for generation may name a priority class. Null, and vLLM's default of 0, stand for
-    the tenant's own class."""
+    """A request for a chat or a completion over HTTP may name a priority class. Null, and vLLM's default of 0, stand
+    for the tenant's own class."""
     for value, name in (("batch", "batch"), (None, ""), (0, ""), ("", "")):
         assert parse_chat(Fields(chat_body(priority=value))).requests[0].priority_class == name
         assert parse_completion(Fields(completion_body(priority=value))).requests[0].priority_class == name

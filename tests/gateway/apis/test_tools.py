@@ -231,7 +231,8 @@ def test_bad_messages_are_refused_soon(request_: pb.ChatRequest, path: str) -> N
 
 
 def test_dense_schemas_are_not_parsed_on_the_event_loop() -> None:
-    """Values of JSON texts in a gRPC message are counted. A message with many of them is parsed in a helper process."""
+    """A gRPC message with tools counts as small only if the JSON schemas in it have few values. Any other message is
+    parsed in a helper process."""
     for parameters, small in (('{"x": "' + "y" * 16_000 + '"}', True), ('{"x": [' + "1," * 8000 + "1]}", False)):
         request = chat(tools=[pb.Tool(name=f"f{i}", parameters_json=parameters) for i in range(20)])
         assert bodies._is_small_message(pb.ChatRequest, request.SerializeToString()) == small
@@ -282,7 +283,8 @@ async def test_a_call_with_tools_goes_to_a_worker_with_a_parser(
 async def test_a_chat_is_parsed_where_a_worker_parses_reasoning(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """If a worker of the model has a parser of reasoning, all chats are parsed, and completions are not."""
+    """If a worker of the model has a parser of reasoning, the outputs of all chats are parsed. Outputs of plain
+    completions are not parsed."""
     await add_worker(cluster, checkpoint, bundle, "reasoning:qwen3")
     request = grpc_requests.parse_whole_chat(chat(max_reasoning_tokens=5))
     parsing, _ = await opened(cluster, request)

@@ -23,8 +23,9 @@ async def settle() -> None:
 
 
 async def test_a_tenants_unread_answers_are_bounded() -> None:
-    """At the bound, a tenant's next answer waits until one of its answers was read or its client disconnected. Answers
-    of other tenants do not wait, and a single answer may have any size. At the end, no bytes are held."""
+    """When a tenant's unread answers reach the bound, its next answer waits until one of the answers is read or a
+    client disconnects. Answers of other tenants do not wait. A single answer may exceed the bound. At the end, no bytes
+    are held."""
     answers, log = UnreadAnswers(100), list[str]()
     reads = [asyncio.Event() for _ in range(5)]
     sizes = [("slow", 60), ("slow", 40), ("slow", 1), ("other", 500), ("slow", 30)]

@@ -216,7 +216,7 @@ def test_a_list_that_cannot_be_read_ends_the_start(tmp_path: Path, text: str | N
 
 def test_an_authority_lists_what_it_issued(tmp_path: Path) -> None:
     """If the file of a certificate is lost, the certificate can be revoked by its serial number, which is in the list
-    of issued certificates. This adds the same line as revoking the file."""
+    of issued certificates. The revocation list gets the same line as for a revocation by file."""
     headrace("certs", "ca", tmp_path)
     headrace("certs", "worker", tmp_path, "--model", "m")
     headrace("certs", "worker", tmp_path, "--controller", "--name", "controller")

@@ -224,7 +224,8 @@ async def test_a_tenants_own_aliases(keyed: Keyed) -> None:
 
 
 async def test_health_asks_for_no_key_and_names_no_model(keyed: Keyed) -> None:
-    """Health probes need no key. The health service does not know a service with the name of a model."""
+    """Health probes over gRPC and HTTP need no key. They reveal no models: the gRPC health service answers NOT_FOUND if
+    the requested service is the name of a model."""
     health: Any = health_pb2_grpc.HealthStub(keyed.cluster.channel)
     assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
     assert (await refused(health.Check(health_pb2.HealthCheckRequest(service="hidden")))).code.name == "NOT_FOUND"
@@ -255,7 +256,8 @@ async def test_failures_are_counted_and_audited(keyed: Keyed) -> None:
 
 
 def test_metrics_name_so_many_tenants() -> None:
-    """Metrics name only the first tenants. All other tenants share one series, so that names cannot flood a scraper."""
+    """Metrics name at most `max_tenants` tenants, those that came first. All other tenants share one series, so that
+    names cannot flood a scraper."""
     metrics = Metrics("c", max_tenants=2)
     for tenant in ("a", "b", "c", "d", "a"):
         metrics.count("prompt_tokens_total", "m", tenant)

@@ -46,8 +46,8 @@ async def test_an_update_wakes_the_api_once() -> None:
 
 
 def test_a_keepalive_is_sent_once() -> None:
-    """A silent call sends one keep-alive. While it is due, the fast path returns no text. After it, the silence is
-    measured anew."""
+    """A silent call sends one keep-alive. Until the keep-alive is sent, `pop_text` returns None. Afterwards, the
+    silence is measured from the keep-alive on."""
     output = call_with().output
     assert (output.silent_s(4.0), output.pop_keepalive()) == (3.0, False)
     output.fall_silent(4.0)

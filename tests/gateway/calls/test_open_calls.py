@@ -105,7 +105,7 @@ def test_a_closed_gateway_refuses_calls_and_notifies_sessions() -> None:
 
 
 async def test_hands_over_only_streams_that_can_be_resumed() -> None:
-    """Every resumable stream ends by the given time. Other calls continue until `end_all`."""
+    """`hand_over` ends every resumable stream by the time `by`. Other calls continue until `end_all`."""
     long, short, plain = open_call(1, max_tokens=90, streams=True), open_call(2, streams=True), open_call(3)
     open_calls = OpenCalls(lambda tenant: None, lambda: 0.0)  # a busy machine would leave no time for the second stream
     for call in (short, long, plain):

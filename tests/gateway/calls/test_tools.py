@@ -1,4 +1,4 @@
-"""Checks of the tools in a request, and conversion to the request for a worker's parsers. Every error names the
+"""The tools in a request are checked, and then converted to the request for a worker's parsers. Every error names the
 field."""
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def test_valid_tools_pass() -> None:
 
 @given(JSON)
 def test_any_parameters_are_an_object_or_refused(parameters: Any) -> None:
-    """A tool's `parameters` must be an object or null. A value of another JSON type gives an error that names them."""
+    """A tool's `parameters` must be an object or null. Any other JSON value gives an error that names the field
+    `parameters`."""
     tools = [function_tool("f", None, parameters)]
     if isinstance(parameters, dict | None):
         check_tools("tools", tools, inner="")
@@ -140,8 +141,8 @@ def test_an_unknown_effort_is_refused() -> None:
     ],
 )
 def test_template_arguments_are_merged_as_in_vllm(given_: Any, effort: str, expected: Any) -> None:
-    """The reasoning effort replaces the template argument of the same name and sets enable_thinking. Null and "auto"
-    are removed."""
+    """The request's reasoning effort replaces the template argument of the same name and sets the argument
+    `enable_thinking`. Arguments with the value null or "auto" are removed."""
     assert template_arguments(given_, effort) == expected
 
 

@@ -73,7 +73,7 @@ def test_limits_are_shown_with_their_use() -> None:
 
 
 class Controller:
-    """A controller behind the port `Ask`. It counts the requests that it gets."""
+    """A fake controller that answers requests for scaling decisions. It records the requested models."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -91,8 +91,8 @@ class Controller:
 
 
 async def test_words_of_decisions_are_asked_for_seldom() -> None:
-    """The explanation of each model's decision is requested at most once in REFRESH_S, for few models at a time. It is
-    None while no controller answers."""
+    """For each model, the console requests the explanation of the scaling decision from the controller at most once in
+    REFRESH_S. It requests few explanations at a time. An explanation is None while no controller answers."""
     controller = Controller()
     reasons = ScalingReasons(controller.ask)
     models = [KnownModel(CatalogEntry(f"m{at}"), in_catalog=True) for at in range(MAX_ASKED + 2)]

@@ -1,4 +1,4 @@
-"""The endpoints of the feed: the data for each viewer, and the end of a stream."""
+"""Tests of the endpoints of the console's live feed: which data each viewer gets, and how a stream ends."""
 
 from __future__ import annotations
 
@@ -148,7 +148,8 @@ async def test_roles_see_what_they_may(tmp_path: Path, checkpoint: Path, bundle:
     ],
 )
 async def test_queries_of_the_history(cluster: TestCluster, query: str, tenant: str, status: int, words: str) -> None:
-    """A wrong query is refused with the field and the remedy. Unknown series are null."""
+    """An invalid query gets an error that names the field and the remedy. A valid query returns null for steps that
+    have no measurement."""
     sent: list[Any] = []
 
     async def send(message: Any) -> None:

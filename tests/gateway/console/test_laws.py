@@ -1,7 +1,8 @@
-"""Properties of the console's overview of the cluster.
+"""Properties of the console's overview, a document about the cluster.
 
-Applied to one document, the changes give the next document. Merging does not depend on the order. A viewer who may see
-only one tenant sees nothing of other tenants.
+The changes that are sent after a document turn this document into the next one. Merging the parts of the
+gateways does not depend on the order of the parts. A viewer who may see only one tenant sees nothing of other
+tenants.
 """
 
 from __future__ import annotations
@@ -224,8 +225,8 @@ def _part_of(gateway: str, at: float, ended: dict[str, float]) -> Part:
 
 
 def test_parts_of_others_arrive_whole_in_pieces() -> None:
-    """A process keeps the ended calls that it has received from another process, although later parts hold only those
-    of the last seconds. At first, and after a long gap, it asks for a part with all calls."""
+    """Gateway processes send each other the calls that ended in the last seconds. A process keeps the earlier ended
+    calls that it has received. At first, and after a long gap, it asks another process for all ended calls."""
     store, ended = PeerParts(), {"old": 10.0, "older": 5.0}
     assert store.needs_all(100.0)
     store.put(part_for_peers(_part_of("other", 100.0, ended), has_all=False), 100.0)
@@ -242,8 +243,8 @@ def test_parts_of_others_arrive_whole_in_pieces() -> None:
 
 
 def test_a_worker_that_one_gateway_has_lost_is_shown_by_those_that_have_it() -> None:
-    """A worker counts as LOST only if no gateway is linked to it. Its numbers of resumed sequences from several
-    gateways are added."""
+    """A worker counts as LOST only if no gateway is linked to it. Each gateway reports how many sequences of the worker
+    it has resumed; these numbers are added up."""
     lost = {"id": "w", "incarnation": "i", "state": LOST, "links": [], "resumed": 2}
     linked = {"id": "w", "incarnation": "i", "state": "READY", "links": ["g2"], "resumed": 0}
 

@@ -127,7 +127,7 @@ async def test_a_stream_ends_with_its_session(page: Page) -> None:
 
 
 async def test_a_stream_ends_when_its_session_expires(page: Page) -> None:
-    """A stream ends when its session expires, even without any change."""
+    """An event stream ends when its session expires, even if no event is sent."""
     page.viewer = page.viewer_for(0.2)
     reader, _ = await page.get("/events")
     assert (await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 60)).endswith(b"0\r\n\r\n")

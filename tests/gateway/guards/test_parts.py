@@ -38,8 +38,8 @@ def cut(data: st.DataObject, parts: list[OutputPart]) -> list[list[OutputPart]]:
 
 
 def texts(parts: list[OutputPart]) -> list[OutputPart]:
-    """Return one part for each channel in order, with the whole text of the channel. A tool name is a channel of its
-    own."""
+    """Join consecutive parts of the same kind and tool call into one part, and return these parts in order. The names
+    of tools are not joined."""
     out = []
     for (kind, call), group in groupby(parts, lambda part: (part.kind, part.call)):
         members = list(group)

@@ -1,4 +1,4 @@
-"""Pattern searches in long prompts: the time that a search takes on the event loop, and the end of a search."""
+"""Pattern searches in long prompts take almost no time on the event loop, and end at the guard's time limit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def _guards(timeout_s: float, decided: list[GuardDecision]) -> CallGuards:
 
 
 async def test_matches_are_counted_in_the_search(bundle: Bundle) -> None:
-    """In a long prompt, the search's thread also counts the matches. This takes almost no time on the event loop."""
+    """The matches in a long prompt are counted in the thread that searches the prompt. The event loop spends almost no
+    time on them."""
     model, prompt = TextModel.from_bundle(bundle), TextPrompt("a@b " * MATCHES)
     decided: list[GuardDecision] = []
     guarded: list[Prompt] = []

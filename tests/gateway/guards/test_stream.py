@@ -1,4 +1,5 @@
-"""Guard stages as stream filters. However a text is split into chunks, the output is the same as for the whole text."""
+"""Tests of guards that filter a stream of text. However a text is split into chunks, the output is the same as for the
+whole text."""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ def stage_of(what: Any, action: Action) -> GuardStage:
 
 
 def wanted_of(guards: Sequence[tuple[Any, Action]], text: str) -> str:
-    """Return the expected output: the stages applied one after the other to the whole text."""
+    """Return the expected output: the text after the guards were applied to the whole of it, one after the other."""
     for what, action in guards:
         if not isinstance(what, int):
             text = whole(what, action, text)
@@ -146,8 +147,8 @@ class Slow:
 @pytest.mark.parametrize("error", [None, RuntimeError("broken")])
 @pytest.mark.parametrize("fails_open", [True, False])
 def test_a_guard_that_is_late_or_breaks(error: Exception | None, fails_open: bool) -> None:
-    """A stage fails if it is late or raises an error. A stage that fails closed ends the text, and a stage that fails
-    open is skipped without loss of text."""
+    """A guard of a stream fails if it is late or raises an error. A failed guard that fails closed ends the text. A
+    failed guard that fails open is skipped, without loss of text."""
     failures: list[tuple[int, Exception]] = []
 
     def on_failure(number: int, failure: Exception) -> bool:

@@ -27,7 +27,8 @@ def sent(blobs: asyncio.Queue[pb.Blob]) -> list[pb.Blob]:
 
 
 def test_everything_is_inline_before_the_stream() -> None:
-    """Without a Bulk stream, a long prompt and a long chat are sent within their own messages."""
+    """As long as the worker has no Bulk stream, a long prompt stays inside its Submit message and a long chat inside
+    its Render message."""
     bulk, submit, render = BulkSender(), pb.Submit(prompt_ids=LONG), pb.Render(chat=LONG)
     assert not bulk.extract_prompt(submit)
     bulk.send_chat(render)
@@ -35,7 +36,8 @@ def test_everything_is_inline_before_the_stream() -> None:
 
 
 def test_long_data_are_sent_in_chunks() -> None:
-    """A long prompt and a long chat are sent in chunks. Their messages hold only the keys of the chunks."""
+    """A long prompt and a long chat are sent in chunks. The Submit or Render message then holds a reference to the
+    chunks in place of the data."""
     bulk, blobs = BulkSender(), asyncio.Queue[pb.Blob]()
     bulk.open(blobs)
     submit = pb.Submit(slot=7, attempt=2, prompt_ids=LONG)

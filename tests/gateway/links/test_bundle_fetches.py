@@ -49,7 +49,8 @@ class Sources:
 
 
 async def test_a_lost_source_is_replaced() -> None:
-    """If the link of the requested worker ends, the next worker is requested, and then the controller."""
+    """A bundle is requested from a worker. If the link of this worker ends, the bundle is requested from the next
+    worker, and after the last worker from the controller."""
     sources = Sources(2, controller=True)
     first, second = sources.links
     task = await sources.begin()

@@ -49,7 +49,8 @@ class Doomed:
 async def doomed(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Doomed]:
-    """Provide two gateways that read the secret from the same cache folder."""
+    """Provide a gateway process that a test can kill, another gateway, and a worker that is linked to both. The
+    gateways have the same secret, from one cache folder."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     async with running_cluster(tmp_path / "survivor") as survivor, gateway_process(tmp_path / "doomed") as other:
         links = [survivor.gateway.endpoints["link"], other.link]
@@ -136,8 +137,9 @@ async def test_an_end_that_was_lost_is_found(doomed: Doomed) -> None:
 
 
 async def test_one_that_has_come_back_before_is_not_kept_twice(doomed: Doomed) -> None:
-    """A stream of a stopped gateway is resumed at another gateway while the stopped gateway's links are still up. The
-    stopped gateway's request ends at once, and is not kept as detached when the links end."""
+    """The client of a stopped gateway resumes its stream at another gateway before the stopped gateway's links break.
+    The worker then ends the stopped gateway's request at once, and does not keep it as detached when the links
+    break."""
     request = chat(max_tokens=2000, ignore_eos=True, resumable=True)
     call = doomed.stub.StreamChat(request, wait_for_ready=True)
     chunks = [await asyncio.wait_for(read(call), 60) for _ in range(4)]

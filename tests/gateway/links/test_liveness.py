@@ -16,7 +16,7 @@ BUSY = EngineLoad(running=3, steps=1, step_s=0.02, step_p99_s=0.03)
 
 
 def alive(load: EngineLoad = BUSY) -> LinkLiveness:
-    """Return the liveness of a worker that has sent a beat at time 0."""
+    """Return the liveness of a worker that has sent a heartbeat at time 0."""
     liveness = LinkLiveness(0.0, hang_s=0.5, silence_s=5.0)
     liveness.record_beat(load, 0, 0, 0.0)
     return liveness
@@ -92,8 +92,8 @@ def test_long_steps_get_longer() -> None:
 
 
 def test_who_has_never_beaten_gets_the_time_to_connect() -> None:
-    """A worker is not suspected while it connects its stream for beats. Connecting may take longer than the time limit
-    for a hang."""
+    """A worker is not suspected of a hang before it has connected its heartbeat stream. Connecting may take longer than
+    the time limit for a hang."""
     liveness = LinkLiveness(0.0, hang_s=0.5, silence_s=5.0)
     assert liveness.suspicion(4.9) is None
     assert liveness.suspicion(5.1) is not None
@@ -116,8 +116,8 @@ def test_what_one_oversleeps_is_nobodys_silence(rests: list[tuple[float, float]]
 
 @given(st.integers(1, 40), st.floats(0.0, 3.0))
 def test_on_a_busy_machine_nobody_is_silent_before_its_time(looks: int, late_s: float) -> None:
-    """Beats that are only as late as the gateway's own checks raise no alarm. A dead worker is found after the usual
-    number of checks."""
+    """Heartbeats that are only as late as the gateway's own checks raise no alarm. A dead worker is found after the
+    usual number of checks."""
     rest_s, bound_s = 0.05, 0.5
     clock, now = Waking(0.0, rest_s), 0.0
     liveness = alive()

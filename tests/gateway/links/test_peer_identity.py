@@ -96,7 +96,8 @@ class Secured:
             return code
 
     async def as_holder(self, name: str, method: str, message: Any) -> CODE:
-        """Call `says` with the certificate `name`, which comes from the cluster's authority."""
+        """Open a stream with the certificate `name`, which the cluster's authority has issued, and send one message.
+        Return the status code of the stream."""
         return await self.says(self.files(name).channel_credentials(), method, message)
 
     async def undisturbed(self) -> None:
@@ -297,7 +298,7 @@ async def test_both_sides_take_renewed_certificates(tmp_path: Path, checkpoint: 
     ],
 )
 def test_what_cannot_be_issued_is_refused(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
-    """A wrong command exits with code 2, names the remedy, and writes no file."""
+    """A `certs` command with wrong arguments exits with code 2, names the remedy, and writes no file."""
     done = CliRunner().invoke(app, ["certs", *(one.format(tmp_path) for one in arguments)])
     assert done.exit_code == 2
     assert says in done.stderr
@@ -314,7 +315,8 @@ def test_an_authority_is_made_once_and_its_keys_are_private(tmp_path: Path) -> N
 
 
 def test_old_incarnations_are_forgotten() -> None:
-    """The number of remembered Hellos is limited, and the newest Hellos are kept."""
+    """The gateway remembers the Hello messages of workers, to refuse repeated ones. Their number is limited, and the
+    newest are kept."""
     admission = PeerIdentity(by_certificate=False)
     identity: Callable[[int], WorkerIdentity] = lambda i: WorkerIdentity("w", str(i), "m")  # noqa: E731
     for number in range(MOST_REMEMBERED + 10):

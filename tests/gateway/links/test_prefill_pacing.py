@@ -1,4 +1,5 @@
-"""Prefill pacing. A link counts the tokens of resumed requests that the worker's engine has not begun to compute."""
+"""Tests of prefill pacing, which limits the resumed prompts that a worker gets at once. A link counts the tokens of
+resumed requests that the worker's engine has not begun to compute."""
 
 from __future__ import annotations
 
@@ -69,8 +70,8 @@ def submit(link: WorkerLink, prompt: int, emitted: int) -> int:
 
 
 def turn(*accepted: int, step: bool = False) -> pb.WorkerTurn:
-    """Return a message of a worker that has no outputs. `accepted`: slots of the accepted requests. `step`: whether the
-    message is about a step."""
+    """Return a worker's message that has no outputs. `accepted`: slots of the requests that the worker has accepted.
+    `step`: whether the message reports an engine step."""
     message = pb.WorkerTurn(accepted=[pb.Accepted(slot=slot) for slot in accepted])
     if step:
         message.step.SetInParent()

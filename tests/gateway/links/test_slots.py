@@ -83,8 +83,8 @@ def test_parts_come_with_their_tokens(messages: list[list[tuple[int, str]]], mer
 
 
 def test_a_vector_comes_with_the_end_of_its_request() -> None:
-    """The vectors of a step are delivered to their sinks and free their slots. The tokens of other requests are
-    unaffected."""
+    """Each vector of a step is delivered to the sink of its request, and the slot of this request becomes free. The
+    requests that generate tokens are unaffected."""
     table = SlotTable("w", PrefillPacing(1000), lambda slots: None, lambda gap_s, count: None)
     sinks = {slot: Received([""] * 9) for slot in SLOTS}
     columns = codec.StepColumns()

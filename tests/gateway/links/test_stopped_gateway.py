@@ -45,8 +45,8 @@ async def test_a_stopped_gateway_slows_nobody(
     cluster: TestCluster, other: GatewayProcess, checkpoint: Path, bundle: Bundle, long: bool
 ) -> None:
     """While a gateway is stopped, a stream at the other gateway gets a token from every step. After a long stop, the
-    stopped gateway holds no slot in the engine. Its streams are complete after a long and after a short stop. After a
-    short stop it suspects no worker."""
+    stopped gateway holds no slot in the engine. After a short stop, the gateway suspects no worker. In both cases, the
+    gateway's own streams end complete."""
     worker = await linked_to_both(cluster, other, checkpoint, bundle)
     request = chat(max_tokens=TOKENS, ignore_eos=True)
     whole = text_of([chunk async for chunk in cluster.stub.StreamChat(request)])

@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 
 
 async def test_the_python_examples_run(pooling: TestCluster) -> None:
-    """Each Python block of the page runs, and its assertions hold."""
+    """Each Python example in the docs page about pooling runs, and its assertions hold."""
     found = blocks("python")
     assert len(found) >= 3
     for source in found:

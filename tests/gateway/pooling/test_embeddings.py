@@ -1,4 +1,5 @@
-"""Embeddings on every API: equal vectors in all forms of input, usage, shorter vectors, and refusals."""
+"""Tests of embeddings on every API. All forms of input give equal vectors. Usage, shortened vectors and refusals are
+also tested."""
 
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ async def test_all_forms_of_an_input_have_the_same_vectors(pooling: TestCluster)
 
 
 async def test_openais_client(pooling: TestCluster) -> None:
-    """OpenAI's client gets the same float32 values in both encodings. By default it asks for base64."""
+    """OpenAI's client gets the same float32 values with either encoding, base64 (the client's default) and float."""
     vectors = await embedded(pooling, TEXTS)
     async with client(pooling) as ai:
         default = await ai.embeddings.create(model="embed", input=TEXTS)
@@ -98,8 +99,9 @@ LONG = "word " * 200
 
 
 async def test_long_inputs_are_refused_or_cut(pooling: TestCluster) -> None:
-    """An input longer than the model's context is refused with its index. Truncated to the context or to a number of
-    tokens, it has the vector of an input of only those tokens."""
+    """An input that is longer than the model's context is refused, and the error names its index. If the input is
+    truncated instead, to the context or to a number of tokens, its vector is that of an input with only the remaining
+    tokens."""
     reply = await fetch(pooling, "/v1/embeddings", body(input=["short", LONG]))
     assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
     assert reply.error["param"] == "input[1]"

@@ -198,7 +198,7 @@ def test_a_receiver_that_fails_is_asked_again(ledger: Ledger, receiver: Receiver
 
 
 def test_pauses_grow_to_an_hour() -> None:
-    """Retries of a delivery continue, and the pauses between retries grow to an hour."""
+    """The delivery of a budget notice is retried without limit. The pauses between the retries grow to an hour."""
     assert [retry_delay_s(n) for n in (1, 2, 3)] == [15.0, 30.0, 60.0]
     assert retry_delay_s(10_000) == LONGEST_PAUSE_S
 

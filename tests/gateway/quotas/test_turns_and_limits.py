@@ -1,5 +1,5 @@
-"""Fairness and limits in a real gateway over real links: the order of calls, refusals, and reservations that stay
-open."""
+"""Fairness and limits in a real gateway over real links: the order of calls, refusals, and the settlement of every
+reservation."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ async def contract(limits: LimitsPort, pass_minute: Callable[[], None]) -> None:
 
 
 async def test_contract_in_process() -> None:
-    """Local limits reserve, top up, settle and refuse as the contract says."""
+    """Limits in this process behave like shared limits: they reserve, top up, settle and refuse in the same way."""
     now = [1000.0]
 
     def pass_minute() -> None:

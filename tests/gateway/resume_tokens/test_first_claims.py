@@ -1,5 +1,8 @@
-"""First claims of resume tokens. They are kept in the limits store. If that is missing, they are kept in the database;
-if there is no database, in a file. Without any of these, no call is resumed."""
+"""First claims: of all resumes with the same resume tokens, only the first succeeds.
+
+The claims are kept in the limits store. Without a limits store, they are kept in the database; without a
+database, in a file. Without any of these, no call is resumed.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ async def firsts(stores: list[FirstClaims], name: str) -> int:
 
 
 async def test_a_file_outlives_its_gateways(tmp_path: Path) -> None:
-    """Two gateways on one host agree on the first claim. A restarted gateway knows earlier claims. Expired claims are
-    forgotten."""
+    """Of two gateways on one host that claim the same resume, one is the first. A restarted gateway knows earlier
+    claims. Expired claims are forgotten."""
     now = 100.0
     file = tmp_path / "new" / "resumed.db"
     assert await firsts([FileFirstClaims(file, lambda: now), FileFirstClaims(file, lambda: now)], "a.1") == 1

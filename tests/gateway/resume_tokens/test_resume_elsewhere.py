@@ -43,7 +43,8 @@ class Pair:
 async def pair(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Pair]:
-    """Provide two gateways without keys. The secret is in the cache folder, which both gateways share."""
+    """Run two gateways that need no API keys. The secret of the resume tokens is in the cache folder, which both
+    gateways share."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     async with running_cluster(tmp_path / "a") as first, running_cluster(tmp_path / "b") as second:
         yield Pair(first, second, await both(first, second, checkpoint, bundle))
@@ -110,7 +111,8 @@ async def rest(cluster: TestCluster, request: pb.ResumeRequest) -> list[Any]:
 @pytest.mark.parametrize("frugal", [True, False])
 async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, Any], frugal: bool) -> None:
     """A stream that is cut twice, and resumed at the other gateway each time, delivers the same text, log probabilities
-    and counts as an uncut stream. The client may keep all resume tokens, or only those since the last whole token."""
+    and counts as an uncut stream. The client keeps all resume tokens, or (`frugal`) only those since the last chunk
+    with `resume_token_whole`."""
     request = chat(max_tokens=100, resumable=True, **{"ignore_eos": True, **fields})
     undisturbed = await rest_of(pair.first.stub.StreamChat(request))
     chunks = await cut(pair.first, request, 70)
@@ -207,7 +209,7 @@ async def test_all_of_a_lost_gateway_go_back_at_once(
 
 @pytest.mark.parametrize("kind", ["chat", "complete"])
 async def test_in_a_session(pair: Pair, kind: str) -> None:
-    """The calls of a session carry resume tokens as streams do, and can be resumed in a session of another gateway."""
+    """The calls of a session carry resume tokens like streams, and can be resumed in a session of another gateway."""
     request: Any = chat(max_tokens=60, ignore_eos=True, resumable=True)
     if kind == "complete":
         request = complete(max_tokens=60, ignore_eos=True, resumable=True)
@@ -294,8 +296,8 @@ async def test_what_is_no_token_of_the_call_is_refused(pair: Pair) -> None:
 
 @pytest.mark.parametrize("drain_s", [0.05, 1.0])
 async def test_a_stopping_gateway_hands_its_streams_on(pair: Pair, drain_s: float) -> None:
-    """For a short and a long drain time, a stream of a stopping gateway ends UNAVAILABLE with a retry delay. Its resume
-    tokens suffice for a resume at another gateway. The same holds for a stream on an old connection that is closed."""
+    """When a gateway stops, its streams end with the status UNAVAILABLE and a retry delay. A client can resume a stream
+    at another gateway with the resume tokens that it has received. This holds for a short and for a long drain time."""
     assert pair.first.gateway.config.gateway.drain_timeout_s <= 1.0
     request = chat(max_tokens=800, ignore_eos=True, resumable=True)
     whole = await pair.second.stub.Chat(request)

@@ -143,9 +143,9 @@ async def test_a_resumption_ends_the_reader_before_it(
 async def test_one_generation_and_every_prompt_is_paid(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, seed: int
 ) -> None:
-    """A call runs only once at a time, however often it is resumed, and each prompt is charged. This holds for random
-    cancels and resumes, from any prefix of the resume tokens and at two gateways. Formerly, resumes from prefixes of
-    one stream gave 22 running copies for the price of one prompt."""
+    """However often a call is resumed, only one copy of it runs, and each computed prompt is charged. This holds for
+    random cancels and resumes at two gateways, each resume with the first few of the resume tokens. Formerly, resumes
+    with different numbers of tokens gave 22 running copies for the price of one prompt."""
     rng = random.Random(seed)
     async with rig_of(tmp_path, checkpoint, bundle) as rig:
         request = lasting(2000)
@@ -263,7 +263,7 @@ async def test_who_pays() -> None:
 
 
 class Held(Kept):
-    """Store of first claims that answers only after three names have been claimed."""
+    """A store of first claims that holds back its answers until three claims have been sent to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,8 +301,8 @@ async def test_tokens_that_were_presented_before_claim_nothing() -> None:
 
 
 async def test_it_cannot_be_resumed_for_ever() -> None:
-    """The number of resumes from one generation of a call is bounded. A call that may have crashed workers cannot be
-    resumed at all."""
+    """A call can be resumed at most MOST_RESUMPTIONS times from tokens with the same generation (number of earlier
+    resumes). A closed call cannot be resumed at all."""
     claims = ResumeClaims(Kept(), "a")
     for last in range(MOST_RESUMPTIONS):
         await claims.claim(chain(last, Maker("a")), 60.0)

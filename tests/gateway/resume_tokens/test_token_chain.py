@@ -1,4 +1,6 @@
-"""Resume tokens of a call. Their complete list, in order, records what was delivered. Other lists are refused."""
+"""Tests of the resume tokens of one call. All tokens of a call in order, or the first ones of them, record what was
+delivered to the client. A list with missing, foreign or reordered tokens is refused. Only a token that is marked as
+whole stands for all tokens before it."""
 
 from __future__ import annotations
 
@@ -110,8 +112,8 @@ def test_a_list_may_begin_with_a_whole_one(steps: list[list[tuple[int, list[int]
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_nothing_else_is_accepted(data: st.DataObject) -> None:
-    """A list is refused if a token is missing, repeated, moved, changed, cut, from another call or sealed with another
-    secret. A prefix of the complete list is accepted."""
+    """A list of resume tokens is refused if a token is missing, repeated, moved, changed, cut, from another call or
+    sealed with another secret. A prefix of the complete list is accepted."""
     envelopes = Envelopes([SECRET], "resume-token", "resume token")
     tokens = sealed([[(0, [1])]] * data.draw(st.integers(2, 6), label="length"), envelopes)
     foreign = sealed([[(0, [1])]] * 8, envelopes, "chatcmpl-2")

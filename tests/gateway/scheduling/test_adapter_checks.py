@@ -1,4 +1,5 @@
-"""Checks of queued calls for adapters. After each change all of them are checked, a bounded number at a time."""
+"""Checks of queued calls that use an adapter. After each change of a model's adapters all these calls are checked
+again, a bounded number at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def sequences(count: int) -> list[Any]:
 @given(st.integers(0, 40), st.lists(st.booleans(), max_size=30))
 def test_all_are_looked_at_after_the_last_change(count: int, steps: list[bool]) -> None:
     """In any order of changes and clock ticks, at most four sequences are checked at a time, in the order of the queue.
-    After the last change, each sequence for an adapter is checked."""
+    After the last change, each queued sequence that needs an adapter is checked."""
     queue, together, time = sequences(count), list[int](), 0
 
     def look(sequence: Any) -> None:

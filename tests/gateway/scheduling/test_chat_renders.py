@@ -273,8 +273,8 @@ async def test_a_chat_that_loses_workers_fails_in_the_end() -> None:
 
 
 async def test_answers_that_do_not_fit_end_the_link() -> None:
-    """A worker loses its link if it sends more token ids than requested, or another number than it states. The chat
-    waits for another worker."""
+    """A worker loses its link if its rendered prompt has more token ids than allowed, or not as many as the worker
+    announced. The chat then waits for another worker."""
     for wrong in (
         pb.Rendered(number=1, token_ids=bytes(8), tokens=3),
         pb.Rendered(number=1, token_ids=bytes(400), tokens=100),

@@ -206,7 +206,8 @@ async def test_a_gateway_restarted_meanwhile_knows_it(tmp_path: Path, checkpoint
 
 
 def test_comments_of_event_streams() -> None:
-    """A comment in an event stream is one line, with a keep-alive or the progress of a start. Every client skips it."""
+    """A comment in an event stream is one line. It is a keep-alive, or reports the progress of a model that is
+    starting. Every client skips comments."""
     assert keep_alive(CallProgress("queued", 3)) == KEEP_ALIVE
     comment = keep_alive(CallProgress("loading", 1, 0.4, 18.0))
     assert comment == b": loading 40%, about 18 s to go\n\n"

@@ -1,5 +1,5 @@
-"""Hedges in a gateway. The first of two workers to answer keeps the sequence. The other worker is left with nothing of
-the sequence, whatever happens to the two workers."""
+"""Tests of hedges in a gateway. The first of two workers to answer keeps the sequence. The gateway then has no state of
+the sequence at the other worker, whatever happens to the two workers."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Gateway(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.01, 2 * TTFT_S, 2.0]))
     def time_passes(self, seconds: float) -> None:
-        """Advance the clock, and send each call whose first token is late to a second worker too."""
+        """Advance the clock. Each call whose first token is late by then is also sent to a second worker."""
         self.now += seconds
         before = {call.id for call in self.calls if call.sequences[0].hedge is not None}
         self.scheduler.hedges.send_late()

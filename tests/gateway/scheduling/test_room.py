@@ -47,9 +47,9 @@ class Watch:
 async def test_places_are_filled_and_the_engines_queue_is_short(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, gateways: int
 ) -> None:
-    """Three times as many calls as slots arrive, first at one half of the gateways and then at the other half. At most
-    two calls wait in the engine, and no slot is free for 200 ms while a call waits, because credit follows the
-    calls."""
+    """A worker's free slots go to the gateways at which calls wait. Three times as many calls as slots arrive, first at
+    one half of the gateways and then at the other half. At most two calls wait in the engine, and no slot is free for
+    200 ms while a call waits."""
     async with AsyncExitStack() as stack:
         clusters = [await stack.enter_async_context(running_cluster(tmp_path / f"{i}")) for i in range(gateways)]
         engine = sim_engine(checkpoint, decode_ms=10, max_num_seqs=PLACES)

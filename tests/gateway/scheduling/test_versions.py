@@ -158,9 +158,9 @@ async def test_what_is_replaced_gets_no_new_call_and_keeps_what_it_has(
 async def test_a_stream_of_what_was_replaced_does_not_wait_for_its_like(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A stream loses its worker after the worker's generation of the model was replaced. It resumes on a compatible
-    worker. Without a compatible worker, it fails at once if the new generation serves. It waits if the new generation
-    does not serve yet or was rolled back."""
+    """A model's workers are replaced by a new generation, and a stream loses its worker of the old generation. The
+    stream resumes on a compatible worker. If there is none, the stream fails at once when the new generation serves. It
+    waits when the new generation does not serve yet or was rolled back."""
 
     async def begun_at(worker: Worker) -> Any:
         stream = cluster.stub.StreamChat(chat(max_tokens=3000, ignore_eos=True))

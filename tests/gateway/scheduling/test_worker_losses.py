@@ -168,8 +168,8 @@ def test_a_broken_connection_is_no_lost_worker() -> None:
     others=st.lists(st.tuples(st.integers(10, 99), st.floats(0, 2 * WINDOW_S)), max_size=12),
 )
 def test_a_sequence_is_blamed_for_what_others_do_not_share(own: set[int], others: list[tuple[int, float]]) -> None:
-    """A suspect sequence waits for SETTLE_S, until all losses of the same event are known. It resumes only if most of
-    the lost workers did not run it."""
+    """A sequence that lost many workers may have caused the losses. It waits for SETTLE_S, until other losses at the
+    same time are known. It resumes only if more workers were lost that did not run it than workers that did."""
     losses = WorkerLosses()
     now = 2 * WINDOW_S
     for link, at in sorted(others, key=lambda one: one[1]):

@@ -92,14 +92,15 @@ def space_first() -> Tokenizer:
 
 
 def metaspace(scheme: str, *, split: bool) -> Tokenizer:
-    """Return a sentencepiece tokenizer that marks the beginnings of texts by `scheme`."""
+    """Return a sentencepiece tokenizer. `scheme` and `split`: the arguments `prepend_scheme` (how it marks the
+    beginning of a text) and `split` of the library's Metaspace."""
     tokenizer = _with(tokenizer_kinds.mistral(700), *ODD)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
     return tokenizer
 
 
 def stripping() -> Tokenizer:
-    """Return a tokenizer that strips each text between added tokens."""
+    """Return a tokenizer that strips white space from both ends of each text between added tokens."""
     tokenizer = _with(tokenizer_kinds.llama3(700), *ODD)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.NFKC()])
     return tokenizer

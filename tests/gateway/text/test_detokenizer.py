@@ -99,8 +99,8 @@ def test_long_prompts_prime_by_their_tail(kind: Kind, data: st.DataObject) -> No
 
 @pytest.mark.parametrize("family", ["mistral", "llama2"])
 def test_tails_that_do_not_prime(kinds: dict[str, Kind], family: str) -> None:
-    """The whole prompt is decoded if its tail has no text, or if the tail lies in a run of bytes that an earlier byte
-    makes invalid."""
+    """Normally only the last tokens of a prompt, its tail, are decoded. The whole prompt is decoded if the tail has no
+    text, or if an earlier invalid byte makes the bytes of the tail invalid too."""
     kind = kinds[family]
     byte = kind.theirs.convert_tokens_to_ids
     emoji = [byte(f"<0x{b:02X}>") for b in "🎉".encode()]
@@ -141,8 +141,8 @@ def test_tokens_without_text_cost_no_more_the_more_there_are(kind: Kind, stop: l
 
 
 def test_a_character_that_never_ends_comes_out_with_the_others(kind: Kind) -> None:
-    """If a character stays incomplete, the detokenizer returns what the tokenizer's own decoder shows for it. The text
-    before and after it is complete, and no piece is long."""
+    """For bytes that never complete a character, the pieces of the detokenizer add up to the text that the tokenizer's
+    own decoder returns. No piece is long."""
     first = kind.theirs.encode("Once", add_special_tokens=False)
     for broken, special in [(10, 3), (70, 0), (500, 7)]:
         ids = [*[kind.byte_ids[0]] * broken, *[kind.special_ids[0]] * special, *kind.sample_ids[:30]]

@@ -114,7 +114,8 @@ def test_workers_may_change(data: st.DataObject, tokens: list[list[OutputPart]])
 
 @given(st.data(), of_tokens)
 def test_gateways_may_change(data: st.DataObject, tokens: list[list[OutputPart]]) -> None:
-    """A gateway that knows the delivered tokens and their number of characters delivers the remaining parts."""
+    """A sequence may move to another gateway. From the delivered tokens and the number of delivered characters, that
+    gateway finds and delivers exactly the remaining parts."""
     first = ParsedText(PlainText())
     at = data.draw(st.integers(1, len(tokens)))
     run_worker(first, tokens, 0, at, data)
@@ -163,8 +164,8 @@ def test_a_stop_string_ends_the_output() -> None:
 
 @given(st.lists(st.text("ab", min_size=1, max_size=4), min_size=1), st.booleans())
 def test_content_may_pass_beside_the_text(texts: list[str], is_returned: bool) -> None:
-    """Content that the API sends directly counts as delivered. If the API could not send the last content, it passes it
-    to `push_back`, and `pop_text` returns it."""
+    """Content that the API sends directly counts as delivered. If the API could not send the last content, the API
+    returns this content with `push_back`. The next `pop_text` then returns it."""
     text = ParsedText(PlainText())
     text.push_parsed((0,), ParsedOutput(), False, True)
     before = text.passes_content

@@ -54,8 +54,8 @@ def model(**options: Any) -> dict[str, Any]:
 
 
 def same(data: bytes) -> bool:
-    """Return whether from_parts, read_tokenizer and the library yield the same tokenizer. Asserts that from_parts does
-    not leave the file to the library."""
+    """Return whether `from_parts`, `read_tokenizer` and the tokenizers library make the same tokenizer from a file.
+    Asserts that `from_parts` makes it itself and does not fall back to the library."""
     ours = from_parts(json.loads(data))
     assert ours is not None, "it was left to the library"
     return bool(ours.to_str() == read_tokenizer(data).to_str() == Tokenizer.from_buffer(data).to_str())
@@ -72,7 +72,8 @@ def test_what_is_read_is_read_from_its_parts() -> None:
 
 
 def test_every_familys_is_the_librarys(kind: Kind) -> None:
-    """The tokenizer of each family that is built from the parts equals the tokenizer that the library reads."""
+    """For each family of tokenizers, the tokenizer built from the parts of tokenizer.json equals the tokenizer that the
+    library reads."""
     assert same(build_bundle(kind.folder).files["tokenizer.json"])
 
 

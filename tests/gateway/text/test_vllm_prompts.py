@@ -189,7 +189,7 @@ def rendered(request: Any, tokenizer: Any, source: str) -> str | None:
 
 
 def ours(body: Mapping[str, Any], render: Callable[..., str]) -> str | None:
-    """Return the prompt of the gateway; None for an error of the template."""
+    """Return the prompt that the gateway makes of a request body; None if the chat template raises an error."""
     parse = parse_messages if "max_tokens" in body else parse_chat
     prompt = parse(read_object(json.dumps(body).encode())).requests[0].prompt
     assert isinstance(prompt, ChatPrompt)
@@ -221,7 +221,8 @@ def test_prompts_equal_vllms(kinds: dict[str, Kind], name: str) -> None:
 @settings(max_examples=40, deadline=None)
 @given(BODIES)
 def test_any_body_gives_vllms_prompt(kinds: dict[str, Kind], body: dict[str, Any]) -> None:
-    """For any body, every template gives vLLM's prompt, or both fail. Three of the templates print all their inputs."""
+    """For any body and any template, the gateway makes the same prompt as vLLM, or both fail. Three of the templates
+    print all their inputs."""
     tokenizer = kinds["mistral"].theirs
     special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token")}
     for name, source in (SOURCES | OWN).items():
@@ -277,8 +278,8 @@ def test_any_body_of_messages_gives_vllms_prompt(kinds: dict[str, Kind], body: d
 
 @pytest.mark.parametrize("name", sorted(PROBED))
 def test_a_late_system_message_is_rendered(kinds: dict[str, Kind], name: str) -> None:
-    """Every template renders a later system message of /v1/messages as with vLLM: at its place, or merged into the
-    first one. On OpenAI's API, the template decides."""
+    """A system message after the first message of /v1/messages is rendered as vLLM renders it, with every template. It
+    stays in its place, or is merged into the first system message. On OpenAI's API, the template decides."""
     kind, source = kinds["mistral"], PROBED[name]
     late = {"role": "system", "content": "Now in French."}
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well"}, late]

@@ -1,4 +1,5 @@
-"""Usage records. Each sequence that a worker accepted has one record, however its call ends. Other calls have none."""
+"""Usage records. Each sequence that a worker accepted has one record, however its call ends. A sequence that no worker
+accepted has none."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ print(*({{"alembic", "sqlalchemy"}} & set(sys.modules)))
 
 
 async def test_it_does_as_the_ledger_itself(database_url: str) -> None:
-    """On SQLite, the tables are created. On PostgreSQL without tables, the error is that of `prepare_database`."""
+    """The preparation of a database in a separate process creates the tables on SQLite. On PostgreSQL without tables,
+    it fails with the error of `prepare_database`."""
     if database_url.startswith("sqlite"):
         await prepare_database_in_process(database_url)
     else:

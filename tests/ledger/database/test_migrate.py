@@ -166,9 +166,12 @@ def test_each_migration_does_what_its_kind_says(database_url: str) -> None:
 
 
 def test_the_previous_release_goes_on_inserting_usage(database_url: str) -> None:
-    """After the migrations for reasoning tokens, predictions and traces, older rows have no such values, and the INSERT
-    of the previous release is still accepted. Whichever release replaces an estimate, no row has more reasoning tokens
-    than completion tokens."""
+    """After the migrations for reasoning tokens, predictions and traces, the INSERT of the previous release still
+    works.
+
+    Rows that existed before have no reasoning tokens, predictions or traces. If either release replaces an
+    estimated row, the row never has more reasoning tokens than completion tokens.
+    """
     ledger = Ledger(database_url)
     engine = make_engine(database_url)
     with engine.begin() as connection:

@@ -102,7 +102,8 @@ def test_budgets_come_over_at_a_price(duration: str | None, limits: dict[str, in
 
 
 def test_a_key_that_is_narrower_gains_nothing() -> None:
-    """A key with its own models, limits, budget or aliases becomes a tenant without more models than the key's team."""
+    """A LiteLLM key with its own models, limits, budget or aliases becomes a separate tenant. This tenant may use no
+    model that the key's team may not use."""
     rows = {
         "teams": [team("t", team_alias="acme", models=["a", "b"]), team("s", team_alias="stopped", blocked=True)],
         "keys": [

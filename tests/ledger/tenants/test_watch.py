@@ -140,8 +140,8 @@ def test_the_snapshot_outlives_the_process(make: Callable[..., Watcher], source:
 
 
 def test_confirmations_reach_the_disk(make: Callable[..., Watcher], source: Source, clocks: Clocks) -> None:
-    """The saved file is written again even if nothing has changed, so that its snapshot is recent enough for a
-    restart."""
+    """The file with the snapshot of tenants and keys is written repeatedly, even if nothing has changed. So the
+    snapshot is recent enough for a restart."""
     watcher = make()
     for _ in range(400):
         clocks.pass_(0.5)
@@ -170,7 +170,8 @@ def test_clock_steps_neither_lock_out_nor_let_in(
 def test_a_file_from_the_future_does_not_last_forever(
     make: Callable[..., Watcher], source: Source, clocks: Clocks
 ) -> None:
-    """A saved file with a time in the future counts as new at a restart, and becomes stale after stale_after_s."""
+    """A restarted watcher loads the saved tenants from a file. If the file's time is in the future, the file counts as
+    new. It still becomes stale after `stale_after_s`."""
     make().poll()
     source.unreachable = True
     clocks.wall -= 1e6

@@ -29,8 +29,8 @@ def test_any_gateway_opens_what_one_has_sealed() -> None:
 
 
 def test_a_secret_is_replaced_without_loss() -> None:
-    """The first secret seals records, and every secret opens records. A record that was sealed with a removed secret
-    cannot be opened."""
+    """New records are sealed with the first of several secrets. A record can be opened as long as its secret is in the
+    list, and no longer after that secret is removed."""
     assert Sealer((B, A)).open(SEALED) == OPENED
     assert Sealer((B,)).open(Sealer((B, A)).seal(OPENED)) == OPENED
     with pytest.raises(SealError, match="does not have"):

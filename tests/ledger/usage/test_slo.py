@@ -28,7 +28,7 @@ NUMBERS = itertools.count()
 
 
 def judge(each: UsageRecord, objectives: SloObjectives) -> str:
-    """Return the result of a record by the rules of the metric `headrace_slo_calls_total`."""
+    """Return how a usage record counts for the SLO, as the metric `headrace_slo_calls_total` would count it."""
     objective = objectives.get(each.model)
     if each.delivered_unknown:
         return "unknown"

@@ -16,10 +16,12 @@ RATIOS = {"error_ratio": 1.5, "ttft_ratio": 1.2}
 
 
 def trial(chance: random.Random, calls: int, *, weight: float, fails: tuple[float, float], slower: float) -> int:
-    """Simulate a canary; return the number of calls after which it is rolled back, or 0 if this does not happen within
-    `calls`.
+    """Simulate a canary; return the number of calls after which it is rolled back, or 0 if this does not happen
+    within `calls`.
 
-    The canary is checked after each call of the canary and after each failed call.
+    The canary is checked after each call of the canary and after each failed call. `weight`: the canary's share
+    of the calls. `fails`: probability that a call fails, for the stable version and for the canary. `slower`:
+    probability that a call of the canary is slower.
     """
     stays, tried = CanaryTally(), CanaryTally()
     for number in range(1, calls + 1):
@@ -43,8 +45,8 @@ def test_nothing_is_judged_by_nothing() -> None:
 
 
 def test_a_broken_version_goes_after_a_few_calls() -> None:
-    """A canary is rolled back after three calls that all failed, beside a hundred successful calls of the stable
-    version."""
+    """A canary whose first three calls fail is rolled back, if the stable version has had a hundred successful calls
+    meanwhile."""
     verdict = judge(CanaryTally(calls=100), CanaryTally(calls=3, errors=3), **RATIOS)
     assert verdict.roll_back
     assert verdict.why == "3 of its 3 calls failed, 0 of 100 of the other: more than 1.5 times as often"
@@ -62,8 +64,8 @@ def test_a_slow_version_goes() -> None:
 
 @pytest.mark.slow
 def test_a_version_that_is_just_as_allowed_is_hardly_ever_taken_back() -> None:
-    """If a canary has exactly the allowed ratio, each of the two tests rolls it back with a probability of at most
-    ALPHA."""
+    """A canary whose error ratio is exactly the allowed ratio is rolled back with a probability of at most 2 ALPHA:
+    ALPHA for the test of errors and ALPHA for the test of times to first token."""
     chance = random.Random(7)
     runs = 300
     wrong = sum(trial(chance, 1500, weight=0.2, fails=(0.04, 0.06), slower=0.5) > 0 for _ in range(runs))
@@ -98,8 +100,8 @@ def test_evidence_grows_with_losses_and_falls_with_wins(losses: int, wins: int, 
 @settings(deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60), st.floats(0.05, 0.95))
 def test_the_bet_is_fair(losses: int, wins: int, chance: float) -> None:
-    """If a comparison is lost with exactly the probability `chance`, the expected evidence (as the wealth of a bet)
-    does not change with one more comparison."""
+    """If each comparison is lost with exactly the probability `chance`, the evidence is expected to stay the same after
+    one more comparison, like the wealth of a bettor in a fair bet."""
     here = math.exp(log_evidence(losses, wins, chance))
     after = chance * math.exp(log_evidence(losses + 1, wins, chance)) + (1 - chance) * math.exp(
         log_evidence(losses, wins + 1, chance)

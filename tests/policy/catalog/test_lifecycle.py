@@ -39,8 +39,8 @@ AFTER = {
 
 @pytest.mark.parametrize(("state", "seen"), list(itertools.product(ModelState, ModelObservation)))
 def test_every_pair(state: ModelState, seen: ModelObservation) -> None:
-    """An observation leads to the same state from every state. The exception is GONE: before another observation is
-    legal, the model must be declared again."""
+    """The state after an observation depends only on the observation, not on the state before it. The exception is the
+    state GONE, in which every observation other than ABSENT and ENDED is an error."""
     if state is ModelState.GONE and seen not in (ModelObservation.ABSENT, ModelObservation.ENDED):
         assert (state, seen) not in MOVES
         with pytest.raises(IllegalMove, match=f"GONE: {seen.name}"):

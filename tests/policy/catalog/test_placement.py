@@ -39,9 +39,10 @@ def test_one_gpu_shares_its_bundle_with_the_replica() -> None:
     [(2, 1, False, "STRICT_PACK"), (2, 1, True, "PACK"), (1, 2, False, "PACK"), (4, 2, False, "PACK")],
 )
 def test_larger_worlds(tensor: int, pipeline: int, spread: bool, strategy: str) -> None:
-    """A replica with several GPUs has a CPU bundle first, then one bundle for each GPU.
+    """The placement group of a replica with several GPUs has a bundle with a CPU first, then one bundle for each
+    GPU.
 
-    The group may spread over nodes only with pipeline parallelism or if the entry allows it.
+    The group may spread over several nodes only with pipeline parallelism, or if the catalog entry allows it.
     """
     where = placement(spec(tensor, pipeline, spread=spread))
     assert where.bundles == ({"CPU": 1.0}, *[{"GPU": 1.0}] * (tensor * pipeline))

@@ -91,8 +91,8 @@ def test_bad_luck_is_retried_and_a_refusal_is_not() -> None:
 
 
 def test_other_weights_start_again() -> None:
-    """Replicas with stale weights are restarted once. They are not restarted again until the new replicas can report
-    their weights."""
+    """Replicas that run with other weights than the wanted ones are restarted once. They are not restarted again before
+    SETTLE_S seconds have passed, because new replicas report their weights only after a while."""
     wanted = [Wanted("m", "d0", 1, stale=True)]
     assert reconcile(wanted, seen("m", running=1), NOW_S + SETTLE_S).actions == (Deploy("m@v1+d0", "other weights"),)
     assert reconcile(wanted, seen("m", running=1), NOW_S + SETTLE_S - 1).actions == ()
@@ -281,7 +281,9 @@ def test_any_change_of_types_serves_all_the_while(have: dict[str, int], want: di
     """After any change of GPU types and numbers of replicas, replicas serve at every moment, and at the end only the
     wanted applications exist.
 
-    At least the smaller of the old and the new number of replicas serves, because old and new replicas fit together.
+    The cluster has enough GPUs for old and new replicas together. So if all digests change, the number of serving
+    replicas never falls below the smaller of the old and the new number. If the digests stay (`same`), the replicas
+    that old and new applications have in common never stop.
     """
     world = World(100)
     before = [Wanted("m", f"aa{at:x}", count, gpu=gpu) for at, (gpu, count) in enumerate(sorted(have.items()))]

@@ -10,9 +10,10 @@ from tests.policy.fairness.test_fair_queue import call, order_of, turns
 
 
 def test_waiting_elsewhere_is_not_idle_and_lifts_here_too() -> None:
-    """A tenant that waits only at another gateway does not count as idle here.
+    """A tenant that waits only at another gateway does not count as idle at this gateway.
 
-    Its service counter at this gateway starts at the lowest counter of the tenants that wait, and stays there.
+    When the other gateway's backlog arrives, the tenant's service counter here is set to the lowest counter of the
+    tenants that wait here. It does not rise while the tenant waits only at the other gateway.
     """
     order = order_of(*[call(f"a{i}", "a") for i in range(50)])
     turns(order, 10)

@@ -106,10 +106,10 @@ def test_one_put_back_goes_first_and_is_charged_once() -> None:
 
 
 def test_corrections_end_at_the_truth() -> None:
-    """After all corrections, the service counter of a tenant is the cost of the tokens that were really computed.
+    """When a call has ended, its tenant's service counter contains the cost of the tokens that were really computed.
 
     The first call is predicted with 100 output tokens and no cached tokens, and ends with 130 output tokens and 60
-    cached tokens. The second call is revoked and costs nothing.
+    cached tokens. The second call is taken back before it runs, and costs nothing.
     """
     order = order_of(call("x", "a", tokens=100, output=100), call("y", "a", tokens=10))
     turns(order, 1)
@@ -143,8 +143,8 @@ def test_tenants_at_their_floor_are_forgotten() -> None:
 
 
 def test_orders_outlive_an_empty_room() -> None:
-    """The service counter of a tenant is kept while no sequence of its model waits. Unknown models are forgotten once
-    no call is open."""
+    """The service counters of a model are kept while no sequence of the model waits. If the model leaves the catalog,
+    they are forgotten once the charges of all its calls are settled."""
     fair = FairOrders()
     room = WaitingRoom(max_requests=9, max_tokens=10**6, max_wait_s=60.0, order_of=fair.order)
     room.admit(call("x"), 0.0)
@@ -204,8 +204,8 @@ def test_gateways_and_workers_agree(calls: list[tuple[str, int, int]], data: st.
 def test_the_gap_of_backlogged_tenants_is_bounded(
     costs: list[tuple[int, int]], picks: int, weights: list[float]
 ) -> None:
-    """The service counters of waiting tenants differ by at most the largest charge, divided by its tenant's weight,
-    plus one QUANTUM."""
+    """The service counters of two waiting tenants differ by at most one QUANTUM plus the largest charge. A charge is
+    divided by the weight of its tenant."""
     names = [f"t{i}" for i in range(len(costs))]
     by_name = dict(zip(names, weights, strict=False))
     calls = [
@@ -277,7 +277,8 @@ class FairMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), what=st.sampled_from(["back", "end", "revoke"]), tokens=st.integers(0, 150))
     def running_one(self, data: st.DataObject, what: str, tokens: int) -> None:
-        """Let a running call lose its worker and put the call back, or end the call."""
+        """Let a running call generate `tokens` tokens. Then, as `what` says, put the call back into the queue (`back`),
+        refund its charge (`revoke`) or end it (`end`)."""
         if not self.running:
             return
         one = data.draw(st.sampled_from(self.running))
@@ -326,8 +327,8 @@ TestFair = FairMachine.TestCase
 
 @given(st.lists(st.integers(0, 3), max_size=60))
 def test_nobody_starves(arrivals: list[int]) -> None:
-    """One tenant floods the queue with calls of the same cost as another tenant's only call. That call waits for at
-    most two of them, however many they are."""
+    """One tenant floods the queue with calls, and another tenant has a single call of the same cost. This single call
+    waits for at most two calls of the flood, however many there are."""
     order = order_of(call("small", "s", tokens=100))
     order.push(call("flood", "f", tokens=100), 0.0)
     served = 0
@@ -341,8 +342,8 @@ def test_nobody_starves(arrivals: list[int]) -> None:
 
 
 def test_a_line_forgets_those_who_left() -> None:
-    """Positions and length of a FIFO queue are right after removals from the middle. The gaps are dropped when the head
-    is removed."""
+    """A FIFO queue still reports correct positions and a correct length after sequences in its middle were removed. The
+    gaps are dropped when the head is removed."""
     line = FifoQueue()
     serials = [line.push(call(str(i))) for i in range(6)]
     for gone in (1, 3, 2):
@@ -372,8 +373,8 @@ def test_a_line_agrees_with_a_list(steps: list[int | None]) -> None:
 
 
 def test_learnt_outputs() -> None:
-    """The mean and the p95 are computed over the last outputs, and are at most the call's own maximum. The number of
-    remembered pairs of tenant and model is bounded."""
+    """The mean and the p95 of output lengths are those of the newest KEPT outputs of a tenant and model. A call's
+    `max_tokens` is an upper bound on both. The number of remembered pairs of tenant and model is bounded."""
     learnt, means = LearntOutputs(default_tokens=50, max_pairs=2), LearntMeans(max_pairs=2)
     assert (means.mean("a", "m", 1000), learnt.p95("a", "m", 20)) == (1, 20)
     for tokens in [1000] * 10 + [10] * (KEPT - 4) + [100] * 4:
@@ -496,7 +497,7 @@ def test_what_cannot_be_in_time_is_refused_at_once() -> None:
 
 
 def test_a_tenants_own_bounds() -> None:
-    """A sequence is refused if its tenant's own queue is full, and no other sequence is shed for it."""
+    """A sequence is refused if its tenant's own queue is full. No other sequence is removed to make room for it."""
     room = WaitingRoom(
         max_requests=9, max_tokens=900, max_wait_s=9.0, tenant_max_requests=2, tenant_max_tokens=150,
         order_of=FairOrders().order,

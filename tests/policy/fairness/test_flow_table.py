@@ -1,6 +1,5 @@
-"""Tests of the table of flows. A flow is one tenant's waiting sequences for one model and class; its counter measures
-the service that it has had. The floor is the lowest counter of the flows that wait.
-"""
+"""Tests of the table of flows. A flow is the queue of one tenant for one model and class. Its counter measures the
+service that the tenant got from this queue. The floor is the lowest counter of the flows with waiting sequences."""
 
 from __future__ import annotations
 
@@ -11,9 +10,9 @@ from cluster.policy.fairness.flow_table import FlowTable
 
 @pytest.mark.parametrize(("idle_s", "counter"), [(3.0, 1000.0), (1.0, 950.0)])
 def test_a_flow_that_returns_is_lifted(idle_s: float, counter: float) -> None:
-    """A tenant's flow gets a waiting sequence again after `idle_s` seconds. If it was idle for more than 2 s, its
+    """A tenant's flow is idle for `idle_s` seconds and then gets a waiting sequence again. After more than 2 s, its
     counter is raised to the floor: the lowest counter of the flows that wait. After a shorter time, the counter may
-    stay below the floor, by at most the deficit."""
+    stay below the floor by at most 50: 100 tokens divided by the tenant's weight of 2."""
     flows = FlowTable(lambda tenant: 2.0, 2.0, 100.0)
     busy, quiet = flows.flow(0, "busy"), flows.flow(0, "quiet")
     flows.advance(10.0)

@@ -1,4 +1,5 @@
-"""Tests of the sequences that were put back: they are ordered by class and arrival."""
+"""Tests of PutBackSequences, the sequences that lost their worker and must start over: they are ordered by class and
+arrival."""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ def turn(order: FairOrder, loss_of: LossOf | None) -> WaitingSequence:
 
 
 def by_number(losses: list[int]) -> LossOf:
-    """Return a function that gives the loss of a sequence by its number. Any losses are allowed."""
+    """Return a function that gives the loss of each sequence, which decides the order. The loss of sequence number n is
+    `losses[n % len(losses)]`."""
     return lambda waiting: losses[int(waiting.call_id) % len(losses)]
 
 
@@ -52,8 +53,8 @@ COSTS = st.tuples(st.integers(0, 3000), st.integers(0, 500))
 def test_calls_of_equal_cost_leave_the_turns_of_tenants_as_they_are(
     costs: dict[str, tuple[int, int]], losses: list[int]
 ) -> None:
-    """If all sequences of a tenant cost the same, the tenants get their turns in the same order as with first come,
-    first served within a tenant."""
+    """If all sequences of a tenant cost the same, warm order and first come, first served give the tenants their turns
+    in the same order. Warm order changes only which of a tenant's sequences goes first."""
     calls = [call(str(n * 3 + at), tenant, *costs[tenant]) for n in range(20) for at, tenant in enumerate(costs)]
     first_come, warm = order_of(calls), order_of(calls)
     for _ in calls:
@@ -124,8 +125,8 @@ def test_no_sequence_is_overtaken_for_ever(losses: list[int], arrivals: list[int
 
 
 def test_the_warmest_of_the_first_goes_first() -> None:
-    """Of the first MAX_CHOICES sequences, the one with the greatest loss goes first. A later sequence does not, even if
-    its loss is greater."""
+    """Among the first MAX_CHOICES sequences, the one with the greatest expected loss (cached tokens that an eviction
+    would waste) is sent first. A sequence further back is not considered, even if its loss is greater."""
     order = order_of([call(str(number)) for number in range(MAX_CHOICES + 1)])
     losses = {"3": 700, "5": 900, str(MAX_CHOICES): 5000}
     sent = [turn(order, lambda waiting: losses.get(waiting.call_id, 0)).call_id for _ in range(4)]
@@ -134,7 +135,8 @@ def test_the_warmest_of_the_first_goes_first() -> None:
 
 @given(waiting=st.integers(1, 40), gone=st.sets(st.integers(0, 39)))
 def test_few_lookups(waiting: int, gone: set[int]) -> None:
-    """A decision reads the losses of at most MAX_CHOICES waiting sequences, and of none if only one sequence waits."""
+    """To choose the next sequence, the order computes the expected loss of at most MAX_CHOICES waiting sequences. If
+    only one sequence waits, no loss is computed."""
     order = order_of([call(str(number)) for number in range(waiting)])
     left = [str(number) for number in range(waiting) if number not in gone]
     for number in sorted(gone):

@@ -30,8 +30,8 @@ RANGES = st.lists(st.tuples(st.integers(0, BLOCKS - 1), st.integers(1, BLOCKS)),
 
 
 class IndexMachine(RuleBasedStateMachine):
-    """State machine with random events of eight workers. `match` must always equal the longest prefixes in the plain
-    model."""
+    """State machine with random events of eight workers. After all events, `match` must equal the longest prefixes
+    found by a simple model of plain sets."""
 
     def __init__(self) -> None:
         super().__init__()

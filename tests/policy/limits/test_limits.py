@@ -125,8 +125,8 @@ def test_a_reservation_twice_is_the_callers_mistake() -> None:
 
 @pytest.mark.parametrize(("on_budget", "ends"), [("stop", True), ("finish", False)])
 def test_an_empty_budget_ends_the_call_or_not_as_configured(on_budget: str, ends: bool) -> None:
-    """The policy `stop` ends a call that uses up the token budget, less than one quantum of tokens beyond the budget.
-    The policy `finish` lets the call run on.
+    """The policy `stop` ends a call that uses up the token budget. The call exceeds the budget by at most
+    `quantum_tokens` tokens. The policy `finish` lets the call run on.
 
     In both cases the next call is refused.
     """
@@ -275,9 +275,10 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.3, 5.0, 31.0, 70.0, -0.5, -20.0]))
     def pass_time(self, seconds: float) -> None:
-        """Advance the clock, or step it back.
+        """Advance the clock, or set it back.
 
-        If the clock has stepped back by more than a minute in total, time continues from the last reading.
+        `elapsed` is the limiter's time, which follows the clock. If `elapsed` falls more than STEP_BACK_S (a
+        minute) below its highest value, it continues from that value.
         """
         self.now += seconds
         self.elapsed += seconds
@@ -288,7 +289,7 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_are_those_of_what_runs(self) -> None:
-        """The number of running calls is right, and no sum is negative."""
+        """The limiter's number of running calls is right, and its numbers of requests and tokens are never negative."""
         use = self.limiter.use("acme")
         assert use.running == len(self.running)
         assert use.requests.total >= 0

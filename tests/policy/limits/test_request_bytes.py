@@ -99,9 +99,10 @@ def test_tenants_and_connections_that_hold_less_go_first() -> None:
 
 
 def test_stalled_bodies_are_named_once_others_wait() -> None:
-    """A body that has stalled for longer than the grace period is listed if another body waits.
+    """`slow` lists a request body that has stalled for longer than the grace period, but only while another body
+    waits for memory.
 
-    Complete bodies and bodies that arrive at the minimum rate or faster are not listed.
+    Complete bodies are not listed, nor are bodies that arrive at the minimum rate or faster.
     """
     bodies = Bodies()
     bodies.budget = RequestBytes(ByteBounds(1 << 30, 3 << 30, 3 << 30), lambda: bodies.now)

@@ -132,9 +132,10 @@ def test_the_worker_passes_and_is_the_cheapest(
 def test_rows_that_change_are_rows_made_anew(
     changes: list[Candidate | str], call: RouteCall, settings: RoutingSettings, vector_from: int
 ) -> None:
-    """A fleet whose workers join, change and leave decides like a fleet that is built from the current workers.
+    """After workers have joined, changed or left, a fleet decides like a new fleet that is built from the
+    current workers.
 
-    An earlier decision keeps its scores.
+    A decision that was made before a change keeps its scores.
     """
     fleet, left = Fleet(settings, vector_from), dict[str, Candidate]()
     for change in changes:
@@ -154,8 +155,8 @@ def test_rows_that_change_are_rows_made_anew(
 @pytest.mark.parametrize("vector_from", [0, 99])
 @pytest.mark.parametrize("policy", ["cost", "least_load", "round_robin"])
 def test_a_burst_of_equal_calls_spreads_over_equal_workers(policy: PolicyName, vector_from: int) -> None:
-    """64 calls with a prefix that all eight workers hold arrive together. They are spread with a coefficient of
-    variation of at most 0.1."""
+    """64 calls with a prefix that all eight workers hold arrive together. The numbers of calls per worker have a
+    coefficient of variation of at most 0.1."""
     fleet = fleet_of([worker(f"w{number}") for number in range(8)], RoutingSettings(policy), vector_from)
     call = RouteCall("m", 10_000, cached={f"w{number}": 9_600 for number in range(8)})
     sent = _send_all(fleet, call, 64, to_compute=400)
@@ -226,9 +227,12 @@ def test_calls_spread_by_size(vector_from: int) -> None:
 
 @pytest.mark.parametrize("vector_from", [0, 99])
 def test_small_engines_keep_their_prompts(vector_from: int) -> None:
-    """One of two equal workers holds 1,000 tokens of a call's prompt and runs three more sequences than the other. It
-    gets the call, whether the workers have 8 slots or 64. Once a third worker with 512 slots is added, a holder with 8
-    slots no longer gets the call, and a holder with 64 slots still does."""
+    """A worker that holds 1,000 tokens of a call's prompt gets the call, although an equal worker runs three
+    sequences fewer. This holds for workers with 8 slots and for workers with 64 slots.
+
+    A further worker with 512 slots is then added. A holder with 8 slots now loses the call; a holder with 64
+    slots still gets it.
+    """
     call = RouteCall("m", 1032, cached={"holder": 1000})
     for slots in (8, 64):
         fleet = fleet_of(
@@ -315,10 +319,10 @@ def test_full_holders_are_those_that_cost_less() -> None:
 
 
 def test_a_key_prefers_one_worker_until_load_says_otherwise() -> None:
-    """While the workers are equal, calls with one affinity key go to one worker, and different keys are spread over all
-    workers.
+    """While the workers are equal, all calls with the same affinity key go to one worker, and different keys are
+    spread over all workers.
 
-    A worker that is much more loaded than the others loses its keys.
+    If this worker gets much more load than the others, calls with the key go to another worker.
     """
     fleet = fleet_of([worker(f"w{number}") for number in range(8)], RoutingSettings(), 99)
     keys = [RouteCall("m", 1000, affinity=hash64(f"tenant\0key {number}")) for number in range(400)]

@@ -48,7 +48,7 @@ def test_a_slow_worker_is_known_after_a_few_prompts(seed: int, slow: float) -> N
     """After four prompts of a worker that became slow, its learned slowdown is more than a quarter of its true
     slowdown.
 
-    The other workers stay near 1, whatever the sizes of the prompts.
+    The learned slowdowns of the other workers stay near 1, whatever the sizes of the prompts.
     """
     times = PrefillTimes()
     usual = dict.fromkeys("abcdefgh", 1.0)
@@ -62,8 +62,8 @@ def test_a_slow_worker_is_known_after_a_few_prompts(seed: int, slow: float) -> N
 
 
 def test_a_slowdown_rises_without_a_jump() -> None:
-    """A worker's slowdown never falls when its prompts take longer. If they take a hundredth longer, it rises by less
-    than 0.05."""
+    """If a worker's prompts take longer, its slowdown never falls. If the prompts take a hundredth longer, the slowdown
+    rises by less than 0.05."""
     found = []
     for slow in range(100, 300):
         times = PrefillTimes()
@@ -121,7 +121,7 @@ def test_short_prompts_do_not_look_slow(short: int, long: int, fixed_s: float, t
 
 @given(st.integers(0, 2**32), st.floats(0.5, 1e4))
 def test_a_single_pause_decides_little(seed: int, pause_s: float) -> None:
-    """A single prompt that takes much longer raises a worker's slowdown to at most 2.5."""
+    """If one prompt takes much longer than predicted, the worker's slowdown rises to at most 2.5."""
     times = PrefillTimes()
     now = served(dict.fromkeys("abcdefgh", 1.0), seed, 20, times)
     times.record("a", 1000, pause_s, now)

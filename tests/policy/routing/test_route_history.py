@@ -45,8 +45,9 @@ def call(number: int, tenant: str = "t") -> RoutedCall:
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 40)), max_size=80), st.integers(1_000, 200_000))
 def test_the_memory_is_bounded_and_the_oldest_go_first(added: Sequence[tuple[int, int]], max_bytes: int) -> None:
-    """After each added route, the size is the sum of the sizes of the remembered calls and is within the bound. The
-    remembered calls are those whose first routes are newest. A call that alone exceeds the bound is forgotten too."""
+    """After each added route, the size of the history is the sum of the sizes of its calls, and is within the bound. If
+    calls must be forgotten, those whose first routes are oldest are forgotten first. A call that alone exceeds the
+    bound is forgotten too."""
     history = RouteHistory(max_bytes)
     order: list[str] = []
     for number, workers in added:

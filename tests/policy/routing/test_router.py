@@ -118,8 +118,9 @@ def test_nobody_is_said_with_the_nearest_reason(workers: list[Candidate], reason
 
 
 def test_a_call_with_tools_does_not_wait_for_a_parser_that_nobody_has() -> None:
-    """If any worker has a tool parser, a call with tools goes only to such workers, even if they are busy. If no worker
-    has one, the call may go to any worker, whose refusal ends it. Calls without tools may go to any worker."""
+    """If any worker has a tool parser, a call with tools goes only to workers with a parser, even if these are busy. If
+    no worker has a parser, the call may go to any worker, which refuses it. Calls without tools may go to any
+    worker."""
     plain, parses = worker("a"), worker("b", parses_tools=True, free_sequences=0)
     assert needs_parser(True, [plain, parses])
     assert not needs_parser(True, [plain])
@@ -199,7 +200,7 @@ def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
 def test_a_continued_call_goes_back_to_where_its_blocks_are() -> None:
     """A resumed call goes to the worker that holds its KV blocks, however busy this worker is.
 
-    Only the call's uncached tokens count for the pacing on this worker.
+    The limit on resumed prompt tokens in one step of this worker counts only the call's uncached tokens.
     """
     like = CompatibilityKey("w", "b", "c")
     home = worker(

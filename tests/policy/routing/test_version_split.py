@@ -28,7 +28,8 @@ def test_each_gets_its_part() -> None:
 
 @given(IDS, WEIGHTS, st.permutations(range(3)))
 def test_the_same_for_the_same_call(call_id: str, weights: tuple[float, ...], order: list[int]) -> None:
-    """The choice does not depend on the order of the versions, and only versions with a weight are chosen."""
+    """The version that is chosen for a call does not depend on the order of the versions. Only versions with a weight
+    above 0 are chosen."""
     pairs = list(zip(VERSIONS, weights, strict=True))
     got = choose_version(call_id, pairs)
     assert got == choose_version(call_id, [pairs[i] for i in order])

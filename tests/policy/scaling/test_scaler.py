@@ -29,7 +29,7 @@ def spec(name: str = "m", **fields: object) -> ModelSpec:
 
 
 class World:
-    """A scaler with a simulated Ray. A replica serves `cold_s` seconds after the decision to start it."""
+    """A scaler with a simulated Ray. A replica is ready `cold_s` seconds after the decision to start it."""
 
     def __init__(
         self, *specs: ModelSpec, asked: OperatorRequest | None = None, cold_s: float = 20.0, now: float = 1000.0
@@ -214,8 +214,8 @@ def test_what_cannot_be_asked() -> None:
 
 
 def test_the_story_is_bounded_and_says_how_often() -> None:
-    """The decision log counts repeated decisions not to scale, for the same reason, as one entry. It drops the oldest
-    entries and lists the newest entries last."""
+    """The decision log keeps successive decisions not to scale as one entry, if they have the same reason, and counts
+    them. It drops the oldest entries and lists the newest entries last."""
     world = World(spec())
     world.until(1)
     world.step()

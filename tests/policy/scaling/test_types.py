@@ -74,10 +74,11 @@ def test_a_replica_is_worth_the_lesser_of_what_it_does() -> None:
 
 @given(COUNTS, COUNTS)
 def test_a_mix_is_counted_by_what_it_is_worth(ready: dict[str, int], starting: dict[str, int]) -> None:
-    """Replicas of several GPU types count as replicas of one type with the same total worth, rounded up.
+    """A model's replicas on several GPU types are converted to replicas of one type with the same total
+    capacity, rounded up.
 
-    The worth of a replica is its capacity in replicas of that type. At most the worth of the ready replicas, rounded
-    up, counts as ready. A model with one GPU type is unchanged.
+    Of the converted replicas, no more count as ready than the capacity of the ready replicas, rounded up. A
+    model with one GPU type is unchanged.
     """
     seen = model(ready)
     coming = [
@@ -151,8 +152,8 @@ def test_lesser_replicas_come_in_greater_numbers() -> None:
 
 
 def test_more_than_there_are_gpus_for_is_said() -> None:
-    """If there are too few GPUs, the decision says so. With several GPU types, its numbers of replicas are in replicas
-    of one type: the first type with learnt rates."""
+    """If there are too few GPUs for the wanted replicas, the reason of the decision says so. For a model with several
+    GPU types, the reason counts replicas of one type: the first type with learnt rates."""
     decision = decided(model({}, room={"H100": 1, "L4": 2}, min_replicas=0, manual=5), H100=1, L4=8)
     assert decision.replicas == {"H100": 1, "L4": 2}
     assert decision.why == "manual; the GPU budget allows 3 of 5"

@@ -57,7 +57,8 @@ def test_a_quantile_is_near_a_duration_of_its_rank(values: list[float], part: fl
 
 @given(durations, durations, st.integers(1, 100), st.integers(8, 2_000))
 def test_old_durations_fade(old_s: float, new_s: float, count: int, half_lives: int) -> None:
-    """Eight half-lives after some durations, or later, an equal number of new durations alone determines the median."""
+    """Old durations lose weight over time. If as many new durations arrive eight half-lives later or more, the median
+    is that of the new durations alone."""
     sketch = LatencySketch(60.0)
     for _ in range(count):
         sketch.add(old_s, NOW)
@@ -194,8 +195,8 @@ def test_the_budget_holds_and_no_sequence_is_hedged_twice(share: float, history:
 
 @given(st.integers(0, 5000))
 def test_a_quiet_time_saves_up_a_bounded_number_of_hedges(count: int) -> None:
-    """However many sequences were sent before, at most BURST hedges can follow at once. Sequences that have just become
-    late may use only half of these."""
+    """However many sequences were sent before, at most BURST hedges (second submissions) can follow at once. Sequences
+    that have just become late may use only half of the hedges."""
     world = World(HedgingPolicy(0.01))
     world.learn(LEARNT + count)
     for number in range(20):

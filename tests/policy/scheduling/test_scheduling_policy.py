@@ -1,6 +1,5 @@
-"""Tests of the scheduling policy: each wait ends with one instruction, capacity is never exceeded, and no capacity
-stays idle.
-"""
+"""Tests of the scheduling policy: each waiting sequence gets exactly one instruction (such as Send or Fail) that ends
+its wait, capacity is never exceeded, and no capacity stays idle."""
 
 from __future__ import annotations
 
@@ -31,7 +30,8 @@ KEYS = [CompatibilityKey(f"weights {name}", "bundle", "class") for name in "ab"]
 
 @dataclass
 class Fleet:
-    """Workers of the model m, by incarnation. Implements the protocol Workers."""
+    """A set of workers for tests, all of the model "m". `workers` holds them by incarnation. Implements the protocol
+    Workers."""
 
     workers: dict[str, Candidate] = field(default_factory=dict)
     replaced: set[CompatibilityKey | None] = field(default_factory=set)
@@ -169,8 +169,8 @@ def test_a_sequence_with_tools_goes_where_they_are_parsed() -> None:
 
 
 def test_a_suspect_waits_for_its_verdict() -> None:
-    """A sequence that lost two workers in a row is suspect and is not sent for a while. Then it is ended, or it is
-    acquitted if other workers were lost at the same time."""
+    """A sequence that lost two workers in a row is suspect and waits for SETTLE_S seconds. Then its call is ended,
+    unless several other workers were lost at about the same time. In that case the sequence is acquitted and sent."""
     fleet = Fleet()
     fleet.add("w", free=5)
     policy = policy_of(fleet)
@@ -332,8 +332,8 @@ def test_a_sequence_that_waits_for_its_adapter_holds_back_nobody() -> None:
 
 
 def test_the_sequences_that_wait_for_adapters_are_bounded() -> None:
-    """The number of sequences that wait for adapters is bounded for each tenant. Further sequences of this tenant end
-    at once; sequences of other tenants still wait."""
+    """Only a limited number of a tenant's sequences may wait for adapters. Further sequences of the tenant end at once.
+    Sequences of other tenants still wait."""
     fleet = Fleet()
     fleet.add("w", free=1)
     policy = policy_of(fleet, max_tokens=10**6)
@@ -489,11 +489,11 @@ TestPolicy = PolicyMachine.TestCase
 def test_a_sequence_finds_the_last_free_worker_of_many(
     free: dict[int, int], sequences: int, workers: int, one_is_bad: bool
 ) -> None:
-    """With many workers, as many sequences resume as the compatible workers have free slots; no worker gets more than
-    its slots.
+    """Waiting sequences resume until they or the free slots of the compatible workers are used up. No worker
+    gets more sequences than it has free slots.
 
-    A sequence returns to a worker that has failed it only if no other worker is free. A sequence whose blocks a worker
-    holds goes to this worker.
+    A sequence returns to a worker that has failed it only if no other worker is free. A sequence whose blocks a
+    worker holds goes to this worker.
     """
     fleet = Fleet()
     for number in range(workers):

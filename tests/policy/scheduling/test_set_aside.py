@@ -26,8 +26,9 @@ def entry(key: str, tenant: str = "t", model: str = "m") -> WaitingSequence:
 
 
 def holder_at(worker: str, limit: float, gain: float = 1e9, uncached: float = 0.0) -> FullHolder:
-    """Return a full worker that holds a prompt. Each sequence set aside for this worker counts as 1,000 tokens of
-    work."""
+    """Return a full worker that holds a prompt. Each sequence set aside for this worker adds 1,000 tokens to its wait.
+    `limit`: longest allowed wait. `gain`: how much less the sequence costs on this worker than on the chosen one.
+    `uncached`: number of prompt tokens that this worker must compute."""
     return FullHolder(worker, gain, 1_000.0, 0.0, limit, uncached, 1.0)
 
 
@@ -40,7 +41,8 @@ class LargeFleet(Fleet):
 
 
 def two_workers(*held: str, free_holder: int = 0, free_other: int = 2) -> tuple[Fleet, SchedulingPolicy]:
-    """Return two workers, `holder` and `other`, and a policy. `holder` holds the prompts of the sequences `held`."""
+    """Return a fleet of two workers, `holder` and `other`, and a policy. `holder` holds the prompts of the sequences
+    `held`. `free_holder` and `free_other`: number of sequences that each worker can take."""
     fleet = LargeFleet()
     for name, free in (("holder", free_holder), ("other", free_other)):
         fleet.add(name)

@@ -58,8 +58,8 @@ def test_a_sequence_loses_what_a_worker_with_room_holds(workers: list[tuple[int,
 
 
 def test_room_is_read_each_time_and_holders_seldom() -> None:
-    """As soon as a worker is full, the blocks that it holds no longer count. The tokens that workers hold are looked up
-    again only after FRESH_S."""
+    """A worker's free capacity is read for every decision: once the worker is full, the blocks that it holds no longer
+    count. The number of tokens that each worker holds is looked up again only after FRESH_S."""
     view = Holders({"w": 80}, {"w": 100})
     warm = WarmSequences(view)
     assert warm.loss_of("m", 0.0)(ENTRY) == 80
@@ -101,8 +101,8 @@ def test_a_decision_looks_up_few_prompts() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    """Which workers hold a sequence's prompt is remembered for at most MAX_PROMPTS sequences. These are the sequences
-    that were looked up last."""
+    """WarmSequences remembers, for the MAX_PROMPTS sequences that were looked up last, which workers hold the prompt.
+    It looks up any other sequence again."""
     view = Holders({"w": 80}, {"w": 100})
     warm, sequences = WarmSequences(view), entries(MAX_PROMPTS + 1)
     for entry in sequences:

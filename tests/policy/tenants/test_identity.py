@@ -335,7 +335,7 @@ def test_handles_say_nothing_and_tell_tenants_apart() -> None:
 def test_the_first_secret_signs_and_all_verify() -> None:
     """A tag (an authentication code) is accepted if it was derived from any secret in the list.
 
-    A tag is refused if its secret is not in the list, or if its parts or its purpose differ.
+    A tag is refused if its secret is not in the list, or if it was derived for another text or another purpose.
     """
     tag = identity.derive(SECRETS[1], "resume", "call-1")
     assert identity.verify_any(SECRETS, "resume", tag, "call-1")

@@ -97,7 +97,8 @@ def test_the_longest_match_is_known(source: str, longest: int) -> None:
     ],
 )
 def test_what_cannot_be_a_pattern(source: str, message: str) -> None:
-    """A pattern is refused, with a remedy, if it could hold back a stream without bound or be slow."""
+    """A pattern is refused if it could hold back a stream without bound, or if it could be slow. The error names a
+    remedy."""
     with pytest.raises(PatternError, match=re.escape(message)):
         longest_match(source)
 

@@ -1,4 +1,5 @@
-"""Tests of reading and writing certificate revocation lists, in the formats of people and of tools."""
+"""Tests of reading and writing certificate revocation lists, with serial numbers in the formats of openssl and
+browsers."""
 
 from __future__ import annotations
 

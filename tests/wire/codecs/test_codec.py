@@ -227,8 +227,8 @@ def test_ended_counts_round_trip() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 5), parts), min_size=1, max_size=8), st.integers(0, 255))
 def test_single_tokens_with_parts_need_no_further_messages(entries: list[tuple[int, OutputPart]], unknown: int) -> None:
-    """`slots_with_details` returns no slot if each slot has one token with parts, and all slots with parts if a slot
-    has several entries. Parts of an unknown kind are left out."""
+    """If each slot has one token, `slots_with_details` returns no slot, even though the tokens have parts. If one slot
+    has several tokens, it returns every slot that has parts. Decoding leaves out parts of an unknown kind."""
     columns = codec.StepColumns()
     for slot, part in entries:
         columns.add(slot, TokenOutput("x", [7], parsed=ParsedOutput((part,))))

@@ -119,8 +119,8 @@ vectors = st.binary(min_size=1, max_size=8).map(lambda data: data * 4)
 
 @given(st.dictionaries(st.integers(1, 9), st.none() | vectors, max_size=6))
 def test_vectors_arrive_at_their_slots(of_slots: dict[int, bytes | None]) -> None:
-    """Each slot of a pooling request gets its vector together with the end of the request. A slot with tokens gets no
-    vector."""
+    """A message of step outputs carries a vector for each pooling request that ends in the step. A slot whose output is
+    tokens gets no vector."""
     columns = codec.StepColumns()
     for slot, vector in of_slots.items():
         columns.add(

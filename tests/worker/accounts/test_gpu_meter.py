@@ -90,8 +90,8 @@ def test_shares_are_those_of_the_tokens_computed() -> None:
 
 
 def test_a_long_prompt_pays_for_all_its_steps() -> None:
-    """A prompt that takes many steps is charged its share of each. Requests that run meanwhile are not charged for
-    it."""
+    """If a prompt takes many steps, its request is charged a share of each of these steps. Other requests that run
+    meanwhile are charged only their own share."""
     twin = Twin(decode_ms=10, prefill_tokens_per_s=20_000, max_num_batched_tokens=512, kv_blocks=50_000)
     for number in range(4):
         twin.submit(f"short{number}", 20, 400)
@@ -115,8 +115,8 @@ def test_a_long_prompt_pays_for_all_its_steps() -> None:
 def test_all_shares_and_idle_are_lifetime_times_gpus(
     calls: list[tuple[int, int, int, float]], max_step_tokens: int
 ) -> None:
-    """Charges plus idle time equal the lifetime times the number of GPUs, within 1 %, for any requests, preemptions and
-    pauses."""
+    """The sum of all charges and the idle time equals the engine's lifetime times the number of GPUs, within 1 %. This
+    holds for any requests, preemptions and pauses."""
     twin = Twin(
         decode_ms=5, prefill_tokens_per_s=20_000, max_num_batched_tokens=max_step_tokens, max_num_seqs=4, kv_blocks=60
     )

@@ -15,7 +15,8 @@ from tests.worker.adapters.test_worker_adapters import Engine
 
 @pytest.mark.timeout(60)  # not asyncio's: a request that waits for an ended load blocks the event loop
 async def test_a_request_does_not_wait_for_a_load_that_has_ended() -> None:
-    """If an adapter has just been loaded and then dropped for another adapter, a request for it loads it again."""
+    """A request needs an adapter whose load has just ended and which is being removed to make room for another adapter.
+    The adapter is loaded again, and the request does not wait for the ended load."""
     engine, tasks = Engine(1), AdapterTasks()
     engine.gates["a"] = asyncio.Event()
     loads = AdapterLoads(

@@ -59,8 +59,8 @@ class Files:
 
 
 class Engine:
-    """An engine that holds adapters and checks the rules of loading. `gates`: by digest, events for which a load
-    waits."""
+    """An engine that holds adapters and checks the rules of loading. `gates`: events by digest; loading the adapter
+    with this digest waits for its event."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self.capacity = capacity
@@ -297,7 +297,8 @@ async def test_a_load_that_spoils_the_engine_ends_it_once() -> None:
 
 
 async def test_a_worker_without_adapters_refuses_them() -> None:
-    """A worker without adapters refuses requests for adapters, ignores a set of adapters, and reports none."""
+    """A worker without adapters refuses a request that needs an adapter. It ignores the list of wanted adapters from a
+    gateway, and reports no adapters."""
     adapters = WorkerAdapters(info_of(), Engine(), Files(), lambda dead: pytest.fail(str(dead)))
     outbox = Outbox()
     adapters.attach(1, outbox)
@@ -409,10 +410,10 @@ async def test_steady_requests_for_one_adapter_do_not_keep_another_out() -> None
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), capacity=st.integers(1, 3), failing=st.sets(st.sampled_from("abcdef"), max_size=2))
 def test_any_order_of_sets_and_requests_keeps_the_rules(seed: int, capacity: int, failing: set[str]) -> None:
-    """The rules hold for requests and changed sets in any order.
+    """Every accepted request finds its adapter in the engine until the request ends.
 
-    Every accepted request finds its adapter in the engine until the request ends. The engine never holds more adapters
-    than its capacity, and in the end it holds only wanted ones.
+    The engine never holds more adapters than its capacity. At the end it holds only adapters that the gateways
+    want. All this holds for any order of requests and of changes to the wanted adapters.
     """
 
     async def scene() -> None:

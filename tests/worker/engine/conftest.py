@@ -54,8 +54,9 @@ def schedules_asynchronously(subject: Subject) -> bool:
 
 
 def engine_children(process: psutil.Process) -> list[psutil.Process]:
-    """Return the engine cores that belong to this process, or the ranks that belong to a core. They may be its child
-    processes or forks of the fork server. Zombies are left out, since they belong to other tests."""
+    """Return the living engine cores if `process` is this test process, else the living ranks; `process` is then an
+    engine core. They are children of `process` or forks of the fork server. Zombies are left out, since they belong to
+    other tests."""
     name = "EngineCore" if process.pid == os.getpid() else "Worker"
     servers = [psutil.Process(pid) for pid in fork_server.server_pids()]
     children = [child for parent in (process, *servers) for child in parent.children()]

@@ -454,8 +454,8 @@ class EngineContract:
 
     @pytest.mark.parametrize("name", RESUMED)
     async def test_cut_anywhere_equals_uncut(self, engine: Subject, name: str) -> None:
-        """A request that is cut after any token and resumed in a batch has the tokens, end and logprobs of the uncut
-        request."""
+        """A request may be interrupted after any token and resumed in a batch. Its tokens, end and logprobs are the
+        same as without the interruption."""
         await cut_everywhere(engine, engine.prompt(40, tokens=40), CUTS + 1, RESUMED[name])
 
     async def test_a_continued_call_keeps_min_tokens_and_stop_tokens(self, engine: Subject) -> None:

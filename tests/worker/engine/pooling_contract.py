@@ -93,8 +93,8 @@ class PoolingContract:
         return info_of(engine).tasks[0]
 
     def test_names_its_tasks(self, engine: Subject) -> None:
-        """The capabilities name the tasks and no kind of resume. The KV tokens suffice for the longest text and for a
-        full step."""
+        """The engine's capabilities name its pooling tasks, and say that it cannot resume requests. Its KV cache has
+        room for the longest text and for a full step."""
         info = info_of(engine)
         assert pooling_tasks(engine.info.capabilities) == info.tasks
         assert not weakest_resume_capability(engine.info.capabilities)
@@ -143,8 +143,8 @@ class PoolingContract:
         assert str(longest) in message
 
     async def test_wrong_ids_are_refused(self, driver: Driver, task: PoolingTask) -> None:
-        """A prompt without ids, ids outside the vocabulary and emitted tokens are refused. Another request still gets
-        its vector."""
+        """A request is refused if its prompt has no ids, if an id is outside the vocabulary, or if it has emitted
+        tokens. Another request still gets its vector."""
         good = pool(driver.subject.prompt(4), task)
         await driver.submit(good)
         await refuse(driver, pool((), task), "prompt_token_ids", Outcome.INVALID_FIELD)

@@ -37,7 +37,8 @@ SMALL = SimConfig(vocab=1000, token_lo=100, token_hi=900, eos=2, max_model_len=2
 
 
 async def subject() -> tuple[SimEngine, Driver]:
-    """Return a healthy simulated engine, and the driver of the checked engine that wraps it."""
+    """Return a healthy simulated engine, and a Driver that runs requests on it. The Driver's requests pass through
+    CheckedEngine, which checks the engine's answers."""
     engine = SimEngine(SMALL, VirtualClock())
     examined = CheckedEngine(engine, node="n1")
     return engine, Driver(Subject(examined, await examined.start(), 100, 900, deadline_s=5.0, kv_events=engine))
@@ -69,7 +70,8 @@ async def test_an_error_of_a_well_engine_changes_nothing() -> None:
 
 
 async def test_errors_are_answered_by_one_question_at_a_time() -> None:
-    """All errors that occur while a golden request runs lead to only one more golden request."""
+    """After an error, the engine must answer the golden (fixed) request again. If more errors occur meanwhile, only one
+    more golden request follows, however many errors there are."""
     engine, driver = await subject()
     asked = engine.statistics().submitted
     for at in (1, 2, 3, 4):
@@ -81,8 +83,8 @@ async def test_errors_are_answered_by_one_question_at_a_time() -> None:
 
 @pytest.mark.parametrize("fault", ["wrong", "nan"])
 async def test_a_wrong_answer_is_sickness(fault: str) -> None:
-    """If the golden answer after an error is wrong or has NaN, EngineCorrupt is raised, and the message names the
-    node."""
+    """After an error, the engine must answer the golden (fixed) request again. If this answer is wrong or has NaN,
+    EngineCorrupt is raised, and the message names the node."""
     engine, driver = await subject()
     engine.faults.arm("step", fault, at=0)
     engine.faults.arm("step", "nan", at=3)
@@ -265,8 +267,8 @@ def test_an_engine_beyond_the_tolerance_is_called_sick(
 
 @given(logits, st.integers(1, 4), tolerances)
 def test_another_model_is_called_sick(values: list[float], top: int, tolerance: float) -> None:
-    """An answer is wrong if, in the reference, the answer's most likely token is clearly less likely than the
-    reference's own most likely token. This also holds if the reference does not list the answer's token."""
+    """An engine's answer is wrong if its most likely token is another one than in the reference, and if the reference
+    gives this token a clearly lower probability than its own most likely token, or does not list it."""
     right = sorted(softmax(values), reverse=True)
     right[0] += 2.1 * tolerance
     reference = GoldenAnswer([greedy(right, top + 1)])
@@ -290,8 +292,8 @@ def test_more_values_never_hide_what_fewer_prove(
 
 
 def test_a_token_outside_the_list_is_undecided() -> None:
-    """The reference lists the most likely tokens. An engine that answers with a token outside this list is not wrong as
-    long as the token's log probability is possible for a token outside the list."""
+    """The reference answer lists only the most likely tokens. An engine may answer with a token that is not in this
+    list. The answer counts as wrong only if the token's log probability is too high or too low for such a token."""
     reference = GoldenAnswer([PositionLogprobs([1, 1, 2, 3], [-2.0, -2.0, -2.2, -2.4])])
 
     def answer(*values: float) -> GoldenAnswer:

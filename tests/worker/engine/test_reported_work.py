@@ -18,8 +18,8 @@ def work(
     loads_adapter: bool = False,
     starvation: Starvation | None = None,
 ) -> str:
-    """Return the result of `reported_work` for a step that has run for `age_s` seconds: what the engine reports that it
-    works on."""
+    """Call `reported_work` for a step that has run for `age_s` seconds. Returns what the engine reports as its current
+    work."""
     pace = StepTimes()
     pace.began(100.0)
     return reported_work(
@@ -48,8 +48,8 @@ def test_an_adapter_explains_a_step_for_a_while() -> None:
 
 
 def test_prompts_explain_a_step() -> None:
-    """While prompt tokens wait to be computed, a long step is reported as "prefill". This also holds for a step that is
-    too long for the compilation of a grammar or the load of an adapter."""
+    """While prompt tokens wait to be computed, a long step is reported as "prefill". This holds even if the step also
+    compiles a grammar and loads an adapter."""
     assert work(0.4, prefill_tokens=1) == "prefill"
     assert work(GRAMMAR_ALONE_S * 2, prefill_tokens=1 << 20, has_grammars=True, loads_adapter=True) == "prefill"
 

@@ -55,8 +55,8 @@ def test_work_explains_in_proportion_and_not_for_ever(seconds: float, learned: i
 
 
 def test_a_step_computes_no_more_than_its_most() -> None:
-    """A long queue of prompts explains a step only as long as one chunk of prompt tokens takes, since a step computes
-    at most one chunk."""
+    """However long the queue of prompts is, it explains a step only for the time that one chunk of prompt tokens takes.
+    The reason is that a step computes at most one chunk."""
     pace = StepTimes(most_tokens=100)
     pace.began(0.0)
     pace.step(0.2)
@@ -66,8 +66,8 @@ def test_a_step_computes_no_more_than_its_most() -> None:
 
 
 def test_a_few_steps_that_stood_do_not_excuse_a_hang() -> None:
-    """If one step in twenty is slow for another reason than prompts, the time that a step with prompts may take does
-    not grow."""
+    """A few slow steps do not raise the time limit for a step with prompts, if one step in twenty is slow and not
+    because of prompts."""
     pace = StepTimes(most_tokens=100)
     now = 0.0
     pace.began(now)

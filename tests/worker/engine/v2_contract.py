@@ -36,8 +36,8 @@ The tokens are the same in vLLM 0.31 to 0.33, so that a seeded request may resum
 
 
 def test_the_runner_is_v2(fast_subject: Subject) -> None:
-    """The engine class contains the V2 runner's noise scheme. The engine resumes exactly only if it is
-    batch-invariant."""
+    """The engine's class in the compatibility key ends with `-v2`, because the V2 runner draws random numbers
+    differently. The engine resumes exactly only if it is batch-invariant."""
     assert fast_subject.info.engine_class.endswith("-v2")
     word = RESUME_EXACT if is_batch_invariant("float32") else RESUME_STATE
     assert word in fast_subject.info.capabilities
@@ -54,7 +54,9 @@ class TestV2(EngineContract):
 
 @pytest.mark.parametrize("name", CONTROLS)
 async def test_control(name: str, fast_subject: Subject) -> None:
-    """A request resumed as a new prompt continues differently, so the contract would detect an inexact resume."""
+    """Negative control of the contract. A request is cut and resumed as a new prompt that includes the emitted tokens.
+    Some of these requests then get other tokens than the uncut request, so the contract can detect an inexact
+    resume."""
     cuts, alike = await plain_rests(fast_subject, fast_subject.prompt(40, tokens=40), name)
     assert cuts > 8
     assert alike < cuts
@@ -99,7 +101,7 @@ async def test_what_would_end_a_rank_is_refused(
 async def test_pipeline_parallel_calls_are_continued(
     llama_folder: Path, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests are resumed on two pipeline stages, with and without asynchronous scheduling."""
+    """An engine with two pipeline stages resumes requests exactly, with and without asynchronous scheduling."""
     monkeypatch.setenv(ASYNC, str(int(asynchronous)))
     engine = VllmEngine(tiny_spec(pipeline_parallel_size=2), llama_folder, executor="mp")
     info = await engine.start()

@@ -118,10 +118,10 @@ def test_events_that_do_not_fit_are_counted_and_ignored(event: BlocksStored | Bl
 
 
 def test_a_block_that_comes_and_goes_between_reports_is_named() -> None:
-    """A block that is stored and removed between two reports is reported as removed, since a gateway may expect the
-    block.
+    """A block that is stored and removed between two reports is reported as removed. A gateway may expect the
+    block, and must learn that the worker does not hold it.
 
-    A block that is removed and stored again is reported as removed and as stored.
+    A block that is removed and stored again between two reports is reported as removed and as stored.
     """
     mirror = KvMirror(SIZE)
     mirror.apply([BlocksStored(["a"], None, range(SIZE), SIZE), BlocksRemoved(["a"])])

@@ -231,7 +231,8 @@ def encode(folder: Path, text: str) -> list[int]:
 
 
 def opening_for(form: Format, prompt: Sequence[int], *rest: Any, **changes: Any) -> wire.Open:
-    """Return the message that `opening` makes, with the chat template arguments of the format."""
+    """Call `opening`, with the chat template arguments of `form` added to the request. The other parameters are those
+    of `opening`."""
     return opening(prompt, *rest, **({"chat_template_kwargs": dict(form.template_kwargs)} | changes))
 
 

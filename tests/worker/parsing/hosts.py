@@ -62,7 +62,8 @@ def faulty(kit: ParserKit) -> FaultyKit:
 
 
 def thread_host(kit: Kit | Callable[[], Kit]) -> ParserHost:
-    """Start a parser in a thread. `kit`: the kit, or a function that loads it."""
+    """Start a parser in a thread. `kit`: the tokenizer and the parser class that the parser uses, or a function that
+    loads both."""
     ours, theirs = socket.socketpair()
     memory = new_memory()
     progress = ParserProgress(os.dup(memory))
@@ -79,7 +80,8 @@ def thread_host(kit: Kit | Callable[[], Kit]) -> ParserHost:
 
 
 def fork_host(kit: Kit | Callable[[], Kit]) -> ParserHost:
-    """Start a parser in a fork of this process. `kit`: the kit, or a function that loads it in the fork."""
+    """Start a parser process in a fork of this process. `kit`: the parsers of a model, or a function that loads them in
+    the fork."""
     ours, theirs = socket.socketpair()
     memory = new_memory()
 
@@ -118,7 +120,7 @@ class Hosts:
 def parser_of(
     folder: Path, form: Format, start: Callable[[ParserKit], ParserHost] = thread_host, **options: Any
 ) -> tuple[OutputParser, Hosts]:
-    """Return an output parser for a format, and the Hosts that starts its processes."""
+    """Return an output parser for a format, and the `Hosts` object that starts the parser's processes."""
     hosts = Hosts(start, faulty(kit_for(folder, form)))
     return OutputParser(ParserNames(form.tools, form.reasoning), hosts, **options), hosts
 
@@ -126,8 +128,8 @@ def parser_of(
 def request_of(
     form: Format, request_id: str, prompt: Sequence[int], emitted: Sequence[int] = (), **changes: Any
 ) -> EngineRequest:
-    """Return a request whose output is parsed. `changes`: `sampling`, `needs_tools`, and the changes that `opening`
-    takes."""
+    """Return a request whose output is parsed. `changes`: other values for `sampling` and `needs_tools` of the request,
+    and keyword arguments of `opening_for`."""
     sampling = changes.pop("sampling", Sampling(max_tokens=1000))
     needs_tools = changes.pop("needs_tools", changes.get("tool_choice") != "none")
     message = opening_for(form, prompt, **changes)

@@ -125,7 +125,7 @@ async def test_a_whole_answer_costs_nothing_before_its_end(folder: Path) -> None
 
 @pytest.mark.parametrize("is_whole", [False, True])
 async def test_a_killed_process_changes_no_parts(folder: Path, is_whole: bool) -> None:
-    """If the process is killed at any point, the requests go on, and their joined parts do not change."""
+    """If the parser process is killed at any point, the requests go on, and their joined parts do not change."""
     forms = {"a": HERMES.output, "b": HERMES.short, "c": "Only text. " * 9}
     parser, hosts = parser_of(folder, HERMES, fork_host)
     async with running(parser):

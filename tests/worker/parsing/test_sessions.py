@@ -63,9 +63,11 @@ def vllm_parser(kit: ParserKit, form: Format, request: Any) -> Any:
 
 
 def vllm_stream(kit: ParserKit, form: Format, prompt: list[int], ids: list[int], stop: Sequence[str] = ()) -> Any:
-    """Return the parts that vLLM's own server streams, with one token per step, and the stop string.
+    """Return the parts that vLLM's own server streams with one token per step, and the stop string that ended the
+    output.
 
-    The calls are those of OpenAIServingChat.chat_completion_stream_generator and of OutputProcessor.
+    vLLM's parser and detokenizer are called here as OpenAIServingChat.chat_completion_stream_generator and
+    OutputProcessor call them.
     """
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
@@ -188,7 +190,8 @@ def texts_of(form: Format) -> list[str]:
     "form", {form.tools: form for form in FORMATS if form.tools in COALESCED}.values(), ids=lambda form: form.name
 )
 def test_coalescing_changes_no_parts(folder: Path, form: Format) -> None:
-    """Fewer parses of a long tool call do not change the parts, even if the output is cut short."""
+    """While a long tool call is generated, its output may be parsed less often. This does not change the parsed parts,
+    even if the output is cut short."""
     prompt = prompt_ids(folder, form)
     for text in texts_of(form):
         ids = encode(folder, text)
@@ -208,8 +211,8 @@ def test_coalescing_changes_no_parts(folder: Path, form: Format) -> None:
     "form", [form for form in FORMATS if form.tools in REPLAYED_TOGETHER], ids=lambda form: form.name
 )
 def test_a_replay_in_few_parses_changes_no_parts(folder: Path, form: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resumed output is parsed into the same parts as an uninterrupted one, at whatever token it was interrupted. The
-    tokens before the interruption are parsed together."""
+    """A resumed output gives the same parts as an output without interruption, whatever the token at which it was
+    interrupted. The tokens before the interruption are parsed together."""
     monkeypatch.setattr(session_module, "REPLAYED_TOKENS", 9)
     kit, prompt = kit_for(folder, form), prompt_ids(folder, form)
     assert kit.replays_together
@@ -252,8 +255,8 @@ def test_a_stop_string_ends_the_output_as_in_vllm(folder: Path, name: str, stop:
 
 @pytest.mark.parametrize("name", sorted(LEAVE_TEXT_UNCHANGED - {"xlam"}))
 def test_without_tools_the_content_is_the_text(folder: Path, name: str) -> None:
-    """Some parsers are skipped if a request has no tools. Without the skip, they would return the text unchanged as
-    content."""
+    """Some parsers are not run if a request has no tools. The content is then the unchanged text, as these parsers
+    would return it too."""
     form = replace(next((form for form in FORMATS if form.tools == name), FORMATS[0]), tools=name, reasoning="")
     kit = kit_for(folder, form)
     for message in ({"tool_choice": "none"}, {"tool_choice": "none", "tools": []}):
@@ -312,8 +315,8 @@ def test_the_text_of_a_stop_token_is_no_output(folder: Path) -> None:
 
 
 def test_a_forced_call_has_a_grammar_that_begins_after_the_reasoning(folder: Path) -> None:
-    """With tool_choice `required` the grammar is a structural tag. It applies after the reasoning, or at once if there
-    is none. With `auto` there is no grammar."""
+    """With the tool choice `required`, the output must follow a grammar (a structural tag). The grammar applies once
+    the reasoning has ended, or at once if there is no reasoning. With the tool choice `auto` there is no grammar."""
     form = next(form for form in FORMATS if form.name == "hermes+qwen3")
     kit = kit_for(folder, form)
     _, forced = kit.open(opening_for(form, prompt_ids(folder, form), tool_choice="required"))

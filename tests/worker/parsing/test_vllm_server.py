@@ -24,8 +24,8 @@ Message = tuple[str, str, list[tuple[str, str]], int]
 
 
 def texts_of(form: Format) -> Iterator[str]:
-    """Yield outputs: complete tool calls, a tool call that is cut short, no tool call, and a tool call in JSON without
-    marks."""
+    """Yield outputs: complete tool calls, a tool call that is cut short, text without a tool call, and a tool call as
+    JSON without the format's marks around it."""
     yield form.output
     yield form.output[: len(form.output) * 2 // 3]
     yield "Just “text”, <b>no</b> call. {"

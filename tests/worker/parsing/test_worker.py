@@ -153,8 +153,8 @@ async def test_parts_arrive_beside_unchanged_tokens(door: Door, folder: Path) ->
 
 
 async def test_parsed_tokens_are_counted_like_plain_ones(door: Door, folder: Path) -> None:
-    """The tokens of a parsed request count once as work, like those of a plain request, even if a stop string cuts them
-    off."""
+    """The worker counts each token of a parsed request once as work, as for a plain request. Tokens that a stop string
+    cuts off count too."""
     async with serving(door, folder) as served:
         counts = []
         for changes in ({"tool_choice": "none"}, {}, {"is_whole": True}):

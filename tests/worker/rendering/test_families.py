@@ -34,7 +34,8 @@ from cluster.worker.rendering.families import MODES, PARSERS, renderer_of, token
 def test_renderers(
     mode: str, model_type: str, architecture: str, has_template: bool, has_tekken: bool, renderer: str
 ) -> None:
-    """A model has the renderer of vLLM's server. Exception: a chat template beside tekken.json is used."""
+    """A model gets the same renderer (vLLM's code that makes prompts of chats) as in vLLM's server. One case differs:
+    if a folder with tekken.json also has a chat template, the template is used."""
     found = renderer_of(mode, model_type, [architecture], has_template=has_template, has_tekken=has_tekken)
     assert found == renderer
 

@@ -29,8 +29,8 @@ FORMAT = {"deepseek_v32": "string", "deepseek_v4": "openai", "deepseek_v41": "op
 
 
 def theirs(renderer: str, tokenizer: Any, body: Mapping[str, Any]) -> list[int] | None:
-    """Return the token ids that vLLM's server makes of a body, by the functions that its renderers call, or None if the
-    body is refused."""
+    """Return the token ids of the prompt that vLLM's server makes of a chat request, or None if it refuses the request.
+    `body`: the JSON of the request."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     request = ChatCompletionRequest.model_validate(json.loads(json.dumps(body)))

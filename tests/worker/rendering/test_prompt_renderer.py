@@ -37,7 +37,8 @@ class FaultyKit(ByteKit):
     """A renderer kit that fails on a chat that contains one of the words HANG, DIE or RAISE."""
 
     def render(self, request: wire.Render) -> wire.Rendered:
-        """Render a chat. If it contains one of the words, hang, end the process or raise an error."""
+        """Render a chat, unless it contains one of three words. With HANG the method hangs, with DIE it ends the
+        process, and with RAISE it raises an error."""
         while HANG.encode() in request.chat:
             pass
         if DIE.encode() in request.chat:
@@ -116,7 +117,8 @@ async def test_a_process_that_does_not_start_answers() -> None:
 @pytest.mark.engine
 @pytest.mark.slow
 def test_a_real_process_renders(tmp_path: Path) -> None:
-    """The capabilities of a worker name the renderer of its model. The renderer's own process makes a prompt."""
+    """A worker's capabilities contain the name of its model's renderer. A separate process of the renderer makes a
+    prompt of a chat."""
     folder = build_rendered("deepseek_v32", tmp_path)
     spec = ModelSpec(name="m", source=f"file://{folder}")
     renderer = model_renderer(spec, folder, build_bundle(folder))

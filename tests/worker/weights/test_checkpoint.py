@@ -84,8 +84,8 @@ def test_whole_checkpoints_pass_and_each_tensor_is_missed(
 def test_other_names_and_buffers_of_old_checkpoints_pass(
     whole: Callable[[str], Path], tmp_path: Path, model_type: str, prefix: str
 ) -> None:
-    """Checkpoints of a bare model, whose tensor names lack a prefix, are accepted, even with masks or a tied output
-    matrix."""
+    """The checkpoint of a bare model is accepted, although its tensor names lack the usual prefix. Further tensors of
+    old checkpoints, such as attention masks, are ignored."""
     import torch
 
     folder = Path(shutil.copytree(whole(model_type), tmp_path / "m"))
@@ -204,7 +204,8 @@ def test_an_output_matrix_of_its_own_is_missed(whole: Callable[[str], Path], tmp
 
 @pytest.mark.timeout(120)
 def test_a_number_of_layers_that_no_model_has_is_refused_at_once(whole: Callable[[str], Path], tmp_path: Path) -> None:
-    """An absurd number of layers is refused before the comparison, which would use all memory of the host."""
+    """A config.json with a billion layers is refused before the tensors are compared. The comparison would use all
+    memory of the host."""
     folder = Path(shutil.copytree(whole("llama"), tmp_path / "m"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))

@@ -34,7 +34,7 @@ FILES = {
 
 @dataclass
 class Server:
-    """A web server that supports ranges. `breaks`: the number of weight responses that will break off."""
+    """A web server that supports ranges. `breaks`: number of downloads of weights that the server will break off."""
 
     files: dict[str, bytes]
     breaks: int = 0

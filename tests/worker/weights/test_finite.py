@@ -59,7 +59,8 @@ def refused(folder: Path, tensors: dict[str, Any], piece_bytes: int = PIECE_BYTE
 
 @pytest.mark.parametrize("kind", FLOATS, ids=str)
 def test_each_number_of_a_type_is_judged_rightly(tmp_path: Path, kind: torch.dtype) -> None:
-    """All finite numbers pass. NaN is found in a matrix and in a vector, and infinity only in a matrix."""
+    """All finite numbers are accepted. NaN is refused in a matrix and in a vector. Infinity is refused in a matrix and
+    allowed in a vector."""
     numbers = patterns(kind)
     wide = numbers.to(torch.float64)
     finite = numbers[torch.isfinite(wide)]

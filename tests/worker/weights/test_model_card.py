@@ -54,7 +54,8 @@ def test_a_licence_of_its_own(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_let_in(named: str, card: str, allowed: tuple[str, ...], reason: str) -> None:
-    """Without a list any licence is allowed. With a list, a licence that is missing or not listed is refused."""
+    """Without a list of allowed licences, any model may load. With a list, a model is refused if its licence is unknown
+    or not in the list, or if the entry and the model's card name different licences."""
     refusal = why_refused(named, Card(card), allowed)
     assert reason in refusal
     assert bool(refusal) == bool(reason)

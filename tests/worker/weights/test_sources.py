@@ -233,8 +233,8 @@ def test_the_embedding_model_is_copied_once(tmp_path: Path) -> None:
 
 
 def test_the_last_report_of_a_demo_model_is_its_total(tmp_path: Path) -> None:
-    """While a demo model is created, a thread reports its size. The report of the total comes last, also on a slow
-    disk."""
+    """While a demo model is created, a thread reports how many bytes are written. The last report is the total size,
+    also on a slow disk."""
     reports: list[tuple[int, int, str]] = []
     size_reported = threading.Event()
 

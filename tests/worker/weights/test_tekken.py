@@ -41,8 +41,8 @@ def models(folder: Path) -> Models:
 @settings(max_examples=200, deadline=None)
 @given(TEXTS)
 def test_prompts_equal_mistral_commons(models: Models, text: str) -> None:
-    """A prompt has the ids of mistral-common, even if it contains the texts of special tokens, and the ids decode to
-    it."""
+    """A prompt gets the same token ids as from the library mistral-common, even if the prompt contains the texts of
+    special tokens. Decoding the ids gives the prompt."""
     ours, theirs = models
     ids = theirs.encode(text, bos=True, eos=False)
     assert ours.codec.encode_prompt(text) == ids
@@ -52,8 +52,9 @@ def test_prompts_equal_mistral_commons(models: Models, text: str) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, TEKKEN_TOKENS - 1), max_size=20))
 def test_outputs_equal_mistral_commons(models: Models, ids: list[int]) -> None:
-    """Any ids decode to mistral-common's text, at once and token by token. Special ids are skipped as in transformers:
-    the bytes before and after a special id may form one character."""
+    """Any token ids decode to the same text as with mistral-common, both in one call and token by token. Special ids
+    are dropped before the decoding, as in transformers, so the bytes before and after a special id may form one
+    character."""
     from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 
     ours, theirs = models
@@ -65,7 +66,8 @@ def test_outputs_equal_mistral_commons(models: Models, ids: list[int]) -> None:
 
 
 def test_the_bundle_names_the_renderer(models: Models) -> None:
-    """The model has Mistral's renderer, no chat template, and the EOS that ends an answer."""
+    """The bundle of a model with a tekken tokenizer names Mistral's renderer, and has the EOS that ends an answer. It
+    has no chat template."""
     ours, theirs = models
     assert (ours.renderer, ours.has_chat_template) == ("mistral", False)
     assert ours.eos_token_ids == (theirs.eos_id,)

@@ -132,8 +132,8 @@ def test_each_kind_of_tokenizer_file_is_taken(llama: Path, tmp_path: Path) -> No
 
 
 def test_kinds_that_are_not_served_are_named(tmp_path: Path) -> None:
-    """The error names the kind of file that is not served: Mistral's tekken.json that cannot be read, a folder in
-    Mistral's format, or gguf files."""
+    """A model with an unsupported kind of file is refused, and the error names the kind. The kinds are: Mistral's
+    tekken.json if it cannot be read, a folder in Mistral's format, and gguf files."""
     (folder_of(tmp_path / "tekken", "mistral") / "tekken.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tekken\.json cannot be read"):
         build_bundle(tmp_path / "tekken")

@@ -108,10 +108,12 @@ def manifests(
     *,
     with_namespace: bool = False,
 ) -> Manifests:
-    """Return the Kubernetes objects for a first install. If the folder `authority` already has a certificate authority,
-    return the objects for a renewal.
+    """Return the Kubernetes objects for a first install: secrets, certificates and, if `with_namespace`, the
+    namespace. If the folder `authority` already has a certificate authority, return the objects for a renewal
+    of the certificates.
 
-    Raises ValueError if the folder has files that are not an authority. Raises OSError.
+    `days`: how long the certificates are valid. Raises ValueError if the folder has other files than those of
+    a certificate authority. Raises OSError.
     """
     objects: list[Manifest] = []
     if with_namespace:

@@ -150,8 +150,8 @@ class AdminAuthorizer:
         self._threads: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
-        """Close the threads of `in_thread`: new functions are refused, and functions that wait for a thread are
-        dropped. Running functions are not interrupted."""
+        """Close the thread pool that `in_thread` uses. New functions are refused, and functions that wait for a thread
+        are dropped. Running functions are not interrupted."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 

@@ -37,10 +37,12 @@ def next_token(after: Any, *list_key: str) -> str:
 
 
 def position_of(token: str, kinds: tuple[type, ...], *list_key: str) -> tuple[Any, ...] | None:
-    """Return the position in the list after which the page of `token` begins; None for the first page. Raises CallError
-    if the token is invalid or belongs to a list with other parameters.
+    """Return the position in a list after which the requested page begins. `token`: the page token of the request;
+    "" asks for the first page, for which None is returned.
 
-    `kinds`: the types of the values in a position. `list_key`: the parameters of the list."""
+    `kinds`: the types of the values in a position. `list_key`: the parameters of the list. Raises CallError if
+    the token is invalid or belongs to a list with other parameters.
+    """
     if not token:
         return None
     try:

@@ -74,7 +74,7 @@ class GrpcEncoder:
         self.plain = len(call.sequences) == 1
 
     def encode_text(self, text: str) -> bytes:
-        """Return the chunk of the next token, which brings nothing but `text`. Implements ChunkEncoder."""
+        """Return the chunk of the next token, with `text` and no other data. Implements ChunkEncoder."""
         self._offset = offset = self._offset + 1
         data = text.encode()
         size = len(data)
@@ -128,8 +128,8 @@ class SessionEncoder(GrpcEncoder):
         return b"".join(codec.text_event(self.event_head, text))
 
     def count_texts(self, number: int) -> None:
-        """Count texts that were sent without `encode_text`, so that the offsets of later chunks are right. `number`:
-        how many texts."""
+        """Add `number` texts to the offset of later chunks, because these texts were sent without a call of
+        `encode_text`."""
         self._offset += number
 
     def _pieces_chunk(self, pieces: Sequence[Piece]) -> bytes:

@@ -225,5 +225,5 @@ class SessionWriter:
 
     @property
     def pending_chars(self) -> int:
-        """Upper bound on the number of characters that the call has not written."""
+        """Upper bound on the number of characters of the call's text that are not written to the session yet."""
         return sum(sequence.pieces.pending_chars for sequence in self._call.sequences)

@@ -35,22 +35,22 @@ class HttpCalls:
         self._delivery: ChunkDelivery | None = None
 
     async def read(self, name: str, exchange: Exchange) -> tuple[ParsedRequest, CallMeta]:
-        """Read and parse the body of a generation request. `name`: the parser, as in Bodies.http. Raises CallError,
-        Refused, and ConnectionResetError if the client disconnects before the body ends."""
+        """Read and parse the body of a generation request. `name`: the name of the parser for the endpoint's bodies.
+        Raises CallError, Refused, and ConnectionResetError if the client disconnects before the body ends."""
         parsed: ParsedRequest
         parsed, meta = await self._read(name, exchange)
         return parsed, meta
 
     async def read_pooling(self, name: str, exchange: Exchange) -> tuple[ParsedPooling, CallMeta]:
-        """Read and parse the body of a pooling request. `name`: the parser, as in Bodies.http. Raises CallError,
+        """Read and parse the body of a pooling request. `name`: name of the parser for the body. Raises CallError,
         Refused, and ConnectionResetError if the client disconnects before the body ends."""
         parsed: ParsedPooling
         parsed, meta = await self._read(name, exchange)
         return parsed, meta
 
     async def _read(self, name: str, exchange: Exchange) -> tuple[Any, CallMeta]:
-        """Count a request, and read and parse the body. `name`: the parser, as in Bodies.http. Raises CallError,
-        Refused, and ConnectionResetError if the client disconnects before the body ends."""
+        """Count a request, then read and parse its body. `name`: the name of the parser for the endpoint's bodies.
+        Raises CallError, Refused, and ConnectionResetError if the client disconnects before the body ends."""
         media_type = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if media_type != b"application/json":  # also prevents cross-site form posts
             raise Refused(415, "unsupported_media_type", "content-type must be application/json")

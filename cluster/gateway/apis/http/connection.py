@@ -72,7 +72,7 @@ class HttpConnection:
         self._flow.resume_reading()
 
     def watch_paused(self, lost: Callable[[], None]) -> None:
-        """Call `lost` once the connection is lost, and leave reading paused."""
+        """Call `lost` when the connection is lost. Reading from the connection stays paused."""
         self._on_lost = lost
         if self._lost:
             self._loop.call_soon(lost)

@@ -48,7 +48,7 @@ class ClientConnection(Transport, Protocol):
     transport: Any
 
     def watch(self, lost: Callable[[], None]) -> None:
-        """Call `lost` once the client is gone. If the client is gone already, call `lost` soon."""
+        """Call `lost` when the client is gone. If the client is gone already, `lost` is called soon."""
 
     def unwatch(self, lost: Callable[[], None]) -> None:
         """Stop calling `lost`."""

@@ -139,7 +139,7 @@ class TextOffsets:
 
 
 class SseStream(ABC):
-    """Renders the events of one answer. Subclasses define the shape of a choice."""
+    """Renders the events of one streamed answer. Subclasses define the JSON of an element of the event's `choices`."""
 
     kind = ""
     before_text = ""
@@ -184,8 +184,8 @@ class SseStream(ABC):
         return start
 
     def _one_part(self, piece: Piece, shift: int) -> str:
-        """Return the event of a piece that consists of one part, or "" if only `_full` can render the piece. Cheaper
-        than `_full`. `shift`: number that is added to the piece's index."""
+        """Return the event of a piece that consists of one part; "" for any other piece, which `_full` must render.
+        This method is cheaper than `_full`. `shift`: number that is added to the piece's index."""
         return ""
 
     def _full(self, call: Call, piece: Piece, shift: int) -> str:
@@ -260,8 +260,8 @@ class CompletionStream(SseStream):
 
 
 def keep_alive(progress: CallProgress) -> bytes:
-    """Return a comment of an event stream, which clients ignore. The comment shows that the call is alive. If the model
-    is starting, the comment also holds the progress of the start."""
+    """Return a line that shows a streaming client that its call is alive. The line is a comment of the event stream,
+    which clients ignore. If the model is starting, the comment also reports the progress of the start."""
     if not progress.eta_s:
         return KEEP_ALIVE
     text = f"{progress.state} {progress.fraction:.0%}, about {progress.eta_s:.0f} s to go"
@@ -284,7 +284,7 @@ class SseEncoder:
         self.plain = len(call.sequences) == 1 and not stream.continuous_usage
 
     def encode_text(self, text: str) -> bytes:
-        """Return the event of the next token, which brings nothing but `text`. Implements ChunkEncoder."""
+        """Return the event for a next token that adds `text` and changes nothing else. Implements ChunkEncoder."""
         return (self._text_start + _escape(text) + self._text_end).encode("ascii")
 
     def encode_new(self) -> bytes:

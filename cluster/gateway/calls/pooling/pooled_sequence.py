@@ -81,7 +81,8 @@ class PooledSequence(LinkedSequence[Owner]):
         self._generates()
 
     def parsed_token(self, token_id: int, parts: Sequence[OutputPart], now: float) -> None:
-        """End the call because the worker has sent a token, as `token` does."""
+        """End the call because the worker has sent a token. Only a worker of an older release does that, because it
+        generates text instead of computing a vector."""
         self._generates()
 
     def _reject(self, reason: str, message: str, field: str) -> None:

@@ -1,4 +1,4 @@
-"""Facts of a sampled call for its spans, without any text of the call."""
+"""The facts about a sampled call that its trace records. They contain no text of the call."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ class HedgedSequence(Sink, Protocol):
         """Record that the request was also sent to a second worker."""
 
     def switch_to_hedge(self, hedge: Hedge, why: str) -> None:
-        """Leave the first worker, and continue on the second worker in the slot of the hedge. `why`: the reason, such
-        as `lost` or `error` (call_trace.FINISHED)."""
+        """Leave the first worker, and continue on the second worker. `hedge`: holds the sequence's slot on the second
+        worker. `why`: the reason, such as `lost` or `error` (call_trace.FINISHED)."""
 
     def drop_hedge(self) -> None:
         """Continue on the first worker alone, without the hedge."""
@@ -56,8 +56,8 @@ class HedgedSequence(Sink, Protocol):
 
 @dataclass(eq=False, slots=True)
 class Hedge:
-    """A sequence's slot on the second worker to which it was sent, while both workers still have the sequence. Receives
-    the second worker's messages until the first output (implements slots.Sink)."""
+    """The slot of a hedged sequence on the second of its two workers, as long as both have the sequence. Receives the
+    second worker's messages until the first output (implements slots.Sink)."""
 
     sequence: HedgedSequence
     link: WorkerLink
@@ -71,7 +71,8 @@ class Hedge:
     """Whether only one of the two workers still has the sequence."""
 
     def bind(self, slot: int) -> None:
-        """Record the slot on the second worker to which the request was sent, and begin the hedge."""
+        """Begin the hedge, after the request was sent to the second worker. `slot`: the request's number on the second
+        worker's link."""
         self.slot = slot
         self.sequence.bind_hedge(self)
 
@@ -140,14 +141,14 @@ class Hedge:
         sequence.call.events.hedge_ended(sequence, True, computed_by)
 
     def leave(self) -> None:
-        """Abort the sequence in the second engine, and continue on the first worker."""
+        """End a hedge: abort the sequence on the second worker, and continue it on the first worker."""
         self.link.abort(self.slot)
         self._stay(self._incarnation, has_failed=False, why="hedged")
 
     def _stay(self, computed_by: str, *, has_failed: bool, why: str) -> None:
-        """Continue the sequence on the first worker alone. `computed_by`: incarnation of the second worker, "" if it
-        has refused the sequence. `has_failed`: whether the second worker has failed the sequence. `why`: why the
-        sequence leaves the second worker, such as `lost` or `error` (call_trace.FINISHED)."""
+        """Continue the sequence on the first worker alone. `computed_by`: incarnation of the second worker, whose
+        engine may have computed the prompt; "" if the engine has refused the sequence. `has_failed`: whether the second
+        worker has failed the sequence. `why`: the reason, such as `lost` or `error` (call_trace.FINISHED)."""
         sequence, self._is_over = self.sequence, True
         sequence.drop_hedge()
         if self.traced is not None:

@@ -140,8 +140,8 @@ class Life:
 
     @property
     def cached_on(self) -> str:
-        """Incarnation of the worker that still holds the sequence's KV blocks after the loss of a gateway; "" if the
-        sequence left its worker for another reason."""
+        """Incarnation of the worker that still holds the sequence's KV blocks. It is known only if the sequence left
+        its worker because a gateway was lost; otherwise ""."""
         return self.last_worker if self.reason == "gateway" else ""
 
     def exclude(self, incarnation: str) -> None:
@@ -179,8 +179,8 @@ class Life:
         self.failures += has_failed
 
     def answered(self) -> str:
-        """Record the first output of the current worker. Returns the reason of the resume; "" if the sequence was not
-        resumed."""
+        """Record the first output of the current worker. Returns why the sequence was resumed on this worker; "" if it
+        was not resumed."""
         self.apply(Event.ANSWERED)
         reason, self.reason = self.reason, ""
         return reason
@@ -190,7 +190,9 @@ class Life:
         self.computed = bool(tokens)
 
     def lost(self, link: str, node: str, tokens: int, now: float) -> None:
-        """Record the unexpected loss of the sequence's worker. `link`: name of the link. `node`: node of the worker."""
+        """Record the unexpected loss of the sequence's worker. `link`: name of the link. `node`: node of the worker.
+        `tokens`: number of tokens that the sequence has. If there are new tokens since the last loss, the earlier
+        losses are forgotten."""
         loss = self.loss
         if tokens > loss.tokens:
             loss.links = ()

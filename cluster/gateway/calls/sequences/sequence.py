@@ -75,7 +75,8 @@ class OutputSequence(LinkedSequence[Owner]):
 
     def take_over_tokens(self, token_ids: Sequence[int], life: Life) -> None:
         """Add tokens that an earlier stream of the call at this gateway has received, so that they are not computed
-        again. The tokens follow the restored tokens. `life`: state of the sequence in the earlier stream."""
+        again. They are appended to the tokens that the resume tokens have brought. `life`: state of the sequence in the
+        earlier stream."""
         stop = self.detokenizer.push(token_ids)
         self.restored = len(self.emitted)
         self.life.restore(life.last_worker, life.compatibility, len(self.emitted))
@@ -141,8 +142,9 @@ class OutputSequence(LinkedSequence[Owner]):
     def _reject(self, reason: str, message: str, field: str) -> None:
         """End the call, because the engine has refused the request as invalid.
 
-        Exception: the worker refuses the tools, but an earlier worker has begun to parse the output. Then the two
-        workers have different parsers, and another worker may continue the sequence.
+        In one case the sequence continues on another worker instead: this worker refuses the tools, but an
+        earlier worker has already parsed a part of the output. Then the two workers have different parsers, and a
+        third worker may have the right ones.
         """
         if field == "tools" and self.parsed_text is not None and self.parsed_text.is_parsed:
             self.life.exclude(self.life.last_worker)
@@ -208,12 +210,12 @@ class OutputSequence(LinkedSequence[Owner]):
             self.direct_content = direct
 
     def stop_direct(self) -> None:
-        """Stop passing text to `direct`, and keep all further text for the next piece."""
+        """Stop sending text directly with `direct` and `direct_content`. All further text waits for the next piece."""
         self.direct = self.direct_content = None
 
     def give_back(self, text: str) -> None:
-        """Put back the text that was just passed to `direct`. Keep this text and all further text for the next
-        piece."""
+        """Take back `text`, which was just passed to `direct` and not sent. It becomes part of the next piece. Further
+        text is no longer passed to `direct`, and is kept for the next piece too."""
         self.stop_direct()
         self.detokenizer.push_back(text)
 

@@ -74,8 +74,8 @@ class ConsoleAccess:
     # ---- requests
 
     def check_site(self, exchange: Exchange) -> None:
-        """Raise Refused for a request that another site has caused. Without `auth`, also raise Refused for a header
-        `host` that is not allowed."""
+        """Raise Refused for a request that another site has caused. If the configuration has no section `auth`, also
+        raise Refused for a header `host` that is not allowed."""
         host = exchange.header(b"host").lower()
         if not self.has_auth and host != self._public_host and not _is_address(host):
             raise Refused(

@@ -103,7 +103,8 @@ class OidcFlow:
         fetch: Fetch = fetch_json,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`issuer`: the issuer, with the console's client id as the audience of its tokens. Raises ValueError if the
+        """Prepare the sign-in. `issuer`: the OIDC provider; its `audience` must be the console's client id.
+        `public_url`: the console's address. `post`, `fetch` and `clock` are replaced in tests. Raises ValueError if the
         file of the client secret cannot be read."""
         self._settings = settings
         self._redirect_uri = public_url + OIDC_CALLBACK

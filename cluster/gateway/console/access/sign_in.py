@@ -56,8 +56,8 @@ class FailureLimits:
             )
 
     def count(self, address: str, now: float) -> None:
-        """Count a failed sign-in. If there are more than MAX_SOURCES sources, forget the source whose last failure is
-        the oldest."""
+        """Count a failed sign-in from the source of `address`. If there are more than MAX_SOURCES sources, forget the
+        source whose last failure is the oldest."""
         source = _source(address)
         bucket = self._buckets.pop(source, None) or Bucket(FAILURES_PER_S, FAILURES, now)
         bucket.charge(1, now)
@@ -88,7 +88,8 @@ class KeySignIn:
         limits: FailureLimits,
         clock: Callable[[], float],
     ) -> None:
-        """`limits`: the limits of failed sign-ins, which all ways to sign in share. `clock`: monotonic seconds."""
+        """Create the endpoints. `limits`: limits on failed sign-ins, which are shared with the other ways to sign in.
+        `clock`: returns monotonic seconds."""
         self._access = access
         self._tenants = tenants
         self._bodies = bodies

@@ -136,8 +136,8 @@ class Table:
         return out
 
     def sum_all(self, columns: Sequence[str], first: int, last: int, out: Values) -> Iterator[None]:
-        """Add the values of all keys to `out`, which the caller has filled with NaN. The iterator yields None after
-        each key."""
+        """Write the sums over all keys into `out`. The caller has filled `out` with NaN, which counts as no value. The
+        iterator yields None after each key."""
         for key in list(self._rows):
             add(columns, out, self.read(key, columns, first, last))
             yield None

@@ -82,7 +82,8 @@ UNKNOWN: Final = frozenset({"cost"})
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The times of an answer's values, in seconds since the epoch."""
+    """The points in time for which an answer has values: `points` times, `step_s` seconds apart, from `first_s` on.
+    `first_s`: in seconds since the epoch."""
 
     first_s: int
     step_s: int

@@ -101,8 +101,8 @@ def _cost_per_h(tally: Tally, past: Tally, interval_s: float) -> float:
 
 
 async def query_columns(history: History | None, query: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Return this process's columns for a query (feed.py); no columns before the first sample. Raises ValueError for a
-    query of more than an hour."""
+    """Return this process's columns of the history for a query. Returns no columns before the first sample. Raises
+    ValueError for a query of more than an hour."""
     if history is None:
         return {}
     first, last = int(query["first"]), int(query["last"])

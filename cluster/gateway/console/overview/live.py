@@ -114,8 +114,8 @@ class LiveOverview:
         models_of: Callable[[str], Mapping[str, Sequence[str]]],
         has_history: bool = True,
     ) -> None:
-        """`models_of` returns the models that a tenant may use, each with its aliases. `has_history`: whether the last
-        hour is kept."""
+        """Create the overview of one gateway process. `models_of`: returns the models that a tenant may use, each with
+        its aliases. `has_history`: whether the values of the last hour are kept."""
         self._parts = parts
         self.recent = parts.recent
         """The newest ended calls of this process."""
@@ -190,7 +190,7 @@ class LiveOverview:
     @property
     def _fresh_s(self) -> float:
         """Age in seconds up to which a cached document or part may be returned. While there are subscribers, this is
-        one tick, since every tick makes a new document and a new part."""
+        TICK_S, since a new document and a new part are made in this interval anyway."""
         return TICK_S if self._views else FRESH_S
 
     async def part(self) -> Part:
@@ -209,7 +209,7 @@ class LiveOverview:
     # ---- the loop
 
     async def run(self) -> None:
-        """Make documents while they are needed, and sample the history. Runs until cancelled."""
+        """Make the overview regularly while anybody needs it, and add samples to the history. Runs until cancelled."""
         self.peers.start()
         try:
             while True:

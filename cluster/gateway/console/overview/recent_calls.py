@@ -137,7 +137,8 @@ class RecentCalls:
     """The newest ended calls of one gateway process, and the sums over all ended calls."""
 
     def __init__(self, clock: Callable[[], float], max_calls: int = MAX_CALLS) -> None:
-        """`clock`: the clock of the calls' times, in monotonic seconds."""
+        """`clock`: returns the present time on the clock of the calls' times, in monotonic seconds. `max_calls`:
+        largest number of calls that are kept."""
         self._clock = clock
         self._number = 0
         self.calls = FairRing(max_calls)

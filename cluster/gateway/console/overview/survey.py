@@ -36,7 +36,8 @@ MAX_TENANTS: Final = 1000
 @dataclass(slots=True)
 class Tally:
     """The numbers of one tenant or model in a snapshot. `tokens` and the other sums are since the start of the process.
-    `gap`: the fairness gap in units of docs/tenancy.md. `ttft`: counts by bucket of the times to first token."""
+    `gap`: for a model, how far the service of its tenants differs, in the fairness units of docs/tenancy.md. `ttft`:
+    counts by bucket of the times to first token."""
 
     running: int = 0
     waiting: int = 0
@@ -125,7 +126,8 @@ class Survey:
         return shot
 
     def _calls(self, shot: Snapshot) -> Iterator[None]:
-        """Add each open call to the snapshot, and count it for its tenant and its model."""
+        """Add each open call to the snapshot, and count it for its tenant and its model. Yields None after each call,
+        so that the caller can let other tasks run."""
         for call in self._parts.service.calls:
             if not call.sequences:
                 continue
@@ -147,8 +149,8 @@ class Survey:
             yield None
 
     def _tenants(self, shot: Snapshot) -> Iterator[None]:
-        """Complete the tenants of a snapshot: add the sums over their ended calls, and include the tenants without open
-        calls."""
+        """Complete the tenants of a snapshot: add the sums over their ended calls, and add the tenants without open
+        calls. Yields None after each tenant, so that other tasks can run in between."""
         parts, tenants = self._parts, shot.tenants
         shot.policies = policies = parts.policies()
         for name, sums in list(parts.recent.tenants.items()):
@@ -167,8 +169,9 @@ class Survey:
             yield None
 
     def _models(self, shot: Snapshot) -> Iterator[None]:
-        """Complete the models of a snapshot: add the sums over ended calls, the lengths of the queues, the times to
-        first token and the numbers of replicas. Models that are no longer known are removed."""
+        """Complete the models of a snapshot, and yield after each model, so that other tasks can run. Adds the sums
+        over ended calls, the lengths of the queues, the times to first token and the numbers of replicas. Models that
+        are no longer known are removed."""
         parts, scheduler = self._parts, self._parts.scheduler
         known = {model.name for model in parts.directory.models}
         shot.models = {name: tally for name, tally in shot.models.items() if name in known}

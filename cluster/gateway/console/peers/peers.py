@@ -187,13 +187,13 @@ class FirstConnected:
         return self._of_all if self._is_connected() else self._of_host
 
     def start(self) -> None:
-        """Begin to answer requests for data from other gateway processes. Implements Peers."""
+        """Begin to answer the requests that other gateway processes send for data. Implements Peers."""
         self._of_all.start()
         self._of_host.start()
 
     async def parts(self, now: float) -> Sequence[Part]:
-        """Ask the other processes for their parts, and return the newest part of each that has arrived. Implements
-        Peers."""
+        """Ask the other processes for their parts of the console's overview. Return the newest part of each process
+        that has arrived."""
         return await self._current.parts(now)
 
     async def history(self, query: Question) -> Sequence[Columns]:

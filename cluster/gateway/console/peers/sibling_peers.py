@@ -26,7 +26,7 @@ IDLE_S: Final = 3.0
 
 
 class SiblingPeers:
-    """Access to the other processes of this host. Implements Peers."""
+    """Access to the other gateway processes of this host, for the console's data. Implements Peers."""
 
     def __init__(self, siblings: Siblings, clock: Callable[[], float] = time.monotonic) -> None:
         self._siblings = siblings
@@ -39,9 +39,12 @@ class SiblingPeers:
         """Do nothing, since the link port answers questions as soon as the port is open. Implements Peers."""
 
     async def parts(self, now: float) -> Sequence[Part]:
-        """Ask the other processes for new parts, and return the parts that have already arrived. Only the first call,
-        or the first after IDLE_S without a call, waits for the answers, for at most FIRST_ANSWER_S. Implements
-        Peers."""
+        """Ask the other processes for their newest parts of the console's overview, and return the parts that
+        have already arrived.
+
+        Only the first call, or the first after IDLE_S without a call, waits for the answers, for at most
+        FIRST_ANSWER_S.
+        """
         is_first = now - self._looked_at > IDLE_S
         self._looked_at = now
         if self._asking is None or self._asking.done():

@@ -1,9 +1,9 @@
 """The other gateway processes of a cluster, reached through publish/subscribe of Valkey or Redis.
 
-All processes listen for questions on one channel, which costs nothing while no process asks. The answers with parts are
-sent on another channel, and answers with history on a channel of the process that asks. Nothing is stored. If several
-processes ask for parts within a second, each part is sent once. While the store is unreachable, no other process is
-known.
+All processes listen for questions on one channel, which costs nothing while no process asks. A process asks for the
+others' parts of the cluster's overview, or for their columns of the history. The parts are sent on another channel, and
+the history on a channel of the process that asks. Nothing is stored. If several processes ask for parts within a
+second, each part is sent once. While the store is unreachable, no other process is known.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class ValkeyPeers:
     # ---- questions
 
     async def parts(self, now: float) -> Sequence[Part]:
-        """Ask the other processes for their parts, and return the newest part of each that has arrived. Implements
-        Peers."""
+        """Ask the other processes for their parts of the console's overview. Returns the newest part of each process
+        that has arrived. Implements Peers."""
         is_first = now - self._looked_at > IDLE_S
         self._looked_at = now
         if self._pubsub is None:

@@ -15,8 +15,8 @@ from jinja2 import nodes
 
 
 class _Undecided(Exception):
-    """Raised for an assignment or loop target that is not a plain name. A template with such a target gets contents as
-    texts."""
+    """Raised if a template assigns to something other than a plain name, or loops with such a target. A template of
+    this kind gets contents as texts."""
 
 
 def takes_parts(tree: nodes.Template) -> bool:

@@ -25,7 +25,8 @@ class ControlTokens:
     """The control tokens of a tokenizer. Immutable."""
 
     def __init__(self, tokens: Iterable[str], separator: str) -> None:
-        """`tokens`: texts of two characters or more. `separator`: a character that is in none of the texts."""
+        """`tokens`: the texts of the control tokens, each of two characters or more. `separator`: a character that is
+        in none of the texts. It is put after the first character of a control token to escape the token."""
         trie = _trie(tokens)
         self._separator = separator
         self._start = re.compile(f"(?={_expression(trie)}).", re.DOTALL) if trie else None
@@ -83,8 +84,8 @@ def _trie(tokens: Iterable[str]) -> _Trie:
 
 
 def _expression(node: _Trie) -> str:
-    """Return a regular expression for the tokens of a trie, which matches the shortest token at a position. A run of
-    characters without alternatives becomes one literal, which keeps the nesting shallow."""
+    """Return a regular expression for the tokens of a trie. At each position, the expression matches the shortest
+    token. A run of characters without alternatives becomes one literal, so that groups are not nested deeply."""
     literal = ""
     while len(node) == 1 and "" not in node:
         ((character, node),) = node.items()

@@ -299,8 +299,9 @@ def _marked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _cut_at_mark(text: str, content: str | Sequence[Mapping[str, Any]]) -> str:
-    """Return the text before CONTINUE_MARK. If the template has trimmed the message that the mark ends, the returned
-    text has no white space at its end."""
+    """Return the prompt up to CONTINUE_MARK, which stands at the end of the last message. If the template has trimmed
+    the last message, white space before the mark is removed too. `content`: the content of the last message, with the
+    mark. Raises CallError if the template changes the last message otherwise."""
     parts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
     final = parts[-1].removesuffix(CONTINUE_MARK)
     at = text.rfind(CONTINUE_MARK.strip())

@@ -179,8 +179,9 @@ def _round(_context: object, _: object) -> None:
 
 
 class _Instrument(NodeTransformer):
-    """Inserts the filter `_round` into each loop body, to count the iterations, and replaces each `~` (joining of
-    texts) by a filter that counts the characters of the result. Filters are used because they cost less than calls."""
+    """Adds limits to a parsed chat template. It inserts the filter `_round` into each loop body, to count the
+    iterations. It replaces each `~` (joining of texts) by a filter that counts the characters of the result. Filters
+    are used because they cost less than calls."""
 
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
         self.generic_visit(node)

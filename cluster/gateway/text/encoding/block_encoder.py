@@ -76,7 +76,8 @@ class BlockEncoder:
         return cls(tokenizer, cuts, words, around, **options)
 
     def encode(self, text: str, recall: Recall) -> array[int]:
-        """Return the ids of a text. Raises TypeError for a lone surrogate, as the tokenizer does."""
+        """Return the token ids of a text. `recall`: supplies the ids of blocks that were encoded before. Raises
+        TypeError for a lone surrogate, as the tokenizer does."""
         blocks = self.cut(text)
         missing = recall.missing(self._digests(blocks))
         return recall.ids(self._encoded([blocks[i] for i in missing]))
@@ -155,7 +156,8 @@ class Recall:
         return array("I", [i for i, planes in enumerate(self._known) if planes is None])
 
     def ids(self, fresh: Sequence[PackedIds]) -> array[int]:
-        """Return the ids of the text, and remember its missing blocks. `fresh`: the ids of the missing blocks."""
+        """Return the ids of the text. `fresh`: the newly encoded ids of the blocks that the memory did not have; they
+        are added to the memory."""
         size = sum(map(len, fresh))
         before, after = self._around
         if len(fresh) == len(self._known) and size > MAX_REMEMBERED_BYTES:

@@ -52,9 +52,12 @@ class FragmentEncoder:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, **options: int) -> FragmentEncoder | None:
-        """Return an encoder for a tokenizer, for which cuts_are_safe (word_encoder.py) must be true. Returns None if
-        the tokenizer treats special tokens as text, or searches the normalized text for some added tokens. `options`:
-        keyword arguments of the constructor."""
+        """Return an encoder for a tokenizer; None if the tokenizer treats special tokens as text, or searches the
+        normalized text for some added tokens.
+
+        The caller must have checked that the tokenizer passes `cuts_are_safe` (word_encoder.py). `options`:
+        keyword arguments of the constructor.
+        """
         added = tokenizer.get_added_tokens_decoder().values()
         if tokenizer.encode_special_tokens or any(token.normalized for token in added):
             return None

@@ -98,8 +98,8 @@ class InputEncoder:
         return EncodedInputs(PackedIds(ids, ends), marks)
 
     def _check_shared(self, inputs: PairInputs, most: int) -> None:
-        """Check the text that all pairs share, before it is encoded with each other text. Raises CallError if the
-        shared text has more than `most` tokens."""
+        """Check the length of the text that all pairs share, before the pairs are encoded. Raises CallError if the text
+        has more than `most` tokens."""
         if len(inputs.first) > 1 or len(inputs.second) == 1:
             return
         (encoding,) = self._tokenizer.encode_batch_fast([inputs.first[0]], add_special_tokens=False)
@@ -110,7 +110,7 @@ class InputEncoder:
         self, inputs: TextInputs | PairInputs, numbers: range, is_pair: bool, keep: int | None
     ) -> Sequence[Encoding]:
         """Return the encodings of the inputs with these numbers. A text with more than `keep` tokens may be encoded
-        only in part (see `_beginnings`). The tokenizer's errors are not converted."""
+        only in part (see `_beginnings`). Errors of the tokenizer are raised unchanged."""
         if is_pair:
             assert isinstance(inputs, PairInputs)
             shared = inputs.first[0] if len(inputs.first) == 1 else None
@@ -125,9 +125,9 @@ class InputEncoder:
         return encoded
 
     def _beginnings(self, texts: Sequence[str], keep: int, chars: int) -> list[Encoding]:
-        """Return the encodings of texts. For a text with more than `keep` tokens, the encoding of its beginning
-        suffices, if the beginning has more than `keep` tokens. `chars`: length in characters of the beginnings that are
-        tried first."""
+        """Return an encoding of each text: of the whole text, or only of a beginning of the text that has more than
+        `keep` tokens. `chars`: length in characters of the beginnings that are tried first. Longer beginnings are tried
+        until one has enough tokens."""
         begun = [_beginning(text, chars) for text in texts]
         encoded = self._encoded(begun)
         for i, text in enumerate(texts):

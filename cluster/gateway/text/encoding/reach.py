@@ -33,7 +33,8 @@ class Reach:
     """Computation of a lower bound on the number of tokens of a text, for one tokenizer. Create it with `of`."""
 
     def __init__(self, weights: np.ndarray[Any, np.dtype[np.float64]], composes: bool) -> None:
-        """`weights`: the weight of each of the 256 byte values. `composes`: whether the tokenizer normalizes to NFC."""
+        """`weights`: for each of the 256 byte values, 1 divided by the length of the longest token that contains the
+        value. `composes`: whether the tokenizer normalizes texts to NFC."""
         self._weights = weights
         self._least = float(weights.min())
         self._composes = composes
@@ -98,7 +99,8 @@ def _has(parts: Iterable[Mapping[str, Any]], kind: str) -> bool:
 def _keeps_all(
     tokenizer: Tokenizer, normalizers: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]
 ) -> bool:
-    """Return whether the tokens cover every part of a text. If so, the tokenizer drops and shortens nothing."""
+    """Return whether the tokenizer certainly neither drops nor shortens any part of a text. `normalizers`, `steps`: the
+    normalizers and the pre-tokenizers in tokenizer.json."""
     return (
         {str(normalizer.get("type")) for normalizer in normalizers} <= _NORMALIZERS
         and all(
@@ -115,9 +117,10 @@ def _keeps_all(
 
 
 def _pieces(tokenizer: Tokenizer, steps: Sequence[Mapping[str, Any]]) -> list[bytes] | None:
-    """Return the bytes of each piece in the vocabulary; None if a byte of a text may have no token. A piece with a
-    space mark (▁) gets the bytes of the mark and of a space, so its bytes are more than those of the text that it
-    covers."""
+    """Return the bytes of each piece in the vocabulary; None if some byte of a text could be left without a token.
+
+    A piece that contains the mark ▁, which stands for a space, gets the bytes of both the mark and a space.
+    """
     model = tokenizer.model
     if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None

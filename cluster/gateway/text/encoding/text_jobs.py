@@ -54,11 +54,12 @@ class TextJobs:
         work: Callable[[], Any],
         then: Callable[[Any], Job | None] | None = None,
     ) -> Any:
-        """Run a job without blocking the event loop. `chars`: length of the job's text. `work`: a function that does
-        the same work in this process. `then`: takes the result of the job, and returns a second job for the same helper
-        process, or None.
+        """Run a job without blocking the event loop. `chars`: length of the job's text. `work`: does the job's work
+        in this process, for a short text or without a helper process. `then`: takes the result of the job, and
+        returns a second job for the same helper process, or None.
 
-        Raises CallError if a helper process fails or is too busy. `field`: the request field that the error names.
+        Raises CallError if a helper process fails or is too busy. `field`: the request field that the error
+        names.
         """
         if self.is_short(chars):
             return work()

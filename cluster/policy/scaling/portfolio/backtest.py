@@ -72,7 +72,8 @@ def empty() -> Backtest:
 
 
 def wanted_by_rule(signals: Floats, stray: Floats) -> Floats:
-    """Number of replicas that each rule asks for, not rounded. `signals` and `stray`: see forecast.DemandLevels."""
+    """Number of replicas that each rule asks for, not rounded. `signals`: the load that each demand signal shows.
+    `stray`: mean absolute error of each signal."""
     by_factor = signals[:, None] * FACTORS
     by_stray = signals[:, None] + stray[:, None] * STRAYS
     rules: Floats = np.concatenate([np.concatenate([by_factor, by_stray], axis=1).reshape(-1), FIXED])
@@ -138,7 +139,7 @@ def late_share(allowed: Floats, before: Floats, after: Floats) -> Floats:
 
 
 def cheapest_rules(backtest: Backtest, late_budget: float, ahead: float) -> tuple[int, ...]:
-    """Return the rules to follow: the CHOSEN rules with the lowest price, the cheapest rule first.
+    """Return the indexes of the rules to follow: the rules with the lowest prices, at most CHOSEN, the cheapest first.
 
     The price of a rule is its cost divided by the share of its calls that are not late. If its late calls exceed the
     budget, the price is also multiplied by late calls / budget. So even when no rule is within the budget, as after a

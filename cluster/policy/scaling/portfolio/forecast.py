@@ -1,11 +1,12 @@
 """Load of a model at several time scales, and the typical deviation of the load: the inputs of forecasts.
 
-A level estimates the load one cold start ahead, in replicas. The levels are means over several time spans, means with
-their trend extrapolated, and a mixture of means. The weights of the mixture are learnt by recursive least squares from
-the load that was then observed. Because of a ridge prior, the mixture starts as the mean over one cold start.
+A level is an estimate of what the load will be one cold start later, in replicas. Some levels are means
+of the load over time spans of different lengths. Others extrapolate the trend of these means. One level
+is a mixture of the means. Recursive least squares learn the weights of the mixture, from how well earlier
+estimates fitted the load. Because of a ridge prior, the mixture starts as the mean over one cold start.
 
-A signal is made from a level. It follows a rising level at once and a falling level slowly, so that a recurring burst
-finds capacity. backtest.py selects the signals that fit a model.
+A signal is made from a level. It follows a rising level at once and a falling level slowly, so that a
+recurring burst finds capacity. backtest.py selects the signals that fit a model.
 """
 
 from __future__ import annotations
@@ -89,8 +90,9 @@ def update(
 def _regress(before: DemandLevels, x: Floats, became: float, passed: float) -> tuple[Floats, Floats]:
     """Run one step of recursive least squares. Returns the new weights and the new inverse matrix.
 
-    `x`: means of one cold start ago. `became`: load now. All loads are divided by the largest of them, so the scale
-    does not matter. `passed`: time since the last step, in cold starts.
+    `x`: the mean loads of one cold start ago. `became`: the load now, which the mean loads should have
+    predicted. All loads are divided by the largest of them, so their scale does not matter. `passed`: time
+    since the last step, in cold starts.
     """
     size = max(float(x.max()), became)
     if size <= 0:

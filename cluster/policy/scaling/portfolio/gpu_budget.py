@@ -158,9 +158,10 @@ def _add_replica(pool: _GpuPool, claim: GpuClaim, mine: dict[str, int]) -> bool:
     """Add one replica to `mine`, the planned replicas of the claim's model by GPU type. Returns False if the
     budget has no GPUs for a replica.
 
-    GPU types are tried in three groups, and the first type for which the budget suffices is used. The first
-    group are types with room on which the model already runs more replicas than `mine` has. The second group
-    are all types with room. The last is the model's first type.
+    GPU types are tried in this order, and the first type for which the budget suffices is used. First come
+    the types on which the model now has more replicas than are planned in `mine`, then all other types; in
+    both cases, only types on which Ray can place a further replica. Last comes the model's first type, even
+    if no replica can be placed there.
     """
     types, room = claim.seen.settings.gpus, claim.seen.room
     kept = [gpu for gpu in types if mine.get(gpu, 0) < claim.have.get(gpu, 0)]
@@ -184,8 +185,10 @@ def _push_step(
     values: Floats,
     most: int,
 ) -> None:
-    """Find the number of further replicas at which the claim gains most per GPU, and push this step onto the heap.
-    `mine`: replicas that the claim has so far. `most`: largest number of replicas after the step."""
+    """Find the number of replicas at which the claim gains most per additional GPU, and push this step onto the heap.
+    Nothing is pushed if the claim needs no more. `at`: the claim's index, stored on the heap. `mine`: replicas that the
+    claim has so far. `values`: the claim's value for each number of replicas. `most`: largest number of replicas after
+    the step."""
     here = total_worth(claim.seen, mine)
     first = math.floor(here + 1e-6) + 1
     if _is_satisfied(claim, mine) or most < first:
@@ -198,9 +201,9 @@ def _push_step(
 
 
 def _values(claim: GpuClaim) -> Floats:
-    """Return the value of 0, 1, 2, ... replicas. The value is a mean over HORIZON of the calls a second that are served
-    in time, weighted by class. The share of replicas that already run is multiplied by EDGE, so that they are not
-    exchanged for a small gain."""
+    """Return an array: element n is the value of n replicas. The value is the number of calls per second that they
+    serve in time, weighted by class, as a mean over HORIZON. The value of replicas that run already is multiplied by
+    EDGE, so that no replica is replaced for a small gain."""
     have = total_worth(claim.seen, claim.have)
     numbers = np.arange(claim.wanted + 1, dtype=float)
     kept = np.minimum(numbers, have)

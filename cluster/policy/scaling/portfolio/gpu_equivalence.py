@@ -28,8 +28,8 @@ def unit_of(seen: ModelSeen) -> str:
 
 
 def replica_worth(seen: ModelSeen, gpu: str) -> float:
-    """Return the worth of one replica on the GPU type `gpu`: the number of replicas on the unit type that it
-    replaces."""
+    """Return the worth of one replica on the GPU type `gpu`: how many replicas on the unit type it replaces. The unit
+    type is the most preferred GPU type with learnt rates."""
     if len(seen.settings.gpus) == 1:
         return 1.0
     rates, unit = seen.rates.get(gpu, Rates()), seen.rates.get(unit_of(seen), Rates())
@@ -42,8 +42,8 @@ def replica_worth(seen: ModelSeen, gpu: str) -> float:
 
 
 def total_worth(seen: ModelSeen, counts: Mapping[str, int]) -> float:
-    """Convert replicas on several GPU types to the equal number of replicas on the unit type. `counts`: number of
-    replicas by GPU type."""
+    """Return the number of replicas on the unit type (one reference GPU type) that replicas on several GPU types are
+    worth together. `counts`: number of replicas by GPU type."""
     return math.fsum(count * replica_worth(seen, gpu) for gpu, count in counts.items())
 
 
@@ -61,9 +61,10 @@ def covers(replicas: float, wanted: int) -> bool:
 def as_one_type(seen: ModelSeen) -> ModelSeen:
     """Return the model as if all its replicas were on one GPU type, the unit type (`unit_of`).
 
-    The starting and ready replicas are replaced by as many replicas of the unit type as they are worth together
-    (`total_worth`), rounded up. Of these, as many count as ready as the ready replicas are worth, rounded down, but at
-    least 1 if any replica is ready. Draining replicas are kept as they are.
+    The starting and ready replicas are replaced by replicas of the unit type. Their number is what the replaced
+    replicas are worth together (`replica_worth`), rounded up. The number of ready ones among them is what the
+    ready replicas are worth, rounded down, but at least 1 if any replica is ready. Draining replicas are kept
+    as they are.
     """
     if len(seen.settings.gpus) == 1:
         return seen

@@ -51,8 +51,8 @@ def empty() -> MarginalGains:
 def replay(before: MarginalGains, arrivals: Arrivals, passed_s: float, cold_start_s: float) -> MarginalGains:
     """Update the gains with the demand since the last update, and return them.
 
-    `before`: the gains at the last update. `arrivals`: the calls since then. `passed_s`: seconds since then. The older
-    demand is, relative to `cold_start_s`, the less it counts.
+    `before`: the gains at the last update. `arrivals`: the calls since the last update. `passed_s`: seconds since the
+    last update. Older demand counts less; it fades slowly if `cold_start_s` is long.
     """
     fade = math.exp(-passed_s / (SPAN * cold_start_s))
     waiting, late = backtest.queue_after(COUNTS, before.waiting, arrivals, 1.0, passed_s, cold_start_s)

@@ -19,8 +19,9 @@ from cluster.policy.scaling.portfolio.marginal_gain import MarginalGains
 class Past:
     """Forecasts that were made at the time `at_s`, at the end of an earlier learning step.
 
-    `plans` holds, for each signal, its maximum over the patience (replica_target.PATIENCE cold starts). Rules hold
-    replicas for the plan, not for the signal, so that a falling signal does not remove replicas at once.
+    `plans` has one value for each value of `signals`: the maximum of the signal over the last PATIENCE cold starts
+    (replica_target.PATIENCE). The number of replicas follows the plan, so a falling signal does not remove replicas at
+    once.
     """
 
     at_s: float
@@ -47,10 +48,11 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """How well the backtest agrees with the results of real calls. All sums fade with time.
+    """Record of how well the backtest agrees with the results of real calls. All sums fade with time.
 
-    `correction`: factor on the replicas of every rule. It is above 1 after real calls were late although the backtest
-    served them in time. `waiting`: queued work in a backtest of the real replicas, in replica-seconds.
+    `correction`: factor by which the replicas of every rule are multiplied. It is above 1 after real calls were late
+    although the backtest served them in time. `waiting`: queued work in a backtest of the real replicas, in
+    replica-seconds.
     """
 
     waiting: float = 0.0
@@ -67,8 +69,9 @@ class Fidelity:
 
 @dataclass(frozen=True, slots=True)
 class ModelMemory:
-    """Memory of one model. `recent_targets`: the newest targets as pairs of (time, target). They are targets before a
-    scale-down is delayed by patience."""
+    """The scaling policy's memory of one model. `recent_targets`: the newest targets for the number of replicas, as
+    pairs of (time, target). A scale-down is delayed afterwards, so the policy may keep more replicas than a target
+    says."""
 
     last_call_s: float
     stretch: Stretch = field(default_factory=Stretch)

@@ -101,8 +101,11 @@ class ReplicaWork:
 
 
 def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> ReplicaWork | None:
-    """Return the work that came since the last observation; None if the rates of the first GPU type are not learnt yet.
-    `ranks`: rank of each priority class."""
+    """Return the work that came since the last observation. Returns None until the speeds of prefill and decode on the
+    model's first GPU type have been learnt.
+
+    `ranks`: rank of each priority class.
+    """
     rates = seen.rates.get(seen.settings.gpus[0], Rates())
     demand = seen.demand
     if not rates.prefill_tokens_per_s or not rates.decode_tokens_per_s:
@@ -128,7 +131,7 @@ def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> ReplicaWork | None:
 
 
 def learn(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, passed_s: float, now_s: float) -> ModelMemory:
-    """Return the memory after learning from the demand of the last `passed_s` seconds."""
+    """Return `memory` updated with the demand of the last `passed_s` seconds. `work`: this demand."""
     before = memory.stretch
     stretch = Stretch(
         before.passed_s + passed_s,
@@ -206,8 +209,12 @@ def _learn_stretch(memory: ModelMemory, seen: ModelSeen, stretch: Stretch, cold_
 def _update_fidelity(
     before: Fidelity, seen: ModelSeen, stretch: Stretch, arrivals: Arrivals, cold_s: float
 ) -> Fidelity:
-    """Compare the results of real calls with a backtest of the real replicas. Returns the new state of the
-    comparison."""
+    """Compare the share of late calls in reality with the share that a backtest of the real replicas predicts.
+    Returns the new state of this comparison.
+
+    `before`: the state at the last update. `stretch`: the results of real calls since the last update.
+    `arrivals`: the calls that have arrived since then. `cold_s`: duration of a cold start in seconds.
+    """
     ready = np.array([float(sum(r.state == "ready" for r in seen.replicas))])
     waiting, share = backtest.queue_after(ready, np.array([before.waiting]), arrivals, 1.0, stretch.passed_s, cold_s)
     predicted = float(share[0]) * stretch.calls

@@ -121,7 +121,8 @@ def note(kind: str, text: str, log: str = "") -> None:
 
 
 class _NotesHandler(logging.Handler):
-    """A log handler that adds notes for logged exceptions, and for ranks that an executor reports as ended."""
+    """A log handler that writes to the notes file of the engine: a note for each logged exception, and for each rank
+    that an executor reports as ended."""
 
     def __init__(self, name: str, members: Members | None = None) -> None:
         super().__init__(logging.ERROR)
@@ -140,10 +141,10 @@ class _NotesHandler(logging.Handler):
 
 
 def _note_death(arguments: tuple[object, ...]) -> None:
-    """Note the end of ranks.
+    """Record that ranks have ended, as a cause of the engine's end.
 
-    `arguments`: those of the executor's log message, which are a process name and an exit code, or the numbers of Ray's
-    ranks.
+    `arguments`: the arguments of the executor's log message. They are a process name and an exit code, or the
+    numbers of Ray's ranks.
     """
     if len(arguments) == 2 and isinstance(arguments[1], int):
         kind = "killed" if arguments[1] < 0 else "ended"
@@ -169,10 +170,11 @@ def one_line(error: BaseException) -> str:
 
 
 def register(members: Members | None = None) -> None:
-    """Register this vLLM process, and note its errors from now on. Idempotent. The owner must not call this function.
+    """Register this vLLM process, and note its errors from now on. Idempotent. The replica's process, which owns
+    the engine, must not call this function.
 
-    `members`: the engine's other processes, given only in an engine core. Their ends are noted before this process's
-    errors.
+    `members`: the engine's other processes; passed only by an engine core. If one of them has ended, its end is
+    noted before an error of this process.
     """
     name = process_name()
     for logger in map(logging.getLogger, LOGGERS):

@@ -30,9 +30,11 @@ class SocketFolder:
         self._engines = 0
 
     def acquire(self) -> bool:
-        """Count one more engine, and create the folder for the first engine.
+        """Register an engine as a user of the folder. The first engine creates the folder and sets the
+        environment variable for it.
 
-        Returns False if the environment names another folder.
+        Returns False, and registers nothing, if that variable already names a folder that is not this process's
+        own.
         """
         if os.environ.get(ENV) != (str(self._own.path) if self._own else None):
             return False
@@ -43,9 +45,9 @@ class SocketFolder:
         return True
 
     def release(self) -> None:
-        """Count the end of an engine for which `acquire` returned True.
+        """Record that an engine no longer uses the folder. Only for an engine for which `acquire` returned True.
 
-        After the last engine, the folder is removed.
+        When the last engine has been released, the folder is removed.
         """
         self._engines -= 1
         if self._engines == 0 and self._own is not None:

@@ -108,7 +108,8 @@ class _WatchedStep:
 
 
 class Starvation:
-    """The CPU starvation of one engine. Any thread may call `explains`."""
+    """Measures how long one engine waits for CPU cores during its current step. `explains` uses this time to
+    distinguish a starved engine from a hung one. Thread-safe."""
 
     def __init__(self, read: Callable[[], Tasks]) -> None:
         self._read = read

@@ -1,13 +1,14 @@
 """KV blocks with prefix caching, modelled by counts and hashes only.
 
-Problem: space for tokens is finite, and full blocks are shared by all requests with the same prefix and salt.
-Invariant: shared + idle + private <= blocks. A block is *shared* while a request holds it. When no request holds it any
-more, the block is *idle*: it is free, but still found by its hash until it is evicted. The oldest idle block is evicted
-first. *Private* blocks are the blocks at a request's end that are not full.
+Problem: space for tokens is finite, and full blocks are shared by all requests with the same prefix and
+salt. Invariant: shared + idle + private <= blocks. A block is *shared* while a request holds it. When no
+request holds it any more, the block is *idle*: it is free, but still found by its hash until it is
+evicted. The oldest idle block is evicted first. A block is *private* if it is not full; such a block is
+the last of its request.
 
-Source: vLLM's KVCacheManager and its automatic prefix caching. Hashes are chained, with the salt in the first hash. A
-request's last blocks are freed first, so that they are evicted before its first blocks. Unlike in vLLM, two full blocks
-with equal content are kept as one.
+Source: vLLM's KVCacheManager and its automatic prefix caching. Hashes are chained, with the salt in the
+first hash. A request's last blocks are freed first, so that they are evicted before its first blocks.
+Unlike in vLLM, two full blocks with equal content are kept as one.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class KvCache:
         return cached
 
     def acquire(self, hashes: Iterable[int]) -> None:
-        """Count one more user of each block in `hashes`. All of the blocks must be cached (see `match`)."""
+        """Count one more user of each block in `hashes`. All of the blocks must be in the cache."""
         for block in hashes:
             if block in self._idle:
                 del self._idle[block]
@@ -152,9 +153,10 @@ class SequenceBlocks:
             hashes.append(chain(parent, tokens[at * size : (at + 1) * size]))
 
     def grow(self, tokens: Sequence[int], end: int) -> bool:
-        """Hold blocks for the first `end` tokens, and share the blocks that become full.
+        """Hold enough blocks for the first `end` tokens of `tokens`. Blocks that become full are shared with other
+        sequences.
 
-        Returns False and changes nothing if there are too few blocks.
+        Returns False and changes nothing if the cache has too few free blocks.
         """
         missing = -(-end // self._size) - self._held - self._private
         if missing > 0:

@@ -35,7 +35,8 @@ class SimTiming:
                     self._scheduled.setdefault(request_id, now)
 
     def add_times(self, outputs: Iterable[TokenOutput], now: float) -> None:
-        """Set `times` of the outputs that are the first of their request, if the request's call is sampled."""
+        """Set `times` (queue time and prefill time) of each output that is the first of its request, if the request's
+        call is traced."""
         if self._submitted:
             for output in outputs:
                 submitted = self._submitted.pop(output.request_id, None)

@@ -49,7 +49,8 @@ def fold(state: int, token_ids: Sequence[int]) -> int:
 
 
 def extend(state: int, token_id: int) -> int:
-    """Return the hash state after one more token. The result equals that of `fold`."""
+    """Return the hash state after one more token. The result is the same as that of `fold`, which adds several tokens
+    at once."""
     return ((state << 32) | token_id) % P
 
 

@@ -76,7 +76,7 @@ class EngineAdapters(Container[str]):
             held.idle.clear()
 
     def ended(self, digest: str) -> None:
-        """Record the end of a request whose begin was recorded with `began`."""
+        """Count one request less that uses the adapter in vLLM. The request must have been counted with `began`."""
         if digest:
             held = self._held[digest]
             held.live -= 1
@@ -84,7 +84,8 @@ class EngineAdapters(Container[str]):
                 held.idle.set()
 
     async def load(self, path: EnginePath, digest: str, folder: str) -> None:
-        """Load an adapter from its folder; see AdapterEngine."""
+        """Load an adapter from its folder. `digest`: the adapter's name in the engine. An adapter that is already
+        loaded is kept. Raises EngineRefused if the engine's memory for adapters is full."""
         from vllm.lora.request import LoRARequest
 
         async with self._changing:

@@ -45,8 +45,10 @@ def engine_arguments(
 ) -> Any:
     """Return vLLM's AsyncEngineArgs for a catalog entry.
 
-    `executor`, `reasoning_parser`, `tokenizer_mode`: see VllmEngine. `kv_events`: vLLM's KVEventsConfig; None for no
-    events. Raises ValueError for invalid arguments; for an unknown argument the error names `engine.<name>`.
+    `executor`: how several ranks are placed, on a Ray placement group ("ray") or as processes on this host ("mp").
+    `reasoning_parser`: name of vLLM's parser of the model's reasoning, "" for none. `tokenizer_mode`: vLLM's mode for
+    the tokenizer, used if the entry sets none; "" for vLLM's own choice. `kv_events`: vLLM's KVEventsConfig; None for
+    no events. Raises ValueError for invalid arguments; for an unknown argument the error names `engine.<name>`.
     """
     from vllm import AsyncEngineArgs
 

@@ -32,7 +32,13 @@ class CoreProcesses:
     def __init__(
         self, spec: ModelSpec, model_folder: Path, executor: str, reasoning_parser: str, tokenizer_mode: str
     ) -> None:
-        """Create the object; `start` starts the processes. For the arguments see VllmEngine."""
+        """Create the object; `start` starts the processes.
+
+        `executor`: how several ranks are placed: "ray" on the placement group of this process's Ray actor, "mp" as
+        processes on this host. `reasoning_parser`: name of vLLM's parser of the model's reasoning, or "".
+        `tokenizer_mode`: vLLM's mode for the model's tokenizer, used if the catalog entry sets none; "" for vLLM's
+        own choice.
+        """
         self._spec = spec
         self._folder = model_folder
         self._executor = executor
@@ -48,10 +54,10 @@ class CoreProcesses:
 
     def start(self, stats: StepStats, *, fast: bool) -> tuple[Any, EnginePath]:
         """Start the engine core and its ranks; return vLLM's VllmConfig and the EnginePath that drives the core.
-        Blocks.
+        Blocks the thread.
 
-        `fast`: whether to use the fast path. Raises ValueError for an invalid catalog entry, EngineDead if the core
-        does not start.
+        `fast`: whether to use the fast path. Raises ValueError for an invalid catalog entry, EngineDead if the
+        core does not start.
         """
         self._others = watchdog.children() - fork_server.server_pids()
         arguments.prepare_environment(self._spec, self._executor)

@@ -203,7 +203,8 @@ class VllmEngine:
             self._adapters.ended(record.adapter)
 
     def load(self) -> EngineLoad:
-        """Return the load of the engine; see StepStats.load. Any thread may call this."""
+        """Return the load of the engine: the scheduler's counts of the last step, and the durations of steps. Any
+        thread may call this."""
         if self._path is None:
             return EngineLoad(busy="start")
         return self._stats.load(

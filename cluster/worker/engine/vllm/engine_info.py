@@ -28,8 +28,9 @@ def engine_properties(
 ) -> EngineProperties:
     """Return the properties of a started engine. Raises ValueError for a pooling model that cannot be served.
 
-    `config`: vLLM's VllmConfig. `why_public`: why the engine does not use the fast path; "" if it does. `exact_resume`:
-    see VllmEngine. `has_event_socket`: whether this process has a socket for the engine's KV events.
+    `config`: vLLM's VllmConfig. `why_public`: why the engine does not use the fast path; "" if it does.
+    `exact_resume`: whether the tokens that were emitted before a resume are installed as output, not as prompt.
+    `has_event_socket`: whether this process has a socket for the engine's KV events.
     """
     bounds = pooling.pooling_bounds(config, path.tasks, spec.name)
     has_events = has_event_socket and config.cache_config.enable_prefix_caching
@@ -107,8 +108,8 @@ def _pooling(
 
 
 def _sizes(config: Any, why_public: str) -> dict[str, Any]:
-    """Return those arguments of EngineInfo that do not depend on the kind of model: the engine's path, version and
-    sizes."""
+    """Return the engine's path, version and sizes, as arguments of EngineInfo. They do not depend on the kind of model.
+    `why_public`: why the engine does not use the fast path; "" if it does."""
     from vllm import __version__ as version
 
     return {

@@ -83,7 +83,8 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
 
 
 class FastPath:
-    """A client of the engine core and an input processor, both built as in AsyncLLM's constructor."""
+    """The fast way to use vLLM: this class calls vLLM's client of the engine core and its input processor directly,
+    without AsyncLLM. Both are built as in AsyncLLM's constructor."""
 
     def __init__(self, vllm_config: Any, stats: StepStats) -> None:
         """Start the engine core. Blocks until the model is loaded. `stats` is updated after each step.

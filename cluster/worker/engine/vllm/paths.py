@@ -122,8 +122,10 @@ class StepStats:
     def load(self, now: float, *, has_grammars: bool, loads_adapter: bool, starvation: Starvation | None) -> EngineLoad:
         """Return the scheduler's counts of the last step, and the durations of steps. Any thread may call this.
 
-        A request that is new since the last step counts as waiting. `now`: monotonic time in seconds. For the other
-        arguments see reported_work.
+        A request that is new since the last step counts as waiting. `now`: monotonic time in seconds. The other
+        arguments serve to explain a long step. `has_grammars`: whether the engine may be compiling a grammar
+        now. `loads_adapter`: whether the engine is loading an adapter now. `starvation`: the engine's CPU
+        starvation, None if not measured.
         """
         return EngineLoad(
             running=self.running,

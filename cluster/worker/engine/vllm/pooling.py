@@ -171,7 +171,8 @@ def pooling_params(pooling: PoolingOptions, bounds: PoolingBounds) -> Any:
 
 
 def vector_of(tensor: Any) -> tuple[bytes, str]:
-    """Return the vector as little-endian float32, and the reason why it is not valid. One of the two is empty.
+    """Return a pair: the vector as little-endian float32 bytes, and the reason why the result is invalid. One of the
+    two is empty.
 
     `tensor`: vLLM's result, or None.
     """

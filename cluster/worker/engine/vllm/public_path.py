@@ -23,7 +23,8 @@ _FINISH = {
 
 
 def _stat_logger(stats: StepStats) -> Any:
-    """Return a factory for vLLM's loggers of statistics. Its loggers update `stats`."""
+    """Return a factory of loggers of statistics, as vLLM expects it. The loggers write vLLM's statistics into
+    `stats`."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class StepStatsLogger(StatLoggerBase):  # type: ignore[misc]

@@ -78,7 +78,8 @@ def test_diff_says_by_its_exit_code(run: Run, gateway: ScriptedGateway, layers: 
 
 
 def test_values_of_the_chart_are_read(run: Run, gateway: ScriptedGateway, tmp_path: Path) -> None:
-    """From a values file of the Helm chart, `diff` sends the models below the key `config`."""
+    """`diff` also accepts a values file of the Helm chart. The models are then read from the section `config` of the
+    file."""
     file = tmp_path / "values.yaml"
     file.write_text("gateway: {replicas: 2}\nconfig: {name: prod, models: [{name: m, source: /m}]}\n")
     assert run("diff", "-f", str(file), "--admin", gateway.endpoint).exit_code == 0

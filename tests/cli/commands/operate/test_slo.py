@@ -42,9 +42,10 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_attainment_of_a_month(run: Run, file: Path) -> None:
-    """The JSON has calls, good calls, attainment, the objective and the error budget.
+    """`headrace slo --json` prints the calls, the good calls, the attainment, the objective and the error
+    budget.
 
-    It names the source of the numbers and says which calls the source misses.
+    The JSON also names the source of the numbers, and says which calls are missing in this source.
     """
     done = run("slo", "--month", "2026-10", "--json", "-f", str(file))
     assert done.exit_code == 0, done.output

@@ -239,7 +239,8 @@ def test_a_wait_for_the_holder_in_words() -> None:
 
 
 async def test_concurrent_calls_are_kept_apart(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Each output of a call has a route of its own, even among many concurrent calls."""
+    """ExplainRequest returns one route (the choice of a worker) for each output of a call. Routes of concurrent calls
+    are not mixed up."""
     async with running_cluster(tmp_path) as cluster, AdminClient(cluster.gateway.endpoints["admin"]) as admin:
         await add_workers(cluster, checkpoint, bundle, 2)
         requests = [chat(max_tokens=3, n=1 + number % 3, ignore_eos=True) for number in range(12)]

@@ -45,7 +45,7 @@ class Controlled:
         return Scaled(model=scaling_pb2.ModelScaling(name=request.name, desired=request.replicas))
 
     async def events(self, count: int) -> list[dict[str, Any]]:
-        """Wait for at least `count` audit events of Scale, and return the events."""
+        """Wait until the audit log has at least `count` events of the action `catalog.scale`, and return the events."""
         events_now: list[dict[str, Any]] = []
 
         def there() -> bool:

@@ -163,7 +163,7 @@ def test_the_table_is_whole() -> None:
 @pytest.mark.parametrize("verb", TABLE)
 @pytest.mark.parametrize("role", ROLES)
 async def test_each_role_at_each_verb(world: World, verb: str, role: str) -> None:
-    """Each method is granted or refused to each role as the table says, for the caller's own tenant and for another
+    """Each method is granted or refused to each role as TABLE says, both for the caller's own tenant and for another
     tenant."""
     expected = {"nobody": ("UNAUTHENTICATED",) * 2, "caller": (NO, NO)}.get(role)
     if expected is None:

@@ -106,8 +106,9 @@ async def test_whichever_process_has_it(tmp_path: Path, checkpoint: Path, bundle
 
 
 async def test_nobody_else_may_ask(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """If `auth` is set, a link port accepts an abort request only with a valid authentication tag. No tag, a wrong tag,
-    an operator's token, the tag of another request and the tag of an hour ago are refused."""
+    """If `auth` is set, a link port accepts an abort request only with a valid authentication tag. A request without a
+    tag is refused, and so is a request with a wrong tag, an operator's token, the tag of another request or the tag of
+    an hour ago."""
     async with two(tmp_path, keyed_text(tmp_path)) as clusters:
         gateway = clusters[1].gateway
         request = pb.AbortRequestRequest(request_id="r")

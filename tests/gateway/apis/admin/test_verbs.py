@@ -261,8 +261,8 @@ async def test_a_key_is_not_made_twice(world: World) -> None:
 
 
 async def test_usage_is_summed_paged_and_exported(world: World) -> None:
-    """Sums of usage are returned in groups over several pages, with the costs at the configured rates. Usage records
-    are exported in order of time."""
+    """Usage.Query returns sums of usage by group, in pages, with the costs at the configured rates. Usage.Export
+    returns the usage records of one model."""
     rows = [record(f"u{at}", tenant="spender", model=f"m{at % 3}", gpu_seconds=1800.0) for at in range(6)]
     world.keyed.ledger.usage.insert([*rows, record("u9", tenant="spender", model="m0", gpu="?", gpu_seconds=1.0)])
     query = usage_pb2.QueryUsageRequest(parent="tenants/spender", group_by=["model", "label:team"], cost=True)

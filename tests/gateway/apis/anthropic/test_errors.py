@@ -103,7 +103,8 @@ async def test_a_wrong_field_is_named(busy: TestCluster, fields: dict[str, Any],
 
 @pytest.mark.slow
 async def test_errors_before_a_call(busy: TestCluster) -> None:
-    """Errors of path, method, media type, JSON and model have Anthropic's form."""
+    """The error for a wrong path, method or media type, for invalid JSON or for an unknown model has the form of
+    Anthropic's API."""
     assert (await fetch(busy, MESSAGES)).headers["allow"] == "POST"
     for path, body, status, headers in (
         (MESSAGES, None, 405, {}),
@@ -136,8 +137,9 @@ async def test_a_body_over_the_limit(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 async def test_keys(tmp_path: Path) -> None:
-    """A key in x-api-key or as a bearer token is accepted, and so is the same key in both. No key, a wrong key and two
-    keys are refused before the body is read. A call over a tenant's limit gets an error with a retry delay."""
+    """A request with a valid key in x-api-key, as a bearer token, or in both is accepted. A request without a key, with
+    a wrong key or with two different keys is refused before its body is read. A call over a tenant's limit gets an
+    error with a retry delay."""
     async with keyed_cluster(tmp_path) as keyed:
         key = await keyed.key("acme", limits={"requests_per_minute": 60})
         bearer = f"Bearer {key}"

@@ -40,7 +40,7 @@ def test_text_chunks_by_hand(some: list[str]) -> None:
 
 @given(offsets)
 def test_offsets_by_hand(offset: int) -> None:
-    """The offset of a chunk is serialized like protobuf's at all values."""
+    """The function that serializes the offset of a chunk gives the same bytes as protobuf, for any offset."""
     assert codec.offset_field(offset) == pb.ChatChunk(offset=offset).SerializeToString()
     assert codec.offset_field(offset) == pb.CompleteChunk(offset=offset).SerializeToString()
 

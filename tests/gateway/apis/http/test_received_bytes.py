@@ -41,7 +41,8 @@ def test_pieces_are_the_received_bytes_in_order(reads: list[bytes], length: int 
 
 
 def test_a_body_is_parsed_in_long_pieces_until_its_length_has_arrived() -> None:
-    """Only the bytes of a body of known length are parsed in long pieces. The next head is parsed in short pieces."""
+    """A body of known length is parsed in long pieces until its last byte. The head of the next request is parsed in
+    short pieces."""
     received = ReceivedBytes()
     received.append(bytes(1 << 20))
     assert len(received.pop()) == HEAD_PIECE_BYTES

@@ -107,7 +107,8 @@ def test_it_is_suspect_after_losses_with_no_token_between(most: int, tokens: int
 
 
 def test_a_suspect_without_tokens_waits_in_the_resume_queue() -> None:
-    """A suspect sequence without tokens waits in the resume queue, because the waiting room would send it at once."""
+    """A suspect sequence (one that may have ended its worker) waits in the resume queue, even if it has no tokens yet.
+    The waiting room would send it to a worker at once."""
     life = running(max_silent_losses=1)
     life.lost("link", "node", 0, NOW)
     assert life.fail_worker("lost", 0)
@@ -119,8 +120,8 @@ def test_a_suspect_without_tokens_waits_in_the_resume_queue() -> None:
 
 
 def test_only_a_lost_gateway_leaves_kv_blocks_to_return_to() -> None:
-    """A sequence whose gateway was lost resumes on the worker that holds its KV blocks. A sequence that left its worker
-    for another reason has no such worker."""
+    """If a sequence's gateway was lost, the sequence resumes on the worker that holds its KV blocks (`cached_on`). If a
+    sequence left its worker for another reason, `cached_on` is empty."""
     life = Life()
     life.restore("w1", None, tokens=3)
     assert (life.state, life.cached_on) == (State.RESUMING, "w1")

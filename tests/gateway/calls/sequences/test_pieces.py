@@ -87,8 +87,8 @@ def test_log_probabilities_need_a_piece() -> None:
 
 
 def test_parts_need_a_piece() -> None:
-    """A PieceBuffer returns content as plain text if it has nothing else. Otherwise it returns a piece with all parts
-    and their kinds, as for reasoning."""
+    """A PieceBuffer returns content as plain text if there is nothing else to return. If there are parts of another
+    kind, such as reasoning, it returns a piece with all parts and their kinds."""
     text = ParsedText(PlainText())
     buffer = PieceBuffer(0, text, None, text)
     for kind, as_text in ((PartKind.CONTENT, None), (PartKind.REASONING, None), (PartKind.CONTENT, "ab")):

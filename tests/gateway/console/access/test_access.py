@@ -98,7 +98,7 @@ async def test_over_tls_the_cookie_is_bound_to_the_host(tmp_path: Path) -> None:
     ],
 )
 async def test_wrong_keys(keyed: Keyed, body: Any, status: int, field: str) -> None:
-    """A wrong key is refused without a cookie. A malformed body is refused with the name of the field."""
+    """A sign-in with a wrong key is refused, and no cookie is set. The error for a malformed body names the field."""
     reply = await Browser(keyed.cluster).fetch("/console/sign-in", body)
     assert (reply.status, reply.json["error"]["field"]) == (status, field)
     assert "set-cookie" not in reply.headers
@@ -243,8 +243,8 @@ async def test_a_suspended_tenants_sessions_end(keyed: Keyed) -> None:
 
 
 async def test_a_key_keeps_no_role_in_its_cookie(keyed: Keyed) -> None:
-    """The cookie alone determines the key of a session, and so its role. A request with the CSRF token of another
-    session is refused."""
+    """The session cookie alone determines the API key with which a browser is signed in, and so the role of the
+    browser. A request with the CSRF token of another session is refused."""
     viewer, admin = await signed_in(keyed, "ops", "viewer"), await signed_in(keyed, "acme", "tenant_admin")
     viewer.cookies, admin.cookies = admin.cookies, viewer.cookies
     assert code(await viewer.admin("Tenants.List")) == (403, "CSRF")
@@ -312,15 +312,15 @@ async def test_without_auth_everybody_is_an_operator(cluster: TestCluster) -> No
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "test", "127.0.0.1.evil.example", "[::1"])
 async def test_without_auth_names_are_refused(cluster: TestCluster, host: str) -> None:
-    """Without `auth`, a request to a host name is refused. Otherwise another site could point its own name at this
-    host."""
+    """Without `auth`, a request is refused unless its Host header is an IP address or localhost. Otherwise another site
+    could point its own name at the gateway's address."""
     browser = Browser(cluster, host)
     assert code(await browser.fetch("/console/session")) == (421, "MISDIRECTED")
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1", "[::1]:8000", "a.localhost:1"])
 async def test_without_auth_addresses_are_answered(cluster: TestCluster, host: str) -> None:
-    """Without `auth` a request to an address or to localhost is answered."""
+    """Without `auth`, the console answers a request whose Host header is an IP address or localhost."""
     assert (await Browser(cluster, host).session())["signed_in"]
 
 

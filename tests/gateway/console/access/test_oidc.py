@@ -168,8 +168,8 @@ async def test_the_request_to_the_issuer(keyed: Keyed) -> None:
 
 
 async def test_a_code_of_another_browser_is_refused(keyed: Keyed) -> None:
-    """The redirect back of one browser does not sign in another browser, whether or not that browser has begun a
-    sign-in."""
+    """If a browser opens the issuer's redirect that was made for another browser, it is not signed in. This holds
+    whether or not it has begun a sign-in of its own."""
     attacker, victim = Browser(keyed.cluster), Browser(keyed.cluster)
     url, _ = await begin(attacker)
     back = await asyncio.to_thread(at_issuer, url, "ada")
@@ -268,8 +268,8 @@ class Scripted(OidcFlow):
         return {"id_token": self.token}
 
     def sign(self, flow: FlowState, key: Any = KEY, **claims: Any) -> str:
-        """Return an ID token for a sign-in. `claims` replace those of a valid token; a claim that is a function gets
-        the time."""
+        """Return an ID token for a sign-in. `claims` replace the claims of a valid token. A claim that is a function is
+        called with the current time and replaced by its result."""
         now_s = time.time()
         claims = {name: value(now_s) if callable(value) else value for name, value in claims.items()}
         body: dict[str, Any] = {
@@ -366,8 +366,8 @@ async def test_failing_exchanges(error: Exception) -> None:
     ],
 )
 async def test_wrong_ways_back(answer: dict[str, str], expected: str) -> None:
-    """No code is exchanged for a redirect back with another state, from another issuer, with an error or without a
-    code."""
+    """A sign-in fails, and no code is sent to the issuer's token endpoint, if the redirect from the issuer is wrong. It
+    may have another state, another issuer, an error, or no code."""
     scripted, flow = Scripted(), FlowState.begin(time.time())
     assert await reason(scripted, flow, answer_of(flow, **answer)) == expected
     assert not scripted.forms

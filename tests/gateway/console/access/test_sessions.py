@@ -68,7 +68,7 @@ def test_a_session_expires() -> None:
 
 @given(at=st.integers(0, len(SEALED) - 1), to=st.characters(min_codepoint=33, max_codepoint=126))
 def test_a_changed_cookie_is_refused(at: int, to: str) -> None:
-    """A cookie with one changed character does not open, except if it decodes to the same bytes."""
+    """A cookie with one changed character is refused, unless it still decodes to the same bytes."""
     changed = SEALED[:at] + to + SEALED[at + 1 :]
     try:
         is_same = raw(changed) == raw(SEALED)
@@ -79,14 +79,14 @@ def test_a_changed_cookie_is_refused(at: int, to: str) -> None:
 
 @given(st.integers(0, len(SEALED) - 1), st.integers(0, len(SEALED)))
 def test_a_part_of_a_cookie_is_refused(begin: int, end: int) -> None:
-    """No part of a cookie opens, whether its beginning or its end is missing."""
+    """A sealed cookie opens only as a whole. A cookie without its beginning or without its end is refused."""
     part = SEALED[begin:end]
     if raw_or_none(part) != raw(SEALED):
         assert cookie(NEW).open(part, NOW) is None
 
 
 def raw_or_none(text: str) -> bytes | None:
-    """Return the bytes of a text in base64; None for another text."""
+    """Decode a base64 text. Returns None if the text is not base64."""
     try:
         return raw(text)
     except ValueError:
@@ -95,7 +95,7 @@ def raw_or_none(text: str) -> bytes | None:
 
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_parts_of_two_cookies_are_refused(first: int, second: int) -> None:
-    """The beginning of one cookie and the end of another do not open together."""
+    """A cookie that joins the beginning of one valid cookie and the end of another is refused."""
     other = raw(cookie(NEW).seal(ConsoleSession.begin("key", "k2", "rival", "operator", expires_at_s=NOW + 60)))
     mixed = raw(SEALED)[:first] + other[-second:]
     assert cookie(NEW).open(text_of(mixed), NOW) is None

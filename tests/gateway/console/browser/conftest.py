@@ -25,7 +25,7 @@ async def browser() -> AsyncIterator[Browser]:
 async def busy(
     tmp_path_factory: pytest.TempPathFactory, browser: Browser, checkpoint: Path, bundle: Bundle
 ) -> AsyncIterator[ConsolePages]:
-    """Provide the console of a gateway with 20 simulated workers, which finds a failed worker at once."""
+    """Provide the console of a gateway with 20 simulated workers. The gateway detects a failed worker at once."""
     async with console_pages(tmp_path_factory.mktemp("busy"), browser, timing=Timing()) as pages:
         await add_workers(pages.cluster, checkpoint, bundle, 20, decode_ms=20)
         yield pages

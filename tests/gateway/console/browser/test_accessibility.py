@@ -47,8 +47,8 @@ async def faults_in_all_looks(page: Page, name: str) -> list[object]:
 
 
 async def test_axe_finds_nothing(busy: ConsolePages) -> None:
-    """No page breaks a rule of axe, and none is wider than the window. This holds in light and dark, narrow and
-    wide."""
+    """No page breaks a rule of axe, and no page is wider than the window. This holds in light and dark mode and in
+    narrow and wide windows."""
     await fill(busy)
     async with busy.signed_in("operator", height=900) as watched:
         page, found = watched.page, list[object]()

@@ -292,7 +292,7 @@ async def test_names_and_reasons_in_the_overview(pages: ConsolePages) -> None:
 
 
 async def test_texts_of_the_ledger(pages: ConsolePages) -> None:
-    """Payloads in the descriptions of a tenant's keys are shown as text, also in the audit log."""
+    """Markup and scripts in the descriptions of a tenant's keys are shown as plain text, also in the audit log."""
     ledger = pages.keyed.ledger
 
     def fill() -> None:

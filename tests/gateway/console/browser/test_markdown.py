@@ -131,8 +131,8 @@ async def test_markdown_becomes_the_elements_that_it_means(bare: Watched) -> Non
 @settings(max_examples=25)
 @given(cases=st.lists(TEXTS, min_size=10, max_size=30))
 async def test_no_text_makes_other_elements_or_attributes(bare: Watched, cases: list[list[str]]) -> None:
-    """Any text gives only allowed elements with allowed attributes. Links lead to web or mail addresses, and no letter
-    of the text is lost or added."""
+    """Any Markdown text is rendered with only allowed elements and attributes. Links lead to web or mail addresses, and
+    no letter of the text is lost or added."""
     texts = ["".join(case) for case in cases]
     for source, shown in zip(texts, await rendered(bare, *texts), strict=True):
         for name, attributes, namespace, href in shown["nodes"]:

@@ -1,5 +1,5 @@
-"""Sign-in with an OpenID issuer in Chromium, where the issuer is another site, with the browser's own rules for
-cookies."""
+"""Sign-in with an OpenID issuer in Chromium. For the browser, the issuer is another site than the console, so the
+browser's rules for cookies of other sites apply."""
 
 from __future__ import annotations
 

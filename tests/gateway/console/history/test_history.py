@@ -64,8 +64,8 @@ def test_a_small_cluster_takes_little() -> None:
 
 
 def test_values_lie_at_their_steps() -> None:
-    """A step without a sample is unknown, and so are steps before the first sample and after the last. Values older
-    than an hour are overwritten."""
+    """The value of a step without a sample is NaN. So are the values of steps before the first sample and after the
+    last. Values older than an hour are overwritten."""
     table = Table(("a", "b"), 4)
     table.put("k", 10, (1.0, 2.0))
     table.put("k", 13, (3.0, 4.0))

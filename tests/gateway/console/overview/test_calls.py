@@ -1,5 +1,5 @@
-"""Calls of models from the console. They follow the path of calls with an API key, with the tenant's limits, models and
-ledger."""
+"""Calls to models that people make in the console. They are handled as calls with an API key are: with the tenant's
+limits, models and ledger."""
 
 from __future__ import annotations
 

@@ -98,7 +98,8 @@ async def one_cluster_is_shown(
 
 
 async def _shows_all(shown: TestCluster, other: TestCluster, ids: set[str], links: dict[str, int]) -> None:
-    """Assert that a gateway shows all gateways, all workers, and the calls of the other gateway."""
+    """Assert that the console of gateway `shown` shows both gateways, all workers, and the calls of gateway `other`.
+    `ids`: the ids of the gateways. `links`: number of links of each worker, by worker id."""
     async with console_port(FeedEndpoints(shown.gateway.live)) as port, watching(port) as console:
         await until(lambda: {row["id"] for row in console.document["gateways"]} == ids, "both gateways are shown")
         before = len(console.document["calls"])

@@ -19,7 +19,7 @@ from tests.support.console import Browser
 
 @pytest.fixture
 async def second(tmp_path: Path) -> AsyncIterator[TestCluster]:
-    """Provide the second of two gateway processes, alone on the shared port."""
+    """Start the second of two gateway processes without the first. It is then the only process on the shared port."""
     text = LOOPBACK.replace("  drain_timeout_s: 0", "  drain_timeout_s: 0\n  processes: 2")
     for name, port in zip(("grpc", "http", "link"), free_ports(3), strict=True):
         text = text.replace(f'{name}: "127.0.0.1:0"', f'{name}: "127.0.0.1:{port}"')

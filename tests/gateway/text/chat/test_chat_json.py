@@ -37,8 +37,8 @@ def test_arguments_keep_the_callers_text(text: str) -> None:
     st.fixed_dictionaries({}, optional={"enable_thinking": st.booleans(), "x": st.integers()}),
 )
 def test_an_effort_is_a_field_again(effort: str, given_arguments: dict[str, Any]) -> None:
-    """A chat that is sent to vLLM has the reasoning effort in its own field, not among the template arguments. vLLM
-    computes the same template arguments from it as the gateway."""
+    """A chat that is sent to vLLM has the reasoning effort in its own field, not among the template arguments. From
+    this field, vLLM computes the same template arguments as the gateway does."""
     chat = json.loads(chat_json([USER], template_kwargs=template_arguments(given_arguments, effort)))
     assert chat.get("reasoning_effort", "") == effort
     arguments = chat.get("chat_template_kwargs", {})

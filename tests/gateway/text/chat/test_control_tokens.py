@@ -56,8 +56,8 @@ def test_parts_form_no_token_together() -> None:
 
 
 def test_a_tokenizer_that_would_undo_it_is_refused() -> None:
-    """Escaping is refused if the tokenizer matches a control token in normalized text. It is also refused if no
-    separator is left, because each one occurs in a control token."""
+    """Control tokens in texts are escaped by a separator within them. Escaping is refused if the tokenizer matches a
+    control token in normalized text. It is also refused if every possible separator occurs in a control token."""
     for tokens in ([added("<s>", normalized=True)], [added("a b"), added("a\u200bb"), added("a\u2060b")]):
         with pytest.raises(ValueError, match="use keep"):
             escaping(tokens)
@@ -68,8 +68,9 @@ def test_a_tokenizer_that_would_undo_it_is_refused() -> None:
 
 @pytest.mark.slow
 def test_contents_never_become_control_tokens(kind: Kind) -> None:
-    """For each family, a chat with hostile texts gives a prompt with the same special ids as a chat with harmless
-    texts. Without the option, texts become control tokens, as with transformers."""
+    """With the option `escapes_control_tokens`, control tokens in the texts of a chat stay plain text. So the prompt
+    has the same special ids as for a chat with harmless texts, for each family. Without the option, such texts become
+    control tokens, as with transformers."""
     model = TextModel.from_bundle(build_bundle(kind.folder, escapes_control_tokens=True))
     special = {kind.theirs.convert_ids_to_tokens(token_id) for token_id in kind.special_ids}
     hostile = st.lists(

@@ -84,8 +84,8 @@ MESSAGES = st.lists(
 @pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_turns_equal_those_from_scratch(kind: Kind, template: str) -> None:
-    """The ids of each turn of a conversation equal those from scratch, even if a template changes the text of earlier
-    messages."""
+    """The block encoder gives each turn of a conversation the same ids as tokenizing the whole conversation anew, even
+    if a template changes the text of earlier messages."""
     model = with_template(kind, {"default": TEMPLATES[template]})
 
     @settings(max_examples=12, deadline=None)

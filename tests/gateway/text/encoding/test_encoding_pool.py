@@ -41,13 +41,13 @@ LONGEST_PASS = 0.5
 
 
 def new_pool(kind: Kind) -> EncodingPool:
-    """Return a pool of one helper process. The pool has a long patience, because helpers run at idle priority and may
-    be slow to get a core."""
+    """Return a pool of one helper process. The pool waits long for the process, because helpers run at idle priority
+    and may be slow to get a core."""
     return EncodingPool(build_bundle(kind.folder), size=1, patience_s=PATIENT_S)
 
 
 def new_model(bundle: Bundle) -> TextModel:
-    """Return a text model whose helper pool has a long patience, because helpers may be slow to get a core."""
+    """Return a text model whose pool waits long for its helper processes, because helpers may be slow to get a core."""
     model = TextModel.from_bundle(bundle)
     assert model.pool is not None
     model.pool.patience_s = PATIENT_S
@@ -154,8 +154,8 @@ async def test_a_pool_that_is_closed_holds_nobody(kinds: dict[str, Kind], starte
 
 
 async def test_messages_are_rendered_there_too(model: TextModel) -> None:
-    """Long chat messages are tokenized in helper processes too. The ids are the same as without helpers, for example
-    with continue_final_message."""
+    """Long chat messages are tokenized in helper processes too. With continue_final_message, the ids are the same as
+    without helpers."""
     messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "It"}]
     ids = await model.chat_ids_async(TENANT, messages, continue_final_message=True)
     assert ids.tolist() == model.codec.encode_chat(messages, continue_final_message=True)
@@ -254,8 +254,8 @@ async def test_a_lost_helper_costs_no_call(model: TextModel) -> None:
 
 
 async def test_what_was_sent_outlives_its_helper(kinds: dict[str, Kind]) -> None:
-    """After the helpers that encoded one turn of a conversation have died, the text of that turn is still known. The
-    ids of the next turn equal those from scratch."""
+    """The prompt memory still has the text of a conversation's first turn after the helpers that encoded this turn have
+    died. The ids of the next turn equal those of an encoding without the memory."""
     memory = PromptMemory()
     model = TextModel.from_bundle(build_bundle(kinds["llama"].folder), memory=memory)
     assert model.pool is not None

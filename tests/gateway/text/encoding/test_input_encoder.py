@@ -106,8 +106,8 @@ def test_ids_are_those_of_transformers(
 
 @given(st.integers(0, 40), st.integers(1, 40), st.integers(0, 60))
 def test_the_longer_text_is_cut_first(first: int, second: int, room: int) -> None:
-    """The tokens that are kept of two texts fill the allowed length and do not exceed it. The shorter text loses tokens
-    only if it must."""
+    """Two texts together keep at most `room` tokens. They keep fewer only if they have fewer, or if each of them alone
+    is longer than `room`. The shorter text loses tokens only if cutting the longer text is not enough."""
     kept = longest_first(first, second, room)
     assert sum(kept) == min(first + second, room) or (min(first, second) > room and sum(kept) <= room)
     assert kept[0] <= first
@@ -217,8 +217,8 @@ def test_a_long_text_that_is_cut_is_not_read_whole() -> None:
 
 @given(st.integers(1, 5), st.integers(1, 5), st.booleans())
 def test_a_shared_text_counts_in_each_pair(first: int, second: int, is_packed: bool) -> None:
-    """A text that all pairs share counts in the length of each pair. If the texts are encoded separately, it counts
-    once."""
+    """The length of each pair includes the text that all pairs share. If the texts are taken apart from their pairs,
+    the shared text is counted only once."""
     inputs = pairs(["ab" * first], ["c" * second] * 3)
     some = packed(inputs) if is_packed else inputs
     assert isinstance(some, PairInputs)

@@ -39,7 +39,7 @@ def test_the_bound_is_never_above_the_tokens(kinds: dict[str, Kind], data: st.Da
 
 
 def test_some_families_have_a_bound(kinds: dict[str, Kind]) -> None:
-    """At least two tokenizer families have a lower bound on the number of tokens. Otherwise
+    """For at least two tokenizer families, Reach computes a lower bound on the number of tokens of a text. Otherwise
     test_the_bound_is_never_above_the_tokens would check nothing."""
     bounded = [f for f, kind in kinds.items() if kind.ours.codec._lengths._reach is not None]
     assert {"llama", "qwen2"} <= set(bounded) or len(bounded) >= 2, bounded
@@ -65,7 +65,8 @@ def _byte_level(normalizer: normalizers.Normalizer | None) -> Tokenizer:
     st.booleans(),
 )
 def test_composition_is_allowed_for(text: str, composes: bool) -> None:
-    """The bound also holds if NFC combines marks with the preceding characters, which yields fewer bytes."""
+    """The lower bound on the number of tokens also holds if NFC joins marks with the preceding characters, so that the
+    text has fewer bytes."""
     tokenizer = _byte_level(normalizers.NFC() if composes else None)
     reach = Reach.of(tokenizer, {"normalizer": {"type": "NFC"} if composes else None,
                                  "pre_tokenizer": {"type": "ByteLevel"}})  # fmt: skip

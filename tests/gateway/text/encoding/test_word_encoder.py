@@ -44,7 +44,8 @@ def qwen2(vocab_size: int) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def encoder_of(tokenizer: Tokenizer, long_chars: int = 64) -> WordEncoder | None:
-    """Return the word encoder of a tokenizer, or None. `long_chars`: see LONG_CHARS."""
+    """Return the word encoder of a tokenizer, or None if the tokenizer can have none. `long_chars`: minimum length in
+    characters of a text whose distinct words are counted."""
     return WordEncoder.of(tokenizer, json.loads(tokenizer.to_str())["pre_tokenizer"], long_chars=long_chars)
 
 
@@ -106,7 +107,8 @@ def own_split(tokenizer: Tokenizer) -> None:
 
 
 def bytes_first(tokenizer: Tokenizer) -> None:
-    """Make the tokenizer split after the conversion to bytes, when no spaces are left."""
+    """Make the tokenizer convert a text to bytes before it splits the text. There are no spaces any more when it
+    splits."""
     late = pre_tokenizers.Split(Regex(QWEN2), "isolated")
     mapped = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([mapped, late])

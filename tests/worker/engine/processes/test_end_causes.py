@@ -175,7 +175,8 @@ def test_a_core_notes_how_other_processes_end(folder: Path, number: int, how: st
     ],
 )
 def test_a_core_waits_with_its_own_error_for_a_ranks_end(folder: Path, logger: str, message: str) -> None:
-    """A core notes a rank's death before its own error. Otherwise the core's error would be reported as the cause."""
+    """An engine core records the end of a rank before its own error. Otherwise the core's error would be reported as
+    the cause."""
     members = end_causes.Members()
     end_causes.register(members)
     with subprocess.Popen(["sleep", "60"]) as process:
@@ -286,7 +287,7 @@ def test_an_error_from_another_process_is_told_without_its_traceback() -> None:
 async def test_a_real_engine_says_why(
     llama_folder: Path, rank: str, cache_bytes: int, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error of a failed start has the reason and the entry's name, for a failure of the core and of a rank."""
+    """If an engine core or a rank fails at its start, the error has the reason and the name of the catalog entry."""
     monkeypatch.setenv(lone_rank.RANK, rank)
     spec = tiny_spec()
     spec = dataclasses.replace(spec, engine={**spec.engine, "kv_cache_memory_bytes": cache_bytes})

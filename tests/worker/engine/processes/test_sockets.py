@@ -16,8 +16,8 @@ from tests.support.ray_head import OWN_PROCESSES
 
 
 def test_the_folder_goes_with_the_last_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two engines of one process share the folder. When the second engine ends, the folder is removed with its
-    contents."""
+    """Two engines of one process share the folder of their sockets. When the second engine ends, the folder is removed
+    with its contents."""
     monkeypatch.delenv(sockets.ENV, raising=False)
     ours = sockets.SocketFolder(tmp_path)
     assert ours.acquire()

@@ -32,8 +32,8 @@ class Machine:
 
 
 def until_alarm(pass_time: Callable[[Machine, float], None], ends_s: float = 20.0) -> float:
-    """Return the time at which a gateway would find the engine hung, in a step that began at 0; infinity if it does not
-    before `ends_s`.
+    """Return the time at which a gateway would find the engine hung, in a step that began at 0; infinity if the gateway
+    would not find it hung before `ends_s`.
 
     The step is checked ten times a second, as by a gateway. `pass_time`: advances the counters of the simulated
     machine by a number of seconds.
@@ -53,7 +53,7 @@ def until_alarm(pass_time: Callable[[Machine, float], None], ends_s: float = 20.
 
 @given(st.floats(0.8, 1.0), st.booleans())
 def test_what_gets_no_core_hangs_not(part: float, told_late: bool) -> None:
-    """An engine that waits for a CPU core raises no alarm. On a busy host there were twenty false alarms an hour.
+    """An engine that waits for a CPU core raises no alarm. Formerly, a busy host had twenty false alarms an hour.
 
     The kernel adds a thread's waiting time only when the thread runs again. A thread that never runs is runnable all
     the time.

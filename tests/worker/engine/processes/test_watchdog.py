@@ -46,7 +46,8 @@ async def until(holds: Callable[[], bool], within_s: float) -> float:
 
 
 async def held_engine(folder: Path, tensor_parallel_size: int, tag: str) -> tuple[Process, str]:
-    """Start a program that runs a real engine; return the process and the line that it prints when it is ready."""
+    """Start a program that runs a real engine; return the process and the line that it prints when it is ready. `tag`:
+    value of the environment variable TAG, by which the processes of this engine are found."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

@@ -111,7 +111,8 @@ async def test_an_abort_in_mid_step_gives_no_output() -> None:
 
 @pytest.mark.parametrize("change", CONTENT, ids=lambda change: next(iter(change)))
 async def test_whatever_shapes_content_changes_every_token(change: dict[str, object]) -> None:
-    """A change of any parameter that shapes the content changes every token, including the first."""
+    """If a parameter that affects the generated text is changed, every token is a different one, including the first.
+    One token may be equal by chance."""
     _, driver = await subject()
     prompt = driver.subject.prompt(1)
     plain, other = await driver.run(request(prompt, 8), request(prompt, 8, **change))
@@ -215,8 +216,8 @@ async def test_a_cancelled_step_loses_no_output() -> None:
 
 @pytest.mark.parametrize(("point", "at", "tokens"), [("prefill", 1, 0), ("step", 3, 2), ("last_token", 1, 4)])
 async def test_die_at_a_point(point: str, at: int, tokens: int) -> None:
-    """An engine dies at the step of the fault. Earlier tokens have been returned, and every later call raises
-    EngineDead."""
+    """With the fault "die" armed, an engine dies at the chosen step. The tokens of the steps before it have been
+    returned. Every call after the death raises EngineDead."""
     engine, driver = await subject()
     engine.faults.arm(point, "die", at)
     request_id = await driver.submit(request(driver.subject.prompt(1), 5))
@@ -275,8 +276,8 @@ async def test_hang_stands_still_until_healed() -> None:
 
 @pytest.mark.parametrize("point", ["step", "prefill"])
 async def test_a_hang_ages_and_soon_states_no_work(point: str) -> None:
-    """During a hang, the reported age of the step becomes far greater than the duration of earlier steps. The load
-    reports a prompt as the reason only at first; after two seconds it reports no reason."""
+    """During a hang, the engine's load reports a step age far above the duration of earlier steps. At first it also
+    reports "prefill" as the work that explains a long step. After two seconds it reports no such work."""
     clock = VirtualClock()
     engine, driver = await subject(clock=clock)
     await driver.run(request(driver.subject.prompt(1), 20))

@@ -323,7 +323,8 @@ def test_chunked_prefill_takes_its_steps() -> None:
 
 
 def test_256_streams_cost_little_of_a_core() -> None:
-    """The scheduler takes well under a tenth of a 20 ms step for 256 streams. The bound in this test is loose: 5 ms."""
+    """For 256 streams the scheduler takes less than 5 ms of CPU time per step. This bound is loose: usually it takes
+    less than 2 ms, a tenth of a step of 20 ms."""
     model = SimModel(dataclasses.replace(ROOMY, max_model_len=1024, block_size=16))
     for i in range(256):
         model.submit(ask(str(i), [100 + i % 200] * 100, 900))

@@ -33,7 +33,8 @@ SMALL = SimConfig(
 
 
 async def subject(config: SimConfig = SMALL) -> tuple[SimEngine, Driver]:
-    """Return a simulated engine in virtual time, and the driver of the checked engine that wraps it."""
+    """Return a simulated engine in virtual time, and a Driver that runs requests on it. The Driver's requests pass
+    through CheckedEngine, which checks the engine's answers."""
     engine = SimEngine(config, VirtualClock())
     checked = CheckedEngine(engine, node="n1")
     return engine, Driver(Subject(checked, await checked.start(), 100, 900, deadline_s=5.0))

@@ -47,7 +47,7 @@ def adapters(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Me
 
 @pytest.fixture(scope="module")
 async def subject(llama_folder: Path) -> AsyncIterator[Subject]:
-    """A started engine with three slots for adapters and memory for four."""
+    """Start an engine that can run three adapters at a time and keeps four adapters in memory."""
     engine = VllmEngine(tiny_spec(engine=ENGINE), llama_folder)
     try:
         info = await engine.start()
@@ -119,8 +119,8 @@ async def test_more_adapters_than_slots(subject: Subject, engine: VllmEngine, ad
 
 
 async def test_what_is_not_loaded_is_refused(subject: Subject, engine: VllmEngine, adapters: MergedAdapters) -> None:
-    """Before vLLM is called, a load above the capacity is refused, and so is a request for an adapter that is unknown
-    or not loaded."""
+    """The engine refuses to load more adapters than it has capacity for. It also refuses a request for an adapter that
+    is unknown or not loaded. vLLM is not called in either case."""
     folders = await load(engine, adapters, 1, 2, 3, 4)
     more = adapters.folder(5)
     with pytest.raises(EngineRefused) as refusal:
@@ -168,8 +168,8 @@ async def test_an_unloaded_adapter_serves_its_requests_to_the_end(
 async def test_a_request_with_an_adapter_is_resumed(
     subject: Subject, engine: VllmEngine, adapters: MergedAdapters
 ) -> None:
-    """A request with an adapter is cut after some tokens and resumed. The remaining tokens equal those of the uncut
-    request, both greedy and with a seed."""
+    """A request with an adapter is interrupted after some tokens and resumed. The remaining tokens equal those of an
+    uninterrupted request, both with greedy sampling and with a seed."""
     folders = await load(engine, adapters, 2)
     prompt = subject.prompt(14, tokens=40)
     samplings: tuple[dict[str, Any], ...] = ({}, {"temperature": 1.0, "seed": 7, "presence_penalty": 0.5})

@@ -54,8 +54,10 @@ def test_grammars_have_one_backend(llama_folder: Path) -> None:
 
 
 def test_tekken_models_have_their_own_mode_and_backend(tmp_path: Path, llama_folder: Path) -> None:
-    """A renderer's tokenizer mode is used unless the entry sets one. With tekken.json and this mode, the default
-    backend for grammars is guidance."""
+    """A tokenizer mode that the model needs is passed to vLLM, unless the catalog entry sets another mode.
+
+    For a folder with tekken.json in mode `mistral`, the default backend for grammars is guidance.
+    """
     (tmp_path / "tekken.json").write_text("{}")
     for folder, engine, mode, backend in (
         (tmp_path, {}, "mistral", "guidance"),
@@ -103,7 +105,7 @@ def test_experts_on_several_ranks_are_refused_on_cpus(llama_folder: Path) -> Non
 
 
 async def test_values_that_vllm_refuses_name_the_model(llama_folder: Path) -> None:
-    """A value that vLLM refuses raises ValueError that has the entry's name."""
+    """A value that vLLM refuses raises a ValueError that names the catalog entry."""
     for changes in ({"max_model_len": 10**9}, {"engine": {"max_num_seqs": "many"}}, {"tensor_parallel_size": 3}):
         with pytest.raises(ValueError, match=r"models\[m\]"):
             await VllmEngine(spec(**changes), llama_folder, executor="mp").start()

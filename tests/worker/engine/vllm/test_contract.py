@@ -1,4 +1,4 @@
-"""The engine contract for vLLM, over the fast path and over AsyncLLM."""
+"""Run the tests of EngineContract on vLLM, once over the fast path and once over AsyncLLM."""
 
 from __future__ import annotations
 
@@ -64,5 +64,5 @@ class TestPublic(EngineContract):
         return public_subject
 
     def test_says_its_path(self, engine: Subject) -> None:
-        """EngineInfo has the path and the reason why the fast path is not used."""
+        """EngineInfo names the engine path that is used (`public`), and the reason why the fast path is not used."""
         assert (engine.info.engine_path, engine.info.engine_path_reason) == ("public", "switched off")

@@ -27,7 +27,8 @@ async def _step_for_ever(engine: VllmEngine) -> None:
 
 
 async def _is_told(engine: VllmEngine, subject: Subject, how: str) -> None:
-    """Check that step, check and submit of a dead engine raise EngineDead with a reason that matches `how`."""
+    """Check that the methods `step`, `check` and `submit` of a dead engine raise EngineDead. `how`: regular expression
+    that the text of the error must match."""
     with time_within(10.0), pytest.raises(EngineDead, match=how):
         await asyncio.wait_for(_step_for_ever(engine), 60)
     with pytest.raises(EngineDead, match=how):

@@ -21,7 +21,7 @@ OWN_EOS = 7
 
 
 class FakePath:
-    """A fake engine path with the fields from which the properties are derived."""
+    """A fake engine path with only the fields that the properties of an engine are derived from."""
 
     def __init__(self, tasks: tuple[str, ...]) -> None:
         self.tasks = tasks
@@ -40,7 +40,8 @@ def properties(
     has_event_socket: bool = False,
     **entry: Any,
 ) -> EngineProperties:
-    """Return the properties of an engine with the given checkpoint, tasks, KV blocks and changes of the entry."""
+    """Return the properties of an engine. `folder`: the checkpoint. `blocks`: number of KV blocks. `why_public`: reason
+    for the public path, "" for the fast path. `entry`: changed keys of the catalog entry."""
     spec = tiny_spec(**entry)
     config = arguments.engine_arguments(spec, folder, "mp").create_engine_config()
     repairs.apply()
@@ -73,8 +74,8 @@ def test_a_generating_engine(llama_folder: Path) -> None:
 
 
 def test_resume_as_a_prompt_is_reported(llama_folder: Path) -> None:
-    """If exact resume is missing, or on the public path (AsyncLLM), the engine reports the capability RESUME_PLAIN:
-    emitted tokens are resumed as a part of the prompt."""
+    """An engine without exact resume on the public path (AsyncLLM) reports the capability RESUME_PLAIN: it resumes a
+    request with the emitted tokens as a part of the prompt."""
     found = properties(llama_folder, exact_resume=False, why_public="switched off")
     assert (found.info.engine_path, found.info.engine_path_reason) == ("public", "switched off")
     assert RESUME_PLAIN in found.info.capabilities

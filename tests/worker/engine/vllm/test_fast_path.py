@@ -17,7 +17,8 @@ from cluster.worker.engine.vllm.private_names import missing, resolve
 @pytest.mark.engine
 @pytest.mark.parametrize("path", SYMBOLS | lone_rank.SYMBOLS)
 def test_this_vllm_has_every_name(path: str) -> None:
-    """The installed vLLM has each symbol of the tables, with the listed parameters and fields."""
+    """The installed vLLM has each symbol in the tables SYMBOLS of fast_path.py and lone_rank.py, with the parameters
+    and fields listed there."""
     assert missing({path: (SYMBOLS | lone_rank.SYMBOLS)[path]}) == []
 
 

@@ -28,7 +28,7 @@ HANG_LEAST_S = 0.5
 
 
 def looks_hung(load: EngineLoad) -> bool:
-    """Return whether a gateway with this load would consider the engine hung."""
+    """Return whether a gateway would consider the engine hung if the engine reported this load."""
     return bool(load.running) and not load.busy and load.step_age_s > max(5 * load.step_p99_s, HANG_LEAST_S)
 
 
@@ -96,7 +96,7 @@ async def _drain(driver: Driver) -> None:
 
 
 async def test_long_prefills_and_grammars_raise_no_alarm(fast_subject: Subject) -> None:
-    """With long prompts, grammars and decoding at the same time, no load looks hung."""
+    """A busy engine does not look hung, even with long prompts, grammars and decoding at the same time."""
     driver = Driver(fast_subject)
     schema = '{"type": "object", "properties": {"a": {"type": "string", "maxLength": 40}}, "required": ["a"]}'
     with watched(fast_subject.engine) as seen:
@@ -142,8 +142,8 @@ class Forgetful(CheckedEngine):
 
 @pytest.mark.parametrize("sick", [False, True])
 async def test_after_an_error_the_golden_prompt_decides(fast_subject: Subject, sick: bool) -> None:
-    """After an error, an engine with an unchanged golden answer keeps serving. An engine with another golden answer is
-    sick."""
+    """After an error, the engine must answer the golden (fixed) prompt again. If the answer is the same as at the
+    start, the engine keeps serving. Otherwise the engine counts as sick."""
     examined = Forgetful(Started(fast_subject), node="n9")
     driver = Driver(Subject(examined, await examined.start(), fast_subject.token_lo, fast_subject.token_hi))
     if sick:

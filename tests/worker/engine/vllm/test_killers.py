@@ -109,7 +109,7 @@ def _well_refused(refusal: EngineRefused) -> str:
 
 
 async def _survives(driver: Driver, odd: EngineRequest) -> str:
-    """Run a request to its finish or refusal; return the name of the finish or the refused field."""
+    """Run a request until it finishes or is refused. Returns the name of the finish reason, or of the refused field."""
     try:
         (answer,) = await driver.run(odd)
     except EngineRefused as refusal:
@@ -171,7 +171,7 @@ async def test_stop_ids_at_their_bound(fast_subject: Subject, llama_folder: Path
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 async def test_no_token_is_left(fast_subject: Subject, llama_folder: Path, temperature: float) -> None:
-    """If a grammar allows only stop ids, and `min_tokens` forbids these, the request ends in an error.
+    """A request ends in an error if its grammar allows only stop tokens while `min_tokens` still forbids them.
 
     The engine keeps running.
     """
@@ -190,7 +190,7 @@ async def test_no_token_is_left(fast_subject: Subject, llama_folder: Path, tempe
 
 
 async def test_odd_grammars_do_no_harm(fast_subject: Subject) -> None:
-    """A plain request that runs beside an odd grammar keeps its tokens."""
+    """A plain request gets the same tokens beside a request with an odd grammar as alone."""
     driver, plain = Driver(fast_subject), fast_subject.prompt(92)
     (reference,) = await driver.run(request(plain, max_tokens=16))
     for grammar in odd_grammars():
@@ -237,7 +237,8 @@ async def test_emitted_tokens_that_nobody_emitted(fast_subject: Subject, name: s
 
 @pytest.mark.parametrize("emitted", [(300, -1), (300, 768), (1 << 70,)])
 async def test_emitted_tokens_outside_the_vocabulary(fast_subject: Subject, emitted: tuple[int, ...]) -> None:
-    """Emitted ids outside the vocabulary are refused by their field, before vLLM gets them."""
+    """A request with emitted token ids outside the vocabulary is refused before vLLM gets it. The error names the field
+    `emitted_token_ids`."""
     with pytest.raises(EngineRefused) as refusal:
         await fast_subject.engine.submit(request(fast_subject.prompt(97), emitted_token_ids=emitted))
     assert _well_refused(refusal.value) == "emitted_token_ids"
@@ -321,7 +322,8 @@ FIRST, SEEDS = int(os.environ.get("KILLERS_FIRST", "0")), int(os.environ.get("KI
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))
 async def test_random_requests_in_crowds(fast_subject: Subject, seed: int) -> None:
-    """Many random requests at once, some of them aborted, end or are refused. A reference request keeps its tokens."""
+    """Many random requests run at once, and some are aborted. Each of the others is refused or runs to its end. A
+    reference request among them gets the same tokens as alone."""
     driver, plain, chance = Driver(fast_subject), fast_subject.prompt(95), Chance(seed, fast_subject)
     (reference,) = await driver.run(request(plain, max_tokens=8))
     taken = refusals = 0

@@ -22,8 +22,8 @@ def live_request(prompt: int = 3, emitted: int = 0, sampling: Sampling | None = 
 
 
 def test_counts_follow_the_requests() -> None:
-    """Until its first output or its end, a request adds its prompt tokens and its emitted tokens to the prefill tokens.
-    Until its end, the request counts as live."""
+    """A request counts as live until it ends. Until its first output or its end, its tokens count as prefill tokens:
+    its prompt, and the tokens that it emitted before it was resumed."""
     stats = StepStats()
     live = LiveRequests(stats)
     live.add("a", live_request(3, 2))
@@ -45,7 +45,8 @@ def test_counts_follow_the_requests() -> None:
 
 
 def test_grammars_count_until_the_first_output() -> None:
-    """A request with a grammar is counted until its first output or its end. A pooling request has no grammar."""
+    """`awaiting_grammar` counts the requests with a grammar. A request is counted until its first output or its end. A
+    pooling request is never counted."""
     live = LiveRequests(StepStats())
     live.add("a", live_request(sampling=GRAMMAR))
     live.add("b", live_request(sampling=GRAMMAR))

@@ -50,9 +50,10 @@ def test_this_vllm_has_what_it_needs() -> None:
 @pytest.mark.engine
 @pytest.mark.parametrize("bind", [pytest.param("nobind", marks=pytest.mark.long), "0"])
 async def test_an_engine_is_one_process(llama_folder: Path, bind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The core has no rank process, and its threads are bound if requested.
+    """An engine with one rank runs the rank inside the core's process. If VLLM_CPU_OMP_THREADS_BIND names a CPU
+    core, the threads are bound to it.
 
-    The environment variables of this process are unchanged.
+    The environment variables of the process that starts the engine are unchanged.
     """
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

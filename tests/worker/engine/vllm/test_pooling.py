@@ -77,7 +77,8 @@ async def cross_encoder(cross_encoder_folder: Path) -> AsyncIterator[Subject]:
 
 
 class TestEmbeddings(PoolingContract):
-    """The contract of pooling models for all-MiniLM-L6-v2 on the fast path."""
+    """The contract of pooling models, tested with the embedding model all-MiniLM-L6-v2 on the engine path
+    `fastpath`."""
 
     @pytest.fixture
     def engine(self, embedder: Subject) -> Subject:
@@ -86,7 +87,7 @@ class TestEmbeddings(PoolingContract):
 
     def test_says_what_it_is(self, engine: Subject) -> None:
         """EngineInfo has the engine path, the lengths of vectors and the maximum length of a text. The model has no KV
-        cache, so the reported KV tokens are those of several steps."""
+        cache. So the engine reports as its KV tokens the number of tokens that it computes in four steps."""
         info = engine.info
         assert info.engine_path == "fastpath"
         assert info.capabilities == ("pools:embed",)
@@ -116,7 +117,7 @@ class TestEmbeddings(PoolingContract):
 
 
 class TestScores(PoolingContract):
-    """The contract of pooling models for a cross-encoder on the fast path."""
+    """The contract of pooling models, tested with a cross-encoder on the engine path `fastpath`."""
 
     @pytest.fixture
     def engine(self, cross_encoder: Subject) -> Subject:
@@ -142,8 +143,8 @@ class TestScores(PoolingContract):
 
 @pytest.fixture(scope="module")
 async def decoder(llama_folder: Path) -> AsyncIterator[Subject]:
-    """A tiny Llama that its catalog entry turns into an embedding model, on the AsyncLLM path. Requests may ask for any
-    shorter vector."""
+    """A tiny Llama that runs as an embedding model on the AsyncLLM path, because its catalog entry says so. Requests
+    may ask for any shorter vector."""
     options: dict[str, Any] = {"block_size": 32, "kv_cache_memory_bytes": 64 << 20}
     async for subject in started(
         llama_folder, fast=False, runner="pooling", hf_overrides={"is_matryoshka": True}, **options
@@ -152,7 +153,8 @@ async def decoder(llama_folder: Path) -> AsyncIterator[Subject]:
 
 
 class TestDecoder(PoolingContract):
-    """The contract of pooling models for an embedding model that is made from a generating model, behind AsyncLLM."""
+    """The contract tests of pooling models, for a text-generating model that is used as an embedding model. The engine
+    runs behind AsyncLLM."""
 
     @pytest.fixture
     def engine(self, decoder: Subject) -> Subject:
@@ -167,8 +169,8 @@ class TestDecoder(PoolingContract):
         assert KV_EVENTS in engine.info.capabilities
 
     async def test_a_prefix_is_computed_once(self, driver: Driver) -> None:
-        """A second request with the same prefix finds the prefix in the cache and has the same vector. With another
-        salt it finds nothing: a tenant must not learn what another tenant has sent."""
+        """A second request with the same prefix finds the prefix in the KV cache and gets the same vector. A request
+        with another cache salt finds nothing there: a tenant must not learn what another tenant has sent."""
         ids = driver.subject.prompt(11, 200)
         requests = [pool(ids, PoolingTask.EMBED) for _ in range(3)]
         requests[2] = replace(requests[2], cache_salt="other")

@@ -1,4 +1,5 @@
-"""Tests of the check, by vLLM's configuration, whether a model's cache hits can be predicted exactly."""
+"""Whether the cache hits of a model can be predicted exactly. Tests of the check that decides this from vLLM's
+configuration."""
 
 from __future__ import annotations
 
@@ -43,5 +44,6 @@ def config(layers: list[str] | None = None, window: int | None = None, **model: 
     ],
 )
 def test_predictions_are_exact_for_full_attention_alone(given: Any, is_exact: bool) -> None:
-    """An engine reports prefix:exact only if all its layers have full attention and no setting makes it drop blocks."""
+    """An engine reports the capability `prefix:exact` only if all its layers have full attention and no setting makes
+    it drop blocks."""
     assert capabilities(given) == ((KV_EVENTS, PREFIX_EXACT) if is_exact else (KV_EVENTS,))

@@ -23,8 +23,8 @@ def test_this_vllm_is_one_that_the_seed_repair_knows() -> None:
 
 
 def test_seeds_are_not_safe_where_the_repair_is_kept_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Headrace's repairs of vLLM are a plugin. If VLLM_PLUGINS is set and does not name this plugin, seeds are not
-    safe."""
+    """A vLLM plugin contains Headrace's repairs of vLLM. If VLLM_PLUGINS is set and leaves out this plugin, vLLM does
+    not load it. Then `seeds_are_safe` returns False."""
     monkeypatch.setenv("VLLM_PLUGINS", "something_else")
     assert not repairs.seeds_are_safe()
     monkeypatch.setenv("VLLM_PLUGINS", f"something_else,{repairs.PLUGIN}")
@@ -43,8 +43,8 @@ def test_stock_generators_still_lack_an_offset() -> None:
 
 
 def test_the_runner_takes_draws_back_as_the_repair_expects() -> None:
-    """For a discarded sample, vLLM's runner sets the random generator back by one draw. Its source does this at a
-    single place."""
+    """When vLLM's runner discards a sample, it sets the random generator back by one draw. The runner's source code
+    does this at a single place, as the repair assumes."""
     import inspect
 
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
@@ -60,7 +60,8 @@ def test_the_runner_takes_draws_back_as_the_repair_expects() -> None:
 
 
 def test_a_draw_that_is_taken_back_is_drawn_again() -> None:
-    """After set_offset the generator repeats its last number. If no state is saved, set_offset changes nothing."""
+    """After `remember`, a draw and `set_offset`, the generator draws the same number again. Without `remember`,
+    `set_offset` changes nothing."""
     import torch
 
     generator = repairs.rewindable_generator()(device="cpu")

@@ -70,7 +70,7 @@ def test_a_wrong_parameter_is_refused_by_its_name(field: str, value: object) -> 
     ],
 )
 def test_a_wrong_request_is_refused(changes: dict[str, object], field: str, reason: str) -> None:
-    """A wrong value outside the sampling parameters is refused with the field and the reason."""
+    """A wrong value outside the sampling parameters is refused. The error has the field and the reason."""
     with pytest.raises(EngineRefused) as error:
         check(dataclasses.replace(PLAIN, **changes), LIMITS)  # type: ignore[arg-type]
     assert (error.value.field, error.value.reason) == (field, reason)
@@ -105,7 +105,8 @@ def test_a_call_that_had_ended_is_not_continued() -> None:
 
 
 def test_seeds_are_refused_where_they_would_kill() -> None:
-    """On CPUs without the seed repair, a seed is refused as an unsupported feature."""
+    """A request with a seed is refused as an unsupported feature if the limits say that the engine cannot take
+    seeds."""
     seeded = dataclasses.replace(PLAIN, sampling=Sampling(max_tokens=4, seed=1))
     check(seeded, LIMITS)
     with pytest.raises(EngineRefused) as error:
@@ -166,7 +167,8 @@ def test_repetitions_are_unrolled(pattern: str, positions: int) -> None:
 
 @given(st.text(alphabet="ab()[]{}|*+?\\,019^", max_size=40))
 def test_any_text_has_positions(pattern: str) -> None:
-    """The number of positions is never negative, and no text raises an error, even if it is an invalid expression."""
+    """`regex_positions` accepts any text, even an invalid regular expression. It raises no error, and its result is
+    never negative."""
     assert regex_positions(pattern) >= 0
 
 
@@ -177,8 +179,8 @@ def test_nested_repetitions_multiply(atom: str, inner: int, outer: int) -> None:
 
 
 def test_bounded_strings_are_found_at_any_depth() -> None:
-    """Strings with a length bound or a pattern are found in properties, items and combinations. Other strings are left
-    out."""
+    """The strings of a JSON schema that have a length bound or a pattern are found at any depth, also in `items` and
+    `anyOf`. Other strings are not returned."""
     schema = {
         "properties": {"a": {"type": "string", "maxLength": 3}, "b": {"type": "string"}},
         "anyOf": [{"items": {"pattern": "x+"}}, {"minLength": 1, "pattern": "y"}],

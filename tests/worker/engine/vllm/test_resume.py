@@ -1,5 +1,5 @@
-"""Tests of exact resume on a real vLLM engine, in addition to those of the engine contract: chunked prefills,
-preemption, two ranks and bad ids."""
+"""Tests of exact resume on a real vLLM engine: with chunked prefills, preemption, two ranks and bad ids. The engine
+contract has further tests of resume."""
 
 from __future__ import annotations
 
@@ -52,12 +52,13 @@ def mixed(subject: Subject, count: int, prompt_tokens: int, max_tokens: int) -> 
 
 
 def cut(whole: EngineRequest, emitted: Sequence[int]) -> EngineRequest:
-    """Return the same request with a new id and with emitted tokens."""
+    """Return a copy of a request, with a new id, that resumes after the tokens `emitted`."""
     return dataclasses.replace(whole, request_id=request(()).request_id, emitted_token_ids=emitted)
 
 
 async def cut_in_crowds(driver: Driver, wholes: Sequence[EngineRequest], seed: int) -> None:
-    """Cut every request at a random token, resume all requests at once, and compare them with the uncut requests."""
+    """Interrupt every request at a random token, resume all requests together, and compare their outputs with those of
+    the uninterrupted requests."""
     chance = random.Random(seed)
     pairs = [(w, a) for w, a in zip(wholes, await driver.run(*wholes), strict=True) if len(a.token_ids) > 1]
     assert len(pairs) > len(wholes) // 2
@@ -275,7 +276,8 @@ async def greedy_bias(subject: Subject, prompt: Sequence[int], token: int) -> fl
 
 
 async def test_a_grammar_behind_reasoning_is_continued(llama_folder: Path, tmp_path: Path) -> None:
-    """A request whose grammar begins after reasoning is resumed exactly, whether cut before or after that point."""
+    """A resume continues a request exactly, even if its grammar applies only after the reasoning. This holds whether
+    the request was cut during the reasoning or after it."""
     begin, end = with_thinking(llama_folder, tmp_path / "thinking")
     engine = VllmEngine(tiny_spec(), tmp_path / "thinking", executor="mp", reasoning_parser="qwen3")
     info = await engine.start()

@@ -23,7 +23,8 @@ KINDS = ("greedy", *SAMPLE, "all penalties and a seed", "regex", "json grammar, 
 @pytest.mark.skipif(not TRITON.is_dir(), reason="needs Triton beside the environment: make triton")
 @pytest.mark.parametrize("kinds", [SAMPLE, pytest.param(KINDS, marks=pytest.mark.long)], ids=["sample", "all"])
 def test_calls_are_continued_on_the_v2_runner(kinds: tuple[str, ...]) -> None:
-    """Requests of several kinds are cut at every token and resumed on the V2 runner with asynchronous scheduling."""
+    """Requests of several kinds can be interrupted after any token and resumed exactly, on vLLM's V2 runner with
+    asynchronous scheduling."""
     file = "tests/worker/engine/v2_contract.py"
     tests = [f"{file}::TestV2::test_cut_anywhere_equals_uncut[{kind}]" for kind in kinds]
     first = [f"{file}::test_the_runner_is_v2", "tests/worker/engine/async_contract.py"]

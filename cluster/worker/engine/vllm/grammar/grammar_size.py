@@ -23,9 +23,10 @@ _NO_ATOM = frozenset("*+?|")
 
 
 def regex_positions(pattern: str) -> int:
-    """Return the number of positions in a regular expression after its counted repetitions are unrolled.
+    """Return the number of characters and character classes in a regular expression after its counted repetitions
+    are unrolled.
 
-    A repetition counts as at most MAX_READ_COUNT positions. No error is raised for bad syntax, since the grammar
+    A repetition adds at most MAX_READ_COUNT to the number. No error is raised for bad syntax, since the grammar
     compiler reports it.
     """
     sums = [0]  # one running sum for each open group
@@ -54,9 +55,9 @@ def regex_positions(pattern: str) -> int:
 
 
 def _end_of_atom(pattern: str, at: int) -> int:
-    """Return the index of the last character of the atom that begins at index `at`.
+    """Return the index of the last character of the atom that begins at index `at` of a regular expression.
 
-    An atom is an escape, a class, or one character.
+    An atom is an escape, a character class in brackets, or a single character.
     """
     if pattern[at] == "\\":
         return min(at + 1, len(pattern) - 1)

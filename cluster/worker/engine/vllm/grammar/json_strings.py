@@ -70,7 +70,8 @@ class StrictCompiler:
         return repaired or self._compiler.compile_json_schema(schema, **options)
 
     def compile_structural_tag(self, tag: Any, *triggers: Any) -> Any:
-        """Compile a structural tag, given as JSON or in the older form with triggers."""
+        """Compile a structural tag, which is given as JSON, or in xgrammar's older form as a list of tags with
+        `triggers`."""
         import xgrammar
 
         tag = with_plain_addresses(tag) if isinstance(tag, str) else tag

@@ -42,9 +42,9 @@ def string_problem(keyword: str, value: object) -> str:
 
 
 def number_problem(value: object, is_whole: bool) -> str:
-    """Return why the compiler does not enforce the value of a keyword that bounds numbers; empty if it does.
+    """Return why the grammar compiler cannot enforce a number as a bound; empty if it can.
 
-    `is_whole`: whether the keyword bounds integers.
+    `value`: the value of a JSON Schema keyword such as `maximum`. `is_whole`: whether the keyword bounds integers.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return "must be a number"
@@ -56,7 +56,8 @@ def number_problem(value: object, is_whole: bool) -> str:
 
 
 def array_problem(keyword: str, value: object) -> str:
-    """Return why the compiler does not enforce the value of an array keyword; empty if it does."""
+    """Return why the grammar compiler cannot enforce a keyword of a JSON Schema for arrays; empty if it can. `value`:
+    the value of the keyword."""
     if keyword in ("minItems", "maxItems"):
         return _count_problem(value)
     if keyword == "prefixItems":
@@ -68,8 +69,8 @@ def array_problem(keyword: str, value: object) -> str:
 
 
 def object_problem(keyword: str, value: object) -> str:
-    """Return why the grammar compiler does not enforce a JSON Schema keyword for objects, such as `required`, with this
-    value; empty if it does."""
+    """Return why the grammar compiler cannot enforce a JSON Schema keyword for objects, such as `required`, with this
+    value. Returns "" if the compiler can enforce it."""
     if keyword in ("minProperties", "maxProperties"):
         return _count_problem(value)
     if keyword == "required":
@@ -128,7 +129,8 @@ def string_combinations(schema: Json) -> str:
 
 
 def object_combinations(schema: Json) -> Iterator[str]:
-    """Yield which object keywords of a schema cannot be combined, each with the remedy."""
+    """Yield an error text for each combination of object keywords in the schema that cannot be enforced. Each text ends
+    with the remedy."""
     properties = schema.get("properties")
     properties = properties if isinstance(properties, Mapping) else {}
     required = schema.get("required")

@@ -198,10 +198,11 @@ _SPECIAL = (
 
 
 def _members(text: str) -> Iterator[tuple[int, int]]:
-    """Yield the members of a class as ranges of code points.
+    """Yield the members of a character class as ranges of code points.
 
-    A set (an escape such as `w`) yields one range: all code points if the set includes quotes, backslashes or control
-    characters, otherwise only the letter a.
+    An escape for a set of characters (such as `w` for word characters) yields one range. The range has all
+    code points if the set includes quotes, backslashes or control characters. Otherwise it has only the letter
+    `a`, which stands for any harmless character.
     """
     tokens = _MEMBER.findall(text)
     at = 0

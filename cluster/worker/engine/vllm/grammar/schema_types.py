@@ -217,7 +217,7 @@ class DisjointBranches:
     def _fixed(self, target: object) -> dict[str, Sequence[object]]:
         """Return the allowed values of each required property whose schema is a `const` or an `enum`, by property.
 
-        Returns nothing if `target` is not a plain schema of an object.
+        The result is empty if `target` is not a plain schema of an object.
         """
         if not isinstance(target, Mapping) or winner(target) or self._types.of(target) != NAMED["object"]:
             return {}

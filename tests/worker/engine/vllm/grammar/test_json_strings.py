@@ -49,8 +49,8 @@ def test_other_strings_are_allowed_as_before(text: str) -> None:
 
 
 def test_names_and_expressions_are_kept() -> None:
-    """The compiler's repair changes a character class in the grammar text. Property names and regular expressions that
-    look like this character class stay unchanged."""
+    """The repaired compiler replaces a character class in the grammar's text. Property names and regular expressions
+    that look like this character class stay unchanged."""
     grammar = compiled({**NAMES, "additionalProperties": {"type": "string", "maxLength": 2}})
     key = json.dumps(next(iter(NAMES["properties"])), ensure_ascii=False)
     assert accepts(grammar, f'{{{key}: "ab", "x": "bc", "y": "é"}}')
@@ -59,7 +59,8 @@ def test_names_and_expressions_are_kept() -> None:
 
 
 def test_other_json_is_kept() -> None:
-    """The repair rewrites only the format `email`, at any depth. Values that merely look like a schema are kept."""
+    """The repair of JSON schemas rewrites only the format `email`, at any depth. Values that merely look like a schema
+    are kept."""
     assert json_strings.with_plain_addresses('{"format": "date"}') == '{"format": "date"}'
     rewritten = json.loads(json_strings.with_plain_addresses(json.dumps({"a": [EMAIL], "const": EMAIL})))
     assert rewritten == {"a": [{"type": "string", "pattern": json_strings.EMAIL}], "const": EMAIL}

@@ -135,5 +135,5 @@ def test_any_accepted_expression_is_enforced(pattern: str) -> None:
 
 @given(st.text(max_size=40))
 def test_any_text_gets_an_answer(pattern: str) -> None:
-    """The check raises no error for any text, even for an invalid expression."""
+    """`pattern_problem` accepts any text, even an invalid regular expression, without raising an error."""
     pattern_problem(pattern)

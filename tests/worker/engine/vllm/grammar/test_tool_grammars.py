@@ -69,8 +69,8 @@ def test_usual_tools_pass() -> None:
 
 
 def test_a_budget_needs_an_engine_that_enforces_it() -> None:
-    """A budget of reasoning tokens is refused by its field if the engine has no budgets, or would lose the budget in a
-    resume."""
+    """A request with a budget of reasoning tokens is refused if the engine has no budgets, or would lose the budget in
+    a resume. The error names the field of the budget."""
     check(with_sampling(max_reasoning_tokens=0), LIMITS)
     without = dataclasses.replace(LIMITS, budgets=False)
     refused = refusal_of(with_sampling(max_reasoning_tokens=5), without)
