@@ -81,8 +81,8 @@ def _bootstrap(estimate: Callable[[Any], Any], count: int, seed: int) -> Interva
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Interval:
-    """Return the geometric mean of the rounds' ratios ours/theirs, with its interval. Raises ValueError if a round is
-    unpaired, a value is zero, or there are no rounds."""
+    """Return the geometric mean of the ratio ours/theirs over all rounds, with its bootstrap confidence interval.
+    Raises ValueError if a round is unpaired, a value is not above zero, or there are no rounds."""
     _check_pairs(ours, theirs)
     if min(*ours, *theirs) <= 0:
         raise ValueError("a ratio needs values above 0")

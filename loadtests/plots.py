@@ -120,8 +120,10 @@ def _draw(pyplot: Any, path: Path, title: str, series: Sequence[tuple[str, list[
 
 
 def _by_concurrency(report: Report) -> dict[str, dict[int, float]]:
-    """Return tokens per second by arm (measured server) and concurrency. An arm named `one stream: X` gives the first
-    point of the arm X."""
+    """Return tokens per second, by arm (measured server) and concurrency.
+
+    The figures of an arm named `one stream: X` are added to those of the arm X.
+    """
     rates: dict[str, dict[int, list[float | None]]] = {}
     for arm in report.arms:
         points = rates.setdefault(arm.name.removeprefix("one stream: "), {})

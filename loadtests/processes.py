@@ -120,7 +120,8 @@ def pin(pid: int, cpus: Iterable[int]) -> None:
 
 
 def pin_driver(cpus: Iterable[int]) -> None:
-    """Bind this process and its threads. The descendants are the servers; they keep their own binding."""
+    """Bind this process and all its threads to `cpus`. Its child processes, which are the servers, keep their own
+    CPUs."""
     _pin_threads([psutil.Process()], list(cpus))
 
 

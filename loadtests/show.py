@@ -30,8 +30,8 @@ class Screen:
 
     @asynccontextmanager
     async def running(self, title: str) -> AsyncIterator[Callable[[Progress], None]]:
-        """Show a progress line until the context is left. The context yields a function that starts the line; pass this
-        function to `drive` as `on_start`."""
+        """Context manager for a progress line. It yields a function that shows the line; pass this function to `drive`
+        as `on_start`. The line disappears at the end of the context."""
         columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[now]}"))
         with Bar(*columns, TimeElapsedColumn(), console=self.console, transient=True, auto_refresh=False) as bar:
             redraw: list[asyncio.Task[None]] = []

@@ -96,7 +96,8 @@ def comment(text: str, indent: int) -> list[str]:
 
 
 def described(name: str, node: Mapping[str, Any], value: Any, schema: Mapping[str, Any], indent: int) -> list[str]:
-    """Return the lines of one value in helm/values.yaml. Each key below the value has a comment above it."""
+    """Return the lines for one key and its value in helm/values.yaml. Each key inside the value is preceded by its
+    comment."""
     node, space = resolved(node, schema), " " * indent
     if not value or is_leaf(name, {**node, "items": resolved(node.get("items", {}), schema)}):
         return [f"{space}{name}: {flow(value)}"]

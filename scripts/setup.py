@@ -81,7 +81,8 @@ class Line:
 
 
 def run(command: Sequence[str], remedy: str, watch: Callable[[], None] | None = None) -> None:
-    """Run a command, and write its output to LOG. Raises SetupError with the last lines of LOG and the remedy."""
+    """Run a command, and append its output to the file LOG. If the command fails, raises SetupError with the last lines
+    of LOG and with `remedy`. `watch`: called repeatedly while the command runs."""
     with LOG.open("a") as log:
         log.write(f"\n$ {' '.join(command)}\n")
         log.flush()

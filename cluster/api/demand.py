@@ -1,4 +1,5 @@
-"""Demand that gateways report to the controller, and work of engines that workers report. Counters never decrease."""
+"""Two kinds of reports: the demand that gateways report to the controller, and the work of engines that workers report.
+Counters never decrease."""
 
 from __future__ import annotations
 
@@ -10,13 +11,14 @@ from typing import NamedTuple
 class ClassCounts:
     """Demand for one priority class of one model at one gateway.
 
-    Counted since the gateway's start: `arrived_requests`: sequences that arrived. `arrived_prompt_tokens`: their prompt
-    tokens, less the expected prefix-cache hits. `expected_output_tokens`: their expected output tokens. `within_slo`,
-    `outside_slo`: ended calls that met or missed the model's SLO.
+    Five fields count since the gateway's start. `arrived_requests`: sequences that arrived.
+    `arrived_prompt_tokens`: their prompt tokens, less the expected prefix-cache hits. `expected_output_tokens`:
+    their expected output tokens. `within_slo`, `outside_slo`: ended calls that met or missed the model's SLO.
 
-    Current values: `queued_requests`, `queued_tokens`: waiting requests and their tokens. `oldest_wait_s`: the longest
-    wait so far. `nearest_deadline_s`: seconds until the nearest deadline; None if no waiting request has a deadline.
-    `held_requests`: requests that are held because no worker serves the model.
+    The other fields are current. `queued_requests`, `queued_tokens`: waiting requests and their tokens.
+    `oldest_wait_s`: the longest wait so far. `nearest_deadline_s`: seconds until the nearest deadline; None if
+    no waiting request has a deadline. `held_requests`: requests that are held because no worker serves the
+    model.
     """
 
     priority_class: str

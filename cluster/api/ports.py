@@ -88,6 +88,7 @@ class AdapterEngine(Protocol):
 
     async def load_adapter(self, digest: str, folder: str, *, pinned: bool) -> None:
         """Load the adapter's files into the engine's memory. Returns when requests for `digest` can be submitted.
+        `pinned`: the engine must not drop the adapter by itself.
 
         Raises EngineRefused with the reason ADAPTER_INVALID if the engine rejects the files and keeps running,
         EngineCorrupt if the engine must be replaced, and EngineDead if the engine is dead.

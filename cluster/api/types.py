@@ -116,7 +116,8 @@ class PositionLogprobs:
 
 @dataclass(slots=True)
 class TokenOutput:
-    """Output of one engine step for one request. Not frozen, since an instance is created for each token."""
+    """Output of one engine step for one request. Not frozen: an instance is created for each token, and creating a
+    frozen instance takes longer."""
 
     request_id: str
     token_ids: Sequence[int]
@@ -174,8 +175,8 @@ RESUME_CAPABILITIES = (RESUME_PLAIN, RESUME_STATE, RESUME_EXACT)
 
 
 def weakest_resume_capability(capabilities: Iterable[str]) -> str:
-    """Return the weakest resume capability in `capabilities`, or "" if there is none. Other capabilities are
-    ignored."""
+    """Return the weakest of the resume capabilities in `capabilities`, "" if there is none. `capabilities` may also
+    hold capabilities of other kinds."""
     present = set(capabilities)
     return next((word for word in RESUME_CAPABILITIES if word in present), "")
 

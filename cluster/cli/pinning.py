@@ -35,7 +35,8 @@ def set_keys(text: str, model: str, keys: Mapping[str, str]) -> str:
 
 
 def _expected(data: Any, model: str, keys: Mapping[str, str]) -> Any:
-    """Return the parsed file with `keys` set in one model. The edited text must have this value when it is parsed."""
+    """Return what the edited file must contain when it is parsed: the content `data` of the old file, with `keys` set
+    in the entry of one model."""
     return {
         **data,
         "models": [

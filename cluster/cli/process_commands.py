@@ -29,8 +29,8 @@ def add_pods(app: typer.Typer) -> None:
 
 
 def app_of(name: str) -> typer.Typer:
-    """Return the typer app that has the command `name`. For `pod` the app has the group of commands for the containers
-    of a pod. For any other name the app has the commands of the processes that `up` starts."""
+    """Return the typer app that has the command `name`. There are two apps: one has only the group `pod`, with the
+    commands for the containers of a pod; the other has the commands of the processes that `up` starts."""
     app = typer.Typer(name="headrace", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     if name == POD:
         add_pods(app)

@@ -52,9 +52,10 @@ _OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class TenantBackend:
-    """The options that select the ledger. `typed` names the options that the user gave on the command line.
+    """The command-line options that select a ledger: the database, or the gateway through which to reach it.
 
-    `target` returns the cluster that the options select.
+    `typed`: names of the options that the user gave on the command line. `target`: returns the cluster whose gateway is
+    used.
     """
 
     typed: frozenset[str]

@@ -78,7 +78,7 @@ class SessionCall:
     async def read(self) -> Any:
         """Return the next chunk or text, or aio.EOF at the end. Raises HeadraceError.
 
-        After the call was restarted as a plain stream, errors are raised as grpc.RpcError instead.
+        If the session was lost and the call was restarted as a plain stream, later errors are raised as grpc.RpcError.
         """
         while not self._inbox and self._stream is None:
             self._waiter = asyncio.get_running_loop().create_future()

@@ -41,8 +41,8 @@ class Tool(Mapping[str, Any]):
     """
 
     def __init__(self, function: Callable[..., object], *, strict: bool = False) -> None:
-        """`strict`: let the engine enforce the schema. Raises TypeError if a parameter of the function has no
-        type, or a type that no schema can describe."""
+        """`strict`: let the engine enforce the schema of the tool's arguments. Raises TypeError if a parameter of the
+        function has no type, or a type that no schema can describe."""
         from pydantic import Field, create_model
         from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
 

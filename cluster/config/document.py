@@ -132,11 +132,10 @@ def names_of(data: Any) -> set[str]:
 
 
 def with_models(config: Config, entries: Sequence[Mapping[str, Any]], absent: Collection[str] = ()) -> Config:
-    """Return the configuration with the models in `entries` instead of the models of `config`, checked as a
-    whole.
+    """Return the configuration with the models in `entries` instead of the models of `config`, checked as a whole.
 
-    `absent`: names of models that are in neither, but may be named as fallbacks. Raises CallError, which
-    names every wrong key with the model's name.
+    `absent`: names of further models that entries may name as fallbacks, although no entry describes them. Raises
+    CallError, which names every wrong key with the model's name.
     """
     plain: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True, by_alias=True)
     changed, wrong = examine(Document(plain | {"models": [dict(entry) for entry in entries]}), absent)
@@ -152,7 +151,8 @@ def with_models(config: Config, entries: Sequence[Mapping[str, Any]], absent: Co
 
 
 def _by_name(where: str, names: Sequence[str]) -> str:
-    """Return the path `where` with the model's name in place of its position. `names`: model names by position."""
+    """Replace the position of a model in the path `where` by the model's name: `models[0].engine` becomes
+    `models[NAME].engine`. `names`: model names by position."""
     return re.sub(r"^models\[(\d+)\]", lambda match: f"models[{names[int(match[1])]}]", where)
 
 

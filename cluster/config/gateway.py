@@ -97,8 +97,8 @@ class Tls(Section):
 
 
 class LinkTls(Tls):
-    """Certificate files of the link port. `revoked_serials_file` lists revoked certificates; it is read again when it
-    changes."""
+    """Certificate files of the link port. The file `revoked_serials_file` lists revoked certificates. It is read again
+    when it changes."""
 
     revoked_serials_file: Path | None = None
     """Serial numbers of revoked certificates. Re-read when the file changes."""

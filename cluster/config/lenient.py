@@ -38,10 +38,11 @@ class HeldModel:
 
 @dataclass(frozen=True, slots=True)
 class PartialConfig:
-    """The valid parts of a configuration, the problems of the invalid parts, and the models with an invalid entry
-    (`held`).
+    """The valid parts of a configuration, and the problems of the invalid parts. `held`: the models with an
+    invalid entry, which must stay as they run now.
 
-    `all_held`: all running models must stay unchanged, since the `models` section cannot be read as a list of entries.
+    `all_held`: all running models must stay as they are, since the `models` section cannot be read as a list of
+    entries.
     """
 
     config: Config
@@ -51,9 +52,10 @@ class PartialConfig:
 
 
 def load_for_gateway(path: Path) -> PartialConfig:
-    """Read the configuration file with which a gateway starts.
+    """Read the configuration file with which a gateway starts. Invalid sections among GATEWAY_OPTIONAL_SECTIONS
+    are left out, and their problems are in the result.
 
-    Raises ConfigError for a problem outside the sections in GATEWAY_OPTIONAL_SECTIONS.
+    Raises ConfigError for a problem in any other section.
     """
     return for_gateway(read_text(path), str(path))
 
@@ -64,8 +66,9 @@ def load_for_controller(path: Path) -> PartialConfig:
 
 
 def for_gateway(text: str, where: str = "configuration") -> PartialConfig:
-    """Read the text of a configuration file with which a gateway starts. Raises ConfigError for a problem outside the
-    sections in GATEWAY_OPTIONAL_SECTIONS. `where`: name of the file in error messages."""
+    """Read the text of a configuration file with which a gateway starts. Invalid sections among
+    GATEWAY_OPTIONAL_SECTIONS are left out, and their problems are in the result. Raises ConfigError for a problem in
+    any other section. `where`: name of the file in error messages."""
     document = read_document(text, where)
     config, wrong = examine(document)
     if config is not None:
@@ -79,8 +82,9 @@ def for_gateway(text: str, where: str = "configuration") -> PartialConfig:
 
 
 def for_controller(text: str, where: str = "configuration") -> PartialConfig:
-    """Return the configuration in `text`, the contents of a controller's configuration file. `where`: name of the file
-    in error messages. Raises ConfigError for a problem outside `models`."""
+    """Return the configuration in `text`, the contents of a controller's configuration file. Problems in the section
+    `models` are returned with the rest of the configuration; any other problem raises ConfigError. `where`: name of the
+    file in error messages."""
     document = read_document(text, where)
     config, wrong = examine(document)
     if config is not None:
@@ -155,8 +159,8 @@ def _conflicting(entries: Sequence[Any]) -> set[int]:
 
 
 def _held(entries: Sequence[Any], beside: Config | None = None) -> tuple[HeldModel, ...]:
-    """Return the models that the invalid entries `entries` name, each model once. Names that are also in the valid
-    configuration `beside` are left out."""
+    """Return the models that are held because their entries are invalid, each once. A model is named in `entries`.
+    Models that the valid configuration `beside` has too are left out."""
     taken = {name for model in beside.models for name in (model.name, *model.aliases)} if beside is not None else set()
     held: dict[str, HeldModel] = {}
     for entry in entries:

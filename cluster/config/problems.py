@@ -57,7 +57,7 @@ _FLAGS = ("true", "false", "yes", "no", "on", "off")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A problem at a `path` of keys and list positions. `text` names the remedy.
+    """A problem in a configuration. `path`: keys and list positions that lead to the place. `text` names the remedy.
 
     `missing`: a required key is absent.
     """

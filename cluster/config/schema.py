@@ -115,7 +115,8 @@ class Weights(Section):
 
 
 class AccessLogSettings(Section):
-    """The access log: one line a call, the event `call.ended`. Failed and resumed calls are always logged."""
+    """The access log: one line for each call that has ended, as the event `call.ended`. `sample_ratio` leaves out only
+    calls that went well; failed and resumed calls are always logged."""
 
     sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the calls that went well which are logged; 0: none. The trace id decides, else the request id."""

@@ -42,9 +42,11 @@ def _checked_tenant(value: str) -> str:
 
 
 class ApiKeys(Section):
-    """API keys, which are stored as hashes with a pepper. Of several peppers in the file, new keys use the first.
+    """API keys, which are stored as hashes with a pepper.
 
-    Default of `pepper_file`: `key-pepper` in the cache folder, which local commands create."""
+    `pepper_file` may contain several peppers; new API keys use the first. The default is the file `key-pepper` in the
+    cache folder. Local commands create this file.
+    """
 
     pepper_file: Path | None = None
     """File of the peppers. None: `key-pepper` in the cache folder."""
@@ -111,7 +113,9 @@ class ClientCertificate(Section):
 class Auth(Section):
     """Authentication of callers. Without this section there is one tenant, and client ports must be on loopback.
 
-    Default of `cluster_secret_file`: `cluster-secret` in the cache folder, which `up` creates; for one host only."""
+    `cluster_secret_file` defaults to the file `cluster-secret` in the cache folder. `up` creates this file. The
+    default suits only a cluster on one host.
+    """
 
     cluster_secret_file: Path | None = None
     """File of the gateways' common secret. None: `cluster-secret` in the cache folder, for one host only."""

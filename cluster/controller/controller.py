@@ -217,7 +217,8 @@ class Controller:
                 self.keep_overrides()
 
     def _frozen_models(self) -> frozenset[str]:
-        """Return the names of the models that operators have frozen. Changes of a frozen model are not rolled out."""
+        """Return the names of the models that operators have frozen, so that changes of these models are not rolled
+        out."""
         requests = self.scaler.operator_requests
         return frozenset(self.models.variants) if requests.all_frozen else requests.frozen
 

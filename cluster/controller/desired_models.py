@@ -17,7 +17,8 @@ class DesiredModels:
     """Desired state of the models, and the overrides of versions.
 
     A model's variants are its ReplicaSettings: one for each combination of a version and a GPU type that the model may
-    use. An override exists only for a version of a wanted model.
+    use. An override changes what the configuration says about one version. Operators and automatic rollbacks set
+    overrides. An override exists only for a version of a wanted model.
     """
 
     def __init__(self) -> None:
@@ -114,8 +115,9 @@ class DesiredModels:
         return {name: self._held.get(name) or ModelSpec(name, "") for name in names - self.variants.keys()}
 
     def leaving(self, on_ray: Collection[str]) -> Mapping[str, ModelSpec]:
-        """Return the specs of the models in `on_ray` that are neither wanted nor held, by name. Forgets the specs of
-        models that are not in `on_ray`."""
+        """Return the models in `on_ray` that must be removed, as specs by name. These are the models that are not
+        wanted and are not `held` (kept running because their entry is invalid). Also forgets the specs of models that
+        are not in `on_ray`."""
         names = set(on_ray) - self.variants.keys() - self.held(on_ray).keys()
         self._leaving = {name: self._leaving.get(name) or ModelSpec(name, "") for name in names}
         return self._leaving

@@ -58,9 +58,12 @@ class EditableCatalog:
             models.restore(stored.overrides)
 
     def _restored(self, config: Config, overlay: CatalogOverlay) -> Config:
-        """Return `config` with the models that operators have stored (`overlay`). Where the models of the file can be
-        changed only in the file, the stored models are added to them. Elsewhere (on a local cluster) the stored models
-        replace them. Returns `config` unchanged if the result would be invalid."""
+        """Return `config` with the models that operators have stored (`overlay`).
+
+        The stored models replace the models of `config`. But models that can be changed only in the configuration
+        file are kept, and the stored models are added to them. Returns `config` unchanged if the result would be
+        invalid.
+        """
         stored = [entry for entry in overlay.models if entry.get("name") not in self._file_models]
         entries = [entry_of(model) for model in config.models if model.name in self._file_models]
         try:

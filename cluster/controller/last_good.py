@@ -21,11 +21,10 @@ FILE = "last-good-models.json"
 
 
 def with_last_good(found: PartialConfig, folder: Path) -> PartialConfig:
-    """Replace each invalid model entry by the model's last valid entry. Store the valid entries for the next
-    start.
+    """Replace each invalid model entry by the model's last valid entry. Store the valid entries for the next start.
 
-    A model stays held, which means that its replicas are left as they are, if it has no last valid entry. The
-    same holds if the last valid entry would make the configuration invalid.
+    If a model has no last valid entry, the model is held: its replicas are left as they are. A model is also held
+    if its last valid entry would make the whole configuration invalid.
     """
     path = folder / FILE
     before = _read(path)

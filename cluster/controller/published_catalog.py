@@ -117,7 +117,8 @@ class PublishedCatalog:
         return self.entries()
 
     def _adapters(self, models: DesiredModels, name: str) -> tuple[AdapterSpec, ...]:
-        """Return the adapters of a model. A held model, or a model being removed, keeps its last published adapters."""
+        """Return the adapters of a model. If the model is held (its replicas are left as they are) or is being removed,
+        these are the adapters that were published last."""
         if name in models.variants:
             return models.adapters.get(name, ())
         before = self._entries.get(name)
@@ -126,8 +127,11 @@ class PublishedCatalog:
     def _version(
         self, seen: ControllerPass, part: ReplicaShare, spec: ModelSpec, variants: Sequence[ReplicaSettings]
     ) -> lifecycle.Version:
-        """Return a version's state in this pass. `part`: share of the version. `spec`: spec of the version. `variants`:
-        the variants of the version, one for each GPU type; empty if the model is being removed."""
+        """Return the state of a version of a model in this pass.
+
+        `part`: the version and its share of the calls. `spec`: the model's spec for this version. `variants`: the
+        version's replica settings for each GPU type; empty if the model is being removed.
+        """
         leaving = not variants
         wanted = [app for app in seen.wanted if (app.model, app.version) == (spec.name, part.version)]
         current = [seen.snapshot.apps[app.app] for app in wanted if app.app in seen.snapshot.apps]
@@ -161,8 +165,10 @@ class PublishedCatalog:
     def _advance(
         self, model: str, part: ReplicaShare, observation: ModelObservation, seen: Observed | None, now_s: float
     ) -> ModelState:
-        """Update the state of a model's version (`part`) after an observation, and return it. A change of the state is
-        logged. `seen`: the version's application on Ray, None if there is none."""
+        """Update the state of a model's version after an observation; return the new state. Log a change of the state.
+
+        `part`: the version and its share of the calls. `seen`: the version's application on Ray; None if there is none.
+        """
         key = (model, part.version)
         before = self._states.get(key, ModelState.DECLARED)
         state = lifecycle.next_state(ModelState.DECLARED if before is ModelState.GONE else before, observation)

@@ -133,7 +133,8 @@ class CallService:
         return CallContext(opening, self._begin, self._at_end, self.clock)
 
     def open_pooling(self, request: PoolingRequest, meta: CallMeta) -> CallContext[PoolingOpening, PoolingCall]:
-        """Like `open`, for a pooling request (one that asks for vectors or scores, not for generated tokens)."""
+        """Open a call for a pooling request, which asks for vectors or scores and not for generated tokens. The result
+        is used in the same way as that of `open`."""
         opening = PoolingOpening(meta, self.clock(), request)
         self._trace(opening, meta.traceparent)
         return CallContext(opening, self._begin_pooling, self._at_end, self.clock)

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 
 
 class UndoSteps:
-    """Functions that one gateway runs at the end of a call, to undo what the call has taken.
+    """Functions that undo, at the end of a call, what the call has taken in its gateway. A call's Cleanup runs them.
 
-    `close`: for an open call. `quota`: for a quota reservation. `schedule`: for a queued call. A call's Cleanup
-    runs them.
+    `close`: after the call was opened. `quota`: after its tokens were reserved. `schedule`: after it was queued.
     """
 
     def __init__(
@@ -58,5 +57,6 @@ class UndoSteps:
 
 
 def close_guards(guards: CallGuards, outcome: Outcome) -> None:
-    """Close a call's guards, which records their decisions. This is an undo step, run when the call ends."""
+    """Close the guards of a call when the call ends, and so record the decisions of the guards. This is an undo
+    step."""
     guards.close()

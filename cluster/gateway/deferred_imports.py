@@ -25,10 +25,12 @@ async def import_later(
     after_s: float = AFTER_S,
     at_latest_s: float = AT_LATEST_S,
 ) -> None:
-    """Import MODULES in a thread, as soon as `needed` is set. Otherwise wait `after_s` seconds and then until `idle()`
-    is true, at most `at_latest_s` seconds in all.
+    """Import MODULES in a thread. The import starts as soon as `needed` is set. Without `needed`, it starts once
+    `after_s` seconds have passed and `idle()` is true, but after `at_latest_s` seconds even if `idle()` is
+    false.
 
-    An import during a call would delay the call, because loading native code holds the GIL for about 15 ms."""
+    An import during a call would delay the call, because loading native code holds the GIL for about 15 ms.
+    """
     latest, wait_s = time.monotonic() + at_latest_s, after_s
     while not needed.is_set():
         with contextlib.suppress(TimeoutError):

@@ -43,7 +43,8 @@ class CallTask:
         limit_s: float | None,
         on_unsent: Callable[[], None],
     ) -> None:
-        """`on_unsent`: called at the time limit if the handler has ended but its status is still unsent, because the
+        """Start the task. `work`: the handler. `limit_s`: seconds until the task is cancelled; None for no limit.
+        `on_unsent`: called at the time limit if the handler has ended but its status is still unsent, because the
         client does not read."""
         self._loop = loop
         self._on_unsent = on_unsent

@@ -275,8 +275,9 @@ class Pool:
 
 
 def _earliest_stage(unauthenticated: dict[ConnectionSlot, None], now: float) -> ConnectionSlot | None:
-    """Return the connection at the earliest stage among the oldest `unauthenticated` connections. If several
-    connections are at that stage, return the oldest of them."""
+    """Return the unauthenticated connection that has made the least progress; for example, its client has sent nothing
+    yet. Only the first MAX_CHECKS connections of `unauthenticated`, which are the oldest, are compared. Of connections
+    with equal progress, the oldest is returned."""
     return min(islice(unauthenticated, MAX_CHECKS), key=lambda held: held.stage(now), default=None)
 
 

@@ -44,8 +44,8 @@ class HeaderDecoder(Decoder):
         self._changes = 0
 
     def decode(self, data: bytes, raw: bool = False) -> Iterable[HeaderTuple]:
-        """Return the header fields of a block, like hpack's `Decoder.decode`. `raw`: return bytes instead of text; only
-        such results are remembered. The caller must not change the returned list."""
+        """Return the header fields of a block, like hpack's `Decoder.decode`. `raw`: return bytes instead of text. Only
+        results with `raw` are remembered, so the caller must not change the returned list."""
         if not raw:
             return super().decode(data, raw)
         known = self._known.get(data)

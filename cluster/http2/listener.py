@@ -219,8 +219,8 @@ class _PendingConnection:
         self._held = held
 
     def evict(self, passes: int = 3) -> None:
-        """Drop the connection after `passes` more passes of the event loop. If its task were cancelled earlier, the
-        socket would stay open."""
+        """Drop the connection after `passes` more passes of the event loop. If the connection's task were cancelled
+        earlier, the socket would stay open."""
         if passes:
             self._loop.call_soon(self.evict, passes - 1)
         elif self.task is not None:

@@ -37,8 +37,8 @@ class Received:
 
 
 class RequestBody:
-    """The messages of one call's request. `streaming`: whether the handler reads a stream of messages, not a single
-    one."""
+    """The request messages of one call. `streaming`: True if the handler reads a stream of messages, False if it reads
+    a single one."""
 
     def __init__(self, connection: ConnectionCore, stream_id: int, too_slow: Callable[[], None]) -> None:
         self.streaming = False
@@ -130,9 +130,9 @@ class RequestBody:
             self._grow_stream_window()
 
     def settle_connection(self) -> None:
-        """Let the client send as many more bytes on this connection as the request has brought, by enlarging the
-        connection's receive window. Bytes that a streaming handler has not read yet are left out. Does nothing before
-        the connection is admitted."""
+        """Enlarge the connection's receive window by the number of bytes that the request has brought, so that the
+        client can send as many again. Bytes that a streaming handler has not read yet are not counted. Does nothing
+        before the connection is admitted."""
         if self._connection.windows.admitted:
             self._grow_connection_window(self._connection_growth - (self._unread if self.streaming else 0))
 

@@ -74,8 +74,11 @@ class LeaseCandidate:
         return known, None
 
     def written(self, record: LeaseRecord, began_at_s: float) -> LeaseCandidate:
-        """Return the state after a successful write, which began at `began_at_s`. The `yield_s` seconds count from this
-        time, since other processes may have read the new record from then on."""
+        """Return the state after a successful write of the Lease's record. `began_at_s`: start of the write.
+
+        The process may act for `yield_s` seconds from the start of the write, not from its end. Other processes
+        may have read the new record at any time after the start.
+        """
         return replace(self, seen=record, seen_at_s=began_at_s, wrote_at_s=began_at_s)
 
     def may_act(self, now_s: float) -> bool:

@@ -32,8 +32,7 @@ MAX_FAILURES = 3
 
 
 class LineWriter:
-    """Writes events to one file descriptor. It has a method for each log level, because structlog uses it as a
-    logger."""
+    """Writes events to one file descriptor. It serves as structlog's logger, and so has a method for each log level."""
 
     def __init__(
         self,

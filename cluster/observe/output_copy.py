@@ -81,8 +81,8 @@ class OutputCopy:
     """Follows files and copies each appended line to a descriptor, in its own thread."""
 
     def __init__(self, files: Mapping[str, FollowedFile], descriptor: int, fields: Mapping[str, str]) -> None:
-        """`files`: the file that contains each stream, by the stream's name (stdout or stderr). `descriptor`: where
-        lines are written. `fields`: added to lines that are not from Headrace's log."""
+        """`files`: for `stdout` and `stderr`, the file to which the stream is redirected. `descriptor`: the file
+        descriptor to which lines are copied. `fields`: added to lines that are not from Headrace's log."""
         self._files = files
         self._descriptor = descriptor
         self._fields = fields
@@ -100,8 +100,8 @@ class OutputCopy:
         self._thread.join()
 
     def flush(self, timeout_s: float) -> bool:
-        """Copy the lines that are in the files now. Returns False if the output accepts nothing for `timeout_s`
-        seconds."""
+        """Copy all lines that the followed files contain now and that were not copied yet. Returns False if the output
+        accepts nothing for `timeout_s` seconds."""
         if not self._passes.acquire(timeout=timeout_s):
             return False
         try:

@@ -11,15 +11,15 @@ MARGIN_S = 15.0
 
 
 def ray_timeout_s(drain_timeout_s: float) -> float:
-    """Return the drain time of a Ray node in seconds, for the environment variable TIMEOUT_ENV. It is the sum of
-    `drain_timeout_s`, the time for calls to end or resume elsewhere, and MARGIN_S.
+    """Return the drain time of a Ray node in seconds: `drain_timeout_s` plus MARGIN_S. `drain_timeout_s`: the time
+    in which calls may end or resume on another worker.
 
-    The Helm chart computes the same sum.
+    The result is the value of the environment variable TIMEOUT_ENV. The Helm chart computes the same sum.
     """
     return drain_timeout_s + MARGIN_S
 
 
 def usable_s(left_s: float) -> float:
-    """Return for how many seconds calls may still end or resume on another worker, before a margin for the shutdown
-    begins. `left_s`: seconds until the drain deadline."""
+    """Return the seconds that running calls have to end or to move to another worker: the time to the drain deadline,
+    less a margin for the shutdown. `left_s`: seconds until the deadline."""
     return max(left_s - MARGIN_S, left_s / 4)

@@ -55,9 +55,10 @@ def answer_all(apps: ServeApps, requests: Iterable[str], out: TextIO, mark: str 
 
 
 def main(arguments: list[str]) -> int:
-    """Run `driver CLUSTER ADDRESS [REQUESTS]`. Returns the exit status.
+    """Run the driver process, which carries out requests on Ray: `driver CLUSTER ADDRESS [REQUESTS]`. Returns the
+    exit status.
 
-    REQUESTS is a JSON list. Without REQUESTS, requests are read from standard input.
+    REQUESTS is a JSON list. Without REQUESTS, requests are read from standard input, one per line.
     """
     from cluster.ray.applications import ServeApps
 

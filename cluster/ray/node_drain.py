@@ -49,7 +49,11 @@ class Nodes:
 
 
 async def poll_left_s(nodes: Nodes, within_s: float | None = None) -> float | None:
-    """Return `nodes.left_s()`, or None if the query fails or takes longer than `within_s` seconds (None: no limit)."""
+    """Return the seconds until the nearest drain deadline of the nodes; None if there is no deadline or Ray does
+    not answer.
+
+    `within_s`: how long to wait for Ray's answer, in seconds; None: no limit.
+    """
     try:
         async with asyncio.timeout(within_s):
             return await asyncio.to_thread(nodes.left_s)

@@ -91,9 +91,9 @@ class ServedReplica:
 
 
 def _configure_log(replica: Replica) -> None:
-    """Write the log as JSON to the standard output, with the worker's id, pod and node in every line. If an environment
-    variable of the node names another output, such as the container's, copy the standard output and error to that
-    output."""
+    """Write the log as JSON to the standard output, with the worker's id, pod and node in every line. Also copy the
+    standard output and the standard error to the file that the environment variable PATH_VARIABLE names, if it is set.
+    The file may be the container's own output."""
     settings, place = replica.settings, replica.place
     gpu = {"gpu": settings.spec.gpu or "unknown"} if place.gpus else {}
     if gpu and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):

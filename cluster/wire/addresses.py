@@ -31,8 +31,8 @@ class _Welcome:
 
 
 class GatewayAddresses:
-    """The known gateway addresses. `dial` runs a session with each gateway; each session passes the Welcome that it
-    receives to `record_welcome`."""
+    """The known gateway addresses. `dial` runs a session with each gateway. Each session must pass the gateway's
+    Welcome (its first message) to `record_welcome`, because the message may name further addresses."""
 
     def __init__(
         self,

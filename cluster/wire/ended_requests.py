@@ -132,7 +132,7 @@ class UsageKeeper:
             self._kept.pop(key, None)
 
     def reassign_late(self, now: float) -> list[int]:
-        """Assign a record to another link if its acknowledgement is overdue. Returns the links that got records."""
+        """Assign each record whose acknowledgement is overdue to another link. Returns the links that got records."""
         if len(self._due) < 2:
             return []
         late = []

@@ -107,8 +107,8 @@ class Outbox:
         self.flush()
 
     def peer_backlog(self, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
-        """Send to this link's peer the sequences that wait at another gateway. `gateway`: that other gateway.
-        `waiting`: its backlog by flow. If an earlier backlog of it is still unsent, the new one replaces it."""
+        """Send to this link's peer the sequences that wait at another gateway, named `gateway`. `waiting`: that
+        gateway's backlog by flow. It replaces an earlier, still unsent backlog of that gateway."""
         self._elsewhere[gateway] = waiting
         self.flush()
 
@@ -238,8 +238,8 @@ class CommandBox:
         self._wake.set()
 
     def backlog(self, backlog: pb.Backlog) -> None:
-        """Replace the unsent backlog of the gateway for the worker's model. A backlog may list the backlogs of single
-        tenants. If the unsent one does and the new one does not, the unsent list is kept."""
+        """Replace the gateway's unsent backlog for the worker's model by `backlog`. The unsent message may have a list
+        of backlogs by tenant. If `backlog` has no such list, the list of the unsent message is kept."""
         if self._backlog is not None and self._backlog.tells_flows and not backlog.tells_flows:
             unsent = self._backlog
             unsent.waiting, unsent.waiting_tokens = backlog.waiting, backlog.waiting_tokens
@@ -285,7 +285,7 @@ class CommandBox:
         self._wake.set()
 
     async def next_message(self) -> pb.GatewayTurn:
-        """Wait until the writer is woken. Then return one message with everything that was added since the last
+        """Wait until there is something to send. Then return one message with everything that was added since the last
         message. Submits and bundle requests that do not fit are returned in the next message."""
         await self._wake.wait()
         self._seq += 1

@@ -23,7 +23,8 @@ TOO_LATE = "the worker did not render the chat in time; retry after the given de
 
 @dataclass(frozen=True, slots=True)
 class Renders:
-    """The chats of all links that are being rendered. `renderer`: None for a worker that renders no chats."""
+    """The chats that a worker is rendering, counted for each link. `renderer`: None for a worker that renders no
+    chats."""
 
     renderer: PromptRenderer | None
     _outstanding: dict[int, int] = field(default_factory=dict)

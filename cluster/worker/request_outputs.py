@@ -278,8 +278,8 @@ class RequestOutputs:
         step.tokens += emitted
 
     def _record_diverted(self, outputs: Sequence[TokenOutput], step: StepState) -> None:
-        """Add outputs to the counts of a step without sending them. These outputs go through the parser first and are
-        sent later."""
+        """Add the outputs that must be parsed first to the counts of a step. The outputs are sent later, when they are
+        parsed."""
         for output in outputs:
             running = self._running.get(output.request_id)
             count = len(output.token_ids)
@@ -294,9 +294,9 @@ class RequestOutputs:
                 running.timing.record_last(time.monotonic())
 
     def apply_parsed(self, outputs: Sequence[TokenOutput]) -> tuple[Collection[Link], list[str]]:
-        """Send outputs of a step that have been parsed since then, and forget the requests that have ended.
+        """Send outputs whose parsing is complete, and forget the requests that have ended.
 
-        `apply_step` has already counted these outputs as work of their step.
+        `apply_step` has already counted these outputs as work of the engine step that generated them.
 
         Returns the links that the caller must flush, and the engine request ids of the ended requests. The caller must
         abort these requests: if a stop string or a parser error has ended a request, the engine still runs it.
@@ -349,11 +349,11 @@ class RequestOutputs:
         return self._forget_finished(self._pending_step)
 
     def _forget_finished(self, step: StepState) -> list[str]:
-        """Forget the requests that have finished in a step; return the engine request ids to abort. Call after the step
-        is charged.
+        """Forget the requests that have finished in a step. Call after the step is charged.
 
-        For a moment, the finished requests are kept as detached requests and can be resumed, since their gateway may be
-        lost before it delivers their last output.
+        The finished requests are kept for a moment as detached requests, which can be resumed, since their gateway
+        may be lost before it delivers their last output. A detached request replaces an older one with the same
+        stream name. Returns the engine request ids of the replaced requests, which the caller must abort.
         """
         to_abort: list[str] = []
         finished, step.finished = step.finished, []

@@ -1,8 +1,8 @@
 """The requests that run in a worker's engine, from Submit to end, and the capacity that they leave free.
 
 request_outputs.py sends the engine's outputs to the links of the requests. A request whose link has ended runs on for a
-moment (detached_requests.py), and a Submit with the same stream name can take it over. The methods do not call the
-engine: they return the engine request ids that the caller must abort.
+moment (detached_requests.py). A Submit for the same output of the same call (with the same stream name) can take it
+over. The methods do not call the engine: they return the engine request ids that the caller must abort.
 """
 
 from __future__ import annotations

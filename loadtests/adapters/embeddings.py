@@ -1,8 +1,8 @@
-"""The part `embeddings`: the cost of a vector, compared with vLLM's own server on the same model.
+"""Part `embeddings` of the load test: the cost of a vector, compared with vLLM's own server on the same model.
 
 64 concurrent callers ask vLLM's server and Headrace for vectors over OpenAI's API, one text a call. Headrace is also
-measured over gRPC. The part measures the CPU time of all processes except the engine core, the embeddings a second, and
-the largest difference between a vector and the vector that transformers computes for the same text. The model is
+measured over gRPC. Measured are the CPU time of all processes except the engine core, the vectors per second, and the
+largest difference between a vector and the vector that transformers computes for the same text. The model is
 all-MiniLM-L6-v2 in float32.
 """
 

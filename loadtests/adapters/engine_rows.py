@@ -48,8 +48,8 @@ class RowCounts:
 
 @dataclass(frozen=True, slots=True)
 class BatchRow:
-    """A row of a batch. `adapter`: digest of its adapter, "" for the base model. `expected`: the greedy tokens of the
-    merged weights."""
+    """A row of a batch. `adapter`: digest of its adapter, "" for the base model. `expected`: the greedy tokens of a
+    model into whose weights the adapter was merged."""
 
     adapter: str
     prompt: tuple[int, ...]
@@ -65,8 +65,8 @@ class Rows:
         self._numbers = itertools.count()
 
     async def run(self, rows: Sequence[BatchRow], cut: int = 0) -> list[tuple[int, ...]]:
-        """Compute rows in one batch; return the tokens of each row. `cut`: number of expected tokens with which each
-        row is resumed."""
+        """Compute rows in one batch; return the tokens of each row. Each row is resumed after its first `cut` expected
+        tokens, as if another engine had emitted them; 0 starts each row from its prompt."""
         tokens: dict[str, list[int]] = {}
         for row in rows:
             request = EngineRequest(

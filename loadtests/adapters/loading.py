@@ -41,8 +41,8 @@ BOUND, NONE = Bound("<=", 2.0), Bound("<=", 0.0)
 class ReplicaKind:
     """The replicas with which one part of the scenario runs.
 
-    `kind`: word for these replicas in the report's rows. `source_of`: returns the replicas' model source for
-    the folder of the base model. `starts_s`: longest time to wait until a replica has started, in seconds.
+    `kind`: word for these replicas in the report's rows. `source_of`: takes the folder of the base model and
+    returns the model source of the replicas. `starts_s`: longest time to wait until a replica has started, in seconds.
     """
 
     kind: str

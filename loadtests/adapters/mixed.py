@@ -66,8 +66,9 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def _play(stage: Stage, arms: Mapping[tuple[str, int], Contestant]) -> None:
-    """Warm up each arm, then run all arms in every round. Every second round has the opposite order. `arms`: the
-    measured servers, each with one adapter and with eight, by server and number of adapters."""
+    """Warm up each measured server (an arm), then run all arms in every round. Every second round has the opposite
+    order. `arms`: by server and number of adapters in its calls. Each server is measured with one adapter and with
+    eight."""
     for key, arm in arms.items():
         if await first_call(arm, requests(0, key[1])[0]):
             await run_round(arm, stage.screen, 0, requests(0, key[1]), concurrency=CALLERS, limits=LIMITS, keep=False)

@@ -83,10 +83,10 @@ async def start_server(stage: Stage, folder: Path, count: int, engine: Mapping[s
 async def running(
     stage: Stage, folder: Path, adapters: Sequence[str], engine: Mapping[str, object], later: Sequence[str] = ()
 ) -> AsyncIterator[serving.Ours]:
-    """Run a gateway with a worker, and act as their controller. Raises DidNotStart.
+    """Run a gateway with a worker, and declare adapters to the gateway as a controller does. Raises DidNotStart.
 
-    The context begins when all `adapters` are ready. The adapters in `later` are declared just before that, and need
-    not be ready.
+    The context begins when all `adapters` are ready. The adapters in `later` are declared, too, but need not be ready
+    then.
     """
     ours = await serving.start(
         stage.children, stage.folder, bundle=folder / "bundle", source=str(folder / "model"),
@@ -100,8 +100,8 @@ async def running(
 async def declared(
     ours: serving.Ours, folder: Path, adapters: Sequence[str], later: Sequence[str] = ()
 ) -> AsyncIterator[None]:
-    """Act as the controller of a running gateway, and wait until all `adapters` are ready. Then the adapters in `later`
-    are declared too. Raises TimeoutError."""
+    """Act as the controller of a running gateway. First declare the adapters `adapters` in the catalog and wait until
+    the gateway serves all of them. Then declare the adapters in `later` too, without waiting. Raises TimeoutError."""
     links = ControllerLinks(
         controller_id="loadtest", gateways=[ours.endpoints["link"]], tls=None, bundles=lambda _: None
     )

@@ -57,7 +57,8 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def _counts(stage: Stage, model: str, ranks: int) -> dict[str, Any]:
-    """Run the program engine_rows on an engine with `ranks` ranks and return its counts. Raises DidNotStart."""
+    """Run the program `engine_rows` on an engine with `ranks` ranks, and return the counts that the program writes.
+    Raises DidNotStart."""
     folder = stage.folder / f"rows-{ranks}"
     out = stage.folder / f"rows-{ranks}.json"
     command = [sys.executable, "-m", "loadtests.adapters.engine_rows", model, str(folder), str(ranks), str(out)]

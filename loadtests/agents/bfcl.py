@@ -56,8 +56,8 @@ MODES = {"whole": False, "streamed": True}
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """The answers of vLLM (`theirs`) and of Headrace (`ours`) to one trial. `mode`: whether the answers are whole or
-    streamed. `stepped`: vLLM's answer when its engine gives several tokens a step."""
+    """The answers of vLLM (`theirs`) and of Headrace (`ours`) to one trial. `mode`: whether the answers were sent in
+    one piece or streamed. `stepped`: vLLM's answer if its engine emits several tokens in a step."""
 
     trial: Trial
     mode: str
@@ -74,8 +74,8 @@ class Compared:
 
     @property
     def other_finish(self) -> str:
-        """CUT or NAMED_END if the finish reasons of the two answers differ in a way that known_finish knows, else
-        ""."""
+        """The known reason why the two answers have different finish reasons: CUT or NAMED_END (see `known_finish`); ""
+        if the finish reasons are equal, or differ for an unknown reason."""
         trial = self.trial
         return known_finish(self.theirs, self.ours, is_cut=trial.is_cut, is_named=trial.choice == NAMED)
 
@@ -86,8 +86,8 @@ class Compared:
 
     @property
     def is_unexpected(self) -> bool:
-        """Whether vLLM's own answer does not have exactly the calls of the case, although neither `max_tokens` nor a
-        stop string ended it early."""
+        """Whether the calls in vLLM's own answer differ from the calls of the case. False if `max_tokens` or a stop
+        string ended the answer early."""
         return not self.trial.is_cut and not self.trial.is_as_written(self.theirs)
 
     @property
@@ -101,7 +101,8 @@ class Compared:
 
 
 def mixed(all_cases: Sequence[Case], count: int | None, seed: int) -> list[Case]:
-    """Return `count` random cases, or all cases. The cases of each category are spread evenly over the list."""
+    """Return `count` random cases, or all cases if `count` is None. The cases of each category are spread evenly over
+    the list."""
     draw = random.Random(seed)
     by_category = {name: list(group) for name, group in groupby(all_cases, lambda case: case.category)}
     groups = [draw.sample(group, k=len(group)) for group in by_category.values()]

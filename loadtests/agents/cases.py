@@ -65,7 +65,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def case_of(row: Mapping[str, Any], category: str, ground_truth: Sequence[Mapping[str, Arguments]] = ()) -> Case:
-    """Return the case of a row of BFCL. `ground_truth`: for each call, the allowed values of each argument by name."""
+    """Return the case of a row of BFCL (Berkeley Function Calling Leaderboard), a data set of tool calls.
+    `ground_truth`: for each call, the allowed values of each argument by name."""
     calls = [
         Call(public_name(name), {key: first_allowed(values) for key, values in arguments.items() if _is_given(values)})
         for call in ground_truth

@@ -327,8 +327,8 @@ async def play(stage: Stage, run: Run, log: Path, workers: Workers) -> Row:
 
 
 def program(run: Run) -> list[str]:
-    """Return the command of a run, in its working folder. The command gets no variable of this process's environment,
-    because the variables may have addresses and keys of other servers."""
+    """Return the command of a run, prefixed so that it starts in the run's working folder. The command inherits no
+    environment variable of this process, because the variables may have addresses and keys of other servers."""
     path = os.pathsep.join((str(ENVIRONMENT / "bin"), str(NODE_MODULES / ".bin"), os.defpath))
     given = {"PATH": path, "LANG": "C.UTF-8", "HOME": str(run.folder), "PYTHONPATH": str(ROOT), **run.environment}
     return ["env", "-i", "-C", str(run.folder), *(f"{name}={value}" for name, value in given.items()), *run.command]

@@ -44,8 +44,8 @@ class ScriptedExecutor(Executor):  # type: ignore[misc]
         self._running: dict[str, ScheduledRequest] = {}
 
     def collective_rpc(self, method: Any, *_: Any, non_block: bool = False, **__: Any) -> Any:
-        """Call no method. Return a list with one None, the result of a single rank. With `non_block`, return a
-        completed future of this list."""
+        """Ignore the requested method and return `[None]`, the result of an executor with one rank. With `non_block`,
+        return a completed future of this list."""
         if not non_block:
             return [None]
         done: Future[Any] = Future()

@@ -70,7 +70,7 @@ and vLLM's server has no parsers by default."""
 class ServedTurns:
     """Measurements of one family of models. Times are in milliseconds.
 
-    `sampled_*`: one value for each conversation, the mean over the turns with the numbers SAMPLED.
+    `sampled_*`: one value for each conversation: the mean over those turns whose numbers are in SAMPLED.
     """
 
     family: str

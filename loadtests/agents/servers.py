@@ -23,7 +23,7 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A side of the comparison: a client for each model, and the log of the prompts that its engines got."""
+    """One of the two compared systems: the server of each model, and the log of the prompts that the engines got."""
 
     servers: Mapping[str, Server]
     prompts: Path

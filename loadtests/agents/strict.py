@@ -1,9 +1,9 @@
 """The part `strict`: a small real model must call strict tools with random schemas; the arguments must be valid.
 
-SmolLM2-135M samples at temperature 1, so that its answers differ and it would often leave the schema. All strings are
-bounded, since a small model may fill an unbounded one up to `max_tokens`. Half of the calls run undisturbed on two
-workers. During the other half a worker is killed, and its calls continue on the other worker, which compiles the
-grammar again and replays the tokens so far.
+SmolLM2-135M samples at temperature 1. So its answers differ, and without the grammar they would often violate the
+schema. All strings are bounded, since a small model may fill an unbounded one up to `max_tokens`. Half of the calls run
+undisturbed on two workers. During the other half a worker is killed, and its calls continue on the other worker, which
+compiles the grammar again and replays the tokens so far.
 """
 
 from __future__ import annotations

@@ -31,10 +31,11 @@ REFUSALS = (
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One request of a comparison: a case (question and expected answer) for the model of a family.
+    """One request with a scripted answer. It is sent to the compared servers, and their answers must agree.
 
-    `text`: what the engine generates, in the family's format. `choice`: the kind of tool choice. `options`: further
-    fields of the request.
+    `case`: the question and the expected answer. `family`: the model family, whose output format the answer
+    has. `text`: what the engine generates, in this format. `choice`: the kind of tool choice. `options`:
+    further fields of the request.
     """
 
     key: str
@@ -51,8 +52,11 @@ class Trial:
         return "max_tokens" in self.options or "stop" in self.options
 
     def body(self, *, stream: bool, seed: int | None = None) -> dict[str, Any]:
-        """Return the request of the trial. `seed`: the sampling seed, from which vllm_server.py draws the sizes of the
-        engine's steps; None for steps of one token."""
+        """Return the request of the trial as a dict.
+
+        `seed`: sampling seed of the request. vllm_server.py also derives the sizes of the engine's steps from it.
+        If it is None, each step has one token.
+        """
         question = {"role": "user", "content": f"{self.case.question}\n{MARK.format(self.key)}"}
         body: dict[str, Any] = {
             "model": self.family.name,
@@ -72,8 +76,8 @@ class Trial:
         return body
 
     def is_as_written(self, answer: Answer) -> bool:
-        """Return whether an answer has exactly the calls of the case. Do not use the result for a trial whose output is
-        cut short (by a small max_tokens, for example)."""
+        """Return whether an answer has exactly the expected tool calls. Not meaningful for a trial whose output is cut
+        short, for example by a small max_tokens."""
         shown = 0 if self.choice == "none" else 1 if "parallel_tool_calls" in self.options else None
         expected = [(call.name, call.arguments) for call in self.case.calls[:shown]]
         return [(call.name, call.parsed) for call in answer.calls] == expected
@@ -115,7 +119,7 @@ def _is_turn(number: int, every: int) -> bool:
 
 def _answer(number: int, case: Case, family: Family, thought: str | None) -> tuple[str, str]:
     """Return the kind of tool choice of a trial, and the text that the engine emits. `number`: number of the trial.
-    `thought`: reasoning before the answer; None for none."""
+    `thought`: the reasoning before the answer; None for an answer without reasoning."""
     if not case.calls:
         marker = family.half_open[number // 4 % len(family.half_open)]
         text = family.answer((), REFUSALS[number % len(REFUSALS)].format(marker), thought)

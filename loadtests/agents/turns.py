@@ -2,16 +2,17 @@
 
 `python -m loadtests.agents.turns [--json FILE]`
 
-First part: many conversations of four tenants take turns in rotation, one turn at a time, so that the CPU time of
-each turn is known exactly. This is the CPU time of two kinds of processes: this process, which does the work of a
-gateway, and its helper processes.
+First part: the turns of many conversations of four tenants run one after another, so that the CPU time of each turn is
+known exactly. This is the CPU time of two kinds of processes: this process, which does the work of a gateway, and its
+helper processes.
 
-Second part: several conversations take their turns at once, and the longest stall of the event loop is measured. The
-stall is measured in wall-clock time and in CPU time of the loop's thread, because on a busy machine the thread also
-waits for a core.
+Second part: turns of several conversations run at once, and the longest stall of the event loop is measured. The stall
+is measured in wall-clock time and in CPU time of the loop's thread, because on a busy machine the thread also waits for
+a core.
 
-The token ids of some turns are compared with the ids of the whole prompt, tokenized at once. With --memory, many
-conversations of half the length follow, and the oldest of them take one more turn.
+The token ids of some turns are compared with the ids of the whole prompt, tokenized at once.
+
+Part with `--memory`: many conversations of half the length run, and then the oldest of them get one more turn.
 """
 
 from __future__ import annotations
@@ -146,8 +147,8 @@ def made(family: str, count: int, turns: int, first: int = 0) -> list[list[Messa
 
 
 async def one_at_a_time(front: FrontEnd, talks: Sequence[Sequence[Messages]], figures: Turns) -> None:
-    """Make the first turn of every conversation, one call after the other, then every second turn, and so on. Put the
-    CPU times into `figures`."""
+    """Make all calls one after the other: turn 1 of every conversation, then turn 2 of every conversation, and so on.
+    Record the CPU times in `figures`."""
     by_turn: list[list[float]] = []
     own: list[float] = []
     for number in range(len(talks[0])):

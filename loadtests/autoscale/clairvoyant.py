@@ -1,14 +1,17 @@
-"""Compute the clairvoyant optimum (optimum.py) for a demand and a plant (a replica's step model), and replay the plan
-in the common simulation.
+"""Compute the clairvoyant optimum: the cheapest plan of replicas that meets the SLO if the whole demand is known in
+advance.
 
-optimum.py finds plans by a recursion over time slots, in a fluid model. A call's slack, the longest time that it may
-wait, is the target time to first token minus the call's prefill time. The fluid model leaves out two effects: prefills
-delay decoding, and calls arrive unevenly within a slot. So a plan without late calls in the fluid model may have late
-calls in the simulation. The recursion is therefore run several times: with less slack and more work than the demand
-has, and with one of two paces of decoding. `TRIED` lists the combinations. Each plan is replayed call by call in the
-simulation. The cheapest plan that meets the SLO there is the optimum used for comparison.
+optimum.py computes plans by a recursion over time slots. It uses a fluid model, which leaves out two effects:
+prefills delay decoding, and calls arrive unevenly within a slot. So a plan without late calls in the fluid model
+may have late calls in reality.
 
-`bound_s` is the recursion's own lower bound, which holds for the fluid model only.
+The recursion is therefore run several times, each time with other settings: less slack (the longest time that a
+call may wait) than the demand has, more work than the demand has, and one of two paces of decoding. `TRIED` lists
+the combinations. Each plan is then replayed call by call in the simulation that the scaling policies also use, with
+the same step model of a replica (`plant`). The optimum is the cheapest plan that meets the SLO in this replay.
+
+A call's slack is the target time to first token minus the time of the call's prefill. `bound_s` is the lower bound
+of the cost that the recursion computes. It holds for the fluid model only.
 """
 
 from __future__ import annotations
@@ -129,8 +132,9 @@ def clairvoyant(
     tries: int = 8,
 ) -> Clairvoyant | None:
     """Return the cheapest plan of replicas that meets the SLO when it is replayed call by call in the simulation; None
-    if no plan meets it. `most`: largest number of replicas. `slot_s`: length of a planning step in seconds. `tried`:
-    the combinations of planner settings to try."""
+    if no plan meets it. `plant`: the step model of a replica. `most`: largest number of replicas. `slot_s`: length of a
+    planning step in seconds. `tick_s`: time step of the replay in seconds. `tried`: the combinations of planner
+    settings to try."""
     slo, best = settings.slo, None
     for share, more, pace_s in tried:
         slots = slots_of(demand, plant, slo.itl_s, slot_s, quanta, more, pace_s)
@@ -159,8 +163,11 @@ def clairvoyant(
 
 
 def lingering(replicas: Floats, slots: int) -> Floats:
-    """Return the plan with each replica kept for `slots` more slots, so that the streams on it can end and need not
-    move."""
+    """Return the plan `replicas` (number of replicas by time slot) with each replica kept for `slots` more
+    slots.
+
+    In this time the streams on the replica can end, and need not move to another one.
+    """
     padded = np.concatenate([np.full(slots, replicas[0]), replicas])
     out: Floats = np.lib.stride_tricks.sliding_window_view(padded, slots + 1).max(axis=1)
     return out

@@ -1,4 +1,5 @@
-"""Demand for simulations: public traces at their own times, ServeGen's clients, and synthetic shapes."""
+"""Demand for simulations. It comes from public traces with their own arrival times, from the clients in the data set
+ServeGen, or from synthetic load curves."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ def client_rates(number: int, folder: Path = traces.DEFAULT_FOLDER) -> tuple[Flo
 
 
 def client_lengths(number: int, folder: Path = traces.DEFAULT_FOLDER) -> tuple[Floats, Floats, Floats, Floats] | None:
-    """Return (prompt lengths, weights, output lengths, weights) of a client; None where the data set is absent."""
+    """Return the distribution of a ServeGen client's lengths in tokens: prompt lengths with their probabilities, and
+    output lengths with their probabilities, as four arrays. Returns None if the data set is absent."""
     try:
         data = json.loads(traces.data_file(folder, f"servegen/m-small/chunk-{number}-dataset.json").read_text())
     except traces.NoData:
@@ -102,7 +104,8 @@ def client_lengths(number: int, folder: Path = traces.DEFAULT_FOLDER) -> tuple[F
 
 
 def pooled_lengths(folder: Path = traces.DEFAULT_FOLDER) -> tuple[Floats, Floats, Floats, Floats]:
-    """Return the length distributions of all clients whose data sets are present, each client with equal weight."""
+    """Return (prompt lengths, weights, output lengths, weights) of all clients whose data sets are present. Each client
+    has the same total weight."""
     parts = [lengths for n in range(CLIENTS) if (lengths := client_lengths(n, folder)) is not None]
     out = []
     for at in (0, 2):

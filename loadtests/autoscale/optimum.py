@@ -54,8 +54,8 @@ class Slots:
 
     @classmethod
     def of(cls, work_s: Sequence[float], calls: Floats, slot_s: float, quanta: int) -> Slots:
-        """Return the demand by time slot. Work is rounded to quanta; the rounding error of a slot is carried to the
-        next slot.
+        """Return the demand in each time slot. Work is rounded to quanta, which are small units of work. The
+        rounding error of a slot is carried over to the next slot.
 
         `work_s`: work that arrives in each slot, in replica-seconds. `slot_s`: length of a slot in seconds.
         `quanta`: number of quanta that one replica serves in a slot.
@@ -118,7 +118,8 @@ def late_calls(n: Floats, before: Floats, after: Floats, calls: Floats, slacks: 
 
 
 def cost_of(replicas: NDArray[np.int64], slots: Slots, rules: Rules) -> Plan:
-    """Return the plan with its cost, computed slot by slot. This is the definition that `solve` is checked against."""
+    """Return a plan with these numbers of replicas by time slot, and its cost. The cost is computed slot by slot, in
+    the plainest way; tests compare the plans that `solve` finds with it."""
     grid_end = _grid_end(rules, slots)
     waiting, late = 0, 0.0
     for n, work, calls in zip(replicas.tolist(), slots.work.tolist(), slots.calls, strict=True):

@@ -146,7 +146,11 @@ HELD_OUT = (
 
 
 def outcome(track: Track, demand: Demand, plant: ReplicaModel, keep: bool) -> Outcome:
-    """Return the figures of a run. With `keep`, also return its line for the plot, in steps of 30 s or longer."""
+    """Return the figures of a simulated run, which `track` has recorded.
+
+    With `keep`, the result also has the run's curve for the plot, in steps of 30 s or longer. `demand` and `plant` (the
+    model of a replica) are needed only for the curve: it shows how many replicas the demand requires.
+    """
     line = None
     if keep and track.at_s:
         step = max(int(np.ceil(len(track.at_s) / 600)), 1)
@@ -160,7 +164,7 @@ def outcome(track: Track, demand: Demand, plant: ReplicaModel, keep: bool) -> Ou
 
 def play(scenario: Case, scaler: Scaler, initial: int, keep: bool = False) -> Outcome:
     """Simulate one case once and return the outcome. `initial`: number of replicas at the start. `keep`: whether the
-    outcome also holds the line for the plot."""
+    outcome also holds the values over time for a plot."""
     spec = SimModelSpec(scenario.demand, SETTINGS, scenario.plant, initial)
     track = simulate(
         {"m": spec}, scaler, cold_start_s=SETTINGS.cold_start_s, every_s=scenario.every_s, tick_s=scenario.tick_s
@@ -169,7 +173,8 @@ def play(scenario: Case, scaler: Scaler, initial: int, keep: bool = False) -> Ou
 
 
 def compare(name: str, seed: int, with_ray: bool) -> CaseResults:
-    """Compare the optimum, our policy and Ray Serve's policy. All three begin with the same number of replicas."""
+    """Run one case with the optimum, with our policy and, if `with_ray` is true, with Ray Serve's policy. All of them
+    begin with the same number of replicas."""
     scenario = case(name, seed)
     best = clairvoyant(
         scenario.demand,

@@ -22,9 +22,8 @@ class Changes:
     """Driver that changes the controller's target and records when each change was complete."""
 
     def __init__(self, controller: Controller, settings: ReplicaSettings, slow_source: str) -> None:
-        """Store the settings of the changes. `settings`: current settings of the model. `slow_source`: source of a
-        version that emits first tokens late.
-        """
+        """Create a driver that has made no change yet. `settings`: the model's present settings, which the changes
+        start from. `slow_source`: source of a version of the model that emits first tokens late."""
         self._controller = controller
         self._settings = settings
         self._slow_source = slow_source

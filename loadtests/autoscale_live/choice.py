@@ -34,8 +34,8 @@ def sweep_policies(use: float, mean_s: float, stay_s: float, chance: random.Rand
     """Simulate the streams on a set of replicas, and compare two ways to choose the replica to remove: at random,
     or the one with the fewest streams.
 
-    `mean_s`: mean length of a stream. `use`: mean number of streams of a replica, as a fraction of its PLACES
-    places. `stay_s`: time for which a stream may stay on a removed replica.
+    `use`: mean number of streams on a replica, divided by PLACES, the number of streams that it can take.
+    `mean_s`: mean length of a stream. `stay_s`: time for which a stream may stay on a removed replica.
     """
     now_s, looks = 0.0, []
     ends: list[list[float]] = [[] for _ in range(REPLICAS)]

@@ -42,7 +42,8 @@ _STARTED = re.compile(r"worker\.started.*?began=([\d.]+).*?engine_s=([\d.]+).*?o
 
 
 async def vllm_alone(folder: Path, log: Path) -> float:
-    """Return the seconds from exec to the first text. Raises RuntimeError if no text comes within the time limit."""
+    """Start vLLM's own server, without Headrace, and call it. Returns the seconds from the start of its process to the
+    first text. Raises RuntimeError if no text comes within the time limit."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
@@ -105,8 +106,9 @@ async def from_zero(live: Live) -> dict[str, float]:
 
 
 def _started(live: Live) -> Sequence[tuple[float, float, float]]:
-    """Return (began, engine_s, opened_s) for the start of each replica, sorted by time. The values are read from the
-    `worker.started` lines in the output that Ray keeps."""
+    """Return one tuple for each replica that has started: the time when its start began, the seconds until its engine
+    was up, and, before that, the seconds until its model was opened. The tuples are sorted by time, and read from the
+    `worker.started` lines in Ray's logs."""
     starts: set[tuple[float, float, float]] = set()
     for path in (live.ray.folder / "session_latest" / "logs").glob("worker-*.*"):
         plain = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(errors="replace"))

@@ -104,7 +104,8 @@ class Live:
         return took_s
 
     async def from_zero(self, number: int) -> CallResult:
-        """Call the model at zero replicas, then scale the model back to zero; return the result of the call."""
+        """Call the model while it has no replica, then scale it back to zero replicas. Returns the result of the
+        call."""
         result = await self.callers.call(PlannedCall(0.0, 20, number % 2, 0))
         self.desk.scale(MODEL, 0)
         await self.until_at_zero()

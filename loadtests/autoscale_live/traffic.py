@@ -48,8 +48,8 @@ def days(seed: int, count: int, seconds: float, engine: Engine, replicas: int, *
 
 
 def share_of_most(part: float, at_zero: float = 0.08) -> float:
-    """Return the demand at the fraction `part` of a run, as a fraction of the peak. The demand rises to a plateau,
-    falls to a low level, and rises again more steeply."""
+    """Return the demand at the fraction `part` of a run, as a fraction of the peak. The demand rises to a plateau at
+    the peak, falls to a low level, and rises again more steeply. `at_zero`: the low level."""
     points = ((0.0, 0.2), (0.1, 0.2), (0.4, 1.0), (0.55, 1.0), (0.7, at_zero), (0.8, at_zero), (0.85, 0.8), (1.0, 0.8))
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if part <= x1:

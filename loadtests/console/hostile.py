@@ -125,8 +125,8 @@ async def _chats(stage: Stage, browser: Browser) -> tuple[list[str], int]:
 
 
 async def effects_in(watched: Watched) -> list[str]:
-    """Return the effects of the scripts on a page: elements that belong to no page of the console, and faults that the
-    browser recorded."""
+    """Return the effects that hostile texts have had on a page: elements that belong to no page of the console, and
+    faults that the browser recorded."""
     await watched.page.evaluate("new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve, 0)))")
     strange: list[str] = await watched.page.evaluate(STRANGE, FOREIGN)
     return [*strange, *await watched.faults()]

@@ -1,6 +1,5 @@
-"""The interface between the driver and a protocol: a client sends a request, receives pieces of text, and returns the
-counts at the end.
-"""
+"""The interface between the load driver and the clients of the protocols: a client sends a request, receives pieces of
+text, and at the end returns the token counts that the server reported."""
 
 from __future__ import annotations
 

@@ -115,7 +115,8 @@ class OpenAiSse:
         return made
 
     def _release(self, connection: Connection, *, whole: bool) -> None:
-        """Keep the connection of an ended call for the next one, or close it. `whole`: whether the answer is whole."""
+        """Keep the connection of an ended call for a later call, or close it. It is closed if the answer is not
+        complete (`whole` false) or if the connection cannot be used again."""
         if whole and connection.usable:
             self._idle.append((connection, time.monotonic()))
         else:

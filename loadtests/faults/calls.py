@@ -1,6 +1,5 @@
-"""Calls of every kind that a fault may hit. The chunks that each call received are recorded and compared with the
-undisturbed answer.
-"""
+"""Calls for the fault tests, of every kind. The chunks that each call received are recorded and compared with the
+undisturbed answer."""
 
 from __future__ import annotations
 
@@ -65,8 +64,8 @@ def make_request(
     """Return a chat request. Its prompt is `key` and `words` random words. The answer has `tokens` tokens, unless
     a stop string ends it.
 
-    `kind`: a name in KINDS, which gives the fields of the request. `fields`: the fields of the request for
-    another kind. `seed`: seed of the random words.
+    `kind`: name of the kind of request. `fields`: further fields of the request; None: the fields of `kind` in
+    KINDS. `seed`: seed of the random words.
     """
     rng = random.Random(f"{key} {seed}")
     prompt = f"{key} " + " ".join(rng.choice(_WORDS) for _ in range(words))
@@ -131,8 +130,8 @@ class CallResult:
 
     @property
     def last(self) -> bool:
-        """Whether the answer has arrived except for at most its last token or two. The length of the whole answer is
-        known from the same call without a fault; if it is unknown, the result is False."""
+        """Whether no more than the last one or two tokens of the answer are missing. The length of the whole answer is
+        taken from the same call without a fault. If it is unknown, the result is False."""
         return self.whole > 0 and sum(map(len, self.texts.values())) >= self.whole - LAST_CHARACTERS
 
     @property

@@ -77,8 +77,8 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """A model runner of vLLM and its load. `tokens`: length of an answer. `pieces`: least and greatest number of pieces
-    that each call has received when a fault follows."""
+    """One of vLLM's model runners, selected by `environment`, and its load. `tokens`: length of an answer. `pieces`:
+    least and greatest number of pieces that each call has received of its answer when a fault is triggered."""
 
     environment: Mapping[str, str]
     tokens: int
@@ -254,8 +254,8 @@ async def running(
 
 
 def requests_of(model: str, seed: int, tokens: int) -> list[FaultRequest]:
-    """Return REQUESTS requests: whole batches, each with all kinds of requests in the order of BATCH. Each request has
-    a different prompt. `tokens`: length of the answers."""
+    """Return REQUESTS requests, made of batches. Each batch has all kinds of requests, in the order of BATCH. Each
+    request has a different prompt. `tokens`: length of the answers."""
     rng = random.Random(seed)
     out = []
     for number in range(REQUESTS):
@@ -315,8 +315,8 @@ class Prover:
 
     async def prove(self, points: int) -> Proof:
         """Run batches until `points` faults have hit a sequence, or MOST_MISSES faults have hit none. Compare each
-        answer with the undisturbed answer. Raises RuntimeError if a call fails undisturbed, TimeoutError if a batch
-        hangs."""
+        answer with the answer to the same request without faults. Raises RuntimeError if a call without faults fails,
+        TimeoutError if a batch hangs."""
         proof, began = self.proof, time.monotonic()
         try:
             undisturbed = await self._undisturbed()

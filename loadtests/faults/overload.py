@@ -71,7 +71,8 @@ class Load:
         return sum(1 for its, result in self.calls if its == cls and result.error)
 
     def settings(self) -> dict[str, Any]:
-        """Return the counts of calls and errors at this rate, by name, for the `settings` of the report's row."""
+        """Return the rate, the goodput and the counts of calls and errors by name. The report shows them as the
+        `settings` of the row for this rate."""
         return {
             "rate_per_s": round(self.rate_per_s, 1),
             "goodput_per_s": round(self.goodput_per_s, 2),
@@ -93,8 +94,8 @@ def met(result: CallResult) -> bool:
 
 @dataclass(slots=True)
 class OverloadResults:
-    """Results of an overload test: the sweep over rates of calls (`sweep`), the overloads by rate (`overs`), and all
-    calls."""
+    """Results of an overload test. `sweep`: one result for each rate of calls. `overs`: one result for each overload;
+    the key is the overload's rate as a multiple of the best goodput in the sweep. `calls`: all calls."""
 
     sweep: list[Load] = field(default_factory=list)
     overs: dict[float, Load] = field(default_factory=dict)
@@ -106,9 +107,12 @@ class OverloadResults:
         return max(load.goodput_per_s for load in self.sweep)
 
     def refused_s(self, shed: bool) -> list[float]:
-        """Return the seconds until refusal of each refused call, over all rates of the sweep and of the overload.
+        """Return, for each refused call, the seconds until its refusal. The calls at all rates of the sweep and of the
+        overload are included.
+
         `shed`: true for the calls that were dropped while they waited, false for the calls that were refused at
-        admission."""
+        admission.
+        """
         return [s for load in (*self.sweep, *self.overs.values()) for s in load.refused_s(shed)]
 
     def refusals_p99_ms(self, shed: bool) -> float:

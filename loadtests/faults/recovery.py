@@ -4,9 +4,9 @@ An episode is a set of streams that begin together on all workers. Throughout th
 calls, one after the other. When all streams have begun, one worker is killed, stopped or cut off. Streams that report a
 resume were hit; the other streams are the survivors.
 
-A calm episode has no fault and shows how long a crowd of new calls waits. One worker is absent from the beginning, and
-the other workers run as many streams as survive a fault. Then as many new calls arrive at once as a worker has streams.
-After a fault, resumed calls may wait as long as these new calls.
+A calm episode shows how long new calls wait without a fault when many come at once. One worker is absent from the
+beginning. The other workers run as many streams as they keep in an episode with a fault. Then as many new calls come at
+once as one worker has streams. After a fault, resumed calls may wait as long as these new calls do.
 """
 
 from __future__ import annotations
@@ -92,15 +92,17 @@ class Findings:
         return [episode for episode in self.episodes if episode.kind in kinds]
 
     def noticed_s(self, *kinds: str) -> list[float]:
-        """Return the seconds from each fault to the end of the link; infinite for a link that did not end."""
+        """Return, for each fault, the seconds from the fault to the end of the worker's link; infinite for a link that
+        did not end. `kinds`: the kinds of faults to include."""
         return [float("inf") if episode.noticed_s is None else episode.noticed_s for episode in self.of(*kinds)]
 
     def silence(self, crowd: bool, *, whole: bool = True) -> list[float]:
         """Return one ratio for each stream that was hit: the time without a chunk, divided by the allowed time.
 
-        The allowed time is the fault's detection time plus the p99 TTFT of new calls. `crowd`: take the TTFT of new
-        calls that arrive all at once, else of calls one by one. `whole`: measure from the last chunk before the fault,
-        else from the fault.
+        The allowed time is the fault's detection time plus the p99 TTFT of new calls. `crowd`: whether to take the
+        TTFT of new calls that all arrive at once. Otherwise the TTFT of new calls that arrive one by one is taken.
+        `whole`: whether the time without a chunk begins at the last chunk before the fault. Otherwise it begins at
+        the fault.
         """
         calm = self.of(CALM) if crowd else [episode for episode in self.episodes if episode.kind != CALM]
         fresh = percentile([s for episode in calm for s in episode.fresh_s], 99)

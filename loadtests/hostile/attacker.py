@@ -50,7 +50,8 @@ class Attacker:
     def open(
         self, method: str, more: Sequence[tuple[str, str]] = (), *, end: bool = False, verb: str = "POST"
     ) -> bytes:
-        """Return the HEADERS frame of a new call, to be sent later. `method` is one of our methods, or a whole path."""
+        """Return the HEADERS frame of a new call, to be sent later. `method`: the name of a method of our gRPC service,
+        or a whole path that begins with a slash. `more`: further header fields."""
         path = method if method.startswith("/") else SERVICE + method
         fields = [(":method", verb), (":scheme", "http"), (":path", path), (":authority", "a")]
         fields += [("content-type", "application/grpc"), ("te", "trailers"), *more]

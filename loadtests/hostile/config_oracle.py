@@ -223,10 +223,9 @@ def main() -> None:
 
 
 def _checkpoint(scratch: Path, spec: ModelSpec) -> Path:
-    """Write a checkpoint configuration and return its folder. The demo model has a configuration of its own. The
-    configuration of any other checkpoint is unknown before the checkpoint is fetched, so a configuration is made whose
-    heads can be divided by the entry's parallelism.
-    """
+    """Write the configuration file of a checkpoint (config.json) and return its folder. The demo model has a known
+    configuration. Any other configuration is unknown before the checkpoint is fetched; it is replaced by one whose
+    number of attention heads is divisible by the tensor parallel size of `spec`."""
     ranks = spec.tensor_parallel_size
     heads = 64 if 64 % ranks == 0 else 8 * ranks
     free = SHAPE | {"num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": 128 * heads}

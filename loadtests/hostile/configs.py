@@ -1,9 +1,9 @@
-"""Wrong files: the checks before a restart must refuse every file that a restarted process would refuse.
+"""Test of the configuration checks: they must refuse every file that a restarted process would refuse.
 
-Good files (deploy/*.yaml, deploy/presets/*.yaml) get one mistake each, until MUTANTS of the changed files are wrong. A
-cluster.yaml goes through `headrace config check --files`. Chart values go through `helm template`, and then the merged
-file goes through the command of the chart's hook. Files that pass the checks are given to the constructors of the
-processes (config_oracle).
+A valid file (deploy/*.yaml, deploy/presets/*.yaml) gets one random mistake. This is repeated until MUTANTS
+invalid files were made. A cluster.yaml is checked by `headrace config check --files`. Chart values are rendered
+by `helm template`, and then the merged file is checked by the command of the chart's hook. A file that passes the
+checks is given to the constructors of the processes (config_oracle): they show whether a restart would fail.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ def _measure(stage: Stage) -> list[Figure]:
 
 
 def check_mutants(oracle: Oracle, rng: random.Random, say: Any, mutants: int = MUTANTS) -> Count:
-    """Put one mistake each into good configuration files, until `mutants` of the changed files are wrong. Return the
-    counts of the results. One process makes the engine's checks of all files, because it takes seconds to start."""
+    """Make copies of good configuration files, each with one mistake, until `mutants` copies are refused by a check or
+    by a process. Return the numbers of copies by result. The engine's checks of all copies run in one process, because
+    it takes seconds to start."""
     count = Count()
     asked: list[tuple[Mutant, list[dict[str, Any]]]] = []
     for _ in range(4 * mutants):

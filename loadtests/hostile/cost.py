@@ -112,8 +112,10 @@ async def _play_pair(
 
 
 def _interleaved(arms: Sequence[Contestant]) -> list[Contestant]:
-    """Return the arms sorted so that the two checkouts of an API follow each other. Each arm is one API of one
-    checkout."""
+    """Return the arms (measured servers), sorted so that the arms of the same API are next to each other.
+
+    There is one arm for each API of each of the two checkouts that are compared.
+    """
     return sorted(arms, key=lambda arm: arm.arm.name.removeprefix(THIS).removeprefix(OTHER))
 
 

@@ -56,8 +56,11 @@ async def attack(stage: Stage, name: str, arguments: Sequence[str], *, with_key:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run the attacks on the memory for HTTP bodies, and return the report's rows. Each attack without a key runs
-    alone, then all of them together, then the attack with a tenant's key."""
+    """Run the attacks on the memory for HTTP bodies, and return the report's rows.
+
+    Each kind of attack by callers without an API key runs alone. Then all kinds run together. The last attack uses the
+    API key of a tenant.
+    """
     alone = {kind: await attack(stage, kind, ["--first", first]) for kind, first in KINDS.items()}
     many = await attack(stage, "many", ["--connections", "1000"])
     tenant = await attack(stage, "tenant", ["--connections", "20"], with_key=True)

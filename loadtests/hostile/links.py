@@ -156,8 +156,8 @@ class Attack:
 
 
 def attack(address: str, http: str, key: str, volley: Volley) -> Counter[str]:
-    """Make the hostile calls of `volley`. Return the number of answers of each kind. The call of this function runs in
-    a separate process, so that making the hostile calls delays nothing else."""
+    """Make the hostile calls of `volley`. Returns the number of answers of each kind. This function is run in a
+    separate process, so that making the calls delays nothing else."""
 
     async def run() -> Counter[str]:
         attacker = Attack(address, http, key)

@@ -100,8 +100,8 @@ class QuietCalls:
 
 @asynccontextmanager
 async def quiet_calls(gateway: Attacked) -> AsyncIterator[QuietCalls]:
-    """While the context is open, make a call of a tenant that does not attack every few milliseconds, and record how
-    long each call takes."""
+    """Every few milliseconds, make a call of a tenant that takes no part in the attack, and record how long the call
+    takes. This goes on while the context is open."""
     quiet = QuietCalls()
     async with gateway.channel() as channel:
         list_models: Any = pb_grpc.InferenceStub(channel).ListModels

@@ -84,7 +84,11 @@ TEXT = b'{"model":"%s","prompt":"' % ours.MODEL.encode()
 
 
 def field(name: str, opening: bytes, part: bytes, closing: bytes) -> Attack:
-    """Return an attack: a chat request with one field that holds much data, and another field that is wrong."""
+    """Return an attack: a chat request whose field `name` holds much data, and which has a second field that is
+    invalid.
+
+    The data is `part`, repeated many times between `opening` and `closing`.
+    """
     before = b"{" + GOOD + b',"' + name.encode() + b'":' + opening
     return Attack(f"{name} {part.decode('latin-1')[:12]}", CHAT, repeated(before, part, closing + WRONG))
 
@@ -264,7 +268,7 @@ Visit = Callable[[Target, Attack, bytes, int, grpc.aio.Channel], Awaitable[None]
 
 
 async def attack_all(stage: Stage, name: str, source: str, bundle: Path, witness: Path | None, visit: Visit) -> None:
-    """Start a gateway and send it all attacks in all sizes, the small sizes first. Raises TimeoutError."""
+    """Start a gateway, and send it every attack in every size, the small sizes first. Raises TimeoutError."""
     stalls = ("--stalls", str(witness)) if witness is not None else ()
     gateway = await ours.start(stage.children, stage.folder, bundle=bundle, source=source, name=name, witness=stalls)
     target = Target(gateway, witness or stage.folder)

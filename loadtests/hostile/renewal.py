@@ -46,7 +46,8 @@ class Line:
 
 
 def documented_lines(text: str) -> list[Line]:
-    """Return the documented command lines in the order of the page: the first install, then the renewal."""
+    """Return the `headrace pod ... | kubectl ...` command lines in `text`, the content of docs/kubernetes.md. They are
+    in the order of the page: the first install, then the renewal."""
     matches = re.findall(
         r"^ {4,}headrace (pod (?:secrets|certificates)[^|\n]*)\| kubectl (create|apply) -f -$", text, re.MULTILINE
     )
@@ -98,7 +99,8 @@ class SecretStore:
 
 
 def run_line(line: Line, folder: Path, store: SecretStore) -> None:
-    """Run a documented command line in `folder`. Raises RuntimeError with the output of the command, or Refused."""
+    """Run a command line of the docs in `folder`, and apply its output to `store` as kubectl would do. Raises
+    RuntimeError with the command's errors if the command fails, and Refused if `store` refuses the output."""
     done = subprocess.run(
         [sys.executable, "-m", "cluster.cli.main", *line.words],
         capture_output=True,
@@ -171,8 +173,8 @@ class Release:
         await self._gateway.until(lambda: _serves(health), "its health port answers", START_S)
 
     async def working_keys(self, keys: Sequence[str], ca_file: Path) -> int:
-        """Return how many of the API keys work: the models can be listed with the key, over a new connection that
-        trusts only `ca_file`."""
+        """Return how many of the API keys work. A key works if it can list the models over a new connection that trusts
+        only `ca_file`."""
         return sum(await asyncio.gather(*(asyncio.to_thread(self._key_works, key, ca_file) for key in keys)))
 
     def _key_works(self, key: str, ca_file: Path) -> bool:

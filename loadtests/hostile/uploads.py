@@ -1,12 +1,14 @@
-"""Program that opens connections with unfinished gRPC requests and sends as much of each request as the server accepts.
+"""Program that opens connections with unfinished gRPC requests and sends as much of each request as the server
+accepts.
 
     python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 20 --calls 1 --bytes 16000000 --key KEY
     python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 1000 --calls 40 --bytes 60000 --strange
 
-The client respects flow control. Every request announces `--bytes` bytes and never sends the last byte. `--strange`:
-calls of a method that needs no credential and of a method that needs one, with a header field of 3 KB each, and finally
-half a header block. `--tls`: any certificate is accepted. Once the server accepts no more, the number of bytes sent is
-written to FILE, and the connections stay open.
+The client respects flow control. Every request announces `--bytes` bytes and never sends the last byte. With
+`--strange`, the requests have a header field of 3 KB each and go in turn to a method that needs no credential and
+to one that needs a credential. At the end, each connection gets half a header block. With `--tls`, any certificate
+is accepted. Once the server accepts no more, the number of bytes sent is written to FILE, and the connections stay
+open.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The whole cluster: hosts, stores, Ray, gateways and controller, started in order of their dependencies.
+"""A whole cluster for the load test `hosts`: stores, Ray, gateways and controller, each started after the parts
+that it needs.
 
 There are four hosts. `a` and `b` have a Ray node and a gateway each. `c` has the head of Ray, the controller, both
-stores and the DNS server. `d` has the callers. The rendered chart decides every program, argument, variable and file.
+stores and the DNS server. `d` has the callers. The rendered chart decides every program, argument, variable and
+file.
 """
 
 from __future__ import annotations
@@ -90,9 +92,9 @@ class Cluster:
     async def upgrade(
         self, *, models: Sequence[Mapping[str, object]] | None = None, rays: Sequence[str] | None = None
     ) -> None:
-        """Run `helm upgrade` with other models or Ray clusters. This replaces the controller's pod, and adds and
-        removes Ray clusters. Raises DidNotStart. Raises RuntimeError if the change would also replace a gateway's
-        pod."""
+        """Run `helm upgrade` with other models or Ray clusters. The upgrade replaces the controller's pod, and adds and
+        removes Ray clusters. Raises RuntimeError if the upgrade would also replace a gateway's pod, and DidNotStart if
+        a pod does not start."""
         models, rays = self.models if models is None else models, self.rays if rays is None else rays
         release = _release(self.home, models, rays, self.secrets)
         name = f"{RELEASE}-gateway"
@@ -236,7 +238,8 @@ def mass_source(model: Path, seed: int, size: Size) -> str:
 def _release(
     home: Path, models: Sequence[Mapping[str, object]], rays: Sequence[str], made: Sequence[Object]
 ) -> Release:
-    """Render the release. Every Ray cluster is a copy of the first Ray cluster in the values, with another name."""
+    """Render the Helm release. Every Ray cluster in `rays` is a copy of the first Ray cluster in the values, with
+    another name. `made`: the Secrets that were made before."""
     clusters = yaml.safe_load(VALUES.read_text())["ray"]["clusters"]
     used = [
         {"name": ray, "dashboard_url": f"http://{RELEASE}-{ray}-head-svc:8265", "token_file": "/secrets/ray-token"}

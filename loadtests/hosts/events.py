@@ -84,8 +84,11 @@ class EpisodeResults:
 
     @property
     def beyond_s(self) -> float | None:
-        """Time that Ray's restart and the start of the engines do not explain: seconds from the start of the last
-        engine until full capacity, at least 0. None if one of these two moments was not measured."""
+        """Seconds from the start of the last engine until full capacity, at least 0; None if either moment was not
+        measured.
+
+        This is the time that Ray's restart and the start of the engines do not explain.
+        """
         episode = self.episode
         return (
             None
@@ -95,9 +98,11 @@ class EpisodeResults:
 
     @property
     def moved(self) -> int:
-        """Number of streams that certainly changed workers because of this event. Counted are resumed streams that
-        began after the earlier events were over, and resumed streams that ended after the last of the original workers
-        was gone."""
+        """Number of streams that certainly changed workers because of this event.
+
+        A resumed stream is counted in two cases: it began after the earlier events were over, or it ended after the
+        last of the original workers was gone.
+        """
         episode = self.episode
         return sum(
             bool(call.resumed)
@@ -152,7 +157,8 @@ class Play:
         self.episodes: list[Episode] = []
 
     async def play(self, name: str) -> Episode:
-        """Play the event with this name. Raises NotWhole, and RuntimeError if the event itself cannot be played."""
+        """Play the event with this name. Raises NotWhole if the cluster is not complete or the load not steady in time.
+        Raises RuntimeError if the event itself cannot be played."""
         if not await self._cluster.until_whole(WHOLE_S):
             raise NotWhole("the cluster was not whole before this event")
         if not await self._load.until_steady(WHOLE_S):

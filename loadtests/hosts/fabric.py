@@ -1,8 +1,8 @@
 """Hosts and pods as network namespaces: one bridge per host, a switch between the hosts, and no route out.
 
-All bridges are in one separate namespace. Only one end of one cable is in this machine's own network; the harness
-probes pods over this cable, as a kubelet does. The default route of a pod leads to the switch, which forwards nothing.
-So a program that looks up its own address finds the pod's address, and no packet leaves the network.
+All bridges are in one separate namespace. A single cable leads from there to this machine's own network; the harness
+probes pods over it, as a kubelet does. The default route of a pod leads to the switch, which forwards nothing. So a
+program that looks up its own address finds the pod's address, and no packet leaves the network.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """All Kubernetes objects of a release: those that the Helm chart renders, and the Secrets that were made before."""
+    """All Kubernetes objects of a Helm release: the objects that the chart renders, and the Secrets that `headrace pod
+    secrets` has made."""
 
     objects: Sequence[Object]
 
@@ -98,9 +99,8 @@ class Release:
 
 
 def helm() -> str:
-    """Return the path of Helm: HEADRACE_HELM, `helm` on PATH, or the copy that the chart's tests unpack. Raises
-    RuntimeError.
-    """
+    """Return the path of the program Helm: from HEADRACE_HELM, else `helm` on PATH, else the copy that the chart's
+    tests unpack. Raises RuntimeError if there is none."""
     named = os.environ.get("HEADRACE_HELM") or shutil.which("helm")
     if named:
         return named
@@ -138,9 +138,8 @@ HOST_OF_THE_POD = "<spec.nodeName>"
 
 
 class Containers:
-    """Maker of the container specs of a release. Volumes are folders below `home`; volume claims persist across
-    releases.
-    """
+    """Maker of the container specs of a Helm release. Volumes become folders below `home`. The folder of a volume claim
+    is kept and used again by later releases."""
 
     def __init__(self, release: Release, home: Path, claims: Mapping[str, Path]) -> None:
         """Store the release. `claims`: folders of existing volume claims, by name."""
@@ -245,8 +244,8 @@ class Containers:
 
 
 def _entry_point(spec: Spec) -> Spec:
-    """Return the pod spec of PostgreSQL with another command. It creates the database if there is none, and then runs
-    the server. In a real pod, the entry point of the PostgreSQL image does this."""
+    """Return the pod spec of PostgreSQL with a command that replaces the image's entry point. Like the entry point in a
+    real pod, the command creates the database if there is none, and then runs the server."""
     data = spec.environment["PGDATA"]
     script = (
         'set -e; if [ ! -s "$PGDATA/PG_VERSION" ]; then umask 077; printf %s "$POSTGRES_PASSWORD" > /tmp/password; '
@@ -301,7 +300,8 @@ def _bytes(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Zone of the cluster's DNS, from the rendered Services: addresses by name, and SRV records by port name."""
+    """The DNS names of the cluster, derived from the rendered Services: addresses by name, and SRV records by port
+    name."""
 
     services: Sequence[Object]
 

@@ -1,4 +1,5 @@
-"""Environment of processes that run vLLM's V2 model runner on CPUs, with its Triton kernels interpreted. See v2stub."""
+"""Environment of processes that run vLLM's V2 model runner on CPUs. Its Triton kernels are interpreted, with the stub
+package `v2stub`."""
 
 from __future__ import annotations
 
@@ -15,9 +16,8 @@ to use a Triton inside it.
 
 
 def environment(*, v2: bool = True) -> Mapping[str, str]:
-    """Return environment variables for a process and its descendants: asynchronous scheduling, with the V2 or the V1
-    model runner.
-    """
+    """Return environment variables for a process and its descendants. They enable asynchronous scheduling, and select
+    vLLM's V2 model runner, or the V1 model runner if `v2` is false."""
     path = [str(TRITON), str(HERE), str(ROOT), os.environ.get("PYTHONPATH", "")]
     runner = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"} if v2 else {}
     return {"PYTHONPATH": os.pathsep.join(filter(None, path if v2 else path[1:])), "HEADRACE_TEST_ASYNC": "1", **runner}

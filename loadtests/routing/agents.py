@@ -102,8 +102,12 @@ class ServiceObserver:
 
 
 def run(policy: str, seed: int, config: SessionsConfig | None = None, blocks: int = BLOCKS) -> tuple[Outcome, float]:
-    """Run all sessions. Returns the measurements and the fairness gap: the most service that one tenant gained over
-    another, as a multiple of the unit U. The module's docstring defines U."""
+    """Run all sessions. Returns the measurements and the fairness gap.
+
+    The gap is the most service (weighted tokens, divided by the tenant's weight) that one tenant gained over another,
+    in units of U. U is the larger of two numbers of weighted tokens: the longest prompt, and the most tokens that a
+    worker held at once.
+    """
     config = config or SessionsConfig(TENANTS)
     weights = {tenant.name: tenant.weight for tenant in config.tenants}
     order = FairOrder(weight_of=weights.__getitem__, service=SERVICE)

@@ -119,7 +119,8 @@ class BlockCache:
 
 class PooledLru:
     """One LRU cache as large as all workers' caches together. Its hits are the reference for the workers' hits. A
-    prompt is stored when it arrives, so no hit is lost to a delay; and blocks are never pinned by running calls."""
+    prompt is stored when it arrives, so no hit is lost to a delay. Running calls do not protect their blocks from
+    eviction."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity

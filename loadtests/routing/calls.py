@@ -17,10 +17,10 @@ BLOCK_TOKENS = 512
 class Prompt:
     """One call to make, described by the lengths and the blocks of its prompt and output.
 
-    `blocks`: one number for each whole block of the prompt; it stands for the block's text. If a later prompt can
-    contain the output, the output's blocks follow. Equal numbers after equal blocks mean equal text. The first
-    `prompt_tokens // BLOCK_TOKENS` blocks belong to the prompt. For the hashes, each block counts as one token,
-    which is faster and changes nothing else.
+    `blocks`: one number for each whole block, in place of the block's text. Equal numbers after equal blocks mean
+    equal text. The first `prompt_tokens // BLOCK_TOKENS` blocks belong to the prompt. The blocks of the output
+    follow them if a later prompt can contain this output. For the hashes, each block counts as one token, which is
+    faster and changes nothing else.
     """
 
     tenant: str
@@ -70,10 +70,12 @@ class Prompt:
 class RoutedCall:
     """State of a call. Times are in virtual seconds, -1 before the event.
 
-    `predicted`, `cached`, `pooled` and `in_pool` are numbers of the call's prompt tokens that were in a cache.
-    `predicted`: as the gateway expected for the chosen worker. `cached`: as the worker's engine found. `pooled`: in
-    PooledLru. `in_pool`: in one large BlockCache that repeats the cache operations of all workers. `ends`: how often
-    the call has ended.
+    Four attributes are numbers of the call's prompt tokens that were found in a cache. `predicted`: in the chosen
+    worker's cache, as the gateway expected. `cached`: in the chosen worker's cache, as the engine found. `pooled`: in
+    a PooledLru (one LRU cache instead of the workers' caches). `in_pool`: in one large BlockCache that repeats the
+    cache operations of all workers.
+
+    `ends`: how often the call has ended.
     """
 
     call_id: str

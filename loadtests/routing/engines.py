@@ -1,14 +1,15 @@
-"""Load test of routing with real engines (the part `engines`): multi-turn chats on two vLLM workers. Cache
-hits are compared with those of one pooled LRU cache, and with those of vllm-router in front of the same
-engines.
+"""Load test of routing with real engines (the part `engines`): multi-turn chats on two vLLM workers. Cache hits are
+compared with those of one pooled LRU cache, and with those of vllm-router in front of the same engines.
 
-`python -m loadtests.routing.engines` runs this part alone. The gateway runs in this process, so that each
-call's prediction is read when the call is sent to its worker. All chats begin with the same text, but half
-of them have another cache_salt.
+`python -m loadtests.routing.engines` runs this part alone. All chats begin with the same text, but half of them have
+another cache_salt.
 
-A prediction differs from what the engine found if blocks were evicted or stored between the worker's last
-report and the call's start. Such a difference is traced (explained) if the worker reported after the
-decision that it removed or stored the first block for which the prediction was wrong.
+The gateway predicts how many tokens of a call's prompt a worker has cached. The gateway runs in this process, so that
+the prediction can be read at the moment when the call is sent.
+
+A prediction differs from what the engine found if blocks were evicted or stored between the worker's last report and
+the call's start. A difference counts as explained (`traced`) if a report of the worker after the decision shows that it
+removed or stored the first block for which the prediction was wrong.
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ async def post_chat(client: httpx.AsyncClient, url: str, body: Mapping[str, obje
 async def our_fleet(
     children: Children, folder: Path, client: httpx.AsyncClient, source: str, bundle: Path
 ) -> AsyncIterator[OurFleet]:
-    """Run a gateway and its workers. `source`: the engines' model source, as loadtests.serving.worker takes it. Raises
-    DidNotStart."""
+    """Run a gateway and its workers. `source`: the folder of the engines' model, or a `sim://` source for simulated
+    engines. Raises DidNotStart."""
     gateway = Gateway(parse(CONFIGURATION), folder / "gateway")
     journal = Journal(gateway.scheduler.worker_caches)
     journal.install()
@@ -154,9 +155,12 @@ def chats_of(kv_tokens: int, share: float, tokens_a_chat: int, seed: int, name: 
 
 
 async def compare(fleet: OurFleet, chats: Sequence[Chat], seed: int) -> tuple[Tokens, Compared, float]:
-    """Send all turns of the chats to our gateway. Returns three values: the counts of prompt tokens, the comparison of
-    the gateway's predictions with the engines' cache hits, and the number of tokens that one LRU cache, as large as the
-    caches of both workers together, would have hit."""
+    """Send all turns of the chats to the Headrace gateway of `fleet`.
+
+    Returns three values: the counts of prompt tokens; the comparison of the gateway's predicted cache hits with
+    the engines' real ones; and, for reference, the number of tokens that would be found in one LRU cache that
+    is as large as both workers' caches together.
+    """
     journal, out, found = fleet.journal, Compared(), dict[int, int]()
     journal.decisions.clear()
     journal.reports.clear()

@@ -186,8 +186,8 @@ class RoutingGateway:
                 self._hedger.hedged(key, decision.worker_id, uncached, now)
 
     def _settle(self, call: RoutedCall, winner: int, now: float) -> None:
-        """End the hedge of a call, which was sent to two workers: the call stays on the worker `winner`, which answered
-        first, and is aborted on the other worker."""
+        """End the hedge of a call, that is, its submission to a second worker. The call stays on the worker `winner`,
+        which answered first, and is aborted on the other worker."""
         loser = call.worker if winner == call.second else call.second
         link = self._links[loser]
         link.running -= 1
@@ -276,8 +276,8 @@ class RoutingGateway:
         return self._candidate(int(incarnation))
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return for each worker how many leading tokens of a call's prompt it holds, as far as the gateway knows.
-        `key`: the id of the call."""
+        """Return, by worker, the number of leading prompt tokens of a call that the worker's cache holds, as far as the
+        gateway knows. `key`: the id of the call."""
         return {worker: blocks * BLOCK_TOKENS for worker, blocks in self._matched(self.calls[key]).items()}
 
     def _matched(self, call: RoutedCall) -> Mapping[str, int]:
@@ -286,7 +286,8 @@ class RoutingGateway:
         return matched
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return how many leading tokens of a prompt each worker holds, by worker id. The same as `cached_tokens`."""
+        """Return how many leading tokens of a prompt each worker holds, by worker id. Returns the same as
+        `cached_tokens`."""
         return self.cached_tokens(model, key)
 
     def free_tokens(self, model: str, worker_id: str) -> int:

@@ -1,4 +1,5 @@
-"""The part `gateways`: one to eight gateways, each with its own index and its share of the workers' credit."""
+"""Part `gateways` of the load test: runs with one to eight gateways. Each gateway has its own index of cached blocks,
+and its share of the workers' credit (granted capacity)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """The part `new_gateway`: one of two gateways is killed under load, and another starts in its place.
 
-Each worker sends the new gateway a snapshot of its KV blocks. The measure is the share of the cached tokens that the
-new gateway knows: of the prompt tokens that a worker holds, those that the gateway's index finds. The share is computed
-over all calls of a window of WINDOW_S seconds. The hit rate is back when the first window begins whose share is at
-least ENOUGH.
+Each worker sends the new gateway a snapshot of its KV blocks. For each call, two numbers of prompt tokens are
+compared: the most tokens that any worker holds in its cache, and how many of them the new gateway's index finds.
+The second number divided by the first is the share of cached tokens that the new gateway knows. It is computed over
+all calls in a window of WINDOW_S seconds. The hit rate counts as restored at the beginning of the first window in
+which the share is at least ENOUGH.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def replace_gateway(cluster: Cluster, number: int) -> list[RoutedCall]:
 
 
 def back_after_s(calls: Sequence[Known]) -> float:
-    """Return how many seconds after its start the new gateway knows at least the share ENOUGH of the cached tokens. At
-    most FOR_S."""
+    """Return the seconds from the start of the new gateway until it knows at least the share ENOUGH of the cached
+    tokens. Returns FOR_S if it does not know so many before."""
     for step in range(round(FOR_S / GRID_S)):
         window = [call for call in calls if step * GRID_S <= call.after_s < step * GRID_S + WINDOW_S]
         if sum(call.known for call in window) >= ENOUGH * sum(call.held for call in window):

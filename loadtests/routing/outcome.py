@@ -23,10 +23,10 @@ QUANTILES = tuple(range(0, 101, 2))
 class Outcome:
     """Measurements of a simulation. Tokens are sums over all calls, times are in seconds.
 
-    `cached`: prompt tokens that engines found in their caches. `pooled` and `in_pool`: prompt tokens that
-    would be in one cache for all workers; RoutedCall names the two caches. `exact`: share of the calls for
-    which the gateway predicted the cached tokens exactly. `load`: prompt tokens that each worker computed.
-    `quantiles_s`: the QUANTILES of the times to first token.
+    `cached`: prompt tokens that engines found in their caches. `pooled` and `in_pool`: prompt tokens that would
+    have been found if all workers had one common cache; RoutedCall explains the two kinds of common cache.
+    `exact`: share of the calls for which the gateway predicted the cached tokens exactly. `load`: prompt tokens
+    that each worker computed. `quantiles_s`: the QUANTILES of the times to first token.
     """
 
     label: str

@@ -1,4 +1,4 @@
-"""The part `slow`: at any time one of eight workers is ten times slower, but still passes its checks.
+"""Part `slow` of the load test: at any time one of eight workers is ten times slower, but still passes its checks.
 
 Three configurations are compared: routing by the workers' measured rates, the same with hedging, and neither of the
 two. Every EPISODE_S another worker becomes slow. Routing by measured rates keeps nearly all new calls away from a slow

@@ -38,10 +38,10 @@ _LATE_STEPS = 48
 class WorkerOutputs:
     """Callbacks of a worker. `link` is the number of the gateway at the other end of the link.
 
-    `first(link, call id, cached tokens, cached tokens in the pool)`: first token of a call. `ended(link, call id)`:
-    last token of a call. `granted(grant)`: a credit grant for the link that it names. `changed()`: the blocks have
-    changed for the first time since the last report. `adapters(names)`: the adapters in the engine's slots have
-    changed.
+    `first(link, call id, cached tokens, pooled tokens)`: first token of a call. Pooled tokens are the tokens that
+    would be cached if all workers shared one cache. `ended(link, call id)`: last token of a call. `granted(grant)`: a
+    credit grant for the link that it names. `changed()`: the blocks have changed for the first time since the last
+    report. `adapters(names)`: the adapters in the engine's slots have changed.
     """
 
     first: Callable[[int, str, int, int], None]
@@ -294,8 +294,11 @@ class PrefixWorker:
         return own if self._pool is None else [*own, (self._pool, job.in_pool)]
 
     def _finish(self, job: _Job) -> None:
-        """Release the blocks of a call that ends. If the call was not cancelled, the whole blocks of its output stay
-        cached, as far as `prompt.names` has their names (prefix hashes)."""
+        """Release the blocks of a call that ends.
+
+        If the call was not cancelled, the whole blocks of its output stay cached under their names (prefix
+        hashes). Only blocks with a name in `prompt.names` can stay.
+        """
         prompt = job.prompt
         named = prompt.whole if job.is_cancelled else len(prompt.names)
         for cache, _ in self._caches(job):

@@ -81,8 +81,8 @@ def summary_line(result: CaseResults | Shared) -> str:
 
 
 def report_values(result: CaseResults) -> dict[str, Any]:
-    """Return the values of a result that belong in the report. Left out are the values over time: lines for plots, and
-    the optimal plan."""
+    """Return the values of a result that belong in the report. Values over time (the lines of plots and the optimal
+    plan) are left out."""
     ours = {k: v for k, v in asdict(result.ours).items() if k != "line"}
     optimum = result.optimum and {k: v for k, v in asdict(result.optimum).items() if k != "replicas"}
     ray = result.ray_best and {"settings": asdict(result.ray_best[0]), **asdict(result.ray_best[1])}

@@ -207,9 +207,8 @@ def crowd(seed: int, gateways: int, fair: bool, adapters: AdapterMix | None = No
 
 
 def quiet_ttft(seed: int, adapters: AdapterMix | None = None) -> tuple[QuietTenant, QuietTenant, QuietTenant]:
-    """Return the results of a quiet tenant in three worlds: alone; with a loud tenant, in fair order; with the loud
-    tenant, first come first served.
-    """
+    """Return the results of a quiet tenant in three runs: alone; with a loud tenant, in fair order; with the loud
+    tenant, first come first served."""
     quiet = SimTenant("quiet", lengths("azure-conv", seed), rate_s=5.0)
     loud = SimTenant("loud", lengths("vtc", seed), backlog=1000)
     out = []

@@ -61,8 +61,8 @@ _ALL, _NONE = Bound(">=", 1.0), Bound("<=", 0.0)
 
 @dataclass(slots=True)
 class TestBed:
-    """The objects that all parts of the scenario share: the stage, the model and its bundle. `books`: sums of the
-    counts that audits of the ledger have found."""
+    """The objects that all parts of the scenario `faults` share: the stage, the model and its tokenizer bundle.
+    `books`: the sum of the results of all audits of the ledger."""
 
     stage: Stage
     model: Path

@@ -1,5 +1,5 @@
-"""Attacks by anonymous clients, tenants and routine procedures, and the effect on all other callers. `--only PART` runs
-some of the parts."""
+"""Measures how attacks and routine procedures affect callers who have no part in them. Attackers are anonymous clients
+and tenants. A procedure is, for example, the renewal of certificates. `--only PART` runs some of the parts."""
 
 from __future__ import annotations
 

@@ -161,8 +161,9 @@ def _rows(load: Load, results: dict[str, EpisodeResults]) -> list[Figure]:
 
 
 def lost_in_move(result: EpisodeResults | None) -> Figure:
-    """Return the row for the event `move`: the number of lost streams among those in progress during the move. A stream
-    is lost if it failed, or if its text differs from other answers."""
+    """Return the report's row for the event `move`: the number of streams that were lost, of those in progress during
+    the move. A stream is lost if its call failed, or if its text differs from that of another call with the same
+    prompt."""
     if result is None:
         return missing(MOVE, _NONE, "the event was not played")
     if result.episode.moved is None:

@@ -1,13 +1,14 @@
-"""Long prompts: 220 KB of text for each call at concurrency 50, 16 tokens out, over a simulated engine of 131,072
-tokens.
+"""Long prompts: calls with 220 KB of text and 16 output tokens each, at concurrency 50. The simulated engine has a
+context of 131,072 tokens.
 
 The engine's prefill takes no time, so the measurement shows the work before the prefill: reading, tokenizing and
-forwarding. Both sides tokenize in threads: on our side the gateway, on the peer's side the server behind the peer. No
-process is bound to cores.
+forwarding. Both sides tokenize in threads: on our side the gateway, on the peer's side the server behind the peer.
+No process is bound to cores.
 
-The prompts are drawn from a hundred words, as in all load tests. This favours a tokenizer that encodes each distinct
-word once. So the measurement is repeated with prose: Python's language reference, from a different position for each
-prompt. The prose is a tenth shorter, since the test's small vocabulary needs more tokens for prose.
+The prompts are drawn from a hundred words, as in all load tests. This favours a tokenizer that encodes each
+distinct word once. So the measurement is repeated with prose: Python's language reference, from a different
+position for each prompt. The prose is a tenth shorter, since the test's small vocabulary needs more tokens for
+prose.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ async def play(stage: Stage) -> None:
 
 
 def _with_prose(stage: Stage, arm: Contestant) -> Contestant:
-    """Return an arm (a measured server) for the prompts of prose, and add it to the report. The new arm uses the same
+    """Add an arm (a measured server) for the prompts made of prose to the report, and return it. It uses the same
     servers as `arm`."""
     name = arm.arm.name.removeprefix(stage.part)
     return Contestant(stage.arm(name + WITH_PROSE, arm.arm.description), arm.face, arm.roots, arm.after)

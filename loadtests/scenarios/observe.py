@@ -71,7 +71,8 @@ SERIES_BOUND = Bound("<=", float(Observe().max_tenant_series + 1))  # with `othe
 
 
 def observe_on(collector: int) -> dict[str, object]:
-    """Return the section `observe` of the gateway with everything on. `collector`: port of the collector."""
+    """Return a gateway's configuration section `observe` with logs and traces on. `collector`: port of the trace
+    collector."""
     section: dict[str, object] = {"log_level": "info"}
     if "tracing" in Observe.model_fields:
         section["tracing"] = {"endpoint": f"http://127.0.0.1:{collector}", "sample_ratio": TRACE_RATIO}

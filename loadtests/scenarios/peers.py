@@ -360,8 +360,8 @@ async def _rounds(bed: TestBed, part: str = "") -> None:
 
 
 def _renamed(stage: Stage, contestant: Contestant, part: str) -> Arm:
-    """Return the arm under which a contestant's results in `part` are recorded. Our gRPC arm gets a new name, because
-    it runs again in this part."""
+    """Return the arm (measured server) for a contestant's results in `part` of the scenario. Our gRPC arm gets a new
+    name with the prefix `part`, because it also runs in another part."""
     if contestant.arm.name != GRPC:
         return contestant.arm
     return stage.report.arm(part + contestant.arm.name, contestant.arm.description)

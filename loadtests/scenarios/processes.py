@@ -6,8 +6,8 @@ set-ups has its own worker, which links to every gateway process: with two proce
 of half the tokens each.
 
 Some work of a process costs the same for one token as for a hundred: a step, a heartbeat and the wake-up of a sleeping
-client. So the single process is also measured with half the streams. Its load is then the load of each of the two
-processes: the purpose of a second process is to serve more streams at the same load.
+client. So the single process is also measured with half the streams, which is the load of each of the two processes.
+In practice a second process is added to serve more streams, at an unchanged load of each process.
 """
 
 from __future__ import annotations

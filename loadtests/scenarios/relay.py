@@ -46,7 +46,8 @@ CLIENT_BOUND = Bound("<=", 0.4)
 
 
 def sim_source(model: Path, seed: int) -> str:
-    """Return the model source of both sides' engines, with capacity for every stream and negligible prefill time."""
+    """Return the model source of the simulated engines behind our gateway and behind vllm-router. The engines have
+    capacity for every stream, and prefill takes almost no time."""
     room = f"max_num_seqs={STREAMS}&max_num_batched_tokens=65536&kv_blocks=65536"
     speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s=100000000"
     return f"sim://{model}?{speed}&max_model_len=4096&{room}&seed={seed}&{serving.plain_tokens(model)}"

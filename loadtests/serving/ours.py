@@ -49,10 +49,12 @@ async def prepare(children: Children, kind: str, folder: Path) -> tuple[Path, Pa
 
 
 def plain_tokens(model: Path) -> str:
-    """Return parameters that make a simulated engine emit only tokens of ASCII letters. The token ids are the longest
-    run of consecutive ids of such tokens. With other tokens, a server may have to hold back text until the next token.
-    The parameters also contain a salt, which only Headrace's side uses. The salt does not change the text, so both
-    sides stay comparable."""
+    """Return URL parameters that make a simulated engine emit only tokens of ASCII letters. With other tokens, a server
+    may have to hold back text until the next token.
+
+    `token_lo` and `token_hi` bound the longest range of ids in which every token is of this kind. The parameter
+    `salted` is read only on Headrace's side. It does not change the text, so both servers stay comparable.
+    """
     vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
     letters = {i for piece, i in vocabulary.items() if (word := piece.lstrip("Ġ▁")).isascii() and word.isalpha()}
     longest = range(0)

@@ -37,7 +37,7 @@ async def make_key(home: Path) -> str:
 
 
 async def make_tenants(home: Path, count: int) -> list[str]:
-    """Create secrets, a ledger and `count` tenants without limits on models; return a key of each tenant."""
+    """Create secrets, a ledger and `count` tenants that may use every model. Return one API key of each tenant."""
     names = [TENANT, *(f"{TENANT}-{number}" for number in range(2, count + 1))]
     keys = await asyncio.to_thread(_make_keys, home, {name: TenantPolicy(name, limits=LIMITS) for name in names})
     return list(keys.values())

@@ -49,8 +49,9 @@ class WholeEngine(Engine, KvEventSource, AdapterEngine, Protocol):
 
 
 def opened(arguments: argparse.Namespace, bundle: Bundle) -> tuple[WholeEngine, OutputParser | None]:
-    """Return the engine for `arguments.source`, and the parser of its outputs. The source is a simulated engine's or a
-    model folder. vLLM is imported only for a model folder, or if the engine's arguments name a parser."""
+    """Return the engine for `arguments.source`, and the parser of its outputs. The source is a model folder, or the
+    source string of a simulated engine. vLLM is imported only for a model folder, or if the engine's arguments name a
+    parser."""
     spec = spec_of(arguments)
     if arguments.source.startswith(SCHEME):
         config = SimConfig.from_source(arguments.source)

@@ -1,12 +1,13 @@
 """Simulated replicas of one model, in ticks of virtual time.
 
-Calls wait in one queue and are served first come, first served. A call enters a replica when the replica's KV cache has
-space for the call's tokens. All replicas are alike, compute prompts before decoding, and share prefill and running
-sequences evenly. A single replica computes the whole prompt of a call. When a replica leaves, its streams move to the
-other replicas. These replicas compute the streams' tokens again, before the prompts in the queue. A call that waits
-longer than MAX_WAIT_S is refused and counts as late.
+Calls wait in one queue and are served first come, first served. A call enters a replica when the
+replica's KV cache has space for the call's tokens. All replicas are alike, compute prompts before
+decoding, and share prefill and running sequences evenly. A single replica computes the whole prompt of
+a call. When a replica leaves, its streams move to the other replicas. These replicas compute the
+streams' tokens again, before the prompts in the queue. A call that waits longer than MAX_WAIT_S is
+refused and counts as late.
 
-Invariants: every call is waiting, running or judged. A fleet without ready replicas serves nothing.
+Invariants: every call is waiting, running or ended. A fleet without ready replicas serves nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class _Waiting:
 class Fleet:
     """Replicas of one model. `tick` advances time.
 
-    An arrival with a `count` above 1 may be served in fractions of a call.
+    An arrival with a `count` above 1 stands for several equal calls. The replicas may begin any fraction of it, such
+    as 1.5 of 3 calls.
     """
 
     def __init__(self, model: ReplicaModel, ttft_s: float, itl_s: float) -> None:

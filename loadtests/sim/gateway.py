@@ -127,8 +127,8 @@ class SimGateway:
         return self._policy.waiting(MODEL)[0]
 
     def claim(self) -> int:
-        """Backlog that this gateway reports to the workers: its share of the next turns in the fair order (see
-        claimed_turns). Without a fair order, it is the number of waiting calls."""
+        """Return the backlog that this gateway reports to the workers. With a fair order, it is the gateway's share of
+        the next turns, in the unit of `claimed_turns`. Without one, it is the number of waiting calls."""
         return self.waiting() if self.fair is None else self.fair.order(MODEL).backlogs.claimed_turns()
 
     def pump(self, now: float) -> None:

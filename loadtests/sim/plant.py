@@ -4,12 +4,12 @@ A step computes one token for each running sequence and at most `chunk_tokens` o
 
     step_s + per_sequence_s * running + prompt tokens / prefill_tokens_per_s
 
-So a fully used replica with p prefilled tokens, d decoded tokens and f steps a second satisfies
+So a fully used replica that computes p prompt tokens, d output tokens and f steps per second satisfies
 
-    1 = p / prefill + per_sequence * d + step * f
+    1 = p / prefill_tokens_per_s + per_sequence_s * d + step_s * f
 
-The constants of `SMALL` are the constants of the realistic engine in SMG's mock worker (8,000 prefill tokens/s, 6 ms +
-0.35 ms a sequence, 256 sequences, 524,288 tokens of cache).
+`SMALL` has the constants of the realistic engine in the mock worker of SMG, a router for LLM servers: 8,000 prompt
+tokens/s, 6 ms a step and 0.35 ms a sequence, 256 sequences, 524,288 tokens of cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ReplicaModel:
-    """Step model of a replica. Times are in seconds. A pace `itl_s` is the time between two tokens of a sequence."""
+    """Model of a replica's engine steps. Times are in seconds. In the methods, `itl_s` is the time between two tokens
+    of one sequence."""
 
     prefill_tokens_per_s: float = 8_000.0
     step_s: float = 0.006

@@ -34,7 +34,8 @@ UNBOUNDED = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Calls in the order of arrival; the arrays have one element for each group of `count` equal calls."""
+    """Calls in the order of arrival. Each element of the arrays stands for a group of equal calls that arrive together;
+    `count` is the number of calls in each group."""
 
     at_s: Floats
     count: Floats

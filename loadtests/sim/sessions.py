@@ -5,8 +5,8 @@ small, and turns wait. So the sessions grow, return after pauses and share the f
 workers' KV blocks do not hold all of them. The workers report stored and evicted blocks late. The waiting room, the
 fair order, the cache index and the routing are the production code.
 
-Method: a worker computes one prompt after the other at a constant rate, then decodes at a constant rate. It holds KV
-blocks by number. It evicts idle blocks, the block that was used longest ago first.
+Method: a worker computes one prompt after the other at a constant rate, then decodes at a constant rate. It has a fixed
+number of KV blocks. When they are all used, it evicts the idle block that was used longest ago.
 
 Invariant: equal configurations give equal runs.
 """
@@ -361,8 +361,8 @@ class SessionWorld:
         return {worker: blocks * BLOCK_TOKENS for worker, blocks in matched.items()}
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return how many leading tokens of a prompt each worker holds, by worker id, as `cached_tokens` does. Returns
-        nothing if the warm order is off (`warm`)."""
+        """Return how many leading tokens of a prompt each worker holds, by worker id. Returns an empty mapping if the
+        configuration switches the warm order off (`warm` is False)."""
         return self.cached_tokens(model, key) if self.config.warm else {}
 
     def free_tokens(self, model: str, worker_id: str) -> int:

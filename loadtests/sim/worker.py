@@ -21,7 +21,8 @@ from loadtests.sim.events import EventQueue
 
 @dataclass(frozen=True, slots=True)
 class SimSubmit:
-    """A call on its way to a worker. `again`: the call is resumed, so its charge has already been counted."""
+    """A call on its way to a worker. `again`: whether the call is resumed; the charge of a resumed call has already
+    been counted."""
 
     request: EngineRequest
     flow: FlowKey

@@ -22,7 +22,8 @@ Answer = Callable[..., int]
 
 @pytest.fixture
 def answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Answer]:
-    """Function that runs a command on a terminal with `typed` as the user's input, and returns the exit code."""
+    """Function that runs a command with a terminal as standard input, and returns the exit code. Its argument `typed`
+    is what the user types."""
     ours, terminal = pty.openpty()
     with io.TextIOWrapper(os.fdopen(terminal, "rb", buffering=0)) as stdin:
         monkeypatch.setattr("sys.stdin", stdin)

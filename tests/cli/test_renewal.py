@@ -43,9 +43,10 @@ def test_a_renewal_prints_no_other_secret(tmp_path: Path) -> None:
 
 
 def test_a_second_install_is_refused(tmp_path: Path) -> None:
-    """Applying a second install is refused, because the Secret is immutable.
+    """If an operator runs the installation's command for secrets again, Kubernetes refuses the new Secret,
+    because the Secret is immutable.
 
-    A new pepper would make every API key invalid.
+    The new Secret would have another pepper, which would make every API key invalid.
     """
     store = SecretStore()
     run_line(INSTALL, tmp_path, store)
@@ -55,9 +56,10 @@ def test_a_second_install_is_refused(tmp_path: Path) -> None:
 
 
 def test_both_authorities_are_kept(tmp_path: Path) -> None:
-    """A renewal keeps the certificate authorities of the link and of the client ports, and their keys are private.
+    """A renewal keeps the certificate authorities of the link and of the client ports. So workers, and clients that
+    pin the CA, can still connect.
 
-    So workers, and clients that pin the CA, can still connect.
+    Only the owner can read the private keys of these authorities.
     """
     authorities = []
     for _ in range(2):

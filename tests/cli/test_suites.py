@@ -12,7 +12,8 @@ from scripts import suites
 
 
 def test_every_source_package_is_pinned() -> None:
-    """The pin of a source package has its version and the hashes of its files, and nothing of other packages."""
+    """`suites.pin` returns the pin of each source package: one line with the version and the hashes of its files. It
+    raises LookupError for a package without a pin."""
     pins = suites.PINS.read_text()
     for name in suites.SOURCES:
         assert re.fullmatch(rf"{name}==[\d.]+( --hash=sha256:[0-9a-f]{{64}})+", suites.pin(name, pins))

@@ -243,7 +243,8 @@ async def test_from_nothing_to_a_call(keyed: Keyed, at: tuple[str, ...]) -> None
 
 @pytest.mark.slow
 async def test_exit_codes(keyed: Keyed, at: tuple[str, ...], tmp_path: Path) -> None:
-    """The exit code of a command is 0 ok, 1 failed, 2 bad usage or 3 unreachable, and an error has no traceback."""
+    """A command ends with exit code 0 on success, 1 on failure, 2 after invalid usage, and 3 if the gateway or database
+    is unreachable. An error prints no traceback."""
     (tmp_path / "bad").write_text("hr_k1_" + "x" * 43)
     admin = keyed.gateway.endpoints["admin"]
     for arguments, code, words in (

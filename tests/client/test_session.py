@@ -58,7 +58,8 @@ async def test_many_streams_share_a_session(client: AsyncClient, cluster: TestCl
 
 
 class Counting(inference_pb2_grpc.InferenceServicer):
-    """Servicer that answers nothing and records the size and the number of started calls of each session message."""
+    """Servicer that answers nothing. It records two numbers for each session message: the message's size, and how many
+    calls the message starts."""
 
     def __init__(self) -> None:
         self.starts: list[int] = []

@@ -50,8 +50,8 @@ def test_an_alias_of_two_models_stays_with_one() -> None:
 
 @pytest.mark.parametrize("section", WRONG_SECTIONS)
 def test_a_section_that_is_none_holds_everything(section: str) -> None:
-    """If the `models` section is not a list, all running models stay unchanged. If the section were read as empty,
-    every model would be deleted."""
+    """If the section `models` is not a list, all running models stay unchanged. They would be deleted if the section
+    were read as an empty list."""
     found = for_controller(f"{HEAD}{'' if section == '{}' else section}\n")
     assert (found.config.models, found.all_held) == ((), True)
 
@@ -91,8 +91,8 @@ def test_a_gateway_starts_without_what_it_does_not_read(sections: str) -> None:
 
 
 def test_a_gateway_with_a_ray_of_its_own_still_needs_the_shared_secret() -> None:
-    """A gateway with an invalid `ray` section still requires the shared secret. Otherwise each gateway would create its
-    own."""
+    """A configuration with the sections `auth` and `ray` must name a secret file that all gateways share. A gateway
+    checks this even if it ignores the section `ray` as invalid."""
     with pytest.raises(ConfigError, match="cluster_secret_file"):
         for_gateway(HEAD + "auth: {api_keys: {}}\nray: [{name: B, dashboard_url: 'http://x'}]\nmodels: []\n")
 

@@ -112,9 +112,9 @@ def test_ports_open_with_auth_and_tls_together(listener: str) -> None:
 
 
 def test_tenants_stand_over_the_defaults() -> None:
-    """A tenant's policy is the file's defaults, overridden by the tenant's own fields.
+    """A tenant's policy consists of the section `tenant_defaults`, overridden by the tenant's own fields.
 
-    Secret files are in the cache folder by default.
+    The default paths of secret files are in the cache folder.
     """
     text = "tenant_defaults: {class: batch, models: [m]}\ntenants: [{name: acme, weight: 4}]\n"
     found = document.parse(HEAD + KEYS + text + MODEL)

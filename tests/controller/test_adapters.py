@@ -41,7 +41,8 @@ async def unload(bed: CatalogBed, adapter: str, name: str = "l") -> pb.Adapter:
 
 
 async def published(bed: CatalogBed, model: str = "l") -> Sequence[tuple[str, str]]:
-    """Run a pass; return the name and source of each of the model's adapters, as the gateways get them."""
+    """Let the controller make one pass, and return the name and source of each adapter of a model, as published to the
+    gateways."""
     await bed.controller.step()
     return [(adapter.name, adapter.source) for adapter in bed.gateways.published[model].adapters]
 
@@ -61,10 +62,10 @@ async def test_a_loaded_adapter_is_published_and_replaces_no_replica(tmp_path: P
 
 
 async def test_a_loaded_adapter_survives_apply_and_a_restart(tmp_path: Path) -> None:
-    """A loaded adapter survives a changed entry of its model and a restart of the controller. An adapter of the same
-    name in the entry takes precedence.
+    """An adapter that was loaded at run time survives a changed entry of its model and a restart of the
+    controller. If the entry has an adapter of the same name, the entry's adapter takes precedence.
 
-    It is dropped with its model, and at the next start of a local cluster.
+    The loaded adapter is dropped when its model is removed, and at the next start of a local cluster.
     """
     bed = await bed_with_lora(tmp_path)
     await load(bed)
@@ -127,7 +128,7 @@ async def test_a_wrong_adapter_changes_nothing(
 
 
 async def test_only_what_was_loaded_is_unloaded(tmp_path: Path) -> None:
-    """Only a loaded adapter can be unloaded. An adapter of the entry and an unknown adapter are refused."""
+    """Unloading is refused for an adapter that belongs to the model's catalog entry, and for an unknown adapter."""
     bed = await bed_with_lora(tmp_path)
     assert (await refused(unload(bed, "own"))).outcome is Outcome.MANAGED_BY_FILE
     assert (await refused(unload(bed, "none"))).outcome is Outcome.NOT_FOUND

@@ -62,7 +62,8 @@ class CatalogBed:
         return pb.ApplyResponse.FromString(await self.verbs["Catalog.Apply"](request.SerializeToString(), "key:k1"))
 
     async def ask(self, verb: str, request: Any) -> dict[str, tuple[float, str]]:
-        """Send another admin request, and return the weight and the reason of each version after the request."""
+        """Send an admin request about a model's versions. Return the weight and the reason of each version after the
+        request."""
         answer = pb.VersionsResponse.FromString(await self.verbs[verb](request.SerializeToString(), "key:k1"))
         return {version.version: (version.weight, version.state_reason) for version in answer.versions}
 
@@ -161,8 +162,8 @@ async def test_models_of_a_file_are_the_files(tmp_path: Path) -> None:
 
 
 async def test_a_diff_shows_models_of_a_file_too(tmp_path: Path) -> None:
-    """A diff shows changes to the models of the file, too, although Apply refuses such changes. A diff changes
-    nothing."""
+    """Diff also shows changes to models of the configuration file, although Apply refuses such changes. Diff does not
+    change the catalog."""
     bed = CatalogBed(tmp_path, life="", by_file=True)
 
     async def diff(*entries: dict[str, Any]) -> list[tuple[str, str]]:
@@ -180,8 +181,8 @@ async def test_a_diff_shows_models_of_a_file_too(tmp_path: Path) -> None:
 
 
 async def test_weights_rollback_and_promotion(tmp_path: Path) -> None:
-    """Each request about versions returns the new shares, and a promotion restarts no replica. Overrides survive a
-    restart of the controller."""
+    """Requests that set the weight of a version, roll it back, quarantine it or promote it return the new shares of the
+    calls. A rollback survives a restart of the controller. A promotion restarts no replica."""
     bed = CatalogBed(tmp_path)
     await bed.apply({"name": "m", "source": "/m", "aliases": ["default"], "canary": CANARY})
     await bed.up()

@@ -261,7 +261,8 @@ def worker(of: ReplicaSettings, running: int = 0, weight_digest: str = "") -> Fl
 
 
 async def test_a_trial_comes_beside_and_the_other_is_not_touched() -> None:
-    """A canary gets replicas, a share of the calls and a separate state, while the model stays READY."""
+    """A canary version gets its own replicas, its own state and a share of the calls. Meanwhile the model stays
+    READY."""
     ray, gateways = FakeRay(), FakeGateways()
     stable, canary = two_versions()
     loop = controller(ray, gateways, stable)

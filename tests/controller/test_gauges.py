@@ -34,8 +34,8 @@ async def test_each_ray_cluster_has_a_value() -> None:
 
 
 async def test_the_local_ray_has_a_value() -> None:
-    """The metric `ray_up` of the Ray that `headrace up` starts has the label `local`. It is 1 if Ray answered in the
-    controller's last pass, else 0."""
+    """For the Ray that `headrace up` starts, the metric `ray_up` has the label value `local`. It is 1 if Ray answered
+    in the controller's last pass, and 0 if it did not. Before the first pass there is no value."""
     ray = FakeRay()
     loop = controller(ray, FakeGateways(), settings("m"))
     assert list(ray_samples(ray, loop)) == []

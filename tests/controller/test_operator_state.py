@@ -148,7 +148,8 @@ async def test_the_next_controller_goes_on_without_the_folder(tmp_path: Path) ->
 
 @pytest.mark.slow
 async def test_a_state_without_a_file_removes_the_older_file(tmp_path: Path) -> None:
-    """A recovered folder has the files of the state. Other files with operators' changes are removed."""
+    """Recovery replaces all files with operators' changes. A file that the recovered state does not contain is deleted
+    from the folder."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / CATALOG_FILE).write_text("old")
     document = json.dumps({SCALING_FILE: "{}"}).encode()

@@ -45,8 +45,8 @@ def test_an_entry_keeps_the_tasks() -> None:
 def test_workers_override_the_catalog() -> None:
     """The pooling tasks of a model are those that its linked workers report.
 
-    After the last link has ended, the reported tasks stay. If no worker was ever linked, the tasks come from
-    the catalog entry. Until a worker or a complete entry is known, the tasks are None.
+    After the last worker has left, the reported tasks stay. If no worker was ever linked, the tasks come from the
+    catalog entry; they are None if the entry is incomplete.
     """
     model = KnownModel(CatalogEntry("m"), True)
     unknown = model.capabilities.tasks

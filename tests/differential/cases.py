@@ -50,7 +50,8 @@ GRAMMARS: tuple[tuple[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Case:
-    """A request. `options`: by the field names of inference.proto; `top_logprobs`: None for no log probabilities."""
+    """A request. `options`: the options that are set, keyed by their field names in inference.proto. `top_logprobs`:
+    None for no log probabilities."""
 
     number: int
     prompt: Prompt

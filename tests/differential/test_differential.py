@@ -55,9 +55,8 @@ async def _each(
 async def _compare(
     cases: Sequence[Case], peer: Peer, cluster: TestCluster, at_once: int = AT_ONCE
 ) -> dict[int, Answer]:
-    """Send the cases to both sides and check that the answers are equal; return the peer's answers. Our side gets the
-    cases in a different order and so in different batches.
-    """
+    """Send the same cases to Headrace and to `peer`, and check that the answers are equal. Return the peer's answers.
+    Headrace gets the cases in another order and so in other batches."""
     theirs = await _each(cases, peer.ask, at_once)
     shuffled = random.Random(SEED).sample(cases, len(cases))
     mine = await _each(shuffled, lambda case: ours(cluster.stub, case), at_once)
@@ -76,9 +75,8 @@ async def both(peer: Peer, cluster: TestCluster) -> tuple[Peer, TestCluster]:
 
 @pytest.mark.parametrize("requests", [150, pytest.param(500, marks=pytest.mark.long)])
 async def test_greedy_requests_are_answered_alike(requests: int, both: tuple[Peer, TestCluster]) -> None:
-    """Text, finish_reason, log probabilities and usage are equal for random requests; half of our answers are
-    streamed.
-    """
+    """For random requests, text, finish_reason, log probabilities and usage of our answers equal those of the other
+    server. Half of our answers are streamed."""
     peer, cluster = both
     maker = Maker(SEED)
     plain = [maker.plain() for _ in range(PLAIN)]
@@ -124,11 +122,11 @@ def _assert_spread(cases: Sequence[Case], answers: dict[int, Answer], share: flo
 
 
 async def test_defaults_of_the_checkpoint_are_alike(both: tuple[Peer, TestCluster]) -> None:
-    """Seeded calls without temperature and top_p use the generation config. vLLM and Headrace sample the same tokens,
-    also for n > 1.
+    """Seeded calls without temperature or top_p use the values in the model's generation config. vLLM and Headrace
+    sample the same tokens, also for n > 1.
 
-    Calls are made one at a time, with prompts so short that all outputs fit into one step. An unmodified vLLM on
-    CPU crashes if a seeded request has a chunked prefill.
+    Calls are made one at a time, with prompts so short that all outputs fit into one step. An unmodified vLLM
+    on CPU crashes if a seeded request has a chunked prefill.
     """
     maker = Maker(SEED + 1)
     options: list[dict[str, Any]] = [{}, {"temperature": 1.5}, {"top_p": 0.3}, {"top_k": 5, "min_p": 0.1}, {"n": 3}]

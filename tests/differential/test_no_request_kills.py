@@ -94,8 +94,8 @@ class Oddities:
         self._odd_grammars = [grammar for grammar in odd_grammars() if "\ud800" not in "".join(grammar.value)]
 
     def call(self, number: int, *, late: bool = False) -> OddCall:
-        """Return the next odd call. `number`: number of the call. `late`: give the call a deadline that passes before
-        its end."""
+        """Return the next random call with unusual parameters. `number`: number of the call. `late`: give the call a
+        deadline that passes before its end."""
         chance = self._random
         fields: dict[str, Any] = {"max_tokens": chance.choice([4, 16, 48])}
         for name, values in EXTREMES.items():

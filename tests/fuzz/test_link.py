@@ -109,8 +109,8 @@ async def test_a_mad_workers_turns(cluster: TestCluster, bundle: Bundle) -> None
 
 
 async def test_any_first_messages(cluster: TestCluster) -> None:
-    """Whatever a peer sends first (any Hello, blob, heartbeat, controller frame or invalid bytes), the healthy worker
-    keeps its link."""
+    """A peer may send anything as its first messages: any Hello, blob, heartbeat, controller frame or invalid bytes. A
+    healthy worker of the same gateway keeps its link."""
     kinds = {"Turn": pb.WorkerTurn, "Bulk": pb.Blob, "Beat": pb.WorkerBeat, "Control": pb.ControllerFrame}
     frames = st.one_of(
         *(

@@ -112,7 +112,8 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
 
 
 async def test_http2_frames(cluster: TestCluster) -> None:
-    """A connection on the gRPC port may send any frames in any order. At most this connection ends, and no other."""
+    """A connection on the gRPC port may send any frames in any order. They may end this connection, but no other
+    connection."""
     address = cluster.gateway.endpoints["grpc"]
     async with nothing_unexpected():
         for batch in batches(st.tuples(st.booleans(), st.lists(frames(), max_size=12))):
@@ -152,7 +153,8 @@ KEYS += ["parallel_tool_calls", "reasoning_effort", "thinking_token_budget", "do
 
 
 def bodies() -> st.SearchStrategy[bytes]:
-    """Return a strategy for a request with some changed fields, for any JSON, or for bytes that are not JSON."""
+    """Return a strategy that generates request bodies. A body is a request with some changed fields, any other JSON, or
+    bytes that are not JSON."""
     good = st.sampled_from([chat_body(), completion_body(), chat_body(stream=True), completion_body(stream=True)])
     changed = st.builds(
         lambda body, more: {**body, **more}, good, st.dictionaries(st.sampled_from(KEYS), JSON, max_size=2)

@@ -317,8 +317,8 @@ async def test_a_stream_resumes_at_another_gateway_with_its_files(
 
 
 async def test_adapters_are_private_and_accounted_by_name(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A private adapter exists only for its tenants, in calls and lists of all APIs. Its calls are recorded under its
-    name."""
+    """In every API, a private adapter can be called and listed only by its tenants. Calls of the adapter are recorded
+    under the adapter's name."""
     async with keyed_cluster(tmp_path) as keyed:
         bed = Bed(keyed.cluster, checkpoint, bundle)
         bed.catalog(dataclasses.replace(A, tenants=("acme",)), B)

@@ -126,7 +126,8 @@ async def test_tokenize_and_detokenize(cluster: TestCluster, checkpoint: Path, b
 
 
 async def test_models_health_and_workers_are_told(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A model without workers is listed with its state in the catalog. With a worker it is READY and SERVING."""
+    """A model without workers is listed with its state from the catalog, and its health is NOT_SERVING. Once it has a
+    worker, its state is READY and its health is SERVING."""
     cluster.gateway.worker_events.apply_catalog(
         [
             CatalogEntry("sim", aliases=("default",), state=ModelState.LOADING, max_model_len=256),

@@ -180,8 +180,8 @@ async def test_nothing_is_left_behind(
     what: Callable[[TestCluster], Awaitable[None]],
     count: int,
 ) -> None:
-    """A first round fills caches and pools. Further rounds leave no task, timer, file or thread behind. Of each type,
-    less than one object remains for every five calls or lost links."""
+    """A first round fills caches and pools. Further rounds leave no task, timer, file or thread behind. Objects of any
+    Python type grow by less than one object for every five calls or lost links."""
     cluster.gateway.scheduler.routes.history.max_bytes = 10_000  # so that the first round fills it
     cluster.gateway.live.recent.calls.max_calls = 10
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.5), bundle, timing=QUICK)

@@ -136,8 +136,8 @@ async def test_a_lost_worker_changes_nothing(cluster: TestCluster, bundle: Bundl
 async def test_a_worker_with_another_parser_does_not_continue(
     cluster: TestCluster, bundle: Bundle, options: dict[str, Any]
 ) -> None:
-    """A stream that loses its worker resumes only on a worker with the same parsers. Other parsers would make other
-    parts of the same tokens."""
+    """A stream that loses its worker resumes only on a worker with the same parsers. Other parsers would split the same
+    tokens into different parts."""
     doomed = await add(cluster, bundle, step_s=0.005)
     call = cluster.stub.StreamChat(request())
     chunks = [await asyncio.wait_for(read(call), 60) for _ in range(4)]

@@ -250,9 +250,10 @@ def reference_names() -> frozenset[str]:
 
 
 def unknown_names(text: str) -> list[str]:
-    """Return the names in a page that look like log events but are neither log events nor names of the reference.
+    """Return the names in a page that look like log events but are not known.
 
-    A name looks like a log event if it begins with the area of an event, or if it is a single word with underscores.
+    A name looks like a log event if it begins with the area of an event, or if it is a single word with
+    underscores. Known are log events, engine arguments and the names in the reference pages.
     """
     names = re.findall(r"`([a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*)?)`", text)
     like = [name for name in names if (name.split(".")[0] in AREAS if "." in name else "_" in name)]
@@ -261,12 +262,14 @@ def unknown_names(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", sorted(RUNBOOKS.glob("*.md")), ids=lambda page: page.stem)
 def test_log_events_in_runbooks_exist(page: Path) -> None:
-    """Each name in a runbook that looks like a log event is a log event or another name that docs/reference lists."""
+    """A runbook names no unknown log event: each name that looks like a log event is one, or is another name that
+    docs/reference lists."""
     assert unknown_names(page.read_text()) == []
 
 
 def test_an_unknown_log_event_is_found() -> None:
-    """`unknown_names` returns outdated and unknown event names, but neither configuration keys nor metrics."""
+    """`unknown_names` returns the words in a text that look like log events but are no current events. It does not
+    return names of events, configuration keys or metrics that exist."""
     text = "`link_down`, `link.lost`, `link.connected`, `scaling.gpu_budget`, `headrace_worker_info`, `max_num_seqs`"
     assert unknown_names(text) == ["link_down", "link.lost"]
 

@@ -82,7 +82,8 @@ def secrets_by_name() -> dict[str, Any]:
 
 @pytest.mark.parametrize("part", ["gateway", "controller"])
 def test_the_command_lines_serve(preset: Rendered, part: str, tmp_path: Path) -> None:
-    """The arguments of each pod pass `--check` with the pod's mounted files and the Secrets of `pod secrets`."""
+    """The command line in each pod of the chart is valid: with `--check` it accepts the files that are mounted into the
+    pod. The mounted Secrets are those that `headrace pod secrets` prints."""
     name = f"headrace-{part}"
     (workload,) = (
         o for o in preset.objects if o["kind"] in ("StatefulSet", "Deployment") and o["metadata"]["name"] == name

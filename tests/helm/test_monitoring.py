@@ -154,7 +154,8 @@ def test_every_query_is_promql_over_metrics_that_exist() -> None:
 
 
 def test_the_rule_itself_sees_what_it_should() -> None:
-    """`labels_of` rejects an unknown metric and a histogram without its suffix. `selectors` finds nested selectors."""
+    """`labels_of` raises KeyError for an unknown metric, and for the name of a histogram without a suffix such as
+    `_bucket`. `selectors` also finds the selectors inside nested PromQL expressions."""
     with pytest.raises(KeyError):
         labels_of("headrace_request_total")
     with pytest.raises(KeyError):

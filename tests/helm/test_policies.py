@@ -305,9 +305,8 @@ def test_each_reaches_what_it_dials(preset: Rendered) -> None:
 
 
 def test_nobody_else_reaches_ray_links_or_the_admin_port(preset: Rendered) -> None:
-    """No pod of this or another namespace, no outside address and no unrelated part of the release reaches Ray, the
-    links or the admin port.
-    """
+    """Foreign pods of this or another namespace and outside addresses reach none of Ray's ports, the link port and the
+    admin port. A pod of the release reaches only those of these ports that it needs."""
     there, allows = peers(preset), network(preset).allows
     gateway, controller, head, worker = (there[item] for item in ("gateway", "controller", "head", "worker"))
     strangers = (STRANGER, ELSEWHERE, INTERNET)
@@ -328,7 +327,8 @@ def test_nobody_else_reaches_ray_links_or_the_admin_port(preset: Rendered) -> No
 
 
 def test_callers_reach_the_two_client_ports() -> None:
-    """By default every caller reaches the two client ports. With `networkPolicy.clients` only the named callers do."""
+    """By default every caller reaches the two client ports. If `networkPolicy.clients` is set, only the callers in this
+    value reach them."""
     open_to_all, named = helm.template(INSIDE), helm.template(EVERYTHING)
     through = Peer("gateways", {"app": "envoy"})
     platform = Peer("platform", {"app": "shell"})

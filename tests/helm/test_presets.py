@@ -42,7 +42,7 @@ def groups(rendered: Rendered) -> dict[str, dict[str, Any]]:
 def test_one_model_over_two_nodes(sizes: dict[str, Any]) -> None:
     """The worker group has enough GPUs for the model in both parallel layouts that the preset names.
 
-    None of its nodes may be evicted, and its containers have the group's network settings.
+    The PodDisruptionBudget lets none of its pods be evicted. Its containers have the group's network settings.
     """
     (model,) = yaml.safe_load(preset("two-nodes").read_text())["config"]["models"]
     rendered = helm.template(preset("two-nodes"), {"config": {"models": [{**model, **sizes}]}})

@@ -24,8 +24,9 @@ OBJECTS = [item for block in BLOCKS if "kind" in block[0] for item in block]
 
 
 def test_the_recipes_are_read() -> None:
-    """Enough code blocks are found in docs/kubernetes-recipes.md: at least eight with Helm values, and those with a
-    Certificate and an ExternalSecret. Otherwise the other tests would check nothing."""
+    """The tests of this file find the code blocks in docs/kubernetes-recipes.md: at least eight blocks with Helm
+    values, one with a Certificate and one with an ExternalSecret. If no blocks were found, the other tests would check
+    nothing."""
     assert len(VALUES) >= 8
     assert {item["kind"] for item in OBJECTS} == {"Certificate", "ExternalSecret"}
 
@@ -58,7 +59,8 @@ def secrets() -> dict[str, Any]:
 
 
 def test_certificates_have_the_names_of_pod_secrets() -> None:
-    """cert-manager's certificates have the names that `pod secrets` issues, in the Secrets that the chart reads."""
+    """The recipe for cert-manager requests the same certificates as `pod secrets` issues: in Secrets of the same names,
+    and with the same DNS names, URIs and IP addresses."""
     asked = {item["spec"]["secretName"]: item["spec"] for item in OBJECTS if item["kind"] == "Certificate"}
     issued = {name: held["tls.crt"] for name, held in secrets().items() if "tls.crt" in held}
     assert asked.keys() == issued.keys()

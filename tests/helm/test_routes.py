@@ -173,8 +173,8 @@ def test_a_site_can_open_more() -> None:
 
 
 def test_dns_may_live_elsewhere() -> None:
-    """The network policies allow DNS where the values place it: on another port and in another namespace, or on the
-    node. They then block DNS in kube-system."""
+    """If the chart values name a DNS server in another namespace, on another port or on the node, the network policies
+    allow only this server. DNS in kube-system is then blocked."""
     to = [
         {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "openshift-dns"}}},
         {"ipBlock": {"cidr": "169.254.20.10/32"}},
@@ -219,7 +219,8 @@ def test_each_rendering_is_the_same(file: Path) -> None:
 
 
 def test_the_test_reaches_gateways_that_are_closed_to_others() -> None:
-    """The pod of `helm test` reaches only the HTTP port of the gateways, even if callers are restricted."""
+    """If a network policy restricts the callers, the pod of `helm test` still reaches the HTTP port of the gateways. It
+    reaches no other port of them."""
     clients = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress"}}}]
     release = helm.template({"networkPolicy": {"clients": clients}})
     there, allows = peers(release), network(release).allows

@@ -1,6 +1,7 @@
-"""With `secrets.create`, the chart makes its Secret once and keeps an existing Secret.
+"""With `secrets.create`, the chart makes its Secret at the first installation and keeps the Secret at later
+upgrades.
 
-To find an existing Secret, Helm must be able to read from the cluster.
+Helm must be able to read from the cluster, to find the existing Secret.
 """
 
 from __future__ import annotations

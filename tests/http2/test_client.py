@@ -46,7 +46,8 @@ async def test_calls_one_after_the_other_and_at_once(serve: Serve) -> None:
 
 
 async def test_what_is_received_is_not_written_out(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A received frame is never serialized again, although h2 by default does so for a disabled debug log."""
+    """The client never serializes a received frame again. h2 would do so by default, to build a debug message that is
+    not logged."""
 
     def again(frame: DataFrame) -> bytes:
         assert not frame.data, f"a frame of {frame.body_len} bytes is serialized once more"

@@ -99,7 +99,8 @@ def test_caps_hold_and_a_proven_call_keeps_its_place(cap: int, events: list[tupl
 
 @given(cap=st.integers(MIN_CONNECTIONS, 100), flood=st.integers(1, 300))
 def test_a_tenant_gets_in_and_stays_whatever_strangers_of_another_address_do(cap: int, flood: int) -> None:
-    """A tenant connects and stays connected despite hundreds of idle connections from another address."""
+    """A client of a tenant can connect, and its connection is not closed, although hundreds of idle connections come
+    from another address."""
     pool = Pool(cap)
     for _ in range(flood):
         arrive(pool, "10.0.0.1")
@@ -158,7 +159,8 @@ def test_a_port_full_of_calls_refuses() -> None:
 
 
 def test_a_connection_that_was_used_outlasts_one_that_was_not() -> None:
-    """A full pool closes a connection without a call since the last check, and keeps connections that had a call."""
+    """When the connection table is full, it closes a connection that has had no call since the last check. It keeps
+    connections that had a call."""
     pool = Pool(16)
     held = [h for i in range(16) if (h := arrive(pool, f"10.0.{i}.1")[0]) is not None]
     for slot in held:

@@ -191,8 +191,8 @@ async def test_a_client_that_reads_many_streams_may_say_so(serve: Serve) -> None
 
 
 async def test_windows_of_one_byte_justify_nothing(serve: Serve) -> None:
-    """A connection whose client enlarges the window byte by byte is closed, although each update lets the server send a
-    byte."""
+    """A connection is closed if its client enlarges the flow-control window by one byte at a time. It is closed even
+    though each of these updates lets the server send a byte."""
     async with serve(LIMITS) as echo, raw_client(echo.port, window=1 << 30) as raw:
         stream_id = await raw.call("Many", b"100x10000")
         while len(raw.data.get(stream_id, b"")) < 65_535:

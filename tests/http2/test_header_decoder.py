@@ -39,7 +39,8 @@ def test_repeated_blocks_give_the_fields_of_hpack(
 
 
 def test_the_memory_is_bounded() -> None:
-    """The decoder remembers at most MAX_BLOCKS blocks. It remembers no block that is long or has many fields."""
+    """The decoder remembers the fields of at most MAX_BLOCKS header blocks. It remembers no block that is long or has
+    many fields."""
     encoder, decoder = Encoder(), HeaderDecoder()
     for number in range(3 * MAX_BLOCKS):
         decoder.decode(encoder.encode([NeverIndexedHeaderTuple(b"x-number", b"%d" % number)]), raw=True)

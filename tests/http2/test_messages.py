@@ -69,7 +69,8 @@ def test_compressed_messages(message: bytes, encoding: str, step: int) -> None:
 
 
 def test_a_step_ends_where_nothing_comes_out() -> None:
-    """A compressed message of many empty blocks is decompressed in bounded steps, although it yields no bytes."""
+    """A compressed message of many empty blocks decompresses to no bytes at all. The work on it is still divided into
+    bounded steps."""
     empty_blocks = b"\x00\x00\x00\xff\xff" * 100_000
     inflater = Inflater(gzip.compress(b"")[:10] + empty_blocks, "gzip", 1000)
     for _ in range(len(empty_blocks) // INFLATE_BYTES + 1):

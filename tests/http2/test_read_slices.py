@@ -44,8 +44,8 @@ class Reading:
 
 @given(COSTS)
 def test_no_pass_is_long_and_no_reader_waits_for_all_of_another(readers: list[list[float]]) -> None:
-    """An event-loop pass exceeds its time limit by at most a few slices. Every reader gets its first slice before any
-    reader gets a second slice."""
+    """Readers of several connections take turns, each with a short slice of parsing time. Every reader gets its first
+    slice before any reader gets a second one. An event-loop pass exceeds PASS_S by at most three slices."""
 
     async def play() -> None:
         costly = Costly()

@@ -1,5 +1,5 @@
-"""Tests of request bodies. The body of a request without a credential is refused. The body of a request with a
-credential may have to wait until the total of buffered body bytes allows it, but is received in the end."""
+"""Tests of the bodies of requests. A request without a credential is refused. With a credential, a body may have to
+wait while the bodies that are buffered use up the limit, but it is always received in the end."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ async def test_before_a_credential_a_connection_brings_in_one_window() -> None:
 
 
 async def test_what_a_tenant_has_not_finished_is_bounded() -> None:
-    """A tenant's incomplete requests hold at most as many bytes as its budget allows. A short request of the tenant is
-    accepted even while the budget is used up."""
+    """A tenant's long, incomplete requests hold at most as many bytes as its budget allows. A short request needs no
+    part of the budget, so it is accepted even while the budget is used up."""
     async with serving(ByteBounds(2 * MIB, 2 * MIB, 8 * MIB)) as (echo, _, budget), raw_client(echo.port) as raw:
         await greeted(raw)
         uploads = {await raw.call("One", None, key="a"): framed(bytes(MIB)) for _ in range(20)}

@@ -129,8 +129,8 @@ async def test_one_of_two_works_and_hands_over_when_it_stops(api: FakeApi) -> No
 
 
 async def test_who_cannot_renew_stops_and_begins_again(api: FakeApi) -> None:
-    """While the API is down, the holder of the Lease stops its work when its time is over. When the API is back,
-    exactly one process works."""
+    """While the Kubernetes API is down, the holder of the Lease stops its work once the lease time is over. When the
+    API is back, exactly one process works."""
     work = Work()
     async with led(api, "ab", work):
         await until(lambda: len(work.running) == 1)

@@ -1,6 +1,5 @@
-"""At most one candidate acts at a time, whatever the delays and failures of the store. In the end, one candidate
-acts.
-"""
+"""Tests of a lease, which lets at most one of several processes act at a time, whatever the delays and failures of the
+store. One of them always acts in the end."""
 
 from __future__ import annotations
 

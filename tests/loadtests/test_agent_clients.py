@@ -1,5 +1,5 @@
-"""Tests of the part `clients` of the load test `agents`: the tasks, the engine that answers and dies, and the judgement
-of a run."""
+"""Tests of the part `clients` of the load test `agents`: its tasks, its engine, which answers from scripts and can die
+in a turn, and the judgement of a run."""
 
 from __future__ import annotations
 
@@ -80,8 +80,9 @@ def test_a_prompt_names_its_turn(task: Task, turn: int, extra: Sequence[str]) ->
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_every_death_cuts_the_part_that_it_names(task: Task) -> None:
-    """A worker dies three times: within the arguments of a last call, within a text and within a reasoning. Each time,
-    at least one character of this part was emitted and at least one was not."""
+    """Each task kills a worker three times: once in the arguments of a turn's last tool call, once in the text of an
+    answer and once in the reasoning. At the kill, a part of these arguments, this text or this reasoning was emitted,
+    and the rest was not."""
     assert task.deaths.keys() == {f"{task.name}#{turn}" for turn in DEATHS}
     for turn, part in DEATHS.items():
         step, key = task.steps[turn - 1], f"{task.name}#{turn}"
@@ -122,8 +123,8 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> TurnScripts:
 
 
 async def test_the_engine_dies_once_and_the_next_one_completes_the_answer(scripts: TurnScripts, tmp_path: Path) -> None:
-    """An engine is killed in the step that computes the chosen token, before this step's tokens are sent. A second
-    engine gets the tokens sent so far and completes the answer. The log has both requests."""
+    """An engine is killed shortly before it sends token 40 of an answer. A second engine gets the tokens that were sent
+    so far, and completes the answer. The log has the requests to both engines."""
     key, log = f"{TASK.name}#4", tmp_path / "log"
     answer, due = scripts.answers[key], 40
     prompt = scripts.tokenizer.encode(history(TASK, 4)).ids
@@ -178,8 +179,8 @@ def test_a_run_as_in_the_script_has_no_faults() -> None:
 
 @given(st.integers(0, TURNS))
 def test_a_turn_that_is_missing_or_repeated_is_seen(at: int) -> None:
-    """If a client leaves out a turn, the judgement names the turn. If a client requests a turn twice, the turn is
-    counted as repeated, without a fault."""
+    """A turn that a client leaves out is reported as a fault. A turn that a client requests twice is counted as
+    repeated, and is not a fault."""
     assert judge_requests(TASK, RUN[:at] + RUN[at + 1 :])[1] == [f"turn {TASK.name}#{at + 1} was not asked for"]
     counts, wrong = judge_requests(TASK, [*RUN, RUN[at]])
     assert (counts.repeated, wrong) == (1, [])

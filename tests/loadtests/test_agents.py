@@ -179,9 +179,11 @@ def test_answers_differ_exactly_if_a_difference_is_found(one: Answer, other: Ans
 def test_a_finish_reason_is_known_only_where_it_differs(
     one: Answer, other: Answer, is_cut: bool, is_named: bool
 ) -> None:
-    """`known_finish` reports a known difference between the finish reasons of two answers. The reasons then always
-    differ, and vLLM's reason is not `length`. It returns CUT only if the answer was cut, and NAMED_END only if the
-    caller named the tool."""
+    """`known_finish` reports a known difference between vLLM's finish reason and Headrace's only if the two
+    differ and vLLM's is not `length`.
+
+    It returns CUT only if the answer was cut, and NAMED_END only if the caller named the tool.
+    """
     known = compare.known_finish(one, other, is_cut=is_cut, is_named=is_named)
     if known:
         assert one.finish != other.finish

@@ -1,4 +1,5 @@
-"""Parts of the live run that need no Ray: the calls of the run, and the comparison of their answers."""
+"""Tests of those parts of the load test `autoscale_live` that need no Ray: its calls, and the comparison of their
+answers."""
 
 from __future__ import annotations
 
@@ -32,8 +33,10 @@ def test_equal_seeds_give_equal_calls(seed: int, seconds: float) -> None:
 
 
 def test_the_most_is_seventy_percent_of_all_replicas() -> None:
-    """Averaged over many seeds, the planned work is 70 % of the replicas' capacity, times the mean of the demand
-    curve."""
+    """At the maximum of the demand curve, the planned work is 70 % of the replicas' capacity.
+
+    So over the whole curve, averaged over many seeds, it is 70 % of the capacity times the mean of the curve.
+    """
     engine, seconds, seeds = Engine(), 200.0, range(200)
     work = sum(call.tokens for seed in seeds for call in plan(seed, seconds, engine, 4)) / len(seeds)
     mean_share = sum(share_of_most(i / 1000) for i in range(1000)) / 1000
@@ -80,9 +83,10 @@ async def _until(done: asyncio.Event) -> None:
 
 @pytest.mark.parametrize("use", [0.1, 0.6])
 def test_choosing_a_replica_saves_less_than_a_stream(use: float) -> None:
-    """If the replica with the fewest streams is removed instead of a random replica, fewer streams have to move.
+    """Removing the replica with the fewest streams, instead of a random replica, moves fewer streams.
 
-    On average, the difference is less than one stream. If streams may stay on a removed replica for ever, none moves.
+    On average, the difference is less than one stream. If a removed replica may run until its streams end, no stream
+    moves.
     """
     sweep = sweep_policies(use, 20.0, 1.0, random.Random(2))
     assert 0 <= sweep.blind - sweep.fewest < 1.0

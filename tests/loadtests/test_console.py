@@ -1,4 +1,5 @@
-"""Tests of the scenario console: each figure has a row, and consoles are opened as browsers open them."""
+"""Tests of the load-test scenario `console`: each figure has a row in the report, and the load test opens consoles in
+the same way as a browser."""
 
 from __future__ import annotations
 
@@ -49,8 +50,8 @@ def test_the_history_is_filled() -> None:
 
 
 async def test_consoles_read_events(tmp_path: Path) -> None:
-    """A reader signs in with a key and gets the first document. A wrong key raises an error, and so does opening too
-    many consoles."""
+    """Simulated consoles sign in with a key, and each gets the first document of its event stream. A sign-in with a
+    wrong key raises an error, and so does a console that the gateway refuses."""
     async with keyed_cluster(tmp_path) as keyed:
         key = await role_key(keyed.ledger, "ops", "operator")
         await keyed.until_known("ops", key)

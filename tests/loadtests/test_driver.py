@@ -54,7 +54,8 @@ async def test_an_open_loop_sends_at_the_due_times_whatever_is_under_way() -> No
 
 
 async def test_time_a_token_is_counted_by_the_servers_count_not_by_pieces() -> None:
-    """For five tokens in three pieces, the time per token is a fourth of the time from the first piece to the last."""
+    """If five tokens arrive in three pieces, the time per token is the time from the first piece to the last, divided
+    by four. The number of tokens counts, not the number of pieces."""
     run = await drive(Scripted(_answers), REQUESTS[:1], concurrency=1)
     (record,) = run.records
     assert (record.tokens, record.pieces, len(record.gaps_s)) == (5, 3, 2)

@@ -1,6 +1,5 @@
-"""Every client of the load tests against a real server: the gateway's own APIs, and the simulated engine behind an
-OpenAI API.
-"""
+"""Test each client of the load tests on a real server: a gateway with its own APIs, or a simulated engine behind an
+OpenAI API."""
 
 from __future__ import annotations
 
@@ -30,8 +29,8 @@ COMPLETIONS = fixed(12, 8, 20, seed=3, chat=False)
 
 @pytest.fixture
 async def ours(bundle: tuple[Bundle, str], tmp_path: Path) -> AsyncIterator[TestCluster]:
-    """Run a Headrace gateway with one worker. The worker's simulated engine is of the same kind as in the other server
-    of these tests, which has an OpenAI API."""
+    """Run a Headrace gateway with one worker. The worker's simulated engine has the same settings as the engine behind
+    the OpenAI API with which these tests compare the gateway."""
     files, tokens = bundle
     ranges = dict(pair.split("=") for pair in tokens.split("&"))
     async with running_cluster(tmp_path) as cluster:

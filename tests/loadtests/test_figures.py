@@ -15,7 +15,8 @@ ROUNDS = st.lists(st.floats(0.1, 100.0), min_size=2, max_size=15)
 
 @given(ROUNDS, st.floats(0.1, 10.0))
 def test_a_constant_ratio_has_an_interval_without_width(theirs: list[float], ratio: float) -> None:
-    """If all rounds have the same ratio, the interval has no width, however much the rounds themselves differ."""
+    """`paired_ratio` returns a ratio with its confidence interval. If every round of a comparison has the same ratio,
+    the interval has no width, however much the rounds differ in their values."""
     interval = paired_ratio([ratio * value for value in theirs], theirs)
     assert interval.low == pytest.approx(ratio)
     assert interval.value == pytest.approx(ratio)
@@ -24,7 +25,8 @@ def test_a_constant_ratio_has_an_interval_without_width(theirs: list[float], rat
 
 @given(ROUNDS)
 def test_the_estimate_lies_in_its_interval_and_turning_it_round_inverts_it(values: list[float]) -> None:
-    """The estimate lies in its interval. The interval of theirs/ours is the inverse of the interval of ours/theirs."""
+    """An estimated ratio lies in its confidence interval. The inverse ratio has the inverse estimate and the inverse
+    interval."""
     ones = [1.0] * len(values)
     there, back = paired_ratio(values, ones), paired_ratio(ones, values)
     assert there.low <= there.value * (1 + 1e-9)
@@ -49,8 +51,8 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     [("<=", 1.0, 0.9, True), ("<=", 1.0, 1.1, False), (">=", 1.0, 1.1, True), (">=", 1.0, 0.9, False)],
 )
 def test_met_looks_at_the_worse_end(sense: str, limit: float, ours: float, met: bool) -> None:
-    """A bound is met only if every value of the interval meets it. It is not met if the rounds lie on both sides of the
-    bound."""
+    """A figure meets its bound only if its whole confidence interval does. If the rounds lie far apart, on both sides
+    of the bound, the figure does not meet the bound."""
     steady = ratio_figure("x", [ours] * MIN_ROUNDS, [1.0] * MIN_ROUNDS, Bound(sense, limit))
     assert steady.met is met
     spread = [ours * 8, ours / 8] * (MIN_ROUNDS // 2)

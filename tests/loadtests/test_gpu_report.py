@@ -1,5 +1,8 @@
-"""Tests of `make gpu-report`. A missing GPU, peer or model is reported. Engines share one GPU's memory if it is large
-enough. In a trial on CPU, no row counts as met."""
+"""Tests of `make gpu-report`.
+
+A missing GPU, peer or model is reported. Engines share one GPU's memory if it is large enough. A trial on CPU never
+reports that a bound is met.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,8 @@ def report() -> Report:
 
 
 def test_a_page_names_what_ran_where() -> None:
-    """A page names the number of GPUs of each kind, the driver, the commit and the command. A measured row has its
-    interval; a row without a value has its reason."""
+    """A report page on load tests with GPUs names the number of GPUs of each kind, the driver, the commit and the
+    command. A measured row has its interval. A row without a value has the reason."""
     subject = Subject("org/model-8b", "LlamaForCausalLM", 16 * GIB, "bfloat16", "python -m x", [CARD, CARD], "NVIDIA 1")
     text = page(subject, [("One GPU", report()), ("Two", report())], ["A note."])
     assert text.startswith("# Load test on GPUs, 2026-01-02\n")
@@ -156,8 +159,8 @@ async def test_without_a_gpu_it_ends_with_what_is_missing(tmp_path: Path) -> Non
 @pytest.mark.engine
 @pytest.mark.long
 async def test_a_trial_on_cpu_runs_the_whole_way(tmp_path: Path) -> None:
-    """A trial on CPU runs one tiny round with the real engine and our gateway. Rows that need a missing peer say so,
-    and no row counts as met."""
+    """The load test, run on CPUs as a trial, finishes one tiny round with the real engine and our gateway. Rows that
+    need a server that did not run say so, and no row counts as met."""
     where = tmp_path / "deep" / "page.md"
     code, out, err = await _run(
         "--cpu", "--rounds", "1", "--concurrency", "2", "--tokens", "4", "--only", GRPC, "--out", str(where)

@@ -1,6 +1,5 @@
-"""The hostile part about configuration files: the mutants (files with one mistake) are wrong, the oracle refuses them,
-and equal seeds give equal mutants.
-"""
+"""Tests of the load test that makes wrong configuration files. Each file (a mutant) has one mistake. The oracle, which
+finds out what a restarted process would refuse, refuses the mutants. Equal seeds give equal mutants."""
 
 from __future__ import annotations
 
@@ -35,8 +34,8 @@ def test_a_seed_repeats_its_mutants() -> None:
     ],
 )
 def test_the_oracle_refuses_what_processes_refuse(text: str, words: str) -> None:
-    """The oracle refuses each configuration that a process would refuse. An oracle that accepted everything would hide
-    every gap in the checks."""
+    """The load test's `Oracle`, which tells whether a process would refuse a configuration, refuses each of these wrong
+    configurations and accepts the example. If it accepted everything, the load test would find no gap in the checks."""
     oracle = Oracle()
     try:
         assert oracle.refusals(EXAMPLE.read_text(), None, pod=False) == []

@@ -52,7 +52,8 @@ def call(
 
 
 def test_only_silences_of_the_event_count_and_failures_within_it() -> None:
-    """Only silent gaps and failures between the beginning and the end of an event count for the event."""
+    """The evaluation of an event, such as the loss of a gateway, counts failed calls and silent gaps of streams only if
+    they lie between the beginning and the end of the event."""
     load = Load.__new__(Load)
     load.calls = [
         call(0, 90.0, 90.2, 104.0, [(95.0, 3.0), (101.0, 0.9)]),
@@ -91,7 +92,7 @@ def test_workers_are_found_in_what_replicas_print() -> None:
 
 def test_a_stream_that_is_lost_while_its_model_moves_is_told() -> None:
     """The report's row for the event `move` fails if a call fails before the event is over. It also fails if the text
-    of a call differs from the other answers."""
+    of a call differs from that of another call with the same prompt."""
     goes_on = replace(call(1, 95.0, 95.1, 130.0, []), resumed=1)
     assert lost_in_move(moving([goes_on])).value == 0.0
     late = call(2, 140.0, 140.1, 170.0, [], "UNAVAILABLE")

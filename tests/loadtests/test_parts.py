@@ -39,7 +39,10 @@ def package(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 async def test_a_part_fails_alone(tmp_path: Path, package: str) -> None:
-    """Parts share no files. If a part fails, the report has its error and the figures of the other parts."""
+    """If a part of a load-test scenario fails, the report has the part's error and the figures of the other parts.
+
+    The parts share no files.
+    """
     report = Report("parts", {})
     async with Children(tmp_path / "logs") as children:
         await play_parts(Stage(Options(), Screen(), children, tmp_path, report), package, PARTS)

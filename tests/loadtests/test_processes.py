@@ -62,8 +62,10 @@ async def test_a_stubborn_family_is_gone_at_the_end(tmp_path: Path) -> None:
 
 
 async def test_servers_stay_on_their_cores_when_the_driver_is_bound(tmp_path: Path) -> None:
-    """Servers keep their cores when the driver is bound to a core. They are descendants of the driver: if they were
-    bound with it, all measured processes would share one core."""
+    """When the driver of a load test is bound to cores, the servers that it has started keep their own cores.
+
+    Otherwise the driver and all servers would share the driver's cores.
+    """
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
         pytest.skip("one core: nothing can be bound apart")

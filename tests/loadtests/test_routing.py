@@ -35,9 +35,11 @@ def test_a_burst_is_sent_whole(holders: int) -> None:
 
 
 def test_small_agent_cell() -> None:
-    """Agents of three tenants find most of their prompts in caches. No tenant gains more than one unit U of service
-    over another. U is the larger of the longest prompt's cost and the cost of the most tokens that a worker held at
-    once."""
+    """In a small simulation with agents of three tenants, more than 80 % of the prompt tokens are found in caches.
+
+    The service of any two tenants differs by at most one unit. The unit is the larger of two costs: the cost of the
+    longest prompt, and the cost of the most tokens that a worker held at once.
+    """
     tenants = tuple(AgentTenant(name, weight, 3, 1.0) for name, weight in (("a", 1.0), ("b", 2.0), ("c", 3.0)))
     outcome, gap = agents.run(OURS, 1, SessionsConfig(tenants, turns=4, start_s=10.0), blocks=400)
     assert outcome.calls >= 36
@@ -46,8 +48,8 @@ def test_small_agent_cell() -> None:
 
 
 def test_time_until_hits_are_back() -> None:
-    """The recovery time of a new gateway ends when the gateway knows of enough of the tokens that workers have
-    cached."""
+    """A new gateway counts as recovered once it knows enough of the tokens that workers have cached. `back_after_s`
+    returns the time until then."""
     calls = [new_gateway.Known(number / 10, 100, 100 if number >= 30 else 0) for number in range(1200)]
     assert 0 < new_gateway.back_after_s(calls) <= 3
     assert new_gateway.back_after_s(calls[30:]) == 0

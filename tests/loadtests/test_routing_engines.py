@@ -78,11 +78,12 @@ def test_rows_have_bounds_for_every_figure() -> None:
 
 
 async def test_simulated_engines_hold_what_the_gateway_predicts(tmp_path: Path) -> None:
-    """If all chats fit into the caches, more than nine tenths of the gateway's predictions of cached tokens equal
-    the engines' counts. The engines find at least four fifths of what one common cache would find.
+    """If all chats fit into the caches, more than nine tenths of the gateway's predictions of cached tokens are
+    right. The engines find at least four fifths of the tokens that one LRU cache in place of all their caches
+    would find.
 
-    Every wrong prediction is explained by a change of the cache that the worker reported after the prediction.
-    This holds also if the chats do not fit and many blocks are evicted.
+    Every wrong prediction is explained by a change of the cache that the worker reported only after the
+    prediction. This also holds if the chats do not fit and many blocks are evicted.
     """
     async with Children(tmp_path) as children, httpx.AsyncClient() as client:
         model, bundle = await serving.prepare(children, "tokenizer", tmp_path)

@@ -17,8 +17,8 @@ from loadtests.show import Screen
 @pytest.mark.slow
 @pytest.mark.long
 async def test_the_row_of_two_processes(tmp_path: Path) -> None:
-    """All servers give complete answers with equal texts, the CPU time of gateways is counted, and only one of the two
-    figures has a bound."""
+    """All servers give complete answers with equal texts, and the gateways' CPU time is counted. The report has two
+    figures, and only the first has a bound."""
     report = Report("processes")
     options = Options(rounds=1, tokens=8, concurrency=32, pin=False)
     async with Children(tmp_path / "logs", term_s=2.0) as children:

@@ -183,8 +183,12 @@ async def test_calls_have_their_own_fields() -> None:
 
 
 def test_a_kept_logger_outlives_dict_config(tmp_path: Path) -> None:
-    """After logging.config.dictConfig, a logger passed to `keep_handlers_open` still writes to its file through a
-    memory handler, as in Ray Serve. The handlers of another logger are closed."""
+    """A call of logging.config.dictConfig closes the handlers of a logger, except for a logger that was passed
+    to `keep_handlers_open`.
+
+    As in Ray Serve, the kept logger writes through a memory handler to a file, and still does so after the
+    call.
+    """
     loggers = [logging.getLogger(name) for name in ("test.kept", "test.not_kept")]
     buffers = []
     for logger in loggers:

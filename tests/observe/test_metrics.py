@@ -63,8 +63,8 @@ def page_of(metrics: Metrics) -> list[Sample]:
 
 
 def test_a_bucket_has_the_last_traced_value() -> None:
-    """The exemplar of a bucket is the bucket's last value with a trace; values without a trace are counted too.
-    Prometheus' plain text format has no exemplars."""
+    """The exemplar of a histogram bucket is the last value that belongs to a trace. Values without a trace are counted,
+    but are not exemplars. Prometheus' plain text format has no exemplars."""
     metrics = Metrics("c")
     ttft = metrics.histogram("time_to_first_token_seconds", "m")
     for value, trace in ((0.03, TRACE_A), (0.031, TRACE_B), (0.032, ""), (1000.0, TRACE_A), (5000.0, "")):
@@ -90,8 +90,8 @@ def test_traces_change_no_count() -> None:
 
 
 def test_gauge_functions_may_return_counters() -> None:
-    """A function passed to `add_gauges` may also return values of counters, which are exported as counters, and values
-    of metrics with vLLM's names."""
+    """A function passed to `add_gauges` may also return counters and metrics with vLLM's names. Counters are exported
+    as counters; vLLM's names get no prefix."""
     metrics = Metrics("c")
     metrics.add_gauges(lambda: [("log_lines_dropped_total", (), 3), ("vllm:num_preemptions_total", ("m", "w"), 2)])
     found = {sample.name: sample.value for sample in page_of(metrics)}
@@ -100,8 +100,10 @@ def test_gauge_functions_may_return_counters() -> None:
 
 
 def test_gauges_of_tenants_keep_to_the_same_cap() -> None:
-    """Gauges and counters have series for the same tenants. All other tenants share the label `other`, whose gauge has
-    the largest of their values."""
+    """The tenants that have series of counters also have series of gauges, and no other tenants have any.
+
+    The other tenants share one series with the label `other`. Its gauge has the largest of their values.
+    """
     metrics = Metrics("c", max_tenants=2)
     metrics.count("generation_tokens_total", "m", "a")
     metrics.count("generation_tokens_total", "m", "b")

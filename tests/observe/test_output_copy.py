@@ -53,8 +53,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_own_lines_are_kept_and_others_are_wrapped(tmp_path: Path) -> None:
-    """Lines that are appended to the files are copied once and in order. Lines of our log are copied unchanged. Other
-    lines become the text of an event with the worker's fields. Ray's marks and earlier lines are not copied."""
+    """Lines that are appended to a worker's output files are copied once and in order. A line of Headrace's log is
+    copied unchanged. Any other line becomes the field `text` of an event that describes the worker. Ray's marks are not
+    copied, nor are lines from before the copy began."""
     out, err, copied = tmp_path / "out", tmp_path / "err", tmp_path / "copied"
     out.write_text('{"event": "worker.ready", "old": true}\n')
     err.touch()

@@ -26,8 +26,8 @@ def sim(folder: Path, address: str, replicas: int) -> ReplicaSettings:
 
 
 async def test_a_downscale_cuts_no_stream(backend: ChildBackend, tmp_path: Path) -> None:
-    """When Serve ends one of two replicas, both streams are complete. The stream of the ended replica resumes on the
-    other replica, which is not restarted."""
+    """Two replicas have one stream each, and Serve ends one replica. Its stream resumes on the other replica, which is
+    not restarted. Both streams are complete."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with running_cluster(tmp_path / "gateway") as cluster:
         address = cluster.gateway.endpoints["link"]

@@ -32,7 +32,8 @@ def sleeper(**environment: str) -> subprocess.Popen[bytes]:
 
 
 def test_reaper_ends_the_tagged_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reaper ends only processes of exactly this instance, and removes the socket folders of killed engines."""
+    """The reaper ends the processes that a killed Headrace instance has left behind. Processes of an instance with a
+    similar id are not ended. The reaper also removes the socket folders of killed engines."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for prefix in (sockets.PREFIX, sockets.FORKS):
         (tmp_path / f"{prefix}left").mkdir()

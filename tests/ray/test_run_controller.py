@@ -1,6 +1,5 @@
-"""Test of the complete controller, as `headrace up` runs it with a local Ray: it starts and serves, and its stop leaves
-nothing.
-"""
+"""Test of the complete controller, as `headrace up` runs it with a local Ray. The controller starts, serves, and leaves
+no process behind when it is stopped."""
 
 from __future__ import annotations
 

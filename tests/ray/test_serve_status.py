@@ -73,8 +73,8 @@ def test_refusal_and_bad_luck() -> None:
 
 @pytest.mark.parametrize("deployments", [{}, {"worker": {"replicas": None, "deployment_config": None}}])
 def test_what_has_just_been_taken_shows_nothing(deployments: dict[str, Any]) -> None:
-    """As long as Serve has not created an application's deployment, the observed application has no digest, and its
-    target number of replicas is 0."""
+    """After Serve has accepted an application, it creates the application's deployment. Until then, the observed
+    application has no digest, and its target number of replicas is 0."""
     app = {**application(), "deployments": deployments}
     assert converted(app) == Observed("m", "", 0, deployed_at_s=5.0, version="v2", named=APP)
 

@@ -53,8 +53,8 @@ class TwoNodes:
 
 
 def start_node(host: Host, folder: Path, environment: dict[str, str], *arguments: str) -> None:
-    """Run `ray start --block` on a host, without waiting for it. cluster/ray/reaper.py ends the process later, which it
-    recognizes by a variable in `environment`."""
+    """Run `ray start --block` on a host, without waiting for it. `environment` has a variable by which
+    cluster/ray/reaper.py later finds the process to end it."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-gpus=1"]
     options = [f"--node-ip-address={host.address}", "--disable-usage-stats", "--object-store-memory=134217728"]
     with (folder / f"{host.namespace}.log").open("wb") as log:

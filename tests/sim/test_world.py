@@ -124,8 +124,8 @@ def test_all_gateways_agree_when_all_has_been_told() -> None:
 
 
 def test_agenda_is_in_order_and_does_not_go_back() -> None:
-    """Actions run in the order of their times; actions for the same time run in the order of planning. An action for a
-    past time runs at the current time."""
+    """Actions run in the order of their times. Actions for the same time run in the order in which they were planned.
+    An action for a past time runs at the current time."""
     event_queue, done = EventQueue(), list[str]()
     event_queue.at(2.0, lambda: done.append("late"))
     event_queue.at(1.0, lambda: done.append("first"))

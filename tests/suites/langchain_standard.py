@@ -1,5 +1,5 @@
-"""langchain-tests' standard suite for chat models, with the clients of both HTTP APIs. Runs in the environment of the
-suites; the gateway is at TEST_API_BASE_URL."""
+"""The standard suite of langchain-tests for chat models, run with LangChain's clients for both HTTP APIs (OpenAI's and
+Anthropic's). It runs in the environment of the suites. TEST_API_BASE_URL is the address of the gateway."""
 
 from __future__ import annotations
 

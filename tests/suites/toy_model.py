@@ -1,7 +1,8 @@
-"""An engine that answers the prompts of the client libraries' tests like a model that follows its instructions.
+"""A stand-in for a model, for the tests of client libraries. It answers their prompts like a model that follows
+instructions.
 
-It reads two things in the prompt's text: the tools in the system message, and the last message. Its tokens pass through
-vLLM's own parsers in a real worker. See loadtests/agents/scripted.py for the engine.
+It reads two things in the prompt's text: the tools in the system message, and the last message. The engine of
+loadtests/agents/scripted.py emits the answer's tokens. They pass through vLLM's own parsers in a real worker.
 """
 
 from __future__ import annotations

@@ -118,7 +118,8 @@ class Switch:
 async def accounting_cluster(
     folder: Path, insert: Callable[[Sequence[UsageRecord]], None], text: str = LOOPBACK
 ) -> AsyncIterator[TestCluster]:
-    """Run a gateway with usage accounting and without workers. `insert`: writes usage records to the database."""
+    """Run a gateway with usage accounting and without workers. `insert`: writes usage records to the database. `text`:
+    the gateway's cluster.yaml."""
     gateway = Gateway(parse(text), folder, usage_store=UsageStore([SECRET], insert))
     await gateway.start()
     cluster = TestCluster(gateway)

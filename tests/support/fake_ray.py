@@ -24,9 +24,9 @@ class FakeRay:
     """Deployment time of applications, in seconds."""
 
     def change(self, which: str, **fields: object) -> None:
-        """Change an application, as Ray does by itself.
+        """Set the attributes `fields` of an application, to simulate a change that Ray makes by itself.
 
-        `which`: its name, or the name of a model with one application.
+        `which`: the application's name, or the name of a model that has only one application.
         """
         app = which if which in self.apps else self.app_of(which)
         self.apps[app] = dataclasses.replace(self.apps[app], **fields)  # type: ignore[arg-type]

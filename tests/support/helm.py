@@ -102,9 +102,10 @@ class Rendered:
     def lay_pod(
         self, spec: Mapping[str, Any], secrets: Mapping[str, Mapping[str, str]], folder: Path
     ) -> dict[str, str]:
-        """Write the files that a pod with one container mounts, below `folder`. Returns mount path -> local path.
+        """Write the files that a pod with one container mounts. A test can then start the pod's process here.
 
-        `secrets`: values by Secret and key. A process can then be started with the pod's own arguments.
+        `secrets`: values by Secret and key. `folder`: the files are written below it. Returns the local path of each
+        mount path.
         """
         (container,) = spec["containers"]
         volumes = {item["name"]: item for item in spec["volumes"]}

@@ -331,9 +331,10 @@ def spoil_config(folder: Path, name: str) -> None:
 
 
 def write_hostile_adapters(folder: Path, base: Path) -> list[str]:
-    """Write one adapter for each hostile configuration, and for each combination of a spoiling function and a size.
+    """Write invalid adapters below `folder`, and return the names of their folders.
 
-    Returns the names of their folders below `folder`. `base`: folder of the base model.
+    For each entry of CONFIGS there is one adapter with this configuration. For each function in SPOILED and each size
+    in SIZES there is one adapter that the function has damaged. `base`: folder of the base model.
     """
     names = []
     for number, name in enumerate(CONFIGS):

@@ -27,7 +27,7 @@ SECRET, PEPPER = "s" * 32, "p" * 32
 
 
 def keyed_text(folder: Path, more: str = "", gateway: str = "") -> str:
-    """Return a configuration with keys, secrets and a ledger in a folder.
+    """Return the text of a configuration with API keys. Its secrets and its ledger are files in `folder`.
 
     `more`: further sections; `gateway`: further lines of the section gateway.
     """

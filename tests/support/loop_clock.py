@@ -12,9 +12,10 @@ T = TypeVar("T")
 
 
 class LoopClock:
-    """Clock that counts turns of the event loop, of TURN_S seconds each, while the context is open.
+    """Clock that advances by TURN_S seconds with each turn of the event loop, while the context is open.
 
-    Work that waits for timers and for other threads takes as many turns on a busy machine as on an idle machine.
+    Work that waits for timers and for other threads takes as many turns on a busy machine as on an idle machine. So the
+    clock measures the same time on both.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,8 @@ class LoopClock:
 
     @property
     def now_s(self) -> float:
-        """Seconds for which the event loop has run since the context was entered; at most the elapsed time."""
+        """Time that the event loop has run since the context was entered, in seconds. It is at most the real time since
+        then, because the clock stops while the loop is blocked."""
         return self.turns * TURN_S
 
     async def __aenter__(self) -> Self:

@@ -13,9 +13,10 @@ FIRST_ID = 40
 
 
 class PartsEngine:
-    """An engine that answers every request with the same tokens, of which the last is a stop token.
+    """An engine that answers every request with the same tokens. The last token is a stop token.
 
-    `script`: the parts of each token. A request without parsing gets only the tokens.
+    `script`: for each token, the parts of the parsed output that it completes. A request without parsing gets
+    the tokens but no parts.
     """
 
     def __init__(

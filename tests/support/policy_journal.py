@@ -1,4 +1,5 @@
-"""Recording of a gateway's calls to its scheduling policy and of the answers, and their replay on another policy."""
+"""A journal of a gateway's scheduling policy. It records each call of the gateway to the policy and each result. The
+recorded calls can be replayed on another policy."""
 
 from __future__ import annotations
 

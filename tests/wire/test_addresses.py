@@ -53,8 +53,8 @@ def test_only_what_is_reached_counts() -> None:
 
 
 def test_one_process_under_two_names_is_dialled_once() -> None:
-    """A gateway process with two addresses is dialled only at the configured address, because two links of one worker
-    to it would end each other."""
+    """A gateway process may have two addresses. A worker dials it only at the configured address, because a second link
+    to the same process would end the first."""
     gateways = GatewayAddresses(["host:1", "10.0.0.1:2"])
     gateways.record_welcome("host:1", "i1", [":2"])
     assert "host:2" in gateways.addresses, "no gateway has answered at either name yet"

@@ -147,9 +147,8 @@ def test_room_follows_the_backlog_once_it_is_given_back() -> None:
 
 
 def test_calls_whose_blocks_are_here_get_any_place() -> None:
-    """A gateway gets extra credit for waiting calls whose KV blocks are on this worker. The argument `places` bounds
-    the sequences of all grants together. All other calls share the worker's usual capacity as if these calls did not
-    exist."""
+    """A gateway gets extra credit for waiting calls whose KV blocks are on this worker. The worker's usual capacity is
+    divided among the other calls alone. `places`: maximum number of sequences in all grants together."""
     granter = CreditGranter()
     for link, waiting, kept in ((1, 5, 0), (2, 7, 6), (3, 9, 9)):
         granter.attach(link)
@@ -162,8 +161,8 @@ def test_calls_whose_blocks_are_here_get_any_place() -> None:
 
 
 def test_calls_whose_blocks_are_here_claim_like_others_where_there_are_no_more_places() -> None:
-    """Calls whose KV blocks are on the worker may get additional sequences (`places`). If `places` allows none, they
-    share the free capacity like other calls."""
+    """A worker may grant more sequences than its free capacity, up to `places`, but only for calls whose KV blocks it
+    holds. If `places` is not above the free capacity, these calls share the free capacity with all other calls."""
     for waiting, room, expected in ((0, 1, {2: 1}), (5, 4, {1: 2, 2: 2})):
         granter = CreditGranter()
         granter.attach(1)

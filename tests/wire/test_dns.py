@@ -1,6 +1,5 @@
-"""Gateways behind a DNS name are looked up at a real name server on loopback, and dialled while its answers list
-them.
-"""
+"""Tests of gateways behind a DNS name. Their addresses are looked up at a real name server on loopback. A gateway is
+dialled as long as the server's answers list its address."""
 
 from __future__ import annotations
 

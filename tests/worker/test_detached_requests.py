@@ -81,8 +81,8 @@ def test_room_is_made_by_the_oldest(prompts: list[int], sequences: int, tokens: 
 
 
 def test_a_name_that_comes_again_is_the_newer_ones() -> None:
-    """A second request with the same stream name replaces the first. The first one's engine request id is returned for
-    an abort."""
+    """A second request with the same stream name replaces the first. `add` then returns the engine request id of the
+    first, which the caller must abort."""
     detached = DetachedRequests()
     detached.add(make_request("s", "old", 5, [1]), 0.0)
     assert detached.add(make_request("s", "new", 5, [1, 2]), 1.0) == ["old"]

@@ -147,9 +147,11 @@ async def test_a_node_names_all_its_workers(cluster: TestCluster, checkpoint: Pa
 
 @pytest.mark.slow
 async def test_kubernetes_names_are_known(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The name of a Kubernetes node drains all workers of the node. The name of a pod drains only the pod's worker.
+    """`headrace drain` with the name of a Kubernetes node drains all workers of the node. With the name of a pod,
+    it drains only the pod's worker.
 
-    `workers` shows both names, in JSON and in the table. A worker of an older release has no such names.
+    `headrace workers` shows both names, in JSON and in the table. A worker of an older release has no such
+    names.
     """
     where = [("4506fed2511a", "ip-10-0-3-7", "gpu-a"), ("4506fed2511a", "ip-10-0-3-7", "gpu-b"), ("7e1", "", "")]
     first, second, old = [

@@ -27,7 +27,7 @@ def make_link() -> Link:
 
 def test_an_abort_waits_for_its_submit() -> None:
     """An abort that arrives while its request is being submitted takes effect when the Submit ends: `finish_submit`
-    then returns true, once. An abort that arrives later takes effect at once."""
+    then returns true, and false when called again. An abort that arrives later takes effect at once."""
     link = make_link()
     link.begin_submit(3, "r3")
     assert link.is_submitting(3)
@@ -80,7 +80,8 @@ def test_credit_is_granted_while_the_worker_serves() -> None:
 
 
 def test_each_worker_has_another_order_of_links() -> None:
-    """Workers grant credit to gateways in different orders. Links to one gateway are in the order of their numbers."""
+    """Different workers grant credit to the same gateways in different orders. A worker with several links to one
+    gateway grants credit in the order of the links' numbers."""
     firsts = {
         min("abc", key=lambda gateway: credit_order(worker, gateway, 1)) for worker in ("m-4f1", "m-b07", "m-c5d2")
     }

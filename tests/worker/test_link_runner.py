@@ -1,4 +1,5 @@
-"""The open links of a worker: which gateways count as lost, and how they learn why the engine has ended."""
+"""Tests of the open links of a worker: when a gateway counts as lost, and which reason gateways get when the engine has
+ended."""
 
 from __future__ import annotations
 

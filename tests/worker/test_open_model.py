@@ -76,7 +76,8 @@ def test_a_whole_checkpoint_is_opened(llama: Path, tmp_path: Path) -> None:
 
 
 def test_the_entry_decides_whether_control_tokens_are_escaped(llama: Path, tmp_path: Path) -> None:
-    """The tokenizer bundle of a model names the control tokens only if the model's entry says `escape`."""
+    """The tokenizer bundle of a model lists the control tokens only if the catalog entry sets
+    `control_tokens_in_content` to `escape`."""
     for option in ("keep", "escape"):
         spec = ModelSpec("m", str(llama), control_tokens_in_content=option)
         bundle, _ = open_bundle(ReplicaSettings(spec, "c", cache_dir=str(tmp_path / "cache")))

@@ -108,8 +108,8 @@ def test_expected_requests_take_capacity() -> None:
 
 
 def test_an_ended_request_gives_back_what_it_holds() -> None:
-    """When a request ends, its adapter is released and its slot is free. Its usage is kept if the engine has accepted
-    it."""
+    """When a request ends, its adapter is released and its slot is free. The usage of a request that the engine has
+    accepted is kept."""
     subject = Subject()
     subject.new(1, adapter="digest", sealed_record=b"sealed")
     subject.step(TokenOutput("r1", [1], FinishReason.LENGTH, prompt_tokens=8))
@@ -141,8 +141,8 @@ def test_a_stream_goes_on_at_another_link() -> None:
 
 
 def test_parsed_outputs_are_counted_once() -> None:
-    """The tokens of an output that goes to the parser are counted once, in the step that generated them. The output is
-    sent after the parse, with only those tokens that the parser has kept."""
+    """An output that goes to the parser has its tokens counted once, in the step that generated them. It is sent after
+    the parse, and only with the tokens that the parser has kept."""
     subject = Subject()
     outputs = subject.requests.outputs
     subject.new(1)
@@ -158,7 +158,8 @@ def test_parsed_outputs_are_counted_once() -> None:
 
 
 def test_a_link_that_ends_with_the_worker_aborts_its_requests() -> None:
-    """When a link ends, its requests are aborted if the worker ends too, or if they have no stream name."""
+    """When a link to a gateway ends, the link's requests are aborted in two cases: the worker ends too, or the request
+    has no stream name, so that no gateway could claim it."""
     for stays, stream in ((False, "call/0"), (True, "")):
         subject = Subject()
         subject.new(1, stream=stream)

@@ -1,6 +1,5 @@
-"""Replica settings: conversion to JSON and back, the digest that requires new replicas, and refusals found in a
-text.
-"""
+"""Tests of replica settings: conversion to JSON and back, and the digest, whose change requires new replicas. Also a
+test that finds the reason of a refused model in Ray's error text."""
 
 from __future__ import annotations
 

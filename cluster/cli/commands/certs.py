@@ -101,7 +101,8 @@ def revoke(
 
 
 def _replace(file: Path, text: str) -> None:
-    """Replace a file atomically. A new file is readable by all users, because serial numbers are not secret."""
+    """Replace a list of revoked certificates atomically. A new file is readable by all users, because the serial
+    numbers in it are not secret."""
     draft = file.with_name(f".{file.name}.new")
     draft.write_text(text)
     draft.chmod(file.stat().st_mode & 0o777 if file.exists() else 0o644)

@@ -182,7 +182,7 @@ class LocalCluster:
         )
 
     def config_text(self) -> str:
-        """Return the user's configuration as YAML, with a chosen port instead of each port 0.
+        """Return the user's configuration as YAML. Each port 0 is replaced by the free port that was chosen for it.
 
         Every process of the cluster reads this text from a file.
         """

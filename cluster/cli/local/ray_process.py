@@ -70,9 +70,10 @@ class RayProcess:
     ) -> None:
         """Start a new Ray whenever the current Ray's head process has ended. Runs until cancelled.
 
-        `is_unused`: returns whether no worker is linked to the gateway. A draining Ray is killed as soon as this is
-        true. `others`: returns the ids of processes to keep. All other processes of the cluster are ended before a new
-        Ray starts, since engines cannot outlive the head. The controller is ended too, and `keep_alive` restarts it.
+        Before a new Ray starts, all processes of the cluster except those in `others` are ended, since engines cannot
+        outlive the head. This ends the controller too, and `keep_alive` restarts it. `others`: returns the ids of the
+        processes to keep. `is_unused`: returns whether no worker is linked to the gateway. If Ray is being stopped
+        and waits for its processes, it is killed as soon as `is_unused` returns True.
         """
         while True:
             await asyncio.sleep(WATCH_S)

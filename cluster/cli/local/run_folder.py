@@ -84,7 +84,7 @@ class RunFolder:
     def config_file(self) -> Path:
         """The path of the configuration file that the cluster's processes read.
 
-        The file has the user's configuration, with every port chosen.
+        The file is the user's configuration, with each port 0 replaced by the free port that was chosen for it.
         """
         return self.path / "cluster.yaml"
 

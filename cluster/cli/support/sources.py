@@ -215,7 +215,8 @@ def metrics_page(address: str, timeout_s: float) -> str:
 
 
 def events(file: Path, note: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Return the newest events in a log. `note` is called with messages about omitted lines. Raises LeftOut."""
+    """Return the newest events in a log file. For each kind of lines that are left out, `note` is called with a
+    message. Raises LeftOut if the file cannot be read or has no events."""
     try:
         with file.open("rb") as opened:
             size = opened.seek(0, os.SEEK_END)

@@ -131,8 +131,8 @@ def _unreadable() -> CallError:
 
 
 def _is_small_json(body: bytes | bytearray) -> bool:
-    """Return whether a body of more than SMALL_JSON_BYTES is still small enough to be parsed on the event loop. It is
-    if it has at most LARGE_BYTES and few values."""
+    """Return whether a body is small enough to be parsed on the event loop: at most LARGE_BYTES, with few values.
+    Called only for a body of more than SMALL_JSON_BYTES."""
     return len(body) <= LARGE_BYTES and _has_few_values(body)
 
 

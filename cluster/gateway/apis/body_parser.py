@@ -228,9 +228,11 @@ def _count_messages(raw: bytes) -> None:
 
 
 def _read_ids(request: Any, data: bytes | bytearray) -> GenerationRequest | grpc_requests.DetokenizeCall | None:
-    """Parse a message that has at least MANY_IDS token ids. The ids are read directly from `data` into an array.
-    Returns None if this is not possible: the type of the message is not in IDS_FIELD, the message has fewer ids, the
-    ids are not packed, or the request is resumable."""
+    """Parse a message with many token ids, which are read directly from `data` into an array.
+
+    Returns None if this fast way does not apply: the message has fewer than MANY_IDS ids, its type is not in
+    IDS_FIELD, the ids are not packed, or the request is resumable.
+    """
     field = IDS_FIELD.get(type(request))
     if field is None or len(getattr(request, field)) < MANY_IDS:
         return None

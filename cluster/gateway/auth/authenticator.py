@@ -61,8 +61,8 @@ class Caller:
 
 
 class RegisteredCallers:
-    """The registered callers, which are long-lived. Their credentials are authenticated again periodically, and after
-    each change of tenants or keys."""
+    """Callers whose credentials are checked again while they are registered: periodically, and after each change of
+    tenants or keys."""
 
     def __init__(self, authenticate: Callable[[Credentials], Awaitable[Principal]]) -> None:
         """`authenticate`: returns the principal for a caller's credentials, or raises CallError."""
@@ -166,7 +166,7 @@ class NoAuthentication:
 
 
 def alternative_names(certificate: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Return the subject alternative names of type URI and DNS as `kind:name`. `certificate`: the dict from ssl's
-    getpeercert."""
+    """Return a certificate's subject alternative names of the types URI and DNS, as `kind:name`. `certificate`: the
+    dict from the `getpeercert` method of Python's ssl module."""
     pairs: Iterable[tuple[str, str]] = (certificate or {}).get("subjectAltName", ())
     return tuple(f"{kind}:{name}" for kind, name in pairs if kind in ("URI", "DNS"))

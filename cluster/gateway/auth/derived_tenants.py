@@ -29,9 +29,9 @@ class DerivedTenants:
         return cache_salt(self._secrets, policy, own) if own else self._derive(policy)[2]
 
     def _derive(self, policy: TenantPolicy) -> tuple[TenantPolicy, TenantPolicy, str]:
-        """Return three values: the tenant's policy from the snapshot, a copy of this policy with the tenant's handle
-        (the id by which workers know the tenant), and the tenant's cache salt. `policy`: either the policy from the
-        snapshot or the copy."""
+        """Return three values: the tenant's policy from the snapshot, a copy of it with the tenant's handle (the id by
+        which workers know the tenant), and the tenant's cache salt. `policy` may be the policy from the snapshot or an
+        earlier copy with a handle."""
         cached = self._derived.get(policy.name)
         if cached is None or (policy is not cached[0] and policy is not cached[1]):
             handle = tenant_handle(self._secrets, policy.name)

@@ -1,10 +1,12 @@
-"""The authenticator of a gateway whose configuration has a section `auth`. It checks API keys, JWTs and certificates
-against the snapshot of the ledger (the database of tenants and keys).
+"""The authenticator of a gateway whose configuration has a section `auth`. It checks API keys, JWTs and
+certificates against a snapshot of the ledger (the database of tenants and keys).
 
-Calls never wait for the database. A thread reads the database, and while the database is unreachable the last snapshot
-is used (ledger/tenants/watch.py). A change takes effect when the watcher next reads the database: running calls of a
-suspended or deleted tenant end, and long-lived callers are authenticated again. Failed authentications are recorded in
-the audit log and the metrics.
+Calls never wait for the database. A thread reads the database into the snapshot
+(ledger/tenants/watch.py). While the database is unreachable, the last snapshot is used.
+
+When the thread finds a change, running calls of a suspended or deleted tenant end, and callers with
+long-lived connections are authenticated again. Failed authentications are recorded in the audit log and
+the metrics.
 """
 
 from __future__ import annotations

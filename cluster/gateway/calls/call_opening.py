@@ -86,7 +86,7 @@ class CallOpening:
         clock: Callable[[], float],
     ) -> dict[str, Any]:
         """Return the constructor arguments of Call that all kinds of calls share. `kind`: prefix of the call's id.
-        `priority_class`, `metadata`: as in the request."""
+        `priority_class` and `metadata`: the values of these two fields in the request."""
         meta, policy = self.meta, _policy_of(self.meta, priority_class, scheduler)
         return {
             "id": f"{kind}-{random_id()}",

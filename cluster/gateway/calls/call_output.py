@@ -54,7 +54,8 @@ class CallOutput:
     # ---- keep-alives
 
     def silent_s(self, now: float) -> float:
-        """Return the seconds since the call's last token, last keep-alive or arrival, whichever is latest."""
+        """Return the seconds since the latest of these events: the call's arrival, its last token, its last
+        keep-alive."""
         since = self._silent_since
         for sequence in self._sequences:
             if sequence.last_token_at > since:

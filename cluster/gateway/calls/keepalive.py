@@ -26,9 +26,9 @@ class CallProgress:
     """Progress of a call that has no output to send.
 
     `state`: `queued`, `prefill`, `running`, or `resuming` if the call's worker was lost. While the model has no
-    worker, `state` is the state of the model. `queue_position`: counted from 1; 0 if the call is not queued.
-    `fraction` and `eta_s`: progress of the model's start in [0, 1] and its remaining time in seconds, while the
-    model has no worker. Both are estimated from earlier starts, and 0 if unknown.
+    worker, `state` is the state of the model. `queue_position`: counted from 1; 0 if the call is not queued. While
+    the model has no worker, `fraction` is the progress of its start, in [0, 1], and `eta_s` is the remaining time
+    in seconds. The two values are estimated from earlier starts; an unknown value is 0.
     """
 
     state: str

@@ -89,9 +89,11 @@ class Opening(CallOpening):
 
     @property
     def adapter_key(self) -> str:
-        """Digest of the call's adapter; a placeholder key while the digest is unknown; "" without an adapter. Raises
-        CallError if the call is resumed, its adapter has been replaced since, and no worker has the old version any
-        more."""
+        """Digest of the call's adapter; a placeholder key while the digest is unknown; "" without an adapter.
+
+        Raises CallError for a resumed call whose adapter has been replaced meanwhile, if no worker has the old
+        version of the adapter any more.
+        """
         if not self.adapter:
             return ""
         begun = "" if self.chain is None else self.chain.call_head.adapter_digest

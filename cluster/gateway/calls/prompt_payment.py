@@ -10,8 +10,8 @@ from cluster.gateway.resume_tokens.claim import ResumeTerms
 
 
 class PromptPayment:
-    """Decides whether this gateway charges a call's prompt to the call's tenant. The prompt of a call that began at
-    this gateway is always charged."""
+    """Decides whether this gateway charges a call's prompt to the call's tenant. If the call began at this gateway, the
+    prompt is always charged. If it was resumed from another gateway, this depends on the resume terms."""
 
     __slots__ = ("_origin_lost", "_pays_again", "terms")
 

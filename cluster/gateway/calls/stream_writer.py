@@ -95,8 +95,8 @@ class StreamWriter:
             self._delivery.add(self)
 
     def write(self) -> None:
-        """Send everything that is new in the call. Pause instead if the client does not read, or if the call has
-        ended."""
+        """Send all chunks that the call has not sent yet. If the client does not read, send nothing and pause until it
+        does. After the last chunk, or if the call fails, wake the task that ends the stream."""
         self.marked = False
         if not self._open:
             return

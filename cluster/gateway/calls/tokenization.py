@@ -54,11 +54,10 @@ def worker_renderer(
     bundle_digest: str,
     priority_class: str,
 ) -> RenderChat | None:
-    """Return the function that lets a worker render a call's chats; None if the gateway renders the chats
-    itself.
+    """Return the function that lets a worker render a call's chats; None if the gateway renders the chats itself.
 
-    `renders`: decides in which order waiting chats get a worker. `rank_of`: returns the rank of a priority
-    class. Without these two parameters, the signature is that of RendererOf.
+    `renders`: decides in which order waiting chats get a worker. `rank_of`: returns the rank of a priority class. The
+    other parameters are those of the function type RendererOf.
     """
     if not needs_worker(model, bundle_digest, text.renderer, has_template=text.has_chat_template):
         return None

@@ -226,7 +226,7 @@ class CallGuards:
 
     def parts(self) -> GuardedParts | None:
         """Return the output guards for a sequence whose output the worker parses into parts; None if the call has no
-        output guards. Raises CallError as `output` does."""
+        output guards. Raises CallError if a guard cannot work and its failure mode is `closed`."""
         first = self._stages()
         if not first:
             return None

@@ -45,9 +45,10 @@ class GuardStage(Protocol):
         """Number of characters that are held back."""
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
-        """Add text and its marks. Returns the text and marks that the stage now passes on, and holds back the rest.
+        """Add text, with marks that name the token of each stretch of the text. Returns the text and the marks
+        that may be passed on now. The stage holds back the rest.
 
-        `last`: whether the text ends here; then nothing is held back. A refusal also ends the text.
+        `last`: whether the text ends here. At the end, nothing is held back. A refusal ends the text too.
         """
 
     def give_up(self) -> tuple[str, Sequence[GuardMark]]:
@@ -123,9 +124,9 @@ class PatternStage:
         return "".join(out)
 
     def _decided_marks(self, all_marks: bool) -> Sequence[GuardMark]:
-        """Remove and return the marks (the positions of each token's characters) of the text that is no longer held
-        back. The returned positions are positions in the output. If `all_marks` is set, the marks of the text that is
-        held back are removed and returned too."""
+        """Remove and return the marks of the text that is no longer held back. A mark gives the position of one token;
+        in the returned marks, this is the position in the output. If `all_marks` is set, all marks are returned, also
+        those of the text that is held back."""
         marks, edits, out = self._marks, self._edits, []
         decided = self._base + self._at
         while marks and (all_marks or marks[0].end <= decided):

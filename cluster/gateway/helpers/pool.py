@@ -100,13 +100,15 @@ class HelperPool:
         local_fallback: bool = True,
         then: Callable[[Any], Job | None] | None = None,
     ) -> Any:
-        """Run a job and return its result. Returns None if no helper is available in time; then the caller must do the
-        work itself.
+        """Run a job in a helper process and return its result. Returns None if no helper is available in time; then the
+        caller must do the work itself.
 
-        `size`: number of bytes that the job works on. `local_fallback`: False if the caller cannot do the work itself;
-        then `run` waits even for a helper that gets no CPU time. `then`: takes the result of the first job, and returns
-        a second job, or None for no second job. The same helper runs the second job next, and its result is returned.
-        Raises the job's CallError, TooMuchCpu or JobLost.
+        `size`: number of bytes that the job works on; the time limits grow with it. `tenant`: the tenant for which the
+        job runs. `local_fallback`: False if the caller cannot do the work itself; then a job that a helper has begun is
+        awaited even if the helper gets no CPU time. `then`: takes the result of the job and returns a second job, or
+        None. The same helper runs the second job, and `run` returns the second job's result.
+
+        Raises the CallError of a job, TooMuchCpu or JobLost.
         """
         for _ in range(MAX_LOSSES):
             helper = await self._acquire(tenant)
@@ -165,9 +167,12 @@ class HelperPool:
     async def _work(
         self, helper: HelperProcess, job: Job, then: Callable[[Any], Job | None] | None, patience_s: float, cpu_s: float
     ) -> tuple[str, Any] | None:
-        """Run a job on a helper and return the helper's answer; None if the helper was lost. `then`: makes a second job
-        from the first job's result, or returns None; the helper runs the second job next. `patience_s`: seconds after
-        which the helper is late. `cpu_s`: CPU limit of each job."""
+        """Run a job on a helper. Returns the helper's answer (a status and a value), or None if the helper was lost.
+
+        `then`: takes the result of the first job and returns a second job, or None. The helper runs the second job
+        next, and the answer to this job is returned instead. `patience_s`: seconds after which the helper counts as
+        late. `cpu_s`: CPU limit of each job.
+        """
         late = asyncio.get_running_loop().call_later(patience_s, self._mark_late, helper)
         try:
             answer = await helper.do(job, cpu_s)

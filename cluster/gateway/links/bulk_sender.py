@@ -27,8 +27,8 @@ class BulkSender:
         self._blobs = blobs
 
     def extract_prompt(self, message: pb.Submit) -> Sequence[pb.Blob]:
-        """Replace a long prompt in a Submit message by a key. Returns the chunks of the prompt, which the caller must
-        `send` before the message."""
+        """Take a long prompt out of a Submit message and put a key in its place. Returns the chunks of the prompt under
+        this key; the caller must `send` them before the message. Returns no chunks for a short prompt."""
         if self._blobs is None or len(message.prompt_ids) <= TURN_PROMPT_BYTES:
             return ()
         key, data = f"prompt:{message.slot}:{message.attempt}", message.prompt_ids

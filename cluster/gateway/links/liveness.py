@@ -60,8 +60,8 @@ class Waking:
         self._counts_s = rest_s + LATE_S
 
     def at(self, now: float) -> float:
-        """Return this clock's reading at the monotonic time `now`. The time by which the owner woke up too late is not
-        counted."""
+        """Return this clock's reading at the monotonic time `now`. The clock leaves out the time by which its owner,
+        which wakes up regularly, woke up too late."""
         return self._waked + min(max(now - self._since, 0.0), self._counts_s)
 
     def rest(self, now: float, rest_s: float) -> None:
@@ -139,15 +139,15 @@ class LinkLiveness:
 
     @property
     def due(self) -> float:
-        """Time at which the worker will be suspected if nothing more arrives from it. This time excludes seconds in
-        which the gateway itself did not run."""
+        """Time at which the worker will be suspected if nothing more arrives from it, in waking time: seconds in which
+        the gateway itself did not run are not counted."""
         return min(since + bound_s for _, since, bound_s in self._obligations())
 
     def _obligations(self) -> Iterator[tuple[str, float, float]]:
-        """Yield one tuple for each thing that the worker must do now, such as sending a heartbeat.
+        """Yield one tuple for each thing that the gateway now expects of the worker, such as a heartbeat.
 
-        A tuple holds the reason of the suspicion if the worker does not do it, the time since which it is due,
-        and the seconds allowed. The time excludes seconds in which the gateway itself did not run.
+        The tuple holds the reason to suspect the worker if the thing does not happen in time, the time since which
+        it is expected, and the seconds allowed. Seconds in which the gateway itself did not run are not counted.
         """
         bound_s = self.bound_s
         yield "silent", self._heard, bound_s if self._beats else self._silence_s

@@ -76,8 +76,8 @@ class LinkPeer:
         self._certificate = context.peer_certificate()
 
     async def require_controller(self, wanted: str = CONTROLLER) -> None:
-        """Abort the stream if the peer may not be a controller. `wanted`: the name that the error reports as missing in
-        the certificate."""
+        """Abort the stream unless the peer's certificate allows it to be a controller. `wanted`: the name that the
+        error reports as missing in the certificate."""
         if not self._identity.may_control(self._certificate):
             await self._refuse(wanted)
 

@@ -34,8 +34,8 @@ SMOOTH = 1 / 8
 
 
 class PrefillPacing:
-    """Counts the prompt tokens of one gateway that wait for the next steps of one worker, and computes an upper bound
-    on this count."""
+    """Counts the prompt tokens that this gateway has sent to one worker and that no step has computed yet. Computes the
+    budget: the largest number of such tokens that may wait."""
 
     __slots__ = (
         "_accepted",
@@ -88,9 +88,8 @@ class PrefillPacing:
         self._count(-tokens, resumed)
 
     def begin_step(self) -> bool:
-        """Record the beginning of a step. The tokens that the step computes no longer count as waiting. These are
-        tokens of requests that the engine has accepted, up to the step's capacity. Returns False if no request was
-        accepted."""
+        """Record that the engine begins a step. Up to the capacity of the step, the tokens of the requests that the
+        engine has accepted no longer count as waiting. Returns False if the engine has accepted no request."""
         if not self._accepted:
             return False
         capacity = self._max_tokens

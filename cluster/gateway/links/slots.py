@@ -127,9 +127,9 @@ class SlotTable:
         """Add a request that is being sent.
 
         `sink`: receives the request's outputs. `tokens`: number of tokens of the prompt and the emitted tokens.
-        `paced`: number of tokens that count for prefill pacing. `resumed`: whether the request resumes a sequence.
-        `to_compute`: number of tokens that the engine is likely to compute; 0 means that it equals `paced`. `now`:
-        monotonic time.
+        `resumed`: whether the request resumes a sequence. `paced`: number of tokens that count toward the
+        worker's limit on resumed prompts in one step (prefill pacing). `to_compute`: number of tokens that the
+        engine is likely to compute; 0 means as many as `paced`. `now`: monotonic time.
         """
         prompt = _Prompt(tokens, to_compute or paced, now)
         self._sinks[slot], self._prefilling[slot] = sink, prompt
@@ -237,10 +237,11 @@ class SlotTable:
                 self._sink_failed(slot, sink, error)
 
     def _record_prefill(self, firsts: Iterable[pb.First], now: float) -> None:
-        """Record how long the engine has taken for the prompts whose first output has arrived.
+        """Record how long the engine has taken for the prompts whose first output has just arrived.
 
-        The engine computes prompts in the order of their arrival. It began with these prompts when they were sent or,
-        if that was later, when the prompts before them had their first output."""
+        The engine computes prompts in the order of their arrival. So the time begins when these prompts were
+        sent, or at the first output of the previous prompts, if that was later.
+        """
         computed, since = 0, math.inf
         for first in firsts:
             if (prompt := self._prefilling.get(first.slot)) is not None:
@@ -253,11 +254,11 @@ class SlotTable:
     def _apply_tokens(
         self, step: pb.StepOutputs, without: Container[int], parts: Mapping[int, Sequence[OutputPart]], now: float
     ) -> float:
-        """Deliver the tokens of a step to the slots that got exactly one token. `without`: slots to skip. `parts`: the
-        parsed parts of a slot's token, for slots whose output the worker parses.
+        """Deliver one token to each slot that got exactly one token in this step. `without`: slots to skip. `parts`:
+        the parsed parts of a slot's token, for slots whose output the worker parses.
 
-        Returns the duration of the step in seconds, measured at slots that also got a token in the previous step; 0 if
-        there are no such slots."""
+        Returns the time since the previous step in seconds; 0 if no slot got a token in both steps.
+        """
         before, self._step_at = self._step_at, now
         sink_of, in_step = self._sinks.get, 0
         for slot, token_id in zip(step.slots, step.token_ids, strict=True):

@@ -1,4 +1,5 @@
-"""Workers that are starting and serve nothing yet. Each worker sends reports about its start (Link.Starting)."""
+"""The workers that are still starting and cannot serve calls. Each of them reports the progress of its start to the
+gateway (Link.Starting)."""
 
 from __future__ import annotations
 

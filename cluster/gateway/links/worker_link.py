@@ -49,9 +49,12 @@ MAX_REASON_CHARS = 2_000
 
 
 class LinkStream(NamedTuple):
-    """Name under which a client may resume a sequence. `generation`: number of the last resume, 0 before the first.
-    `begun_at`: incarnation (one start of the process) of the gateway from which the sequence was resumed. It is set if
-    the payment for the prompt depends on whether that gateway is still alive; else ""."""
+    """The name of a sequence on links to workers. A client may resume the sequence under this name.
+
+    `generation`: number of the last resume, 0 before the first. `begun_at`: incarnation (one start of the
+    process) of the gateway from which the sequence was resumed. It is set if the payment for the prompt depends
+    on whether that gateway is still alive; else "".
+    """
 
     name: str
     generation: int = 0

@@ -44,8 +44,7 @@ class HubListener(LinkListener, Protocol):
         """Handle the beginning of a worker's link."""
 
     def link_down(self, link: WorkerLink, why: str) -> None:
-        """Handle the end of a worker's link. At this time `lost` has already been called on the sinks of all
-        requests."""
+        """Handle the end of a worker's link. The link's requests have been reported as lost before this call."""
 
     def link_changed(self, link: WorkerLink) -> None:
         """Handle a change of a worker's credit or drain state."""

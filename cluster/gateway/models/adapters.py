@@ -215,8 +215,9 @@ class ModelAdapters:
         return digest in (self._ready.get(name, ()) if name else self._ready_digests)
 
     def keys_on(self, link: WorkerLink) -> Keys:
-        """Return two sets of adapters: those whose calls the worker takes, and those of them that lie in slots of the
-        worker's engine. An adapter is given by its digest or by its `pending_key`, and a set can contain both."""
+        """Return two sets of adapters: the adapters whose calls the worker takes, and the part of them that lies in
+        slots of the worker's engine. Each element is an adapter's digest or its `pending_key`; an adapter may be in a
+        set under both."""
         if not link.adapters.statuses:
             return _NONE, _NONE
         worker_id = link.identity.worker_id

@@ -122,8 +122,8 @@ class ModelLookup:
         return visible
 
     def _reachable_by(self, principal: Principal) -> Mapping[str, KnownModel]:
-        """Return the models that the tenant's policy allows, or of which it may allow an adapter. Each model is keyed
-        by its name and by its catalog aliases."""
+        """Return every model that the tenant's policy allows. A model is also returned if the policy may allow one of
+        its adapters. Each model is keyed by its name and by its catalog aliases."""
         patterns = tuple(principal.tenant.models)
         reachable = self._reachable.get(patterns)
         if reachable is None:

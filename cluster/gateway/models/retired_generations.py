@@ -37,8 +37,8 @@ class RetiredGenerations:
                 self._retired.pop(link.identity.generation, None)
 
     def joined(self, link: WorkerLink) -> None:
-        """Record that a worker has joined. Sequences with its compatibility key can resume again, so the key no longer
-        counts as one of departed workers."""
+        """Record that a worker has joined. Sequences with the worker's compatibility key can resume on it, so the key
+        is removed from the remembered keys of departed workers."""
         self._departed.pop(link.compatibility_key, None)
 
     def left(self, link: WorkerLink) -> None:

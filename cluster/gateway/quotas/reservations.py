@@ -38,8 +38,8 @@ NEVER = 2**62
 
 @dataclass(slots=True)
 class _Reservation:
-    """The reservation of one call. `due`: number of output tokens at which the reservation must be topped up. `seen`:
-    number of output tokens at the last pass over the running calls."""
+    """The reservation of one call. `due`: number of output tokens at which more tokens must be reserved. `seen`: number
+    of output tokens when the running calls were last checked."""
 
     call: Call
     due: int
@@ -112,8 +112,8 @@ class QuotaReservations:
             raise refusal(refused)
 
     async def settle(self, call: Call) -> None:
-        """Settle the reservation of an ended call: charge the tokens that the engine counted, and return the rest.
-        Idempotent."""
+        """Settle the reservation of an ended call: charge the tokens that the engine counted, and release the other
+        reserved tokens. Idempotent."""
         if self._held.pop(call.id, None) is None:
             return
         settling = self._limits.settle(call.id, call.charged_prompt_tokens, new_tokens(call))

@@ -108,7 +108,8 @@ class ValkeyStore:
             return None
 
     async def run(self, tenant: str, operation: str, *arguments: float) -> Sequence[float]:
-        """Run an operation of the script for a tenant and return the numbers in the reply. Raises UNREACHABLE."""
+        """Run one operation of the Lua script for a tenant, and return the numbers in the reply. Raises one of the
+        exceptions in UNREACHABLE if the store does not answer."""
         epoch_s = time.time()
         now = -1.0 if self._clock is None else self._clock()
         head = (operation, now, self._gateway, day_of(epoch_s), month_of(epoch_s))

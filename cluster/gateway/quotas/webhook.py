@@ -21,8 +21,8 @@ TIMEOUT_S = 5.0
 
 
 class NotDelivered(Exception):
-    """Raised when the receiver is unreachable or refuses the event. The message is for the log; it contains neither the
-    body nor the secret."""
+    """Raised when the receiver of a webhook is unreachable or refuses the event. The message is for the log; it
+    contains neither the body nor the secret."""
 
 
 def signature(secret: bytes, at_s: int, body: bytes) -> str:

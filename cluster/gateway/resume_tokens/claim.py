@@ -101,8 +101,9 @@ class ResumeClaims:
         return ResumeTerms.PAID if maker.gateway == self._gateway else ResumeTerms.IF_ALIVE
 
     async def give_up(self, call_id: str, generation: int, lasts_s: float) -> None:
-        """Record that this gateway ends a call through no fault of the client. The cluster then pays for the prompt of
-        the next resume. Raises CallError."""
+        """Record that this gateway ends a call through no fault of the client. If the call is resumed after that, the
+        cluster pays for the prompt, not the client. `generation`: number of the call's last resume. `lasts_s`: how long
+        the record lasts, in seconds. Raises CallError if the store cannot be used."""
         await self._first_claims.claim_first(_given_up_name(call_id, generation), lasts_s)
 
     async def close(self, call_id: str, generation: int, lasts_s: float) -> None:

@@ -1,9 +1,12 @@
-"""First claims. Of all resumes with the same tokens, at whatever gateway, only the first succeeds.
+"""The decision which of several resumes of a stream succeeds. Of all resumes with the same resume tokens,
+only the first one does, whichever gateways they reach.
 
-An atomic write to a store decides which resume is the first. The store is the limits store, if one is configured. If
-there is none, or if it does not answer, the store is the ledger's database. Without a ledger, a file in the folder of
-the secret that sealed the tokens is used in place of the database. So every gateway that can open the tokens sees the
-claims on them. If no store answers, nothing is resumed. If a store loses its data, or only one of two gateways reaches
+The first resume is decided by an atomic write to a store: the claim. The store is the limits store, if
+one is configured. If there is none, or if it does not answer, the store is the ledger's database. Without
+a ledger, the store is a file in the folder that holds the secret with which the tokens were sealed. So
+every gateway that can open the tokens sees the claims on them.
+
+If no store answers, nothing is resumed. If a store loses its data, or only one of two gateways reaches
 it, a second resume may succeed.
 """
 
@@ -113,7 +116,7 @@ class StoreFirstClaims:
 
     def __init__(self, first: Callable[[str, float], Awaitable[bool | None]], otherwise: FirstClaims) -> None:
         """`first(name, expires_s)`: claims a name in the limits store. Returns whether the claim was the first; None if
-        the limits store does not answer. `otherwise`: the store that is used in this case."""
+        the limits store does not answer. `otherwise`: decides the claim if the limits store does not answer."""
         self._first = first
         self._otherwise = otherwise
 

@@ -67,9 +67,9 @@ class CallHead:
 
 class Maker(NamedTuple):
     """The gateway that made a resume token. `gateway`: incarnation of this gateway. `generation`: number of the resume
-    after which the call ran at this gateway, 0 if the call began there. `silent`: number of resumes in a row, directly
-    before that resume, that delivered no new model token. `progressed`: whether this gateway has delivered a new model
-    token."""
+    after which the call ran at this gateway, 0 if the call began there. `silent`: number of resumes in a row that
+    delivered no new model token, directly before the resume `generation`. `progressed`: whether this gateway has
+    delivered a new model token."""
 
     gateway: str = ""
     generation: int = 0
@@ -188,8 +188,8 @@ def digest_of(sealed: bytes) -> bytes:
 
 
 def encode_one(number: int, expires_s: int, before: bytes, chars: int, token_id: int) -> bytes:
-    """Return the content of a resume token that adds one token id to choice 0, which must not have finished. This is a
-    fast path of `encode`."""
+    """Return the content of a resume token for a call whose choice 0 has emitted one more token id and has not
+    finished. The result is the same as that of `encode`, but faster to compute."""
     return _SINGLE_ID.pack(number, expires_s, before, 1, 0, 0, chars, 1, token_id)
 
 

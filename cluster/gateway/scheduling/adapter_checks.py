@@ -1,9 +1,9 @@
 """A check of all queued sequences that use an adapter. It begins after each change of the adapters and runs in slices.
 
 Problem: while a thousand adapters are loaded on many workers, there are many changes a second, and twenty thousand
-sequences may be queued. Invariants: at most MOST sequences are checked after a change and in each period of the
-scheduler's upkeep. After the last change, every sequence is checked once more. Until a sequence is checked, it waits as
-before the change.
+sequences may be queued. Invariants: a slice has at most MOST sequences. At most one slice is checked at once after a
+change, and one in each period of the scheduler's upkeep. After the last change, every sequence is checked once more.
+A sequence that is not checked yet waits as if nothing had changed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ MOST: Final = 1024
 
 
 class AdapterChecks:
-    """Runs the function `check` on each queued sequence that uses an adapter, after each change of the adapters. At
-    most `most` sequences (a slice) are checked at once."""
+    """Runs the function `check` on each queued sequence that uses an adapter, after each change of the adapters. The
+    checks run in slices of at most `most` sequences, so that they never block the event loop for long."""
 
     def __init__(
         self, queued: Callable[[], Sequence[CallSequence]], check: Callable[[CallSequence], None], most: int = MOST
     ) -> None:
-        """`queued`: returns the queued sequences. `check`: checks one sequence. `most`: maximum number of sequences
-        that are checked at once (a slice)."""
+        """`queued`: returns the queued sequences. `check`: the function to run on each queued sequence that uses an
+        adapter. `most`: maximum number of sequences in a slice, that is, without a pause for other tasks."""
         self._queued = queued
         self._check = check
         self._most = most
@@ -84,9 +84,9 @@ class QueuedAdapters:
 
 
 def current_adapter(sequence: CallSequence, model: KnownModel) -> str | None:
-    """Return the new key of a sequence's adapter; None if the sequence keeps its key. A sequence keeps its key in four
-    cases: the adapter's key has not changed, the sequence has output, a worker takes calls for the old key, or the
-    adapter was removed."""
+    """Return the key that a queued sequence's adapter now has; None if the sequence keeps its old key. A sequence keeps
+    its key in four cases: the adapter's key has not changed, the sequence has output, a worker takes calls for the old
+    key, or the adapter was removed."""
     now, key = sequence.request.adapter, model.adapters.key(sequence.call.adapter)
     is_stale = bool(now) and now != key and not sequence.emitted and not model.adapters.is_ready(now)
     return key if is_stale and model.adapters.find(sequence.call.adapter) is not None else None

@@ -39,8 +39,8 @@ class CanaryStatistics:
         self._trials: dict[str, _Trial] = {}
 
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
-        """Apply a new catalog. The statistics of each model with two versions are kept as a trial of the canary. The
-        trial begins anew when a version changes."""
+        """Apply a new catalog: keep canary statistics for each model with two versions, and drop those of other models.
+        If one of the versions has changed, the model's statistics start from zero."""
         trials = {}
         for entry in entries:
             if len(entry.versions) < 2:

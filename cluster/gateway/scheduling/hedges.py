@@ -105,7 +105,8 @@ class Hedges:
 
     def ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:
         """Count a hedge that has ended. `won`: whether the second worker keeps the sequence. `computed_by`: incarnation
-        of the worker that drops out; "" if that worker has refused the sequence."""
+        of the worker that does not keep the sequence; "" if this worker has refused the sequence, so that it computed
+        nothing."""
         model, accounts = sequence.call.model, self._accounts()
         if accounts is not None:
             accounts.hedge_ended(sequence, computed_by)

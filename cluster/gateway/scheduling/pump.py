@@ -23,8 +23,8 @@ class SequencePump:
         directory: Callable[[], ModelDirectory],
         clock: Callable[[], float],
     ) -> None:
-        """Create the pump. `backlogs`: is notified of each change of a model's queues. `directory`: returns the
-        gateway's models."""
+        """`policy`: chooses the sequences to send. `executor`: sends them. `backlogs`: is notified of each change of a
+        model's queues. `directory`: returns the gateway's models."""
         self._policy = policy
         self._executor = executor
         self._backlogs = backlogs

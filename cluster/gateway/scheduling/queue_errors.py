@@ -59,7 +59,8 @@ def too_late(name: str, model: KnownModel | None, deadline_passed: bool, adapter
 
 
 def replaced(tokens: int) -> CallError:
-    """Return the error for a call that lost its worker and is incompatible with the replacement workers."""
+    """Return the error for a call that lost its worker and is incompatible with the replacement workers. `tokens`:
+    number of tokens that the call has emitted."""
     why = "the replacement replicas have different weights, tokenizer or dtype, so the stream cannot continue"
     return CallError(Outcome.WORKER_LOST, f"{_lost(tokens)}, and {why}; retry the call")
 
@@ -71,8 +72,8 @@ def blamed(tokens: int, workers: int) -> CallError:
 
 
 def not_resumed(tokens: int, deadline_passed: bool) -> CallError:
-    """Return the error for a call that lost its worker and has waited the longest allowed time for a compatible
-    worker."""
+    """Return the error for a call that lost its worker and found no other worker in time. `tokens`: number of tokens
+    that were emitted. `deadline_passed`: whether the call's own deadline ended the wait, not the limit on the wait."""
     if deadline_passed:
         return CallError(Outcome.DEADLINE_EXCEEDED, "the deadline passed while the call waited for another worker")
     why = "no other worker with the same weights had capacity in time"

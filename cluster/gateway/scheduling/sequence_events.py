@@ -86,8 +86,8 @@ class SequenceEvents:
             self._unserved.note(model)
 
     def _choose_versions(self, call: Call, model: KnownModel | None) -> None:
-        """Allow a call without output to begin on any version with the same tokenizer, because the last worker of the
-        call's own version may be lost."""
+        """Allow a call without output to begin on any version with the same tokenizer. This is needed if the last
+        worker of the version that was chosen for the call is lost."""
         begun = any(sequence.emitted or sequence.link or sequence.finish_reason for sequence in call.sequences)
         if model is None or not call.versions.all or begun:
             return
@@ -130,7 +130,7 @@ class SequenceEvents:
         self._queues.settle(sequence)
 
     def hedge_ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:
-        """Record that a sequence, which was sent to two workers (hedged), stays on only one of them. `won`: True if it
-        stays on the second worker, False for the first. `computed_by`: incarnation of the worker that drops out; "" if
-        that worker has refused the sequence."""
+        """Record that a sequence that was sent to two workers (hedged) stays on only one of them. `won`: True if it
+        stays on the second worker, False for the first. `computed_by`: incarnation of the other worker, which may have
+        computed the prompt in vain; "" if that worker has refused the sequence."""
         self._hedges.ended(sequence, won, computed_by)

@@ -198,8 +198,8 @@ class WorkerCaches:
         return 0.0 if prefix is None else self._hot.recent(prefix, now)
 
     def forget_prompt(self, key: str) -> None:
-        """Forget the hashes of a waiting sequence's prompt. They depend on the sequence's adapter, which has
-        changed."""
+        """Forget the prompt hashes of the waiting sequence `key`, because its adapter has changed. The hashes depend on
+        the adapter."""
         for known in [known for known in self._hashes if known[0] == key]:
             del self._hashes[known]
         self._prefixes.pop(key, None)
@@ -216,7 +216,8 @@ class WorkerCaches:
             self._hashes.pop((key, block_size), None)
 
     def maintain(self, now: float) -> None:
-        """Do a part of the maintenance of the indexes. Takes about a millisecond for each index with much to do."""
+        """Do a part of the pending maintenance of each model's cache index. Takes about a millisecond for an index with
+        much pending work."""
         if "numpy" in sys.modules:
             for name, unapplied in self._unapplied.items():
                 if unapplied.size >= BATCH_BYTES and name not in self._due:  # arrived before numpy was imported

@@ -86,8 +86,8 @@ class WorkerEvents:
         self._scheduler.renders.pump(link.identity.model)
 
     def apply_catalog(self, entries: Sequence[CatalogEntry], revision: int = 0) -> None:
-        """Apply a new catalog from the controller. `revision`: number of the catalog, higher for a newer catalog. With
-        0, no adapters are sent to the workers."""
+        """Apply a new catalog from the controller. `revision`: number of the catalog, higher for a newer catalog. If it
+        is 0, the catalog has no number and no adapters are sent to the workers."""
         directory = self._host.directory
         directory.apply_catalog(entries, revision)
         self._scheduler.canaries.catalog(entries)

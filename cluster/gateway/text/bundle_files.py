@@ -109,7 +109,7 @@ def _json(bundle: Bundle, name: str) -> dict[str, Any]:
 
 
 def _template_sources(bundle: Bundle) -> dict[str, str]:
-    """Return the sources of the chat templates by name. The file chat_template.jinja has the name `default`, the file
+    """Return the sources of the chat templates by name. The file chat_template.jinja has the name `default`. A file
     chat_template.NAME.jinja has the name NAME."""
     sources = {}
     for name, content in bundle.files.items():

@@ -53,8 +53,8 @@ class TextSource(Protocol):
         text, returns the stop string or GUARD; `push` must not be called after that."""
 
     def text_of(self, token_id: int) -> str:
-        """Add one token and return its text, which `pop_text` then does not return. Not allowed while `searches_text`
-        is True."""
+        """Add one token and return its text; `pop_text` does not return this text again. Must not be called while
+        `searches_text` is True."""
 
     def push_back(self, text: str) -> None:
         """Take back the text that `text_of` returned last, because it could not be sent. `pop_text` then returns the
@@ -75,8 +75,8 @@ class WholeTexts(dict[int, str | None]):
     characters is None. Each entry is computed when the token is first looked up."""
 
     def __init__(self, tokenizer: Tokenizer, unsafe_ids: Collection[int]) -> None:
-        """Create an empty table. `unsafe_ids`: ids of tokens for which the table always holds None. They are added
-        tokens: a detokenizer may skip them, and they do not stand for bytes."""
+        """Create an empty table. Its entry for a token in `unsafe_ids` is always None. These are the added tokens: a
+        detokenizer may skip them, and they do not stand for bytes."""
         super().__init__()
         self._tokenizer = tokenizer
         self._unsafe_ids = unsafe_ids
@@ -129,8 +129,9 @@ class Detokenizer:
         unseen: UnseenTokens | None = None,
     ) -> None:
         """`prompt_ids`: the last ids of the prompt, after which decoding starts (see `priming_ids`). `stop`: stop
-        strings, none of them empty. `unseen`: table of the tokens without text, made for this tokenizer and
-        `skip_special_tokens`; None for a new table."""
+        strings, none of them empty. `whole_texts`: table of the tokens whose texts can be used without decoding; None
+        to decode all. `unseen`: table of the tokens without text, made for this tokenizer and `skip_special_tokens`;
+        None for a new table."""
         if any(not text for text in stop):
             raise ValueError("stop: an empty string would stop every call: leave it out")
         self.token_ids: list[int] = []
@@ -185,8 +186,8 @@ class Detokenizer:
         return len(self._text)
 
     def pending_tokens(self) -> int:
-        """Return the number of tokens at the end of the sequence for which `pop_text` has returned no text yet. If
-        there are no stop strings, the number is computed here by decoding."""
+        """Return the number of tokens at the end of the sequence for which `pop_text` has returned no text yet. Without
+        stop strings this number is not kept, so it is computed here by decoding the last tokens."""
         if self._stop:
             return len(self._lengths)
         if not self._text:

@@ -1,9 +1,10 @@
 """Detection of slow regular expressions in tokenizers. Tokenizers come with models and are not trusted.
 
 Problem: the regex engine of the tokenizers library backtracks, so for `(a+)+$` the time doubles with each character.
-Expressions that may be slow are recognized by their form: a repeated group that contains a repetition or a choice, a
-back reference, or many repetitions in sequence. The test may also reject a fast expression. A tokenizer with a rejected
-expression runs only in helper processes, which have a CPU limit.
+
+An expression counts as possibly slow if it has one of three forms: a back reference; many repetitions in sequence; a
+repeated group that contains a repetition or a choice. The test may also reject a fast expression. A tokenizer with a
+rejected expression runs only in helper processes, which have a CPU limit.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ class TokenLogprob:
 
 
 class LogprobSource(Protocol):
-    """The source of a sequence's log probabilities with texts: LogprobTexts, or guards wrapped around LogprobTexts."""
+    """Object that converts a sequence's sampled positions to log probabilities with texts: a LogprobTexts, or guards
+    wrapped around one."""
 
     def push(self, positions: Iterable[PositionLogprobs]) -> list[TokenLogprob]:
         """Add the positions of a step. Returns the log probabilities that may be sent now."""

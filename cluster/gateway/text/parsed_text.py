@@ -181,7 +181,8 @@ class ParsedText:
 
     @property
     def passes_content(self) -> bool:
-        """Whether `pass_content` may be called, because nothing waits for `pop_text` and no guard reads the parts."""
+        """Whether `pass_content` may be called. It may be called while nothing waits for `pop_text` and no guard reads
+        the parts."""
         return bool(self._parsed) and self._filter is None and not self._new
 
     def pass_content(self, token_id: int, text: str) -> None:

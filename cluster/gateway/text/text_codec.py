@@ -92,8 +92,8 @@ class TextCodec:
         )
 
     def chat_json(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> bytes:
-        """Return a chat as JSON for the renderer of a worker. `options`: the further arguments of render_chat. Raises
-        CallError."""
+        """Return a chat as JSON, in the form that a worker's renderer reads. `options`: the arguments of `render_chat`
+        other than the messages. Raises CallError for an invalid chat."""
         if self._control_tokens is not None:
             messages = self._control_tokens.in_messages(messages)
             arguments = dict(options.get("template_kwargs") or {})
@@ -125,8 +125,11 @@ class TextCodec:
         cache_salt: str = "",
         **options: Any,
     ) -> array[int]:
-        """Return the token ids of messages as a packed array. The ids equal those of encode_chat. Known blocks are
-        reused and `max_tokens` is checked as in `prompt_ids`."""
+        """Return the token ids of messages as a packed array. The ids equal those of encode_chat. Blocks of text that
+        the tenant has sent before with the same `cache_salt` are not tokenized again.
+
+        Raises CallError, before tokenizing, if the text certainly has more than `max_tokens` tokens.
+        """
         return self.prompts.ids(self.chat_text(messages, max_tokens, **options), tenant, cache_salt)
 
     def prompt_text(self, text: str, max_tokens: int = ANY_LENGTH) -> PromptText:
@@ -145,14 +148,16 @@ class TextCodec:
         return PromptText(text, "messages")
 
     def packed_text(self, prompt: PackedPrompt, max_tokens: int = ANY_LENGTH) -> PromptText:
-        """Unpack a prompt, and return its text that must be tokenized. Raises CallError as `prompt_ids` does."""
+        """Unpack a prompt, and return the text that must be tokenized for it. Raises CallError if the text certainly
+        has more than `max_tokens` tokens."""
         unpacked = prompt.unpacked()
         if isinstance(unpacked, TextPrompt):
             return self.prompt_text(unpacked.text, max_tokens)
         return self.chat_text(unpacked.messages, max_tokens, **unpacked.template_options)
 
     def begin(self, job: Job) -> bytes | array[int]:
-        """Begin to tokenize a prompt in a helper process, and return what PromptEncoder.begin returns.
+        """Begin to tokenize a prompt in a helper process. Returns the digests of the prompt's text blocks, or the ids
+        of the whole prompt if it cannot be cut into blocks.
 
         `job`: the name of the method that makes the prompt's text, and the arguments of this method.
         """

@@ -32,8 +32,8 @@ character."""
 
 
 class UnseenTokens(dict[int, bool]):
-    """Table that says of each token whether it is skipped before decoding. Each entry is computed when the token is
-    first looked up."""
+    """Map from a token id to whether the token has no text in the output: either the id is unknown, or the token is
+    special and special tokens are skipped. An entry is computed when its token is first looked up."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         super().__init__()
@@ -112,8 +112,8 @@ class TokenStream:
         return text
 
     def _recover(self, token_id: int, error: Exception) -> str | None:
-        """Handle `error`, with which the stream has failed on a token. Returns the text of the token if the stream can
-        continue, and None if the token id is invalid. Raises any other error."""
+        """Continue after the stream has raised `error` for a token. Returns the token's text, decoded by a new stream,
+        or None if the token id is invalid. Raises `error` again if it has another cause than the token's text."""
         if isinstance(error, (OverflowError, TypeError)):  # not a token id at all
             return None
         if not str(error).startswith(INVALID_PREFIX):

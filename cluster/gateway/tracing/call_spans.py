@@ -129,8 +129,11 @@ class SpanBuilder:
     # ---- waits
 
     def _wait(self, index: int, before: Attempt | None, attempt: Attempt) -> SpanRecord:
-        """Return the span of the wait before an attempt: in the queue, or for another worker after a loss. The span of
-        a resume ends with the first token after the loss, because only then the caller gets text again."""
+        """Return the span of the wait before an attempt.
+
+        The span is named `queue` if the sequence had no tokens before the attempt, else `resume`. A `resume` span ends
+        with the first token after the loss, because only then the caller gets text again.
+        """
         attributes: dict[str, Value] = {names.SEQUENCE: index}
         if before is not None:
             since = attempt.sent_at if before.ended_at is None else before.ended_at

@@ -56,7 +56,7 @@ class OpenAccounts:
 
     def open(self, sequence: CallSequence, link: WorkerLink) -> bytes:
         """Open the account of a sequence that is about to be submitted on this link. A retry uses the account that the
-        sequence already has. Returns the sealed record, which the worker gets with the sequence."""
+        sequence already has. Returns the account's usage record as sealed bytes. The worker keeps this copy."""
         account = self._by_sequence.get(sequence.key)
         if account is None:
             record = self._record(sequence, link)

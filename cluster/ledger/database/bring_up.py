@@ -40,7 +40,8 @@ def prepare_database(database_url: str) -> None:
 async def prepare_database_in_process(
     database_url: str, begun: Callable[[int], None] = lambda pid: None, timeout_s: float = TIMEOUT_S
 ) -> None:
-    """Run this module as a program in a child process. Raises LedgerError for an error or after `timeout_s`.
+    """Prepare the database in a child process, which runs this module as a program. Raises LedgerError if the
+    database cannot be used, or is not prepared within `timeout_s` seconds.
 
     `begun` is called with the child's process id after the start. Cancellation kills the child.
     """

@@ -46,7 +46,7 @@ def parse_url(database_url: str, password: str = "") -> URL:
 
 
 def make_engine(database_url: str, password: str | None = None) -> Engine:
-    """Create an engine without connecting to the database.
+    """Return an SQLAlchemy engine for the ledger's database, without connecting to it.
 
     If `password` is None, the password is read from the environment variable HEADRACE_DATABASE_PASSWORD.
     """

@@ -347,10 +347,12 @@ class _Planner:
         return words + (["aliases"] if _json(row.get("aliases")) else [])
 
     def _restricted_tenant(self, where: str, wanted_name: str, parent: str, row: Row) -> str:
-        """Plan a tenant for a key that is more restricted than the key's team. `parent` is the team's tenant.
+        """Plan a tenant of its own for a key that is more restricted than the key's team, and return the tenant's
+        name.
 
-        If the key has no list of models, the tenant gets the team's models. If the team's tenant is suspended, the new
-        tenant is suspended too.
+        `row`: the key's row. `where`: the row's place, for messages. `wanted_name`: preferred name of the tenant.
+        `parent`: the team's tenant. If the key has no list of models, the tenant gets the team's models. If the
+        team's tenant is suspended, the new tenant is suspended too.
         """
         team = self._tenants.planned[parent]
         merged = dict(self._with_budget(row))

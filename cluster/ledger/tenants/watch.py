@@ -71,7 +71,7 @@ class WatchStatistics:
 
 
 class Watcher:
-    """Thread that polls the database for the newest snapshot. `read` is `Ledger.snapshots.read`.
+    """Thread that polls the database for the newest snapshot of tenants and keys. `read`: reads the snapshot.
 
     `declared` has the tenants of the configuration file. Declared tenants override the database's tenants, even while
     the database is unreachable. `on_change` is called with every changed snapshot, in the poller's thread.

@@ -12,9 +12,10 @@ from cluster.ledger.database.tables import resumed
 
 
 class ResumedSegments:
-    """The database table of claims on resumes of calls. A claim is stored as a name.
+    """The database table that decides which resume of a call is the first. A resume claims names in this table,
+    and each name can be claimed only once.
 
-    cluster/gateway/resume_tokens/claim.py defines which names a resume claims. Backups do not contain the
+    cluster/gateway/resume_tokens/claim.py defines the names that a resume claims. Backups do not contain the
     table, because resume tokens are valid for minutes only.
     """
 
@@ -22,9 +23,10 @@ class ResumedSegments:
         self._engine = engine
 
     def claim(self, names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bool]:
-        """Claim names in one transaction. Returns one value per entry of `names`: True if the name was unclaimed.
+        """Claim names, each of which stands for a resume of a call, in one transaction.
 
-        Each entry is a (name, expires_at_s); times are in seconds since the epoch. Raises StoreUnavailable.
+        Each entry of `names` is a pair (name, expires_at_s); times are in seconds since the epoch. Returns one
+        value for each entry: True if the name was not claimed yet. Raises StoreUnavailable.
         """
         first: dict[str, int] = {}
         for at, (name, _) in enumerate(names):

@@ -28,8 +28,8 @@ class SloTable:
     def query(self, usage_query: UsageQuery, objectives: SloObjectives) -> list[SloSum]:
         """Return how many of the query's calls met or missed the SLO, sorted by tenant and model.
 
-        Each call is judged by one usage record: that of the call's first output, before any resume.
-        `usage_query.group_by` is ignored. Raises StoreUnavailable.
+        A call has a usage record for each output and each resume. Only its first record is judged: that of the first
+        output before any resume. `usage_query.group_by` is ignored. Raises StoreUnavailable.
         """
         result = _result(objectives)
         counts = [func.sum(case((result == name, 1), else_=0)).label(name) for name in (*COUNTED, *NOT_COUNTED)]
@@ -48,7 +48,8 @@ def _sum(row: dict[str, Any], objectives: SloObjectives) -> SloSum:
 
 
 def _result(objectives: SloObjectives) -> ColumnElement[str]:
-    """Return the SQL expression for the result of a record, which is one of the names in COUNTED and NOT_COUNTED."""
+    """Return the SQL expression that says whether a usage record met the SLO of its model. Its value is a name in
+    COUNTED or NOT_COUNTED. `objectives`: the SLO of each model."""
     judged = {model: objective for model, objective in objectives.items() if objective.ttft_s or objective.itl_s}
     if not judged:
         return case((usage.c.delivered_unknown, literal("unknown")), else_=literal("not_judged"))

@@ -1,7 +1,9 @@
-"""State machine of a model, and the catalog entries that the controller sends to the gateways. Pure.
+"""State machine of a model, and the catalog entries that the controller sends to the gateways. The functions
+do no I/O.
 
-A controller holds no state that must survive a restart: each pass applies a new observation to the last state. A
-controller that has just started begins at DECLARED and is correct after one pass.
+A controller holds no state that must survive a restart. Each pass applies a new observation of the cluster
+to the state of the pass before. A controller that has just started begins at DECLARED and is correct after
+one pass.
 """
 
 from __future__ import annotations

@@ -74,9 +74,9 @@ def placement(spec: ModelSpec) -> Placement:
 def why_unplaceable(spec: ModelSpec, nodes: Sequence[Mapping[str, float]]) -> str:
     """Return the reason why these nodes cannot hold one replica even while all of them are idle; "" if they can.
 
-    `nodes` has the total resources of each node. If the group may use several nodes, its bundles are placed one after
-    the other, on the node with the most GPUs first. This greedy choice is exact, because all GPU bundles of a group are
-    alike.
+    `nodes` has the total resources of each node. If the replica's placement group may use several nodes, its
+    bundles are placed one after the other, on the node with the most GPUs first. This greedy choice is exact,
+    because all GPU bundles of a group are alike.
     """
     if not nodes:
         return "cannot be placed: Ray has no node"

@@ -189,9 +189,9 @@ def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
     """Return the applications that replace the application `old`. `wanted`: the wanted applications of the same
     model.
 
-    Their version is the version of `old` or, if this version is no longer wanted, the first wanted version.
-    Among the applications with this version, only the ones with replicas on the GPU type of `old` are returned,
-    if there are any.
+    The replacements have the version of `old`. If no wanted application has this version, they have the version of
+    the first wanted application. Of the applications with this version, those with replicas on the GPU type of
+    `old` are returned, or all if there are none.
     """
     versions = [want.version for want in wanted]
     version = old.version if old.version in versions else next(iter(versions), "")
@@ -200,9 +200,11 @@ def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
 
 
 def _serves_as_many(heir: Wanted, seen: Observed | None) -> bool:
-    """Return whether all wanted replicas of the new application `heir` serve. The old application is then not needed.
+    """Return whether the new application `heir` runs all replicas that it should have, so that the old
+    application can be deleted.
 
-    The old application's number of replicas does not matter, because it may have given up replicas to make room.
+    `seen`: the state of `heir` on Ray; None if `heir` is not there. The number of replicas of the old
+    application does not matter, because it may have given up replicas to make room.
     """
     return seen is not None and not seen.deleting and seen.running >= heir.replicas
 

@@ -200,8 +200,9 @@ class FairOrder:
     # ---- reading
 
     def counter(self, tenant: str, rank: int = 0) -> float:
-        """Return the counter of a tenant; 0 for an unknown tenant. The counter is the tenant's weighted service divided
-        by its weight, plus the amounts that were added after idle times."""
+        """Return the counter by which a tenant is ordered among the tenants; 0 for an unknown tenant. The counter is
+        the tenant's weighted service divided by its weight, plus the amounts that were added after idle times. `rank`:
+        the priority class."""
         flow = self._flows.known(tenant, rank)
         return 0.0 if flow is None else flow.counter
 
@@ -220,8 +221,8 @@ class FairOrder:
         return f"FairOrder({len(self._where)} waiting, {len(self._flows.classes())} classes, {len(self._open)} charged)"
 
     def _remove_waiting(self, call_id: str, *, taken: bool = False) -> tuple[Flow, Charge | None]:
-        """Remove a waiting sequence. Returns its flow, and the charge to count when it is sent; None if it was charged
-        before. `taken`: whether it is removed because it is sent."""
+        """Remove a waiting sequence. Returns its flow, and the charge to count when the sequence is sent; the charge is
+        None if it was counted before. `taken`: whether the sequence is removed because it is sent."""
         flow, charge, serial = self._where.pop(call_id)
         if serial >= 0:
             if taken:

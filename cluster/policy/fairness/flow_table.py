@@ -41,8 +41,8 @@ class FlowTable:
             self.now = now
 
     def flow(self, rank: int, tenant: str) -> Flow:
-        """Return the queue of a tenant in a priority class, with the tenant's current weight. The queue is created at
-        first use."""
+        """Return the queue of a tenant in the priority class `rank`, and give the queue the tenant's current weight.
+        The queue is created at first use."""
         turns = self._classes.get(rank)
         if turns is None:
             turns = self._classes[rank] = ClassTurns()
@@ -113,8 +113,9 @@ class FlowTable:
 
     def _update_backlogged(self, flow: Flow, waited: bool) -> None:
         """Update a flow after its sequences began or stopped waiting on any gateway. `waited`: whether the flow had a
-        waiting sequence before. If not, its service counter is raised to the lowest counter of the waiting flows, so
-        that idle time saves up no service. A flow that waited a short time ago may stay a little below."""
+        waiting sequence before. If it had none, its service counter is raised to the lowest counter of the waiting
+        flows, so that the flow gets no extra turns for its idle time. The counter of a flow that waited a short time
+        ago may stay a little below."""
         turns = self._classes[flow.key.rank]
         if not waited:
             floor = turns.floor()
@@ -126,13 +127,15 @@ class FlowTable:
         turns.update(flow)
 
     def forget_idle(self, charged: Collection[int]) -> list[int]:
-        """Forget idle flows that need no memory. Such a flow has been idle for `idle_s` and has no open charges, and
-        its counter is at most ClassTurns.floor. If it were kept, its counter would be raised to this value at its
-        next sequence anyway.
+        """Forget the idle flows that need not be remembered. Returns the priority rank of each guest, one entry for
+        each guest.
 
-        `charged`: `id()` of each flow with open charges. Returns the priority rank of each guest, one entry for
-        each guest. A guest (reserved_slots.py) is an idle flow with a counter that low, but idle for less than
-        `idle_s`.
+        A flow is forgotten if it has been idle for `idle_s`, has no open charges, and its counter is at most
+        ClassTurns.floor. If such a flow were kept, its counter would be raised to this floor at its next sequence
+        anyway.
+
+        A guest (reserved_slots.py) is a flow with a counter that low which has been idle for less than `idle_s`.
+        `charged`: `id()` of each flow with open charges.
         """
         guests = []
         for rank, turns in self._classes.items():

@@ -21,8 +21,7 @@ from cluster.api.frozen import frozen_dataclass
 
 @dataclass(frozen=True, slots=True)
 class HolderWait:
-    """The worker for which a sequence has waited, because that worker holds its prompt, and the seconds that it has
-    waited."""
+    """How long a sequence has waited for the worker that holds its prompt: that worker, and the wait in seconds."""
 
     worker_id: str
     wait_s: float
@@ -80,8 +79,8 @@ class Order(Protocol):
         """Remove a waiting sequence because it is being sent to a worker. Raises KeyError for an unknown id."""
 
     def position(self, call_id: str) -> int:
-        """Return the number of sequences ahead. Sequences of other tenants may be left out. Raises KeyError for an
-        unknown id."""
+        """Return the number of sequences that wait ahead of the sequence `call_id`. Sequences of other tenants may be
+        left out of this number. Raises KeyError for an unknown id."""
 
     def slots_to_keep_free(self, waiting: WaitingSequence) -> int:
         """Return how many slots must stay free for other tenants if this waiting sequence is sent next."""

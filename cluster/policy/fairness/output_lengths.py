@@ -53,7 +53,8 @@ class _Lengths:
         self._new_since_curve += 1
 
     def expected(self, default_tokens: int, max_tokens: int) -> float:
-        """Expected length of the next output: the area under the survival curve up to `max_tokens`.
+        """Expected length of the next output, in tokens: the area under the survival curve up to `max_tokens`. For
+        each length, the survival curve has the share of outputs that are longer.
 
         Beyond the longest observed length, the curve is assumed to stay flat for at most `default_tokens` tokens.
         """

@@ -45,7 +45,7 @@ class PutBackSequences:
         return self._count(FlowKey(waiting.rank, waiting.tenant), end)
 
     def count(self, flow: FlowKey) -> int:
-        """Return how many of the sequences that were put back belong to `flow`: to one tenant in one class."""
+        """Return how many sequences of `flow` (one tenant in one class) were put back."""
         return self._count(flow, len(self._entries))
 
     def _count(self, flow: FlowKey, end: int) -> int:

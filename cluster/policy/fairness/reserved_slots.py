@@ -37,7 +37,8 @@ class ReservedSlots:
         self._until[rank] = now + GUEST_S
 
     def reserved(self, rank: int, filled: int, now: float) -> int:
-        """Return how many slots to keep free if a sequence of class `rank` is sent next.
+        """Return how many slots must stay free for tenants that send little, if a sequence of class `rank` is sent
+        next.
 
         `filled`: number of running calls of this gateway.
         """

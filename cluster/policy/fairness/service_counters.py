@@ -229,10 +229,11 @@ class ClassTurns:
         self._last: Flow | None = None
 
     def floor(self) -> float:
-        """Return the counter to which a flow is raised when it waits again after a long idle time (the lift of VTC).
+        """Return the least counter that a flow may have when it waits again after a long idle time. A flow with a
+        smaller counter is raised to it.
 
-        This is the least counter of all backlogged flows. If no flow is backlogged, it is the counter of the flow that
-        was backlogged last.
+        It is the least counter of all backlogged flows. If no flow is backlogged, it is the counter of the flow that
+        was backlogged last. Source: the counter lift of VTC (Virtual Token Counter).
         """
         least = self.anywhere.least()
         if least is None:

@@ -5,8 +5,8 @@ Problem: a full waiting room must shed the lowest class first. Within a class, a
 places of other tenants.
 
 Invariant: the victim has a lower class than the new sequence, or it has the same class and its tenant has a longer
-queue than the new sequence's tenant. Queue lengths are divided by the tenant's weight, and the new sequence counts
-as if it had entered.
+queue than the new sequence's tenant. Queue lengths are divided by the tenant's weight. The queue of the new
+sequence's tenant includes the new sequence.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from cluster.policy.fairness.service_counters import FlowKey
 
 
 class WorkerTotals:
-    """The last reported totals of each worker of one model. From each new report, the growth is added to the service
-    counters of the model's tenants."""
+    """The service totals that each worker of one model last reported, by tenant. When a worker reports higher totals,
+    the difference is added to the service counters of the tenants."""
 
     def __init__(self, flows: FlowTable) -> None:
         self._flows = flows

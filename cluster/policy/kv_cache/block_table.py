@@ -108,8 +108,8 @@ class BlockTable:
         return self._flat_words.take(places)
 
     def get(self, places: Places) -> Words:
-        """Return the table's words (bit sets of workers) at some places. `places`: results of `find` or `insert`
-        without -1."""
+        """Return the words (bit sets of workers) that are stored at some places. `places`: places that `find` or
+        `insert` has returned. The caller must leave out -1, which is no place."""
         return self._flat_words[places]
 
     def set(self, places: Places, words: Words) -> None:
@@ -170,8 +170,8 @@ class BlockTable:
         return places
 
     def _claim(self, rows: Places, marks: Marks) -> Places:
-        """Write each mark into a free place of one of its two rows, the emptier one. Returns the places; -1 for a mark
-        whose rows are full."""
+        """Write each mark into a free place in the emptier of its two rows. Returns the places; -1 for a mark whose
+        rows are full."""
         places = np.full(len(marks), -1, np.int64)
         left = np.arange(len(marks))
         while left.size:

@@ -60,11 +60,11 @@ class ExpectedBlocks:
         return ended
 
     def _forget(self, expectation: _Expectation) -> Hashes:
-        """Forget the expectation of one prompt's blocks. Returns those of its blocks that the worker is no longer
-        expected to hold for any other prompt.
+        """Forget the expectation that a worker will hold the blocks of a prompt. Return those of its blocks that no
+        other expectation for the worker includes.
 
-        `expectation`: must be the oldest of all expectations for its worker that have the same first block. Only
-        these expectations are compared: prompts that share any block also share the first block.
+        `expectation`: the oldest of all expectations for its worker with the same first block. It is compared
+        with these expectations only, because prompts that share any block also share the first block.
         """
         others = self._alike[expectation.key]
         others.popleft()

@@ -78,7 +78,8 @@ class HolderSets:
         return self._changed(words, added)
 
     def remove(self, words: Words, worker: int, only_expected: bool = False) -> Words:
-        """Return the sets without a worker. `only_expected`: remove the worker only where it is an expected holder."""
+        """Remove a worker from sets of workers, and return the changed sets. `only_expected`: remove the worker only
+        where it is an expected holder."""
         bit = 1 << worker
 
         def removed(members: Members) -> Members:
@@ -92,8 +93,8 @@ class HolderSets:
         return self._changed(words, lambda members: (members[0] & workers, members[1] & workers))
 
     def _changed(self, words: Words, change: Callable[[Members], Members]) -> Words:
-        """Apply a change to the set of each block. Each different set is changed only once, since the blocks of a batch
-        mostly have few different sets."""
+        """Apply `change` to the worker set of each KV block in a batch, and return the new words. The blocks of a batch
+        mostly share a few sets, so each distinct set is changed only once."""
         if len(words) and (words == words[0]).all():
             return np.full(len(words), self._change(int(words[0]), len(words), change), np.uint64)
         old, positions, counts = np.unique(words, return_inverse=True, return_counts=True)

@@ -160,13 +160,13 @@ class CacheIndex:
         return starts[:first], kinds[:first], starts[first]
 
     def _sampled(self, hashes: Hashes) -> tuple[npt.NDArray[np.int64], Words]:
-        """Look up some blocks of a long prompt. Returns the positions of these blocks, and for each block the word that
-        encodes its set of workers; the word is 0 if no worker holds the block. A block that is not returned has the
-        same word as the last returned block before it.
+        """Look up some blocks of a long prompt. Returns the positions of the blocks that were looked up, and a word
+        for each of them. The word encodes the set of workers that hold the block; it is 0 for no worker. Every
+        other block has the same word as the nearest block before it that was looked up.
 
-        First, every 16th block is looked up, up to the first one that no worker holds. If two neighbours among these
-        have different words, all blocks between them are looked up too. If they have the same word, the blocks between
-        them have this word as well, since an engine evicts the last blocks of a prefix first.
+        First, every 16th block is looked up, up to the first one that no worker holds. Where two consecutive
+        results differ, all blocks between them are looked up too. Where they are equal, the blocks between them
+        have the same word, since an engine evicts the last blocks of a prefix first.
         """
         count = len(hashes)
         coarse = np.append(np.arange(0, count - 1, _STRIDE), count - 1)

@@ -156,8 +156,11 @@ class _HeldAmounts:
     month: int
 
     def spend(self, use: TenantUse, tokens: int) -> None:
-        """Add tokens to the tenant's sums of used tokens for a day and a month: those in which this call was admitted.
-        A sum is not changed if `use` has moved on to a later day or month."""
+        """Add tokens to two sums of the tenant's used tokens: those of the day and of the month in which this call was
+        admitted.
+
+        A sum is not changed if `use` already counts a later day or month.
+        """
         if use.day.number == self.day:
             use.day.used += tokens
         if use.month.number == self.month:
@@ -421,8 +424,9 @@ def _fits(limits: TenantLimits, use: TenantUse, ask: _Wanted) -> bool:
 
 
 def _ends_in_s(name: Limit, use: TenantUse, over: int, now: float, epoch_s: float) -> tuple[float, float]:
-    """Return two durations in seconds. After the first, at least `over` tokens or requests of the tenant's use no
-    longer count. After the second, none of the use counts. `name`: the limit that was exceeded."""
+    """Return two durations in seconds for the limit `name`, which was exceeded. After the first, the tenant's counted
+    use has fallen by at least `over` tokens or requests. After the second, none of the present use is counted any
+    more."""
     if name is Limit.MONTHLY or name is Limit.DAILY:
         ends_in_s = month_ends_in_s(epoch_s) if name is Limit.MONTHLY else day_ends_in_s(epoch_s)
         return ends_in_s, ends_in_s

@@ -207,7 +207,7 @@ class RequestBytes:
         self._grant_all()
 
     def slow(self) -> list[Reservation]:
-        """Return the granted reservations whose bodies arrive too slowly. None are returned if no reservation waits.
+        """Return the granted reservations whose bodies arrive too slowly; [] if no reservation waits.
 
         After GRACE_S seconds, a body must have received MIN_BYTES_PER_S bytes for each further second. The caller must
         call `too_slow` of each returned reservation.
@@ -239,7 +239,8 @@ class RequestBytes:
     def _next(self) -> Reservation | None:
         """The waiting reservation to grant now, or None.
 
-        If the first reservation in the order does not fit the process bound, later reservations wait too.
+        If the next reservation fits its tenant's bound but not the bound of the whole process, None is returned: later
+        reservations must not overtake it.
         """
         for tenant in sorted(self._waiting, key=self._held.__getitem__):
             first = self._first_of(tenant)

@@ -12,10 +12,10 @@ the time that a usual worker needs for a prompt token:
                        + memory * kv_usage^2 + adapter)  -  affinity
 
 - `waiting`: prompt tokens of this gateway's sequences at the worker that have no output yet. The call waits for them.
-- `uncached`: prompt tokens of the call that the worker must compute. The call waits while they are computed. All
-  running sequences wait too, since they share the engine's steps, and so do the prompts that come next. `computed` is
-  the number of all that wait: the call, the running sequences and the next prompts. Tokens that another worker holds
-  count only in part, because computing them here also serves the recent calls with the same prefix, see
+- `uncached`: prompt tokens of the call that the worker must compute. The call waits while they are computed. The
+  running sequences wait too, since they share the engine's steps, and so do the prompts after this one. `computed` is
+  the number of prompts and sequences that wait in this way, including the call itself. Tokens that another worker
+  holds count only in part, because computing them here also serves the recent calls with the same prefix, see
   hot_prefixes.py.
 - `running / slots`: decoding. Each further sequence makes the engine's steps longer and delays all running sequences,
   so its cost is proportional to their number. `full` is the cost of a worker without a free slot. `slots` are the slots

@@ -56,7 +56,8 @@ class Fleet:
     """The workers of one model. `pick` chooses one of them for a new call."""
 
     def __init__(self, settings: RoutingSettings | None = None, vector_from: int = VECTOR_FROM) -> None:
-        """`vector_from`: number of workers from which on decisions use numpy, provided that numpy is imported."""
+        """`vector_from`: smallest number of workers for which decisions use numpy. Without numpy imported, decisions
+        never use it."""
         self._model_settings = settings or RoutingSettings()
         self.settings = self._model_settings
         """`_model_settings`, changed for the size of the largest worker by `settings_for`."""

@@ -108,8 +108,8 @@ class PrefillTimes:
         """Record that a worker has worked for `seconds` on late prompts and has not finished them. `tokens`: number of
         tokens of all these prompts.
 
-        The record counts for the next `seconds` seconds. It ends earlier with the worker's next sample or next such
-        record.
+        The record counts for the next `seconds` seconds, or until the worker's next sample or next record of
+        unfinished prompts.
         """
         sums = self._workers.setdefault(worker_id, _Sums(now))
         sums.late_tokens, sums.late_s, sums.late_until = tokens, seconds, now + seconds

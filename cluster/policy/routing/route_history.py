@@ -49,8 +49,8 @@ class Candidates:
 
     @classmethod
     def of(cls, scores: Sequence[Score]) -> Candidates:
-        """Return the candidates of one decision: its best scores, and the numbers of dropped workers. `scores`: the
-        scores of all workers, the best first."""
+        """Return the candidates of one decision: the best scores, and for each filter the number of workers that it
+        dropped. `scores`: the scores of all workers, the best first."""
         dropped = Counter(score.dropped for score in scores if score.dropped)
         return cls(scores[:MAX_CANDIDATES], dict(dropped), len(scores))
 
@@ -177,8 +177,11 @@ class RouteHistory:
             self.size -= oldest.size
 
     def _shorten(self, route: Route, workers: int) -> None:
-        """Reduce the scores that a route's decision keeps, which saves memory in a large fleet. Only the best scores
-        are kept, or none if another decision has kept its scores just before. `workers`: number of workers."""
+        """Drop scores of a route's decision, to save memory in a large fleet.
+
+        The best scores are kept. But if the scores of another decision were kept just before, none are kept.
+        `workers`: number of workers in the fleet.
+        """
         if (route.sent_at - self._kept_at) * SCORES_PER_S >= workers:
             self._kept_at = route.sent_at
             route.keep(route.candidates)

@@ -13,8 +13,8 @@ KEPT = 200
 
 
 class DecisionLog:
-    """The newest scaling decisions on one model. Successive decisions to hold for the same reason are kept as one
-    entry."""
+    """The newest scaling decisions on one model. Successive decisions with the action `hold` and the same reason are
+    one entry."""
 
     def __init__(self) -> None:
         self._decisions: deque[ScalingDecision] = deque(maxlen=KEPT)

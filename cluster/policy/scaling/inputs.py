@@ -43,8 +43,7 @@ class OperatorRequest:
 class RayReplicas:
     """Replicas of a model on one type of GPU, as Ray reports them.
 
-    `target`: number of replicas that Ray should run. `running`: number of replicas that serve. `placed`: number of
-    replicas that start. `leaving`: number of replicas that stop.
+    Numbers of replicas: `target` should run, `running` serve, `placed` are starting, `leaving` are stopping.
     """
 
     target: int = 0

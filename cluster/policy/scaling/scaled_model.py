@@ -27,8 +27,9 @@ class ScaledModel:
     """Scaling state of one model. In each pass, call `observe`. Then call `apply` if the policy has decided, or
     `hold` if the demand is unknown.
 
-    `now` is monotonic, in seconds; `wall_s` is the same time in seconds since the epoch. If an operator or the
-    configuration freezes all models, the caller must set `all_frozen` in the operators' requests.
+    `now` is monotonic, in seconds; `wall_s` is the same time in seconds since the epoch. `requests` holds the
+    operators' requests for the model. If an operator or the configuration freezes all models, the caller must set
+    `requests.all_frozen`.
     """
 
     def __init__(self, inputs: ModelInputs, cold_start_s: float) -> None:

@@ -93,8 +93,8 @@ class FirstTokenTimes:
         known.observe(worker, size_class(uncached_tokens), duration_s, now)
 
     def high(self, model: str, uncached_tokens: int, now: float) -> float | None:
-        """Return the time in seconds from a Submit request after which its first token is late. None if too few times
-        to first token were observed. `uncached_tokens`: number of prompt tokens that the worker has to compute."""
+        """Return how many seconds after a Submit a missing first token counts as late. None if too few times to first
+        token were observed. `uncached_tokens`: number of prompt tokens that the worker has to compute."""
         known = self._models.get(model)
         return None if known is None else known.high(size_class(uncached_tokens), now)
 

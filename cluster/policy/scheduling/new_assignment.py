@@ -22,7 +22,8 @@ from cluster.policy.scheduling.workers import Workers
 
 
 class NewAssignment:
-    """Assigns the new sequences of one gateway to workers, for all models. `now` is monotonic, in seconds."""
+    """Assigns the new sequences of one gateway to workers, for all models. In all methods, `now` is a monotonic time in
+    seconds."""
 
     def __init__(self, queues: NewSequences, workers: Workers) -> None:
         self._queues = queues
@@ -80,17 +81,20 @@ class NewAssignment:
                 yield Send(entry, where, decision.reason, 0, there, decision, cached, entry.holder_wait)
 
     def _awaited(self, decision: RoutingDecision, entry: WaitingSequence) -> FullHolder | None:
-        """Return the full worker for which a sequence should wait ("be set aside"), or None.
+        """Return the full worker for which a sequence should be set aside, which means that it waits for this worker
+        outside the queue. Returns None if it should not wait.
 
-        A sequence that may begin on several versions is not set aside. All sequences of a call must begin on the same
-        version, and while this sequence waited, another sequence of its call could begin on another version.
+        A sequence that may begin on several versions is not set aside: while it waited for a worker of one version,
+        another sequence of its call could begin on another version. All sequences of a call must run on the same
+        version.
         """
         has_choice = len(self._versions.get(entry.call_id, ANY_VERSION).all) > 1
         return None if has_choice else self._aside.best(entry, decision.full_holders)
 
     def _assign_aside(self, aside: Aside, now: float) -> Iterator[Instruction]:
-        """Decide about a sequence that waits for the worker that holds its prompt. Yield an instruction if it is sent
-        or fails. Yield nothing if it must wait longer, or if its time is over and it goes back to the waiting room."""
+        """Decide about a sequence that is set aside until the worker that holds its prompt has room. Yield an
+        instruction if the sequence is sent or fails. Yield nothing if it must wait longer, or if it has waited the
+        longest allowed time and goes back to the waiting room."""
         entry, key = aside.entry, aside.entry.call_id
         if key not in self._aside:
             return

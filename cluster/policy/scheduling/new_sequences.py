@@ -1,8 +1,9 @@
 """The new sequences of one gateway, from their admission until they are sent.
 
-A new sequence waits in the waiting room. When its turn comes, it may be set aside (set_aside.py) or wait for its
-adapter (adapter_waits.py). The fair order of tenants then counts it as sent and charges its tenant. If such a sequence
-ends without being sent, it is first put back into the waiting room, so that the charge is refunded.
+A new sequence waits in the waiting room. When its turn comes, the fair order of tenants counts it as sent and
+charges its tenant. But the sequence may not be sent at once: it may be set aside (set_aside.py) or wait for its
+adapter (adapter_waits.py). If it ends before it is sent, it is first put back into the waiting room, so that the
+charge is refunded.
 """
 
 from __future__ import annotations

@@ -89,8 +89,9 @@ class ResumeQueue:
         return sorted((place.sequence for place in places.values()), key=lambda sequence: sequence.entry.rank)
 
     def expired(self, now: float, longer_s: Callable[[str], float] = lambda _: 0.0) -> Sequence[str]:
-        """Remove the sequences that have waited too long, and return their keys. `longer_s(model)`: additional seconds
-        that a model's sequences may wait beyond `max_wait_s`, but at most another `max_wait_s`."""
+        """Remove the sequences that have waited too long, and return their keys. A sequence may wait `max_wait_s` and
+        the additional `longer_s(model)` seconds of its model. More than `max_wait_s` additional seconds are not
+        granted."""
         longest_s = {model: min(longer_s(model), self._max_wait_s) for model in self._places}
         gone = [
             key
@@ -103,7 +104,8 @@ class ResumeQueue:
         return gone
 
     def waiting(self, model: str) -> tuple[int, int]:
-        """Return the number of a model's sequences, and the number of tokens to compute for these sequences."""
+        """Return the number of a model's sequences that wait in this queue, and the number of tokens to compute for
+        these sequences."""
         places = self._places.get(model)
         return (len(places), self._tokens[model]) if places else (0, 0)
 

@@ -32,7 +32,8 @@ class ResumedAssignment:
         self._workers = workers
 
     def assign(self, model: str, sequences: Iterable[ResumingSequence], now: float) -> Iterator[Instruction]:
-        """Yield the instructions for `sequences`. They must be sequences of the model in the resume queue."""
+        """Yield the instructions that send resumed sequences to workers or end their calls. A sequence that must wait
+        gets no instruction. `sequences`: sequences of `model` in the resume queue."""
         view = WorkersView(self._workers, model, now)
         for sequence in sequences:
             if sequence.key not in self._queue:  # an earlier instruction has ended its call
@@ -80,8 +81,8 @@ class ResumedAssignment:
         """Yield groups of workers, in the order in which to try them.
 
         While the sequence must wait for the worker that holds its KV blocks, this worker is the only group.
-        Otherwise the last group is all workers of the model. If there are many workers, the group before it is a
-        sample, together with the worker that holds the KV blocks.
+        Otherwise the last group is all workers of the model. If there are many workers, a smaller group is tried
+        first: a sample of the workers, together with the worker that holds the KV blocks.
         """
         holder = view.one(sequence.cached_on) if sequence.cached_on else None
         cached_on = self._queue.waits_for(sequence.key, now)

@@ -87,8 +87,8 @@ class SchedulingPolicy:
 
     def expire(self, now: float, longer_s: Callable[[str], float]) -> list[End]:
         """Remove the sequences that have waited too long, and return the instructions to end their calls.
-        `longer_s(model)`: extra seconds that a model's sequences may wait for a resume. At most as many seconds as the
-        usual limit are added."""
+        `longer_s(model)`: seconds by which a model's sequences may exceed the usual limit of the wait for a resume. The
+        limit is at most doubled."""
         ends = [End(key, Ending.TOO_LATE) for key in self._new.pop_expired(now)]
         return ends + [End(key, Ending.NOT_RESUMED) for key in self.resuming.expired(now, longer_s)]
 

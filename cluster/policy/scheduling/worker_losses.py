@@ -65,8 +65,8 @@ class WorkerLosses:
             self._lost = deque(loss for loss in self._lost if loss[2] != incarnation)
 
     def suspect(self, key: str, own: Sequence[str], now: float) -> None:
-        """Record that the sequence `key` may have caused the loss of its workers. `own`: the losses of this sequence,
-        the oldest first, as `verdict` takes them."""
+        """Record that the sequence `key` may have caused the loss of its workers. `own`: the worker links that the
+        sequence has lost, by name, the oldest loss first; CARRIED stands for a loss at another gateway."""
         if own[-1] != CARRIED:
             self._suspects.setdefault(own[-1], (now, set()))[1].add(key)
         self._forget(now)

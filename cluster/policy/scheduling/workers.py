@@ -44,4 +44,5 @@ class Workers(Protocol):
         yet."""
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
-        """Return whether incompatible workers have replaced all workers that could resume a sequence with this key."""
+        """Return whether workers that cannot resume a sequence have replaced all workers that could. `compatibility`:
+        the compatibility key of the sequence."""

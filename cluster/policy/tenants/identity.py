@@ -86,7 +86,7 @@ def digest_of(sha256: bytes, pepper: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class KeyEntry:
-    """Key in the form that gateways use.
+    """An API key in the form that gateways use.
 
     `expires_at_s` is infinite for a key that never expires. `role` is one of ROLES.
     """
@@ -360,8 +360,8 @@ _GRANTS: Mapping[str, tuple[frozenset[str], bool]] = {
 
 
 def is_allowed(principal: Principal, what: str, tenant: str = "") -> bool:
-    """Whether the principal may do `what` (read, keys, tenants or fleet). `tenant`: the tenant concerned; "" for the
-    whole cluster."""
+    """Whether the principal may do `what`, which is "read", "keys", "tenants" or "fleet". `tenant`: the tenant that the
+    action concerns; "" if it concerns the whole cluster."""
     granted, own_only = _GRANTS[principal.role]
     return what in granted and (not own_only or tenant == principal.tenant.name)
 

@@ -179,7 +179,7 @@ def max_submit_bytes(request: EngineRequest) -> int:
 
 
 def submit_bytes(request: EngineRequest) -> Mapping[str, int]:
-    """Return by field name the sizes in bytes of the fields of a Submit that can be large. The token ids are left
+    """Return the sizes in bytes of those fields of a Submit that can be large, by field name. The token ids are left
     out."""
     sampling = sampling_to_pb(request.sampling)
     return {
@@ -331,8 +331,8 @@ def parts_by_slot(step: pb.StepOutputs) -> dict[int, list[OutputPart]]:
 def _parsed_from_pb(
     messages: Iterable[pb.SlotParts], columns: Mapping[int, Sequence[OutputPart]]
 ) -> dict[int, ParsedOutput]:
-    """Return the parsed output of each slot, merged from all messages of the slot. `columns`: the result of
-    parts_by_slot."""
+    """Return the parsed output of each slot, merged from all messages of the slot. `columns`: the parts that each slot
+    already has, as `parts_by_slot` returns them; the parts of the messages are appended."""
     out = {slot: ParsedOutput(tuple(parts)) for slot, parts in columns.items()}
     for m in messages:
         before = out.get(m.slot, ParsedOutput())
@@ -370,12 +370,12 @@ def check_kv_blocks(message: pb.KvBlocks) -> int:
 
 
 def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
-    """Return the slots (numbers of requests on the link) for which `step` has other data than one token. Such
-    data is a First or Finish message, log probabilities, SlotParts or a vector.
+    """Return the slots (numbers of requests on the link) for which `step` holds more than one plain token: also a
+    First or Finish message, log probabilities, SlotParts or a vector.
 
-    If any slot has several entries in the message, slots whose parts are in the columns `part_slots` are
-    returned too, because parts must stay with their tokens. Returns None for a message with `counts`, because
-    its slots may have no token or several tokens.
+    Returns None for a message with `counts`, in which a slot may have no token or several tokens. If a slot
+    occurs several times in the message, the slots in the column `part_slots` are returned too, because parts
+    must stay with their tokens.
     """
     if step.counts:
         return None

@@ -132,10 +132,10 @@ class GpuMeter:
         return owed
 
     def idle(self, now: float, running: Iterable[tuple[GpuShare, int]] = ()) -> float:
-        """Return the GPU-seconds since the previous call of this method that no request owes.
+        """Return the GPU-seconds since the previous call of this method that are charged to no request.
 
-        `running`: the requests that have not ended yet, each with its share and number of generated tokens.
-        What they owe so far does not count as idle.
+        `running`: the requests that have not ended yet, each with its share and its number of generated tokens. GPU
+        time for which these requests will be charged later does not count as idle.
         """
         outstanding = sum(self.owed(share, generated) for share, generated in running)
         whole = (now - self._started) * self.gpus - self._charged - outstanding

@@ -35,8 +35,9 @@ class WorkerUsage:
     ) -> None:
         """Create the accounts.
 
-        `running` returns the share and the number of generated tokens of each running request. `gpu` is the type of the
-        replica's GPUs; the idle time of the GPUs is reported every `idle_report_s` seconds.
+        `gpu`: the type of the replica's GPUs. The idle time of the GPUs is reported every `idle_report_s` seconds.
+        `running` returns the running requests, each with its GpuShare and number of generated tokens. GPU time that
+        these requests owe is not idle time.
         """
         self.meter = meter
         self.gpu = gpu
@@ -85,8 +86,8 @@ class WorkerUsage:
         self._acked.set()
 
     async def run(self) -> None:
-        """Until cancelled, report idle time regularly, and reassign records to other links if they are not acknowledged
-        in time."""
+        """Run until cancelled. In regular passes, report the GPU's idle time, and move usage records that a gateway
+        does not acknowledge in time to other links."""
         dropped = 0
         while True:
             await asyncio.sleep(self._idle_report_s)

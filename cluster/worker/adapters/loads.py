@@ -124,10 +124,10 @@ class AdapterLoads:
             raise
 
     def why_waiting(self, digest: str) -> str:
-        """Return why an adapter that is otherwise ready takes no new requests; "" if it takes requests.
+        """Return why an adapter takes no new requests although its files are ready; "" if it takes requests.
 
-        There are two reasons: loading the adapter into the engine already takes longer than a request may wait,
-        or the adapter is about to be removed from the engine.
+        There are two reasons. Loading the adapter into the engine already takes longer than a request may wait. Or
+        the adapter is about to be removed from the engine.
         """
         waits = digest in self._overdue or (bool(digest) and digest == self._closing)
         return self._all_in_use if waits else ""

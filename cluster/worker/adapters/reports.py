@@ -26,7 +26,8 @@ class AdapterReports:
     """Reports of the adapters' states to all links of one worker. `statuses`: returns the states of all adapters."""
 
     def __init__(self, statuses: Callable[[], Sequence[AdapterStatus]], report_s: float = REPORT_S) -> None:
-        """Create the reports without links; `run` sends them. `report_s`: least time between two reports."""
+        """Create the sender of reports, at first without links; `run` sends the reports. `statuses`: returns the
+        current states of the adapters. `report_s`: minimum time between two reports."""
         self._statuses = statuses
         self._report_s = report_s
         self._links: dict[int, Outbox] = {}

@@ -52,10 +52,10 @@ class WantedAdapter:
     work: asyncio.Task[None] | None = None
 
     def is_same(self, spec: AdapterSpec) -> bool:
-        """Return whether this adapter's files can serve `spec`, too.
+        """Return whether the files of this adapter can also serve `spec`.
 
-        They can if `spec` differs from this adapter's own spec at most in `pinned` and `tenants`. The digest in
-        `spec` must be empty or equal to the digest of the files.
+        They can if `spec` differs from this adapter's own spec at most in `pinned` and `tenants`, and if the
+        digest in `spec` is empty or equal to the digest of the files.
         """
         plain = {"pinned": False, "tenants": (), "digest": ""}
         is_other = replace(self.spec, **plain) != replace(spec, **plain)  # type: ignore[arg-type]
@@ -210,8 +210,8 @@ class WorkerAdapters:
         return delay_s
 
     def _retry_refused(self, digest: str, reason: str) -> None:
-        """Prepare the ready adapters with this digest again after a delay, because the engine has refused to load
-        them."""
+        """Handle the engine's refusal to load the adapters with this digest: prepare those that were ready again, after
+        a delay."""
         for adapter in self._wanted.values():  # the tasks of adapters that are not ready try again themselves
             if adapter.digest == digest and adapter.state is AdapterState.READY:
                 adapter.work = self._tasks.spawn(self._prepare(adapter, self._fail(adapter, reason)))

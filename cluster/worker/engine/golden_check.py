@@ -201,10 +201,11 @@ class CheckedEngine:
         return info
 
     async def _resume_difference(self, wholes: Sequence[tuple[GoldenAnswer, int | None]]) -> str:
-        """Cut each answer, let the engine continue it, and return the first difference in tokens; "" if there is none.
+        """Cut each complete answer, and let the engine continue it from there. Return a message about the first
+        continuation whose tokens differ from those of the complete answer; "" if there is none.
 
         `wholes`: complete answers, each with its seed (None: greedy). A continuation that the engine refuses is not a
-        difference. Raises EngineCorrupt if a greedy continuation is wrong.
+        difference. Raises EngineCorrupt if a greedy continuation differs where tokens are not equally likely.
         """
         cuts = [
             (whole, seed, cut)
@@ -261,8 +262,8 @@ class CheckedEngine:
         return golden.request_id
 
     async def _repeat_golden(self) -> None:
-        """Submit the golden request (the fixed request whose answer is known) again, while other requests run. The
-        repeated request is the one with greedy sampling."""
+        """Submit the golden request with greedy sampling again, while other requests run. A golden request is a fixed
+        request whose answer is known."""
         assert self._info is not None
         golden = golden_request(self._info, uuid.uuid4().hex, (), self._tops[0])
         self._answer, self._check_again = GoldenAnswer(), False

@@ -27,8 +27,8 @@ class KvReports:
     """The reports of one engine's KV blocks to all links of a worker."""
 
     def __init__(self, source: KvEventSource | None, block_size: int) -> None:
-        """`source`: the engine's KV events; None for an engine without events, for which nothing is reported.
-        `block_size`: tokens in a KV block."""
+        """`source`: the engine's KV events; None if the engine never emits KV events, so that nothing is reported.
+        `block_size`: number of tokens in a KV block."""
         self._source = source
         self._mirror = KvMirror(block_size)
         self._outboxes: dict[int, Outbox] = {}

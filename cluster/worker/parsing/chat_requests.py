@@ -142,7 +142,8 @@ def _reads_no_forced_call(parser: Any) -> bool:
 
 
 def changed_grammar(request: Any, before: Any) -> GrammarText | None:
-    """Return the grammar of an adjusted request; None if the adjustment has not changed the grammar.
+    """Return the grammar of a request after vLLM's parser has adjusted the request; None if the adjustment has not
+    changed the grammar.
 
     `before`: the request's StructuredOutputsParams before the adjustment.
     """

@@ -1,6 +1,6 @@
-"""The parsers of one model: vLLM's parser class and the model's tokenizer.
+"""Loading of the parser class of one model, which comes from vLLM, and of the model's tokenizer.
 
-They are loaded once; sessions are opened from them.
+Both are loaded once. For each output, a session is opened that parses the output with them.
 """
 
 from __future__ import annotations

@@ -62,8 +62,9 @@ class OutputParser(ReplacedProcess):
     # ---- requests
 
     async def open(self, request: EngineRequest) -> EngineRequest:
-        """Open a parsing session if the request has `parsing`. Returns the request for the engine, with the grammar
-        that its tools require. See OutputParsers.open."""
+        """Open a parsing session for the request if `request.parsing` is set. Returns the request to pass to the
+        engine. If its tools require a grammar, the returned request has this grammar. Raises an error if the parser
+        refuses the request."""
         parsing = request.parsing
         if parsing is None:
             return request

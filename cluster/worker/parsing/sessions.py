@@ -22,9 +22,9 @@ _NOTHING = ParsedOutput()
 class SessionRecord:
     """A request whose output is parsed.
 
-    `ids`: all tokens of the output, including those emitted earlier. `answered`: number of `ids` whose parts the parser
-    has returned. `sent`: number of `ids` that were sent to the parser or will be. `pending`: outputs that were sent and
-    are not answered yet, each with the number of `ids` up to its end.
+    `ids`: all tokens of the output, including those emitted earlier. `sent`: number of `ids` that were sent to the
+    parser, or are about to be sent. `answered`: number of `ids` whose parts the parser has returned. `pending`:
+    outputs that were sent and are not answered yet. Each has the number of `ids` up to the end of this output.
     """
 
     number: int
@@ -55,8 +55,8 @@ class SessionRecord:
     def opening(self) -> wire.Open:
         """Return the message that begins the session in the parser process.
 
-        If this process is replaced, the new process gets such a message too. The message holds the tokens whose
-        parts were returned already, and the new process continues after these tokens.
+        If the parser process is replaced, this message also begins the session in the new process. It then holds the
+        tokens whose parts were returned already, and the new process continues after these tokens.
         """
         sampling = self.request.sampling
         self.repeated_chars = self.delivered_chars
@@ -119,8 +119,8 @@ class SessionRecord:
     def _new_parts(self, given: Sequence[OutputPart]) -> Sequence[OutputPart]:
         """Return the parts without the text that was already delivered before the session was started again.
 
-        The repeated tokens give the same text, but the text may be divided into parts differently. So characters
-        are counted, not parts.
+        A session that is started again parses its earlier tokens again. They give the same text, but possibly divided
+        into parts differently. So characters are counted, not parts.
         """
         if not self.repeated_chars:
             for _, text, _ in given:

@@ -107,8 +107,8 @@ class Parsed(msgspec.Struct, array_like=True, frozen=True):
     step).
 
     `number`: number of the parser session. `stop`: the stop string that was found; "" if none was found.
-    `kept`: number of the item's token ids up to the end of the stop string; the number of all its token ids
-    without a stop string.
+    `kept`: number of the item's token ids up to the end of the stop string. If no stop string was found, it is
+    the number of all its token ids.
     """
 
     number: int

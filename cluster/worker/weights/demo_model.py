@@ -59,7 +59,8 @@ def ensure_demo_model(cache_dir: Path, progress: Progress | None = None, source:
 
 def make_demo_model(model: DemoModel, cache_dir: Path, progress: Progress | None = None) -> Path:
     """Return the folder of a demo model's checkpoint in `cache_dir`. Creates the checkpoint if the folder does not
-    exist. `progress`: see ensure_demo_model. Raises DemoModelError."""
+    exist. Meanwhile, another thread calls `progress(done_bytes, total_bytes, what)` a few times a second. Raises
+    DemoModelError."""
     folder = cache_dir / "models" / model.folder
     if folder.is_dir():
         return folder
@@ -88,7 +89,7 @@ def make_demo_model(model: DemoModel, cache_dir: Path, progress: Progress | None
 def _reporting(scratch: Path, progress: Progress | None, total: int) -> Iterator[None]:
     """While the context is open, report the size of the folder `scratch` to `progress`.
 
-    `total`: its expected size in bytes.
+    `total`: expected size of the folder in bytes.
     """
     if progress is None:
         yield

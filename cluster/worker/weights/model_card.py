@@ -18,8 +18,8 @@ MAX_TEXT = 256
 class Card:
     """A model card.
 
-    `license`: the hub's name of the licence, in lower case. `fields`: values of the card by name (one of FIELDS),
-    shortened.
+    `license`: the hub's name of the licence, in lower case. `fields`: other values of the card, shortened. Their
+    names are among FIELDS.
     """
 
     license: str = ""

@@ -53,9 +53,9 @@ class PacedEngine(ScriptedEngine):
     ) -> None:
         """Create the engine. `log`: file to which all engines append a JSON object for each request.
 
-        `deaths`: maps the key of an answer to a number of tokens. When an engine has emitted so many tokens of this
-        answer, it calls `kill`. `folder`: folder that all engines share. It gets a file for each death, so that the
-        worker that continues the answer does not die too.
+        `deaths`: maps the key of an answer to the number of its tokens after which the engine calls `kill`.
+        `folder`: folder that all engines share. It gets a file for each such call, so that the worker that continues
+        the answer does not call `kill` too.
         """
         super().__init__(scripts, seed=seed, max_model_len=max_model_len)
         self._kill = kill

@@ -1,8 +1,9 @@
-"""Program that writes the model of the part `clients`: python -m loadtests.agents.client_tasks.prepare FILE FOLDER
+"""Program that writes the model for the part `clients` of the agents' load test. Usage:
+python -m loadtests.agents.client_tasks.prepare FILE FOLDER
 
-FILE is JSON: the text of each answer by key (`answers`) and the number of characters after which the engine
-kills its worker (`deaths`). FOLDER gets `model` with Qwen 3's chat template, `bundle`, `scripts.json`,
-`deaths.json` (numbers of tokens instead of characters) and, at the end, `models.json` with the model's entry.
+FILE is JSON: the text of each answer by key (`answers`), and after how many characters of an answer the engine kills
+its worker (`deaths`). FOLDER gets `model` with Qwen 3's chat template, `bundle`, `scripts.json`, `deaths.json` (numbers
+of tokens instead of characters) and, at the end, `models.json` with the model's entry.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ MODEL, MAX_MODEL_TOKENS = "qwen3-scripted", 262_144
 
 
 def main(file: Path, folder: Path) -> None:
-    """Write all files into `folder`. `models.json` is written last, as a sign that the others are complete."""
+    """Write the model, the tokenizer bundle and the scripts of the tasks into `folder`. `file`: JSON with the answers
+    and the places where an engine dies. `models.json` is written last, as a sign that the other files are complete."""
     from cluster.worker.weights.tokenizer_bundle import build_bundle  # imports transformers
 
     given, model, bundle = json.loads(file.read_text()), folder / "model", folder / "bundle"

@@ -84,8 +84,8 @@ class Task:
 
     @property
     def deaths(self) -> dict[str, int]:
-        """The answers during which a worker is killed. By the answer's key: the number of characters that are emitted
-        before the kill."""
+        """Return when workers are killed: for the key of an answer, the number of characters after which its worker is
+        killed."""
         return {key_of(self.name, at): self.steps[at - 1].middle(part) for at, part in DEATHS.items()}
 
 

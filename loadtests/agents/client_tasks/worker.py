@@ -22,7 +22,8 @@ from loadtests.agents.worker import serve
 
 
 def main(given: Mapping[str, Any]) -> None:
-    """Run the worker until SIGTERM, or until the engine kills this process. `given`: the contents of FILE."""
+    """Run the worker until SIGTERM, or until the engine kills this process. `given`: the contents of the JSON file that
+    the command line names."""
 
     def engine_of(model: Mapping[str, Any], seed: int, _: PromptLog) -> Engine:
         return PacedEngine(

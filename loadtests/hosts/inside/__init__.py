@@ -1,1 +1,4 @@
-"""Programs that run within the namespaces: callers, and stand-ins for the services of every Kubernetes cluster."""
+"""Programs that run inside the network namespaces of the load test `hosts`, which stand for the hosts of a cluster.
+
+The programs are callers, and stand-ins for the services that every Kubernetes cluster has: DNS and the API server.
+"""

@@ -1,8 +1,8 @@
-"""Program of callers that keep a number of streams running, over the SDK. `python -m loadtests.hosts.inside.callers F`.
+"""Program that keeps a number of streams running through the SDK: `python -m loadtests.hosts.inside.callers F`.
 
-F is a JSON file (`Plan`). Events are written line by line to the file `out` of the plan: every call at the end of the
-call, the number of running streams every half second, and the end of connections. On SIGTERM no new streams begin;
-running streams complete.
+F is a JSON file (`Plan`). The program writes events, one a line, to the file `out` of the plan: each call when it
+ends, the number of running streams every half second, and each connection that ends. After SIGTERM no new streams
+begin, and the running streams complete.
 """
 
 from __future__ import annotations

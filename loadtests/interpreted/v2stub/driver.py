@@ -1,4 +1,5 @@
-"""Driver stub of the backend `cpu`. The stub drives no device: the interpreter runs kernels itself."""
+"""Driver of the Triton backend `cpu`, a stub. It drives no device, because Triton's interpreter runs the kernels
+itself."""
 
 from __future__ import annotations
 

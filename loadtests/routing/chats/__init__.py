@@ -1,2 +1,5 @@
-"""Chats for the part `engines` of the scenario `routing`, which runs real engines, and a comparison of a gateway's
-predictions with what the engines did."""
+"""Chats with real engines, for the part `engines` of the scenario `routing`.
+
+The package also compares the numbers of cached tokens that a gateway predicts with the numbers that the engines
+find.
+"""

@@ -92,7 +92,8 @@ async def test_a_ray_that_does_not_start_is_named_with_its_log(ray: RayProcess) 
 
 
 def test_the_session_of_the_previous_run_is_deleted(tmp_path: Path) -> None:
-    """The link points to the newest session folder. An older session folder is deleted only if Headrace made it."""
+    """`link_session` makes a symbolic link to the newest session folder of Ray. It deletes the previous session folder
+    only if Headrace made that folder."""
     link, ours, other = tmp_path / "ray-session", tmp_path / "headrace-1-a", tmp_path / "elsewhere" / "mine"
     for folder in (ours, other):
         folder.mkdir(parents=True)

@@ -80,7 +80,8 @@ def configured(folder: Path, place: str, secret: str) -> dict[str, Any]:
 
 
 def bundle_of(folder: Path, config: dict[str, Any], echo: str) -> bytes:
-    """Return the decompressed archive of a cluster with this configuration. Its other parts contain the text `echo`."""
+    """Return the decompressed archive of a support bundle. One file of the bundle is the configuration `config`; the
+    other files contain the text `echo`."""
     file = folder / "cluster.yaml"
     file.write_text(yaml.safe_dump(config, allow_unicode=True))
     log = folder / "gateway.log"
@@ -238,8 +239,8 @@ def test_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_time_is_bounded(tmp_path: Path) -> None:
-    """After the deadline, no further part of the support bundle is collected, and the manifest says so. Special files
-    are not read."""
+    """After the deadline, no further part of the support bundle is collected, and the manifest says so. A device file
+    such as /dev/zero, which has no end, is not read."""
     now = [0.0]
     parts = Parts(1.0, clock=lambda: now[0])
     assert parts.document("first", lambda: 1) == 1

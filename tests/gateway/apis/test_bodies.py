@@ -235,8 +235,8 @@ ON_THE_WIRE = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(st.lists(ON_THE_WIRE, max_size=6).map(b"".join))
 def test_a_scan_counts_all_that_protobuf_makes(data: bytes) -> None:
-    """A scan counts at least as many elements as protobuf builds objects, also for messages with unknown fields and
-    groups at all levels."""
+    """The number of elements that a scan counts in a message is at least the number of objects that protobuf builds for
+    the message. This also holds for messages with unknown fields, and with groups at all levels."""
     try:
         made = pb.SessionRequest.FromString(data)
     except DecodeError:

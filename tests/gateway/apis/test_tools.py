@@ -259,9 +259,9 @@ async def opened(cluster: TestCluster, request: GenerationRequest) -> tuple[Outp
 async def test_a_call_with_tools_goes_to_a_worker_with_a_parser(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """If no worker has a parser, a call with tools is refused at once. Otherwise the call goes to a worker with a
-    parser, with the parser request and the stop strings. A chat whose tools must not be called is parsed too; other
-    chats are not."""
+    """A call with tools is refused at once if no worker has a parser. Otherwise a worker with a parser gets the call,
+    the parser's request and the stop strings. A chat with tools whose tool choice is `none` is parsed too. A chat
+    without tools is not."""
     await add_worker(cluster, checkpoint, bundle)
     asked = chat(tools=PB_TOOLS, stop=["never so"])
     answer = await refused(cluster.stub.Chat(asked))

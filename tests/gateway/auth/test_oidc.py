@@ -226,8 +226,11 @@ async def test_the_algorithms_that_are_allowed(
 
 
 async def test_no_signature_and_a_public_key_as_a_secret(verifier: OidcVerifier, scripted: Scripted) -> None:
-    """Tokens with alg=none in any spelling are refused without a fetch. So are HMAC tokens whose secret is the issuer's
-    public key in any form."""
+    """Tokens with alg=none, in any spelling, are refused. An HMAC token is refused if its secret is the issuer's public
+    key in any form.
+
+    The gateway refuses these tokens without fetching the issuer's keys.
+    """
     good = sign()
     _, body, signature = good.split(".")
     for word in ("none", "None", "NONE", "", "nOnE"):

@@ -103,8 +103,8 @@ async def test_a_failed_model_tells_only_its_users(keyed: Keyed) -> None:
 
 
 async def test_only_ones_own_models_are_listed(keyed: Keyed) -> None:
-    """Over both APIs, also with pages, neither the listed names nor the page tokens reveal a model that the tenant may
-    not use."""
+    """Lists of models show only the models that the tenant may use, over both APIs and on every page. The page tokens
+    do not reveal any other model either."""
     key = await keyed.key("lists", models=["sim"])
     stub = keyed.cluster.stub
     found = await stub.ListModels(pb.ListModelsRequest(page_size=1), metadata=bearer(key))
@@ -131,8 +131,8 @@ async def test_no_answer_names_another_tenant(keyed: Keyed) -> None:
 
 
 async def test_another_tenants_prefix_is_never_hit(keyed: Keyed) -> None:
-    """A cached prompt is found only by the tenant that sent it and by the tenant's cache group. A copied salt does not
-    help another tenant."""
+    """Only the tenant that sent a prompt, and the tenants of its cache group, find the prompt in the KV cache. A tenant
+    that sends another tenant's `cache_salt` does not find it."""
     keys = {
         "warm": await keyed.key("warm"),
         "cold": await keyed.key("cold"),

@@ -1,5 +1,7 @@
-"""The example deploy/tenants.yaml, used as its first lines say: secrets are made, keys are created, and tenants are
-isolated."""
+"""The example deploy/tenants.yaml, used as the comment at the beginning of that file describes.
+
+The tests check that secrets are made, that keys can be created, and that tenants are isolated.
+"""
 
 from __future__ import annotations
 

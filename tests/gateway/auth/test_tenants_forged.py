@@ -239,7 +239,8 @@ async def test_nobodys_body_is_not_read(keyed: Keyed) -> None:
 async def test_an_issuers_role_on_the_admin_port(
     keyed: Keyed, key: str, issuer: str, claims: dict[str, Any], code: str
 ) -> None:
-    """On the admin port, the role claim of a valid token applies. An unknown role gives only the role caller."""
+    """On the admin port, a caller with a valid token has the role in the token's role claim. If that role is unknown,
+    the caller has only the role `caller`."""
     async with AdminClient(keyed.gateway.endpoints["admin"], token(issuer, **claims)) as client:
         assert await client.code("Tenants.List", tenants_pb2.ListTenantsRequest()) == code
 

@@ -32,8 +32,8 @@ def test_a_new_call_pays(may_be_computed: bool) -> None:
     ],
 )
 def test_the_terms_decide_after_the_first_output(terms: ResumeTerms, origin_lost: bool | None, is_due: bool) -> None:
-    """After the first output, the terms of the resume decide whether the tenant is charged for the prompt. With
-    `IF_ALIVE`, the tenant is not charged if the worker has reported that the first gateway was lost."""
+    """After the first output of a resumed call, the terms of the resume decide whether the tenant pays for the prompt
+    again. With `IF_ALIVE`, the tenant pays unless a worker has reported that the gateway before the resume was lost."""
     payment = PromptPayment()
     payment.resume(FREE)
     payment.resume(terms)

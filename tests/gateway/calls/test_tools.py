@@ -189,8 +189,8 @@ def test_the_parser_request_is_bounded() -> None:
     ("tools", "choice", "needs"), [(TOOLS, "auto", True), (TOOLS, "none", False), ([], "none", False)]
 )
 def test_only_a_call_that_may_call_tools_needs_a_parser(tools: list[Any], choice: str, needs: bool) -> None:
-    """A call needs a parser of tool calls if it has tools and its choice is not `none`. Tool calls earlier in the
-    conversation are counted."""
+    """A call needs a parser of tool calls if it has tools and its tool choice is not `none`. `tool_calls_before` is the
+    number of tool calls that the assistant made earlier in the conversation."""
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
     messages: list[dict[str, Any]] = [
         {"role": "assistant", "content": "", "tool_calls": [call, call]},

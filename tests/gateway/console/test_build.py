@@ -50,8 +50,8 @@ async def test_each_ended_sequence_is_charged_once(tmp_path: Path, checkpoint: P
 
 
 def test_limits_are_shown_with_their_use() -> None:
-    """Each limit of a tenant is shown with its use, which is None until it is known. The budget closest to its end is
-    shown separately."""
+    """Each limit of a tenant is shown with its use, which is None until it is known. The budget that is nearest to
+    being used up is shown separately."""
     policies = {
         "acme": TenantPolicy("acme", limits=TenantLimits(tokens_per_minute=1000, daily_tokens=50, monthly_tokens=100)),
         "free": TenantPolicy("free"),

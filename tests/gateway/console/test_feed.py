@@ -63,7 +63,8 @@ async def test_a_stopping_gateway_ends_its_streams(tmp_path: Path) -> None:
 
 
 def test_a_slow_reader_is_cut() -> None:
-    """A subscriber that does not read holds a bounded number of events. The next event ends its stream."""
+    """Up to a bounded number of events wait for a subscriber that does not read. One more event ends the subscriber's
+    stream."""
     cut: list[bool] = []
     subscriber = Subscriber("")
     subscriber.on_cut = lambda: cut.append(True)

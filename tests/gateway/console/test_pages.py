@@ -122,8 +122,8 @@ def test_links_and_other_files_are_left_out(tmp_path: Path) -> None:
 
 
 async def report(cluster: TestCluster, body: bytes) -> Reply:
-    """Send a report of a violated content security policy. As from a browser, it has no session and no token, and its
-    content type is not an API's."""
+    """Send the gateway a report of a violated content security policy, as a browser does: without session or token, and
+    with the content type of such reports."""
     kind = "application/csp-report"
     return await Browser(cluster).fetch("/console/csp-report", body, content_type=kind, x_csrf_token="")
 

@@ -28,7 +28,8 @@ def guarded(action: Action) -> GuardedParts:
 
 
 def cut(data: st.DataObject, parts: list[OutputPart]) -> list[list[OutputPart]]:
-    """Split the parts at random, and return them as feeds of one part each. The name of a tool call is not split."""
+    """Split the parts into smaller parts at random places. Return each of them as a list of one part. The name of a
+    tool call is not split."""
     out = []
     for part in parts:
         at = 0 if part.kind is PartKind.TOOL_NAME else data.draw(st.integers(0, len(part.text)))

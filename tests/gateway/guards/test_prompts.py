@@ -31,9 +31,9 @@ PROMPTS = st.builds(
 
 @given(PROMPTS)
 def test_every_text_can_be_rewritten(prompt: ChatPrompt) -> None:
-    """The texts of a prompt can be extracted and put back, which gives the same prompt. If they are put back in upper
-    case, nothing that callers wrote is left in lower case: contents, template arguments, tools with their schemas, and
-    documents."""
+    """The texts of a prompt can be extracted and put back, which gives the same prompt. If each text is put back in
+    upper case, no text that the caller wrote stays in lower case. Such texts are in message contents, template
+    arguments, tools with their schemas, and documents."""
     texts = texts_of(prompt)
     assert with_texts(prompt, texts) == prompt
     changed: Any = with_texts(prompt, [text.upper() for text in texts])

@@ -56,7 +56,8 @@ CHUNKS = st.lists(st.text("ab1é x", max_size=6), max_size=16)
 
 
 def stage_of(what: Any, action: Action) -> GuardStage:
-    """Return the guard stage for a generated description. A number is a size limit; anything else is patterns."""
+    """Return the guard stage for `what`: a stage with this size limit for a number, otherwise a stage that searches
+    these patterns."""
     return SizeStage(what, action, ignore) if isinstance(what, int) else PatternStage(Patterns(what), action, ignore)
 
 
@@ -90,7 +91,7 @@ def test_any_cut_gives_what_the_whole_text_gives(guards: list[tuple[Any, Action]
 def test_marks_tell_which_tokens_a_redaction_has_touched(
     sources: dict[str, str], chunks: list[str], more: list[str]
 ) -> None:
-    """A token's mark says that the token is hidden if a redaction touched a character of the token, and only then."""
+    """A token is marked as hidden if a redaction touched one of its characters. No other token is marked."""
     chunks = chunks + more
     text = "".join(chunks)
     spans = list(Patterns(sources).find(text))

@@ -61,7 +61,8 @@ async def doomed(
 
 
 async def begun(doomed: Doomed, requests: Sequence[Any]) -> list[list[Any]]:
-    """Read some chunks of each stream, then kill the separate gateway. Returns all chunks that arrived."""
+    """Read some chunks of each stream, then kill the gateway, which runs in a separate process. Returns all chunks that
+    arrived."""
     calls = [doomed.stub.StreamChat(request, wait_for_ready=True) for request in requests]
     chunks = [[await asyncio.wait_for(read(call), 60) for _ in range(4)] for call in calls]
     doomed.kill()

@@ -26,8 +26,8 @@ def config_of(link: str) -> str:
 
 
 async def test_who_dials_early_is_heard_later() -> None:
-    """A connection to the bound port is established before the gateway reads from it, and is answered once the gateway
-    does."""
+    """A worker can connect as soon as the link port is bound, before the gateway reads from it. Its messages are
+    answered once the gateway reads."""
     listener = bind_link(parse(config_of("127.0.0.1:0")))
     reader, writer = await asyncio.open_connection(*listener.getsockname())
     writer.write(PREFACE)

@@ -315,8 +315,8 @@ def test_an_authority_is_made_once_and_its_keys_are_private(tmp_path: Path) -> N
 
 
 def test_old_incarnations_are_forgotten() -> None:
-    """The gateway remembers the Hello messages of workers, to refuse repeated ones. Their number is limited, and the
-    newest are kept."""
+    """The gateway remembers the Hello messages of workers, so that it can refuse a repeated one. It remembers a limited
+    number: the newest messages."""
     admission = PeerIdentity(by_certificate=False)
     identity: Callable[[int], WorkerIdentity] = lambda i: WorkerIdentity("w", str(i), "m")  # noqa: E731
     for number in range(MOST_REMEMBERED + 10):

@@ -152,8 +152,8 @@ def test_the_budget_makes_a_step_as_long_as_it_may_be(usual_s: float, per_token_
 
 @given(st.floats(0.001, 0.05), st.floats(0.06, 0.2))
 def test_the_budget_follows_the_longest_of_twenty_steps(usual_s: float, long_s: float) -> None:
-    """If one engine step in ten is long, the prefill budget allows steps that are STRETCH times as long as these long
-    steps."""
+    """The prefill budget follows the 95th percentile of the step lengths. So if one step in ten is long, the budget
+    allows steps that are STRETCH times as long as these long steps."""
     replays = PrefillPacing(2048)
     tokens = 100
     for number in range(3000):

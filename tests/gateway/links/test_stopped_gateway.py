@@ -44,9 +44,9 @@ async def linked_to_both(cluster: TestCluster, other: GatewayProcess, checkpoint
 async def test_a_stopped_gateway_slows_nobody(
     cluster: TestCluster, other: GatewayProcess, checkpoint: Path, bundle: Bundle, long: bool
 ) -> None:
-    """While a gateway is stopped, a stream at the other gateway gets a token from every step. After a long stop, the
-    stopped gateway holds no slot in the engine. After a short stop, the gateway suspects no worker. In both cases, the
-    gateway's own streams end complete."""
+    """While one gateway process is stopped by SIGSTOP, a stream at another gateway gets a token from every step. After
+    a long stop, the stopped gateway's calls have left the engine; when the gateway continues, it resumes them. After a
+    short stop, its streams continue without a resume. In both cases all its streams end with the whole text."""
     worker = await linked_to_both(cluster, other, checkpoint, bundle)
     request = chat(max_tokens=TOKENS, ignore_eos=True)
     whole = text_of([chunk async for chunk in cluster.stub.StreamChat(request)])

@@ -121,8 +121,10 @@ def test_a_list_costs_the_adapters_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_reported_first", [True, False])
 async def test_a_worker_that_follows_a_lost_gateway_is_told(tmp_path: Path, is_reported_first: bool) -> None:
-    """Another gateway gives a worker one more adapter and is then lost. This gateway sends its own, unchanged set of
-    adapters to the worker once, so that the worker drops the additional adapter."""
+    """A worker has loaded an additional adapter for another gateway, which is then lost. When the catalog has a new
+    revision, this gateway sends its own set of adapters to the worker again, although the set is unchanged, so that the
+    worker drops the additional adapter. `is_reported_first`: whether the worker reports that adapter before the new
+    revision."""
     directory = directory_with(tmp_path, SHARED)
     (link,) = linked(directory, "one")
     mine = AdapterStatus("shared", A, AdapterState.READY)
@@ -224,8 +226,8 @@ async def sent(link: WorkerLink) -> tuple[int, list[str]]:
 
 
 async def test_workers_get_the_adapters_of_their_version(tmp_path: Path) -> None:
-    """A worker gets the adapters of its version, with the catalog's revision, when its link is established and when
-    they change. A worker without the capability gets none."""
+    """A worker gets the adapters of its version, with the catalog's revision, when its link is established and when the
+    adapters change. A worker that cannot load adapters gets none."""
     directory = directory_with(tmp_path, SHARED, AdapterSpec("two", "/t", version="v2"))
     (one,), (two,) = linked(directory, "one", version="v1"), linked(directory, "two", version="v2")
     (old,) = linked(directory, "old", capabilities=())

@@ -69,8 +69,8 @@ def test_anothers_model_is_refused_like_none(tmp_path: Path, mine: tuple[str, ..
 
 
 def test_what_a_caller_may_use_follows_the_catalog(tmp_path: Path) -> None:
-    """The models that a caller may use follow the newest catalog. The models that a policy allows are cached for one
-    catalog only."""
+    """When the catalog changes, the models that a caller may use change at once. The cached list of the models that a
+    policy allows is not used after the change."""
     directory = ModelDirectory(tmp_path, no_bundle)
     directory.apply_catalog([CatalogEntry("a", ("x",), state=ModelState.READY)])
     one, other = caller("x"), caller("b*")

@@ -1,4 +1,7 @@
-"""A pooled sequence with the scheduler and real links. It leaves a draining worker like any other sequence."""
+"""A sequence of a pooling call (a request for vectors), tested with the scheduler and real links.
+
+When its worker drains, the sequence moves to another worker, like a sequence that generates text.
+"""
 
 from __future__ import annotations
 

@@ -66,8 +66,9 @@ async def test_a_ranking_is_sorted_scores(pooling: TestCluster) -> None:
 
 
 async def test_pairs_are_one_to_many_or_in_step(pooling: TestCluster) -> None:
-    """/score takes one text and many, or two arrays of equal length, under each of vLLM's field names. The score of a
-    pair depends on the order of its texts, and not on other pairs."""
+    """/score compares one text with each text of an array, or two arrays of equal length item by item. All of vLLM's
+    names for the two fields are accepted. The score of a pair depends on the order of its two texts, and not on other
+    pairs."""
     many = await scored(pooling, QUERY, DOCUMENTS)
     assert await scored(pooling, [QUERY] * len(DOCUMENTS), DOCUMENTS) == many
     assert [(await scored(pooling, QUERY, text))[0] for text in DOCUMENTS] == many

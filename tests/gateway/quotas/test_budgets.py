@@ -116,8 +116,8 @@ def use(ledger: Ledger, name: str, tokens: int, at_s: float = NOON) -> None:
 
 
 def test_each_threshold_once_a_period(ledger: Ledger, receiver: Receiver) -> None:
-    """Each threshold (80 %, 100 %) causes one notice a day. A new day begins without notices, and the month has notices
-    of its own."""
+    """Each threshold of a daily budget (80 %, 100 %) causes at most one notice a day. On the next day it can cause a
+    notice again. The thresholds of a monthly budget cause separate notices."""
     clock = Clock()
     watch = watch_of(ledger, receiver, clock)
     watch.check()
@@ -262,8 +262,12 @@ def test_an_erased_tenant_leaves_no_notice(ledger: Ledger, receiver: Receiver) -
 
 @pytest.mark.slow
 async def test_a_real_gateway_tells(tmp_path: Path, checkpoint: Path, bundle: Bundle, receiver: Receiver) -> None:
-    """A call uses more than half of a tenant's budget while the store of shared limits is down. The metric shows the
-    used share, and the operator's server gets a notice. A new gateway on the same ledger knows how much is used."""
+    """A gateway reports a tenant that has used more than half of its budget, even while the store of shared
+    limits is down.
+
+    The metric shows the used share, and the operator's server gets a notice. A new gateway on the same ledger
+    knows how much is used.
+    """
     (tmp_path / "hook").write_text("h" * 32)
     more = (
         f"observe: {{budget_webhook: {{url: '{receiver.url}', secret_file: {tmp_path / 'hook'}, thresholds: [0.5]}}}}\n"

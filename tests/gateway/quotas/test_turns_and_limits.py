@@ -61,8 +61,8 @@ async def test_a_flood_does_not_hold_up_a_quiet_tenant(tmp_path: Path, checkpoin
 
 
 async def test_a_full_room_sheds_the_lower_class(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """If the queue is full, a call of a higher class replaces a call of a lower class. The replaced call ends with
-    SHED."""
+    """If the queue is full, a new call of a higher class takes the place of a waiting call of a lower class. The
+    displaced call ends with SHED."""
     async with keyed_cluster(tmp_path, gateway="  queue: {max_requests: 2}\n") as keyed:
         worker = sim_engine(checkpoint, decode_ms=5, max_num_seqs=1)
         await keyed.cluster.add_worker(worker, bundle)
@@ -126,8 +126,8 @@ async def test_a_call_larger_than_its_limit_is_not_to_be_repeated(
 
 
 async def test_nothing_leaks(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Every reservation is settled and only used tokens stay counted, however calls end: with several outputs,
-    cancelled, late, or with a lost worker."""
+    """However a call ends, its reservation is settled and only the used tokens stay counted. The calls have several
+    outputs, are cancelled, are late, or lose their worker."""
     async with keyed_cluster(tmp_path, gateway="  resume: {max_wait_s: 0.3}\n") as keyed:
         worker = await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=20), bundle)
         key = await keyed.key("some", limits={"tokens_per_minute": 10_000, "concurrent_requests": 2})
@@ -163,8 +163,9 @@ async def test_nothing_leaks(tmp_path: Path, checkpoint: Path, bundle: Bundle) -
 
 
 async def test_a_spent_budget_ends_a_running_call(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A running call of a tenant with `on_budget: stop` ends with finish reason "length" once the budget is spent. The
-    call exceeds the budget by less than a quantum of tokens, and the next call is refused."""
+    """A running call of a tenant with `on_budget: stop` ends with finish reason "length" once the budget is spent. It
+    exceeds the budget by less than the number of tokens that is reserved at once (the quantum). The next call is
+    refused."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=2, max_model_len=4000), bundle)
         key = await keyed.key("poor", limits={"daily_tokens": 400}, on_budget="stop")
@@ -212,8 +213,8 @@ async def test_gateways_share_their_tenants_accounts(tmp_path: Path, checkpoint:
 
 
 async def test_every_try_counts(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Every attempt counts as a request. Invalid attempts, Tokenize and Detokenize also count, since their bodies must
-    be read."""
+    """Every attempted call counts as a request against the tenant's limit, even an invalid one, because its body must
+    be read. For the same reason, Tokenize and Detokenize count."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint), bundle)
         stub = keyed.cluster.stub

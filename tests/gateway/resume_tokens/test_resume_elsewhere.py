@@ -66,8 +66,8 @@ async def until_linked(cluster: TestCluster, worker: Worker) -> None:
 
 
 def kept(chunks: Sequence[Any]) -> list[Any]:
-    """Return the chunks whose resume tokens a client must keep: the last chunk with `resume_token_whole`, and all
-    chunks after it."""
+    """Return the chunks whose resume tokens a client must keep: the last chunk with `resume_token_whole` set, and all
+    chunks after it. The resume token of this chunk replaces all earlier tokens."""
     return list(chunks)[max((at for at, chunk in enumerate(chunks) if chunk.resume_token_whole), default=0) :]
 
 
@@ -145,8 +145,8 @@ async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, An
 
 
 async def test_it_goes_back_to_the_worker_that_has_its_blocks(pair: Pair, checkpoint: Path, bundle: Bundle) -> None:
-    """A resumed call is sent to the worker that computed its tokens, although there are two other workers. That worker
-    recomputes at most one KV block. The same holds after the call has changed workers."""
+    """A resumed call is sent to the worker that ran it before, even if other workers have more free capacity. That
+    worker recomputes at most one KV block. If the call has moved to another worker, it is resumed on that worker."""
     workers = [pair.worker, *[await both(pair.first, pair.second, checkpoint, bundle) for _ in range(2)]]
 
     def counts(kind: str) -> list[int]:
@@ -209,7 +209,8 @@ async def test_all_of_a_lost_gateway_go_back_at_once(
 
 @pytest.mark.parametrize("kind", ["chat", "complete"])
 async def test_in_a_session(pair: Pair, kind: str) -> None:
-    """The calls of a session carry resume tokens like streams, and can be resumed in a session of another gateway."""
+    """In a session, the chunks of a call carry resume tokens, as in a stream. The call can be resumed in a session of
+    another gateway."""
     request: Any = chat(max_tokens=60, ignore_eos=True, resumable=True)
     if kind == "complete":
         request = complete(max_tokens=60, ignore_eos=True, resumable=True)
@@ -240,8 +241,8 @@ async def test_without_being_asked_nothing_is_sealed(pair: Pair) -> None:
 
 
 async def test_each_segment_is_resumed_once(pair: Pair) -> None:
-    """Of several resumes that present the same tokens, only one succeeds. This holds for concurrent and for later
-    resumes, whichever of the two gateways gets them."""
+    """Of several resumes that present the same resume tokens, only one succeeds. This holds for concurrent and for
+    later resumes, whichever of the two gateways gets them."""
     request = chat(max_tokens=60, ignore_eos=True, resumable=True)
     chunks = await cut(pair.first, request, 8)
     asked = resume(request, chunks)
@@ -316,8 +317,9 @@ async def test_a_stopping_gateway_hands_its_streams_on(pair: Pair, drain_s: floa
 
 
 async def test_streams_are_handed_on_one_by_one(pair: Pair) -> None:
-    """If the controller knows another gateway, the resumable streams end evenly over the second half of the drain time.
-    Those with the most tokens left end first. Streams that are not resumable run to the end of the drain time."""
+    """A gateway drains while the controller knows another gateway. The resumable streams end one by one over the second
+    half of the drain time, first those with the most tokens still to generate. Streams that are not resumable run to
+    the end of the drain time."""
     drain_s = 2.0
     gateways = [one.gateway.endpoints["link"] for one in (pair.first, pair.second)]
     end = ControllerLinks(controller_id="c", gateways=gateways, tls=None, bundles=lambda _: None)
@@ -411,9 +413,12 @@ async def test_tokens_expire_and_deadlines_stay(
 
 
 async def test_only_its_own_caller_goes_on_and_pays(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Only the key that made a call can resume it. Another key, of the same or another tenant, gets the error of a
-    forged resume token. If the tenant is suspended, the resume is refused. The ledger counts each output token once,
-    and the prompt once for each of the two streams, because the client left a gateway that still served."""
+    """Only the API key that made a call can resume it. Another key, of the same or another tenant, gets the error of a
+    forged resume token. If the tenant is suspended, the resume is refused.
+
+    The ledger has two records: one of the cancelled stream and one of the resumed stream. Each counts the prompt, but
+    each output token is counted in only one of them.
+    """
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
         own, foreign = await keyed.key("acme", models=["*"]), await keyed.key("other", models=["*"])

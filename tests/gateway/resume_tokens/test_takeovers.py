@@ -175,8 +175,8 @@ async def test_one_generation_and_every_prompt_is_paid(
 
 @pytest.mark.slow
 async def test_a_lost_gateways_prompt_is_paid_once(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A call whose gateway was lost is resumed twice. The first resume is not charged for the prompt. The second
-    resume, which starts from an earlier chunk, is charged."""
+    """If a call is resumed after the loss of its gateway, the prompt is charged only once for both streams. If the call
+    is then resumed again, from an earlier chunk, the prompt is charged a second time."""
     async with rig_of(tmp_path, checkpoint, bundle, workers=1) as rig:
         request = lasting(400)
         call, chunks = await rig.begin(request, 12)

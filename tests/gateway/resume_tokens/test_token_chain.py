@@ -1,6 +1,9 @@
-"""Tests of the resume tokens of one call. All tokens of a call in order, or the first ones of them, record what was
-delivered to the client. A list with missing, foreign or reordered tokens is refused. Only a token that is marked as
-whole stands for all tokens before it."""
+"""Tests of the list of a call's resume tokens, which records what was delivered to the client.
+
+The list begins with the call's first token, and may lack the last ones. It is refused if tokens are missing in between,
+foreign or reordered. A token that is marked as whole stands for all tokens before it, so the list may also begin with
+it.
+"""
 
 from __future__ import annotations
 
@@ -74,8 +77,8 @@ def opened(tokens: list[bytes], envelopes: Envelopes) -> TokenChain:
 @settings(deadline=None)
 @given(STEPS)
 def test_a_chain_says_what_was_delivered(steps: list[list[tuple[int, list[int]]]]) -> None:
-    """All resume tokens of a call together contain the delivered token ids of each choice, in order, and the head of
-    the call."""
+    """All resume tokens of a call together contain the ids of all delivered tokens, in order, for each choice. They
+    also contain the data about the call that its first resume token holds (`head`)."""
     envelopes = Envelopes([SECRET], "resume-token", "resume token")
     tokens = sealed(steps, Envelopes([SECRET], "resume-token", "resume token"))
     chain = opened(tokens, envelopes)
@@ -91,8 +94,9 @@ def test_a_chain_says_what_was_delivered(steps: list[list[tuple[int, list[int]]]
 @settings(deadline=None)
 @given(STEPS, st.sets(st.integers(2, 12), min_size=1))
 def test_a_list_may_begin_with_a_whole_one(steps: list[list[tuple[int, list[int]]]], wholes: set[int]) -> None:
-    """A list of resume tokens may begin with a token that is marked as whole; it then gives the same state as the
-    complete list. Otherwise, a list without its first tokens is refused."""
+    """Some resume tokens are whole: they contain everything that the earlier resume tokens of the call contain. A list
+    that begins with a whole one gives the same state as the complete list. A list that lacks its first resume tokens
+    and begins with any other one is refused."""
     envelopes = Envelopes([SECRET], "resume-token", "resume token")
     tokens = sealed(steps, envelopes, wholes=wholes)
     chain = opened(tokens, envelopes)

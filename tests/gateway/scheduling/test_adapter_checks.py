@@ -1,5 +1,5 @@
-"""Checks of queued calls that use an adapter. After each change of a model's adapters all these calls are checked
-again, a bounded number at a time."""
+"""Tests of how a gateway checks queued calls that use an adapter. After each change of a model's adapters, it checks
+all these calls again, a bounded number at a time."""
 
 from __future__ import annotations
 

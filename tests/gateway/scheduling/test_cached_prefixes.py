@@ -58,7 +58,7 @@ async def test_turns_of_a_conversation_go_to_the_worker_that_holds_it(
 
 async def test_the_gateway_knows_what_the_engines_hold(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """An engine's reports tell the gateway which blocks the engine holds. A block is found only with the cache salt of
-    its call. Evicted blocks are forgotten, and all blocks when the link ends."""
+    its call. The gateway forgets a block when it is evicted, and all blocks of a worker when the worker's link ends."""
     async with running_cluster(tmp_path) as cluster:
         engine = sim_engine(checkpoint, decode_ms=1, block_size=BLOCK, kv_blocks=128, max_model_len=2048)
         worker = await cluster.add_worker(engine, bundle)
@@ -138,9 +138,11 @@ async def test_workers_with_many_blocks_do_not_stop_the_event_loop() -> None:
 
 @pytest.mark.parametrize("after", [0, 1, BLOCK - 1])
 async def test_all_whole_blocks_of_a_sent_prompt_are_expected(after: int) -> None:
-    """A prompt that was sent to a worker counts as cached on the worker at once, before the worker reports it. A longer
-    prompt that begins with it finds all of its whole blocks. An equal prompt finds all but a block that ends with the
-    prompt's last token."""
+    """A prompt that was sent to a worker counts as cached on the worker at once, before the worker reports it.
+
+    A longer prompt that begins with this prompt finds all of its whole blocks. An equal prompt finds them too, except a
+    block that ends with the prompt's last token.
+    """
     caches, link, ids = WorkerCaches(), _Link(0), prompt(0, 40 * BLOCK + after)
     (message,) = kv_blocks_to_pb(KvChange(True))
     caches.report(link, message)  # type: ignore[arg-type]

@@ -322,8 +322,8 @@ async def test_ends_of_waiting_chats() -> None:
 
 
 async def test_a_replaced_tokenizer_ends_the_wait() -> None:
-    """If the first worker has another tokenizer than the waiting chat expects, the call fails with an error that asks
-    for a retry."""
+    """A chat waits until the model has a worker that can render it. If the worker that comes has another tokenizer than
+    the model had before, the call fails with an error that asks for a retry."""
     queue = Queue()
     call = queue.ask("a", "chat")
     async with settled():

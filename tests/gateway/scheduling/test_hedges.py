@@ -1,5 +1,8 @@
-"""Tests of hedges in a gateway. The first of two workers to answer keeps the sequence. The gateway then has no state of
-the sequence at the other worker, whatever happens to the two workers."""
+"""Tests of hedges in a gateway: a sequence whose first token is late is also sent to a second worker.
+
+The first of the two workers to answer keeps the sequence. The gateway then keeps no state of the sequence at the other
+worker, whatever happens to the two workers.
+"""
 
 from __future__ import annotations
 
@@ -161,9 +164,9 @@ class Gateway(RuleBasedStateMachine):
     @precondition(lambda self: self.slots())
     @rule(number=st.integers(0, 9), what=st.sampled_from(["token", "token", "finish", "error", "accept", "full", "no"]))
     def message(self, number: int, what: str) -> None:
-        """Simulate a message of a worker about one request. `what`: what it reports, for example that the request was
-        accepted or refused, or has an output. `number` chooses among the first four requests. Requests that were also
-        sent to a second worker come first, so that both of their workers report in any order."""
+        """Simulate a worker's message about one request. `what`: the content of the message, for example that the
+        request was accepted or refused, or an output. `number`: chooses one of the first four requests. Hedged
+        requests, which two workers have, come first, so that the messages of both workers arrive in any order."""
         slots = self.slots()
         slots.sort(key=lambda entry: (entry[2].hedge is None, entry[2].key, entry[0].name))
         link, slot, sequence = slots[number % min(len(slots), 4)]
@@ -211,7 +214,8 @@ class Gateway(RuleBasedStateMachine):
     @precondition(lambda self: self.calls)
     @rule(number=st.integers(0, 9), how=st.sampled_from(["leave", "fail", "cut"]))
     def end_call(self, number: int, how: str) -> None:
-        """End a call. `how`: the caller disconnects, an operator ends the call, or the budget is used up."""
+        """End a call. `how`: "leave" (the caller disconnects), "fail" (an operator ends the call) or "cut" (the budget
+        is used up)."""
         call = self.calls.pop(number % len(self.calls))
         if how == "cut":
             self.scheduler.cut(call)

@@ -93,8 +93,10 @@ async def test_a_query_of_death_takes_two_workers(
 
 @pytest.mark.slow
 async def test_no_neighbour_fails_with_a_query_of_death(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A request crashes the engine of each worker that runs it. It is ended after its third crash. Other streams that
-    lose the first two workers together with it, and get no token in between, resume and complete."""
+    """A request that crashes the engine of each worker is ended after the third crash.
+
+    Other streams are hit by the first two crashes, and get no token in between. They still resume and complete.
+    """
     await cluster.add_worker(cast(Engine, Mortal(sim_engine(checkpoint, decode_ms=2))), bundle)
     request = complete(max_tokens=300, ignore_eos=True)
     whole = (await cluster.stub.Complete(request)).choices[0].text
@@ -168,8 +170,8 @@ def test_a_broken_connection_is_no_lost_worker() -> None:
     others=st.lists(st.tuples(st.integers(10, 99), st.floats(0, 2 * WINDOW_S)), max_size=12),
 )
 def test_a_sequence_is_blamed_for_what_others_do_not_share(own: set[int], others: list[tuple[int, float]]) -> None:
-    """A sequence that lost many workers may have caused the losses. It waits for SETTLE_S, until other losses at the
-    same time are known. It resumes only if more workers were lost that did not run it than workers that did."""
+    """A sequence that lost workers may have caused the losses. It waits for SETTLE_S, until other losses at the same
+    time are known. Then it resumes only if most of the lost workers did not run it."""
     losses = WorkerLosses()
     now = 2 * WINDOW_S
     for link, at in sorted(others, key=lambda one: one[1]):

@@ -28,8 +28,8 @@ class Kind:
 
 
 def kind_of(family: str, folder: Path, theirs: Any, ours: TextModel) -> Kind:
-    """Return the Kind of a family. Its token ids are incomplete characters, special tokens, and tokens of the sample
-    texts."""
+    """Return the Kind of a family. The ids in it are those of incomplete characters, of special tokens, and of the
+    tokens of the sample texts."""
     broken = [i for i in range(len(theirs)) if "\ufffd" in theirs.decode([i])]
     sample = [token_id for text in SAMPLES for token_id in theirs.encode(text, add_special_tokens=False)]
     return Kind(family, folder, theirs, ours, tuple(broken), tuple(theirs.all_special_ids), tuple(sample))

@@ -40,7 +40,8 @@ def vllm_detokenizer(kind: Kind, prompt: Sequence[int], **params: Any) -> Any:
 def run_both(
     kind: Kind, prompt: list[int], steps: list[list[int]], takes: list[bool], stop_terminated: bool, **params: Any
 ) -> None:
-    """Push the steps into both detokenizers, and compare texts, stop strings and token counts after each step."""
+    """Push the same steps into Headrace's detokenizer and vLLM's. Compare their texts, stop strings and token counts
+    after each step."""
     theirs = vllm_detokenizer(kind, prompt, **params)
     ours = kind.ours.detokenizer(prompt, **params)
     for number, step in enumerate(steps):

@@ -78,7 +78,8 @@ def steps(data: st.DataObject, first: int, end: int) -> Iterator[tuple[int, int]
 def run_worker(
     text: ParsedText, tokens: Sequence[Sequence[OutputPart]], emitted: int, end: int, data: st.DataObject
 ) -> list[OutputPart]:
-    """Compute the tokens from `emitted` to `end` as one worker does. Returns the parts that were popped meanwhile."""
+    """Feed `text` the parsed tokens from position `emitted` to position `end`, as one worker sends them: in steps of
+    random size. Returns the parts that are popped from `text` between the steps; the last ones may still be in it."""
     out: list[OutputPart] = []
     for start, stop in steps(data, emitted, end):
         begins = start == emitted
@@ -114,8 +115,8 @@ def test_workers_may_change(data: st.DataObject, tokens: list[list[OutputPart]])
 
 @given(st.data(), of_tokens)
 def test_gateways_may_change(data: st.DataObject, tokens: list[list[OutputPart]]) -> None:
-    """A sequence may move to another gateway. From the delivered tokens and the number of delivered characters, that
-    gateway finds and delivers exactly the remaining parts."""
+    """A sequence may move to another gateway. The new gateway gets the delivered tokens and the number of delivered
+    characters. From these it finds the parts that were not delivered, and delivers exactly these parts."""
     first = ParsedText(PlainText())
     at = data.draw(st.integers(1, len(tokens)))
     run_worker(first, tokens, 0, at, data)

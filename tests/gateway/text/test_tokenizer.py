@@ -40,7 +40,8 @@ def test_what_a_model_is(kinds: dict[str, Kind]) -> None:
 
 
 async def test_long_texts_leave_the_loop_free(kinds: dict[str, Kind]) -> None:
-    """The event loop runs while a long prompt is tokenized. The token ids are the same as without this."""
+    """While a long prompt is tokenized, the event loop keeps running other tasks. The token ids are the same as those
+    from tokenizing in the event loop."""
     model = kinds["llama"].ours
     text = " ".join(f"river{i} turns wheel{i * 7919}" for i in range(40 * ENCODE_OFFLOAD_CHARS // 27))  # no two alike
     turns = 0

@@ -278,8 +278,11 @@ def test_any_body_of_messages_gives_vllms_prompt(kinds: dict[str, Kind], body: d
 
 @pytest.mark.parametrize("name", sorted(PROBED))
 def test_a_late_system_message_is_rendered(kinds: dict[str, Kind], name: str) -> None:
-    """A system message after the first message of /v1/messages is rendered as vLLM renders it, with every template. It
-    stays in its place, or is merged into the first system message. On OpenAI's API, the template decides."""
+    """A system message after the first message is rendered as in vLLM.
+
+    On /v1/messages this holds for every template: the message stays in its place or is merged into the first system
+    message. On OpenAI's API the template gets the message in its place, and may refuse it.
+    """
     kind, source = kinds["mistral"], PROBED[name]
     late = {"role": "system", "content": "Now in French."}
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well"}, late]

@@ -242,7 +242,8 @@ async def test_a_call_that_its_client_resumes_stays_in_its_trace(
 
 
 async def test_callers_may_be_ignored(tmp_path: Path, checkpoint: Path, bundle: Bundle, collector: Collector) -> None:
-    """Without `follow_caller` the ratio decides for all calls, even for calls whose caller's trace is sampled."""
+    """Without `follow_caller`, only `sample_ratio` decides which calls are traced. It has no effect that the caller's
+    own trace is sampled."""
     async with traced_cluster(tmp_path, collector, follow_caller=False, sample_ratio=0.0) as cluster:
         await cluster.add_worker(sim_engine(checkpoint), bundle)
         await cluster.stub.Chat(chat(), metadata=(("traceparent", SAMPLED),))

@@ -58,8 +58,9 @@ async def settled(cluster: TestCluster, *workers: AccountedWorker) -> None:
 
 
 async def test_every_end_has_its_record(tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger) -> None:
-    """Every sequence has one record with its delivered and generated tokens. This holds if it finished, was stopped by
-    a stop string, was one of several, was cancelled, passed its deadline, or failed in the engine."""
+    """Every sequence has one usage record with its delivered and generated tokens. This holds for sequences that
+    finish, end at a stop string, are cancelled, pass their deadline or fail in the engine, and for each sequence of a
+    call with several outputs."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         engine = sim_engine(checkpoint, decode_ms=2)
         worker = await start_worker(engine, bundle, [cluster.gateway.endpoints["link"]])
@@ -255,8 +256,8 @@ async def test_a_lost_gateways_calls_are_told_to_another(
 async def test_gpu_seconds_of_calls_and_idle_are_the_replicas_lifetime(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """The GPU seconds of all tenants and those of idle time (recorded under the tenant `_idle`) are compared with a
-    replica's lifetime. For a replica with 4 GPUs, they add up to 4 times the lifetime, within 1 %."""
+    """For a replica with 4 GPUs, the GPU seconds of all tenants and of idle time add up to 4 times the replica's
+    lifetime, within 1 %. Idle time is recorded under the tenant `_idle`."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         engine = sim_engine(checkpoint, decode_ms=5)
         worker = await start_worker(engine, bundle, [cluster.gateway.endpoints["link"]], gpus=4)

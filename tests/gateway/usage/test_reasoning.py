@@ -73,8 +73,8 @@ def parsed_call(call_id: str, restored: Sequence[int]) -> Call:
 
 
 def send(sequence: CallSequence, tokens: int, reasoning: int | None) -> None:
-    """Send `tokens` tokens to a sequence and deliver them. `reasoning`: number of reasoning tokens of an output that
-    ends; None if it does not end."""
+    """Deliver one output of `tokens` tokens to a sequence. `reasoning`: the number of reasoning tokens that the output
+    reports, which is then the last one; None if more outputs may follow."""
     finish = None if reasoning is None else FinishReason.STOP
     parsed = ParsedOutput(reasoning_tokens=reasoning or 0)
     sequence.output(TokenOutput("", tuple(range(tokens)), finish, prompt_tokens=3, parsed=parsed))
@@ -95,8 +95,8 @@ def usage_records(call: Call) -> list[UsageRecord]:
 
 @given(st.integers(0, 50), st.lists(st.integers(0, 20), min_size=1, max_size=6))
 def test_parts_of_an_output_count_each_token_once(reasoning: int, parts: list[int]) -> None:
-    """If an output was generated in several parts, because it was resumed, its reasoning tokens are divided over the
-    parts. The numbers add up to that of the output, and no part has more reasoning tokens than tokens."""
+    """If an output was resumed, it has several parts, and its reasoning tokens are divided over the parts. The sum over
+    the parts equals the number of the whole output, and no part has more reasoning tokens than tokens."""
     bounds = list(itertools.accumulate(parts, initial=0))
     counted = [reasoning_in_part(reasoning, first, end) for first, end in itertools.pairwise(bounds)]
     assert sum(counted) == min(reasoning, sum(parts))
@@ -109,8 +109,9 @@ outputs = st.tuples(st.integers(0, 20), st.integers(1, 20), st.none() | st.integ
 
 @given(st.lists(outputs, min_size=1, max_size=4))
 def test_reasoning_is_a_part_of_each_record(call_outputs: list[tuple[int, int, int | None]]) -> None:
-    """Whatever workers report, a record has at most as many reasoning tokens as completion tokens. All records of a
-    call together have at most the reported number. The metrics count the same as the records."""
+    """Whatever number of reasoning tokens workers report, a usage record has at most as many reasoning tokens as
+    completion tokens. The records of a call together have at most as many as were reported. The metrics count as many
+    as the records."""
     call = parsed_call("c", [restored for restored, _, _ in call_outputs])
     for sequence, (_, tokens, reasoning) in zip(call.sequences, call_outputs, strict=True):
         send(sequence, tokens, reasoning)

@@ -1,4 +1,5 @@
-"""The audit writer loses no admin action, and many failures per second fill neither the file nor the table."""
+"""Tests of the audit writer. It loses no admin action. Many authentication failures per second fill neither the audit
+file nor the audit table of the database."""
 
 from __future__ import annotations
 
@@ -164,9 +165,10 @@ def test_a_table_that_is_away_gets_them_later(make: Callable[..., AuditWriter], 
 def test_a_refused_batch_does_not_stand_before_others(
     make: Callable[..., AuditWriter], table: Table, tmp_path: Path
 ) -> None:
-    """If the database table rejects an event, only the audit file has the event, and the statistics show the error.
+    """An event that the database table rejects is written only to the audit file, and the writer's statistics show
+    the error.
 
-    Later events are inserted into the table.
+    Later events are still inserted into the table.
     """
     writer = make()
     table.failure = ValueError("no such column")

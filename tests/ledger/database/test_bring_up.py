@@ -27,8 +27,10 @@ print(*({{"alembic", "sqlalchemy"}} & set(sys.modules)))
 
 
 async def test_it_does_as_the_ledger_itself(database_url: str) -> None:
-    """The preparation of a database in a separate process creates the tables on SQLite. On PostgreSQL without tables,
-    it fails with the error of `prepare_database`."""
+    """`prepare_database_in_process` does in a separate process what `prepare_database` does.
+
+    On SQLite it creates the tables. On PostgreSQL without tables it fails with the error of `prepare_database`.
+    """
     if database_url.startswith("sqlite"):
         await prepare_database_in_process(database_url)
     else:

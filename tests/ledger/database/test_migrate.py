@@ -72,9 +72,10 @@ def test_a_drifted_table_is_told(database_url: str) -> None:
 
 
 def test_expand_now_contract_when_asked(database_url: str, tmp_path: Path) -> None:
-    """An upgrade stops before a `contract` migration.
+    """An upgrade applies migrations of the kind `expand` and stops before one of the kind `contract`.
 
-    The previous release can work on the database until the `contract` migration is applied.
+    The previous release can work on the database until the `contract` migration is applied, which must be requested
+    explicitly.
     """
     engine = make_engine(database_url)
     migrate.upgrade(engine)

@@ -154,7 +154,8 @@ def test_keys_without_a_team() -> None:
 
 
 def test_what_does_not_map_is_told() -> None:
-    """The notes of a plan name zero and negative limits, missing models, unusable keys and unsupported features."""
+    """The plan of an import has a note for each zero or negative limit, missing model, unusable key and unsupported
+    feature."""
     rows = {
         "teams": [
             team("zero", rpm_limit=0),

@@ -21,7 +21,7 @@ def trial(chance: random.Random, calls: int, *, weight: float, fails: tuple[floa
 
     The canary is checked after each call of the canary and after each failed call. `weight`: the canary's share
     of the calls. `fails`: probability that a call fails, for the stable version and for the canary. `slower`:
-    probability that a call of the canary is slower.
+    probability that a call of the canary is slower than the call of the stable version with which it is compared.
     """
     stays, tried = CanaryTally(), CanaryTally()
     for number in range(1, calls + 1):
@@ -100,8 +100,9 @@ def test_evidence_grows_with_losses_and_falls_with_wins(losses: int, wins: int, 
 @settings(deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60), st.floats(0.05, 0.95))
 def test_the_bet_is_fair(losses: int, wins: int, chance: float) -> None:
-    """If each comparison is lost with exactly the probability `chance`, the evidence is expected to stay the same after
-    one more comparison, like the wealth of a bettor in a fair bet."""
+    """The evidence against a canary does not grow on average if the canary is no worse. When each comparison is lost
+    with exactly the probability `chance`, the expected evidence after one more comparison equals the present
+    evidence."""
     here = math.exp(log_evidence(losses, wins, chance))
     after = chance * math.exp(log_evidence(losses + 1, wins, chance)) + (1 - chance) * math.exp(
         log_evidence(losses, wins + 1, chance)

@@ -88,7 +88,7 @@ def test_changes_are_told_key_by_key() -> None:
 
 def test_a_canary_takes_the_models_place() -> None:
     """When a canary is promoted, the keys that its entry sets replace those of the model. The digest of the old weights
-    is removed."""
+    is removed from the model's entry."""
     entry = {"name": "m", "source": "/m", "digest": "sha256:old", "revision": "a", "fallback": ["n"]}
     canary = {"version": "v2", "revision": "b", "weight": 0.5, "rollback": {}}
     assert promote_canary({**entry, "canary": canary}) == {

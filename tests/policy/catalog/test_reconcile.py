@@ -177,8 +177,10 @@ def test_frozen_models_are_not_rolled_out() -> None:
 
 @dataclass
 class World:
-    """Simulated Ray with `gpus` GPUs, one for each replica. A replica serves two steps after it got a GPU, unless its
-    digest is in `broken`."""
+    """Simulated Ray with `gpus` GPUs, one for each replica.
+
+    A replica begins to serve two steps after it gets a GPU. A replica whose digest is in `broken` never serves.
+    """
 
     gpus: int
     broken: frozenset[str] = frozenset()

@@ -12,8 +12,9 @@ from tests.policy.fairness.test_fair_queue import call, order_of, turns
 def test_waiting_elsewhere_is_not_idle_and_lifts_here_too() -> None:
     """A tenant that waits only at another gateway does not count as idle at this gateway.
 
-    When the other gateway's backlog arrives, the tenant's service counter here is set to the lowest counter of the
-    tenants that wait here. It does not rise while the tenant waits only at the other gateway.
+    When the first report arrives that the tenant waits at the other gateway, the tenant's service counter here
+    is set to the lowest counter of the tenants that wait here. Later reports do not raise it again, so the
+    tenant's next call here is sent first.
     """
     order = order_of(*[call(f"a{i}", "a") for i in range(50)])
     turns(order, 10)
@@ -40,8 +41,8 @@ def test_a_silent_gateways_tenants_count_no_longer() -> None:
 
 
 def test_claims_are_parts_of_the_next_turns() -> None:
-    """A gateway reports its expected share of the next turns of the fair queue. The share is small if its tenant has
-    had more service than the other gateway's tenant, and large if it has had less."""
+    """A gateway reports how many of the next turns of the fair queue it expects to get. Of two gateways with one tenant
+    each, the gateway whose tenant has had more service expects few turns, and the other gateway expects many."""
     here, there = order_of(*[call(f"a{i}", "a") for i in range(10)]), order_of(call("b", "b"))
     turns(here, 5)
     here.backlogs.replace_peer("g2", there.backlogs.own(), 0.0)
@@ -55,10 +56,8 @@ def test_claims_are_parts_of_the_next_turns() -> None:
 
 
 def test_what_goes_before_in_any_case() -> None:
-    """The service ahead of a new sequence is that of the waiting sequences of higher classes and of its own tenant.
-
-    The sequences of other tenants in the same class are not included.
-    """
+    """Two kinds of waiting sequences are certainly served before a new sequence: those of higher classes, and those of
+    its own tenant. Sequences of other tenants in the same class are not counted."""
     order = order_of(call("h", "h", tokens=7), call("x", "x", tokens=50, rank=1), call("y", "y", tokens=80, rank=1))
     assert order.backlogs.service_ahead("x", 1) == 57.0
     assert order.backlogs.service_ahead("new", 1) == 7.0

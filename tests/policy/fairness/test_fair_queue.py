@@ -83,8 +83,8 @@ def test_coming_back_from_idle_saves_nothing_up() -> None:
 
 
 def test_a_short_pause_is_no_way_to_save_up_either() -> None:
-    """A tenant that pauses for less than two seconds keeps its service counter. It may be behind the other tenants by
-    at most the allowed deficit."""
+    """A tenant that pauses for less than two seconds cannot save up service: when it sends again, its service counter
+    is raised if it is further behind the other tenants than DEFICIT_TOKENS."""
     order = order_of(call("b", "b"), *[call(f"a{i}", "a", tokens=1000) for i in range(200)])
     turns(order, 100, 0.0)
     order.push(call("again", "b"), 1.0)
@@ -127,8 +127,8 @@ def test_corrections_end_at_the_truth() -> None:
 
 
 def test_tenants_at_their_floor_are_forgotten() -> None:
-    """Idle tenants whose service counter is at the floor (the lowest counter of the waiting tenants) are forgotten. A
-    tenant that comes later starts at the last floor."""
+    """An idle tenant is forgotten if its service counter is at the floor. The floor is the lowest counter among the
+    waiting tenants. A tenant that begins to wait later starts at the last value of the floor."""
     order = order_of(*[call(f"{i}", f"t{i}") for i in range(100)], call("debtor", "d", tokens=100_000))
     turns(order, 101)
     for call_id in [*(str(i) for i in range(100)), "debtor"]:

@@ -1,5 +1,5 @@
-"""Tests of PutBackSequences, the sequences that lost their worker and must start over: they are ordered by class and
-arrival."""
+"""Tests of the order in PutBackSequences: by class, then by arrival. It holds the sequences that lost their worker and
+must start over."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def waiting(call_id: str, tenant: str, arrived: float, rank: int = 0) -> Waiting
 
 
 def test_order_is_by_class_then_arrival() -> None:
-    """The head is the oldest sequence of the highest class. The position of a sequence counts only sequences of its own
-    tenant."""
+    """The head of the queue is the oldest sequence of the highest class. A sequence's position is the number of earlier
+    sequences of the same tenant and class."""
     sequences = PutBackSequences()
     for call in (waiting("c", "x", 3.0), waiting("low", "x", 1.0, 1), waiting("a", "y", 1.0), waiting("b", "x", 2.0)):
         sequences.add(call)

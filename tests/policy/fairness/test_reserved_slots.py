@@ -19,11 +19,10 @@ def call(call_id: str, tenant: str, rank: int = 0) -> WaitingSequence:
 
 
 def flooded(guest_rank: int = 0, loud_rank: int = 0) -> tuple[FairOrder, WaitingSequence]:
-    """Return a fair order, and a waiting sequence of the tenant `loud`.
+    """Return a fair order with a busy tenant, `loud`, and a waiting sequence of `loud`.
 
-    The tenant `loud` has had sequences waiting since time 0, and has more than RUNNING running calls. The tenant
-    `guest` has sent one call, which was sent to a worker at 5 s. After that, one more sequence of `loud` was sent
-    to a worker.
+    `loud` has sequences waiting since time 0, and has had RUNNING sequences sent to workers. At 5 s, one call of the
+    tenant `guest` and then one more sequence of `loud` were sent to workers.
     """
     order = FairOrder()
     head = call("head", "loud", loud_rank)
@@ -49,8 +48,8 @@ def test_places_are_kept_from_who_always_waits() -> None:
 
 
 def test_nothing_is_kept_from_guests() -> None:
-    """A new call of a guest (a tenant that has had no more than its share) may take any slot, even a reserved slot. So
-    may a call that lost its worker."""
+    """A guest is a tenant that has had no more than its share. A new call of a guest may take any slot, even a reserved
+    one. So may a call that lost its worker."""
     order, _ = flooded()
     second = call("again", "guest")
     order.push(second, 6.0)

@@ -238,8 +238,9 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @rule(prompt=st.integers(0, 60), output=st.integers(1, 30), n=st.integers(1, 4))
     def ask(self, prompt: int, output: int, n: int) -> None:
-        """Reserve `prompt` tokens and `n` outputs of `output` tokens for a call. If the call is admitted, check that
-        the sums of the last minute in the log are within the limits."""
+        """Reserve a call with `prompt` input tokens and `n` outputs of `output` tokens each. If the call is admitted,
+        check from the test's own records that the last minute's requests and tokens and the running calls are within
+        the limits."""
         self.serial += 1
         got = self.limiter.reserve(
             self.policy, ReservationRequest(str(self.serial), prompt, n * output), self.now, NOON

@@ -122,7 +122,8 @@ def test_stalled_bodies_are_named_once_others_wait() -> None:
 
 
 def test_shrinking_gives_the_rest_back() -> None:
-    """When the reservation of a body of unknown size is shrunk, it keeps only the bytes that have arrived."""
+    """The reservation of a body of unknown size can be shrunk. It then keeps only the bytes that have arrived, and
+    returns the rest to the budget."""
     bodies = Bodies()
     unknown = bodies.reserve("unknown", "a", "c1", 100)
     bodies.reserve("next", "a", "c1", 60)

@@ -227,11 +227,11 @@ def test_calls_spread_by_size(vector_from: int) -> None:
 
 @pytest.mark.parametrize("vector_from", [0, 99])
 def test_small_engines_keep_their_prompts(vector_from: int) -> None:
-    """A worker that holds 1,000 tokens of a call's prompt gets the call, although an equal worker runs three
-    sequences fewer. This holds for workers with 8 slots and for workers with 64 slots.
+    """A worker (the holder) has 1,000 tokens of a call's prompt in its cache. It gets the call, although an equal
+    worker runs three sequences fewer. This holds if both workers have 8 slots, and if both have 64 slots.
 
-    A further worker with 512 slots is then added. A holder with 8 slots now loses the call; a holder with 64
-    slots still gets it.
+    Then a third worker with 512 slots is added. A holder with 8 slots now loses the call; a holder with 64 slots
+    still gets it.
     """
     call = RouteCall("m", 1032, cached={"holder": 1000})
     for slots in (8, 64):

@@ -29,8 +29,8 @@ def test_the_choice_does_not_depend_on_the_order(rule: GatewaySubset, gateways: 
 
 @given(RULES, NAMES.filter(lambda names: len(names) > 1))
 def test_a_gateway_that_goes_changes_no_link_to_others(rule: GatewaySubset, gateways: list[str]) -> None:
-    """When a gateway leaves, a worker keeps its links to other gateways, except as many as its required number of links
-    falls. It begins at most one new link."""
+    """When a gateway leaves, a worker keeps its links to the other gateways and begins at most one new link. If a
+    worker now needs fewer links, it may end as many as it no longer needs."""
     before, after = set(rule.of(gateways)), set(rule.of(gateways[1:]))
     ended, begun = before - after - {gateways[0]}, after - before
     assert len(ended) <= rule.links(len(gateways)) - rule.links(len(gateways) - 1)

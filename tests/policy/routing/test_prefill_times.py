@@ -79,8 +79,9 @@ def test_a_slowdown_rises_without_a_jump() -> None:
 @given(st.integers(0, 2**32), st.integers(1000, 4000), st.floats(8.0, 20.0))
 @example(244, 1000, 8.0)
 def test_a_late_prompt_shows_a_slow_worker_before_its_sample(seed: int, tokens: int, late: float) -> None:
-    """A worker with an unfinished prompt that is late counts as slow at once. It counts as usual again when the prompt
-    finishes in time after all, or when nothing more is reported about it for a while."""
+    """A worker whose unfinished prompt is late counts as slow at once, before the prompt is finished. It counts as
+    usual again if the finished prompt turns out to have taken a usual time, or if nothing more is reported about the
+    prompt for a while."""
     times = PrefillTimes()
     now = served(dict.fromkeys("abcd", 1.0), seed, 40, times)
     usual_s = times.usual_s(tokens)

@@ -45,9 +45,8 @@ def call(number: int, tenant: str = "t") -> RoutedCall:
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 40)), max_size=80), st.integers(1_000, 200_000))
 def test_the_memory_is_bounded_and_the_oldest_go_first(added: Sequence[tuple[int, int]], max_bytes: int) -> None:
-    """After each added route, the size of the history is the sum of the sizes of its calls, and is within the bound. If
-    calls must be forgotten, those whose first routes are oldest are forgotten first. A call that alone exceeds the
-    bound is forgotten too."""
+    """The history of routes stays within its bound in bytes. If it would exceed the bound, it forgets calls, first
+    those whose first route is the oldest. It also forgets a call that alone exceeds the bound."""
     history = RouteHistory(max_bytes)
     order: list[str] = []
     for number, workers in added:
@@ -79,8 +78,8 @@ def test_a_call_keeps_its_newest_routes(count: int) -> None:
 def test_a_large_fleet_keeps_the_best_and_counts_the_others(workers: int, data: st.DataObject) -> None:
     """At most MAX_CANDIDATES workers of a decision are remembered, with their cached tokens. All workers are counted.
 
-    If the fleet has more workers than that, a decision that follows shortly after another one is remembered only with
-    the chosen worker.
+    In a fleet of more than MAX_CANDIDATES workers, a decision that follows shortly after another one is remembered only
+    with the chosen worker.
     """
     dropped = data.draw(st.integers(0, workers - 1))
     history, made, next_one = (

@@ -132,8 +132,8 @@ def test_a_call_with_tools_does_not_wait_for_a_parser_that_nobody_has() -> None:
 
 
 def test_what_is_kept_free_stays_free() -> None:
-    """A call that must leave three sequences free is sent if all workers together have four free sequences, and is not
-    sent if they have three."""
+    """A call that must leave three slots free is sent if the workers of its model have four free slots together. It is
+    not sent if they have three."""
     call = dataclasses.replace(CALL, reserved_slots=3)
     others = [worker("c", free_sequences=9, model="n"), worker("d", free_sequences=9, draining=True)]
     assert pick(call, [worker("a", free_sequences=2), worker("b", free_sequences=2), *others]).worker_id == "a"
@@ -198,9 +198,11 @@ def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
 
 
 def test_a_continued_call_goes_back_to_where_its_blocks_are() -> None:
-    """A resumed call goes to the worker that holds its KV blocks, however busy this worker is.
+    """A resumed call goes to the worker that holds its KV blocks, even if this worker is much busier than
+    another.
 
-    The limit on resumed prompt tokens in one step of this worker counts only the call's uncached tokens.
+    It goes to another worker if this worker already has too many resumed prompt tokens for one step. The
+    call's cached tokens do not count as such tokens.
     """
     like = CompatibilityKey("w", "b", "c")
     home = worker(

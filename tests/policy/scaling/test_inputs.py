@@ -7,8 +7,8 @@ from cluster.policy.scaling.inputs import OperatorRequest, RayReplicas, WorkerSe
 
 
 def test_inputs_are_sorted_by_model_and_type_of_gpu() -> None:
-    """Replicas and workers of an unknown GPU type are assigned to their model's first type. Those of an unknown model
-    are left out."""
+    """Replicas and workers of an unknown GPU type are assigned to their model's first type. Replicas and workers of an
+    unknown model are left out."""
     specs = [ModelSpec("m", "/m", gpu="A"), ModelSpec("n", "/n"), ModelSpec("m", "/m", gpu="B")]
     workers = [WorkerSeen(f"{model}{gpu}", "1", model, gpu=gpu) for model, gpu in ("mA", "mB", "mZ", "nZ", "oA")]
     rays = {("m", "A"): RayReplicas(1, 1), ("m", "Z"): RayReplicas(2, 0, 1, 3), ("o", "A"): RayReplicas(9)}

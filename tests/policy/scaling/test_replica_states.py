@@ -35,8 +35,8 @@ def test_states_follow_the_decided_number() -> None:
 
 
 def test_the_cold_start_time_is_learnt_from_decided_starts() -> None:
-    """A new replica belongs to the oldest decision to start a replica that has no replica yet. The cold-start time is
-    counted from this decision. A new replica for which there is no decision is not counted."""
+    """A new replica is matched with the oldest decision to start a replica that has no match yet. The cold-start time
+    is counted from this decision. A new replica without a match is not counted."""
     states, workers = ReplicaStates(), [WorkerSeen(str(number), str(number), "m") for number in range(4)]
     states_at(states, 0.0, 1, workers[0])
     assert states.cold_start_s == 0.0

@@ -325,8 +325,8 @@ def test_a_type_that_finds_no_place_any_more_is_left_for_another() -> None:
 
 
 def test_by_hand_over_types_while_no_gateway_tells() -> None:
-    """The number of replicas that an operator sets is spread over the GPU types. Scaling down removes replicas of the
-    last type first."""
+    """The replicas that an operator has requested are placed on the first GPU type until it is full, then on the next
+    type. Scaling down removes replicas of the last type first."""
     room = {("m", "H100"): 2, ("m", "L4"): 5}
     scaler = Scaler(ScalingSettings(), 0.0, OperatorRequest(manual={"m": 5}))
     scaler.run_pass([FAST, SLOW], {}, [], 1.0, 1e9, blind=True, room=room)

@@ -74,10 +74,10 @@ def test_a_replica_is_worth_the_lesser_of_what_it_does() -> None:
 
 @given(COUNTS, COUNTS)
 def test_a_mix_is_counted_by_what_it_is_worth(ready: dict[str, int], starting: dict[str, int]) -> None:
-    """A model's replicas on several GPU types are converted to replicas of one type with the same total
-    capacity, rounded up.
+    """A model's replicas on several GPU types are converted to replicas of one type with the same total capacity,
+    rounded up.
 
-    Of the converted replicas, no more count as ready than the capacity of the ready replicas, rounded up. A
+    The number of converted replicas that count as ready is at most the capacity of the ready replicas, rounded up. A
     model with one GPU type is unchanged.
     """
     seen = model(ready)

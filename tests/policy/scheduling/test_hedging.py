@@ -43,8 +43,10 @@ def worker(name: str, free: int = 8, running: int = 0, waiting: int = 0, healthy
 
 @given(st.lists(durations, min_size=1, max_size=200), st.floats(0, 1))
 def test_a_quantile_is_near_a_duration_of_its_rank(values: list[float], part: float) -> None:
-    """The sketch's quantile is close to a measured duration: to the one at the exact rank of the quantile, or to a
-    neighbour in sorted order. The relative error is at most ACCURACY."""
+    """A quantile of the sketch is close to a measured duration: the relative error is at most ACCURACY.
+
+    In sorted order, this duration is at the exact rank of the quantile or next to it.
+    """
     sketch = LatencySketch(60.0)
     for value in values:
         sketch.add(value, NOW)
@@ -90,7 +92,8 @@ def test_slow_workers_in_a_minority_do_not_change_what_is_late(
 
 @given(st.integers(0, 1 << 26), st.integers(0, 1 << 26))
 def test_an_unknown_size_uses_the_next_larger_known_one(asked: int, known: int) -> None:
-    """A size class of prompts without observations uses the time of a larger class, never that of a smaller class."""
+    """If a size class of prompts has no observations, the time of the next larger class with observations is used,
+    never that of a smaller class."""
     times = FirstTokenTimes()
     for _ in range(int(MIN_COUNT)):
         times.observe("m", "w", known, 3.0, NOW)
@@ -195,8 +198,9 @@ def test_the_budget_holds_and_no_sequence_is_hedged_twice(share: float, history:
 
 @given(st.integers(0, 5000))
 def test_a_quiet_time_saves_up_a_bounded_number_of_hedges(count: int) -> None:
-    """However many sequences were sent before, at most BURST hedges (second submissions) can follow at once. Sequences
-    that have just become late may use only half of the hedges."""
+    """The number of sent sequences determines how many hedges (second submissions) are allowed. Even after very many
+    sequences, at most BURST hedges are allowed at once. Sequences that have just become late may use only half of
+    them."""
     world = World(HedgingPolicy(0.01))
     world.learn(LEARNT + count)
     for number in range(20):

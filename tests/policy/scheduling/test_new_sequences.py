@@ -27,7 +27,8 @@ def wait_for_adapter(new: NewSequences, key: str, now: float) -> None:
 
 
 def test_a_sequence_counts_until_it_is_removed() -> None:
-    """A sequence that waits for its adapter counts as waiting and has position 0. It can be removed once."""
+    """A sequence that waits for its adapter is counted as waiting, at position 0. The first `remove` returns True and
+    the second returns False."""
     new = queues()
     for key in ("a", "b"):
         assert new.admit(entry(key, adapter="x"), 0.0, versions=ONE_VERSION).outcome is None

@@ -90,7 +90,8 @@ def test_a_worker_that_gave_no_token_is_no_new_beginning() -> None:
 
 
 def test_an_acquitted_sequence_keeps_its_place() -> None:
-    """When a suspect sequence is acquitted, it is no longer suspect. It keeps its place and its waiting time."""
+    """A sequence is suspect if it may be the cause of worker losses. After `acquit` it is not suspect any more, and it
+    keeps its place in the queue and its waiting time."""
     queue = queue_of(resuming("a", suspect=True), resuming("b"))
     queue.acquit("a")
     assert [(one.key, one.suspect) for one in queue.in_order("m")] == [("a", False), ("b", False)]

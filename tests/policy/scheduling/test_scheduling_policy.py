@@ -332,8 +332,8 @@ def test_a_sequence_that_waits_for_its_adapter_holds_back_nobody() -> None:
 
 
 def test_the_sequences_that_wait_for_adapters_are_bounded() -> None:
-    """Only a limited number of a tenant's sequences may wait for adapters. Further sequences of the tenant end at once.
-    Sequences of other tenants still wait."""
+    """Only a limited number of a tenant's sequences may wait for adapters. Above this number, further sequences of the
+    tenant end at once, but sequences of other tenants still wait."""
     fleet = Fleet()
     fleet.add("w", free=1)
     policy = policy_of(fleet, max_tokens=10**6)
@@ -436,10 +436,11 @@ class PolicyMachine(RuleBasedStateMachine):
 
     @rule()
     def assign(self) -> None:
-        """Carry out the policy's instructions. Check that each worker has the adapter of the sequence that it gets.
+        """Carry out the policy's instructions to send sequences. Check that each chosen worker has the sequence's
+        adapter.
 
-        Afterwards, no worker with free capacity has the adapter of a waiting sequence. So a sequence that waits for its
-        adapter holds back no other sequence.
+        Then check that no sequence waits although a worker with free capacity has its adapter. So a sequence
+        that waits for another adapter holds back no other sequence.
         """
         began = False
         for instruction in self.policy.assign("m", self.now):
@@ -489,11 +490,11 @@ TestPolicy = PolicyMachine.TestCase
 def test_a_sequence_finds_the_last_free_worker_of_many(
     free: dict[int, int], sequences: int, workers: int, one_is_bad: bool
 ) -> None:
-    """Waiting sequences resume until they or the free slots of the compatible workers are used up. No worker
-    gets more sequences than it has free slots.
+    """Sequences resume as long as a compatible worker has a free slot. No worker gets more sequences than it has free
+    slots.
 
-    A sequence returns to a worker that has failed it only if no other worker is free. A sequence whose blocks a
-    worker holds goes to this worker.
+    A sequence returns to a worker that has failed it only if no other worker is free. A sequence whose blocks a worker
+    holds goes to this worker.
     """
     fleet = Fleet()
     for number in range(workers):

@@ -122,8 +122,8 @@ def test_it_keeps_its_version() -> None:
 
 
 def test_it_does_not_wait_for_the_dead() -> None:
-    """A sequence that was set aside goes to another worker as soon as the worker that it waits for is gone, or at its
-    deadline."""
+    """A sequence that was set aside waits for one worker. It may go to another worker as soon as the first worker is
+    gone, or when the sequence's wait reaches its time limit."""
     fleet, policy = two_workers("warm", "short")
     policy.admit(entry("warm"), 0.0)
     policy.admit(replace(entry("short"), deadline=2.0), 0.0)
@@ -175,8 +175,8 @@ def test_a_cancelled_sequence_leaves_nothing() -> None:
     )
 )
 def test_sums_follow_the_sequences(steps: list[tuple[str, int, str, str]]) -> None:
-    """After any additions and removals, the kept counts and the kept sums of work equal those computed from the
-    sequences that are set aside."""
+    """SetAside keeps running totals of its sequences and of their work. After any additions and removals, these totals
+    equal those computed anew from the sequences."""
     aside, known = SetAside(), dict[str, tuple[str, str]]()
     for step, number, model, worker in steps:
         key = str(number)

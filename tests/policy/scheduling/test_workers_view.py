@@ -26,7 +26,8 @@ def test_only_a_refreshed_worker_is_read_again() -> None:
 
 
 def test_a_sample_is_small_and_suitable() -> None:
-    """A sample has at most MAX_SAMPLE workers, all with free capacity. Equal keys give equal samples."""
+    """A sample of workers for a resuming sequence has at most MAX_SAMPLE workers, all with free capacity. The same
+    sequence always gets the same sample."""
     fleet = Fleet()
     for number in range(100):
         fleet.add(f"w{number}", free=number % 2)

@@ -222,8 +222,8 @@ def test_a_snapshot_survives_json() -> None:
 
 
 def test_declared_tenants_stand_over_stored_ones() -> None:
-    """A tenant from a file replaces the stored tenant with the same name, but the stored tenant's aliases stay. Other
-    tenants are unchanged."""
+    """If a tenant in a file and a stored tenant have the same name, the tenant in the file applies, with the aliases of
+    the stored one. Tenants with other names are unchanged."""
     stored = AccessSnapshot.of([TenantEntry(TenantPolicy("acme"), "api", {"gpt": "tiny"})], [])
     declared = stored.with_declared([TenantPolicy("acme", weight=4.0), TenantPolicy("new")])
     assert declared.tenants["acme"] == TenantEntry(TenantPolicy("acme", weight=4.0), "file", {"gpt": "tiny"})

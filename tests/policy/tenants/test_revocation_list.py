@@ -36,7 +36,8 @@ def test_serials_as_tools_print_them(serial: int) -> None:
 
 @pytest.mark.parametrize("line", ["xyz", "1 2", "-1", "f" * 65, "1\ta\tb\tc", "1;2"])
 def test_a_wrong_line_is_named(line: str) -> None:
-    """The error names the invalid line. If the line were ignored, a typo would leave a certificate valid."""
+    """The error names the invalid line. If an invalid line were ignored, a typo would leave a revoked certificate
+    valid."""
     with pytest.raises(ValueError, match="line 2"):
         RevocationList.parse(f"1\n{line}\n")
 

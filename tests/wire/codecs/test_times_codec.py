@@ -20,8 +20,8 @@ times = st.builds(RequestTimes, durations, durations, durations, durations, dura
 
 @given(times, times)
 def test_times_of_merged_outputs_are_merged(first: RequestTimes, last: RequestTimes) -> None:
-    """If a message has two outputs of one slot, they are decoded as one output with the durations of both. A slot
-    without durations is decoded without durations."""
+    """If a message has two outputs of one request (slot), they are decoded as one output that has the durations of
+    both. Outputs of a request without durations are decoded without durations."""
     columns = StepColumns()
     columns.add(3, TokenOutput("", [1], prompt_tokens=5, times=first))
     columns.add(4, TokenOutput("", [1]))

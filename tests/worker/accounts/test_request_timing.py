@@ -38,8 +38,8 @@ def test_durations_add_up(
 
 
 def test_an_only_output_has_all_durations() -> None:
-    """A request whose first parsed output is also its last reports all durations at once. A request without output
-    reports none."""
+    """If the first parsed output of a request is also its last output, the request's durations are all reported at
+    once. For a request without output, no duration is reported."""
     timing = RequestTiming(10.0)
     timing.record_first(RequestTimes(queue_s=1.0, prefill_s=2.0), 14.0)
     timing.record_last(15.0)

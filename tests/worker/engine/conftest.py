@@ -32,7 +32,8 @@ TOKEN_LO, TOKEN_HI = 300, 700
 
 
 def tiny_spec(**changes: object) -> ModelSpec:
-    """Return an entry for the tiny checkpoint, with few slots, chunks of 128 tokens and small blocks."""
+    """Return a catalog entry for the tiny checkpoint of the tests, with few slots, prefill chunks of 128 tokens and
+    small KV blocks. `changes`: other fields of the entry."""
     engine = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 8, "max_num_batched_tokens": 128, "block_size": 32}
     base: dict[str, object] = {"dtype": "float32", "max_model_len": 1024, "engine": engine}
     return ModelSpec("tiny", "unused", **(base | changes))  # type: ignore[arg-type]

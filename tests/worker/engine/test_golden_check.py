@@ -143,10 +143,10 @@ async def test_no_check_makes_a_word_better(word: str) -> None:
 
 
 async def test_an_engine_whose_seeded_calls_part_is_not_exact() -> None:
-    """An engine whose resumed requests with a seed get different tokens is healthy, but has the capability
-    `resume:state`.
+    """If an engine gives a request with a seed other tokens after a resume than without one, the engine still
+    counts as healthy.
 
-    The other capabilities stay.
+    It reports the capability `resume:state`, and keeps its other capabilities.
     """
     examined = CheckedEngine(Apart())
     assert (await examined.start()).capabilities == ("chat", RESUME_STATE)
@@ -170,7 +170,8 @@ async def test_an_engine_that_goes_on_with_no_seed_shows_nothing_by_them() -> No
 
 @pytest.mark.parametrize("most", [0, 2, 7])
 async def test_an_engine_that_gives_few_logprobs_is_examined_too(most: int) -> None:
-    """The check requests at most max_logprobs log probabilities, and detects changed values with these."""
+    """The golden check requests no more log probabilities than the engine allows (max_logprobs). These are enough to
+    detect changed values."""
 
     class Terse(SimEngine):
         shift = 0.0
@@ -255,8 +256,8 @@ def test_a_healthy_engine_is_never_called_sick(
 def test_an_engine_beyond_the_tolerance_is_called_sick(
     values: list[float], moves: list[float], token: int, tolerance: float
 ) -> None:
-    """If both answers list all log probabilities, one value that differs by more than the tolerance is found, whichever
-    token is the most likely."""
+    """The check compares two answers that both list all log probabilities. It fails if one value differs by more than
+    the tolerance, whichever token is the most likely."""
     expected = softmax(values)
     actual = [value + 0.999 * tolerance * move for value, move in zip(expected, moves, strict=True)]
     actual[token] = expected[token] + 1.01 * tolerance
@@ -267,8 +268,8 @@ def test_an_engine_beyond_the_tolerance_is_called_sick(
 
 @given(logits, st.integers(1, 4), tolerances)
 def test_another_model_is_called_sick(values: list[float], top: int, tolerance: float) -> None:
-    """An engine's answer is wrong if its most likely token is another one than in the reference, and if the reference
-    gives this token a clearly lower probability than its own most likely token, or does not list it."""
+    """An engine's answer is wrong if its most likely token differs from the reference's most likely token, and the
+    reference gives the engine's token a clearly lower probability or does not list it."""
     right = sorted(softmax(values), reverse=True)
     right[0] += 2.1 * tolerance
     reference = GoldenAnswer([greedy(right, top + 1)])
@@ -305,9 +306,11 @@ def test_a_token_outside_the_list_is_undecided() -> None:
 
 
 def test_a_tie_may_end_either_way() -> None:
-    """A token that is as likely as the reference's token is right, and later positions are not compared.
+    """If a token differs from the reference's token but is equally likely in the reference, it is accepted, and
+    later positions are not compared.
 
-    A clearly less likely token is wrong, and so is a token that is not the most likely one in its own list.
+    A token that is clearly less likely in the reference is wrong. So is a token to which the engine itself
+    gives a lower probability than to another token.
     """
     reference = GoldenAnswer([PositionLogprobs([1, 1, 2, 3], [-0.70, -0.70, -0.72, -3.0])] * 2)
 

@@ -55,8 +55,8 @@ def test_work_explains_in_proportion_and_not_for_ever(seconds: float, learned: i
 
 
 def test_a_step_computes_no_more_than_its_most() -> None:
-    """However long the queue of prompts is, it explains a step only for the time that one chunk of prompt tokens takes.
-    The reason is that a step computes at most one chunk."""
+    """However many prompt tokens are queued, they can explain a long step only up to the time for one chunk. A step
+    computes at most one chunk of prompt tokens."""
     pace = StepTimes(most_tokens=100)
     pace.began(0.0)
     pace.step(0.2)
@@ -66,8 +66,8 @@ def test_a_step_computes_no_more_than_its_most() -> None:
 
 
 def test_a_few_steps_that_stood_do_not_excuse_a_hang() -> None:
-    """A few slow steps do not raise the time limit for a step with prompts, if one step in twenty is slow and not
-    because of prompts."""
+    """One step in twenty takes 30 s instead of 0.2 s, although all steps compute prompts of the same length. The time
+    limit that is learned for a step with such a prompt stays short."""
     pace = StepTimes(most_tokens=100)
     now = 0.0
     pace.began(now)

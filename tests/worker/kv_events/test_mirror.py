@@ -23,8 +23,8 @@ PROMPTS = st.lists(st.sampled_from((0, 1)), min_size=1, max_size=12).map(
 
 
 def hash_of(key: Key) -> int:
-    """Return the prefix hash of the last block of `key`, which has a salt and the tokens from the prompt's
-    beginning."""
+    """Return the prefix hash of a block. `key`: a salt, and all tokens from the beginning of the prompt to the end of
+    the block."""
     salt, tokens = key
     return int(prefix_hashes(tokens, SIZE, seed_of(salt))[-1])
 

@@ -142,8 +142,8 @@ def test_the_formats_are_right(folder: Path, form: Format) -> None:
 
 @all_formats
 def test_a_resume_at_any_token_continues_the_parts(folder: Path, form: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A session that begins after any number of emitted tokens repeats their parts, then continues like an uncut
-    session."""
+    """A parser session may begin with tokens that were already emitted. The parts of these tokens and of the later
+    tokens together equal the parts of a session that gets all tokens, wherever the output is divided."""
     kit = kit_for(folder, form)
     prompt = prompt_ids(folder, form)
     ids = encode(folder, form.short)
@@ -211,8 +211,10 @@ def test_coalescing_changes_no_parts(folder: Path, form: Format) -> None:
     "form", [form for form in FORMATS if form.tools in REPLAYED_TOGETHER], ids=lambda form: form.name
 )
 def test_a_replay_in_few_parses_changes_no_parts(folder: Path, form: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resumed output gives the same parts as an output without interruption, whatever the token at which it was
-    interrupted. The tokens before the interruption are parsed together."""
+    """A resumed output has the same parts as an output without interruption, wherever it was interrupted.
+
+    When it is resumed, all tokens before the interruption are parsed together, in few calls of the parser.
+    """
     monkeypatch.setattr(session_module, "REPLAYED_TOKENS", 9)
     kit, prompt = kit_for(folder, form), prompt_ids(folder, form)
     assert kit.replays_together
@@ -331,9 +333,10 @@ def test_a_forced_call_has_a_grammar_that_begins_after_the_reasoning(folder: Pat
 
 
 def test_mistrals_parser_makes_no_lark_grammar(folder: Path) -> None:
-    """With Mistral's parser and a tokenizer in transformers' form, no grammar in Lark is made.
+    """With Mistral's parser and a tokenizer in transformers' form, no grammar in the language Lark is made. A
+    request with optional tool calls gets no grammar, and a JSON schema of the caller is not replaced.
 
-    A tool call of the model's choice has no grammar. A forced tool call is refused, since it would be shown as content.
+    A request that forces a tool call is refused, since the call would be shown as content.
     """
     form = next(form for form in FORMATS if form.name == "mistral")
     kit = kit_for(folder, form)

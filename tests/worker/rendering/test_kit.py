@@ -65,8 +65,8 @@ def _rendered(renderer: str, tokenizer: Any, request: Any) -> list[int]:
 
 
 def ours(kit: RendererKit, body: Mapping[str, Any]) -> list[int] | None:
-    """Return the token ids that the gateway and the renderer's process make of a body, or None if the body is
-    refused."""
+    """Parse a chat request's body as the gateway does, then render the prompt as the renderer's process does. Return
+    the prompt's token ids, or None if one of the two steps refuses the request."""
     try:
         prompt = parse_chat(read_object(json.dumps(body).encode())).requests[0].prompt
     except CallError:

@@ -44,8 +44,8 @@ def left(store: AdapterStore) -> list[str]:
 
 
 def test_an_adapter_lies_private_under_its_digest(store: AdapterStore, folder: Path) -> None:
-    """A stored adapter's folder is named by the digest and holds only the adapter's files. Only its owner can read
-    it."""
+    """The folder of a stored adapter is named by the adapter's digest and holds only the adapter's files. Only the
+    owner of the folder can read it."""
     (folder / "training_args.bin").write_bytes(b"x")
     stored = store.fetch(AdapterSpec("a", str(folder)))
     assert stored.digest == adapter_digest(folder)

@@ -175,7 +175,8 @@ def test_the_tokenizer_of_a_larger_model_is_refused(model: Path) -> None:
 
 @pytest.mark.parametrize("nested", ["", "text_config"])
 def test_the_vocabulary_of_a_multimodal_model_is_its_text_models(model: Path, nested: str) -> None:
-    """vocab_size may be nested in text_config. For an unknown model type the value in config.json counts."""
+    """For an unknown model type, the size of the vocabulary is read from config.json, where it may be nested in the
+    configuration of the text model."""
     plain = {"model_type": "of_its_own", "vocab_size": SIZE - 9}
     config = {"model_type": "of_its_own", nested: plain} if nested else plain
     (model / "config.json").write_text(json.dumps(config))
@@ -187,9 +188,10 @@ def test_the_vocabulary_of_a_multimodal_model_is_its_text_models(model: Path, ne
 
 @pytest.mark.parametrize("role", ["image_token", "pad_token"])
 def test_a_special_token_that_text_never_needs_is_left_out(model: Path, role: str) -> None:
-    """An image placeholder or padding token outside the vocabulary is omitted. Published text models have such tokens.
+    """An image placeholder or padding token that is not in the model's vocabulary is left out of the bundle.
 
-    The gateway reads the token's string as ordinary text. No caller can send an id that the model lacks.
+    Published text models name such tokens. The gateway then tokenizes the token's string as ordinary text, so that no
+    caller can send an id that the model lacks.
     """
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     tokenizer.add_special_tokens(["<odd>"])

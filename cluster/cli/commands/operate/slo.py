@@ -80,7 +80,8 @@ def _row(each: SloSum) -> dict[str, Any]:
 
 
 def _objective(objective: SloObjective | None) -> str:
-    """Describe an SLO in words. If the controller is of an older release, the SLO's target is unknown."""
+    """Describe an SLO in words; "-" for None. A controller of an older release sends no target; the target is then
+    described as unknown."""
     if objective is None:
         return "-"
     target = f"{objective.target:.4g}" if objective.target else "unknown share"

@@ -202,7 +202,8 @@ async def probe_server(address: str) -> AsyncIterator[None]:
 
 
 def _load(file: Path, check: bool, lenient: Callable[[Path], PartialConfig]) -> PartialConfig:
-    """Load the configuration and tolerate invalid models. With `check`, invalid models are errors too."""
+    """Load the configuration. With `check`, an invalid model is an error. Otherwise `lenient` reads the file and
+    tolerates invalid models."""
     loaded = PartialConfig(read_config(file)) if check else read_leniently(file, lenient)
     config = loaded.config
     if config.gateway.processes != 1:
@@ -211,7 +212,8 @@ def _load(file: Path, check: bool, lenient: Callable[[Path], PartialConfig]) -> 
 
 
 def _refuse_lacks(lacks: Iterator[str], file: Path, check: bool) -> None:
-    """Exit with code 2 if `lacks` yields a message. If it yields none and `check` is set, exit with code 0."""
+    """Exit with code 2 and print the messages in `lacks`, if there are any. Each names a setting or file that is
+    missing. If there are none and `check` is set, exit with code 0."""
     messages = [f"{file}: {lack}" for lack in lacks]
     if messages:
         fail("\n".join(messages), USAGE)
@@ -255,7 +257,7 @@ def _missing_pod_settings(config: Config) -> Iterator[str]:
 def controller_problems(config: Config, *, pod: bool = True, files: bool = True) -> Iterator[str]:
     """Yield a message for each setting or file that a controller with this configuration lacks.
 
-    `pod` and `files` have the same meaning as in `gateway_problems`.
+    `pod`: check the settings that a controller in a pod needs. `files`: check the files that the configuration names.
     """
     if pod and not config.ray:
         yield "ray: empty: a controller in a pod starts no Ray: set the dashboard_url of the Ray cluster"

@@ -135,7 +135,7 @@ def manifests(
 def renewal(namespace: str, name: str, hosts: Sequence[str], authority: Path, days: int) -> Manifests:
     """Issue new certificates from the authorities in a folder.
 
-    Raises ValueError if the folder has no authority. Raises OSError.
+    Raises ValueError if the folder has no authority. Raises OSError if a file cannot be read or written.
     """
     if not _is_authority(authority):
         raise ValueError(f"{authority}: has no authority (ca.crt, ca.key): name the folder of the first install")

@@ -122,9 +122,9 @@ Method = Callable[[Any, AdminCaller], Awaitable[Message]]
 
 @dataclass(frozen=True, slots=True)
 class AdminMethod:
-    """A method of the admin API with its rule. `act`: the function that carries out the method, called with the request
-    and the caller. It is a coroutine function that returns the answer. For a stream, it is an asynchronous generator
-    function that yields the answers."""
+    """A method of the admin API with its authorization rule. `act`: the function that carries out the method, called
+    with the request and the caller. It is a coroutine function that returns the answer. For a stream, it is an
+    asynchronous generator function that yields the answers."""
 
     descriptor: MethodDescriptor
     verb: Verb

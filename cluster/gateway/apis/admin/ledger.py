@@ -329,8 +329,8 @@ def _query(
 
 
 def _tenant(parent: str, caller: AdminCaller) -> str:
-    """Return the only tenant whose rows a query may return; "" for all tenants. `parent`: the tenant that the request
-    names, or empty."""
+    """Return the tenant to whose rows a query is restricted; "" for no restriction. `parent`: the tenant that the
+    request names, or ""."""
     return codec.tenant_name(parent, "parent") if parent else caller.scope
 
 

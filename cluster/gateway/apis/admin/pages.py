@@ -30,8 +30,8 @@ def page_size(requested: int) -> int:
 
 
 def next_token(after: Any, *list_key: str) -> str:
-    """Return the page token with which the caller requests the rows after the position `after` of a list. `list_key`:
-    the parameters of the list."""
+    """Return the page token with which the caller requests the next page of a list. `after`: position of the last row
+    of this page. `list_key`: name and filters of the list; the token is valid only together with them."""
     raw = json.dumps([_digest(list_key), after], separators=(",", ":")).encode()
     return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 

@@ -48,8 +48,10 @@ def _layout(descriptor: Any) -> _Layout:
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """The counts of a message. `field`: the top-level field at which the scan ended because a bound was exceeded; "" if
-    no bound was exceeded."""
+    """Result of the scan of a message: the numbers of its elements and of its numeric values.
+
+    `field`: the top-level field at which the scan ended because a bound was exceeded; "" if no bound was exceeded.
+    """
 
     elements: int
     numbers: int = 0

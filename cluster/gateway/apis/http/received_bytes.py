@@ -79,8 +79,8 @@ class ReceivedBytes:
         self.in_body = False
 
     def count_head(self, size: int) -> int:
-        """Count a parsed piece of `size` bytes. Returns the number of bytes parsed so far of the current head, or 0 if
-        the parser is not within a head."""
+        """Count a parsed piece of `size` bytes. Returns how many bytes of the current request's head (request line and
+        headers) have been parsed so far; 0 if the parser is not within a head."""
         before = 0 if self._progress else self.head_bytes
         self.head_bytes = before + size if self._in_head else 0
         return self.head_bytes

@@ -172,8 +172,8 @@ class SseStream(ABC):
         return b"".join(parts)
 
     def text(self, index: int, text: str) -> bytes:
-        """Return the event of a piece that holds only a text. Not for the first piece of a choice, and not if the
-        caller has requested the usage in every event."""
+        """Return the event for a piece of the answer that consists of text only. Must not be called for the first piece
+        of a choice, or if the caller has requested the usage in every event."""
         return (self.text_start(index) + _escape(text) + self.text_end).encode("ascii")
 
     def text_start(self, index: int) -> str:

@@ -257,8 +257,8 @@ class PairInputs:
 
 @dataclass(frozen=True, slots=True)
 class SingleTexts(PairInputs):
-    """The texts of pairs, each as an input of its own that becomes a vector: first the texts of `first`, then those of
-    `second`."""
+    """The texts of pairs as single inputs, each of which becomes a vector. The order: the first texts of all pairs,
+    then the second texts of all pairs."""
 
     def __len__(self) -> int:
         return len(self.first) + len(self.second)

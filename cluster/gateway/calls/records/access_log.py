@@ -66,8 +66,8 @@ class AccessLog:
     """The access log of one gateway process."""
 
     def __init__(self, sample_ratio: float, max_lines_per_s: int, clock: Callable[[], float]) -> None:
-        """`sample_ratio`: share of the succeeded and cancelled calls that is logged. `clock`: the clock of the calls'
-        times, in monotonic seconds."""
+        """`sample_ratio`: share of the succeeded and cancelled calls that is logged. `clock`: returns monotonic
+        seconds; the times of the calls are from the same clock."""
         self._log = log.bind()  # a line costs less than with the lazy logger
         self._ratio = sample_ratio
         self._clock = clock

@@ -219,8 +219,8 @@ class Life:
         return self.failures < self.max_attempts
 
     def leave(self, reason: str, tokens: int) -> None:
-        """Leave the worker and wait for another worker. `reason`: the reason of the resume. `tokens`: number of tokens
-        emitted so far."""
+        """Record that the sequence has left its worker, and let it wait for another worker. `reason`: the reason of the
+        resume. `tokens`: number of tokens emitted so far."""
         self.attempt += 1
         if tokens:
             self.reason = reason

@@ -23,8 +23,8 @@ Owner = TypeVar("Owner", bound=SequenceOwner)
 
 @dataclass(eq=False, repr=False, slots=True)
 class LinkedSequence(RoutedSequence[Owner]):
-    """A sequence that handles the events of its workers, except for outputs. A subclass handles the outputs, and so
-    implements slots.Sink."""
+    """A sequence that handles all events of its workers except outputs. Each subclass adds the handling of outputs,
+    which completes the protocol slots.Sink."""
 
     hedge: Hedge | None = field(init=False, default=None)
     """The slot on a second worker, while the sequence is hedged."""

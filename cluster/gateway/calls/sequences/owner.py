@@ -1,4 +1,4 @@
-"""Interfaces through which a sequence reports what happens to it: to its call, and to the receiver of its events."""
+"""Interfaces to which a sequence reports its events: its call, and the receiver of the events of all sequences."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ class SequenceOwner(Protocol):
         """The output of the call, which the call's API reads."""
 
     def progressed(self, sequence: Any, tokens: int, now: float) -> None:
-        """Handle an engine step that has added `tokens` tokens to a sequence. The fast paths for a single token
-        (`OutputSequence.token`, `parsed_token`) do not call this method."""
+        """Handle an engine step that has added `tokens` tokens to a sequence. For a step that adds a single token, the
+        fast paths `OutputSequence.token` and `parsed_token` may be used instead; they do not call this method."""
 
     def began(self, sequence: Any, output: TokenOutput) -> None:
         """Handle the first output that a worker sends for the sequence."""

@@ -1,5 +1,5 @@
-"""Pieces: the new output of a sequence each time that the API fetches it. A piece has text, parts, log probabilities
-and the end.
+"""Pieces of a sequence's output. A piece is the output that is new since the API fetched the last piece: text, parts,
+log probabilities and the end.
 
 A piece is popped when the client can read. A slow client therefore gets the text of several tokens in one piece.
 """

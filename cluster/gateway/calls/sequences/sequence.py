@@ -74,9 +74,8 @@ class OutputSequence(LinkedSequence[Owner]):
             self.finish("length")  # the last token was delivered, the end was not
 
     def take_over_tokens(self, token_ids: Sequence[int], life: Life) -> None:
-        """Add tokens that an earlier stream of the call at this gateway has received, so that they are not computed
-        again. They are appended to the tokens that the resume tokens have brought. `life`: state of the sequence in the
-        earlier stream."""
+        """Append tokens that this gateway has received for an earlier stream of the call. They follow the tokens from
+        the resume tokens. `life`: the sequence's state in the earlier stream."""
         stop = self.detokenizer.push(token_ids)
         self.restored = len(self.emitted)
         self.life.restore(life.last_worker, life.compatibility, len(self.emitted))
@@ -199,9 +198,8 @@ class OutputSequence(LinkedSequence[Owner]):
         self.call_output.wake()
 
     def go_direct(self, direct: Callable[[str], None]) -> None:
-        """Pass the text of each further token to `direct`. Has no effect before the first piece was popped, after the
-        end of the output, if log probabilities are wanted, while parts wait, or if stop strings or guards search the
-        text."""
+        """Pass the text of each further token to `direct`. Has no effect if no piece was popped yet, the output has
+        ended, log probabilities are wanted, parts wait, or stop strings or guards search the text."""
         if self.logprob_texts is not None or not self.pieces.more_text:
             return
         if not self.detokenizer.searches_text:
@@ -210,12 +208,12 @@ class OutputSequence(LinkedSequence[Owner]):
             self.direct_content = direct
 
     def stop_direct(self) -> None:
-        """Stop sending text directly with `direct` and `direct_content`. All further text waits for the next piece."""
+        """Stop passing text to the functions `direct` and `direct_content`. All further text is kept until the API
+        requests the next piece."""
         self.direct = self.direct_content = None
 
     def give_back(self, text: str) -> None:
-        """Take back `text`, which was just passed to `direct` and not sent. It becomes part of the next piece. Further
-        text is no longer passed to `direct`, and is kept for the next piece too."""
+        """Take back a text that `direct` could not send. It and all further text are kept for the next piece."""
         self.stop_direct()
         self.detokenizer.push_back(text)
 

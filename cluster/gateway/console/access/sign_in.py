@@ -56,8 +56,9 @@ class FailureLimits:
             )
 
     def count(self, address: str, now: float) -> None:
-        """Count a failed sign-in from the source of `address`. If there are more than MAX_SOURCES sources, forget the
-        source whose last failure is the oldest."""
+        """Count a failed sign-in from `address`. The count belongs to the source of the address: the IPv4 address
+        itself, or the network of an IPv6 address. If there are more than MAX_SOURCES sources, the source whose last
+        failure is the oldest is forgotten."""
         source = _source(address)
         bucket = self._buckets.pop(source, None) or Bucket(FAILURES_PER_S, FAILURES, now)
         bucket.charge(1, now)

@@ -137,7 +137,7 @@ class Table:
 
     def sum_all(self, columns: Sequence[str], first: int, last: int, out: Values) -> Iterator[None]:
         """Write the sums over all keys into `out`. The caller has filled `out` with NaN, which counts as no value. The
-        iterator yields None after each key."""
+        iterator yields None after each key, so that the caller can let other tasks run."""
         for key in list(self._rows):
             add(columns, out, self.read(key, columns, first, last))
             yield None

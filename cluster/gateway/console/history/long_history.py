@@ -82,8 +82,8 @@ UNKNOWN: Final = frozenset({"cost"})
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The points in time for which an answer has values: `points` times, `step_s` seconds apart, from `first_s` on.
-    `first_s`: in seconds since the epoch."""
+    """The times for which an answer has values. The first is `first_s`, in seconds since the epoch. There are `points`
+    times in all, `step_s` seconds apart."""
 
     first_s: int
     step_s: int

@@ -1,7 +1,7 @@
-"""Differences between two documents of the overview, row by row.
+"""Differences between two documents of the console's overview, row by row.
 
-Invariants: `apply(before, difference(before, after))` equals `after` except for the order of rows. If only the time has
-changed, the difference is small, whatever the size of the document.
+Invariants: `apply(before, difference(before, after))` equals `after` except for the order of rows. If nothing but the
+time has changed, the difference is small, whatever the size of the document.
 """
 
 from __future__ import annotations

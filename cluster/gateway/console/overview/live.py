@@ -189,8 +189,11 @@ class LiveOverview:
 
     @property
     def _fresh_s(self) -> float:
-        """Age in seconds up to which a cached document or part may be returned. While there are subscribers, this is
-        TICK_S, since a new document and a new part are made in this interval anyway."""
+        """Maximum age, in seconds, at which a cached document or part may still be returned.
+
+        While there are subscribers it is TICK_S, since a new document and a new part are made for them once in
+        this time.
+        """
         return TICK_S if self._views else FRESH_S
 
     async def part(self) -> Part:

@@ -185,7 +185,8 @@ def _rank(row: Row) -> tuple[Any, ...]:
 
 
 async def _tenants(parts: Sequence[Part], has_cost: bool) -> list[Row]:
-    """Return one row per tenant, with its share of the tokens and its fair share among the tenants with calls."""
+    """Return one row per tenant. A row has the tenant's share of the tokens, and its fair share among the tenants with
+    calls. `has_cost`: whether the rows have costs."""
     rows: dict[str, list[Row]] = {}
     for part in parts:
         for row in part["tenants"]:

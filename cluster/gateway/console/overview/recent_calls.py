@@ -137,8 +137,8 @@ class RecentCalls:
     """The newest ended calls of one gateway process, and the sums over all ended calls."""
 
     def __init__(self, clock: Callable[[], float], max_calls: int = MAX_CALLS) -> None:
-        """`clock`: returns the present time on the clock of the calls' times, in monotonic seconds. `max_calls`:
-        largest number of calls that are kept."""
+        """`clock`: returns monotonic seconds; the times of the calls are from the same clock. `max_calls`: largest
+        number of calls that are kept."""
         self._clock = clock
         self._number = 0
         self.calls = FairRing(max_calls)

@@ -44,8 +44,8 @@ class ScalingReasons:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def refresh(self, models: Sequence[KnownModel], now: float) -> None:
-        """Request new reasons for the models whose reason is older than REFRESH_S, the oldest first. Does not wait for
-        the answers."""
+        """Request the reason of the newest scaling decision from the controller, for each model whose known reason is
+        older than REFRESH_S. The oldest reasons are requested first. Does not wait for the answers."""
         names = {model.name for model in models if model.in_catalog}
         for gone in self._known.keys() - names:
             del self._known[gone]

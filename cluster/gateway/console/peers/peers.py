@@ -107,14 +107,14 @@ class PeerParts:
             del peer.ended[oldest]
 
     def needs_all(self, now: float) -> bool:
-        """Return whether all remembered calls must be requested: no process is known, or one of them has not sent all
-        its calls yet."""
+        """Return whether a request must ask the other gateway processes for all calls that they remember. This is so if
+        no such process is known, or if one of them has not sent all its calls yet."""
         self._forget(now)
         return not self._peers or any(not peer.has_all for peer in self._peers.values())
 
     def current(self, now: float) -> Sequence[Part]:
-        """Return the parts that are not older than EXPIRES_S. Each part holds its process's open calls and the ended
-        calls that are remembered."""
+        """Return the newest `Part` of each process, without those that are older than EXPIRES_S. The calls in a part
+        are the process's open calls, and the ended calls that this process remembers."""
         self._forget(now)
         return [
             peer.part
@@ -135,14 +135,15 @@ class _Unfinished:
 
 
 class PartAssembler:
-    """Joins pieces into parts of the overview, for several sources. The pieces of one source arrive in order."""
+    """Puts parts of the console's overview together again from the pieces in which they were sent. A part describes one
+    gateway process. The pieces of one source must be added in the order in which they were sent."""
 
     def __init__(self) -> None:
         self._unfinished: dict[str, _Unfinished] = {}
 
     def add(self, source: str, number: int, piece: Mapping[str, Any]) -> Part | None:
-        """Add a piece of a part. Returns the whole part if `piece` is its last piece, else None. Pieces of an older
-        part are dropped. `number`: the same for all pieces of a part."""
+        """Add a piece of a part from the gateway process `source`. Returns the whole part if `piece` is its last piece,
+        else None. `number`: number of the part to which the piece belongs. A piece of an older part is dropped."""
         if "part" in piece:
             part = {name: [] for name in PART_LISTS} | piece["part"]
             if len(self._unfinished) >= MAX_PEERS:

@@ -89,8 +89,8 @@ class SiblingPeers:
 
 
 def sibling_answer(answer: Answer) -> Callable[[BytesValue], Any]:
-    """Return a function that answers requests from the other gateway processes of this host. An answer is JSON lines,
-    one line for each piece of the answer."""
+    """Return a function that answers requests for console data from the other gateway processes of this host. It takes
+    the request to `answer`, and returns the result as JSON lines, one for each piece of the result."""
 
     async def respond(request: BytesValue) -> BytesValue:
         import orjson

@@ -57,8 +57,8 @@ def _effort(arguments: dict[str, Any]) -> str:
 
 
 def _message(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a message as a caller would send it: without a content of None, with the arguments of tool calls as text,
-    and without `reasoning_content`, which repeats the reasoning."""
+    """Return a message in the form in which a caller sends it: the arguments of tool calls are text. Two keys are left
+    out: `content` if it is None, and `reasoning_content`, which repeats the reasoning."""
     if len(message) == 2 and message.get("content") is not None:
         return message
     dropped = {"reasoning_content"} | ({"content"} if message.get("content") is None else set())

@@ -15,8 +15,10 @@ from jinja2 import nodes
 
 
 class _Undecided(Exception):
-    """Raised if a template assigns to something other than a plain name, or loops with such a target. A template of
-    this kind gets contents as texts."""
+    """Raised for a template that assigns to something other than a plain name, by `set` or by a loop.
+
+    Such a template gets message contents as texts, not as lists of parts.
+    """
 
 
 def takes_parts(tree: nodes.Template) -> bool:

@@ -3,8 +3,8 @@
 The ids equal those of transformers with special tokens added, even if an input is cut (truncated). A cut keeps the
 special tokens, and shortens the longer text of a pair first (`longest_first`).
 
-If the tokenizer always splits texts before a space, a single text that is cut need not be tokenized whole. Its
-beginning up to a space has the same ids alone as in the whole text.
+Some tokenizers always split texts before a space. With such a tokenizer, a single text that is cut need not be
+tokenized whole: its beginning, up to a space, has the same ids as in the whole text.
 """
 
 from __future__ import annotations
@@ -109,8 +109,9 @@ class InputEncoder:
     def _batch(
         self, inputs: TextInputs | PairInputs, numbers: range, is_pair: bool, keep: int | None
     ) -> Sequence[Encoding]:
-        """Return the encodings of the inputs with these numbers. A text with more than `keep` tokens may be encoded
-        only in part (see `_beginnings`). Errors of the tokenizer are raised unchanged."""
+        """Return the encodings of the inputs whose indices are in `numbers`. `keep`: number of tokens to which a text
+        will be cut; of a longer text, only a beginning with more than `keep` tokens may be encoded. Errors of the
+        tokenizer are raised unchanged."""
         if is_pair:
             assert isinstance(inputs, PairInputs)
             shared = inputs.first[0] if len(inputs.first) == 1 else None
@@ -125,9 +126,9 @@ class InputEncoder:
         return encoded
 
     def _beginnings(self, texts: Sequence[str], keep: int, chars: int) -> list[Encoding]:
-        """Return an encoding of each text: of the whole text, or only of a beginning of the text that has more than
-        `keep` tokens. `chars`: length in characters of the beginnings that are tried first. Longer beginnings are tried
-        until one has enough tokens."""
+        """Return an encoding of each text, for a caller that needs only the first `keep` tokens. Of a long text, only a
+        beginning with more than `keep` tokens is encoded. `chars`: length in characters of the first beginning that is
+        tried. A longer beginning is tried if it has too few tokens."""
         begun = [_beginning(text, chars) for text in texts]
         encoded = self._encoded(begun)
         for i, text in enumerate(texts):

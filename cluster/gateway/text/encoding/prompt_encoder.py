@@ -44,8 +44,8 @@ class PromptEncoder:
         return list(encoding.ids)
 
     def ids(self, prompt: PromptText, tenant: str, cache_salt: str) -> array[int]:
-        """Return the token ids of a prompt. Prompts share blocks only if they have the same `tenant` and the same
-        `cache_salt`."""
+        """Return the token ids of a prompt. In a long prompt, text blocks that were tokenized before are found in the
+        prompt memory. Only prompts with the same `tenant` and the same `cache_salt` share these blocks."""
         if (
             len(prompt.text) <= ENCODE_OFFLOAD_CHARS
             or (recall := self.recall(tenant, cache_salt, prompt.field)) is None
@@ -63,9 +63,9 @@ class PromptEncoder:
         return self._blocks.recall(self._memory, tenant, cache_salt, add_special_tokens=field == "prompt")
 
     def begin(self, prompt: PromptText) -> bytes | array[int]:
-        """Begin to encode a prompt, and return the digests of its blocks. The caller then passes the numbers of the
-        blocks that it lacks to `finish`. If the prompt cannot be cut into blocks, the ids of the whole prompt are
-        returned instead."""
+        """Begin to encode a prompt, and return the digests of its blocks. The caller then calls `finish` with the
+        numbers of the blocks whose ids it does not know. If the prompt cannot be cut into blocks, return the ids of the
+        whole prompt instead."""
         with field_in_errors(prompt.field):
             digests = self._blocks.begin(prompt.text) if self._blocks is not None else b""
         return digests or self._whole(prompt)

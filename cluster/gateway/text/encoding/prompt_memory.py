@@ -1,11 +1,13 @@
 """Memory of encoded blocks of prompts, separate for each tenant. A block's digest gives the block's token ids.
 
-The next prompt of a conversation begins with the blocks of the previous prompt, and other conversations of a tenant
-begin with the same system prompt. Their ids are found here, so that only the new text is encoded. No text is kept.
+The next prompt of a conversation begins with the blocks of the previous prompt, and other conversations of a
+tenant begin with the same system prompt. The memory returns the ids of these blocks, so that only the new text is
+encoded. No text is kept.
 
-A tenant finds only the blocks of the same tenant, so timing reveals nothing about the texts of others. When the memory
-is full, the tenant with the most bytes loses the blocks that it used longest ago. So a tenant whose blocks take less
-than its equal share loses none to others. A tenant that has used none of its blocks for IDLE_S loses them first.
+A tenant finds only its own blocks, so timing reveals nothing about the texts of other tenants. When the memory is
+full, tenants that have used none of their blocks for IDLE_S lose blocks first. After them, the tenant with the most
+bytes loses blocks, those that it used longest ago first. So an active tenant whose blocks take less than an equal
+share of the memory loses none.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ _PLAIN_START = re.compile(r"[^\w\s]")
 
 
 class TokenCuts:
-    """Search for the positions where the texts of one tokenizer can be cut. Create it with `of`. Thread-safe."""
+    """Finds the positions at which a text can be cut and tokenized in pieces, for one tokenizer. The pieces have the
+    token ids of the whole text. Use `of` to create an object. Thread-safe."""
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         """`tokens`: the added tokens that the tokenizer finds before it normalizes."""

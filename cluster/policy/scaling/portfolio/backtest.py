@@ -39,10 +39,10 @@ MEMORY = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Backtest:
-    """Sums of a backtest. They fade with time.
+    """Sums of a backtest, in which recent values count more than old ones.
 
-    The arrays have one value for each rule. `cost`: replica-seconds held. `late`: late calls. `waiting`: work in the
-    queue, in replica-seconds. `calls`: number of calls, equal for all rules.
+    The arrays have one value for each rule. `cost`: replica-seconds held. `late`: late calls. `waiting`: work
+    in the queue, in replica-seconds. `calls`: number of calls, equal for all rules.
     """
 
     cost: Floats
@@ -54,10 +54,11 @@ class Backtest:
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """Demand in one stretch of time: its load in replicas, and its number of calls.
+    """Demand in one stretch of time. `load`: the number of replicas that it keeps busy. `calls`: its number of
+    calls.
 
-    `slack_s`: time that a call may wait in the queue within the SLO. `behind_s`: largest backlog of decoding, in
-    replica-seconds, at which streams still keep the pace of the SLO.
+    `slack_s`: time that a call may wait in the queue within the SLO. `behind_s`: largest backlog of decoding,
+    in replica-seconds, with which the streams still meet the SLO's time between tokens.
     """
 
     load: float
@@ -95,10 +96,10 @@ def replay(
     passed_s: float,
     cold_start_s: float,
 ) -> Backtest:
-    """Return the backtest with one more stretch of demand, of `passed_s` seconds.
+    """Replay the scaling rules on `passed_s` more seconds of demand, and return the new backtest.
 
-    `wanted`: number of replicas that each rule holds. `ready`: number of these that have started. `doubt`: factor on
-    the load.
+    `wanted`: for each rule, the number of replicas that it would hold. `ready`: the number of these replicas that would
+    have started. `doubt`: factor on the load.
     """
     fade = float(np.exp(-passed_s / (MEMORY * cold_start_s)))
     waiting, late = queue_after(ready, before.waiting, arrivals, doubt, passed_s, cold_start_s)
@@ -114,12 +115,13 @@ def replay(
 def queue_after(
     ready: Floats, waiting: Floats, arrivals: Arrivals, doubt: float, passed_s: float, cold_start_s: float
 ) -> tuple[Floats, Floats]:
-    """Return the queue after a stretch of demand, in replica-seconds, and the share of the stretch's calls that are
-    late. `ready`: replicas that serve. `waiting`: the queue before. `doubt`: factor on the load. `passed_s`: length
-    of the stretch.
+    """Return the queue of work after a period, in replica-seconds, and the share of the period's calls that are late.
+
+    `ready`: number of replicas that serve. `waiting`: the queue before the period. `doubt`: factor by which the load of
+    `arrivals` is multiplied. `passed_s`: length of the period.
 
     In an overload, decoding is delayed first, because prompts are computed first. Once `arrivals.behind_s` of
-    decoding work is outstanding, streams are just at the pace of the SLO, and prompts begin to wait. Calls are late
+    decoding work is outstanding, streams are as slow as the SLO allows, and prompts begin to wait. Calls are late
     when their prompts wait longer than `arrivals.slack_s`. Work that would wait longer than one cold start is
     dropped, because its callers have gone.
     """
@@ -141,12 +143,14 @@ def late_share(allowed: Floats, before: Floats, after: Floats) -> Floats:
 def cheapest_rules(backtest: Backtest, late_budget: float, ahead: float) -> tuple[int, ...]:
     """Return the indexes of the rules to follow: the rules with the lowest prices, at most CHOSEN, the cheapest first.
 
-    The price of a rule is its cost divided by the share of its calls that are not late. If its late calls exceed the
-    budget, the price is also multiplied by late calls / budget. So even when no rule is within the budget, as after a
-    sudden surge, neither adding GPUs without end nor serving no calls is cheapest.
+    The price of a rule is its cost divided by the share of its calls that are not late. If more calls are late than
+    the budget allows, the price is also multiplied by late calls / allowed late calls. This still ranks the rules well
+    when all of them exceed the budget, as after a sudden surge: neither a rule that adds GPUs without end nor a rule
+    that serves no calls is the cheapest.
 
-    The budget is a share of the calls: `late_budget` times `ahead`. `ahead` above 1 adds the budget of calls that come
-    later in the SLO window, so that a rule may use the whole budget in one surge without a higher price.
+    The number of allowed late calls is `late_budget` (a share of the calls) times the number of calls times `ahead`.
+    With `ahead` above 1, the budget of later calls in the SLO window counts too. A rule may then use the whole budget
+    in one surge without a higher price.
     """
     allowed = late_budget * backtest.calls * ahead
     served = np.maximum(1.0 - backtest.late / max(backtest.calls, 1e-9), 1e-9)

@@ -66,9 +66,10 @@ def empty() -> DemandLevels:
 def update(
     before: DemandLevels, load: float, passed_s: float, cold_start_s: float, past: tuple[Floats, Floats] | None
 ) -> DemandLevels:
-    """Return the state after `passed_s` more seconds of demand at the load `load`.
+    """Return the state of the forecast after `passed_s` more seconds, in which the demand was `load`.
 
-    `past`: `means` and `signals` of the state one cold start ago; None while the observed time is shorter.
+    `before`: the state before. `past`: `means` and `signals` of the state one cold start ago; None while less time than
+    a cold start was observed.
     """
     # While less time than the span of a mean has been observed, the mean covers the observed time.
     spans = np.minimum(SPANS * cold_start_s, before.seen_s + passed_s)

@@ -90,7 +90,8 @@ class _GpuPool:
 def share(claims: Sequence[GpuClaim], budget: Mapping[str, int]) -> tuple[ReplicaDecision, ...]:
     """Decide the number of replicas for every claim. Returns the decisions in the order of the claims.
 
-    `budget`: number of GPUs by type; a type without an entry is unlimited. Only frozen claims may exceed the budget.
+    `budget`: number of GPUs by type; a type without an entry is unlimited. Only claims with `frozen` set may exceed
+    the budget.
     """
     pool = _GpuPool(budget)
     # Classes count by their order, not by their rank numbers, so that unranked classes are equal and not worthless.
@@ -158,10 +159,10 @@ def _add_replica(pool: _GpuPool, claim: GpuClaim, mine: dict[str, int]) -> bool:
     """Add one replica to `mine`, the planned replicas of the claim's model by GPU type. Returns False if the
     budget has no GPUs for a replica.
 
-    GPU types are tried in this order, and the first type for which the budget suffices is used. First come
-    the types on which the model now has more replicas than are planned in `mine`, then all other types; in
-    both cases, only types on which Ray can place a further replica. Last comes the model's first type, even
-    if no replica can be placed there.
+    The replica gets the first GPU type for which the budget suffices, in this order:
+    1. types on which the model has more replicas now than planned in `mine`, if Ray can place one more replica
+    2. any other type, if Ray can place one more replica
+    3. the model's first type, even if Ray cannot place a replica
     """
     types, room = claim.seen.settings.gpus, claim.seen.room
     kept = [gpu for gpu in types if mine.get(gpu, 0) < claim.have.get(gpu, 0)]

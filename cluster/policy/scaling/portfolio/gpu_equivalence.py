@@ -3,9 +3,10 @@
 Problem: the need of a model is one number, but replicas on different types of GPU have different throughput.
 
 Method: everything is counted in replicas on one type of GPU, the unit type. It is the most preferred type whose rates
-are learnt. The worth of a replica on another type is the number of replicas on the unit type that it replaces. It is
-the lesser of two ratios: its prefill rate and its decode rate, each divided by that of the unit type. So a mix of types
-is never overestimated, whatever the calls are like. The worth on a type whose rates are not learnt is 1.
+are learnt. The worth of a replica on another type is the number of replicas on the unit type that it replaces. The
+worth is the lesser of two ratios: the other type's prefill rate divided by that of the unit type, and the other type's
+decode rate divided by that of the unit type. So a mix of types is never overestimated, whatever the calls are like. A
+type whose rates are not learnt has the worth 1.
 
 Invariant: with one type of GPU, every number is a plain number of replicas.
 """
@@ -42,8 +43,8 @@ def replica_worth(seen: ModelSeen, gpu: str) -> float:
 
 
 def total_worth(seen: ModelSeen, counts: Mapping[str, int]) -> float:
-    """Return the number of replicas on the unit type (one reference GPU type) that replicas on several GPU types are
-    worth together. `counts`: number of replicas by GPU type."""
+    """Convert replicas on several GPU types to one number: the number of replicas on the unit type (one reference GPU
+    type) that could do the same work. `counts`: number of replicas by GPU type."""
     return math.fsum(count * replica_worth(seen, gpu) for gpu, count in counts.items())
 
 
@@ -61,10 +62,9 @@ def covers(replicas: float, wanted: int) -> bool:
 def as_one_type(seen: ModelSeen) -> ModelSeen:
     """Return the model as if all its replicas were on one GPU type, the unit type (`unit_of`).
 
-    The starting and ready replicas are replaced by replicas of the unit type. Their number is what the replaced
-    replicas are worth together (`replica_worth`), rounded up. The number of ready ones among them is what the
-    ready replicas are worth, rounded down, but at least 1 if any replica is ready. Draining replicas are kept
-    as they are.
+    The starting and ready replicas are replaced by as many replicas of the unit type as they are worth
+    together (`replica_worth`), rounded up. As many of the new replicas are ready as the ready replicas are
+    worth, rounded down, but at least 1 if any replica was ready. Draining replicas stay unchanged.
     """
     if len(seen.settings.gpus) == 1:
         return seen

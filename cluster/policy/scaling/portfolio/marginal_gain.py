@@ -1,4 +1,5 @@
-"""Timely calls per second: how many calls 0, 1, 2, ... replicas would have served in time, computed from recent demand.
+"""Timely calls per second for each number of replicas, computed from recent demand. A call is timely if it is
+not late.
 
 Problem: shared GPUs should go to the models that gain most from them, and the gain is not proportional to the load. The
 queue is first come, first served. So a model with slightly fewer replicas than its load serves no call in time, and
@@ -49,10 +50,11 @@ def empty() -> MarginalGains:
 
 
 def replay(before: MarginalGains, arrivals: Arrivals, passed_s: float, cold_start_s: float) -> MarginalGains:
-    """Update the gains with the demand since the last update, and return them.
+    """Add the demand of the last `passed_s` seconds to the gains: how many calls each number of replicas serves
+    in time.
 
-    `before`: the gains at the last update. `arrivals`: the calls since the last update. `passed_s`: seconds since the
-    last update. Older demand counts less; it fades slowly if `cold_start_s` is long.
+    `before`: the gains before this demand. `arrivals`: the calls in these seconds. Older demand counts less;
+    it fades more slowly if `cold_start_s` is long. Returns the new gains.
     """
     fade = math.exp(-passed_s / (SPAN * cold_start_s))
     waiting, late = backtest.queue_after(COUNTS, before.waiting, arrivals, 1.0, passed_s, cold_start_s)

@@ -32,8 +32,8 @@ class Past:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Demand since the last learning step. `load_s`: all work that came, in replica-seconds. `within` and `outside`:
-    number of judged calls that met the SLO, and number that did not."""
+    """Demand since the last learning step. `load_s`: all work that came, in replica-seconds. `within`: number of judged
+    calls that met the SLO. `outside`: number of judged calls that missed it."""
 
     passed_s: float = 0.0
     load_s: float = 0.0

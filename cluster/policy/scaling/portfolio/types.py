@@ -16,11 +16,11 @@ ReplicaState = Literal["starting", "ready", "draining"]
 
 @dataclass(frozen=True, slots=True)
 class ClassDemand:
-    """Demand of one priority class for one model: arrivals since the last observation, and the calls that wait now.
+    """Demand of one priority class for one model: calls since the last observation, and calls that wait now.
 
-    `expected_output_tokens`: expected output of the calls that arrived, which gateways have learnt from earlier calls.
-    `held_requests`: queued calls that wait because no replica is ready. Prompt tokens that are expected to be cached
-    are not counted.
+    `expected_output_tokens`: expected output of the calls that arrived; gateways predict it from earlier calls.
+    `held_requests`: queued calls that wait because no replica is ready. The numbers of prompt tokens leave out the
+    tokens that are expected to be cached.
     """
 
     arrived_requests: int = 0

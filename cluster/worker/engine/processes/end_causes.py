@@ -97,10 +97,11 @@ def name_engine() -> Iterator[str]:
 
 
 def _file(kind: str, engine: str = "") -> Path | None:
-    """Return the path of an engine's notes file (`kind` NOTES), or the path prefix of its member files (`kind` MEMBER).
+    """Return the path of an engine's notes file (`kind` NOTES), which records errors and ends of processes, or the
+    path prefix of its member files (`kind` MEMBER), one for each process of the engine.
 
-    Returns None if this host has no folder for the engine. `engine`: the engine's name; "" for the engine to which this
-    process belongs.
+    Returns None if this host has no folder for the engine. `engine`: the engine's name; "" for the engine to which
+    this process belongs.
     """
     folder = sockets.folder()
     return None if folder is None else folder / f"{kind}-{engine or os.environ.get(ENGINE, '')}"
@@ -315,11 +316,11 @@ def _crash_cause(member: Member) -> str:
 
 
 def find_cause(engine: str, *, recent: bool = False) -> str:
-    """Return why an engine of this process has ended, with the log file of the failed process; empty if there are no
-    notes.
+    """Return why one of this process's engines has ended, with the log file of the engine's process that failed.
+    The text is empty if the engine's processes have left no notes.
 
-    `engine`: the name from `name_engine`. `recent`: whether to ignore notes older than RECENT_S seconds; true for an
-    engine that was already running when it ended.
+    `engine`: the name from `name_engine`. `recent`: ignore notes older than RECENT_S seconds. Callers set it
+    for an engine that was running, and not for one whose start failed.
     """
     notes = [entry for entry in _notes(engine) if not recent or time.time() - entry.at < RECENT_S]
     errors = [entry for entry in notes if entry.kind == "error"]

@@ -64,7 +64,8 @@ def is_running() -> bool:
 
 
 def server_pids() -> set[int]:
-    """Return a set with the server's pid; empty if there is no server. All forks of the server belong to an engine."""
+    """Return the fork server's pid as a set; an empty set if there is no server. Each fork of the server is a process
+    of an engine."""
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     return set() if pid is None else {int(pid)}
 

@@ -162,11 +162,13 @@ def own_processes(others: Set[int]) -> set[int]:
 
 
 def forget_names(others: Set[int]) -> None:
-    """Unlink the names of the shared memory and the semaphores of this process's engine, including ranks placed by Ray.
+    """Unlink the names of all shared memory and semaphores that this process's engine uses.
 
-    The engine must be up: vLLM opens its queues, communicators and locks by name only when they are created. `others`:
-    children that this process had before the engine. Names that only these children and their descendants use are kept.
-    Semaphores that this process uses are kept, too, since the process may still pass on their names.
+    The engine includes its ranks, also those that Ray has started. The engine must be up: vLLM opens its queues,
+    communicators and locks by name only when it creates them.
+
+    `others`: children that this process had before the engine. Names that only these children and their descendants
+    use are kept. Semaphores that this process itself uses are kept too, since it may still pass on their names.
     """
     own = own_processes(others)
     mapped = sharers(set().union(*map(mapped_shared_memory, own)))

@@ -39,7 +39,8 @@ _TIMED = ("slow", "block")
 
 @dataclass(frozen=True, slots=True)
 class SimFault:
-    """A fault to inject. The constructor raises ValueError for an action that is not possible at the point."""
+    """A fault to inject into the simulated engine: `action` happens at `point`. The constructor raises ValueError if
+    this action is not possible at this point."""
 
     action: str
     point: str

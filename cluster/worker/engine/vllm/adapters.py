@@ -76,7 +76,8 @@ class EngineAdapters(Container[str]):
             held.idle.clear()
 
     def ended(self, digest: str) -> None:
-        """Count one request less that uses the adapter in vLLM. The request must have been counted with `began`."""
+        """Decrease the number of requests in vLLM that use the adapter by one. The request must have been counted with
+        `began`."""
         if digest:
             held = self._held[digest]
             held.live -= 1

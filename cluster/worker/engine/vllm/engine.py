@@ -44,11 +44,11 @@ class VllmEngine:
         """Create an engine; `start` loads the model.
 
         `executor`: how several ranks are placed. "ray": on the placement group of this process's Ray actor. "mp": as
-        processes on this host. `exact_resume`: whether emitted tokens are installed as output when a request is
-        resumed. If false, they become part of a new prompt, and a request is refused if that would change its output.
+        processes on this host. `exact_resume`: whether the emitted tokens of a resumed request are installed as its
+        output. If false, they become part of a new prompt, and a request is refused if that would change its output.
         `reasoning_parser`: name of vLLM's parser of the model's reasoning. With it the engine finds the token from
-        which a grammar applies, and counts a budget of reasoning tokens. `tokenizer_mode`: vLLM's mode for the model's
-        tokenizer, used if the entry sets none; "" for vLLM's own choice.
+        which a grammar applies, and counts a budget of reasoning tokens. `tokenizer_mode`: vLLM's mode for the
+        model's tokenizer, used if `spec` sets none; "" for vLLM's own choice.
         """
         self._spec = spec
         self._prefer_fastpath = prefer_fastpath
@@ -190,7 +190,7 @@ class VllmEngine:
     async def kv_events(self) -> Sequence[KvEvent]:
         """Wait for events of the engine's prefix cache and return them.
 
-        If the engine has no events, wait until cancelled.
+        If this engine publishes no such events at all, the call never returns; it can only be cancelled.
         """
         if self._core.kv_events is None:
             await asyncio.Event().wait()

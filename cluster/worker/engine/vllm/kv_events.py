@@ -43,9 +43,11 @@ def has_events(spec: ModelSpec) -> bool:
 def capabilities(config: Any) -> tuple[str, ...]:
     """Return the capabilities of an engine with KV events. `config`: vLLM's VllmConfig.
 
-    Gateways can predict the number of cached tokens of a prompt exactly if all layers have full attention and so share
-    one group of blocks. With a sliding window, chunked attention or state layers there are several groups, and the
-    engine finds only as many blocks as all groups still have. Speculative decoding may drop the last block.
+    One capability says that gateways can predict exactly how many tokens of a prompt are cached. The engine
+    has it only if all layers have full attention, because they then share one group of blocks. Layers with
+    a sliding window, chunked attention or state have groups of their own, and the engine finds only blocks
+    that all groups still have. An engine with speculative decoding does not have it either, because the
+    last block may be dropped.
     """
     model = config.model_config
     layers = getattr(model.hf_text_config, "layer_types", None)

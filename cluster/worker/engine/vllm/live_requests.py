@@ -1,6 +1,6 @@
 """The live requests of a vLLM engine, and the ids of ended requests.
 
-A new request with one of these ids is refused as a duplicate.
+A new request is refused as a duplicate if it has the id of a live request or one of the ids of ended requests.
 """
 
 from __future__ import annotations

@@ -122,10 +122,11 @@ class StepStats:
     def load(self, now: float, *, has_grammars: bool, loads_adapter: bool, starvation: Starvation | None) -> EngineLoad:
         """Return the scheduler's counts of the last step, and the durations of steps. Any thread may call this.
 
-        A request that is new since the last step counts as waiting. `now`: monotonic time in seconds. The other
-        arguments serve to explain a long step. `has_grammars`: whether the engine may be compiling a grammar
-        now. `loads_adapter`: whether the engine is loading an adapter now. `starvation`: the engine's CPU
-        starvation, None if not measured.
+        A request that is new since the last step counts as waiting. `now`: monotonic time in seconds.
+
+        Three arguments are possible reasons for a long step. `has_grammars`: whether the engine may be compiling
+        a grammar now. `loads_adapter`: whether the engine is loading an adapter now. `starvation`: how much the
+        engine had to wait for CPU time; None if not measured.
         """
         return EngineLoad(
             running=self.running,
@@ -150,11 +151,11 @@ class StepStats:
 
 def end(client: Any, shutdown: Callable[..., None]) -> None:
     """Call vLLM's `shutdown` and wait until the process of the engine core is gone. `client`: vLLM's client of the
-    core.
+    engine core.
 
-    On CPUs a core takes seconds to free its objects one by one, although the kernel would free them at once. So with
-    vLLM's CPU build, the core is killed after END_WITHIN_S seconds. A core on GPUs has more to release, and vLLM kills
-    it after five seconds.
+    With vLLM's CPU build, the engine core is killed after END_WITHIN_S seconds, since it would take seconds to free
+    its objects one by one, and the kernel frees them at once. With a GPU build, the engine core has more to release,
+    and vLLM itself kills it after five seconds.
     """
     manager = getattr(getattr(client, "resources", None), "engine_manager", None)
     processes = list(getattr(manager, "processes", ()))

@@ -1,8 +1,8 @@
 """Checks whether the installed vLLM has the private names that this code uses.
 
 Private names change between releases of vLLM. So they are listed in tables and checked at start, which gives a clear
-reason instead of a failure within a request. A table maps the dotted path of a function or class to the parameters or
-fields of it that this code uses.
+reason instead of a failure within a request. A table maps the dotted path of a function or class to the names of the
+parameters or fields that this code uses.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def digest(path: str) -> str:
 
 
 def missing(symbols: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the entries of a table that the installed vLLM lacks, as `path` or `path: name`; empty if it lacks
-    none."""
+    """Return the names in `symbols` that the installed vLLM does not have. `symbols` maps a dotted path to names of
+    fields. A missing path is returned as `path`, a missing field as `path: name`."""
     lacking = []
     for path, fields in symbols.items():
         try:

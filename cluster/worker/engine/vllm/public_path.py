@@ -23,8 +23,7 @@ _FINISH = {
 
 
 def _stat_logger(stats: StepStats) -> Any:
-    """Return a factory of loggers of statistics, as vLLM expects it. The loggers write vLLM's statistics into
-    `stats`."""
+    """Return a function that makes loggers of statistics for vLLM. The loggers write vLLM's statistics into `stats`."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class StepStatsLogger(StatLoggerBase):  # type: ignore[misc]

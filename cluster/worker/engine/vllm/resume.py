@@ -102,8 +102,9 @@ def resumes_seeds(config: Any, installed: bool) -> bool:
 def resumes_budgets(config: Any) -> bool:
     """Return whether a resumed request keeps its budget of reasoning tokens.
 
-    Both runners count the reasoning tokens in prompt and output. But if the end of the reasoning is marked by several
-    tokens, the V1 runner loses its position among them.
+    Both runners of vLLM count the reasoning tokens in the prompt and in the output. But the end of the
+    reasoning may be marked by several tokens. After a resume, the V1 runner does not know how many of these
+    tokens have been emitted.
     """
     end = getattr(getattr(config, "reasoning_config", None), "reasoning_end_token_ids", None)
     return bool(config.use_v2_model_runner) or len(end or ()) == 1

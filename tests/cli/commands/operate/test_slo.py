@@ -64,9 +64,10 @@ def test_attainment_of_a_month(run: Run, file: Path) -> None:
 
 
 def test_attainment_for_people(run: Run, file: Path) -> None:
-    """The table has one row for each tenant and model.
+    """The command `slo` prints a table with one row for each tenant and model.
 
-    The text below the table names the source of the numbers and says which calls the source misses.
+    The text below the table names the source of the numbers, and the calls that the source lacks. For a month
+    without calls, the output says that there are none.
     """
     text = run("slo", "--month", "2026-10", "--tenant", "acme", "--model", "tiny", "-f", str(file)).stdout
     lines = text.splitlines()

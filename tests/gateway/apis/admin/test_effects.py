@@ -48,8 +48,9 @@ async def add_worker(cluster: TestCluster, checkpoint: Path, bundle: Bundle, **m
 
 @pytest.mark.slow
 async def test_two_gateways_know_within_two_seconds(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Changes at one gateway apply at the other gateway within two seconds: a new tenant and key, the suspension of the
-    tenant, its end, and the revocation of the key. The suspension ends running calls at both gateways."""
+    """Changes at one gateway apply at the other gateway within two seconds. The changes: a tenant and a key are
+    created, the tenant is suspended and resumed, and the key is revoked. The suspension ends running calls at both
+    gateways."""
     text = keyed_text(tmp_path)
     async with (
         keyed_cluster(tmp_path) as keyed,

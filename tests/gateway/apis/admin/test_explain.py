@@ -207,7 +207,8 @@ async def test_a_tenant_sees_its_own_calls_without_workers(tmp_path: Path, check
     ],
 )
 def test_the_reason_in_words(reason: str, again: str, words: str) -> None:
-    """The explanation names the reason of the choice, another worker that held more of the prompt, and the filters."""
+    """The explanation of a route names the reason for the choice of the worker, another worker that held more of the
+    prompt, and the filters that excluded workers."""
     route = pb.ExplainedRoute(
         worker="w1", reason=reason, again=again, tokens=700, prediction="exact", predicted_cached_tokens=640
     )

@@ -149,7 +149,8 @@ TABLE = {
 
 
 def test_the_table_is_whole() -> None:
-    """The table of this test and the table of the gateway have a row for each method, so no method is unprotected."""
+    """Each method of the admin API has a row in the gateway's table of permissions, so no method is unprotected. This
+    file's own table of expected permissions has the same methods."""
     files = (admin_pb2.DESCRIPTOR, tenants_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR)
     methods = {
         f"{service.name}.{method.name}"
@@ -241,8 +242,8 @@ async def test_an_administrator_makes_nobody_greater(world: World, role: str) ->
 
 
 async def test_nobody_raises_the_own_limits(world: World) -> None:
-    """A tenant administrator cannot raise the limits of its own tenant. The gateway refuses an update with any field
-    mask, and a second creation of the tenant."""
+    """A tenant administrator cannot raise the limits of its own tenant. The gateway refuses to update them, whatever
+    the field mask, and refuses to create the tenant a second time."""
     client = world.clients["tenant_admin"]
     before = world.keyed.ledger.tenants.get(OWN)
     wide = tenants_pb2.Tenant(name=f"tenants/{OWN}", limits=tenants_pb2.Limits(tokens_per_minute=10**9))

@@ -288,8 +288,8 @@ async def test_usage_is_summed_paged_and_exported(world: World) -> None:
 
 
 async def test_calls_are_judged_by_the_slo_of_the_catalog(world: World) -> None:
-    """Attainment, the share of calls that met their SLO, is read in pages. Only models whose SLO the gateway knows are
-    judged."""
+    """Attainment, the share of calls that met their SLO, is returned in pages, and only for models whose SLO the
+    gateway knows."""
     world.keyed.gateway.directory.apply_catalog([
         CatalogEntry("paced", version="v1", slo_ttft_s=1.0, slo_itl_s=0.5, slo_target=0.9)
     ])  # fmt: skip
@@ -315,8 +315,8 @@ async def test_a_long_export_has_every_record_once(world: World) -> None:
 
 
 async def test_the_audit_names_who_from_where_and_why(world: World) -> None:
-    """Each change, granted or refused, is one audit event with the key's id, the address and the reason. A listing in
-    pages has each event once."""
+    """Each change, granted or refused, is one audit event with the key's id, the address and the reason. If the events
+    are listed page by page, each event is on one page only."""
     await world.create("watched")
     suspend = tenants_pb2.SuspendTenantRequest(name="tenants/watched", reason="unpaid")
     await world.ask("Tenants.Suspend", suspend)

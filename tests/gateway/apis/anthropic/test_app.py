@@ -70,8 +70,8 @@ async def test_the_official_client_gets_the_text_of_openais_api(busy: TestCluste
 
 
 async def test_the_count_is_that_of_the_call(busy: TestCluster) -> None:
-    """count_tokens returns the number of prompt tokens that the same call reports, cached tokens included. The first
-    event of a stream reports the same prompt counts as the last."""
+    """count_tokens returns as many tokens as a call with the same prompt reports for its prompt, cached tokens
+    included. The first event of a stream reports the same prompt counts as the last event."""
     fields: dict[str, Any] = {"system": "Be brief.", "tools": [TOOL], "tool_choice": {"type": "none"}, "max_tokens": 2}
     fields["messages"] = [
         {"role": "user", "content": "How much is it? " * 20},

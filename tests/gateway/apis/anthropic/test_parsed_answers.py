@@ -77,8 +77,9 @@ async def test_thinking_and_tool_calls(tmp_path: Path, bundle: Bundle) -> None:
 
 
 async def test_kimis_tool_calls_are_numbered(tmp_path: Path, bundle: Bundle) -> None:
-    """With a parser of Kimi's models, the id of a tool call is a prefix and the call's number in the conversation.
-    After the answer is sent back, the prompt has the ids without the prefix."""
+    """With a parser of Kimi's models, tool calls are numbered through the whole conversation, and the number is the end
+    of the call's id. The gateway puts the prefix `toolu_` before the id. When the client sends the answer back, the
+    prefix is removed from the prompt."""
     async with running_cluster(tmp_path) as cluster:
         await cluster.add_worker(PartsEngine(SCRIPT, tool_parser="kimi_k2"), bundle, parser=ParsedByEngine())
         body = message_body(max_tokens=50, tools=TOOLS)

@@ -1,4 +1,5 @@
-"""A streamed and a whole answer of Anthropic's API are made of the same parts and hold the same message."""
+"""Tests that Anthropic's API sends the same message in a streamed answer as in a whole answer, from the same parts of
+an output."""
 
 from __future__ import annotations
 
@@ -123,8 +124,8 @@ def splits(draw: st.DrawFn, parts: list[OutputPart]) -> list[Piece]:
 
 
 def streamed(pieces: Sequence[Piece]) -> bytes:
-    """Return the stream of these pieces. As in a call, a piece that is only text takes the fast path within a text
-    block."""
+    """Return the event stream of an answer that consists of these pieces. A piece of only text within a text block is
+    encoded by `MessageEvents.text`, the fast path, as in production."""
     events, out = MessageEvents(HEAD, lambda: USAGE, tool_id), b""
     for piece in pieces:
         if events.in_text and piece.text and not (piece.parts or piece.finish_reason):
@@ -136,8 +137,8 @@ def streamed(pieces: Sequence[Piece]) -> bytes:
 
 @given(st.data())
 def test_any_split_gives_the_same_message(data: st.DataObject) -> None:
-    """However an output's parts are split into pieces, the stream has Anthropic's order and adds up to the message of
-    the whole answer."""
+    """However an output's parts are split into pieces, the stream has the order of events that Anthropic's API
+    prescribes. The events add up to the message of the whole answer."""
     parts = data.draw(outputs())
     pieces = data.draw(splits(parts))
     text = "".join(part.text for part in parts if part.kind is CONTENT)

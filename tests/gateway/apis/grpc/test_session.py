@@ -296,8 +296,7 @@ async def test_messages_without_a_request_hold_nobody_up(cluster: TestCluster) -
 
 
 async def test_a_session_ends_with_a_request_that_is_refused_at_once(cluster: TestCluster) -> None:
-    """A session ends even if the only request is refused at the moment in which the client closes its side of the
-    stream."""
+    """A session ends even if its only request is refused just when the client closes its side of the stream."""
     start = pb.SessionStart(call_id=1, chat=chat(model="none"))
 
     async def asked() -> list[pb.SessionEvent]:

@@ -1,5 +1,5 @@
-"""Cancels over HTTP. When a client disconnects, its calls leave the engine's slots at once, in any state of a call. A
-slow client delays no other client."""
+"""Cancelled calls over HTTP. When a client disconnects, its calls leave the engine's slots at once, whether they wait,
+prefill or decode. A slow client delays no other client."""
 
 from __future__ import annotations
 

@@ -221,7 +221,10 @@ async def test_a_wrong_completion_is_named(busy: TestCluster, fields: dict[str, 
 
 
 async def test_errors_disturb_nobody(busy: TestCluster) -> None:
-    """A valid call that runs beside an invalid one gets its usual answer. One error lists several invalid fields."""
+    """An invalid call does not change the answer of a valid call that runs at the same time.
+
+    If several fields of a call are invalid, one error names all of them.
+    """
     good = chat_body(max_tokens=100, ignore_eos=True)
     expected = (await fetch(busy, CHAT, good)).json["choices"]
     beside = asyncio.ensure_future(fetch(busy, CHAT, good))
@@ -278,8 +281,10 @@ async def test_a_body_over_the_limit(tmp_path: Path) -> None:
 
 
 async def test_wrong_paths_methods_and_media(busy: TestCluster) -> None:
-    """Errors with status 404, 405 and 415 have OpenAI's shape. Media types that a cross-site form can send are
-    refused."""
+    """Unknown paths, wrong methods and wrong media types get the statuses 404, 405 and 415, as errors in OpenAI's form.
+
+    Only JSON is accepted as media type. So a form on another web site cannot send a request.
+    """
     nowhere = await fetch(busy, "/v1/nope", {})
     assert (nowhere.status, nowhere.error["code"]) == (404, "not_found")
     get = await fetch(busy, CHAT)

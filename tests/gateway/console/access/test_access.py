@@ -243,8 +243,10 @@ async def test_a_suspended_tenants_sessions_end(keyed: Keyed) -> None:
 
 
 async def test_a_key_keeps_no_role_in_its_cookie(keyed: Keyed) -> None:
-    """The session cookie alone determines the API key with which a browser is signed in, and so the role of the
-    browser. A request with the CSRF token of another session is refused."""
+    """If two browsers exchange their session cookies, they also exchange their tenants and roles.
+
+    A request with the CSRF token of another session is refused.
+    """
     viewer, admin = await signed_in(keyed, "ops", "viewer"), await signed_in(keyed, "acme", "tenant_admin")
     viewer.cookies, admin.cookies = admin.cookies, viewer.cookies
     assert code(await viewer.admin("Tenants.List")) == (403, "CSRF")

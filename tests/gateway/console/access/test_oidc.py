@@ -149,8 +149,10 @@ async def test_others_may_not(keyed: Keyed, user: str, reason: str) -> None:
 
 
 async def test_the_request_to_the_issuer(keyed: Keyed) -> None:
-    """For each sign-in, the issuer gets the PKCE challenge, a new state and a new nonce. The browser returns the
-    sign-in's cookie only on the path of the redirect back."""
+    """For each sign-in, the issuer gets a new PKCE challenge, a new state and a new nonce.
+
+    The cookie of the sign-in is HttpOnly and SameSite=Lax, and expires after FLOW_S seconds.
+    """
     browser = Browser(keyed.cluster)
     _, first = await begin(browser)
     reply = await browser.fetch(OIDC_START)

@@ -145,7 +145,8 @@ async def ask(page: Page, text: str) -> None:
 
 
 async def test_prompts_answers_and_tool_calls(pages: ConsolePages, engine: EchoEngine) -> None:
-    """Payloads in prompts, in answers, in reasoning, and in names and arguments of tool calls are shown as text."""
+    """Scripts in prompts, in answers, in reasoning, and in names and arguments of tool calls are shown as text and do
+    not run."""
     groups = [PAYLOADS[at : at + GROUP] for at in range(0, len(PAYLOADS), GROUP)]
     async with pages.signed_in("caller", "playground") as watched:
         page = watched.page

@@ -20,8 +20,9 @@ NAMES = ("fleet",)
 
 
 async def test_pictures_are_made(browser: Browser, checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
-    """The script makes pictures of many colours, with the sizes in pixels of those in docs/console. Only one picture is
-    made here, because of the time limit of a test."""
+    """The script that makes the pictures in docs/console works. A new picture has the same size in pixels as the
+    picture in that folder, and more than 20 colours, so the page is not empty. Only one picture is made here, because
+    of the time limit of a test."""
     await console_screenshots.take(browser, checkpoint, bundle, tmp_path, NAMES)
     for name in NAMES:
         made, kept = (Image.open(folder / f"{name}.png") for folder in (tmp_path, console_screenshots.FOLDER))

@@ -107,8 +107,11 @@ def test_the_key_with_the_oldest_value_gives_way() -> None:
 
 
 async def test_gateways_add_up() -> None:
-    """Rates of two gateways are added, and replica numbers are not. Percentiles are computed from the counts of
-    both."""
+    """The history of a cluster is computed from the histories of its gateways.
+
+    Rates are added. Of replica numbers the largest is taken, since each gateway reports the number of the whole
+    cluster. Percentiles are computed from the added counts.
+    """
     first, second = History(), History()
     slow, fast = list(NO_COUNTS), list(NO_COUNTS)
     fast[3], slow[12] = 99.0, 1.0

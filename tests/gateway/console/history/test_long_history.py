@@ -145,8 +145,8 @@ def test_times(seconds: int, now_s: float) -> None:
 
 
 def test_values() -> None:
-    """Each value of Prometheus is put into the step of its time, and values outside the range are dropped. A value that
-    is missing or not a finite number becomes null."""
+    """Values from Prometheus are sorted into the steps of the range by their times, and values outside the range are
+    dropped. A step without a value, or with a value that is not finite, is null."""
     times = Range(100, 10, 5)
     pairs = [[100, "1"], [110, "NaN"], [130, "2.5"], [140, "+Inf"], [90, "7"], [150, "7"]]
     assert times.values(pairs) == [1.0, None, None, 2.5, None]

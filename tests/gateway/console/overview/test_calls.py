@@ -1,5 +1,5 @@
-"""Calls to models that people make in the console. They are handled as calls with an API key are: with the tenant's
-limits, models and ledger."""
+"""Calls to models from the console's pages. They are handled like calls with an API key: with the tenant's limits,
+allowed models and ledger."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ async def signed_in(keyed: Keyed, tenant: str, **policy: object) -> Browser:
 
 
 async def test_a_streamed_chat(keyed: Keyed) -> None:
-    """A chat streams as on the OpenAI API. The ledger, the access log and the metrics record it as a call of the
-    console."""
+    """A chat from the console is streamed in the events of the OpenAI API. The access log and the metrics name the
+    console as its API, and the ledger has a record with the key of the sign-in."""
     browser = await signed_in(keyed, "acme", models=["*"])
     with capture_logs() as logs:
         reply = await browser.fetch(CHAT, chat_body(stream=True))

@@ -64,8 +64,8 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 
 
 def outcome_of(encode: Callable[..., Any], messages: list[dict[str, Any]], **kwargs: Any) -> Any:
-    """Return the ids, or the error as a text. The text is the template's own error text, or `failed` if the template
-    could not render."""
+    """Call `encode` and return the token ids of the messages. If that fails, return a text: the template's own error
+    text, or `failed` if the template could not render."""
     from jinja2.exceptions import TemplateError, UndefinedError
 
     try:
@@ -100,8 +100,8 @@ def loops_over_parts(source: str) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_public_templates_give_transformers_ids(kinds: dict[str, Kind], name: str, family: str) -> None:
     """A public template yields the same ids or the same error as with transformers, for every conversation, with and
-    without tools, and with and without a generation prompt. A template that expects contents as text gets parts joined
-    to one text, as from vLLM (test_vllm_prompts.py)."""
+    without tools, and with and without a generation prompt. If a template expects contents as text, a content that
+    consists of parts is first joined to one text, as vLLM does."""
     kind = kinds[family]
     source = (PUBLIC / f"{name}.jinja").read_text()
     model = with_template(kind, {"default": source})
@@ -178,8 +178,8 @@ def test_continues_the_final_message(kinds: dict[str, Kind], name: str, final: s
 
 
 def test_template_kwargs_reach_the_template(kinds: dict[str, Kind]) -> None:
-    """Template arguments of a request reach the template. An argument that the request itself sets is refused by
-    name."""
+    """The template arguments in a request reach the template. An argument such as `messages`, whose value comes from
+    elsewhere in the request, is refused with an error that names the argument."""
     kind = kinds["llama"]
     source = (PUBLIC / "qwen3.5.jinja").read_text()
     model = with_template(kind, {"default": source})
@@ -275,8 +275,8 @@ def test_a_runaway_template_is_stopped(source: str) -> None:
 
 
 def test_bounds_are_each_renders_own() -> None:
-    """The limits apply to each render separately, whatever earlier renders used. A long conversation is within the
-    limits."""
+    """The limits of a chat template apply to each call of `render` by itself, whatever earlier calls have used. A
+    conversation of 100,000 messages is within the limits."""
     template = ChatTemplate({"default": "{% for m in messages %}{{ m.content ~ m.content }}{% endfor %}"})
     for _ in range(40):
         assert len(template.render([{"role": "user", "content": "x" * 1_000_000}] * 8)) == 16_000_000

@@ -21,7 +21,8 @@ LAW = settings(max_examples=80, deadline=None, suppress_health_check=[HealthChec
 
 
 def encoder_of(tokenizer: Tokenizer, chars: int = 1) -> BlockEncoder | None:
-    """Return the encoder of a tokenizer, or None. The blocks are so small that even a short text has several."""
+    """Return the encoder of a tokenizer, or None if the tokenizer's texts cannot be cut into blocks. The blocks are so
+    small that even a short text has several."""
     layout = json.loads(tokenizer.to_str())
     return BlockEncoder.of(tokenizer, layout, token_cut_chars=chars, word_cut_chars=2 * chars)
 

@@ -232,7 +232,7 @@ async def test_tenants_take_turns(kinds: dict[str, Kind]) -> None:
 
 
 async def test_errors_are_the_callers_own(model: TextModel) -> None:
-    """A text that cannot be tokenized gets INVALID_FIELD from a helper too. The next text is tokenized."""
+    """A helper process reports INVALID_FIELD for a text that cannot be tokenized, and then tokenizes the next text."""
     with pytest.raises(CallError) as error:
         await model.prompt_ids_async(TENANT, PROMPT + "\ud800")
     assert error.value.outcome is Outcome.INVALID_FIELD

@@ -130,7 +130,8 @@ def test_an_input_is_named_in_errors() -> None:
 
 
 class Counting:
-    """A tokenizer that counts the characters that it encodes: in total, and the largest number in one call."""
+    """A tokenizer that counts the characters that it encodes. `chars` is the total, `most` the number in the largest
+    single call."""
 
     def __init__(self) -> None:
         self._tokenizer = tokenizer_of("bert")
@@ -217,8 +218,8 @@ def test_a_long_text_that_is_cut_is_not_read_whole() -> None:
 
 @given(st.integers(1, 5), st.integers(1, 5), st.booleans())
 def test_a_shared_text_counts_in_each_pair(first: int, second: int, is_packed: bool) -> None:
-    """The length of each pair includes the text that all pairs share. If the texts are taken apart from their pairs,
-    the shared text is counted only once."""
+    """If all pairs share their first text, the length of each pair includes this text. `apart` returns the texts one by
+    one, with the shared text only once."""
     inputs = pairs(["ab" * first], ["c" * second] * 3)
     some = packed(inputs) if is_packed else inputs
     assert isinstance(some, PairInputs)

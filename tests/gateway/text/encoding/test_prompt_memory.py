@@ -17,8 +17,8 @@ LAW = settings(max_examples=200, deadline=None)
 @LAW
 @given(blocks=st.lists(IDS, max_size=6), before=IDS, after=IDS)
 def test_packed_ids_are_the_same_again(blocks: list[list[int]], before: list[int], after: list[int]) -> None:
-    """`unpack` restores the ids of packed blocks exactly. The result begins with the ids `before` and ends with the ids
-    `after`."""
+    """`unpack` restores the ids of packed blocks exactly. It puts the ids `before` in front of them and the ids `after`
+    behind them."""
     packed = [pack(array("I", ids).tobytes()) for ids in blocks]
     around = array("I", before).tobytes(), array("I", after).tobytes()
     assert unpack(packed, *around).tolist() == [*before, *(i for ids in blocks for i in ids), *after]

@@ -65,8 +65,8 @@ def _byte_level(normalizer: normalizers.Normalizer | None) -> Tokenizer:
     st.booleans(),
 )
 def test_composition_is_allowed_for(text: str, composes: bool) -> None:
-    """The lower bound on the number of tokens also holds if NFC joins marks with the preceding characters, so that the
-    text has fewer bytes."""
+    """`Reach.fewest` is never more than the number of tokens in a text. This also holds if the normalizer NFC shortens
+    the text by joining marks with the characters before them."""
     tokenizer = _byte_level(normalizers.NFC() if composes else None)
     reach = Reach.of(tokenizer, {"normalizer": {"type": "NFC"} if composes else None,
                                  "pre_tokenizer": {"type": "ByteLevel"}})  # fmt: skip
@@ -87,13 +87,14 @@ def test_composition_is_allowed_for(text: str, composes: bool) -> None:
     ],
 )  # fmt: skip
 def test_what_may_drop_text_has_no_bound(layout: dict[str, object]) -> None:
-    """For a tokenizer that may shorten a text before it splits the text, Reach has no lower bound on the number of
-    tokens."""
+    """Reach, the lower bound on the number of tokens of a text, does not exist for a tokenizer that may shorten a text
+    before it splits the text."""
     assert Reach.of(_byte_level(None), {"pre_tokenizer": {"type": "ByteLevel"}, **layout}) is None
 
 
 def test_a_text_beyond_the_context_is_refused_at_once(kinds: dict[str, Kind]) -> None:
-    """A huge text is refused at once. Without the bound, 15 MB without a space took 1.2 GiB of memory and over 40 s."""
+    """A huge text is refused at once, because a lower bound on its number of tokens exceeds the context. Without this
+    bound, 15 MB without a space took 1.2 GiB of memory and over 40 s."""
     model = kinds["llama"].ours
     text = "a" * 15_000_000
     with cpu_within(6.0):

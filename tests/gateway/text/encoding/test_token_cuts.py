@@ -23,8 +23,8 @@ def cuts_of(tokenizer: Tokenizer) -> TokenCuts | None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_ids_of_both_sides_make_the_whole(name: str) -> None:
-    """If a text is cut at a found place, the ids of the two parts, one after the other, are the ids of the whole text.
-    This holds for any added tokens of the tokenizer."""
+    """If a text is cut at a place that `starts` returns, the ids of the two parts, one after the other, are the ids of
+    the whole text. This holds for tokenizers with any added tokens."""
     tokenizer = TOKENIZERS[name]
     cuts = cuts_of(tokenizer)
     assert cuts is not None

@@ -107,8 +107,8 @@ def own_split(tokenizer: Tokenizer) -> None:
 
 
 def bytes_first(tokenizer: Tokenizer) -> None:
-    """Make the tokenizer convert a text to bytes before it splits the text. There are no spaces any more when it
-    splits."""
+    """Make the tokenizer convert a text to bytes before it splits the text. The conversion replaces spaces by another
+    character, so the split finds no spaces."""
     late = pre_tokenizers.Split(Regex(QWEN2), "isolated")
     mapped = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([mapped, late])

@@ -54,7 +54,8 @@ def fail(name: str, error: Exception) -> None:
 
 
 def test_the_first_error_counts(folder: Path) -> None:
-    """If a rank and then the core fail, the rank's error is reported. Each engine has its own notes of errors."""
+    """If a rank fails and then the engine core fails, the rank's error is reported as the cause. Errors of one engine
+    are not reported for another engine."""
     end_causes.register()
     end_causes.register()
     fail("vllm.v1.executor.multiproc_executor", MemoryError("a rank\nhas no room"))
@@ -76,8 +77,8 @@ def test_a_process_that_only_imports_ray_starts_none(monkeypatch: pytest.MonkeyP
 
 
 def write(folder: Path, *notes: end_causes.Note) -> None:
-    """Write a file with these notes, in the form in which an engine's processes note errors and ends. Some invalid
-    lines follow."""
+    """Write notes of errors and ends into a file in `folder`, as an engine's processes do, and add some invalid lines
+    at the end of the file."""
     lines = [json.dumps(dataclasses.asdict(note)) for note in notes]
     (folder / f"{end_causes.NOTES}-e1").write_text("\n".join([*lines, "{", "[]", '{"at": 1}', ""]))
 
@@ -90,11 +91,12 @@ kinds = st.sampled_from(["error", "killed", "ended"])
 def test_a_rank_that_was_killed_comes_before_the_errors_that_follow(
     folder: Path, notes: list[tuple[str, float]]
 ) -> None:
-    """A killed rank is the cause of the end, even if errors were noted up to a second before the kill.
+    """A killed rank is the cause of an engine's end, even if errors were noted up to a second before the kill.
+    Reason: the other ranks fail as soon as one rank is missing, and may log their errors before the kill is
+    noticed.
 
-    Otherwise the first error is the cause. Exit codes count only if there is neither an error nor a kill.
-
-    The other ranks fail as soon as one rank is missing, and may log their errors before the kill is noticed.
+    Without a killed rank, the first error is the cause. Exit codes count only if there is neither an error nor a
+    killed rank.
     """
     notes.sort(key=lambda note: note[1])
     write(folder, *(end_causes.Note(at, kind, f"{kind} {number}", "/log") for number, (kind, at) in enumerate(notes)))
@@ -253,8 +255,8 @@ def test_exit_codes_are_said_in_words(code: int | None, words: str) -> None:
 
 
 def test_nothing_is_written_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cause of an engine's end is written only into one of Headrace's socket folders. Nothing is written if the
-    folder in the environment does not exist or is another folder."""
+    """The cause of an engine's end is written only into a socket folder of Headrace. If the environment variable names
+    any other folder, or a folder that does not exist, nothing is written."""
     end_causes.register()
     for place in (tmp_path, tmp_path / f"{sockets.PREFIX}2"):
         monkeypatch.setenv(sockets.ENV, str(place))

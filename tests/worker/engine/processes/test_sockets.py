@@ -75,8 +75,8 @@ async def test_a_start_that_fails_leaves_no_folder(
 
 
 def test_a_rank_elsewhere_keeps_vllms_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a host where our socket folder does not exist, vLLM's default folder is restored. An operator's own path is
-    kept."""
+    """An engine's environment names Headrace's socket folder. On a host without this folder, the variable is removed,
+    so that vLLM uses its default folder. If an operator has set the variable to another folder, it is kept."""
     ours = tmp_path / f"{sockets.PREFIX}1"
     for folder, there, kept in ((ours, True, True), (ours, False, False), (tmp_path / "elsewhere", False, True)):
         if there:

@@ -55,8 +55,8 @@ def until_alarm(pass_time: Callable[[Machine, float], None], ends_s: float = 20.
 def test_what_gets_no_core_hangs_not(part: float, told_late: bool) -> None:
     """An engine that waits for a CPU core raises no alarm. Formerly, a busy host had twenty false alarms an hour.
 
-    The kernel adds a thread's waiting time only when the thread runs again. A thread that never runs is runnable all
-    the time.
+    The kernel adds a thread's waiting time only when the thread runs again. If a thread never runs (`told_late`),
+    its waiting time does not grow, and the only sign is that the thread stays runnable.
     """
 
     def starves(machine: Machine, seconds: float) -> None:

@@ -111,8 +111,8 @@ async def test_an_abort_in_mid_step_gives_no_output() -> None:
 
 @pytest.mark.parametrize("change", CONTENT, ids=lambda change: next(iter(change)))
 async def test_whatever_shapes_content_changes_every_token(change: dict[str, object]) -> None:
-    """If a parameter that affects the generated text is changed, every token is a different one, including the first.
-    One token may be equal by chance."""
+    """If a parameter that affects the generated text is changed, the tokens change from the first one on. At most one
+    token is the same as before, by chance."""
     _, driver = await subject()
     prompt = driver.subject.prompt(1)
     plain, other = await driver.run(request(prompt, 8), request(prompt, 8, **change))
@@ -389,7 +389,8 @@ async def test_slow_step_takes_longer() -> None:
 
 
 async def test_nan_ends_one_request_in_error() -> None:
-    """The fault `nan` ends one request of a step with ERROR and a message. The other request gets its tokens."""
+    """A step computes two requests. The fault `nan` ends one of them in ERROR with a message. The other request gets
+    its tokens."""
     engine, driver = await subject()
     engine.faults.arm("step", "nan", at=2)
     broken, whole = await driver.run(request(driver.subject.prompt(1), 5), request(driver.subject.prompt(2), 5))
@@ -476,7 +477,7 @@ async def test_folder_completes_the_source(tmp_path: Path) -> None:
 
 
 async def test_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
-    """If the folder, the vocabulary size or the EOS id is missing, the start fails with an error that has the
+    """The engine does not start if the model folder, the vocabulary size or the EOS id is missing. The error gives the
     reason."""
     for config, says in (
         (SimConfig(folder=str(tmp_path / "none")), "no such folder"),

@@ -63,7 +63,8 @@ async def test_vectors_are_the_same_on_every_engine() -> None:
 
 
 async def test_a_score_depends_on_where_the_second_text_begins() -> None:
-    """The score of the same tokens changes with the start of the second text, so a test can detect a lost start."""
+    """A score is computed for two texts whose tokens are joined. The simulated score changes with the position at which
+    the second text begins. So a test can detect that this position was lost."""
     _, driver = await subject()
     ids = driver.subject.prompt(1, 6)
     answers = await driver.run(*(pool(ids, PoolingTask.SCORE, None, at) for at in (0, 2, 3, 2)))
@@ -73,8 +74,8 @@ async def test_a_score_depends_on_where_the_second_text_begins() -> None:
 
 
 async def test_an_error_of_one_text_is_no_vector() -> None:
-    """A request with NaN ends in an error without a vector. The golden request then gives the right vector, so the
-    engine keeps serving."""
+    """A request whose vector has the value NaN ends with an error and without a vector. Other requests get their
+    vectors, in the same step and afterwards."""
     engine, driver = await subject()
     engine.faults.arm("step", "nan", at=1)
     broken, whole = await driver.run(*(pool(driver.subject.prompt(i), PoolingTask.EMBED) for i in (1, 2)))

@@ -114,7 +114,7 @@ async def test_values_that_vllm_refuses_name_the_model(llama_folder: Path) -> No
 def test_the_environment_is_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment variables for vLLM's child processes are set.
 
-    An empty cache size is removed, since it would end these processes.
+    VLLM_CPU_KVCACHE_SPACE is removed if it is empty, since the empty value would end these processes.
     """
     for name in ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_CPU_OMP_THREADS_BIND", "SPT_NOENV"):
         monkeypatch.delenv(name, raising=False)
@@ -147,7 +147,8 @@ async def test_an_engine_that_has_not_started_or_is_closed_is_dead(llama_folder:
 
 
 def test_the_engine_gets_the_reasoning_parser_and_no_tool_parser(llama_folder: Path) -> None:
-    """vLLM gets the reasoning parser that was chosen for the model, not the parsers that the entry names."""
+    """vLLM's engine gets the reasoning parser that was chosen for the model, if any. It does not get the parsers that
+    the catalog entry names."""
     entry = spec(engine={"tool_call_parser": "hermes", "reasoning_parser": "none"})
     assert arguments.engine_arguments(entry, llama_folder, "ray").reasoning_parser == ""
     assert arguments.engine_arguments(entry, llama_folder, "ray", "qwen3").reasoning_parser == "qwen3"

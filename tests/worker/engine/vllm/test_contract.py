@@ -55,8 +55,8 @@ class TestFastPath(EngineContract):
 
 @pytest.mark.engine
 class TestPublic(EngineContract):
-    """The engine contract for an engine on AsyncLLM. An engine uses AsyncLLM if vLLM lacks a name that the fast path
-    needs."""
+    """The engine contract, tested with an engine that uses vLLM's AsyncLLM. An engine uses AsyncLLM if the fast path is
+    switched off, or if vLLM lacks a class or function that the fast path needs."""
 
     @pytest.fixture
     def engine(self, public_subject: Subject) -> Subject:

@@ -58,7 +58,8 @@ def properties(
 
 
 def test_a_generating_engine(llama_folder: Path) -> None:
-    """An engine's sizes come from its catalog entry. Its EOS ids come from the checkpoint and from the tokenizer."""
+    """EngineInfo of a generating model: the KV cache and batch sizes are those of its catalog entry, and the EOS ids
+    are those of the checkpoint and of the tokenizer together."""
     found = properties(llama_folder)
     info, bounds = found.info, found.bounds
     assert (info.block_size, info.kv_blocks, info.max_num_seqs, info.max_num_batched_tokens) == (32, 77, 8, 128)
@@ -74,8 +75,8 @@ def test_a_generating_engine(llama_folder: Path) -> None:
 
 
 def test_resume_as_a_prompt_is_reported(llama_folder: Path) -> None:
-    """An engine without exact resume on the public path (AsyncLLM) reports the capability RESUME_PLAIN: it resumes a
-    request with the emitted tokens as a part of the prompt."""
+    """An engine on the public path (AsyncLLM) that cannot resume exactly has the capability RESUME_PLAIN. To resume a
+    request, it treats the emitted tokens as a part of the prompt."""
     found = properties(llama_folder, exact_resume=False, why_public="switched off")
     assert (found.info.engine_path, found.info.engine_path_reason) == ("public", "switched off")
     assert RESUME_PLAIN in found.info.capabilities
@@ -95,8 +96,8 @@ def test_kv_events_need_a_socket_and_a_prefix_cache(llama_folder: Path) -> None:
 
 
 def test_adapters_are_reported(llama_folder: Path) -> None:
-    """An engine with adapters reports the number of its slots and of the adapters that its memory holds. Its checks of
-    requests know the loaded adapters."""
+    """An engine with adapters reports two numbers: its adapter slots, and the adapters that its memory can hold. The
+    bounds against which requests are checked have the table of loaded adapters."""
     engine = {"enable_lora": True, "max_loras": 2, "max_cpu_loras": 4, "enable_prefix_caching": False}
     found = properties(llama_folder, engine=engine)
     assert (found.info.adapter_slots, found.info.adapter_capacity) == (2, 4)

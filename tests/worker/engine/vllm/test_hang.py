@@ -1,5 +1,5 @@
-"""Detection of a stopped engine core by the engine's load, without false alarms during long prefills, and detection of
-an engine with wrong answers by the golden check."""
+"""Two checks of a faulty engine. The engine's reported load shows that its core is stopped, without false alarms during
+long prefills. The golden check finds an engine that gives wrong answers."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ def config(ranks: int, device: str = "cpu") -> SimpleNamespace:
     (2, "core", "cpu", False), (1, "core", "cuda", False),
 ])  # fmt: skip
 def test_which_engines(ranks: int, word: str, device: str, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A single rank on CPUs runs in the process of the engine core, unless the environment variable has the value
-    `process`."""
+    """A single rank on CPUs runs in the process of the engine core. With HEADRACE_ENGINE_RANK=process, the rank gets a
+    process of its own."""
     monkeypatch.setenv(lone_rank.RANK, word)
     settled = config(ranks, device)
     assert lone_rank.settle(settled) is there
@@ -35,7 +35,7 @@ def test_which_engines(ranks: int, word: str, device: str, there: bool, monkeypa
 
 
 def test_another_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An invalid value of the environment variable is refused with an error that names the two valid values."""
+    """A value of HEADRACE_ENGINE_RANK other than `core` and `process` is refused. The error names these two values."""
     monkeypatch.setenv(lone_rank.RANK, "thread")
     with pytest.raises(ValueError, match="HEADRACE_ENGINE_RANK='thread': use core or process"):
         lone_rank.settle(config(1))

@@ -1,7 +1,8 @@
-"""Pooling models on vLLM: the contract, and results equal to those of transformers.
+"""Tests of pooling models on vLLM: they fulfil the engine contract for pooling, and their results equal those of
+transformers.
 
-The real embedding model and a tiny cross-encoder run over the fast path. An embedding model that is made from a
-generating model runs over AsyncLLM.
+A real embedding model and a tiny cross-encoder run on the fast path (vLLM's engine core, called directly). A
+generating model that is used for embeddings runs on vLLM's AsyncLLM.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class TestEmbeddings(PoolingContract):
 
     def test_says_what_it_is(self, engine: Subject) -> None:
         """EngineInfo has the engine path, the lengths of vectors and the maximum length of a text. The model has no KV
-        cache. So the engine reports as its KV tokens the number of tokens that it computes in four steps."""
+        cache, so the engine's capacity in KV tokens is set to the number of tokens that it computes in four steps."""
         info = engine.info
         assert info.engine_path == "fastpath"
         assert info.capabilities == ("pools:embed",)

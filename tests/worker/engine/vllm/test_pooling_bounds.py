@@ -70,8 +70,8 @@ def test_vectors_of_impossible_lengths_are_refused(size: int) -> None:
 
 
 def test_declared_lengths() -> None:
-    """The lengths of shorter vectors come from the model's configuration, sorted and without impossible ones. A
-    classifier computes scores only if it has one label."""
+    """An embedding model can shorten its vectors to the lengths in its configuration; the lengths are sorted, and
+    impossible lengths are dropped. A classifier computes scores only if it has one label."""
 
     def info(tasks: tuple[str, ...], **changes: Any) -> PoolingInfo:
         bounds = pooling_bounds(config(**changes), tasks, "m")
@@ -103,9 +103,10 @@ def test_credit_suffices_for_a_text_and_a_step(blocks: int, block_size: int, ste
 def test_lengths_are_refused_exactly_outside_the_declared_ones(
     length: int, shorter: set[int], any_shorter: bool
 ) -> None:
-    """A request may ask for vectors of the model's own length or of a shorter length that the model declares.
+    """A request may ask for vectors of the model's own length, or of a shorter length that the model declares.
 
-    If the model allows every shorter length, so may the request. Any other length is refused.
+    If the model declares that any shorter length is allowed, the request may ask for any shorter length. All other
+    lengths are refused.
     """
     info = PoolingInfo((PoolingTask.EMBED,), 8, tuple(sorted(shorter)), any_shorter)
     params = PoolingOptions(PoolingTask.EMBED, length)

@@ -1,5 +1,5 @@
-"""Whether the cache hits of a model can be predicted exactly. Tests of the check that decides this from vLLM's
-configuration."""
+"""Tests of the check that decides, from vLLM's configuration, whether the cache hits of a model can be predicted
+exactly."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.engine
 
 
 def test_this_vllm_is_one_that_the_seed_repair_knows() -> None:
-    """The seed repair supports the installed vLLM.
+    """The installed vLLM is a release for which Headrace's repair of seeds on CPU is verified.
 
-    If this test fails for a new release of vLLM, verify the repair (vllm/repairs.py) before you add the release to
-    its list.
+    If this test fails for a new release of vLLM, verify the repair (vllm/repairs.py) before you add the release
+    to its list.
     """
     assert repairs.seeds_are_safe()
 
@@ -60,8 +60,8 @@ def test_the_runner_takes_draws_back_as_the_repair_expects() -> None:
 
 
 def test_a_draw_that_is_taken_back_is_drawn_again() -> None:
-    """After `remember`, a draw and `set_offset`, the generator draws the same number again. Without `remember`,
-    `set_offset` changes nothing."""
+    """If `remember` is called before a draw, `set_offset` takes the draw back, and the next draw gives the same number.
+    If `remember` was not called, `set_offset` changes nothing."""
     import torch
 
     generator = repairs.rewindable_generator()(device="cpu")
@@ -129,8 +129,8 @@ def test_a_queue_is_freed_quietly_when_its_block_is_gone(part: str) -> None:
 
 
 def test_a_repair_that_finds_no_place_is_named_and_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A repair that cannot be applied is named in `not_applied` and raises no error. Otherwise no engine would
-    start."""
+    """A repair (a patch of vLLM at run time) that cannot be applied raises no error, because an error would keep every
+    engine from starting. The repair is listed in `not_applied`."""
     made: list[str] = []
 
     def moved() -> None:

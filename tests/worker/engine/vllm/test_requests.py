@@ -281,8 +281,8 @@ def test_long_numbers_in_patterns_are_refused() -> None:
 
 @given(st.text(alphabet="ab()[]{}|*+?\\,019^", max_size=40))
 def test_counts_of_any_text(pattern: str) -> None:
-    """The check of repetition counts raises no error for any text. A text that is refused alone is also refused in a
-    schema."""
+    """The check of repetition counts never fails with an exception, whatever text it checks. A text that it refuses is
+    also refused as a pattern in a JSON schema."""
     if problem := count_problem(pattern):
         assert pattern_problem(pattern)
         assert "the expression" not in problem

@@ -84,14 +84,15 @@ def test_the_core_admits_as_the_continuation_expects() -> None:
 
 
 def test_the_v2_runner_gets_prompt_and_output_apart() -> None:
-    """The scheduler sends the V2 runner a request's prompt tokens, and separately all tokens of its prefill."""
+    """vLLM's scheduler sends the V2 runner the tokens of a prompt and, in a second list, the prompt with the tokens
+    that were already emitted. The test finds this in the scheduler's source text."""
     source = inspect.getsource(resolve("vllm.v1.core.sched.scheduler.Scheduler.schedule"))
     assert source.count("req._all_token_ids") == 1
 
 
 def test_the_draw_of_a_seed_is_known_by_its_source() -> None:
-    """The digest of the installed sampler's code is in the table DRAWS. An engine with an unknown digest has a noise
-    scheme of its own, so other engines could not resume its seeded requests."""
+    """The table DRAWS knows the code of the installed sampler, by its digest. Otherwise, no other engine could resume
+    this engine's requests with a seed, because the random numbers might be drawn in a different way."""
     sampler = digest("vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler.forward_cpu")
     assert sampler in resume.DRAWS
 

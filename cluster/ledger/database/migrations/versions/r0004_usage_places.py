@@ -1,6 +1,6 @@
-"""Columns of the usage table for a call's gateway, and for the worker, pod and node where the call ended.
+"""Add columns to the usage table: a call's gateway, and the worker, pod and node where the call ended.
 
-The previous release inserts rows without these columns.
+The columns have a default, because during an upgrade the previous release inserts rows without them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Column of the usage table: the number of cached tokens that a call's gateway predicted.
+"""Add a column to the usage table: how many cached tokens the gateway predicted for a call.
 
-The previous release inserts rows without this column.
+The previous release can still insert rows, which do not have this column.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Column of the usage table: the id of a call's trace.
+"""Add a column to the usage table: the id of a call's trace.
 
-The previous release inserts rows without this column.
+During an upgrade, the previous release inserts rows without this column.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
 
 
 def settle(config: Any) -> bool:
-    """Change vLLM's config so that the only rank runs in the core's process. Returns False if that is impossible or
-    unwanted.
+    """Change vLLM's config so that an engine with a single CPU rank runs this rank in the engine core's process.
+    Returns False, without a change, if the config does not allow it or HEADRACE_ENGINE_RANK is `process`.
 
     Raises ValueError for an invalid value of HEADRACE_ENGINE_RANK.
     """

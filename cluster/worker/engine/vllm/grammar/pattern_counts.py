@@ -86,9 +86,10 @@ class _Part:
 
 
 class Counts:
-    """Counter of the positions of a regular expression. The caller calls it for each token of the expression.
+    """Counter of the positions in a regular expression. For each token of the expression, the caller calls the
+    method for that kind of token.
 
-    The methods raise TooCostly if the expression is too costly to compile.
+    Each method raises TooCostly if the expression is too costly to compile.
     """
 
     def __init__(self) -> None:
@@ -168,8 +169,8 @@ class Counts:
 def _bounds(text: str) -> tuple[int, int]:
     """Return the least and the greatest number of repetitions that a quantifier allows.
 
-    The quantifier is `?`, {m}, {m,n} or {m,}. For {m,} both numbers are max(1, m), because it is compiled to this
-    number of copies.
+    The quantifier is `?`, {m}, {m,n} or {m,}. For {m,}, which sets no greatest number, both numbers are max(1, m), the
+    number of copies that the grammar compiler makes.
     """
     if text == "?":
         return 0, 1

@@ -165,7 +165,8 @@ def _counted(schema: Json, properties: Json, is_open: bool) -> Iterator[str]:
 
 
 def combinations(schema: Json, types: frozenset[str]) -> Iterator[str]:
-    """Yield which keywords of a schema cannot be combined, each with the remedy.
+    """Yield a message for each group of keywords of a schema that cannot be combined. The message has the
+    remedy.
 
     `types`: the types that the schema allows.
     """

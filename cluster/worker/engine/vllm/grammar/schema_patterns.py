@@ -111,9 +111,10 @@ class _Reader:
         return self._wide
 
     def _count(self, text: str, previous: str) -> str:
-        """Check the quantifier `text`; return it.
+        """Return the quantifier `text` after its count was checked.
 
-        Returns "" if `text` is a `?` that makes the quantifier `previous` lazy.
+        There is one exception: a `?` that only makes the quantifier `previous` lazy is no quantifier, so the
+        result is "".
         """
         if not self._counts.repeats:
             if text == "?" and previous:
@@ -158,9 +159,9 @@ class _Reader:
             raise _Refused(_SPECIAL)
 
     def _other(self, text: str, number: int) -> None:
-        """Check one character that belongs to no class, group, quantifier or escape.
+        """Check a character of the pattern that belongs to no class, group, quantifier or escape.
 
-        `number`: position of its token.
+        `text`: the character. `number`: its position in the list of the pattern's tokens.
         """
         if text in _MISPLACED:
             raise _Refused(_MISPLACED[text])

@@ -54,8 +54,8 @@ def refusal_of(request: EngineRequest, limits: RequestBounds = LIMITS) -> Engine
     ],
 )
 def test_a_grammar_of_tools_is_checked_and_its_refusal_names_the_tools(grammar: Grammar, text: str) -> None:
-    """A grammar of tools is refused with the field `tools` if it is invalid, too large to compile in time, or not
-    supported."""
+    """A grammar of tools is refused if it is invalid, too large to compile in time, or not supported. The error names
+    the field `tools`."""
     refused = refusal_of(with_sampling(grammar=grammar))
     assert (refused.field, refused.reason) == ("tools", "INVALID_FIELD")
     assert text in refused.message
