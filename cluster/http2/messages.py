@@ -126,8 +126,8 @@ class Inflater:
         self._out = bytearray()
 
     def step(self, size: int) -> bytes | None:
-        """Decompress at most INFLATE_BYTES compressed bytes into at most `size` bytes. Return the whole message once it
-        is complete, else None. Raises BadMessage."""
+        """Decompress the next piece of the message: at most INFLATE_BYTES compressed bytes, and at most `size` bytes of
+        result. Return the whole message after its last piece, else None. Raises BadMessage."""
         if not self._inflate.eof:
             self._decompress(size)
             if len(self._out) > self._max_bytes:

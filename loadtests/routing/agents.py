@@ -1,10 +1,10 @@
-"""The part `agents`: 200 sessions of 43 turns with tool pauses and sub-agents. They belong to three tenants with
-unequal weights.
+"""Part `agents` of the load test: 200 sessions of 43 turns with tool pauses and sub-agents. They belong to three
+tenants with unequal weights.
 
-The fairness gap is defined as in the scenario fairness. It is the most service (weighted tokens, divided by the
-tenant's weight) that one tenant gained over another, in units of U. U is the larger of two numbers of weighted tokens:
-the longest prompt, and the most tokens that a worker held at once. Here the gap is measured over the intervals in which
-both tenants had calls waiting.
+The fairness gap is defined as in the scenario fairness. A tenant's service is its weighted tokens divided by
+its weight. The gap is the most service that one tenant gained over another while both had calls waiting. It
+is given in units of U, the larger of two numbers of weighted tokens: the longest prompt, and the most tokens
+that a worker held at once.
 """
 
 from __future__ import annotations

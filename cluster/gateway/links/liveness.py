@@ -50,8 +50,8 @@ class Waking:
     """A clock that does not count the time by which its owner woke up too late.
 
     The owner announces each sleep. If a sleep lasts more than LATE_S longer than announced, the excess is not
-    counted: on a machine where every process waits for a CPU, heartbeats arrive as late as the owner's checks
-    for heartbeats.
+    counted. On an overloaded machine both the workers' heartbeats and the owner's checks come late, and such a
+    delay must not count as silence of a worker.
     """
 
     def __init__(self, now: float, rest_s: float) -> None:

@@ -148,8 +148,8 @@ class WorkerCaches:
         index.store(worker, change.stored)
 
     def _apply_small(self, model: str) -> None:
-        """Apply the small KV block reports of at most APPLIED_AT_ONCE workers of a model now. The next passes of the
-        event loop apply the other reports."""
+        """Apply the small KV block reports of at most APPLIED_AT_ONCE workers of a model. The reports of the remaining
+        workers are applied in the next passes of the event loop."""
         if "numpy" not in sys.modules:
             return
         waiting = [each for each in self._unapplied.values() if each.link.identity.model == model]

@@ -32,8 +32,8 @@ class PartFilter(Protocol):
 
 
 class ParsedText:
-    """The text and the parts of one sequence. `inner`: the source of the text if the worker does not parse the
-    output."""
+    """The text and the parts of one sequence, made from the output of the worker's parser. If the worker has no parser,
+    the text comes from `inner`."""
 
     __slots__ = (
         "_filter",

@@ -22,9 +22,12 @@ GUEST_S = 30.0
 
 
 class ReservedSlots:
-    """Slots of one model that are kept free for guests. A guest is a tenant that has had no more than its share and has
-    no sequence waiting. The caller calls `note_guest` once a second for each priority class with a guest. Before each
-    choice of a sequence, the caller gets the number of slots to keep free from `reserved`."""
+    """Slots of one model that are kept free for guests. A guest is a tenant that has had no more than its share and
+    has no sequence waiting.
+
+    The caller calls `note_guest` once a second for each priority class with a guest. Before each choice of a
+    sequence, the caller asks `reserved` how many slots must stay free.
+    """
 
     __slots__ = ("_until",)
 

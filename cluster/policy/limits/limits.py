@@ -55,7 +55,8 @@ class Limit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenWeights:
-    """Weights of input and output tokens in tokens_per_minute. Budgets count tokens unweighted."""
+    """Weights with which input and output tokens count towards the limit `tokens_per_minute`. Budgets count tokens
+    unweighted."""
 
     input: float = 1.0
     output: float = 1.0

@@ -77,7 +77,8 @@ def test_down_without_a_cluster_says_so(run: Run) -> None:
 
 
 def test_prepare_refuses_a_source_that_is_not_there(run: Run, tmp_path: Path) -> None:
-    """`prepare` fails for a missing source, before Ray is started, and the error has the path of the key."""
+    """If the folder in a model's `source` is missing, `prepare` fails before Ray is started. The error names the
+    configuration key."""
     file = tmp_path / "cluster.yaml"
     file.write_text("api_version: headrace/v1\nname: x\nmodels: [{name: a, source: /no/such/folder}]\n")
     done = run("prepare", "-f", str(file))

@@ -170,8 +170,9 @@ def test_the_previous_release_goes_on_inserting_usage(database_url: str) -> None
     """After the migrations for reasoning tokens, predictions and traces, the INSERT of the previous release still
     works.
 
-    Rows that existed before have no reasoning tokens, predictions or traces. If either release replaces an
-    estimated row, the row never has more reasoning tokens than completion tokens.
+    Rows that existed before have no reasoning tokens, predictions or traces. A row holds an estimate until a
+    release replaces the estimate by the real count. Whichever release does this, the row never has more reasoning
+    tokens than completion tokens.
     """
     ledger = Ledger(database_url)
     engine = make_engine(database_url)

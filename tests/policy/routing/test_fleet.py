@@ -300,12 +300,10 @@ def test_a_slow_worker_gets_few_calls(load: float) -> None:
 
 
 def test_full_holders_are_those_that_cost_less() -> None:
-    """`full_holders` of a routing decision lists each worker that holds the prompt, has no capacity left, and
-    would cost less than the chosen worker. A worker that drains, is unhealthy or has too much work is not
-    listed.
+    """`full_holders` of a routing decision lists each worker that holds the prompt, has no capacity left, and would
+    cost less than the chosen worker. A worker that drains, is unhealthy or has too much work is not listed.
 
-    If the call's affinity key prefers the chosen worker, the full worker is listed only if it costs less even
-    after the key's advantage is subtracted.
+    If the call's affinity key prefers the chosen worker, this worker's cost is reduced before the comparison.
     """
     key = hash64("tenant\0key")
     for tokens, affinity, named in ((20_000, 0, True), (1500, 0, True), (20_000, key, True), (1500, key, False)):

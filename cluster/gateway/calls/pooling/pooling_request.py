@@ -182,7 +182,7 @@ class TextInputs:
 
 @dataclass(frozen=True, slots=True)
 class IdsInputs:
-    """Lists of token ids, each of which becomes a vector."""
+    """Inputs as lists of token ids. Each list becomes one vector."""
 
     token_ids: Sequence[Sequence[int]]
     field: InputField
