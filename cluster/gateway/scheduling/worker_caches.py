@@ -30,7 +30,7 @@ EXPECTED_S: Final = 10.0
 them."""
 MAX_BLOCKS: Final = 1 << 24
 """Maximum number of different blocks in an index."""
-BATCH_BYTES: Final = 8 * 1024
+BATCH_BYTES: Final = 4 * 1024
 """If the waiting reports of a worker reach this total size, they are applied. Smaller reports wait and are applied
 together, since each change of an index has a fixed cost. A call that reads the index first applies some of the small
 reports."""

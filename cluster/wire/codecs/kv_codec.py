@@ -11,7 +11,7 @@ from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.kv_cache.changes import KvChange
 from cluster.policy.kv_cache.prefix_hashes import Hashes
 
-BLOCKS_PER_MESSAGE: Final = 1024
+BLOCKS_PER_MESSAGE: Final = 512
 """Maximum number of blocks in a sent message. A gateway needs about half a millisecond to apply the message, and its
 event loop is blocked meanwhile."""
 
@@ -35,19 +35,16 @@ def kv_blocks_from_pb(message: pb.KvBlocks) -> KvChange:
 
 def joined_changes(changes: Sequence[KvChange]) -> KvChange:
     """Return one change that has the same effect as all the given changes in order."""
-    if len(changes) == 1:
-        return changes[0]
-    held: dict[int, bool] = {}
-    is_reset = False
-    for change in changes:
-        if change.is_reset:
-            held.clear()
-            is_reset = True
-        held.update(dict.fromkeys(change.removed.tolist(), False))
-        held.update(dict.fromkeys(change.stored.tolist(), True))
-    stored = [value for value, is_held in held.items() if is_held]
-    removed = [] if is_reset else [value for value, is_held in held.items() if not is_held]
-    return KvChange(is_reset, np.array(stored, np.uint64), np.array(removed, np.uint64))
+    if len(changes) < 2:
+        return changes[0] if changes else KvChange(False)
+    first = max((number for number, change in enumerate(changes) if change.is_reset), default=0)
+    changes, is_reset = changes[first:], changes[first].is_reset
+    parts = [part for change in changes for part in (change.removed, change.stored)]
+    is_stored = np.repeat(np.arange(len(parts)) % 2 == 1, [len(part) for part in parts])
+    # The last change of a block counts: of equal hashes, `unique` returns the first one, here of the reversed array.
+    hashes, at = np.unique(np.concatenate(parts)[::-1], return_index=True)
+    is_held = is_stored[::-1][at]
+    return KvChange(is_reset, hashes[is_held], hashes[:0] if is_reset else hashes[~is_held])
 
 
 def _packed(hashes: Hashes) -> bytes:
