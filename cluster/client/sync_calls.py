@@ -127,7 +127,8 @@ class BlockingCalls:
         request_id: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Response:
-        """Make a unary call and return its response. If no gateway answers, try the next. Raises HeadraceError."""
+        """Make a unary call and return its response. If a gateway does not answer, try the next one. Raises
+        HeadraceError."""
         request_id = request_id or new_request_id()
         timeout_s = self._options.timeout_s if timeout_s is None else timeout_s
         for remaining in reversed(range(len(self._options.endpoints))):

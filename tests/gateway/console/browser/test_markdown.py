@@ -190,8 +190,12 @@ async def test_time_is_linear_in_the_length(bare: Watched, name: str) -> None:
     }
     """
     for pieces in (1, 200):
-        quarter, whole = await bare.page.evaluate(script, [text, pieces])
-        assert whole <= 10 * quarter + 100, (pieces, quarter, whole)
+        for _ in range(3):  # other work on the machine may slow down one measurement
+            quarter, whole = await bare.page.evaluate(script, [text, pieces])
+            if whole <= 10 * quarter + 100:
+                break
+        else:
+            pytest.fail(f"in {pieces} pieces: {quarter} ms for a quarter of the text, {whole} ms for the whole")
     assert await bare.faults() == []
 
 
