@@ -21,8 +21,9 @@ all hashes at once.
 
 from __future__ import annotations
 
+import mmap
 import sys
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,6 @@ Places = npt.NDArray[np.int64]
 ROWS, WIDTH = 256, 8
 SEGMENT: Final = ROWS * WIDTH
 BYTES_PER_PLACE: Final = 12
-_LINE_BYTES: Final = 64
 _MAX_DEPTH: Final = 20
 _OWNERS: Final = 1 << 15
 _FULL: Final = int(SEGMENT * 0.85)
@@ -65,9 +65,8 @@ class BlockTable:
         """`multiplier`: random number in [0, 2**64)."""
         self._multiplier = np.uint64(multiplier | 1)
         most = max(-(-max_hashes * 2 // SEGMENT), 2)
-        # Zero pages that are never written take no memory, so only used segments do.
-        self._marks = _zeros_on_lines(most * ROWS)
-        self._words = np.zeros((most, SEGMENT), np.uint64)
+        self._marks: Marks = _zeros((most * ROWS, WIDTH), np.uint32)
+        self._words: Words = _zeros((most, SEGMENT), np.uint64)
         self._flat_marks, self._flat_words = self._marks.reshape(-1), self._words.reshape(-1)
         self._most = most
         self._depth = 1
@@ -225,9 +224,14 @@ class BlockTable:
         return True
 
 
-def _zeros_on_lines(rows: int) -> Marks:
-    """Return rows of zeros. Each row lies within one line of the processor's cache."""
-    per_line = _LINE_BYTES // 4
-    buffer = np.zeros(rows * WIDTH + per_line, np.uint32)
-    start = -(buffer.ctypes.data // 4) % per_line
-    return buffer[start : start + rows * WIDTH].reshape(rows, WIDTH)
+def _zeros(shape: tuple[int, int], kind: type[np.uint32 | np.uint64]) -> npt.NDArray[Any]:
+    """Return zeros in memory of their own, which begins at a page, so that no row crosses a line of the processor's
+    cache. Memory that is never written takes none.
+
+    numpy would ask for pages of 2 MiB. The kernel clears such a page when it is first written, and the event loop
+    stands still for up to ten milliseconds.
+    """
+    size = shape[0] * shape[1] * np.dtype(kind).itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, kind).reshape(shape)
