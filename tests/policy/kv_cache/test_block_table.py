@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -90,3 +92,16 @@ def test_a_sweep_visits_every_entry_once() -> None:
         seen += places.tolist()
         segment += 1
     assert sorted(seen) == sorted(table.find(hashes).tolist())
+
+
+def test_a_first_entry_makes_the_kernel_clear_no_large_page() -> None:
+    """The first entry of a large table takes no page of 2 MiB. The kernel clears such a page while the writer waits."""
+
+    def large_pages() -> str:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(line for line in lines if line.startswith("AnonHugePages:"))
+
+    table = BlockTable(10_000_000, MULTIPLIER)
+    before = large_pages()
+    assert (table.insert(hashes_of([1])) >= 0).all()
+    assert large_pages() == before
