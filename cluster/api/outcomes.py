@@ -92,8 +92,8 @@ SHORT_OF_CAPACITY = (
 
 @dataclass(frozen=True, slots=True)
 class OutcomeStatus:
-    """How the APIs report an outcome. `retry_after_s`: default delay before a retry, in seconds; None to suggest no
-    delay."""
+    """Status codes with which the APIs report an outcome. `retry_after_s`: default delay before a retry, in seconds;
+    None to suggest no delay."""
 
     grpc: str
     http: int

@@ -17,7 +17,7 @@ MAX_DIMENSIONS = 65_536
 
 
 class PoolingTask(enum.StrEnum):
-    """What a pooling model computes for a request."""
+    """Result that a pooling model computes for a request."""
 
     EMBED = "embed"
     """The vector of a text."""

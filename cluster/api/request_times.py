@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class RequestTimes:
-    """How long the phases of a request took on a worker, in seconds; 0 if unknown.
+    """Durations of the phases of a request on a worker, in seconds; 0 if unknown.
 
     The fields are durations and not points in time, since two machines' clocks differ.
 

@@ -45,7 +45,7 @@ class Hedging(Section):
 
 
 class Routing(Section):
-    """Which worker gets a new call."""
+    """Choice of the worker that gets a new call."""
 
     policy: PolicyName = "cost"
     """`cost`: the worker where the call and all others wait least, by cached prefixes, load and learned speed. The

@@ -300,8 +300,8 @@ class LimitSettings(Section):
 
 
 class TenantRetention(Section):
-    """How many days one tenant's data is kept. A value may be smaller or larger than the cluster's setting. With 0, the
-    data is not stored."""
+    """Days for which one tenant's data is kept. A value may be smaller or larger than the cluster's setting. With 0,
+    the data is not stored."""
 
     usage_days: Annotated[int, Field(ge=0, le=MAX_DAYS)] | None = None
     """Days for usage records. None: `store.retention_days.usage`."""

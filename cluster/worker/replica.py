@@ -57,7 +57,7 @@ _EXIT_ENGINE_DEAD = 70
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPlacement:
-    """Where Ray has placed the replica: the replica's node, and the node of each GPU bundle in order.
+    """Placement of the replica by Ray: the replica's node, and the node of each GPU bundle in order.
 
     `gpus`: number of real GPUs among the bundles. `pod`, `host`: names of the Kubernetes pod and of its node; outside
     Kubernetes `pod` is "" and `host` is the host's name.

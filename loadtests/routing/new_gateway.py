@@ -33,7 +33,7 @@ ROWS: Mapping[str, Bound] = {BACK: Bound("<=", 2.0)}
 
 
 class Known(NamedTuple):
-    """What a new gateway knows of one call's prompt. `after_s`: arrival of the call, in seconds after the gateway
+    """Knowledge of a new gateway about one call's prompt. `after_s`: arrival of the call, in seconds after the gateway
     started. `held`: largest number of leading prompt tokens that any worker holds. `known`: how many of these tokens
     the gateway's index finds on one worker."""
 

@@ -22,7 +22,7 @@ SERVICE = "test.Echo"
 
 @dataclass
 class Seen:
-    """What the handlers recorded: metadata, starts, cancellations and writes."""
+    """Events that the handlers recorded: metadata, starts, cancellations and writes."""
 
     metadata: list[tuple[str, str | bytes]] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)

@@ -191,7 +191,7 @@ _PARTS = [*TASK.results, *(each for step in TASK.steps for each in (step.text.st
 
 @given(st.sampled_from(_PARTS), st.sampled_from(("", "twice", "cut")))
 def test_a_history_that_lost_or_doubled_something_is_seen(part: str, how: str) -> None:
-    """It is a fault if a text or a tool result in the last prompt is missing, doubled or cut. A reasoning may be
+    """A text or a tool result that is missing, doubled or cut in the last prompt is a fault. A reasoning may be
     missing, but not doubled or cut."""
     without = replace(RUN[-1], prompt=history(TASK, TURNS + 1, reasons=False))
     assert judge_requests(TASK, [*RUN[:-1], without])[1] == []

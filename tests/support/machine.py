@@ -23,7 +23,7 @@ APT = ("apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120")
 
 
 class Way(enum.Enum):
-    """What to do about missing packages. The value is the message to the user."""
+    """Remedy for missing packages. The value is the message to the user."""
 
     INSTALL = "installing them"
     ASK = "install them now?"

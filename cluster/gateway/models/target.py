@@ -32,7 +32,7 @@ class Target:
 
     @property
     def state_reason(self) -> str:
-        """Why the model or adapter is in its state; "" for no reason."""
+        """Reason for the state of the model or adapter; "" for no reason."""
         if not self.adapter:
             return self.model.entry.state_reason
         view = self.model.adapters.view(self.adapter)

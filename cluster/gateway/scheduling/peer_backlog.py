@@ -38,7 +38,7 @@ proportion to their number."""
 
 @dataclass(slots=True)
 class _Reported:
-    """What this gateway has last reported to the workers about one model."""
+    """Last report of this gateway to the workers about one model."""
 
     claim: int = 0
     cached: Mapping[str, int] = field(default_factory=dict)

@@ -127,8 +127,8 @@ class CallTrace:
 
 @dataclass(frozen=True, slots=True)
 class SequenceFacts:
-    """What the trace records about one sequence of an ended call. A sequence is one output, or one input of a pooling
-    call."""
+    """Facts that the trace records about one sequence of an ended call. A sequence is one output, or one input of a
+    pooling call."""
 
     tokens: int = 0
     """Number of tokens, on all workers."""
@@ -139,7 +139,7 @@ class SequenceFacts:
 
 @dataclass(frozen=True, slots=True)
 class CallFacts:
-    """What the trace records about an ended call. Texts of the call are not recorded."""
+    """Facts that the trace records about an ended call. Texts of the call are not recorded."""
 
     operation: str
     outcome: str

@@ -21,7 +21,7 @@ from cluster.policy.catalog.versions import ReplicaShare
 
 
 class ModelObservation(enum.StrEnum):
-    """What the controller observes of a model in one pass."""
+    """Observations of a model by the controller in one pass."""
 
     ABSENT = "wanted, and Ray has no application for it"
     RESTING = "wanted with zero replicas, and none is left"

@@ -21,7 +21,7 @@ from cluster.api.frozen import frozen_dataclass
 
 @dataclass(frozen=True, slots=True)
 class HolderWait:
-    """How long a sequence has waited for the worker that holds its prompt: that worker, and the wait in seconds."""
+    """A sequence's wait for the worker that holds its prompt: that worker, and the wait so far in seconds."""
 
     worker_id: str
     wait_s: float

@@ -14,8 +14,7 @@ from cluster.policy.scaling.replica_rates import LearntCosts, ReplicaLimits
 
 @dataclass(slots=True)
 class _Learnt:
-    """What was learnt about one model's replicas on one type of GPU: the costs of a step, and the newest batch
-    limits."""
+    """Learnt values of one model's replicas on one type of GPU: the costs of a step, and the newest batch limits."""
 
     costs: LearntCosts = field(default_factory=LearntCosts)
     limits: ReplicaLimits = field(default_factory=lambda: ReplicaLimits(0, 0, 0))

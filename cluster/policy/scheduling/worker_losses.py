@@ -34,7 +34,7 @@ WINDOW_S = 30.0
 
 
 class LossVerdict(enum.Enum):
-    """What happens to a sequence that may have crashed its workers (a suspect). WAIT: wait for more loss reports.
+    """Decision about a sequence that may have crashed its workers (a suspect). WAIT: wait for more loss reports.
     RESUME: resume it. ALONE: send it to a worker that runs no other suspect. END: end its call."""
 
     WAIT = "wait"

@@ -13,8 +13,7 @@ MIN_S = 1e-3
 
 
 class FetchProgress:
-    """How many bytes of a model's weights are on this node, how many there are in total, and the rate of the
-    download."""
+    """Progress of fetching a model's weights: bytes on this node, bytes in total, and the rate of the download."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -1,4 +1,4 @@
-"""How options, environment variables and stored contexts select a cluster, and the file of contexts."""
+"""Selection of a cluster by options, environment variables and stored contexts, and the file of contexts."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_what_cannot_be_placed_says_what_it_needs(model: ModelSpec, nodes: list[
     ],
 )
 def test_what_can_be_placed(model: ModelSpec, nodes: list[dict[str, float]]) -> None:
-    """These models can be placed, so no reason is returned."""
+    """For models that can be placed, no reason is returned."""
     assert why_unplaceable(model, nodes) == ""
 
 

@@ -242,7 +242,7 @@ def _lag_ms(shot: Snapshot, before: Snapshot) -> float | None:
 
 
 class LimitUses:
-    """How much of its limits and budgets each tenant has used at one moment."""
+    """Use that each tenant has made of its limits and budgets, at one moment."""
 
     def __init__(
         self,

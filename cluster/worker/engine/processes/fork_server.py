@@ -1,9 +1,9 @@
 """Fork server: a process that has already imported vLLM and from which the engine's processes are forked.
 
 Problem: a cold start consists mostly of imports. The replica imports vLLM, torch and transformers. Then vLLM's engine
-core and each rank start as new interpreters and import these modules again, one process after the other. So the replica
-first starts multiprocessing's fork server, which imports the modules in parallel with the replica. Core and ranks are
-then forks of the server.
+core and each rank start as new interpreters and import these modules again, one process after the other. So the owner
+of an engine, such as the replica, first starts multiprocessing's fork server, which imports the modules in parallel
+with the owner. Core and ranks are then forks of the server.
 
 Invariants: the server is a new interpreter, so it has none of the replica's sockets or thread locks. The server has one
 thread. A fork gets the current environment of the process that starts it, as a spawned process would. The server ends
