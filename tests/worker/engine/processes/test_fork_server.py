@@ -140,6 +140,17 @@ def test_another_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_no_server_was_begun_nothing_changes() -> None:
-    """Without a running fork server, as for an engine outside a replica, `install` changes nothing."""
-    assert not fork_server.is_running()
-    fork_server.install()
+    """Without a running fork server, as for an engine outside a replica, `install` leaves vLLM alone.
+
+    This runs in a new interpreter, since other tests of this process may have started a fork server.
+    """
+    program = (
+        "import sys\n"
+        "from cluster.worker.engine.processes import fork_server\n"
+        "fork_server.install()\n"
+        "print(fork_server.is_running(), 'vllm' in sys.modules)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=os.getcwd(), check=False
+    )
+    assert ran.stdout.split() == ["False", "False"], ran.stderr
