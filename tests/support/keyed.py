@@ -69,6 +69,7 @@ class Keyed:
     async def suspend(self, tenant: str, suspended: bool = True) -> None:
         """Suspend or resume a tenant, as `tenants suspend` and `tenants resume` do."""
         await asyncio.to_thread(self.ledger.tenants.suspend, tenant, suspended)
+        self.door.refresh()
 
     async def key(self, tenant: str, **fields: Any) -> str:
         """Create a tenant and return a key of the tenant, once the gateway accepts the key.
@@ -87,6 +88,7 @@ class Keyed:
     async def until_known(self, tenant: str, key: str) -> None:
         """Wait until the gateway accepts a key and knows the tenant's current policy."""
         wanted = (await asyncio.to_thread(self.ledger.tenants.get, tenant)).policy
+        self.door.refresh()
         await eventually(lambda: self._knows(wanted, key), f"{tenant} is known")
 
     async def _knows(self, wanted: TenantPolicy, key: str) -> bool:

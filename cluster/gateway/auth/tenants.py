@@ -193,6 +193,10 @@ class TenantAuthenticator:
 
     # ---- changes and failures
 
+    def refresh(self) -> None:
+        """Read the tenants and keys from the database soon, since they have changed. Thread-safe; returns at once."""
+        self._watcher.poll_soon()
+
     def _changed(self, snapshot: AccessSnapshot) -> None:
         """Schedule the `on_change` functions on the event loop. The watcher's thread calls this method."""
         loop = self._loop

@@ -1,4 +1,4 @@
-"""Access snapshots of a gateway: tenants and keys, polled from the database every half second, with a copy on disk.
+"""Access snapshots of a gateway: tenants and keys, polled from the database every half second and on demand, with a copy on disk.
 
 While the database is unreachable, the gateway uses the last snapshot, so that callers can still authenticate. The last
 snapshot is used for at most `stale_after_s` seconds, because it still accepts keys that were revoked during the outage.
@@ -98,6 +98,7 @@ class Watcher:
         self._period_s = period_s
         self._monotonic = monotonic
         self._stop = threading.Event()
+        self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._error = ""
         self._saved_at = -float("inf")
@@ -139,13 +140,21 @@ class Watcher:
     def stop(self, timeout_s: float = 5.0) -> None:
         """End the thread. A thread that still waits for the database after `timeout_s` seconds is left running."""
         self._stop.set()
+        self._wake.set()
         if self._thread is not None:
             self._thread.join(timeout_s)
 
+    def poll_soon(self) -> None:
+        """Make the thread poll without waiting for the end of its period. Thread-safe; returns at once."""
+        self._wake.set()
+
     def _run(self) -> None:
         while not self._stop.is_set():
+            self._wake.clear()  # before the poll, so that a change during the poll causes another one
+            if self._stop.is_set():
+                return
             self.poll()
-            self._stop.wait(self._period_s)
+            self._wake.wait(self._period_s)
 
     def poll(self) -> bool:
         """Poll the database once, in the caller's thread. Returns whether the database has answered."""

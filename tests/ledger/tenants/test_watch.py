@@ -264,6 +264,21 @@ def test_suspend_and_resume_within_two_seconds(ledger: Ledger, tmp_path: Path) -
     watcher.stop()
 
 
+def test_a_watcher_that_is_woken_does_not_wait_for_its_period(ledger: Ledger, tmp_path: Path) -> None:
+    """After `poll_soon`, a watcher gets a change long before its period has ended."""
+    seen = Seen()
+    ledger.tenants.create(TenantPolicy("acme"))
+    watcher = Watcher(ledger.snapshots.read, tmp_path / "s", stale_after_s=60, on_change=seen, period_s=3600)
+    watcher.start()
+    seen.wait(lambda s: "acme" in s.tenants)
+    for suspended in (True, False) * 2:
+        ledger.tenants.suspend("acme", suspended)
+        watcher.poll_soon()
+        seen.wait(lambda s, w=suspended: s.tenants["acme"].policy.suspended is w)  # type: ignore[misc]
+    with time_within(5.0):
+        watcher.stop(timeout_s=60)
+
+
 def test_a_database_that_is_killed_and_comes_back(own_server: postgres.PostgresServer, tmp_path: Path) -> None:
     """While the database is down, a watcher serves the last snapshot. When the database is up again, the watcher gets
     later changes.

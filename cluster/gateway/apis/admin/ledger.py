@@ -83,7 +83,8 @@ class TenantServices:
 
     def _write(self, event: AuditEvent) -> None:
         """Write an audit event before the request is answered. While the database is unreachable, the event stays in
-        the local audit file."""
+        the local audit file. The event records a change, so this gateway reads the tenants and keys again."""
+        self._tenants.refresh()
         self._tenants.audit.write(event)
         if event.outcome != Outcome.STORE_UNAVAILABLE.value:
             self._tenants.audit.flush()
