@@ -66,6 +66,7 @@ def test_any_value_of_a_field_is_rendered() -> None:
     loop: dict[str, Any] = {}
     loop["loop"] = loop
     reader, output = os.pipe()
+    before = structlog.get_config()
     writer = log.configure("info", {"part": "gateway"}, descriptor=output)
     try:
         logger = structlog.get_logger("test")
@@ -76,7 +77,7 @@ def test_any_value_of_a_field_is_rendered() -> None:
         assert "/x" in began["path"]
         assert (looped["event"], looped["part"]) == ("part.looped", "gateway")
     finally:
-        structlog.reset_defaults()
+        structlog.configure(**before)
         os.close(reader)
 
 
