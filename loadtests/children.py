@@ -161,7 +161,8 @@ class Children:
 
     @property
     def temporary(self) -> str:
-        """Folder for the temporary files of children that do not remove them. It is removed when all have ended."""
+        """Folder for temporary files of those children that do not remove their files. The folder is removed when all
+        children have ended."""
         if self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="headrace-peers-", ignore_cleanup_errors=True)
         return self._temporary.name

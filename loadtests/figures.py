@@ -72,9 +72,8 @@ class Figure:
 
 
 def _bootstrap(estimate: Callable[[Any], Any], count: int, seed: int) -> Interval:
-    """Return the bootstrap interval of an estimate. `estimate` gets an array of indices (draws, count) and returns one
-    estimate for each draw.
-    """
+    """Return the bootstrap interval of an estimate. `estimate` gets an array of indices of shape (draws, count) and
+    returns one estimate for each draw."""
     drawn = np.random.default_rng(seed).integers(0, count, size=(DRAWS, count))
     low, high = np.percentile(estimate(drawn), LEVEL)
     return Interval(float(estimate(np.arange(count)[None, :])[0]), float(low), float(high))

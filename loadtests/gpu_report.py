@@ -137,7 +137,7 @@ def share_memory(device: Device, weights: int, arms: Sequence[str]) -> tuple[lis
     """Return the arms (measured servers) that run, the share of the GPU's memory for the engine of each arm, and notes.
     Raises Missing.
 
-    Every engine stays loaded, since the arms alternate: vLLM's own engine, ours, and Ray Serve's engine if it fits.
+    All engines stay loaded, since the arms alternate. The engines are vLLM's own, ours, and Ray Serve's if it fits.
     """
     need = weights + BESIDE_WEIGHTS_BYTES
     room = device.free_bytes * MEMORY_SHARE

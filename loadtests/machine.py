@@ -1,4 +1,4 @@
-"""Versions and hardware of a run, which every figure needs for comparison."""
+"""Versions and hardware of a run, without which no figure can be compared."""
 
 from __future__ import annotations
 

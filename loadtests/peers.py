@@ -70,7 +70,7 @@ async def vllm_router(children: Children, environment: Path, *engine_ports: int,
 
 
 async def smg(children: Children, environment: Path, engine_port: int, tokenizer: Path) -> Peer:
-    """Start SMG, a router for LLM servers, in front of one server. It speaks HTTP and uses the policy `cache_aware`.
+    """Start SMG, a router for LLM servers, in front of one server. SMG speaks HTTP and uses the policy `cache_aware`.
     Raises DidNotStart or NoPeers."""
     port = free_port()
     command = [program(environment, "smg"), "launch", "--host", "127.0.0.1", "--port", str(port)]

@@ -72,7 +72,7 @@ def measure(case: Case, rounds: int = ROUNDS) -> tuple[Sequence[float], Sequence
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure the routing decisions, and print the table of CPU times."""
     print("| workers | changed | cached on | key | decision p50, p99 | with the changes p50, p99 |")
     print("|---|---|---|---|---|---|")
     for case in CASES:

@@ -77,9 +77,10 @@ def is_leaf(name: str, node: Mapping[str, Any]) -> bool:
 
 
 def commented_values(schema: Mapping[str, Any], values: Mapping[str, Any], text: str) -> str:
-    """Return the text of helm/values.yaml with the values of `text`, and with comments from the schema.
+    """Return a new text of helm/values.yaml, with the given `values` and with comments from the schema. `text`: the
+    present text of the file.
 
-    The lines of `config` are kept without comments from the schema: docs/reference/configuration.md describes them.
+    The section `config` is copied from `text` unchanged, because docs/reference/configuration.md describes its fields.
     """
     config = re.search(r"^config:\n(?:[ ].*\n)*", text, re.MULTILINE)
     assert config is not None, "values.yaml has no config"

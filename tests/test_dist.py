@@ -114,8 +114,8 @@ def test_the_sdist_has_the_whole_repository(release: Release) -> None:
 
 
 def test_an_installed_wheel_works(release: Release, tmp_path: Path) -> None:
-    """An installed wheel works without the source: `headrace` reports the tag's version in every way of asking for
-    it."""
+    """An installed wheel works without the source. `headrace --version`, `headrace version` and the package report the
+    version of the tag."""
     with zipfile.ZipFile(release.wheel) as wheel:  # what pip does, without its start
         wheel.extractall(tmp_path)  # noqa: S202
         entry_points = wheel.read(f"headrace-{TAG[1:]}.dist-info/entry_points.txt").decode()

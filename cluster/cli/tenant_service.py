@@ -76,8 +76,8 @@ class LedgerServices:
 def with_tenant_service(*, keys: bool = False) -> Callable[[Command], Command]:
     """Return a decorator that passes an open tenant service to a command, as the argument `service`.
 
-    The decorator also adds the options that select the service. `keys`: the command creates keys, which needs the
-    pepper if the service uses the database.
+    The decorator also adds the options that select the service. `keys`: whether the command creates keys. Creating keys
+    needs the pepper if the service uses the database.
     """
     return _with_one("service", lambda services: services.tenants, keys=keys)
 

@@ -15,7 +15,7 @@ Messages = str | Sequence[Mapping[str, Any] | pb.Message]
 
 
 class SamplingParams(TypedDict, total=False):
-    """Parameters of chat and completion requests, with the names of the API.
+    """Parameters of chat and completion requests, named as in the API.
 
     If a parameter is absent, the model's default is used.
     """

@@ -159,8 +159,9 @@ def _conflicting(entries: Sequence[Any]) -> set[int]:
 
 
 def _held(entries: Sequence[Any], beside: Config | None = None) -> tuple[HeldModel, ...]:
-    """Return the models that are held because their entries are invalid, each once. A model is named in `entries`.
-    Models that the valid configuration `beside` has too are left out."""
+    """Return the models that are held because their entries are invalid, each model once. `entries`: the invalid
+    entries. `beside`: the valid rest of the configuration. A model whose name is also a name or alias in `beside` is
+    left out."""
     taken = {name for model in beside.models for name in (model.name, *model.aliases)} if beside is not None else set()
     held: dict[str, HeldModel] = {}
     for entry in entries:

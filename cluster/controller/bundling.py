@@ -29,7 +29,7 @@ _NICENESS = 10  # lower priority than an engine that loads at the same time
 
 
 async def build(settings: ReplicaSettings, folder: Path) -> tuple[Bundle | None, SourceFacts]:
-    """Build a model's bundle, and return the bundle with the model's properties. If the build fails, the bundle is None
+    """Build a model's bundle, and return the bundle and the model's properties. If the build fails, the bundle is None
     and `SourceFacts.trouble` has the reason."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,

@@ -1,9 +1,9 @@
 """The operators' changes at run time, which the gateways keep for the next controller.
 
-Problem: a controller stores the changes in files in its folder, and a folder may be lost with its pod.
-Method: every catalog that a controller sends carries the content of these files, with the time of the last change.
-Every gateway keeps the newest state. Before a controller starts, `recover` asks the gateways, and replaces the files if
-a gateway has a newer state than the folder. Without any gateway the controller starts from its folder.
+Problem: a controller stores the changes in files in its folder, and a folder may be lost with its pod. Method: every
+catalog that a controller sends contains the content of these files, with the time of the last change. Every gateway
+keeps the newest state. Before a controller starts, `recover` reads the state from the gateways, and replaces the files
+if a gateway has a newer state than the folder. Without any gateway the controller starts from its folder.
 """
 
 from __future__ import annotations

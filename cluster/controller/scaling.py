@@ -70,8 +70,8 @@ def requested_on_ray(
 
 
 def room(models: DesiredModels, snapshot: RaySnapshot) -> Mapping[Kind, int]:
-    """Return how many replicas of each model fit on the nodes of each GPU type, next to the existing replicas of other
-    models. Only models with several GPU types are included."""
+    """Return how many replicas of each model fit on the nodes of each GPU type while the existing replicas of other
+    models stay. Only models with several GPU types are included."""
     free: dict[Kind, int] = {}
     for model in models.variants:
         types = models.stable(model)
@@ -112,7 +112,7 @@ def workers_of(fleet: Sequence[FleetWorker], gpus: Mapping[str, str] | None = No
 
 
 class DemandRecorder:
-    """Receiver of the gateways' demand reports (links.DemandListener), which records the reports for the scaler.
+    """A links.DemandListener that records the gateways' demand reports for the scaler.
 
     When calls are held because their model has no worker, the next pass of the controller begins at once.
     """

@@ -134,7 +134,7 @@ class CallService:
 
     def open_pooling(self, request: PoolingRequest, meta: CallMeta) -> CallContext[PoolingOpening, PoolingCall]:
         """Open a call for a pooling request, which asks for vectors or scores and not for generated tokens. The result
-        is used in the same way as that of `open`."""
+        is used like the result of `open`."""
         opening = PoolingOpening(meta, self.clock(), request)
         self._trace(opening, meta.traceparent)
         return CallContext(opening, self._begin_pooling, self._at_end, self.clock)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class UndoSteps:
     """Functions that undo, at the end of a call, what the call has taken in its gateway. A call's Cleanup runs them.
 
-    `close`: after the call was opened. `quota`: after its tokens were reserved. `schedule`: after it was queued.
+    `close`: for a call that is registered as open. `quota`: for a call with reserved tokens. `schedule`: for a call
+    that was passed to the scheduler.
     """
 
     def __init__(

@@ -38,8 +38,8 @@ QUARANTINED = "quarantined"
 
 @dataclass(frozen=True, slots=True)
 class GatewayGauges:
-    """The parts of a gateway whose state is exported as gauges. A scrape runs in a thread, so it only reads the
-    parts."""
+    """Gauges of a gateway, computed from the state of its parts. A scrape runs in a thread, so it must only read the
+    state."""
 
     hub: Hub
     directory: ModelDirectory

@@ -217,7 +217,7 @@ class CallTable:
         self._max_header_bytes = UNAUTHENTICATED_HEADER_BYTES * AUTHENTICATED_FACTOR
 
     def is_full(self, header_bytes: int) -> bool:
-        """Whether the limits forbid another call that has `header_bytes` bytes of header fields."""
+        """Return whether the limits forbid another call that has `header_bytes` bytes of header fields."""
         calls = len(self.by_stream)
         return calls >= self._max_calls or (calls > 0 and self._header_bytes + header_bytes > self._max_header_bytes)
 

@@ -119,8 +119,8 @@ class ConnectionSlot:
         self._pool.release(self)
 
     def stage(self, now: float) -> ConnectionStage:
-        """The connection's stage at the time `now`. A new connection counts at least as GREETED, because the bytes that
-        its client has sent may still be unread."""
+        """Return the connection's stage at the time `now`. A new connection counts at least as GREETED, because the
+        bytes that its client has sent may still be unread."""
         stage = ConnectionStage.SILENT if self.connection is None else self.connection.stage
         old = now - self.since > UNREAD_S and self._pool.passes - self.since_pass > UNREAD_PASSES
         return stage if old else max(stage, ConnectionStage.GREETED)
@@ -180,8 +180,8 @@ class Pool:
         return max(1.0 - self._tokens, 0.0) / self._per_s
 
     def admit(self, address: str, now: float) -> tuple[ConnectionSlot | None, ConnectionSlot | None]:
-        """Return two slots: the slot of a new connection, and the slot of the connection that must be closed in
-        exchange.
+        """Return two slots: the slot of a new connection, and the slot of the connection that must be closed to make
+        room for the new one.
 
         The first is None if the new connection must be refused. The second is None if no connection must be closed;
         otherwise it is already released.
@@ -275,9 +275,9 @@ class Pool:
 
 
 def _earliest_stage(unauthenticated: dict[ConnectionSlot, None], now: float) -> ConnectionSlot | None:
-    """Return the unauthenticated connection that has made the least progress; for example, its client has sent nothing
-    yet. Only the first MAX_CHECKS connections of `unauthenticated`, which are the oldest, are compared. Of connections
-    with equal progress, the oldest is returned."""
+    """Return the unauthenticated connection that has made the least progress, such as one whose client has sent
+    nothing. Only the first MAX_CHECKS connections of `unauthenticated`, which are the oldest, are compared. Of
+    connections with equal progress, the oldest is returned."""
     return min(islice(unauthenticated, MAX_CHECKS), key=lambda held: held.stage(now), default=None)
 
 

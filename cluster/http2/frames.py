@@ -55,12 +55,12 @@ def literal(name: bytes, value: bytes) -> bytes:
 
 
 def block(fields: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """A header block that contains these fields."""
+    """Return a header block that contains these fields."""
     return b"".join([literal(name, value) for name, value in fields])
 
 
 def header_frames(id_bytes: bytes, fields: bytes, *, end_stream: bool, frame_bytes: int = 16_384) -> bytes:
-    """A HEADERS frame, followed by CONTINUATION frames if the header block exceeds one frame."""
+    """Return a HEADERS frame, followed by CONTINUATION frames if the header block exceeds one frame."""
     flags = END_STREAM if end_stream else 0
     if len(fields) <= frame_bytes:
         return len(fields).to_bytes(3, "big") + _HEADERS + bytes([flags | _END_HEADERS]) + id_bytes + fields

@@ -81,7 +81,7 @@ class BodyReservation(Protocol):
         """Whether the bytes may be received now."""
 
     def received(self, size: int) -> None:
-        """Count `size` bytes that have arrived since the grant."""
+        """Count `size` bytes of the message that have arrived after the reservation was granted."""
 
     def complete(self) -> None:
         """Record that all bytes have arrived."""
@@ -97,8 +97,8 @@ class Budget(Protocol):
     """A limit on the bytes of all requests that are being received. The bytes of each request are reserved."""
 
     def full(self, tenant: str) -> bool:
-        """Whether to refuse a further request of this tenant, because too many of its requests already wait for the
-        budget."""
+        """Return whether to refuse a further request of this tenant, because too many of the tenant's requests already
+        wait for the budget."""
 
     def reserve(
         self, tenant: str, connection: Hashable, size: int, on_grant: Callable[[], None], too_slow: Callable[[], None]

@@ -32,7 +32,7 @@ MAX_FAILURES = 3
 
 
 class LineWriter:
-    """Writes events to one file descriptor. It serves as structlog's logger, and so has a method for each log level."""
+    """Writer of events to one file descriptor. As structlog's logger, it has a method for each log level."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ def pod_name() -> str:
 
 
 def node_name() -> str:
-    """The name of the Kubernetes node, or the host name outside Kubernetes."""
+    """Return the name of the Kubernetes node, or the host name outside Kubernetes."""
     return os.environ.get("NODE_NAME") or socket.gethostname()
 
 

@@ -21,7 +21,7 @@ class ServerFiles(Protocol):
 
 
 class LinkFiles(Protocol):
-    """The certificate files of one side of a link (config.gateway.Tls)."""
+    """The certificate files of one side of a link. config.gateway.Tls implements it."""
 
     @property
     def cert_file(self) -> Path:
@@ -79,8 +79,8 @@ class CertificateExpiry:
 
 
 def _expiry_in(content: bytes, *, is_authority: bool) -> float | None:
-    """Return the expiry of the certificates in a PEM file; None if the file has no certificate. `is_authority`: whether
-    they are CA certificates."""
+    """Return when the certificates in a PEM file expire; None if the file has no certificate. `is_authority`: whether
+    they are CA certificates. If so, the latest expiry is returned, otherwise the earliest."""
     from cryptography import x509
 
     try:

@@ -96,7 +96,7 @@ class CreditGranter:
         account.unacked = [(i, older) for i, older in account.unacked if i >= grant_id]
 
     def promised(self) -> Capacity:
-        """The capacity promised to all links together."""
+        """Return the capacity promised to all links together."""
         rooms = [account.promised() for account in self._accounts.values()]
         return Capacity(sum(r.sequences for r in rooms), sum(r.tokens for r in rooms))
 

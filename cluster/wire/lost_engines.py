@@ -51,7 +51,7 @@ class LostEngines:
         )
 
     def recent(self, now_s: float) -> list[LostEngine]:
-        """The engines that ended in the last KEPT_S seconds, oldest first."""
+        """Return the engines that ended in the last KEPT_S seconds, oldest first."""
         while self._kept and self._kept[0].at_s < now_s - KEPT_S:
             self._kept.popleft()
         return list(self._kept)

@@ -107,8 +107,8 @@ class Outbox:
         self.flush()
 
     def peer_backlog(self, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
-        """Send to this link's peer the sequences that wait at another gateway, named `gateway`. `waiting`: that
-        gateway's backlog by flow. It replaces an earlier, still unsent backlog of that gateway."""
+        """Send to this link's peer the backlog of another gateway, named `gateway`. `waiting`: this backlog by flow. It
+        replaces an earlier, still unsent backlog of the same gateway."""
         self._elsewhere[gateway] = waiting
         self.flush()
 

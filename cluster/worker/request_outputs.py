@@ -278,8 +278,7 @@ class RequestOutputs:
         step.tokens += emitted
 
     def _record_diverted(self, outputs: Sequence[TokenOutput], step: StepState) -> None:
-        """Add the outputs that must be parsed first to the counts of a step. The outputs are sent later, when they are
-        parsed."""
+        """Count `outputs` as work of a step, although they are sent later, after they were parsed."""
         for output in outputs:
             running = self._running.get(output.request_id)
             count = len(output.token_ids)

@@ -1,9 +1,9 @@
 """Part `embeddings` of the load test: the cost of a vector, compared with vLLM's own server on the same model.
 
-64 concurrent callers ask vLLM's server and Headrace for vectors over OpenAI's API, one text a call. Headrace is also
-measured over gRPC. Measured are the CPU time of all processes except the engine core, the vectors per second, and the
-largest difference between a vector and the vector that transformers computes for the same text. The model is
-all-MiniLM-L6-v2 in float32.
+vLLM's server and Headrace get requests for vectors from 64 concurrent callers over OpenAI's API, one text per request.
+Headrace is also measured over gRPC. The part measures the CPU time of all processes except the engine core, the vectors
+per second, and the largest difference between a vector and the vector that transformers computes for the same text. The
+model is all-MiniLM-L6-v2 in float32.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ LIMITS = Limits(call_s=60.0, run_s=180.0)
 
 
 def requests(round_: int) -> list[Request]:
-    """Return the calls of a round: a text each, about 20 tokens long."""
+    """Return the calls of a round. Each call has one text of about 20 tokens."""
     keys = [f"{round_}/{number}" for number in range(CALLS)]
     return [Request(key, prose(f"embed/{key}", TEXT_CHARS), 1) for key in keys]
 

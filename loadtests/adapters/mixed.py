@@ -87,8 +87,8 @@ def throughput(round_: Round) -> float | None:
 
 
 def figure(arms: Mapping[tuple[str, int], Contestant]) -> Figure:
-    """Return the report's row: the throughput with mixed adapters divided by the throughput with one adapter, for us,
-    relative to the same ratio for vLLM's server."""
+    """Return the report's row, which compares one ratio: the throughput with mixed adapters divided by the throughput
+    with one adapter. The row's value is our ratio divided by the ratio of vLLM's server."""
     if problem := next((arm.arm.problem for arm in arms.values() if arm.arm.problem), ""):
         return missing(TITLE, BOUND, problem)
     ours, theirs = (

@@ -153,7 +153,7 @@ async def ask_all(side: servers.Side, bodies: Sequence[Mapping[str, Any]]) -> li
 
 
 def different_prompts(theirs: servers.Side, ours: servers.Side) -> list[str]:
-    """Return the keys of the trials whose requests did not all give the engines the same prompt."""
+    """Return the keys of the trials in which the engines got different prompts."""
     one, other = read_prompts(theirs.prompts), read_prompts(ours.prompts)
     return sorted(key for key in one.keys() | other.keys() if len({*one.get(key, ()), *other.get(key, ())}) != 1)
 

@@ -52,7 +52,7 @@ async def write_models(children: Children, folder: Path, texts: Mapping[str, Map
 
 def environment(model: Path, step_ms: float) -> dict[str, str]:
     """Return the environment variables for the processes of one compared server. `model`: the folder of a model family.
-    If it has a `scripts.json`, the engine plays its scripts."""
+    If the folder has a `scripts.json`, the engine emits the scripts in this file."""
     scripts = model / "scripts.json"
     return {
         **ENVIRONMENT, "VLLM_WORKER_MULTIPROC_METHOD": "spawn",

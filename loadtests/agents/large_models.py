@@ -46,7 +46,8 @@ def config(tokenizer: Tokenizer, end: int) -> dict[str, Any]:
 
 
 def write(family: str, folder: Path, texts: Mapping[str, str]) -> None:
-    """Write model, bundle and scripts of a family."""
+    """Write the model and the bundle of a family. If there are `texts`, also write a file with the token ids of these
+    texts."""
     from cluster.worker.weights.tokenizer_bundle import build_bundle  # imports transformers
 
     model = folder / "model"

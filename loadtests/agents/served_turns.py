@@ -163,7 +163,7 @@ class Family:
         self._stalls = stage.folder / f"{family}.stalls"
 
     async def measure(self) -> ServedTurns:
-        """Start both sides, take all turns, and stop both sides."""
+        """Start Headrace, and vLLM's server behind vllm-router; measure all turns; stop all processes."""
         ours, theirs = await asyncio.gather(self._start_ours(), self._start_peer())
         keys = ours.keys
         side = Side(ours.http, keys, ours.roots)

@@ -78,8 +78,8 @@ def body(number: int, case: Case) -> bytes:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Measure the two sides in turn and return the report's row. Raises NoData if BFCL's data is missing, or
-    DidNotStart."""
+    """Measure vLLM's own server and our cluster in turn, and return the report's row. Raises NoData if BFCL's data is
+    missing, and DidNotStart if a server does not start."""
     streams, rounds = stage.options.concurrency or STREAMS, rounds_of(stage.options)
     chosen = mixed(cases.load(categories=CATEGORIES), streams, stage.options.seed)
     spoken = texts(chosen)

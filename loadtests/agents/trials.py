@@ -1,5 +1,5 @@
-"""The requests of the comparison of servers with scripted answers. Each request, a trial, has a case, a model family,
-and the text that the engine emits for it."""
+"""The requests with which servers with scripted answers are compared. Each request is called a trial. It has a case, a
+model family, and the text that the engine emits for it."""
 
 from __future__ import annotations
 

@@ -230,8 +230,9 @@ class Remembered:
 async def remember(count: int, family: str = "byte-level", sample: int = 20) -> Remembered:
     """Measure the prompt memory with `count` conversations: its size, and how long a next turn takes.
 
-    First, the first half of each conversation is tokenized in turn. Then the `sample` oldest conversations take their
-    next turn. All of this happens in this process, because the prompt memory is in this process.
+    At first, each conversation is tokenized up to the middle of its turns, one conversation after the other. Then the
+    `sample` oldest conversations take their next turn. All of this happens in this process, because the prompt memory
+    is in this process.
     """
     front, half = FrontEnd(family), conversations.TURNS // 2
     await front.start()

@@ -125,7 +125,7 @@ def arguments_of(model: Mapping[str, Any]) -> Any:
 
 
 async def app_of(model: Mapping[str, Any], prompts: PromptLog) -> tuple[Any, ScriptedLLM]:
-    """Return vLLM's app for a model, with the model's scripts, and its engine client."""
+    """Return vLLM's app for a model, and the app's engine client, which answers from the model's scripts."""
     arguments = arguments_of(model)
     config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
     engine = ScriptedLLM(config, Scripts.read(Path(model["folder"]), Path(model["scripts"])), prompts)

@@ -1,17 +1,17 @@
 """Compute the clairvoyant optimum: the cheapest plan of replicas that meets the SLO if the whole demand is known in
 advance.
 
-optimum.py computes plans by a recursion over time slots. It uses a fluid model, which leaves out two effects:
-prefills delay decoding, and calls arrive unevenly within a slot. So a plan without late calls in the fluid model
-may have late calls in reality.
+optimum.py computes plans by a recursion over time slots. It uses a fluid model, which leaves out two effects: prefills
+delay decoding, and calls arrive unevenly within a slot. So a plan without late calls in the fluid model may have late
+calls in reality.
 
-The recursion is therefore run several times, each time with other settings: less slack (the longest time that a
-call may wait) than the demand has, more work than the demand has, and one of two paces of decoding. `TRIED` lists
-the combinations. Each plan is then replayed call by call in the simulation that the scaling policies also use, with
-the same step model of a replica (`plant`). The optimum is the cheapest plan that meets the SLO in this replay.
+The recursion is therefore run several times, each time with other settings: less slack (the longest time that a call
+may wait) than the demand has, more work than the demand has, and one of two paces of decoding. `TRIED` lists the
+combinations. Each plan is then replayed call by call in the simulation that the scaling policies also use, with the
+same step model of a replica (`plant`). The optimum is the cheapest plan that meets the SLO in this replay.
 
-A call's slack is the target time to first token minus the time of the call's prefill. `bound_s` is the lower bound
-of the cost that the recursion computes. It holds for the fluid model only.
+A call's slack is the target time to first token minus the time of the call's prefill. `bound_s`, which the recursion
+computes, is a lower bound of the cost in GPU-seconds. It holds for the fluid model only.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Clairvoyant:
 
     @property
     def initial(self) -> int:
-        """Number of replicas that exist when the demand begins. These replicas cost no start."""
+        """Number of replicas that exist when the demand begins. The cost of the plan includes no start of these
+        replicas."""
         return int(self.replicas[0])
 
 

@@ -118,8 +118,8 @@ def late_calls(n: Floats, before: Floats, after: Floats, calls: Floats, slacks: 
 
 
 def cost_of(replicas: NDArray[np.int64], slots: Slots, rules: Rules) -> Plan:
-    """Return a plan with these numbers of replicas by time slot, and its cost. The cost is computed slot by slot, in
-    the plainest way; tests compare the plans that `solve` finds with it."""
+    """Return a plan with these numbers of replicas by time slot. The plan's cost and number of late calls are computed
+    slot by slot."""
     grid_end = _grid_end(rules, slots)
     waiting, late = 0, 0.0
     for n, work, calls in zip(replicas.tolist(), slots.work.tolist(), slots.calls, strict=True):
@@ -189,11 +189,12 @@ def optimum(
     tries: int = 12,
     holds: Callable[[Plan], bool] | None = None,
 ) -> Optimum | None:
-    """Return the cheapest plan whose share of late calls is at most `budget`, found by bisection over the price of
-    a late call. The bisection is in the logarithm of the price. Returns None if even the highest price gives no
-    such plan.
+    """Return the cheapest plan whose share of late calls is at most `budget`, found by bisection over the price of a
+    late call. The bisection is in the logarithm of the price. Returns None if even the highest price gives no such
+    plan.
 
-    `holds`: decides whether a plan keeps the budget, in place of the number of late calls in this fluid model.
+    `holds`: decides whether a plan keeps the budget. If it is None, the number of late calls in this fluid model
+    decides.
     """
     allowed = budget * float(slots.calls.sum())
     keeps = holds or (lambda plan: plan.late <= allowed)

@@ -57,7 +57,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Result of one case and one scaler."""
+    """Result of one scaler in one case."""
 
     gpu_s: float
     attainment: float

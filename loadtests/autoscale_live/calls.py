@@ -127,8 +127,8 @@ async def play(
 
 def compare(calls: Sequence[CallResult]) -> None:
     """Mark calls whose answers differ from an undisturbed answer to the same prompt. The engine is deterministic, so
-    the shorter of two answers must be a prefix of the longer. Only its last character may differ, if the end of the
-    answer cut it in two."""
+    the shorter of two answers must be a prefix of the longer. The last character of the shorter answer may differ, if
+    the end of the answer cut this character in two."""
     longest: dict[int, str] = {}
     for call in calls:
         if len(call.text) > len(longest.get(call.planned.prompt, "")):

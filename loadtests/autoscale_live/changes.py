@@ -30,7 +30,8 @@ class Changes:
         self.completed: dict[str, Any] = {}
 
     async def play(self, seconds: float) -> None:
-        """Play all changes, each at a fixed fraction of `seconds` or when the previous change has ended."""
+        """Play all changes. Each begins at a fixed fraction of `seconds`, or when the previous change has ended if that
+        is later."""
         began = time.monotonic()
 
         async def at(part: float) -> None:

@@ -16,12 +16,11 @@ import argparse
 import asyncio
 import json
 import os
-import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from tests.support.checkpoints import build_checkpoint
 
 TOKENS, START_S, LOOK_S = 8, 180.0, 0.02
 DTYPE, MAX_MODEL_LEN = "float32", 2048
-_STARTED = re.compile(r"worker\.started.*?began=([\d.]+).*?engine_s=([\d.]+).*?opened_s=([\d.]+)")
+STARTED = "worker.engine_started"
 
 
 async def vllm_alone(folder: Path, log: Path) -> float:
@@ -106,14 +105,23 @@ async def from_zero(live: Live) -> dict[str, float]:
 
 
 def _started(live: Live) -> Sequence[tuple[float, float, float]]:
-    """Return one tuple for each replica that has started: the time when its start began, the seconds until its engine
-    was up, and, before that, the seconds until its model was opened. The tuples are sorted by time, and read from the
-    `worker.started` lines in Ray's logs."""
+    """Return a tuple (began, engine_s, opened_s) for each replica that has started, sorted by time. `began`: Unix time
+    at which the replica's start began. `opened_s`: seconds from then until its model was opened. `engine_s`: further
+    seconds until its engine was up. The values are read from Ray's logs."""
     starts: set[tuple[float, float, float]] = set()
     for path in (live.ray.folder / "session_latest" / "logs").glob("worker-*.*"):
-        plain = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(errors="replace"))
-        starts |= {(float(a), float(b), float(c)) for a, b, c in _STARTED.findall(plain)}
+        starts |= set(starts_in(path.read_text(errors="replace")))
     return sorted(starts)
+
+
+def starts_in(output: str) -> Iterator[tuple[float, float, float]]:
+    """Yield (began, engine_s, opened_s) of each event STARTED in the output of replicas, whose events are lines of
+    JSON."""
+    for line in output.splitlines():
+        if STARTED in line and line.startswith("{"):
+            event = json.loads(line)
+            if event["event"] == STARTED:
+                yield event["began"], event["engine_s"], event["opened_s"]
 
 
 async def run(rounds: int, model: str, folder: Path) -> dict[str, Any]:

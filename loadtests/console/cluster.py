@@ -33,7 +33,8 @@ def log_warnings_only() -> None:
 
 @dataclass(frozen=True, slots=True)
 class FilledConsole:
-    """The console, and ids that its pages show: of an answered call, and of a key of TENANT."""
+    """The console, and two ids that its pages show: the id of an answered call, and the id of a key of the tenant
+    TENANT."""
 
     console: ConsolePages
     call: str

@@ -71,8 +71,8 @@ async def measure(stage: Stage) -> list[Figure]:
 def _core_shares(on: Sequence[Round], off: Sequence[Round]) -> list[float]:
     """Return the CPU use of the consoles in percent of one core, one value for each pair of rounds.
 
-    A value is the CPU time of the round with consoles minus that of the round without, divided by the duration of the
-    round with consoles.
+    A value is the CPU time of the round with consoles minus the CPU time of the round without consoles, divided by the
+    duration of the round with consoles.
     """
     without = {each.number: each for each in off}
     pairs = [(each, without[each.number]) for each in on if each.number in without and each.run.duration_s]

@@ -45,7 +45,8 @@ async def why_a_call_waited(page: Page, pages: FilledConsole) -> None:
 
 
 async def who_used_most_yesterday(page: Page, pages: FilledConsole) -> None:
-    """Choose yesterday in the usage of the tenants, which is sorted by tokens."""
+    """On the page Tenants, choose yesterday. The tenant that used most is in the first row, because the table is sorted
+    by tokens."""
     await page.get_by_role("link", name="Tenants", exact=True).click()
     await page.get_by_role("button", name="Yesterday").click()
     await expect(page.get_by_role("table", name="Usage by tenant").locator("tbody tr").first).to_contain_text(OTHER)

@@ -2,8 +2,8 @@
 load driver. A connection carries one call at a time and is kept for later calls.
 
 The load driver must use less CPU than the servers that it measures (see also http1.py). The client of grpc.aio passes a
-call through threads and a completion queue. With a single stream this takes a measurable time, which would wrongly
-count for the server. Callers that use grpcio spend this time with any server.
+call through threads and a completion queue. With a single stream this takes a measurable time, which would wrongly be
+counted as the server's time. Callers that use grpcio spend this time with any server.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ COMPLETE = "/cluster.v1.Inference/StreamComplete"
 
 
 def message_of(request: Request, model: str, resumable: bool = False) -> pb.ChatRequest | pb.CompleteRequest:
-    """Return the protobuf message of a request: greedy, and exactly `max_tokens` long."""
+    """Return the protobuf message of a request. The message requests greedy decoding of exactly `max_tokens` tokens."""
     options: dict[str, Any] = {
         "model": request.model or model,
         "max_tokens": request.max_tokens,

@@ -130,8 +130,9 @@ class CallResult:
 
     @property
     def last(self) -> bool:
-        """Whether no more than the last one or two tokens of the answer are missing. The length of the whole answer is
-        taken from the same call without a fault. If it is unknown, the result is False."""
+        """Whether at most LAST_CHARACTERS characters (one or two tokens) are missing at the end of the answer. The
+        length of the whole answer is taken from the same call without a fault. If that length is unknown, the result is
+        False."""
         return self.whole > 0 and sum(map(len, self.texts.values())) >= self.whole - LAST_CHARACTERS
 
     @property
@@ -219,8 +220,8 @@ class Caller:
     async def call(
         self, request: FaultRequest, on_chunk: Callable[[CallResult], None] = lambda result: None, whole: int = 0
     ) -> CallResult:
-        """Make one call to the end. If the server fails, no exception is raised; `error` of the result describes the
-        failure. `whole`: number of characters of the undisturbed answer, 0 if unknown."""
+        """Make one call and read its stream to the end. If the server fails, no exception is raised; `error` of the
+        result describes the failure. `whole`: number of characters of the undisturbed answer, 0 if unknown."""
         self._made += 1
         result = CallResult(request, f"{self._run}-{self._made}", time.time(), whole=whole)
         metadata = (*self._metadata, ("x-request-id", result.request_id))

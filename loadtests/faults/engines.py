@@ -123,7 +123,7 @@ class Proof:
 
     def exact(self, *kinds: str) -> tuple[int, int]:
         """Return two numbers about the calls of these kinds that lost a worker or failed: how many of them gave the
-        same answer as the call without a fault, and how many there are."""
+        same answer as the call without a fault, and the number of all these calls."""
         hit = [result for result in self.calls if result.request.kind in kinds and (result.resumed or result.error)]
         return sum(result.request_id not in self.differences for result in hit), len(hit)
 

@@ -71,7 +71,7 @@ class Moments:
                 event.set()
 
     async def wait(self, phase: str) -> bool:
-        """Wait until a call is in this phase; return False if no call gets there in time."""
+        """Wait until a call is in this phase; return False if no call enters the phase in time."""
         event = self._waiting[phase] = asyncio.Event()
         try:
             async with asyncio.timeout(MOMENT_S):
@@ -134,7 +134,7 @@ class Outcome:
 
 
 class Mass:
-    """The callers and the fault injector over a running fleet."""
+    """The callers of a running fleet, and the injector of faults into this fleet."""
 
     def __init__(self, fleet: Fleet, seed: int, requests: Sequence[FaultRequest], run: str = "mass") -> None:
         self._fleet = fleet

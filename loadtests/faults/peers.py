@@ -1,11 +1,11 @@
-"""Measurement of the streams that finish although a backend is killed, behind a Headrace gateway, vllm-router and Ray
-Serve's gRPC proxy.
+"""Measurement of how many streams finish although a backend is killed, for three front ends: a Headrace gateway,
+vllm-router and Ray Serve's gRPC proxy.
 
-Each of the three has two backends, and all backends use the same simulated engine: Headrace's workers, plain OpenAI
+Each front end has two backends, and all backends use the same simulated engine: Headrace's workers, plain OpenAI
 servers, and replicas of a plain deployment. In a round all streams begin together; when each stream has received some
-pieces, one backend gets SIGKILL. A stream finishes when all its tokens arrive, with exactly the text that the same
-server gave undisturbed. vllm-router and Ray Serve use their default retries. Each round of vllm-router starts its own
-engines and router; the backends of Headrace and Ray are restarted automatically.
+pieces, one backend gets SIGKILL. A stream counts as finished if all its tokens arrive, and its text is exactly the text
+that the same server gave without the kill. vllm-router and Ray Serve use their default retries. Each round of
+vllm-router starts its own engines and router; the backends of Headrace and Ray are restarted automatically.
 """
 
 from __future__ import annotations
@@ -228,9 +228,8 @@ async def _server(children: Children, bundle: Path, engine: str) -> AsyncIterato
 
 
 async def ray_proxy(children: Children, folder: Path, bundle: Path, engine: str, seed: int, rounds: int) -> Finished:
-    """Run the rounds on two replicas behind Ray Serve's proxy; each round kills the replica with most streams. Raises
-    DidNotStart.
-    """
+    """Run the rounds on two replicas behind Ray Serve's proxy. Each round kills one replica, which is chosen with
+    `seed`. Raises DidNotStart."""
     out = Finished()
     simulated = ["--simulated", engine, "--bundle", str(bundle), "--replicas", str(BACKENDS)]
     async with ray_serve.running(

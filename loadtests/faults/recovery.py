@@ -4,9 +4,9 @@ An episode is a set of streams that begin together on all workers. Throughout th
 calls, one after the other. When all streams have begun, one worker is killed, stopped or cut off. Streams that report a
 resume were hit; the other streams are the survivors.
 
-A calm episode shows how long new calls wait without a fault when many come at once. One worker is absent from the
-beginning. The other workers run as many streams as they keep in an episode with a fault. Then as many new calls come at
-once as one worker has streams. After a fault, resumed calls may wait as long as these new calls do.
+A calm episode shows how long new calls wait if many of them arrive at once and there is no fault. One worker is absent
+from the beginning. Each other worker runs as many streams as in an episode with a fault. Then new calls arrive at once:
+as many as one worker runs streams. After a fault, resumed calls may wait as long as these new calls do.
 """
 
 from __future__ import annotations
@@ -236,8 +236,8 @@ class Recovery:
             into.append(await self._caller.call(self._make_request(FRESH_TOKENS)))
 
     async def _apply_fault(self, kind: str, episode: Episode) -> Sequence[CallResult]:
-        """Apply the fault `kind` to a random worker. For the kind CALM, which has no fault, start as many new calls at
-        once as a lost worker would have had, and return these calls."""
+        """Apply the fault `kind` to a random worker. The kind CALM has no fault: instead, make as many new calls at
+        once as one worker runs streams, and return the results."""
         episode.struck = time.time()
         if kind == CALM:
             return await self._crowd(STREAMS // WORKERS)

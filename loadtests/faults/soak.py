@@ -36,7 +36,7 @@ def source(model: Path, plain: str, seed: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class HeldResources:
-    """Numbers of resources that the gateway holds at rest."""
+    """Numbers of resources that the gateway's process uses while no call runs."""
 
     sockets: int
     files: int

@@ -54,8 +54,8 @@ ENGINE_S = 600.0
 
 
 class Oracle:
-    """Constructs the objects of all processes from a configuration, in temporary folders, to find out which of them
-    refuse the configuration. `close` removes the folders."""
+    """Check of configurations: the objects of all processes are created from a configuration, in temporary folders, to
+    find out which process would refuse the configuration. `close` removes the folders."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()

@@ -1,6 +1,5 @@
-"""Floods of each kind of frame, without and with a tenant's key. Measured: whether the connection is cut, and at what
-cost.
-"""
+"""Floods of each kind of frame, without and with a tenant's key. The test measures whether the gateway cuts the
+connection, and the gateway's CPU time until the cut."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def repeated(frame: Frame | bytes) -> Callable[[Attacker], bytes]:
 
 
 def calls(make: Callable[[Attacker], bytes], count: int = 300) -> Callable[[Attacker], bytes]:
-    """Return a function that makes `count` new calls."""
+    """Return a function that returns the bytes of `count` new calls. `make`: returns the bytes of one call."""
     return lambda attacker: b"".join(make(attacker) for _ in range(count))
 
 

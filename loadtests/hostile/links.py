@@ -76,7 +76,7 @@ class Volley:
 
 
 class Attack:
-    """Client that makes hostile calls of one tenant."""
+    """Client that sends hostile calls as one tenant."""
 
     def __init__(self, address: str, http: str, key: str) -> None:
         self._key = key

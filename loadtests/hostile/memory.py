@@ -48,8 +48,9 @@ async def attack(
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Measure the attacks: anonymous requests with full bodies, many small anonymous bodies, and the tenant's bodies
-    over one connection and over twenty connections."""
+    """Measure these attacks with unfinished requests: anonymous requests with large and with small bodies over one
+    connection, anonymous requests with small bodies over a thousand connections, and requests of one tenant over one
+    connection and over twenty connections."""
     large = await attack(stage, "one-large", ["--calls", "40"])
     strange = await attack(stage, "one-strange", [*STRANGE, "--bytes", "60000"])
     many = await attack(stage, "many", [*STRANGE, "--bytes", "60000", "--connections", "1000"])

@@ -1,9 +1,9 @@
 """Cost of refused requests by size, over HTTP and gRPC, for every field that can hold much data.
 
-The CPU time is that of the gateway and its helper processes. A piece of event-loop work is work during
-which nothing else runs on the loop. Its length is the time by which the loop was late while the gateway's
-process used CPU. The length is measured on a second gateway, because the measurement itself takes a
-twentieth of a core.
+The CPU time is the CPU time of the gateway and its helper processes together. A piece of event-loop work is work during
+which nothing else runs on the loop. The length of a piece is the time by which the loop was late while the gateway's
+process used CPU. The length is measured on a second gateway, because the measurement itself takes a twentieth of a
+core.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def members(name: str, part: Callable[[int], bytes]) -> Attack:
 
 
 def attacks_over_http() -> Sequence[Attack]:
-    """Return the attacks on every field of an HTTP body that can hold much data."""
+    """Return the attacks on HTTP bodies: every field that can contain much data is attacked."""
     ids = b'{"model":"%s","prompt":[' % ours.MODEL.encode()
     return (
         field("stop", b"[", b'"",', b'""]'),

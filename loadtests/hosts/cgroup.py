@@ -21,8 +21,8 @@ V1, V2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
 @contextlib.contextmanager
 def cgroup() -> Iterator[Path | None]:
     """Create a control group that exists while the context is open. Yields None if this machine does not permit it. The
-    group has the CPU weight of one session. With a larger weight, all other processes had to wait for a processor for
-    over a second."""
+    group has the CPU weight that the kernel gives to one session (setsid). With a larger weight, all other processes
+    had to wait for a processor for over a second."""
     parent = V1 if (V1 / "cpu.shares").exists() else V2
     path = parent / f"headrace-{os.getpid()}"
     try:

@@ -1,6 +1,5 @@
-"""A real engine over two hosts: TP 2 with a rank on each host. An upgrade of the chart adds the engine; then a cut
-separates the hosts.
-"""
+"""A real engine on two hosts: TP 2, with one rank on each host. An upgrade of the chart adds the engine. Later the
+network between the hosts is cut and restored."""
 
 from __future__ import annotations
 

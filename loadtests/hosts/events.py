@@ -38,7 +38,7 @@ class NotWhole(RuntimeError):
 
 @dataclass(slots=True)
 class Episode:
-    """An event, with the measurements of the cluster."""
+    """An event, and the measurements of the cluster's reaction."""
 
     name: str
     struck: float
@@ -240,8 +240,8 @@ class Play:
             episode.notes[f"{worker_id} replaced after s"] = round(time.time() - ended, 1)
 
     async def move(self, episode: Episode) -> None:
-        """Start a second Ray cluster, change the model's entry to run there, and remove the first Ray cluster. This is
-        the way to upgrade Ray, Python, CUDA or vLLM.
+        """Start a second Ray cluster, move the model to the second cluster by a change of its catalog entry, and remove
+        the first Ray cluster. This is the way to upgrade Ray, Python, CUDA or vLLM.
 
         The effects of the event are measured from the change of the entry.
         """

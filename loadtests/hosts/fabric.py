@@ -103,7 +103,7 @@ class Fabric:
 
 @contextlib.contextmanager
 def fabric(hosts: Sequence[str]) -> Iterator[Fabric]:
-    """Create the network of `hosts` and remove it with the context. Needs root."""
+    """Create the network of `hosts`, and remove it when the context ends. Needs root."""
     sweep()
     number, tag = os.getpid() % 250 + 1, f"{PREFIX}{os.getpid()}"
     core, leg = f"{tag}-core", f"{tag}k"[:15]

@@ -128,8 +128,8 @@ class Load:
         self.calls += self._open.values()
 
     def prefill_s(self, before: float) -> tuple[float, int]:
-        """Return the p99 of the time to the first piece of text, in seconds, of the streams that began shortly before
-        the time `before`. Also return the number of these streams."""
+        """Return the p99 of the time to the first text, and the number of streams. The time is in seconds, for the
+        streams that began shortly before the time `before`."""
         fresh = [
             call.first - call.sent for call in self.calls if call.first and before - BEFORE_S <= call.sent < before
         ]

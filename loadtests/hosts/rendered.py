@@ -37,8 +37,8 @@ Object = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """Mount of a volume in a container. `source`: folder on this machine; None for a volume in memory of the given
-    `size`."""
+    """Mount of a volume in a container. `source`: folder on this machine; None for an in-memory volume, which has the
+    size `size`."""
 
     path: str
     source: Path | None

@@ -24,7 +24,8 @@ class Event:
 
 
 class Timeline:
-    """Collects events from the logs of pods, as they are written to a folder: `<pod>.log`, `<pod>-2.log`, ..."""
+    """Collector of the events in the log files of pods, which are read while they grow. The files in `folder` are
+    `<pod>.log`, `<pod>-2.log`, ..."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -1,5 +1,5 @@
-"""Environment of processes that run vLLM's V2 model runner on CPUs. Its Triton kernels are interpreted, with the stub
-package `v2stub`."""
+"""Environment of processes that run vLLM's V2 model runner on CPUs. The runner's Triton kernels are interpreted, with
+the stub package `v2stub`."""
 
 from __future__ import annotations
 

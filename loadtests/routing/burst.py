@@ -1,5 +1,5 @@
-"""The part `burst`: 64 calls with the same prefix come within a millisecond to eight workers. Before the burst, either
-all workers hold the prefix, or only one worker does.
+"""The part `burst`: 64 calls with the same prefix arrive at eight workers within a millisecond. Before the burst,
+either all workers hold the prefix, or only one worker does.
 
 A worker's load is the number of calls that were sent to it within 5 s of the burst.
 """

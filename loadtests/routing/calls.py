@@ -43,7 +43,7 @@ class Prompt:
 
     @cached_property
     def names(self) -> list[int]:
-        """Names of all blocks, for the engines."""
+        """Names of all blocks, by which the simulated caches identify the blocks."""
         return [int(value) for value in self._all]
 
     @property

@@ -1,5 +1,5 @@
-"""Load test of routing with real engines (the part `engines`): multi-turn chats on two vLLM workers. Cache hits are
-compared with those of one pooled LRU cache, and with those of vllm-router in front of the same engines.
+"""Load test of routing with real engines (the part `engines`): multi-turn chats on two vLLM workers. The cache hits are
+compared with the hits of one pooled LRU cache, and with the hits of vllm-router in front of the same engines.
 
 `python -m loadtests.routing.engines` runs this part alone. All chats begin with the same text, but half of them have
 another cache_salt.
@@ -7,9 +7,9 @@ another cache_salt.
 The gateway predicts how many tokens of a call's prompt a worker has cached. The gateway runs in this process, so that
 the prediction can be read at the moment when the call is sent.
 
-A prediction differs from what the engine found if blocks were evicted or stored between the worker's last report and
-the call's start. A difference counts as explained (`traced`) if a report of the worker after the decision shows that it
-removed or stored the first block for which the prediction was wrong.
+A prediction differs from the number that the engine reports if blocks were evicted or stored between the worker's last
+report and the call's start. A difference counts as explained (`traced`) if a report of the worker after the decision
+shows that it removed or stored the first block for which the prediction was wrong.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def replace_gateway(cluster: Cluster, number: int) -> list[RoutedCall]:
 
 def back_after_s(calls: Sequence[Known]) -> float:
     """Return the seconds from the start of the new gateway until it knows at least the share ENOUGH of the cached
-    tokens. Returns FOR_S if it does not know so many before."""
+    tokens. Returns FOR_S if that takes longer."""
     for step in range(round(FOR_S / GRID_S)):
         window = [call for call in calls if step * GRID_S <= call.after_s < step * GRID_S + WINDOW_S]
         if sum(call.known for call in window) >= ENOUGH * sum(call.held for call in window):

@@ -45,14 +45,13 @@ class Outcome:
 
     @property
     def hits(self) -> float:
-        """Number of cached tokens, as a fraction of `pooled`: the tokens that one cache shared by all workers would
-        have held."""
+        """Number of cached tokens divided by `pooled`, the number that one cache of all workers would have had."""
         return self.cached / max(self.pooled, 1)
 
     @property
     def hits_alike(self) -> float:
-        """Number of prompt tokens that were cached on the workers, divided by `in_pool`. `in_pool`: the number that one
-        large cache with the blocks of all workers would have had."""
+        """Number of prompt tokens that were cached on the workers, divided by `in_pool`: the number of prompt tokens
+        that would have been cached in one cache as large as the caches of all workers together."""
         return self.cached / max(self.in_pool, 1)
 
     @property

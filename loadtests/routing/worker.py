@@ -122,7 +122,7 @@ class PrefixWorker:
         self.regrant()
 
     def set_claim(self, link: int, claim: int) -> None:
-        """Set the claim of a gateway: the number of calls that wait there."""
+        """Set the claim of a gateway: the number of calls that wait at this gateway."""
         self._granter.set_backlog(self._rank(link), claim)
         self.regrant()
 

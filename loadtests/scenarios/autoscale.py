@@ -1,10 +1,10 @@
 """The autoscaler in virtual time, compared with the clairvoyant optimum, Ray Serve's policy and the best static
 placement.
 
-The production policy drives simulated replicas on public traces at the traces' own times. The cold start takes 60 s.
-Optimum, policy and baselines run on the same replicas and begin with the same number of replicas; the policy sees only
-what a controller sees. `--rounds` is the number of seeds. A seed determines how copied calls are spread, when
-ServeGen's calls arrive, and which clients are chosen.
+The calls come from public traces and arrive at the traces' own times. The production policy scales simulated replicas,
+whose cold start takes 60 s. The optimum, the policy and the baselines use the same model of a replica and begin with
+the same number of replicas; the policy sees only what a controller sees. `--rounds` is the number of seeds. A seed
+determines how copied calls are spread, when ServeGen's calls arrive, and which clients are chosen.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ def tenants(seed: int) -> list[SimTenant]:
 
 
 def crowd(seed: int, gateways: int, fair: bool, adapters: AdapterMix | None = None) -> Crowd:
-    """Run a world in which every tenant always has calls waiting; return the results."""
+    """Run a simulation in which every tenant always has calls waiting; return the results."""
     population = tenants(seed)
     weights = {tenant.name: tenant.weight for tenant in population}
     world = World(WorldConfig(population, gateways=gateways, fair=fair, seed=seed, adapters=adapters)).run(WORLD_S)
@@ -224,7 +224,7 @@ def quiet_ttft(seed: int, adapters: AdapterMix | None = None) -> tuple[QuietTena
 
 
 def turn_us(count: int, seed: int) -> float:
-    """Return the p99 of one enqueue and one pick in µs, with QUEUED sequences waiting, for `count` tenants."""
+    """Return the p99 time in µs of one enqueue followed by one pick, while QUEUED sequences of `count` tenants wait."""
     rng = random.Random(seed)
     turns = FairOrders()
     room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=turns.order)

@@ -1,9 +1,9 @@
 """The scenario `hosts`: a cluster from the rendered Helm chart, with network namespaces as hosts, under load. Meanwhile
 parts of the cluster die, are cut off and are replaced.
 
-The cluster is started once. Every event of hosts/events.py is played over the same streams. Then the event `engine`
-adds a real engine over two hosts. `--only EVENT` plays some of the events. `--speed` shortens the streams and so the
-run. `--concurrency` is the number of sequences that each simulated worker takes.
+The cluster is started once. All events of hosts/events.py happen one after another while streams run. Then the event
+`engine` adds a real engine that spans two hosts. `--only EVENT` selects some of the events. `--speed` shortens the
+streams and so the run. `--concurrency` is the number of sequences that each simulated worker takes.
 """
 
 from __future__ import annotations
@@ -161,9 +161,8 @@ def _rows(load: Load, results: dict[str, EpisodeResults]) -> list[Figure]:
 
 
 def lost_in_move(result: EpisodeResults | None) -> Figure:
-    """Return the report's row for the event `move`: the number of streams that were lost, of those in progress during
-    the move. A stream is lost if its call failed, or if its text differs from that of another call with the same
-    prompt."""
+    """Return the report's row for the event `move`: how many of the streams in progress during the move were lost. A
+    stream is lost if its call failed, or if its text differs from the text of another call with the same prompt."""
     if result is None:
         return missing(MOVE, _NONE, "the event was not played")
     if result.episode.moved is None:

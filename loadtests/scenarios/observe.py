@@ -4,9 +4,10 @@ with many tenants. `--only PART` runs some of the parts.
 `streams` and `calls`: two gateways, each with a simulated engine, alternate. In one gateway everything is off: its
 counters and histograms count nothing, it logs only errors, and its metrics are not scraped. The other gateway has the
 default log and metrics, is scraped every few seconds, and sends traces of 1 % of the calls to a collector. `streams`
-has long answers, `calls` short ones, where the cost per call weighs more.
+has long answers. `calls` has short answers, so that the cost per call weighs more.
 
-`tenants`: two gateways have served the same number of calls, one of ten tenants, the other of ten thousand.
+`tenants`: two gateways have served the same number of calls. The calls of one gateway came from ten tenants, and the
+calls of the other gateway from ten thousand.
 """
 
 from __future__ import annotations

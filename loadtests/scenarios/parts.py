@@ -37,8 +37,8 @@ def exact(name: str, value: float, bound: Bound | None, unit: str = "", note: st
 async def play_parts(stage: Stage, package: str, names: Sequence[str]) -> None:
     """Run the selected parts, and report the rows of all parts. `package`: the package of the parts' modules.
 
-    Each part has its own folder, so that it finds no tenants and files of another part. The child processes of a part
-    are stopped when the part ends. If a part fails, the other parts still run.
+    Each part has its own folder, so that it does not use tenants or files of another part. The child processes of a
+    part are stopped when the part ends. If a part fails, the other parts still run.
     """
     for name in names:
         part = cast(Part, importlib.import_module(f"{package}.{name}"))

@@ -368,7 +368,7 @@ def _renamed(stage: Stage, contestant: Contestant, part: str) -> Arm:
 
 
 def figures(arms: dict[str, Contestant], stage: Stage) -> list[Figure]:
-    """Return the rows that need an engine, in the table's order."""
+    """Return the rows that need an engine, in the order of the table ROWS."""
     problems = {arm.name: arm.problem for arm in stage.report.arms}
     out = []
     for title, ours, theirs, kind, bound in ROWS:

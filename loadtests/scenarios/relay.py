@@ -1,8 +1,8 @@
-"""Relay: cost of a streamed token between engine and caller.
+"""Relay: CPU cost of passing on a streamed token from the engine to the caller.
 
-256 streams of a simulated engine at 20 ms a step are relayed by our gateway (link in; gRPC, HTTP or sessions out) and
-by vllm-router (SSE in, SSE out), alternating. The relaying processes are bound to one core, engines and driver to
-another core.
+A simulated engine with steps of 20 ms has 256 streams. Our gateway and vllm-router relay such streams in alternating
+rounds. Our gateway receives the tokens over a link, and sends them over gRPC, HTTP or gRPC sessions; vllm-router
+receives and sends SSE. The relaying processes are bound to one core, and the engines and the driver to another.
 """
 
 from __future__ import annotations

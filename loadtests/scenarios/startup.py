@@ -2,7 +2,8 @@
 
 A worker already runs and dials. The gateway has an empty folder: it must fetch the tokenizer from the worker, load the
 tokenizer, and route. The caller tries the port every few milliseconds, and repeats its call until the first text
-arrives. A gRPC channel that is opened before the port would wait a tenth of a second and more between attempts.
+arrives. A gRPC channel that is created before the gateway's port is open would wait a tenth of a second and more
+between attempts.
 """
 
 from __future__ import annotations

@@ -120,8 +120,9 @@ class SimWorker:
         return pid
 
     def cut_direction(self, down: bool, *, beats: bool) -> None:
-        """Block one direction, to the worker (`down`) or from it. With `beats`, block this direction on all
-        connections. Otherwise block it only on the first connection, which carries the calls but not the heartbeats."""
+        """Block one direction: to the worker if `down` is true, else from the worker. With `beats`, block this
+        direction on all connections. Otherwise block it only on the first connection, which carries the calls but not
+        the heartbeats."""
         ways = [pair[down] for pair in self.relay.ways]
         self.cut = ways if beats else ways[:1]
         for way in self.cut:
@@ -225,8 +226,8 @@ async def running(
 ) -> AsyncIterator[Fleet]:
     """Run a gateway and one simulated worker for each model source in `sources`. `gateway`: more keys of the
     configuration's section `gateway`. `witness`: options of loadtests/serving/gateway.py, which measures the gateway
-    from within its process; without options, nothing is measured there. `classes`: priority classes, each of which gets
-    a tenant of its own. All processes end with the context. Raises DidNotStart."""
+    from within its process; without options, the gateway is not measured. `classes`: priority classes, each of which
+    gets a tenant of its own. All processes end with the context. Raises DidNotStart."""
     home = folder / name
     async with AsyncExitStack() as stack:
         fleet = await started_gateway(stack, children, home, gateway=gateway, witness=witness, classes=classes)

@@ -8,8 +8,8 @@
 `--stalls` runs the same gateway and samples the event loop every few milliseconds. At every SIGUSR1 the program writes
 the worst lateness and the number of tasks.
 
-`--without-metrics` runs the command line with counters and histograms that count nothing, which no configuration can
-do.
+`--without-metrics` runs the command line with counters and histograms that count nothing. No configuration of a gateway
+can switch them off.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class Ours:
 
     @property
     def roots(self) -> list[tuple[int, str]]:
-        """Root processes for processes.snapshot."""
+        """Root processes of our cluster, in the form that processes.snapshot expects."""
         return [
             (child.pid, child.kind) for child in (self.gateway, *(child for child, _ in self.siblings), self.worker)
         ]

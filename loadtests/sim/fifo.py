@@ -31,7 +31,7 @@ class FifoOrder:
         insort(self._returned, (waiting.arrived, self._returns, waiting))
 
     def head(self, loss_of: Callable[[WaitingSequence], float] | None = None) -> WaitingSequence | None:
-        """The first sequence that was put back, else the first sequence in the queue; None if nothing waits."""
+        """Return the first sequence that was put back, else the first sequence in the queue; None if nothing waits."""
         return self._returned[0][2] if self._returned else next(iter(self._line.values()), None)
 
     def remove(self, call_id: str) -> None:
@@ -52,7 +52,7 @@ class FifoOrder:
         return self._place(call_id)
 
     def slots_to_keep_free(self, waiting: WaitingSequence) -> int:
-        """0, because this order knows no tenants."""
+        """Return 0, because this order does not distinguish tenants."""
         return 0
 
     def _place(self, call_id: str) -> int:

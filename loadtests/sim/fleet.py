@@ -48,8 +48,8 @@ class _Waiting:
 class Fleet:
     """Replicas of one model. `tick` advances time.
 
-    An arrival with a `count` above 1 stands for several equal calls. The replicas may begin any fraction of it, such
-    as 1.5 of 3 calls.
+    An arrival with a `count` above 1 stands for several equal calls. The replicas may begin any fraction of these
+    calls, such as 1.5 of 3.
     """
 
     def __init__(self, model: ReplicaModel, ttft_s: float, itl_s: float) -> None:

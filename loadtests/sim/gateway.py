@@ -115,7 +115,7 @@ class SimGateway:
                     order.ended(output.request_id)
 
     def likely_cached(self, tenant: str, tokens: int) -> int:
-        """Expected number of cached tokens in a prompt of a tenant."""
+        """Return the expected number of cached tokens in a prompt of a tenant."""
         return self._learnt_cached.mean(tenant, MODEL, tokens)
 
     def head(self) -> WaitingSequence | None:
@@ -123,12 +123,13 @@ class SimGateway:
         return self._policy.room.head(MODEL)
 
     def waiting(self) -> int:
-        """Number of waiting calls."""
+        """Return the number of waiting calls."""
         return self._policy.waiting(MODEL)[0]
 
     def claim(self) -> int:
-        """Return the backlog that this gateway reports to the workers. With a fair order, it is the gateway's share of
-        the next turns, in the unit of `claimed_turns`. Without one, it is the number of waiting calls."""
+        """Return the backlog that this gateway reports to the workers. With a fair order, the backlog is the gateway's
+        share of the next turns, in the unit of `claimed_turns`. Without a fair order, it is the number of waiting
+        calls."""
         return self.waiting() if self.fair is None else self.fair.order(MODEL).backlogs.claimed_turns()
 
     def pump(self, now: float) -> None:

@@ -112,8 +112,8 @@ class Observer:
         return max(self._service.input * self.longest_prompt, self._service.output * running)
 
     def gap(self, one: str, other: str, weights: Mapping[str, float], from_s: float) -> float:
-        """The most service, in weighted tokens divided by weight, that either of two tenants gained on the other in any
-        interval since `from_s`."""
+        """Return the most that either of two tenants gained on the other in any interval since `from_s`. The gain is in
+        received service: weighted tokens divided by the tenant's weight."""
         start = round(from_s / SAMPLE_S)
         a, b = self._tenants[one].samples[start:], self._tenants[other].samples[start:]
         lead = [x / weights[one] - y / weights[other] for x, y in zip(a, b, strict=True)]
@@ -153,8 +153,8 @@ class Observer:
         return sum(cached for cached, _ in pairs) / max(sum(whole for _, whole in pairs), 1)
 
     def ttft(self, tenant: str, quantile: float, from_s: float) -> float:
-        """Quantile of the time to first token in seconds, over the calls that arrived since `from_s`; NaN without
-        calls."""
+        """Return a quantile of the time to first token in seconds, over the calls that arrived since `from_s`; NaN if
+        there are no such calls."""
         times = sorted(seconds for at, seconds in self._tenants[tenant].ttft_s if at >= from_s)
         return times[min(int(quantile * len(times)), len(times) - 1)] if times else float("nan")
 

@@ -30,14 +30,14 @@ class ReplicaModel:
     kv_tokens: int = 524_288
 
     def most_prefill(self, running: float) -> float:
-        """Prompt tokens per second if every step computes `chunk_tokens` prompt tokens and one token of each of
-        `running` sequences."""
+        """Return the prompt tokens per second if every step computes `chunk_tokens` prompt tokens and one token of each
+        of `running` sequences."""
         chunk_s = self.chunk_tokens / self.prefill_tokens_per_s
         return self.chunk_tokens / (self.step_s + self.per_sequence_s * running + chunk_s)
 
     def steps_per_s(self, running: float, prefill_tokens_per_s: float) -> float:
-        """Steps per second if each step computes one token of each of `running` sequences, and prompts are computed at
-        this rate."""
+        """Return the steps per second if each step computes one token of each of `running` sequences, and the engine
+        also computes `prefill_tokens_per_s` prompt tokens per second."""
         left = max(1.0 - prefill_tokens_per_s / self.prefill_tokens_per_s, 0.0)
         return left / (self.step_s + self.per_sequence_s * running)
 
@@ -48,8 +48,8 @@ class ReplicaModel:
         return running / (self.step_s + self.per_sequence_s * running)
 
     def sequences(self, itl_s: float) -> float:
-        """Maximum number of running sequences at which each sequence still gets its next token within `itl_s` seconds,
-        while no prompt is computed."""
+        """Return the maximum number of running sequences at which each sequence still gets its next token within
+        `itl_s` seconds, while no prompt is computed."""
         return min((itl_s - self.step_s) / self.per_sequence_s, self.max_running)
 
     def busy(self, prompt_tokens: float, output_tokens: float, itl_s: float) -> float:

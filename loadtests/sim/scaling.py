@@ -104,7 +104,7 @@ class OurPolicy:
 
 
 class _SimulatedModel:
-    """A model of the simulation run."""
+    """One model in a simulation run: its replicas and its demand."""
 
     def __init__(
         self, name: str, spec: SimModelSpec, cold_start_s: float, tick_s: float, learnt: LearntOutputs
@@ -249,8 +249,7 @@ def _close(model: _SimulatedModel, now_s: float) -> None:
 
 
 def needed(demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float) -> Sequence[float]:
-    """Return the work that arrives in each slot of `slot_s` seconds, as the number of fully used replicas that it
-    takes."""
+    """Return for each slot of `slot_s` seconds how many fully used replicas the arriving work takes."""
     work = demand.count * (
         demand.prompt_tokens / plant.prefill_at(itl_s) + demand.output_tokens / plant.decode_tokens_per_s(itl_s)
     )

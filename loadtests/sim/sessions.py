@@ -59,9 +59,9 @@ class SessionsConfig:
 
     `shared_tokens`: first tokens that all sessions of a tenant share. `first_tokens`: further tokens of the first turn.
     `new_tokens`: median of the tokens that a turn adds to its prompt. `output_tokens`: median length of an output.
-    `start_s`: time within which all sessions begin. `kv_blocks`: number of KV blocks of each worker, of BLOCK_TOKENS
-    tokens. `warm`: whether the order within a tenant's queue is the warm order; otherwise it is first come, first
-    served.
+    `start_s`: time within which all sessions begin. `kv_blocks`: number of KV blocks of each worker; a block has
+    BLOCK_TOKENS tokens. `warm`: whether calls within a tenant's queue are sent in the warm order, which prefers prompts
+    that a worker has cached (policy/fairness/warm_order.py); otherwise the order is first come, first served.
     """
 
     tenants: Sequence[SessionTenant]
@@ -110,7 +110,7 @@ class Turn:
 
 
 class SessionWorker:
-    """A worker with a number of slots and a prefix cache of KV blocks. It computes one prompt after the other."""
+    """A worker with a number of slots and a prefix cache of KV blocks. It computes one prompt at a time."""
 
     def __init__(self, config: SessionsConfig) -> None:
         self.config = config
@@ -140,7 +140,8 @@ class SessionWorker:
         return max(min(self.config.slots - self.running, window), 0)
 
     def start(self, blocks: Sequence[int]) -> tuple[int, list[int]]:
-        """Hold the blocks of a call. Returns the number of leading blocks that were cached, and the evicted blocks."""
+        """Put the blocks of a call into the cache, and mark them as in use. Returns the number of leading blocks that
+        were cached before, and the evicted blocks."""
         cached = 0
         for block in blocks:
             if block not in self._held and block not in self._idle:

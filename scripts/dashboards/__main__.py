@@ -1,4 +1,4 @@
-"""Write the dashboards of helm/files/dashboards. With `--check`, only compare the files."""
+"""Write the dashboards of helm/files/dashboards. With `--check`, only report the files that are not up to date."""
 
 from __future__ import annotations
 

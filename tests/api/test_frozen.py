@@ -25,7 +25,7 @@ pairs = st.builds(Pair, st.integers(0, 3), st.lists(st.sampled_from("ab"), max_s
 
 @given(pairs, pairs)
 def test_equal_values_are_one_key(one: Pair, other: Pair) -> None:
-    """Two instances are equal, and the same key of a dictionary, exactly if their fields are equal."""
+    """Two instances are equal, and count as one dictionary key, if and only if their fields are equal."""
     equal = (one.number, one.words) == (other.number, other.words)
     assert (one == other) is equal
     assert len({one: 1, other: 2}) == (1 if equal else 2)

@@ -1,4 +1,4 @@
-"""Commands that remove or stop something ask for confirmation on a terminal, and only there."""
+"""Commands that remove or stop something ask for confirmation, but only on a terminal."""
 
 from __future__ import annotations
 

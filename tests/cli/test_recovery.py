@@ -1,4 +1,5 @@
-"""The recovery of docs/backups.md: PostgreSQL is restored to a moment before a disaster, and Headrace works again."""
+"""The recovery that docs/backups.md describes: PostgreSQL is restored to a moment before a disaster, and Headrace works
+again."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def script(name: str) -> Iterator[tuple[str, Callable[[LedgerServices, list[Any]
 
 
 def transcript(services: LedgerServices, name: str) -> list[tuple[str, Any]]:
-    """Run all steps of `script`, and return the result of each step without names, ids and times."""
+    """Run all steps of `script`. Returns the result of each step, from which names, ids and times are removed."""
     results: list[tuple[str, Any]] = []
     made: list[Any] = []
     for step, act in script(name):
@@ -286,7 +286,7 @@ async def test_the_environment_says_where(keyed: Keyed, key: str, monkeypatch: p
 
 @pytest.mark.slow
 async def test_a_local_cluster_needs_no_key(tmp_path: Path, cache: Path) -> None:
-    """Commands reach a local cluster with TLS and authentication by the credentials in the cluster's run folder.
+    """If a local cluster has TLS and authentication, commands use the credentials in the cluster's run folder.
 
     Without a configuration in the run folder, the commands are refused as unauthenticated.
     """

@@ -105,7 +105,8 @@ def test_the_ledgers_commands_are_safe(run: Run, tmp_path: Path) -> None:
 
 
 def test_every_command_prints_by_one_module() -> None:
-    """Commands print only through cluster/cli/terminal.py, `out`, `err` or `fail`, which escape control characters."""
+    """Outside of terminal.py and step_lines.py, commands print only with functions that escape control characters, such
+    as `out`, `err`, `fail` and `warn`. The only exception is the JSON of `prepare`, which is ASCII."""
     calls = []
     for file in sorted(CLI.rglob("*.py")):
         if file.name in WRITES_ITSELF:

@@ -141,7 +141,7 @@ async def test_a_connection_that_carries_nothing_is_left(pair: Pair) -> None:
 
 @pytest.mark.slow
 async def test_a_gateway_that_stops_is_left(pair: Pair) -> None:
-    """A stream of a gateway that stops gracefully continues on the other gateway, with the same text."""
+    """When a gateway stops gracefully, its stream continues on the other gateway, with the same text."""
     async with AsyncClient(pair.endpoints) as client:
         wanted = (await client.complete("sim", "Once", max_tokens=120, ignore_eos=True, temperature=0.0)).text
         stream = client.stream_complete("sim", "Once", max_tokens=120, ignore_eos=True, temperature=0.0)

@@ -37,7 +37,8 @@ async def client(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> Asyn
 
 
 async def test_many_streams_share_a_session(client: AsyncClient, cluster: TestCluster) -> None:
-    """Twenty concurrent streams share one session. Each yields the usage and the same text as a call alone."""
+    """Twenty concurrent streams share one session. Each stream has its usage, and gets the same text as if the call
+    were made alone."""
     alone = (await client.chat("sim", "call 3", max_tokens=25, ignore_eos=True, temperature=0.0)).text
 
     async def read_stream(i: int) -> tuple[str, int]:

@@ -64,7 +64,7 @@ def test_all_keys() -> None:
     ],
 )
 def test_wrong_values(text: str, message: str) -> None:
-    """A wrong value is refused with the key and what is allowed."""
+    """The error for a wrong value names the key and says what is allowed."""
     with pytest.raises(ConfigError) as caught:
         console(text, AUTH)
     assert "gateway.console" in str(caught.value)

@@ -154,8 +154,8 @@ def test_what_gateway_processes_share() -> None:
 
 
 def test_an_entry_as_the_packages_see_it() -> None:
-    """Every key of a model's entry reaches the model's spec. The initial number of replicas is `replicas.min`, but at
-    least 1."""
+    """Every key of a model's entry is passed on to the model's spec. The initial number of replicas is `replicas.min`,
+    but at least 1."""
     text = """
 models:
   - name: m

@@ -449,8 +449,8 @@ async def test_versions_have_their_parts_on_every_type_in_use() -> None:
 
 
 async def test_two_ray_clusters_are_driven_side_by_side() -> None:
-    """A model that moves to another Ray cluster starts there before its old replicas end. An unreachable Ray cluster
-    does not stop changes on the other cluster."""
+    """A model that moves to another Ray cluster starts on that cluster before its old replicas end. An unreachable Ray
+    cluster does not stop changes on the other cluster."""
     blue, green, gateways, clock = FakeRay(), FakeRay(), FakeGateways(), Clock()
     on_blue, on_green = settings("m"), settings("m")
     on_blue, on_green = (dataclasses.replace(on_blue, ray_cluster=name) for name in ("blue", "green"))

@@ -15,8 +15,8 @@ from tests.support.serving import eventually
 
 
 async def test_each_ray_cluster_has_a_value() -> None:
-    """The gauge of a Ray cluster is 1 if the cluster answers and 0 if not, even if no other cluster answers. Before the
-    first pass it has no value."""
+    """The gauge of a Ray cluster is 1 if this cluster answers and 0 if it does not, whether or not the other Ray
+    clusters answer. Before the controller's first pass, the gauge has no value."""
     blue, green = FakeRay(), FakeRay(away="gone")
     backend = MultiClusterBackend({"blue": blue, "green": green})
     loop = controller(backend, FakeGateways(), dataclasses.replace(settings("m"), ray_cluster="blue"))

@@ -177,8 +177,8 @@ async def test_no_gateway_delays_a_start_only_for_a_while(tmp_path: Path, unused
 
 @pytest.mark.slow
 async def test_a_request_of_an_operator_reaches_the_gateways(tmp_path: Path) -> None:
-    """A frozen model and a quarantined version remain frozen and quarantined under the next controller, even if that
-    controller's folder is empty. It reads them from the gateway."""
+    """A model that an operator froze, and a version that an operator quarantined, remain so under the next controller,
+    even if that controller's folder is empty. The controller reads the operator state from the gateway."""
     hub, (first, second) = (
         Hub("g", Door(), tuple, tuple, folder=tmp_path / "g"),
         (tmp_path / "first", tmp_path / "second"),

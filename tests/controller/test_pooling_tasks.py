@@ -1,4 +1,5 @@
-"""A model's pooling tasks pass from a worker's Hello through the controller to the next gateway."""
+"""A model's pooling tasks reach all gateways: a worker names them in its Hello message, the worker's gateway reports
+them to the controller, and the controller publishes them in the catalog."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_what_was_asked_is_kept_whole(tmp_path: Path) -> None:
 
 
 def test_counters_grow_by_what_has_come() -> None:
-    """The metrics grow only by new counts, however often they are updated."""
+    """The counters of GPU-seconds and scaling decisions grow only after a new pass, however often they are updated."""
     metrics, scaler = Metrics("c"), Scaler()
     counters = scaling.Counters(metrics)
     spec = ModelSpec("m", "/m", min_replicas=2, max_replicas=2)

@@ -71,7 +71,7 @@ async def cluster(served: Served, tmp_path: Path) -> AsyncIterator[TestCluster]:
 
 @pytest.fixture(scope="module")
 async def peer(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Peer]:
-    """vLLM's own OpenAI server, unmodified, on the same checkpoint."""
+    """Start vLLM's own OpenAI server, unmodified, on the same checkpoint."""
     arguments = ENGINE | {
         "dtype": "float32",
         "max_model_len": MAX_MODEL_LEN,

@@ -1,8 +1,8 @@
-"""Our answers equal those of vLLM's own OpenAI server, from one engine build: text, finish_reason, logprobs and
-usage.
+"""Our answers equal the answers of vLLM's own OpenAI server on the same build of the engine. The tests compare text,
+finish_reason, logprobs and usage.
 
-EXCEPTIONS are the cases in which the two servers differ on purpose. A test below checks that each exception
-covers only the case described here:
+EXCEPTIONS are the cases in which the two servers differ on purpose. A test below checks that each exception covers only
+the case described here:
 
 - completion-k-plus-one: for k alternatives, /v1/completions of vLLM returns k + 1 entries if the chosen token is
 not among the k likeliest (OpenAI's old format has no other place for the chosen token), and one entry for k = 0.
@@ -68,15 +68,16 @@ async def _compare(
 
 @pytest.fixture
 async def both(peer: Peer, cluster: TestCluster) -> tuple[Peer, TestCluster]:
-    """The two servers to compare, once both are ready: vLLM's own server and the cluster with a Headrace gateway."""
+    """Return the two servers to compare, once both are ready: vLLM's own server, and the cluster with a Headrace
+    gateway."""
     await peer.ready()
     return peer, cluster
 
 
 @pytest.mark.parametrize("requests", [150, pytest.param(500, marks=pytest.mark.long)])
 async def test_greedy_requests_are_answered_alike(requests: int, both: tuple[Peer, TestCluster]) -> None:
-    """For random requests, text, finish_reason, log probabilities and usage of our answers equal those of the other
-    server. Half of our answers are streamed."""
+    """For random requests, our answers have the same text, finish_reason, log probabilities and usage as the other
+    server's answers. Half of our answers are streamed."""
     peer, cluster = both
     maker = Maker(SEED)
     plain = [maker.plain() for _ in range(PLAIN)]

@@ -91,7 +91,8 @@ async def test_grpc_messages(cluster: TestCluster) -> None:
 
 
 def frames() -> st.SearchStrategy[bytes]:
-    """Return a strategy for one HTTP/2 frame, built by hand so that every field may be wrong, or for invalid bytes."""
+    """Return a strategy that gives either one HTTP/2 frame or random bytes. The frame is built by hand, so that every
+    field may be wrong."""
     # the header block of :method POST, :scheme http, :path /x/Chat, content-type application/grpc
     head = b"\x83\x86\x44\x07/x/Chat\x5f\x10application/grpc"
     chosen = st.sampled_from([head, head, head.replace(b"/x/Chat", b"/x/\xff\x00\r\n"), b"\x82\x86\x84", b"\x00" * 8])
@@ -127,7 +128,7 @@ async def test_http2_frames(cluster: TestCluster) -> None:
 
 
 async def send_and_disconnect(address: str, parts: list[bytes]) -> None:
-    """Send the parts, read the data that arrives at once, and disconnect."""
+    """Send the parts, read the answer for at most CALL_S seconds, and disconnect."""
     host, port = address.rsplit(":", 1)
     reader, writer = await asyncio.open_connection(host, int(port))
     with contextlib.suppress(ConnectionError):

@@ -21,7 +21,7 @@ WRONG = LOOPBACK + '  - {name: sim, source: "sim:///elsewhere"}\n'
 
 
 async def no_bundle(_: str) -> object:
-    """Raise, because no bundle may be fetched."""
+    """Raise LookupError: the gateway can fetch no bundle in this test."""
     raise LookupError
 
 

@@ -106,8 +106,8 @@ def test_what_outgrows_its_guess_counts_while_it_runs() -> None:
 
 
 def test_waits_and_deadlines() -> None:
-    """The demand counts of a model hold the longest wait and the nearest deadline of its queued sequences. If the model
-    has a worker, no request is counted as held for lack of one. A sequence that is queued twice counts once."""
+    """The demand counts of a model include the longest wait and the nearest deadline of its queued sequences. If the
+    model has a worker, `held_requests` is 0. A sequence that is queued twice counts once."""
     tally = DemandTally()
     for waiting in (
         sequence(1, arrived=1.0),

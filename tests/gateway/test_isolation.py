@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,11 +75,12 @@ class FaultyText:
 
     def pending_tokens(self) -> int:
         """Fail, or call the same method of the wrapped text source."""
-        self._fail("untaken_tokens")
+        self._fail("pending_tokens")
         return self.plain.pending_tokens()
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """Fail at the first or at a later step, or call the same method of the wrapped text source."""
+        """Fail at the first call or at later calls, as `at` demands; otherwise call the same method of the wrapped text
+        source."""
         self.pushes += 1
         self._fail("push" if self.pushes == 1 else "push later")
         return self.plain.push(token_ids, stop_terminated)
@@ -94,7 +95,7 @@ class FaultyText:
 
     def pop_text(self, finished: bool) -> str:
         """Fail, or call the same method of the wrapped text source."""
-        self._fail("take")
+        self._fail("pop_text")
         return self.plain.pop_text(finished)
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
@@ -288,14 +289,17 @@ async def test_a_record_that_cannot_be_sealed_ends_its_call(
     assert written == []
 
 
-async def test_every_step_of_a_calls_end_is_taken(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+@pytest.mark.parametrize("at", ["pop_text", "pending_tokens"])
+async def test_every_step_of_a_calls_end_is_taken(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, at: str
+) -> None:
     """All cleanup steps run, even if the call's text fails while it is read or counted. Formerly the slot and the queue
     entry were not freed."""
     async with rig_of(cluster, bundle, sim_engine(checkpoint, decode_ms=2)) as rig:
-        call = rig.call(Poison(text="take"))
+        call = rig.call(Poison(text=at))
         async with rig.entered([call]):
             await until(lambda: bool(call.sequences[0].emitted), "it has a token")
-            with pytest.raises(Broken):
+            with pytest.raises(Broken) if at == "pop_text" else nullcontext():
                 call.output.pop_pieces()
 
 

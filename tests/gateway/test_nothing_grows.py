@@ -120,7 +120,7 @@ async def calls(cluster: TestCluster) -> None:
 
 
 async def losses(cluster: TestCluster) -> None:
-    """Break links under running calls and let them reconnect."""
+    """Break links that have running calls, and let the links reconnect."""
     for number in range(LINKS):
         await until(lambda: bool(cluster.gateway.hub.links), "the worker is back")
         (link,) = cluster.gateway.hub.links

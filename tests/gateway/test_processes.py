@@ -69,7 +69,7 @@ def answered(endpoints: Mapping[str, str]) -> int:
 
 
 def own_process(child: Any) -> int:
-    """Return the pid of the gateway itself, not that of its guard process."""
+    """Return the pid of the gateway itself. The pid of the gateway's guard process is a different one."""
     (process,) = child.commands()
     return int(process.pid)
 

@@ -252,8 +252,8 @@ def reference_names() -> frozenset[str]:
 def unknown_names(text: str) -> list[str]:
     """Return the names in a page that look like log events but are not known.
 
-    A name looks like a log event if it begins with the area of an event, or if it is a single word with
-    underscores. Known are log events, engine arguments and the names in the reference pages.
+    A name looks like a log event if it begins with the area of an event, or if it is a single word with underscores. A
+    name is known if it is a log event, an engine argument or a name in the reference pages.
     """
     names = re.findall(r"`([a-z][a-z0-9_]*(?:\.[a-z][a-z0-9_]*)?)`", text)
     like = [name for name in names if (name.split(".")[0] in AREAS if "." in name else "_" in name)]
@@ -262,8 +262,8 @@ def unknown_names(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", sorted(RUNBOOKS.glob("*.md")), ids=lambda page: page.stem)
 def test_log_events_in_runbooks_exist(page: Path) -> None:
-    """A runbook names no unknown log event: each name that looks like a log event is one, or is another name that
-    docs/reference lists."""
+    """A runbook names no unknown log event: each name that looks like a log event is a log event, or is another name
+    that docs/reference lists."""
     assert unknown_names(page.read_text()) == []
 
 

@@ -131,7 +131,8 @@ def test_a_new_model_restarts_no_gateway() -> None:
 
 
 def test_images_come_from_the_site() -> None:
-    """If the values name an image registry, every image is pulled from it, including those of PostgreSQL and Valkey."""
+    """If the values name an image registry, every image is pulled from it, the images of PostgreSQL and Valkey
+    included."""
     name = "registry.inside:5000/team"
     airgapped = next(path for path in helm.PRESETS if path.stem == "local-cpu")
     rendered = helm.template(airgapped, {"global": {"imageRegistry": name}, "imagePullSecrets": [{"name": "pull"}]})

@@ -65,7 +65,7 @@ GROUPS = {group.name for group in app.registered_groups} | {"status", "chat", "u
     ("file", "words"), command_lines(), ids=lambda value: value if isinstance(value, str) else " ".join(value)[:40]
 )
 def test_command_lines_are_known(file: str, words: list[str]) -> None:
-    """Each documented command exists, and so does each option of the command."""
+    """Each command in the docs exists and has the options that the docs use."""
     path = [words[0]]
     if words[0] in {group.name for group in app.registered_groups} and len(words) > 1 and words[1].isalpha():
         path.append(words[1])

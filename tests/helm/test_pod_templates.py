@@ -77,7 +77,7 @@ NO_POLICIES = {"networkPolicy": {"enabled": False}}
 
 @functools.cache
 def rendered(part: str) -> Rendered:
-    """The release with a full pod template for one part."""
+    """Return the rendered release with a full pod template for one part of the release."""
     return helm.template(values(part, template(part)), NO_POLICIES)
 
 
@@ -143,7 +143,7 @@ def test_security_contexts_are_merged(part: str) -> None:
 
 @parts
 def test_init_containers_run_before(part: str) -> None:
-    """Init containers are added as written."""
+    """The init containers in the chart's values are added to the pod unchanged."""
     assert pod(rendered(part), part)["spec"]["initContainers"] == [INIT]
 
 
@@ -179,7 +179,7 @@ def test_a_sidecar_and_variables_are_added(part: str) -> None:
 
 @parts
 def test_tolerations_are_added(part: str) -> None:
-    """A toleration is added to those of the chart."""
+    """A toleration in the values is added to the chart's own tolerations."""
     extra = {"key": "spot", "operator": "Exists"}
     before = pod(plain(), part)["spec"].get("tolerations", [])
     assert pod(rendered(part), part)["spec"]["tolerations"] == [*before, extra]
@@ -202,7 +202,8 @@ def test_the_api_takes_the_merged_pod(part: str) -> None:
 
 
 def test_other_pods_stay_as_they_are() -> None:
-    """The pod template of a worker group changes only the RayCluster object, and there only the workers' pods."""
+    """The pod template of a worker group changes only the RayCluster object, and within it only the pods of the
+    workers."""
     changed = {(item["kind"], item["metadata"]["name"]): item for item in rendered("worker").objects}
     before = {(item["kind"], item["metadata"]["name"]): item for item in plain().objects}
     assert changed.keys() == before.keys()

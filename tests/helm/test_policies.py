@@ -269,8 +269,8 @@ OPERATOR = Peer("kuberay", {"app": "operator"})
 
 
 def site(rendered: Rendered) -> tuple[Peer, Peer, Peer, int]:
-    """Return four values for the platform on which the chart is installed (OpenShift or other): the peers Prometheus,
-    KubeRay's operator and DNS server, and the DNS port."""
+    """Return four values for the platform on which the chart is installed (OpenShift or other): the network peers for
+    Prometheus, for KubeRay's operator and for the DNS server, and the DNS port."""
     if rendered.all("Route"):
         prometheus = Peer("openshift-user-workload-monitoring", {"app": "prometheus"})
         return prometheus, Peer("openshift-operators", {}), Peer("openshift-dns", {"dns": "default"}), 5353
@@ -342,9 +342,8 @@ def test_callers_reach_the_two_client_ports() -> None:
 
 
 def test_stores_inside_are_reached_by_their_users_alone() -> None:
-    """Only gateways, backups and the Job that makes the tables reach PostgreSQL; only gateways and Ray heads reach
-    Valkey.
-    """
+    """PostgreSQL accepts connections only from gateways, backups and the Job that creates the tables. Valkey accepts
+    connections only from gateways and Ray heads."""
     rendered = helm.template(INSIDE, {"backup": {"enabled": True}})
     there, allows = peers(rendered), network(rendered).allows
     may = {(part, "postgresql") for part in ("gateway", "database", "backup")}

@@ -42,7 +42,8 @@ def groups(rendered: Rendered) -> dict[str, dict[str, Any]]:
 def test_one_model_over_two_nodes(sizes: dict[str, Any]) -> None:
     """The worker group has enough GPUs for the model in both parallel layouts that the preset names.
 
-    The PodDisruptionBudget lets none of its pods be evicted. Its containers have the group's network settings.
+    The PodDisruptionBudget lets none of the group's pods be evicted. The pods' containers have the group's network
+    settings.
     """
     (model,) = yaml.safe_load(preset("two-nodes").read_text())["config"]["models"]
     rendered = helm.template(preset("two-nodes"), {"config": {"models": [{**model, **sizes}]}})
@@ -80,7 +81,7 @@ def test_spot_nodes_come_first_and_end_within_their_notice() -> None:
 
 
 def test_openshift_chooses_the_user() -> None:
-    """No pod sets a user or a group, which OpenShift's constraint restricted-v2 would refuse.
+    """No pod sets a user or a group, because OpenShift's constraint restricted-v2 would refuse such a pod.
 
     The database Job trusts the certificate authority of the database.
     """

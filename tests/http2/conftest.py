@@ -72,7 +72,8 @@ class _Methods:
         return b""
 
     async def many(self, request: bytes, context: Any) -> None:
-        """Send `count` messages of `size` bytes. Each byte of message number n has the value n modulo 251."""
+        """Send `count` messages of `size` bytes; the request is the text `{count}x{size}`. Each byte of message number
+        n has the value n modulo 251."""
         count, size = map(int, request.split(b"x"))
         for i in range(count):
             await context.write(bytes([i % 251]) * size)

@@ -21,7 +21,7 @@ from h2.settings import SettingCodes, Settings
 
 
 class Raw:
-    """A client connection over the library h2. `events` holds all received events."""
+    """A client connection that uses the library h2. `events` holds all received events."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, window: int) -> None:
         self._reader, self._writer = reader, writer

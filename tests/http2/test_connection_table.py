@@ -45,7 +45,7 @@ class Fake:
 
 
 def connection_of(held: ConnectionSlot) -> Fake:
-    """The fake connection in a slot."""
+    """Return the fake connection in a slot."""
     assert isinstance(held.connection, Fake)
     return held.connection
 

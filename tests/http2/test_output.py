@@ -112,8 +112,8 @@ async def test_what_is_queued_is_sent_before_the_close_and_nothing_after_it() ->
 
 
 class Answer:
-    """An answer of which `left` bytes are still to be sent. Each call of `push` sends one byte. While bytes are left,
-    the answer then waits for the connection's window again."""
+    """An answer of which `left` bytes are still to be sent. Each call of `push` sends one byte. If bytes are left after
+    that, the answer waits for the connection's window again."""
 
     def __init__(self, stream_id: int, left: int, h2: ServerState, blocked: BlockedAnswers, sent: list[int]) -> None:
         self.stream_id = stream_id

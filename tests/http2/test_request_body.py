@@ -1,5 +1,5 @@
-"""Tests of the bodies of requests. A request without a credential is refused. With a credential, a body may have to
-wait while the bodies that are buffered use up the limit, but it is always received in the end."""
+"""Tests of the bodies of requests. A request without a credential is refused. A body of a request with a credential may
+have to wait while other buffered bodies use up the limit, but in the end it is always received."""
 
 from __future__ import annotations
 

@@ -254,8 +254,8 @@ async def test_an_old_connection_is_replaced_without_a_failed_call(serve: Serve)
 
 
 async def test_an_old_connection_cuts_no_stream(serve: Serve) -> None:
-    """A connection exceeds its age limit and the grace period. A call whose request is complete runs on. A call whose
-    client may still send requests ends with UNAVAILABLE."""
+    """When a connection has exceeded its age limit and the grace period, a call whose request is complete runs on. A
+    call whose client may still send requests ends with UNAVAILABLE."""
     async with (
         serve(http2.ServerLimits(age_s=0.2, age_grace_s=0.2)) as echo,
         grpc.aio.insecure_channel(echo.address) as channel,

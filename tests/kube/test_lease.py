@@ -1,5 +1,5 @@
 """Tests of a lease, which lets at most one of several processes act at a time, whatever the delays and failures of the
-store. One of them always acts in the end."""
+store. When the holder of the lease dies, another process soon acts."""
 
 from __future__ import annotations
 

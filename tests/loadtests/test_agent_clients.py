@@ -1,5 +1,5 @@
-"""Tests of the part `clients` of the load test `agents`: its tasks, its engine, which answers from scripts and can die
-in a turn, and the judgement of a run."""
+"""Tests of the part `clients` of the load test `agents`: the tasks, the judgement of a run, and the engine, which
+answers from scripts and can die in a turn."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from tests.support.cpu import slowness
 
 
 def test_a_process_is_measured_to_its_last_nanosecond() -> None:
-    """The CPU time read for another process agrees with that process's own count, to well below the kernel's step of 10
-    ms."""
+    """The CPU time read for another process is at least that process's own count, and less than 10 ms above it. On a
+    slow machine the bound is larger."""
     program = "import time; sum(range(10**6)); print(time.process_time(), flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", program], stdin=-1, stdout=-1, text=True) as child:
         assert child.stdout is not None

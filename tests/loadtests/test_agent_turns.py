@@ -12,8 +12,8 @@ from loadtests.agents import conversations, turns
 
 
 def test_a_conversation_grows_as_traces_do() -> None:
-    """Each turn begins with the messages of the turn before. 96 % of all text sent was sent before, and equal seeds
-    give equal text."""
+    """Each turn begins with the messages of the turn before. About 96 % of all sent text repeats the turn before. Equal
+    seeds give equal text."""
     talk = conversations.conversation("7")
     assert len(talk) == conversations.TURNS
     assert all(later[: len(turn)] == turn for turn, later in itertools.pairwise(talk))

@@ -4,6 +4,7 @@ answers."""
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
 
@@ -11,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.observe.events import EVENTS
 from loadtests.autoscale_live.calls import Callers, CallResult, compare, play
 from loadtests.autoscale_live.choice import sweep_policies
+from loadtests.autoscale_live.cold import STARTED, starts_in
 from loadtests.autoscale_live.traffic import Engine, PlannedCall, plan, share_of_most
 from tests.support.cluster import until
 
@@ -35,7 +38,8 @@ def test_equal_seeds_give_equal_calls(seed: int, seconds: float) -> None:
 def test_the_most_is_seventy_percent_of_all_replicas() -> None:
     """At the maximum of the demand curve, the planned work is 70 % of the replicas' capacity.
 
-    So over the whole curve, averaged over many seeds, it is 70 % of the capacity times the mean of the curve.
+    So the planned work over the whole curve, averaged over many seeds, is 70 % of the capacity times the mean of the
+    curve.
     """
     engine, seconds, seeds = Engine(), 200.0, range(200)
     work = sum(call.tokens for seed in seeds for call in plan(seed, seconds, engine, 4)) / len(seeds)
@@ -94,3 +98,11 @@ def test_choosing_a_replica_saves_less_than_a_stream(use: float) -> None:
     assert sweep.blind_moved <= sweep.blind
     assert sweep.blind == pytest.approx(use * 16, rel=0.1), "as many as the places that are taken"
     assert sweep_policies(use, 20.0, 1e9, random.Random(2)).blind_moved == 0
+
+
+def test_the_parts_of_a_start_are_found_in_what_replicas_print() -> None:
+    """The times of a start are read from its event, and other lines that replicas print are passed over."""
+    assert STARTED in EVENTS
+    event = json.dumps({"event": STARTED, "began": 12.5, "opened_s": 0.25, "engine_s": 3.0})
+    other = json.dumps({"event": "worker.ready", "reason": STARTED})
+    assert list(starts_in(f":job_id:03\n{event}\n{other}\nafter {STARTED}\n{event}")) == [(12.5, 3.0, 0.25)] * 2

@@ -33,8 +33,8 @@ def test_each_part_has_rows_and_bounds() -> None:
 
 
 def test_the_cost_is_what_the_same_calls_took_more() -> None:
-    """The consoles' share of a core is the additional CPU time in a pair of rounds, divided by the duration of the
-    round with consoles."""
+    """The consoles' share of a core is the CPU time that a round takes more with consoles than without, in percent of
+    the duration of the round with consoles."""
 
     def played(number: int, cpu_s: float) -> Round:
         return Round(number, Run([], 10.0, 0.0), Usage({"gateway": cpu_s, "simulated engine": 9.0}, {}))

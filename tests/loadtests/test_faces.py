@@ -108,8 +108,8 @@ async def test_nobody_at_the_endpoint_is_unreachable(kind: str) -> None:
 
 
 async def test_a_server_cut_in_the_middle_leaves_a_partial_run(sse: SseServer) -> None:
-    """If a server dies during a run, running streams break, later calls find no server, and the run ends early. The
-    report names the server's death as the problem."""
+    """If a server dies during a run, running streams break, later calls fail because no server answers, and the run
+    ends early. The report names the server's death as the problem."""
     face = OpenAiSse(sse.url, MODEL)
     requests = [*fixed(4, 8, 4, seed=1), *fixed(200, 8, 500, seed=2)]
     running = asyncio.create_task(drive(face, requests, concurrency=4, limits=LIMITS))

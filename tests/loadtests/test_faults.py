@@ -35,8 +35,8 @@ def call_with(pieces: list[str], *, first: int = 0, usage: int | None = None) ->
 @settings(deadline=None)
 @given(WORDS, st.data())
 def test_no_loss_or_repetition_passes_for_the_undisturbed_answer(pieces: list[str], data: st.DataObject) -> None:
-    """A lost, doubled or miscounted token is always reported as a difference. A comparison that misses one would let
-    any gateway pass."""
+    """A lost, doubled or miscounted token is always reported as a difference. A comparison that missed such a
+    difference would let any gateway pass."""
     at = data.draw(st.integers(0, len(pieces) - 1))
     whole = call_with(pieces)
     assert difference(call_with(pieces), whole) == ""

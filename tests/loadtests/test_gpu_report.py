@@ -159,8 +159,8 @@ async def test_without_a_gpu_it_ends_with_what_is_missing(tmp_path: Path) -> Non
 @pytest.mark.engine
 @pytest.mark.long
 async def test_a_trial_on_cpu_runs_the_whole_way(tmp_path: Path) -> None:
-    """The load test, run on CPUs as a trial, finishes one tiny round with the real engine and our gateway. Rows that
-    need a server that did not run say so, and no row counts as met."""
+    """The load test, run on CPUs as a trial, finishes one tiny round with the real engine and our gateway. If a server
+    did not run, the rows that need this server say so. No row counts as met."""
     where = tmp_path / "deep" / "page.md"
     code, out, err = await _run(
         "--cpu", "--rounds", "1", "--concurrency", "2", "--tokens", "4", "--only", GRPC, "--out", str(where)

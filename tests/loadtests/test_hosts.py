@@ -91,8 +91,8 @@ def test_workers_are_found_in_what_replicas_print() -> None:
 
 
 def test_a_stream_that_is_lost_while_its_model_moves_is_told() -> None:
-    """The report's row for the event `move` fails if a call fails before the event is over. It also fails if the text
-    of a call differs from that of another call with the same prompt."""
+    """The report's row for the event `move` fails if a call that was in progress during the event fails, even after the
+    event is over. It also fails if the text of a call differs from the text of another call with the same prompt."""
     goes_on = replace(call(1, 95.0, 95.1, 130.0, []), resumed=1)
     assert lost_in_move(moving([goes_on])).value == 0.0
     late = call(2, 140.0, 140.1, 170.0, [], "UNAVAILABLE")

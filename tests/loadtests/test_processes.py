@@ -112,8 +112,8 @@ async def test_nothing_stays_when_the_harness_is_killed(tmp_path: Path) -> None:
 
 
 async def test_a_program_that_ends_at_once_is_told_with_its_last_words(tmp_path: Path) -> None:
-    """If a program ends at once, the failure is reported at once, without waiting for the timeout, with the end of the
-    log."""
+    """If a program ends at once, the failure is reported at once, without waiting for the timeout. The report has the
+    end of the program's log."""
     async with Children(tmp_path) as children:
         child = children.start("broken", "x", [sys.executable, "-c", "raise SystemExit('no such model')"])
 

@@ -59,8 +59,9 @@ def test_time_until_hits_are_back() -> None:
 @has_traces
 @pytest.mark.slow
 def test_small_cells_of_the_traces() -> None:
-    """The beginning of each trace is replayed. With Mooncake's trace, our policy finds at least nine tenths of the
-    cached tokens that a pooled cache finds; with Azure's trace, whose prompts share nothing, it finds none."""
+    """The beginning of each trace is replayed. With Mooncake's trace, the number of cached tokens under our policy is
+    at least nine tenths of the number in a pooled cache. With Azure's trace, whose prompts share nothing, no tokens are
+    cached."""
     ours, theirs = (mooncake.run(policy, 600, 1, most=300) for policy in (OURS, "round robin"))
     assert ours.cached >= 0.9 * ours.in_pool
     assert ours.cached > theirs.cached

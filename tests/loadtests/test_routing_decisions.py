@@ -121,7 +121,7 @@ class Both:
         self.simulated.granted(number, Grant(number, grant, *total), self.now)
 
     def report(self, number: int, blocks: Sequence[int]) -> None:
-        """Report the blocks that a worker holds. Together they are a prefix of one prompt."""
+        """Report the blocks that a worker holds. All blocks together are a prefix of one prompt."""
         ids = [block for block in blocks for _ in range(BLOCK_TOKENS)]
         real = KvChange(True, prefix_hashes(ids, BLOCK_TOKENS, seed_of("")))
         for message in kv_blocks_to_pb(real):

@@ -63,7 +63,7 @@ PROMPTS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12)), max_size=30
 @given(PROMPTS, st.integers(1, 30))
 def test_the_pool_hits_what_the_last_prompts_left(prompts: list[tuple[int, int]], blocks: int) -> None:
     """In a large PooledLru (a simulated prefix cache), a prompt hits every leading block that an earlier prompt has
-    stored. In a smaller PooledLru it never hits more blocks."""
+    stored. In a smaller PooledLru, a prompt hits at most as many blocks as in the large one."""
     small, large, held = PooledLru(blocks), PooledLru(10_000), set[int]()
     for kind, count in prompts:
         hashes = [100 * kind + at for at in range(count)]

@@ -1,4 +1,4 @@
-"""Tests of the load-test part `strict`: the engine's schema checks accept the schemas of the part, and the part finds
+"""Tests of the load-test part `strict`: the engine's schema checks accept the schemas of the part, and the part detects
 wrong tool calls."""
 
 from __future__ import annotations

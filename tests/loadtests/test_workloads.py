@@ -53,7 +53,7 @@ def test_members_of_a_group_share_its_prefix_and_others_do_not() -> None:
 
 
 def test_equal_blocks_of_a_trace_are_equal_text() -> None:
-    """Equal blocks of a trace give equal text, so a prefix cache finds the same hits as in the traced system."""
+    """Equal blocks of a trace give equal text, so a prefix cache has the same hits as in the traced system."""
     one, other = datasets.from_trace([Traced(0, 1024, 10, "", (7, 8)), Traced(1, 1024, 10, "", (7, 9))], 0.125, seed=1)
     assert one.prompt.split()[:64] == other.prompt.split()[:64]
     assert one.prompt.split()[64:] != other.prompt.split()[64:]

@@ -13,7 +13,7 @@ LOGGED = logged_events()
 
 
 def test_every_event_is_in_the_table_and_every_entry_is_logged() -> None:
-    """The names in the log calls and in the table of events are the same."""
+    """Every event name in a log call is in the table of events, and every name in the table is logged."""
     assert {event.name for event in LOGGED} - {None} == EVENTS.keys()
 
 

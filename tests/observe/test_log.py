@@ -154,7 +154,7 @@ def test_a_failing_output_loses_lines_and_counts_them(tmp_path: Path, monkeypatc
 
 
 def test_a_forked_process_writes_its_own_lines() -> None:
-    """A forked process writes its own lines, and not those of its parent. No lock that the parent held blocks it."""
+    """A forked process writes its own lines, and not its parent's lines. No lock that the parent held blocks it."""
     reader, output = os.pipe()
     writer = writer_to(output)
     writer.write({"line": "parent"})

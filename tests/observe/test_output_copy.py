@@ -1,4 +1,4 @@
-"""A worker's output in Ray's files also reaches the output of its container."""
+"""The output that a worker writes to Ray's files is also written to the output of the worker's container."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_copy_far_behind_skips_lines_and_says_so(tmp_path: Path, monkeypatch: 
 
 
 def test_an_output_that_takes_nothing_does_not_hold_up_the_end(tmp_path: Path) -> None:
-    """If nobody reads the output, `flush` returns False after its time limit."""
+    """If no process reads the output, `flush` returns False after its time limit."""
     path = tmp_path / "out"
     path.touch()
     reader, target = os.pipe()

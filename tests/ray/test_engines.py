@@ -132,7 +132,7 @@ def has_avx512() -> bool:
 
 
 def left(ray: LocalRay, folder: Path) -> set[psutil.Process]:
-    """Return the processes of engines on `ray` that are alive."""
+    """Return the processes of the engines on `ray` that are still running."""
     return {process for processes in tree(ray, folder).values() for process in processes if is_alive(process)}
 
 

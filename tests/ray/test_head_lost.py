@@ -112,7 +112,7 @@ def request(model: str) -> pb.ChatRequest:
 
 @dataclass
 class Deployment:
-    """A gateway, and a controller of the Ray whose head will be lost."""
+    """A gateway, and a controller of the Ray cluster whose head will be lost."""
 
     cluster: TestCluster
     controller: Controller

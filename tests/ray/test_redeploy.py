@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 async def test_a_changed_entry_cuts_no_stream(backend: ChildBackend, tmp_path: Path) -> None:
-    """A change of the model's version ends no call early: neither the streams that run on the two replicas, nor calls
-    that begin during the change. In the end only replicas of the new version serve."""
+    """While the model's version changes, no call ends early: the streams that run on the two replicas and the calls
+    that begin during the change are complete. In the end only replicas of the new version serve."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with running_cluster(tmp_path / "gateway") as cluster:
         address = cluster.gateway.endpoints["link"]

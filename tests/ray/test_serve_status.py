@@ -36,7 +36,7 @@ def converted(app: dict[str, Any]) -> Observed:
 
 
 def test_foreign_applications_are_left_out() -> None:
-    """An application belongs to the cluster only if the prefix of its name is the cluster's whole name."""
+    """An application belongs to the cluster only if the part of its name before the colon equals the cluster's name."""
     names = ["test:a", "test:b", "test2:c", "tes:d", "theirs", "test"]
     assert set(observed({"applications": {name: application() for name in names}}, "test")) == {"a", "b"}
     assert observed({}, "test") == {}

@@ -115,9 +115,10 @@ def two_nodes() -> Iterator[TwoNodes]:
 @pytest.mark.engine
 @pytest.mark.long
 async def test_one_rank_on_each_node(two_nodes: TwoNodes, tmp_path: Path) -> None:
-    """A model with TP 2 that needs two nodes is FAILED with the reason.
+    """A model with TP 2 that needs two nodes gets the state FAILED and the reason.
 
-    With allow_cross_node_tensor_parallel, each node runs one rank, and the tokens equal those of transformers.
+    With allow_cross_node_tensor_parallel, each node runs one rank, and the tokens equal the tokens that transformers
+    generates.
     """
     folder = build_checkpoint("llama", tmp_path / "llama")
     backend = JobBackend("test", two_nodes.dashboard_url, two_nodes.token_file)

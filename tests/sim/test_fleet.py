@@ -17,7 +17,8 @@ ARRIVALS = st.lists(
 
 
 def test_the_bound_is_the_gateways() -> None:
-    """A call waits at most as long in the simulated queue as in a gateway with the default configuration."""
+    """The maximum wait of a call in the simulated queue is the maximum wait in a gateway with the default
+    configuration."""
     assert Queue().max_wait_s == MAX_WAIT_S
 
 

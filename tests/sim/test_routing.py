@@ -151,7 +151,7 @@ class HedgeAll(HedgingPolicy):
         self.second.append(key)
 
     def hedge_ended(self, key: str, won: bool, now: float) -> int:
-        """Count a worker that did not answer first."""
+        """Record a hedged call of which one of the two workers has been dropped."""
         self.lost.append(key)
         return 0
 
@@ -186,7 +186,8 @@ def test_time_to_first_token_of_a_lone_call() -> None:
 
 
 def test_a_slow_worker_gets_fewer_calls_by_rate() -> None:
-    """A worker that is ten times slower computes less if the gateways route by measured rates than if they do not."""
+    """A worker that is ten times slower than the others gets fewer calls if the gateways route by measured rates than
+    if they do not."""
     shares = []
     for policy in ("cost", "cost without rates"):
         cluster = replay(Cluster(ClusterConfig(policy, workers=3, blocks=200, slow=((0, 10.0),))), traffic(4, 200, 1.5))
@@ -222,7 +223,8 @@ def test_block_cache_laws(capacity: int, steps: list[tuple[int, int, int, bool]]
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=4), max_size=30))
 def test_a_pool_without_evictions_finds_all(prompts: list[list[int]]) -> None:
-    """A pooled LRU with enough space for all prompts finds the longest prefix that any earlier prompt shares."""
+    """In a pooled LRU cache with enough space for all prompts, the cached part of a prompt is the longest prefix that
+    the prompt shares with any earlier prompt."""
     pool, seen = PooledLru(10_000), set[int]()
     for prompt in prompts:
         names = [hash(tuple(prompt[: at + 1])) for at in range(len(prompt))]
@@ -247,8 +249,8 @@ def test_a_feed_applies_each_batch_once_in_order(seed: int, lost: float, gaps: l
 
 
 def test_sessions_share_and_extend() -> None:
-    """Sessions play all of their turns. Each turn finds in a cache the blocks of the turn before and the tokens that
-    the tenant's sessions share."""
+    """Sessions play all of their turns. More than 85 % of the prompt tokens that one cache shared by all workers would
+    hold are cached, because each turn extends the turn before and the tenant's sessions share tokens."""
     config = SessionsConfig(
         (AgentTenant("a", 1.0, 4, 1.0), AgentTenant("b", 2.0, 2, 1.0)), turns=5, start_s=20.0, spawns=0.3
     )

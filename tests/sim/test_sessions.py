@@ -1,4 +1,5 @@
-"""Tests of the simulated agents: runs are reproducible, and warm order finds more cached tokens and stays fair."""
+"""Tests of the simulated agents. Runs are reproducible. With warm order, where a tenant's sequences with cached prompts
+may be sent first, more prompt tokens are cached and the service of tenants stays fair."""
 
 from __future__ import annotations
 

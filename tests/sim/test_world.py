@@ -29,7 +29,7 @@ SHORT, LONG = [Lengths(600, 10), Lengths(300, 20)], [Lengths(100, 200), Lengths(
 
 @cache
 def crowded(gateways: int = 2, fair: bool = True) -> World:
-    """Return a cluster after 40 s with three tenants that always have a backlog.
+    """Run a cluster with three tenants, which always have a backlog, for 40 s. Return the cluster.
 
     One tenant has a weight of 2. One tenant uses a single gateway.
     """
@@ -85,7 +85,7 @@ def test_no_room_stays_empty_and_none_is_promised_twice(gateways: int) -> None:
 def test_a_flood_costs_the_quiet_little() -> None:
     """A quiet tenant gets its first tokens in time although another tenant has 200 waiting calls.
 
-    In arrival order, the quiet tenant does not get them in time.
+    If the same calls are served in the order of their arrival, the quiet tenant's first tokens are late.
     """
     quiet = SimTenant("quiet", SHORT, rate_s=1.0)
     flood = SimTenant("flood", LONG, backlog=200)

@@ -17,7 +17,7 @@ MODEL, OTHER = "toy", "another-toy"
 
 
 class _Standard(ChatModelIntegrationTests):  # type: ignore[misc] # the types are not in our environment
-    """The settings and steps that the tests of both clients share."""
+    """Settings and steps that TestChatOpenAI and TestChatAnthropic share."""
 
     @property
     def supports_anthropic_inputs(self) -> bool:
@@ -54,7 +54,7 @@ class _Standard(ChatModelIntegrationTests):  # type: ignore[misc] # the types ar
 
 
 class TestChatOpenAI(_Standard):
-    """The suite with LangChain's client of OpenAI's API."""
+    """LangChain's standard tests, run with LangChain's client of OpenAI's API."""
 
     @property
     def chat_model_class(self) -> Any:

@@ -1,8 +1,8 @@
-"""A stand-in for a model, for the tests of client libraries. It answers their prompts like a model that follows
+"""A stand-in for a model, for the tests of client libraries. It answers the clients' prompts like a model that follows
 instructions.
 
-It reads two things in the prompt's text: the tools in the system message, and the last message. The engine of
-loadtests/agents/scripted.py emits the answer's tokens. They pass through vLLM's own parsers in a real worker.
+The stand-in reads two things in a prompt's text: the tools in the system message, and the last message. The engine of
+loadtests/agents/scripted.py emits the answer's tokens. The tokens pass through vLLM's own parsers in a real worker.
 """
 
 from __future__ import annotations

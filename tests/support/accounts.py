@@ -131,7 +131,7 @@ async def accounting_cluster(
 
 
 def records(ledger: Ledger) -> list[UsageRecord]:
-    """Return all usage records in order of time, without those of idle replicas."""
+    """Return all usage records in order of time, without the records of idle replicas."""
     return [record for record in ledger.usage.records(UsageQuery(), limit=100_000) if record.tenant != "_idle"]
 
 

@@ -1,5 +1,5 @@
-"""Strict schemas of Kubernetes resources: those of the Kubernetes API in four releases, and custom resources, whose
-schemas are read from a folder."""
+"""Strict schemas of Kubernetes resources: of the built-in resources of four Kubernetes releases, and of custom
+resources. The schemas of custom resources are read from a folder."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _custom(group: str, version: str, kind: str) -> Any:
 
 
 def without_definition(objects: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the sorted kinds of custom resources that have no definition in the folder.
+    """Return the sorted kinds of custom resources that have no definition in the folder CRDS.
 
     These kinds cannot be checked.
     """

@@ -13,8 +13,8 @@ from tests.support.adapters import adapter_arrays, write_adapter
 
 
 class MergedAdapters:
-    """LoRA adapters for tests, numbered from 1, and the tokens that they should produce: those of the base model with
-    the adapter merged into its weights."""
+    """LoRA adapters for tests, numbered from 1, and the tokens that they should produce: the tokens of the base model
+    with the adapter merged into its weights."""
 
     def __init__(self, base: Path, root: Path, *, rank: int = 8, alpha: float = 16.0) -> None:
         """`root`: folder for the adapters. `rank` and `alpha`: of all adapters."""

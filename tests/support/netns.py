@@ -18,7 +18,7 @@ of /etc.
 
 @dataclass(frozen=True)
 class Host:
-    """A namespace with one interface, `eth0`, on the bridge."""
+    """A network namespace with one interface, `eth0`, on the bridge that joins the hosts."""
 
     namespace: str
     address: str

@@ -86,7 +86,7 @@ class Collector:
     refusal: grpc.StatusCode | None = None
 
     def of_trace(self, trace_id: str) -> list[ReceivedSpan]:
-        """Return the spans of a trace in the order of their beginning."""
+        """Return the spans of a trace, ordered by start time."""
         return sorted((span for span in self.spans if span.trace == trace_id), key=lambda span: span.start_s)
 
     def roots(self) -> list[ReceivedSpan]:

@@ -25,8 +25,8 @@ from cluster.policy.scheduling.workers import Workers
 class Journal:
     """The recorded events of one policy, in order.
 
-    `events`: kind and arguments of each call, each answer, and each change of a fair order or of the recent losses of
-    workers. `reads`: each question of the policy about workers, with the answer.
+    `events`: calls, answers, changes of a fair order and changes of the recent losses of workers, each as a pair (kind,
+    arguments). `reads`: each question of the policy about workers, with the answer.
     """
 
     events: list[tuple[str, Any]] = field(default_factory=list)

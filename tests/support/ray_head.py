@@ -65,7 +65,7 @@ class HeadAndNode:
 
     @property
     def dashboard_url(self) -> str:
-        """URL of the head's dashboard, which is reached over the bridge."""
+        """URL of the head's dashboard, at the head's address on the network bridge of the test."""
         return f"http://{self.head.address}:{DASHBOARD_PORT}"
 
     def start(self) -> None:

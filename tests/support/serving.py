@@ -43,7 +43,7 @@ class Door(NoListener):
         self.entries = {entry.name: entry for entry in entries}
 
     def refusal_of(self, identity: WorkerIdentity) -> str:
-        """Return no reason to refuse a worker."""
+        """Return an empty text: no worker is refused."""
         return ""
 
     keeps_accounts: bool = False

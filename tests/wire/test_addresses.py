@@ -97,7 +97,7 @@ class Answering:
 
 
 async def test_a_session_outlives_its_name_but_is_not_begun_again() -> None:
-    """A gateway no longer lists one of its sibling processes in its Welcome. An open link to this sibling continues.
+    """If a gateway no longer lists one of its sibling processes in its Welcome, an open link to this sibling continues.
     Once the link ends, the sibling is dialled again only if it is listed again."""
     peers = Answering()
     gateways = GatewayAddresses(["a:1"])

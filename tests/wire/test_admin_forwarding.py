@@ -67,8 +67,8 @@ async def test_answers_find_their_questions() -> None:
 def test_an_error_travels_whole(
     outcome: Outcome, message: str, fields: list[tuple[str, str]], pause_s: float | None
 ) -> None:
-    """The gateway raises an error with the same outcome, text, field violations and retry time as the error of the
-    verb."""
+    """If a forwarded admin method fails, the gateway raises an error with the same outcome, text, field violations and
+    retry time."""
     raised = CallError(outcome, message, violations=[Violation(*field) for field in fields], retry_after_s=pause_s)
 
     async def run() -> CallError:

@@ -131,8 +131,8 @@ def test_all_room_goes_to_the_only_link() -> None:
 
 
 def test_room_follows_the_backlog_once_it_is_given_back() -> None:
-    """One gateway has a backlog, and the other holds unused capacity. The capacity moves to the first gateway after the
-    second has acknowledged a lower limit."""
+    """If one gateway has a backlog and the other holds unused capacity, the capacity moves to the first gateway after
+    the second has acknowledged a lower limit."""
     granter = CreditGranter()
     granter.attach(1)
     granter.new_grants(Capacity(10, 1000))
@@ -147,8 +147,8 @@ def test_room_follows_the_backlog_once_it_is_given_back() -> None:
 
 
 def test_calls_whose_blocks_are_here_get_any_place() -> None:
-    """A gateway gets extra credit for waiting calls whose KV blocks are on this worker. The worker's usual capacity is
-    divided among the other calls alone. `places`: maximum number of sequences in all grants together."""
+    """For waiting calls whose KV blocks are on this worker, a gateway gets credit in addition to its share of the
+    worker's usual capacity, as long as all grants together have at most `places` sequences."""
     granter = CreditGranter()
     for link, waiting, kept in ((1, 5, 0), (2, 7, 6), (3, 9, 9)):
         granter.attach(link)

@@ -24,6 +24,6 @@ async def _shared_engines_are_left_empty() -> AsyncIterator[None]:
 
 @pytest.fixture
 async def door() -> AsyncIterator[Door]:
-    """The gateway side of the links, on a loopback port."""
+    """Provide the gateway side of the links, on a loopback port."""
     async with open_door() as opened:
         yield opened

@@ -48,8 +48,8 @@ def test_calls_that_go_on_say_nothing_of_the_next_prompt() -> None:
 
 
 def test_nothing_more_while_a_long_prompt_is_before_it() -> None:
-    """While two prompts of several steps are pending, a third one waits in its gateway. It is admitted once one of the
-    two has an output."""
+    """While two prompts that need several steps each are pending, a third prompt waits in its gateway. It is admitted
+    once one of the two has an output."""
     ahead = AdmissionWindow(8, 1000)
     ahead.record_submit("a", 5000)
     ahead.record_submit("b", 5000)

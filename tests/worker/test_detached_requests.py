@@ -24,8 +24,8 @@ IDS = st.lists(st.integers(0, 3), max_size=6)
 def test_a_claim_gets_all_that_follows_what_it_shows(
     before: list[int], steps: list[list[int]], shown: list[int], prompt: int, ends: bool
 ) -> None:
-    """`claim` returns a request whose gateway is gone, with all its tokens in order. It does so once, and only for the
-    right parameters, prompt length and first output tokens."""
+    """`claim` returns a request whose gateway is gone, with all tokens of the request in order. It returns a request
+    only once, and only for the right parameters, prompt length and first output tokens."""
     detached = DetachedRequests()
     detached.add(make_request("s", "r", 1, list(before)), 0.0)
     for number, ids in enumerate(steps):

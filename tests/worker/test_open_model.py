@@ -60,7 +60,8 @@ def without_tensor(folder: Path) -> None:
 async def test_a_damaged_checkpoint_is_refused(
     llama: Path, tmp_path: Path, damage: Callable[[Path], None], why: str
 ) -> None:
-    """A damaged checkpoint raises ModelRefused with the reason, so that the start is not retried."""
+    """The start of a replica with a damaged checkpoint raises ModelRefused, which gives the reason. After this error
+    the start is not retried."""
     folder = Path(shutil.copytree(llama, tmp_path / "m"))
     damage(folder)
     settings = ReplicaSettings(ModelSpec("m", str(folder)), "c", cache_dir=str(tmp_path / "cache"))
@@ -69,7 +70,7 @@ async def test_a_damaged_checkpoint_is_refused(
 
 
 def test_a_whole_checkpoint_is_opened(llama: Path, tmp_path: Path) -> None:
-    """An opened undamaged checkpoint has its weight digest and its tokenizer bundle."""
+    """An undamaged checkpoint is opened. The result has a weight digest, and a bundle with the tokenizer."""
     opened = open_model(ReplicaSettings(ModelSpec("m", str(llama)), "c", cache_dir=str(tmp_path / "cache")))
     assert opened.weight_digest.startswith("sha256:")
     assert "tokenizer.json" in opened.bundle.files

@@ -167,7 +167,7 @@ async def test_a_pooling_model_has_no_parsers(door: Door) -> None:
 
 
 async def test_a_drain_waits_for_a_vector(door: Door) -> None:
-    """A replica that stops while it computes a vector ends after it has sent the vector."""
+    """If a replica is stopped while it computes a vector, it ends only after it has sent the vector."""
     gate = Gate()
     engine = SimEngine(CONFIG, gate)
     async with serving(door, engine) as (replica, link):

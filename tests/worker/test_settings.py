@@ -65,7 +65,7 @@ def test_what_replicas_are_started_with_makes_them_anew(changed: ReplicaSettings
 
 @given(st.text())
 def test_refusal_is_found_again(reason: str) -> None:
-    """The reason of ModelRefused is found in the text that Ray wraps around it. The reason survives pickling."""
+    """The reason of ModelRefused is found in the longer error text that Ray makes. The reason survives pickling."""
     wrapped = f"Traceback (most recent call last):\n  ...\nray.X: {ModelRefused(reason)}\nand 1 more time(s)"
     assert find_refusal(wrapped) == reason
     assert find_refusal("Traceback: ValueError") == ""

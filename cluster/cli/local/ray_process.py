@@ -17,7 +17,7 @@ WATCH_S = 0.5
 
 
 class RayProcess:
-    """The current Ray of a local cluster. Blocking methods of LocalRay are called in a thread."""
+    """The Ray that a local cluster currently uses. Blocking methods of LocalRay are called in a thread."""
 
     def __init__(self, settings: LocalRaySettings) -> None:
         self._settings = settings
@@ -94,7 +94,7 @@ class RayProcess:
 def link_session(link: Path, folder: Path | None) -> None:
     """Make `link` a symbolic link to Ray's session folder. The session folder of the previous run is deleted.
 
-    `folder` None means that the cluster has no local Ray; then `link` is removed.
+    If `folder` is None, the cluster has no local Ray, and `link` is removed.
     """
     if link.is_symlink():
         previous = link.readlink()

@@ -63,5 +63,5 @@ class StepLine:
 
 
 def say(text: str) -> None:
-    """Print a separate line of text."""
+    """Print a line of text that belongs to no step."""
     terminal.say(text)

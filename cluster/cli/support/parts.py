@@ -14,8 +14,8 @@ MAX_BUNDLE_BYTES = 64 << 20
 
 
 class LeftOut(Exception):
-    """Error: a part of the support bundle cannot be collected, or can be collected only partly. The message is the
-    reason that the manifest shows."""
+    """Error for a part of the support bundle that cannot be collected, or can be collected only partly. The message is
+    the reason that the manifest shows."""
 
 
 @dataclass

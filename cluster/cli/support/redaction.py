@@ -208,7 +208,7 @@ def _is_searched(secret: str) -> bool:
 
 
 def variants_of(secret: str) -> set[str]:
-    """Return the forms in which a secret may be in a text: unchanged, quoted for a URL or for JSON, in base64."""
+    """Return the forms that a secret may have in a text: unchanged, quoted for a URL or for JSON, in base64."""
     encoded = base64.b64encode(secret.encode("utf-8", "surrogatepass")).decode()
     forms = {secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], encoded}
     if not any("\ud800" <= char <= "\udfff" for char in secret):

@@ -91,7 +91,7 @@ def configuration(file: Path, rules: Rules) -> Any:
 
 
 def _secret_files(value: Any) -> Iterable[Path]:
-    """Yield the files with secrets that a document names."""
+    """Yield the paths of the secret files that a document names."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             is_file = isinstance(item, str) and str(key).endswith("_file")

@@ -13,7 +13,7 @@ import numpy as np
 
 
 def count_of(characters: bytes, text: bytes | bytearray) -> int:
-    """Return how many bytes of a text are one of the ASCII `characters`. Takes a tenth of the time of `bytes.count`."""
+    """Count the bytes of a text that are among the ASCII `characters`. Takes a tenth of the time of `bytes.count`."""
     codes = np.frombuffer(text, np.uint8)
     return sum(int(np.count_nonzero(codes == character)) for character in characters)
 

@@ -59,8 +59,8 @@ async def scores_of(call: PoolingCall, vectors: Sequence[bytes]) -> list[float]:
 
 
 def ranked(parsed: ParsedPooling, scores: Sequence[float]) -> list[Ranked]:
-    """Return the documents that the answer holds, the highest score first. Documents with equal scores keep their order
-    in the request."""
+    """Return the documents for the answer, the highest score first. Documents with equal scores keep their order in the
+    request."""
     inputs = parsed.request.inputs
     assert isinstance(inputs, PairInputs)
     order = sorted(range(len(scores)), key=lambda i: -scores[i])[: parsed.top_n or None]

@@ -16,8 +16,8 @@ MOST_BYTES: Final = 256 << 20
 
 
 class UnreadAnswers:
-    """Bounds the bytes of large answers that a tenant's clients have not read yet. The bound holds for each tenant of
-    this gateway, over all APIs together."""
+    """Bound on the bytes of large answers that the clients of one tenant have not read yet. The bound holds for each
+    tenant of this gateway, over all APIs together."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._most_bytes = most_bytes

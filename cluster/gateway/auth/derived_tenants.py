@@ -11,8 +11,8 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 
 class DerivedTenants:
-    """The handles and cache salts of tenants. A handle identifies a tenant to workers. Both are computed once for each
-    version of a tenant's policy."""
+    """The handles and cache salts of tenants. A handle identifies a tenant to workers. A tenant's handle and salt are
+    computed once for each version of the tenant's policy."""
 
     def __init__(self, secrets: Sequence[bytes]) -> None:
         """`secrets`: the cluster's secrets."""

@@ -138,7 +138,7 @@ class Call:
     # ---- operations of the service, the scheduler and the APIs
 
     def make_resumable(self, tokens: ResumeTokens) -> None:
-        """Make the call resumable: from now on, its chunks carry the resume tokens that `tokens` generates."""
+        """Make the call resumable: from now on, its chunks contain the resume tokens that `tokens` generates."""
         self.resume_tokens = tokens
 
     def continue_from(self, request_id: str) -> None:

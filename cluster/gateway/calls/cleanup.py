@@ -32,7 +32,7 @@ class Cleanup:
         self._added: list[Any] = []
 
     def add(self, subject: Subject, steps: Sequence[Undo[Subject]]) -> None:
-        """Register `steps`, which run at the end of the call and undo the acquisition of something for the call.
+        """Register `steps`, which run at the end of the call and release something that was acquired for the call.
         `subject`: the first argument of the steps. If the steps may run even though the acquisition has failed, call
         this method before the acquisition, else after it."""
         self._added += (subject, steps)

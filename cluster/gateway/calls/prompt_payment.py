@@ -11,7 +11,8 @@ from cluster.gateway.resume_tokens.claim import ResumeTerms
 
 class PromptPayment:
     """Decides whether this gateway charges a call's prompt to the call's tenant. If the call began at this gateway, the
-    prompt is always charged. If it was resumed from another gateway, this depends on the resume terms."""
+    prompt is always charged. If the call was resumed from another gateway, the decision depends on the resume terms,
+    which say who pays if an engine computes the prompt again."""
 
     __slots__ = ("_origin_lost", "_pays_again", "terms")
 

@@ -148,7 +148,7 @@ class ChunkDelivery:
         self._marked: deque[StreamWriter] = deque()
 
     def add(self, writer: StreamWriter) -> None:
-        """Run this writer in the next run of the callback."""
+        """Let this writer write its new output soon, in a callback of the event loop."""
         if not self._marked:
             self.loop.call_soon(self._write_marked)
         self._marked.append(writer)

@@ -57,7 +57,7 @@ def worker_renderer(
     """Return the function that lets a worker render a call's chats; None if the gateway renders the chats itself.
 
     `renders`: decides in which order waiting chats get a worker. `rank_of`: returns the rank of a priority class. The
-    other parameters are those of the function type RendererOf.
+    other parameters have the same meaning as in the function type RendererOf.
     """
     if not needs_worker(model, bundle_digest, text.renderer, has_template=text.has_chat_template):
         return None

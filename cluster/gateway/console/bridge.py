@@ -34,7 +34,7 @@ Answer = Callable[[Exchange, Viewer], Awaitable[None]]
 
 
 class AdminBridge:
-    """Answers admin requests of the console."""
+    """Handler of the console's admin requests."""
 
     def __init__(self, methods: Mapping[str, AdminMethod], authorizer: AdminAuthorizer, bodies: RequestBodies) -> None:
         self._methods = methods

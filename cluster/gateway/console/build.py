@@ -1,4 +1,4 @@
-"""Composition of the console's parts from those of a gateway."""
+"""Construction of the console's parts from the parts of a gateway."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def live_overview(sources: Sources) -> LiveOverview:
 
 
 def _peers(sources: Sources, answer: PeerAnswers) -> Peers:
-    """Return the access to the other gateway processes: to those of all hosts if the gateways share a store, else to
-    those of this host."""
+    """Return the object that reaches the other gateway processes: the processes of all hosts if the gateways share a
+    store, else the processes of this host."""
     of_host: Peers = NO_PEERS
     if sources.siblings is not None:
         from cluster.gateway.console.peers.sibling_peers import SiblingPeers, sibling_answer

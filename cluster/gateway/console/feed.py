@@ -1,4 +1,4 @@
-"""The console's endpoints for data that lives in the gateway: the events of the overview, and the history.
+"""The console's endpoints for data that gateways keep in memory: the events of the overview, and the history.
 
 A stream begins with the event `state`, which holds the whole document. Then it sends `delta` about once a second, and
 `ping` every PING_S. It ends with the event `end` when the viewer's session is no longer valid or the gateway stops.
@@ -99,7 +99,8 @@ class FeedEndpoints:
     # ---- history
 
     async def history(self, scope: Scope, receive: Receive, send: Send, viewer_tenant: str) -> None:
-        """Answer with the values of the last hour, for a model, a tenant or the whole cluster."""
+        """Answer with the values of the last hour, or of the last `seconds` that the query names, for a model, a tenant
+        or the whole cluster."""
         exchange = Exchange(FORM, scope, receive, send)
         try:
             answer = await self._history(scope.get("query_string", b""), viewer_tenant)

@@ -124,9 +124,9 @@ class PatternStage:
         return "".join(out)
 
     def _decided_marks(self, all_marks: bool) -> Sequence[GuardMark]:
-        """Remove and return the marks of the text that is no longer held back. A mark gives the position of one token;
-        in the returned marks, this is the position in the output. If `all_marks` is set, all marks are returned, also
-        those of the text that is held back."""
+        """Remove the marks of the text that is no longer held back, and return them. A mark gives the start and end of
+        one token's text; the returned marks give positions in the output. If `all_marks` is set, the marks of text that
+        is still held back are removed and returned, too."""
         marks, edits, out = self._marks, self._edits, []
         decided = self._base + self._at
         while marks and (all_marks or marks[0].end <= decided):
@@ -148,7 +148,7 @@ class PatternStage:
 
 
 class SizeStage:
-    """Ends or flags a text that exceeds `max_characters`."""
+    """Guard stage that ends or flags a text of more than `max_characters`."""
 
     __slots__ = ("_action", "_flagged", "_marks", "_max", "_on_decision", "_seen", "refused")
 

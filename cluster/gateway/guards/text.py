@@ -151,8 +151,8 @@ class GuardedLogprobs:
         self._waiting: deque[list[TokenLogprob]] = deque()
 
     def push(self, positions: Iterable[PositionLogprobs]) -> list[TokenLogprob]:
-        """Add the positions of a step. Returns the log probabilities that may be reported by now, of this step and of
-        earlier ones."""
+        """Add the positions of a step. Returns the log probabilities, of this step and of earlier steps, that may be
+        reported by now."""
         self._waiting += [self._texts.push([position]) for position in positions]
         out: list[TokenLogprob] = []
         while self._reportable and self._waiting:

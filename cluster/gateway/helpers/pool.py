@@ -10,9 +10,9 @@ Tenants take turns: of the tenants with waiting jobs, the tenant that was served
 limit; a job that exceeds the limit raises TooMuchCpu. A job that kills two helpers in a row raises JobLost and is not
 tried again, neither in a third helper nor in the gateway's own process.
 
-Why idle priority: Linux treats a core that runs only an idle-priority process as free, and moves the event loop there.
-If the helpers only had a higher nice value, the event loop would wait behind other processes, 15 to 30 ms at a time.
-Why a session for each helper: where Linux divides the CPU by session (autogroup, the default outside of control
+Why idle priority: Linux treats a core that runs only an idle-priority process as free, and moves the event loop to this
+core. If the helpers only had a higher nice value, the event loop would wait behind other processes, 15 to 30 ms at a
+time. Why a session for each helper: where Linux divides the CPU by session (autogroup, the default outside of control
 groups), helpers in the gateway's session would use up the gateway's share.
 """
 

@@ -55,7 +55,7 @@ class BundleFetches:
         return True
 
     def request_again(self) -> None:
-        """Request bundles again that were requested from a worker whose link has ended. Must be called after each start
+        """Repeat the requests for bundles that were sent over a link that has ended. Must be called after each start
         and each end of a link."""
         for digest, holder in list(self._holders.items()):
             if holder is not None and holder.ended:

@@ -60,8 +60,8 @@ class Waking:
         self._counts_s = rest_s + LATE_S
 
     def at(self, now: float) -> float:
-        """Return this clock's reading at the monotonic time `now`. The clock leaves out the time by which its owner,
-        which wakes up regularly, woke up too late."""
+        """Return this clock's reading at the monotonic time `now`. The time by which the owner of the clock woke up too
+        late does not count."""
         return self._waked + min(max(now - self._since, 0.0), self._counts_s)
 
     def rest(self, now: float, rest_s: float) -> None:
@@ -102,7 +102,7 @@ class LinkLiveness:
         return self._heard
 
     def record_load(self, load: EngineLoad, now: float) -> None:
-        """Record a load report that arrived with a beat or a message."""
+        """Record a load report that arrived with a heartbeat or with another message."""
         self._slowest_s = max(load.step_p99_s, load.step_s)
         if load.steps != self._steps or not load.running or load.busy:
             self._steps, self._stepped = load.steps, now

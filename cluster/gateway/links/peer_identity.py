@@ -89,8 +89,8 @@ class LinkPeer:
 
     async def require_worker(self, worker: WorkerIdentity, epoch: int, linked: WorkerIdentity | None) -> None:
         """Abort the stream if the peer may not begin this epoch (connection) of the worker. `linked`: the connected
-        worker with the same id, None if there is none. The new connection replaces it, so the peer must be permitted to
-        serve its model too."""
+        worker with the same id, None if there is none. The new connection replaces the connection of `linked`, so the
+        peer must be permitted to serve the model of `linked`, too."""
         for model in {worker.model, worker.model if linked is None else linked.model}:
             await self.require_model(model, model_uri(worker.model))
         if self._identity.is_replayed(worker, epoch):

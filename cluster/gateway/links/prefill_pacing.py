@@ -34,8 +34,8 @@ SMOOTH = 1 / 8
 
 
 class PrefillPacing:
-    """Counts the prompt tokens that this gateway has sent to one worker and that no step has computed yet. Computes the
-    budget: the largest number of such tokens that may wait."""
+    """The number of prompt tokens that this gateway has sent to one worker and that no step has computed yet, and the
+    budget, which is the largest number of such tokens that may wait."""
 
     __slots__ = (
         "_accepted",
@@ -49,7 +49,7 @@ class PrefillPacing:
     )
 
     def __init__(self, max_tokens: int) -> None:
-        """`max_tokens`: maximum number of tokens that a step computes."""
+        """`max_tokens`: maximum number of tokens that the engine computes in one step."""
         self._max_tokens = max_tokens
         self._waiting: dict[int, tuple[int, bool]] = {}
         self._accepted: list[int] = []

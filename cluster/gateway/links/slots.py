@@ -36,7 +36,7 @@ class Sink(Protocol):
         """Handle that the engine has accepted the request."""
 
     def refused(self, reason: str, message: str, field: str) -> None:
-        """Handle that the engine has refused the request. No further method is called."""
+        """Handle a refusal of the request by the engine. No further method is called."""
 
     last_token_at: float
     """Monotonic time of the last token, which the sink records in `token` and `output`."""
@@ -66,7 +66,7 @@ MAX_SAMPLES = 64
 
 
 class PrefillSample(NamedTuple):
-    """A measurement of prefill: `seconds` of work of the engine on `tokens` prompt tokens. `at`: monotonic time of the
+    """A measurement of prefill: the engine took `seconds` for `tokens` prompt tokens. `at`: monotonic time of the
     measurement."""
 
     tokens: int

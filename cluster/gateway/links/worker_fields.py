@@ -1,5 +1,5 @@
-"""Log fields that describe a worker and its place. In the same log lines of a gateway, the fields `pod` and `node`
-describe the place of the gateway."""
+"""Log fields that describe a worker: its id, node, pod and GPU type. Their names begin with `worker`, because the
+fields `pod` and `node` of the same log line describe the gateway."""
 
 from __future__ import annotations
 

@@ -51,9 +51,9 @@ MAX_REASON_CHARS = 2_000
 class LinkStream(NamedTuple):
     """The name of a sequence on links to workers. A client may resume the sequence under this name.
 
-    `generation`: number of the last resume, 0 before the first. `begun_at`: incarnation (one start of the
-    process) of the gateway from which the sequence was resumed. It is set if the payment for the prompt depends
-    on whether that gateway is still alive; else "".
+    `generation`: number of the last resume, 0 before the first. `begun_at`: incarnation (one start of the process) of
+    the gateway from which the sequence was resumed. It is set if the payment for the prompt depends on whether that
+    gateway still runs; else "".
     """
 
     name: str

@@ -17,8 +17,8 @@ departed workers."""
 
 
 class RetiredGenerations:
-    """The generations of one model's workers (one generation for each deployment) that the catalog has retired. They
-    show which sequences can no longer resume and must end."""
+    """The deployment generations of one model that the catalog has retired. They show which sequences can no longer
+    resume and must end."""
 
     def __init__(self) -> None:
         self._retired: dict[str, None] = {}

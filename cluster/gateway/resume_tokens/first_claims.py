@@ -1,13 +1,13 @@
-"""The decision which of several resumes of a stream succeeds. Of all resumes with the same resume tokens,
-only the first one does, whichever gateways they reach.
+"""Decision on several resumes of the same stream. Of all resumes with the same resume tokens, only the first succeeds,
+whichever gateways receive them.
 
-The first resume is decided by an atomic write to a store: the claim. The store is the limits store, if
-one is configured. If there is none, or if it does not answer, the store is the ledger's database. Without
-a ledger, the store is a file in the folder that holds the secret with which the tokens were sealed. So
-every gateway that can open the tokens sees the claims on them.
+The first resume is decided by an atomic write to a store: the claim. The store is the limits store, if one is
+configured. If there is none, or if it does not answer, the store is the ledger's database. Without a ledger, the store
+is a file in the folder that holds the secret with which the tokens were sealed. So every gateway that can open the
+tokens sees the claims on them.
 
-If no store answers, nothing is resumed. If a store loses its data, or only one of two gateways reaches
-it, a second resume may succeed.
+If no store answers, nothing is resumed. A second resume may succeed if a store loses its data, or if one of two
+gateways cannot connect to a store that the other gateway uses.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ resume."""
 
 
 class ResumeService:
-    """The resume service of one gateway. The secret is read when it is first needed."""
+    """The resume service of one gateway. It reads the cluster's secrets when it first needs them."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class ResumeService:
     def begin(
         self, call: Call, request: GenerationRequest, meta: CallMeta, bundle_digest: str, chain: TokenChain | None
     ) -> None:
-        """Make a call resumable. `chain`: the tokens after which a resumed call continues; None for a new call.
+        """Make a call resumable. `chain`: the resume tokens after which a resumed call continues; None for a new call.
         `bundle_digest`: digest of the tokenizer bundle. Raises CallError."""
         envelopes = self._sealer()
         if envelopes is None:

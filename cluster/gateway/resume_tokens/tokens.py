@@ -93,7 +93,7 @@ class ResumeTokens:
         self._due = WHOLE_TOKENS
 
     def continue_after(self, chain: TokenChain) -> None:
-        """Continue the call's resume tokens after the resume tokens of `chain`."""
+        """Continue after the tokens of `chain`: the call's next resume token follows the last token of `chain`."""
         self.number, self._before = chain.number, chain.last
         self.traceparent = self.traceparent or chain.traceparent
         self._due = chain.number  # the next token is whole: the client need not keep the presented tokens
@@ -132,8 +132,8 @@ class ResumeTokens:
         return self._sealed(encode_one(self.number, expires_s, self._before, self._chars[0], ids[delivered]))
 
     def chunk(self, pieces: Sequence[Piece]) -> bytes:
-        """Return the token for a chunk with these pieces of output. Without pieces, the token only records how far the
-        call has got."""
+        """Return the resume token for a chunk with these pieces of output. Without pieces, the resume token only
+        records how far the call has got."""
         more: dict[str, Any] = {} if self.number else {"call": head_json(self.head)}
         keys, workers = {}, {}
         choices = []

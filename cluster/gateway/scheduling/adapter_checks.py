@@ -1,9 +1,9 @@
 """A check of all queued sequences that use an adapter. It begins after each change of the adapters and runs in slices.
 
 Problem: while a thousand adapters are loaded on many workers, there are many changes a second, and twenty thousand
-sequences may be queued. Invariants: a slice has at most MOST sequences. At most one slice is checked at once after a
-change, and one in each period of the scheduler's upkeep. After the last change, every sequence is checked once more.
-A sequence that is not checked yet waits as if nothing had changed.
+sequences may be queued. Invariants: a slice has at most MOST sequences. A change is followed immediately by at most one
+slice; the further slices follow one by one, one in each period of the scheduler's upkeep. After the last change, every
+sequence is checked once more. A sequence that is not checked yet waits as if nothing had changed.
 """
 
 from __future__ import annotations

@@ -76,5 +76,5 @@ class CanaryStatistics:
         trial.tallies[key] = tally
 
     def tallies(self) -> Sequence[VersionTally]:
-        """Return the counts of all current trials."""
+        """Return the current counts of all models that have a canary, one VersionTally for each version with calls."""
         return [tally for trial in self._trials.values() for tally in trial.tallies.values()]

@@ -1,8 +1,9 @@
 """The hedges of one gateway. Sequences without output are watched, and a sequence whose first token is late is also
 sent to a second worker.
 
-policy/scheduling/hedging.py decides. This module carries the decisions out, and reports the end of each hedge to the
-policy. A sequence of a model with one worker is not watched, because there is no second worker.
+policy/scheduling/hedging.py decides which sequences are hedged. This module carries out the decisions, and reports the
+end of each hedge to the policy. If a model has only one worker, its sequences are not watched, because there is no
+second worker.
 """
 
 from __future__ import annotations

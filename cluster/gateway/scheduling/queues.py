@@ -119,7 +119,7 @@ class Queues:
                 self._policy.set_versions(sequence.key, call.versions)
 
     def sequence(self, key: str) -> CallSequence:
-        """Return a waiting sequence. Raises KeyError if no sequence with this key waits."""
+        """Return the waiting sequence with this key. Raises KeyError if there is none."""
         return self._sequences[key]
 
     def left(self, key: str) -> CallSequence | None:

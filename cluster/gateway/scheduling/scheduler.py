@@ -197,8 +197,8 @@ class Scheduler:
         )
 
     async def enter_in_slices(self, call: Call, model: KnownModel) -> None:
-        """Like `enter`, for a call with many sequences: the sequences are queued in slices, and other tasks run between
-        two slices."""
+        """Do what `enter` does, for a call with many sequences: the sequences are queued in slices, and other tasks run
+        between two slices."""
         starts_in_s = self._starts_in_s(call)
         for at in range(0, len(call.sequences), SLICE):
             if at:

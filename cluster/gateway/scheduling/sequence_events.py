@@ -119,8 +119,8 @@ class SequenceEvents:
         self._metrics.histogram("resume_gap_seconds", model).observe(gap_s)
 
     def submission_refused(self, sequence: CallSequence) -> None:
-        """Stop waiting for the usage of a sequence at a worker that has refused the sequence. A refused sequence costs
-        nothing there."""
+        """Stop waiting for the usage report of a worker that has refused the sequence. The refused sequence costs
+        nothing on that worker."""
         if (accounts := self._accounts()) is not None:
             accounts.refused(sequence)
 

@@ -72,8 +72,8 @@ class _Unapplied:
 class WorkerCaches:
     """The cache indexes of one gateway.
 
-    Large reports, such as those of all blocks of a worker, are applied in batches, one in each pass of the event loop.
-    So the loop is never blocked for longer than one batch takes, however many workers connect at once.
+    A large report, such as a report of all blocks of a worker, is applied in batches, one in each pass of the event
+    loop. So the loop is never blocked for longer than one batch takes, however many workers connect at once.
     """
 
     def __init__(self) -> None:
@@ -193,7 +193,8 @@ class WorkerCaches:
         return out
 
     def sharing(self, key: str, now: float) -> float:
-        """Return about how many recently sent sequences share the longest cached prefix of a waiting sequence."""
+        """Return the approximate number of recently sent sequences that share the longest cached prefix of a waiting
+        sequence."""
         prefix = self._prefixes.get(key)
         return 0.0 if prefix is None else self._hot.recent(prefix, now)
 

@@ -214,7 +214,7 @@ class LinkedWorkers:
 
 class _Candidates(Sequence[Candidate]):
     """A lazy sequence of candidates: each candidate is computed when it is first accessed. Of a thousand workers, only
-    few are accessed."""
+    a few are accessed."""
 
     def __init__(self, links: Iterable[WorkerLink], read: Callable[[WorkerLink], Candidate]) -> None:
         self._links = list(links)

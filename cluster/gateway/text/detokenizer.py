@@ -9,9 +9,9 @@ The text of a token depends on the tokens around it (token_stream.py). Two rules
 
 A stop token that ends a sequence (EOS included) counts as a token, but has no text.
 
-Some tokenizers have a decoder that only joins bytes (byte-level BPE: LLaMA 3, Qwen, Falcon, GPT). There, a token of
-whole characters always has the same text, unless it comes in the middle of a character. A table (WholeTexts) gives the
-text of such a token ten times faster than a stream (token_stream.py).
+Some tokenizers have a decoder that only joins bytes (byte-level BPE: LLaMA 3, Qwen, Falcon, GPT). With such a
+tokenizer, a token of whole characters always has the same text, unless it comes in the middle of a character. A table
+(WholeTexts) gives the text of such a token ten times faster than a stream (token_stream.py).
 """
 
 from __future__ import annotations
@@ -186,8 +186,8 @@ class Detokenizer:
         return len(self._text)
 
     def pending_tokens(self) -> int:
-        """Return the number of tokens at the end of the sequence for which `pop_text` has returned no text yet. Without
-        stop strings this number is not kept, so it is computed here by decoding the last tokens."""
+        """Return the number of last tokens whose text `pop_text` has not returned yet. Without stop strings this number
+        is not kept, so it is computed here by decoding the last tokens."""
         if self._stop:
             return len(self._lengths)
         if not self._text:

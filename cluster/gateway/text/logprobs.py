@@ -21,7 +21,7 @@ REPLACEMENT: Final = "\ufffd"
 
 
 class TokenTexts(Protocol):
-    """The methods of a tokenizer that this module calls."""
+    """Protocol of a tokenizer, with the methods that this module calls."""
 
     def token_text(self, token_id: int) -> str:
         """Return the text of one token by itself, a leading space included."""

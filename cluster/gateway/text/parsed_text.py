@@ -1,5 +1,5 @@
-"""The output of one sequence, which the worker has parsed into content, reasoning and tool calls. The interface is that
-of the detokenizer, with one addition: `pop_parts` returns the parts of the text that was popped last.
+"""The output of one sequence, which the worker has parsed into content, reasoning and tool calls. The interface equals
+the detokenizer's, with one addition: `pop_parts` returns the parts of the text that was popped last.
 
 A worker without a parser sends no parts. Then the tokens go through the plain detokenizer, and the output is one text.
 The first output of the sequence decides this for the whole sequence.
@@ -27,13 +27,13 @@ class PartFilter(Protocol):
     """Whether a guard has ended the output."""
 
     def feed(self, parts: Sequence[OutputPart], last: bool) -> list[OutputPart]:
-        """Add parts. Returns the parts that the guards release. `last`: whether the output ends here, so that the
-        guards must hold back nothing."""
+        """Add parts. Returns the parts that the guards release. `last`: whether the output ends with these parts; the
+        guards then hold back nothing."""
 
 
 class ParsedText:
     """The text and the parts of one sequence, made from the output of the worker's parser. If the worker has no parser,
-    the text comes from `inner`."""
+    the text comes from the text source `inner`, which detokenizes the output."""
 
     __slots__ = (
         "_filter",
@@ -186,8 +186,8 @@ class ParsedText:
         return bool(self._parsed) and self._filter is None and not self._new
 
     def pass_content(self, token_id: int, text: str) -> None:
-        """Add one token of a parsed output. `text`: the token's content, which the caller delivers itself. The token
-        must have no other parts."""
+        """Add one token of a parsed output. `text`: the token's content, which `pop_text` does not return, because the
+        code that calls this method delivers it. The token must have no other parts."""
         self.token_ids.append(token_id)
         self._received_chars += len(text)
         self._popped_tokens = len(self.token_ids)

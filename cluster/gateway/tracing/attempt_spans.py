@@ -27,7 +27,8 @@ class AttemptSpans:
     """Makes the spans of the attempts of one call."""
 
     def __init__(self, factory: SpanFactory, call_ended_at: float) -> None:
-        """`call_ended_at`: monotonic time of the call's end. Attempts without an end of their own end at this time."""
+        """`call_ended_at`: monotonic time of the call's end. It is used as the end of an attempt for which no end was
+        recorded."""
         self._factory = factory
         self._call_ended_at = call_ended_at
 

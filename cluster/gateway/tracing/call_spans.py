@@ -29,7 +29,7 @@ NO_FACTS = SequenceFacts()
 
 
 class SpanBuilder:
-    """Makes the spans of one call."""
+    """Builder of the spans of one call."""
 
     def __init__(
         self, trace: CallTrace, facts: CallFacts, resource: Attributes, to_epoch_s: Callable[[float], float]

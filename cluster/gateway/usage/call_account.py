@@ -105,8 +105,8 @@ class CallAccount:
 
 
 def counts_prompt(record: OpenRecord) -> bool:
-    """Return whether a usage record counts the prompt of its call. Of a call with several outputs, only the record of
-    the first output counts it. Every record of a pooling call counts its prompt."""
+    """Return whether a usage record counts the prompt of its call. If a call has several outputs, only the first
+    output's record counts the prompt. In a pooling call, each input's record counts that input."""
     return record.prompt_tokens > 0 or record.segment % SEGMENTS_PER_RESUME == 0
 
 

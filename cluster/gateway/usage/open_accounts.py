@@ -22,8 +22,8 @@ log = structlog.get_logger("ledger")
 
 
 class OpenAccounts:
-    """The open accounts of one gateway process: those of all submitted sequences whose usage records are not written
-    yet."""
+    """The open accounts of one gateway process. An account is open from the first Submit of a sequence until the
+    sequence's usage record is written."""
 
     def __init__(
         self,
@@ -86,7 +86,8 @@ class OpenAccounts:
             account.in_vain.append(computed_by)
 
     def refused(self, sequence: CallSequence) -> None:
-        """Stop waiting for the counts of a worker that refused the sequence. A refused sequence costs nothing there."""
+        """Stop waiting for the counts of a worker that refused the sequence. A refused sequence costs nothing on that
+        worker."""
         if (account := self._by_sequence.get(sequence.key)) is not None:
             account.awaited -= 1
 

@@ -262,7 +262,7 @@ class _TenantPlan:
 
 
 class _Planner:
-    """Makes an ImportPlan from LiteLLM's rows: decides which tenants are created and which tenant gets each key."""
+    """Maker of an ImportPlan from LiteLLM's rows. It decides which tenants to create and which tenant gets each key."""
 
     def __init__(self, rows: LiteLLMRows, now_s: float, tokens_per_dollar: float | None) -> None:
         self._rows = rows

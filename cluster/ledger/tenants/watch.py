@@ -1,4 +1,6 @@
-"""Access snapshots of a gateway: tenants and keys, polled from the database every half second and on demand, with a copy on disk.
+"""Access snapshots of a gateway: tenants and keys, polled from the database every half second and on demand.
+
+A copy of the newest snapshot is on disk.
 
 While the database is unreachable, the gateway uses the last snapshot, so that callers can still authenticate. The last
 snapshot is used for at most `stale_after_s` seconds, because it still accepts keys that were revoked during the outage.

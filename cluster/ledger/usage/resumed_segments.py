@@ -23,10 +23,10 @@ class ResumedSegments:
         self._engine = engine
 
     def claim(self, names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bool]:
-        """Claim names, each of which stands for a resume of a call, in one transaction.
+        """Claim names in one transaction. Each name stands for one resume of a call.
 
-        Each entry of `names` is a pair (name, expires_at_s); times are in seconds since the epoch. Returns one
-        value for each entry: True if the name was not claimed yet. Raises StoreUnavailable.
+        Each entry of `names` is a pair (name, expires_at_s); times are in seconds since the epoch. Returns one value
+        for each entry: True if the name was not claimed yet. Raises StoreUnavailable.
         """
         first: dict[str, int] = {}
         for at, (name, _) in enumerate(names):

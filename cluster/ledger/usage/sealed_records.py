@@ -92,7 +92,7 @@ class Envelopes:
 
 
 class Sealer:
-    """Encrypts open records (the parts of usage records that are known when a sequence is sent) and decrypts them.
+    """Encryption and decryption of open records (the parts of usage records that are known when a sequence is sent).
     Workers keep the encrypted records."""
 
     def __init__(self, secrets: Sequence[bytes]) -> None:

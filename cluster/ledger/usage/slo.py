@@ -28,8 +28,8 @@ class SloTable:
     def query(self, usage_query: UsageQuery, objectives: SloObjectives) -> list[SloSum]:
         """Return how many of the query's calls met or missed the SLO, sorted by tenant and model.
 
-        A call has a usage record for each output and each resume. Only its first record is judged: that of the first
-        output before any resume. `usage_query.group_by` is ignored. Raises StoreUnavailable.
+        A call has a usage record for each output and each resume. Only one record of each call is judged: the record of
+        the first output before any resume. `usage_query.group_by` is ignored. Raises StoreUnavailable.
         """
         result = _result(objectives)
         counts = [func.sum(case((result == name, 1), else_=0)).label(name) for name in (*COUNTED, *NOT_COUNTED)]

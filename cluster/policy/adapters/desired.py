@@ -3,7 +3,7 @@
 Problem: gateways learn of a new catalog at different times. A gateway that lags behind or ends must not undo what
 another gateway has sent.
 
-Rule: when a gateway sends a set, the worker compares the last set of each connected gateway. The one with the highest
+Rule: when a gateway sends a set, the worker compares the last set of each connected gateway. The set with the highest
 revision becomes the desired set. Nothing else changes the desired set, not even the end of a gateway. So if a
 controller starts its revisions from the beginning again, its set becomes the desired set once all gateways have sent
 it.

@@ -1,9 +1,8 @@
-"""State machine of a model, and the catalog entries that the controller sends to the gateways. The functions
-do no I/O.
+"""State machine of a model, and the catalog entries that the controller sends to the gateways. The functions do no I/O.
 
-A controller holds no state that must survive a restart. Each pass applies a new observation of the cluster
-to the state of the pass before. A controller that has just started begins at DECLARED and is correct after
-one pass.
+A controller holds no state that must survive a restart. Each pass applies a new observation of the cluster to the state
+of the pass before. When a controller starts, every model is in the state DECLARED, and after one pass all states are
+correct.
 """
 
 from __future__ import annotations
@@ -263,7 +262,7 @@ def entry(
 
 
 def summarize_ends(ends: Sequence[tuple[float, str]]) -> str:
-    """Text about engines that have ended: their number, and the time and the reason of the latest end.
+    """Return a text about engines that have ended: their number, and the time and the reason of the latest end.
 
     `ends` are pairs of (seconds since the epoch, reason).
     """

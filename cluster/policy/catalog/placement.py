@@ -48,7 +48,7 @@ def is_simulated(spec: ModelSpec) -> bool:
 
 
 def world_size(spec: ModelSpec) -> int:
-    """Number of GPUs of one replica."""
+    """Return the number of GPUs of one replica."""
     return spec.tensor_parallel_size * spec.pipeline_parallel_size
 
 
@@ -103,9 +103,9 @@ def capacity(
 ) -> int:
     """Estimate how many replicas fit on the GPUs of the type in `spec`.
 
-    `others`: other models with their numbers of replicas. Their GPUs are subtracted only if their `gpu` equals that of
-    `spec`. So if `spec` names a type, models that accept any type are assumed to run elsewhere. Fragmentation of GPUs
-    over nodes is ignored.
+    `others`: other models with their numbers of replicas. The GPUs of a model are subtracted only if its `gpu` equals
+    `spec.gpu`. So if `spec` names a type, models that accept any type are assumed to run elsewhere. Fragmentation of
+    GPUs over nodes is ignored.
     """
     if is_simulated(spec):
         return 1_000_000

@@ -49,9 +49,9 @@ def app_parts(app: str) -> tuple[str, str, str]:
 class Observed:
     """Observed state of one of the cluster's applications on Ray.
 
-    `running`, `placed` and `leaving`: numbers of replicas that serve, start and stop. `gave_up`: the deployment failed.
-    `refused`: Ray rejected the settings. `trouble`: the reason why the last start failed, or "". `digest` is "" after a
-    deployment until Ray shows the application.
+    `running`, `placed` and `leaving`: numbers of replicas that serve, that start and that stop. `gave_up`: the
+    deployment failed. `refused`: Ray rejected the settings. `trouble`: the reason why the last start failed, or "".
+    `digest` is "" after a deployment until Ray shows the application.
     """
 
     model: str
@@ -186,12 +186,11 @@ def reconcile(
 
 
 def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
-    """Return the applications that replace the application `old`. `wanted`: the wanted applications of the same
-    model.
+    """Return the applications that replace the application `old`. `wanted`: the wanted applications of the same model.
 
-    The replacements have the version of `old`. If no wanted application has this version, they have the version of
-    the first wanted application. Of the applications with this version, those with replicas on the GPU type of
-    `old` are returned, or all if there are none.
+    The replacements have the version of `old`. If no wanted application has this version, they have the version of the
+    first wanted application. If some applications with this version have replicas on the GPU type of `old`, only these
+    are returned; otherwise all applications with this version are returned.
     """
     versions = [want.version for want in wanted]
     version = old.version if old.version in versions else next(iter(versions), "")

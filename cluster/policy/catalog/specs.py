@@ -51,7 +51,7 @@ def from_json(values: Mapping[str, object]) -> ModelSpec:
 
 
 def digest(spec: ModelSpec, surroundings: Mapping[str, object]) -> str:
-    """Digest of everything that a replica is started with, as 16 hex digits.
+    """Return the digest of everything that a replica is started with, as 16 hex digits.
 
     The digest covers the fields of `spec` that affect replicas, and `surroundings` (JSON values).
     """

@@ -95,8 +95,8 @@ class FairOrder:
     # ---- Order
 
     def push(self, waiting: WaitingSequence, now: float = 0.0) -> None:
-        """Append a sequence to the queue of its tenant. If the tenant was idle, its service counter is first raised, so
-        that idle time earns no advantage (see `__init__`)."""
+        """Append a sequence to the queue of its tenant. If the tenant was idle, the tenant's service counter is first
+        raised, so that idle time earns no advantage (see `__init__`)."""
         flows = self._flows
         flows.advance(now)
         flow = flows.flow(waiting.rank, waiting.tenant)

@@ -1,10 +1,10 @@
 """The flows of one model: which flows wait, and how their counters change. A flow is the queue of one tenant in one
-class. Its counter is the weighted tokens that it was served, divided by its weight. It is backlogged if it has a
-waiting sequence on any gateway.
+class. The counter of a flow is the number of weighted tokens that the flow was served, divided by the tenant's weight.
+A flow is backlogged if it has a waiting sequence on any gateway.
 
 Invariants: a counter falls only when an unused charge is refunded. A flow that returns from idle starts at the least
 counter of the backlogged flows, so being idle earns no credit. A flow that was idle for less than `idle_s` may start
-below this counter, by at most `deficit_tokens` divided by its weight.
+below this counter, by at most `deficit_tokens` divided by the tenant's weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cluster.policy.fairness.warm_order import LossOf, next_of
 
 
 class FlowTable:
-    """Flows of one model (the queue of one tenant in one class is a flow). `now`: the latest time that was passed to
+    """The flows of one model. A flow is the queue of one tenant in one class. `now`: the latest time that was passed to
     `advance`. All times are monotonic seconds."""
 
     def __init__(self, weight_of: Callable[[str], float], idle_s: float, deficit_tokens: float) -> None:
@@ -127,15 +127,14 @@ class FlowTable:
         turns.update(flow)
 
     def forget_idle(self, charged: Collection[int]) -> list[int]:
-        """Forget the idle flows that need not be remembered. Returns the priority rank of each guest, one entry for
-        each guest.
+        """Forget the idle flows that need not be remembered. Returns one priority rank for each guest.
 
         A flow is forgotten if it has been idle for `idle_s`, has no open charges, and its counter is at most
         ClassTurns.floor. If such a flow were kept, its counter would be raised to this floor at its next sequence
         anyway.
 
-        A guest (reserved_slots.py) is a flow with a counter that low which has been idle for less than `idle_s`.
-        `charged`: `id()` of each flow with open charges.
+        A guest (reserved_slots.py) is a flow whose counter is also at most this floor, but which has been idle for less
+        than `idle_s`. `charged`: `id()` of each flow with open charges.
         """
         guests = []
         for rank, turns in self._classes.items():

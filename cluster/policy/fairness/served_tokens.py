@@ -16,8 +16,8 @@ from cluster.policy.fairness.token_cost import Charge
 
 
 class ServedMeter:
-    """Service (weighted tokens) that a worker has given, by tenant and class. There is one sum over all links, and one
-    for each link with the service of its calls. The number of a link is never reused."""
+    """Service (weighted tokens) that a worker has given, by tenant and class. There is one sum for the calls of all
+    links, and for each link one sum for the calls of this link. The number of a link is never reused."""
 
     def __init__(self) -> None:
         self._totals: dict[FlowKey, float] = {}

@@ -219,8 +219,8 @@ class LeastFirst:
 
 
 class ClassTurns:
-    """The flows (tenant queues) of one priority class. `flows`: all flows, by tenant. `here`: the flows that wait on
-    this gateway. `anywhere`: the flows that wait on any gateway."""
+    """The flows (tenant queues) of one priority class. `flows`: all flows, by tenant. `here`: the flows with sequences
+    that wait at this gateway. `anywhere`: the flows with sequences that wait at any gateway."""
 
     def __init__(self) -> None:
         self.flows: dict[str, Flow] = {}
@@ -229,11 +229,11 @@ class ClassTurns:
         self._last: Flow | None = None
 
     def floor(self) -> float:
-        """Return the least counter that a flow may have when it waits again after a long idle time. A flow with a
-        smaller counter is raised to it.
+        """Return the floor: the least counter that a flow may have when it waits again after a long idle time. A
+        smaller counter is raised to the floor.
 
-        It is the least counter of all backlogged flows. If no flow is backlogged, it is the counter of the flow that
-        was backlogged last. Source: the counter lift of VTC (Virtual Token Counter).
+        The floor is the least counter of all backlogged flows. If no flow is backlogged, the floor is the counter of
+        the flow that was backlogged last. Source: the counter lift of VTC (Virtual Token Counter).
         """
         least = self.anywhere.least()
         if least is None:

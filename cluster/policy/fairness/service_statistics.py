@@ -24,8 +24,8 @@ class _Speed:
 
 
 class ServiceStatistics:
-    """Statistics of one gateway, by model. Each model has a speed: the highest recent rate at which weighted tokens
-    were sent to workers. It also has the largest difference between the service of two tenants."""
+    """Statistics of one gateway, by model: the model's speed, which is the highest recent rate at which weighted tokens
+    were sent to workers, and the largest difference between the service of two tenants."""
 
     def __init__(self, order_of: Callable[[str], FairOrder]) -> None:
         """`order_of` returns the fair order of a model."""

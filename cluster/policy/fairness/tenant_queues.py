@@ -52,7 +52,7 @@ class TenantQueues:
         self._adds_unasked = 0
 
     def has_room(self, waiting: WaitingSequence) -> bool:
-        """Whether a new sequence fits the bounds of its tenant."""
+        """Return whether a new sequence fits the bounds of its tenant."""
         most, most_tokens, tenant = self._max_requests, self._max_tokens, waiting.tenant
         if most is None and most_tokens is None:
             return True

@@ -11,15 +11,15 @@ eviction. The caller passes a function that computes the loss (policy/scheduling
 
 Invariants: the tenant is chosen first, and then a sequence of its queue. So the order within a queue does not change
 how service is shared among tenants, and two bounds hold as with any other order. (1) While two tenants wait, their
-counters differ by at most the largest charge divided by its tenant's weight, plus the corrections of charges whose
-predictions were wrong. (2) Let a tenant A wait all the time. Between one turn of A and its next turn, another tenant B
-is served at most as much as A was charged in the first of these turns, plus one charge of B.
+service counters differ by at most the largest charge divided by its tenant's weight, plus the corrections of charges
+whose predictions were wrong. (2) Let a tenant A wait all the time. Between one turn of A and its next turn, another
+tenant B is served at most as much as A was charged in the first of these turns, plus one charge of B.
 
 The first sequence of a queue is overtaken at most MAX_OVERTAKEN times. So a sequence with p sequences ahead is sent in
 one of the next (p + 1) * (MAX_OVERTAKEN + 1) turns of its tenant. Only the chosen sequence may be sent: if it fits on
 no worker, all others wait.
 
-Source: the bound on the counters is that of VTC (Sheng et al., OSDI 2024), whose proof allows any order within a
+Source: the bound on the counters comes from VTC (Sheng et al., OSDI 2024), whose proof allows any order within a
 tenant. Choosing a sequence by the place of its data is the idea of delay scheduling (Zaharia et al., EuroSys 2010).
 Unlike in delay scheduling, no turn is skipped.
 """

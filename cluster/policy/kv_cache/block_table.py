@@ -152,8 +152,9 @@ class BlockTable:
         return keys.view(np.uint32)[_HIGH_HALF::2] | _ONE_MARK, rows
 
     def _locate(self, marks: Marks, rows: Places) -> tuple[Places, _Flags]:
-        """Look up each mark (a part of a block's hash) in the two rows of the table that may hold it. Returns the place
-        of each mark, and a number that is 0 for a mark in neither row. The place of such a mark has no meaning."""
+        """Look up marks, each of which is a part of a block's hash. A mark can be in one of two rows of the table.
+        Returns the place of each mark, and a number for each mark that is 0 if the mark is in neither row. The place is
+        meaningless if the number is 0."""
         products = (self._marks.take(rows, axis=0) == marks[:, None]).view(np.uint64)[..., 0]
         products *= _COLUMNS
         places = np.where(products[0], rows[0], rows[1])
@@ -225,11 +226,11 @@ class BlockTable:
 
 
 def _zeros(shape: tuple[int, int], kind: type[np.uint32 | np.uint64]) -> npt.NDArray[Any]:
-    """Return zeros in memory of their own, which begins at a page, so that no row crosses a line of the processor's
-    cache. Memory that is never written takes none.
+    """Return an array of zeros in a memory mapping of its own. The mapping begins at a page, so no row of the array
+    crosses a line of the processor's cache. Pages that are never written use no memory.
 
-    numpy would ask for pages of 2 MiB. The kernel clears such a page when it is first written, and the event loop
-    stands still for up to ten milliseconds.
+    numpy would request pages of 2 MiB. The kernel clears such a page when it is first written, which stalls the event
+    loop for up to ten milliseconds.
     """
     size = shape[0] * shape[1] * np.dtype(kind).itemsize
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

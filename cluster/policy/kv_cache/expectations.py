@@ -60,11 +60,11 @@ class ExpectedBlocks:
         return ended
 
     def _forget(self, expectation: _Expectation) -> Hashes:
-        """Forget the expectation that a worker will hold the blocks of a prompt. Return those of its blocks that no
-        other expectation for the worker includes.
+        """Forget the expectation that a worker will hold the blocks of a prompt. Return the blocks of this prompt that
+        no other expectation for the worker includes.
 
-        `expectation`: the oldest of all expectations for its worker with the same first block. It is compared
-        with these expectations only, because prompts that share any block also share the first block.
+        `expectation`: the oldest of all expectations for its worker with the same first block. It is compared with
+        these expectations only, because prompts that share any block also share the first block.
         """
         others = self._alike[expectation.key]
         others.popleft()

@@ -43,8 +43,8 @@ def members_of_word(word: int) -> Members:
 
 
 class HolderSets:
-    """A table of the worker sets that have more than four workers. Its methods also change the sets of many KV blocks
-    at once."""
+    """A table of those sets of workers that have more than four workers. The methods also handle smaller sets, and can
+    change the sets of many KV blocks at once."""
 
     def __init__(self) -> None:
         self._sets: list[Members] = []

@@ -16,7 +16,7 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 @dataclass(frozen=True, slots=True)
 class BudgetUse:
-    """Tokens that a tenant has used of one budget in the current period.
+    """Tokens of one budget that a tenant has used in the current period.
 
     `period` is a day (`2026-11-25`) for daily_tokens, and a month (`2026-11`) for monthly_tokens.
     """

@@ -157,8 +157,8 @@ class _HeldAmounts:
     month: int
 
     def spend(self, use: TenantUse, tokens: int) -> None:
-        """Add tokens to two sums of the tenant's used tokens: those of the day and of the month in which this call was
-        admitted.
+        """Add tokens to two sums of the tenant's used tokens: the sum of the day and the sum of the month in which this
+        call was admitted.
 
         A sum is not changed if `use` already counts a later day or month.
         """
@@ -332,7 +332,7 @@ class Limiter:
                 use.month.used = max(use.month.used, month.get(name, 0))
 
     def has_reservation(self, call_id: str) -> bool:
-        """Whether the call has a reservation."""
+        """Return whether the call has a reservation."""
         return call_id in self._held
 
     def use(self, tenant: str) -> TenantUse:

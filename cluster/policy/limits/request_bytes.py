@@ -237,7 +237,7 @@ class RequestBytes:
                 reservation._on_grant()
 
     def _next(self) -> Reservation | None:
-        """The waiting reservation to grant now, or None.
+        """Return the waiting reservation to grant now, or None.
 
         If the next reservation fits its tenant's bound but not the bound of the whole process, None is returned: later
         reservations must not overtake it.
@@ -279,7 +279,7 @@ class RequestBytes:
 
 
 def _within(held: int, size: int, bound: int) -> bool:
-    """Whether `size` more bytes fit the bound. Any size fits while nothing is held."""
+    """Return whether `size` more bytes fit into the bound. While nothing is held, any size fits."""
     return held == 0 or held + size <= bound
 
 

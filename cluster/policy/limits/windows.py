@@ -72,7 +72,7 @@ class SlidingSum:
             self.total += amount
 
     def frees_in_s(self, amount: int, now: float) -> float:
-        """Seconds until at least `amount` of the sum has expired. The result is at most WINDOW_S."""
+        """Return the seconds until at least `amount` of the sum has expired. The result is at most WINDOW_S."""
         freed = 0
         for bucket, expiring in self._amounts.items():
             if freed >= amount:
@@ -116,7 +116,7 @@ def day_of(epoch_s: float) -> int:
 
 
 def month_of(epoch_s: float) -> int:
-    """Serial number of the UTC month that contains this time, in seconds since the epoch."""
+    """Return the serial number of the UTC month of a time. `epoch_s`: the time in seconds since the epoch."""
     when = datetime.fromtimestamp(epoch_s, UTC)
     return when.year * 12 + when.month - 1
 

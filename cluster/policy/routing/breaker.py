@@ -96,11 +96,11 @@ class Breakers:
         breaker.unseen = unseen
 
     def record_steps(self, incarnation: str, now: float, steps: int) -> None:
-        """Record the number of steps that a worker's engine has done, as reported on the worker's new link after a
-        reconnect. `steps`: this number; 0 before the first report.
+        """Record that a worker's engine has done `steps` steps, as reported on the worker's new link after a reconnect;
+        0 before the first report.
 
-        A breaker that opened because the engine could not be observed may close after its pause, once the engine
-        has done SHOWN_STEPS steps since the first report.
+        A breaker that opened because the engine could not be observed may close after its pause, once the engine has
+        done SHOWN_STEPS steps since the first report.
         """
         breaker = self._breakers.get(incarnation)
         if breaker is None or not breaker.unseen:

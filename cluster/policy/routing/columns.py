@@ -67,7 +67,7 @@ class Columns:
 
     def pick(self, call: RouteCall, rejecting: Collection[str]) -> tuple[int, int]:
         """Return the row index of the best worker (-1 if no worker passes the filters), and the number of workers that
-        pass. `rejecting`: incarnations of the workers to which their circuit breakers allow no call now."""
+        pass. `rejecting`: incarnations of the workers whose circuit breakers allow no call now."""
         passes = self._passing(call, rejecting)
         places = passes.nonzero()[0]
         passed = len(places)

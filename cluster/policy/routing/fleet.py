@@ -159,8 +159,9 @@ class Fleet:
     def pick(self, call: RouteCall, rejecting: Collection[str] = ()) -> RoutingDecision:
         """Pick a worker for a new call. `rejecting`: incarnations whose circuit breakers let no call through.
 
-        If no worker has a parser for tool calls, a call that needs one goes to any worker, which refuses it with an
-        error that says why. If it waited instead, it would hold back all calls behind it."""
+        If no worker has a parser for tool calls, a call that needs a parser goes to any worker, which refuses the call
+        with an error that says why. If the call waited instead, it would hold back all calls behind it.
+        """
         if call.needs_tools and not self._parsers:
             call = replace(call, needs_tools=False)
         if call.reserved_slots and self._shared_slots <= call.reserved_slots:

@@ -4,8 +4,8 @@ Problem: if many calls share a prefix that one worker holds, this worker has the
 a hot spot. Another worker would have to compute the prefix only once to serve many of the calls.
 
 Method: each prefix has a count of its calls, which falls to 1/e within MEMORY_S. The cost of computing the prefix
-elsewhere is divided by one plus the count, see cost.py. Memory is bounded: the prefixes that were not sent for the
-longest time are forgotten.
+elsewhere is divided by one plus the count, see cost.py. Memory is bounded: the least recently sent prefixes are
+forgotten.
 """
 
 from __future__ import annotations

@@ -1,28 +1,27 @@
 """Speed of each worker of a model in computing prompts, relative to the model's usual worker.
 
-Problem: a worker may be slow without failing any check, for example because its GPU is throttled or shared.
-Such a worker must get fewer calls within seconds, and its full share again once it has recovered.
+Problem: a worker may be slow without failing any check, for example because its GPU is throttled or shared. Such a
+worker must get fewer calls within seconds, and its full share again once it has recovered.
 
-Method. A sample is the number of prompt tokens that a worker has computed and the seconds that this took. A
-line of seconds by tokens is fitted to the samples of all workers by least squares. The line predicts the
-seconds that a usual worker needs, with the fixed time of an engine step, so that workers with short prompts do
-not look slow. Samples of slow workers have a small weight in the fit. A worker's slowdown is a ratio: the sum
-of its seconds, divided by the sum of the seconds that the line predicts. The seconds of PRIOR usual samples, at
-least PRIOR_S, are added to both sums. A sample counts with at most CLIP times the seconds that the slowdown so
-far predicts, so that a single pause changes little.
+Method. A sample is the number of prompt tokens that a worker has computed and the seconds that this took. A line of
+seconds by tokens is fitted to the samples of all workers by least squares. The line predicts the seconds that a usual
+worker needs, with the fixed time of an engine step, so that workers with short prompts do not look slow. Samples of
+slow workers have a small weight in the fit. A worker's slowdown is a ratio: the sum of its seconds, divided by the sum
+of the seconds that the line predicts. The seconds of PRIOR usual samples, at least PRIOR_S, are added to both sums. A
+sample counts with at most CLIP times the seconds that the slowdown so far predicts, so that a single pause changes
+little.
 
-A prompt that is late and not yet finished shows that a worker is slow before its sample is complete. Until the
-prompt is finished, it counts as a sample with the time that it has taken so far. The sums decay with each
-sample, so that a few prompts show a change. They also decay with time: a worker that gets no calls because it
-was slow soon counts as a usual worker again, and its next calls show whether it is one.
+A prompt that is late and not yet finished shows that a worker is slow before its sample is complete. Until the prompt
+is finished, it counts as a sample with the time that it has taken so far. The sums decay with each sample, so that a
+few prompts show a change. They also decay with time: a worker that was slow, and therefore gets no calls, soon counts
+as a usual worker again, and its next calls show whether it is one.
 
-A ratio up to NOISE counts as 1, because the times of equal workers vary as well. A ratio from NOISE to NOISE
-squared counts in part, because a jump at NOISE would drive all new calls away from a worker that is as fast as
-the others. A ratio below 1 is treated like its inverse. A ratio above NOISE that comes from late prompts counts
-in full.
+A ratio up to NOISE counts as 1, because the times of equal workers vary as well. A ratio from NOISE to NOISE squared
+counts in part, because a jump at NOISE would drive all new calls away from a worker that is as fast as the others. A
+ratio below 1 is treated like its inverse. A ratio above NOISE that comes from late prompts counts in full.
 
-Invariants: a slowdown is within [FASTEST, SLOWEST]; it is 1 for an unknown worker. If all workers become
-equally slower, the slowdowns change for a short time only.
+Invariants: a slowdown is within [FASTEST, SLOWEST]; it is 1 for an unknown worker. If all workers become equally
+slower, the slowdowns change for a short time only.
 
 All times are monotonic seconds.
 """
@@ -105,11 +104,11 @@ class PrefillTimes:
         sums.usual_s = KEPT * sums.usual_s + self.usual_s(tokens)
 
     def record_unfinished(self, worker_id: str, tokens: int, seconds: float, now: float) -> None:
-        """Record that a worker has worked for `seconds` on late prompts and has not finished them. `tokens`: number of
-        tokens of all these prompts.
+        """Record that a worker has worked for `seconds` on prompts and has not finished them, at a time when one of
+        them is late with its first token. `tokens`: number of tokens of all these prompts.
 
-        The record counts for the next `seconds` seconds, or until the worker's next sample or next record of
-        unfinished prompts.
+        The record counts for the next `seconds` seconds, or until the worker's next sample or next record of unfinished
+        prompts.
         """
         sums = self._workers.setdefault(worker_id, _Sums(now))
         sums.late_tokens, sums.late_s, sums.late_until = tokens, seconds, now + seconds

@@ -17,7 +17,7 @@ _MASK: Final = (1 << 64) - 1
 
 
 def hash64(text: str) -> int:
-    """Return a hash of a text in [0, 2**64), equal in all processes."""
+    """Return the 64-bit hash of a text as a number in [0, 2**64). The hash is equal in all processes."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest())
 
 

@@ -177,10 +177,11 @@ class RouteHistory:
             self.size -= oldest.size
 
     def _shorten(self, route: Route, workers: int) -> None:
-        """Drop scores of a route's decision, to save memory in a large fleet.
+        """Keep only the best scores of a route's decision, to save memory in a large fleet. If scores of another
+        decision were kept shortly before, keep none.
 
-        The best scores are kept. But if the scores of another decision were kept just before, none are kept.
-        `workers`: number of workers in the fleet.
+        `workers`: number of workers in the fleet. The larger the fleet, the longer the pause between two decisions with
+        scores.
         """
         if (route.sent_at - self._kept_at) * SCORES_PER_S >= workers:
             self._kept_at = route.sent_at

@@ -83,7 +83,7 @@ class RouteCall:
     which a new call may begin; empty means any version. `cached_on`: incarnation that probably still holds the KV
     blocks of a resumed call, or "". `uncached_there`: number of tokens to compute on `cached_on`. `needs_tools`:
     whether the worker must have a parser for tool calls. `cached`: number of leading tokens of a new call that workers
-    hold in their KV caches, by worker id. `sharing`: number of recent calls whose longest cached prefix was that of
+    hold in their KV caches, by worker id. `sharing`: number of recent calls that had the same longest cached prefix as
     this call. `affinity`: hash of the affinity key, in [1, 2**64), or 0 for none. `prefix`: hash of the beginning of
     the prompt, in [0, 2**64). `call_id`: id of a new call, the seed of policies that choose at random. `adapter`:
     digest of the adapter that the worker must have loaded, or another name that the gateway uses while the digest is
@@ -208,8 +208,8 @@ class RoutingDecision:
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        """Scores of all candidates: those that passed all filters, the best first, then the dropped candidates, ordered
-        by worker id."""
+        """Scores of all candidates: first the candidates that passed all filters, the best one first, then the dropped
+        candidates, ordered by worker id."""
         if callable(self._scores):
             self._scores = self._scores()
         return self._scores
@@ -232,7 +232,8 @@ class RoutingDecision:
 
 
 def _replays_fit(call: RouteCall, c: Candidate) -> bool:
-    """Whether the worker can take the prompt of the call now, within its budget for resumed prompts (prefill pacing).
+    """Return whether the worker can take the prompt of the call now, within its budget for resumed prompts (prefill
+    pacing).
 
     Resumed calls come in bursts. If all resumed prompts are computed at once, or together with new prompts, the next
     token of every stream is late. A single resumed prompt may be computed alone, however long the prompt is.
@@ -283,7 +284,8 @@ def _kept(call: RouteCall, c: Candidate) -> float:
 
 
 def is_compatible(call: RouteCall, candidate: Candidate) -> bool:
-    """Whether the candidate can continue the call, by their compatibility keys. True for every new call."""
+    """Return whether the candidate can continue the call, according to the compatibility keys of both. True for every
+    new call."""
     likeness = candidate.compatibility_key
     return call.compatibility_key is None or (likeness is not None and likeness.can_resume(call.compatibility_key))
 
@@ -364,9 +366,9 @@ class Router:
     def pick(self, call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
         """Pick the candidate with the best score among the candidates that pass all filters.
 
-        Of candidates with equal scores, the one with more free sequences is picked. If these are equal too, the
-        one with the earlier `last_sent` is picked, so that idle workers fill their caches evenly. The worker id
-        decides last, the smaller one first.
+        Of candidates with equal scores, the candidate that can take more sequences (`free_sequences`) is picked. If
+        these numbers are equal too, the candidate with the earlier `last_sent` is picked, so that idle workers fill
+        their caches evenly. The worker id decides last, the smaller one first.
         """
         if call.reserved_slots:
             candidates = list(candidates)

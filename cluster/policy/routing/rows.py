@@ -1,5 +1,5 @@
-"""Rows for decisions about new calls. A row has the values of one worker that such a decision needs. It is computed
-again when its worker has changed."""
+"""Rows for decisions about new calls. A row has the values of one worker that such a decision needs. The row is
+computed again when its worker has changed."""
 
 from __future__ import annotations
 

@@ -45,5 +45,5 @@ def choose_version(call_id: str, weights: Iterable[tuple[str, float]]) -> str:
 
 
 def _unit(text: str) -> float:
-    """Hash of the text, as a uniformly distributed number in (0, 1]."""
+    """Return a hash of the text, as a uniformly distributed number in (0, 1]."""
     return (int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()) + 1) / 2.0**64

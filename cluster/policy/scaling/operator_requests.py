@@ -1,5 +1,5 @@
-"""Scaling requests of operators. A request is validated and handed to the scaler, which applies it in its next pass. A
-callback stores the request. No I/O in this module."""
+"""Scaling requests of operators. A request is validated and handed to the scaler, which applies it in its next pass.
+After each change, a function that the caller has passed stores all requests. No I/O in this module."""
 
 from __future__ import annotations
 

@@ -167,8 +167,8 @@ class Scaler:
         return self._models[name].explain(limit)
 
     def counters(self) -> Mapping[str, tuple[Mapping[str, int], float]]:
-        """Return the number of decisions of each action, and the GPU-seconds used, for each model. Both count since the
-        scaler got the model."""
+        """Return, for each model, the number of decisions of each action and the GPU-seconds used. Both are counted
+        from the time at which the scaler got the model."""
         return {name: model.counters() for name, model in self._models.items()}
 
     @property

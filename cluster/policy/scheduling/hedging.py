@@ -5,11 +5,11 @@ Problem: a worker may be slow without failing any check. A caller should not wai
 free, but the second workers must get little additional load.
 
 Method: a sequence is late once it has waited longer than the QUANTILE of the model's times to the first token for
-prompts of its size (first_token_times.py). Each sequence that is sent adds `share` to the number of hedges that its
-model may make, and each hedge takes 1 from it. A late sequence that is not hedged is checked again each time its wait
-has grown by the factor GROWTH. At its first check, a sequence is hedged only if at least BURST / 2 hedges are
-available. So hedges are left for sequences that have waited longer: a sequence that is a little late is likely to be
-answered soon, but a sequence on a slow worker is not.
+prompts of its size (first_token_times.py). Each sequence that is sent adds `share` to the number of hedges that are
+available for its model, and each hedge takes 1 from this number. A late sequence that is not hedged is checked again
+each time its wait has grown by the factor GROWTH. At its first check, a sequence is hedged only if at least BURST / 2
+hedges are available. So hedges are left for sequences that have waited longer: a sequence that is a little late is
+likely to be answered soon, but a sequence on a slow worker is not.
 
 Invariants: the hedges of a model never exceed `share` of the model's sequences that were sent so far, and at most BURST
 hedges are available at once. A sequence is hedged at most once before its first output. A sequence is hedged only if no
@@ -67,8 +67,8 @@ class _Sent:
 
 
 class HedgingPolicy:
-    """Decides which late sequences of one gateway are hedged: sent to a second worker too. `now` is monotonic, in
-    seconds."""
+    """Decides which late sequences of one gateway are hedged, that is, also sent to a second worker. `now` is
+    monotonic, in seconds."""
 
     def __init__(self, share: float) -> None:
         """`share`: largest fraction of a model's sequences that may be hedged, in [0, 1]. With 0, no sequence is hedged
@@ -192,7 +192,7 @@ class HedgingPolicy:
         self._sent.pop(key, None)
 
     def retain_models(self, models: Iterable[str]) -> None:
-        """Forget the saved hedges of models that are not in `models`."""
+        """Forget the available hedges of all models that are not in `models`."""
         known = set(models)
         for model in [model for model in self._saved if model not in known]:
             del self._saved[model]

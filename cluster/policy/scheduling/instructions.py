@@ -65,7 +65,7 @@ class Ending(enum.Enum):
 
 @frozen_dataclass
 class Send:
-    """Send a sequence to a worker. The sequence has left its queue.
+    """Instruction to send a sequence to a worker. The sequence has left its queue.
 
     `decision`: the routing decision, for explanations. `reason`: why this worker was chosen, as a metric label.
     `holder_wait`: how long a new sequence has waited for the worker that holds its prompt, even if it is now sent to

@@ -118,8 +118,8 @@ class NewAssignment:
             self._room.put_back(replace(entry, holder_wait=aside.wait(now)), now)
 
     def _assign_with_adapters(self, model: str, now: float) -> Iterator[Instruction]:
-        """Yield the instructions for sequences that wait for adapters. If no worker with an adapter has room for a
-        sequence, all later sequences that wait for this adapter wait too."""
+        """Yield the instructions for sequences that wait for adapters. If no worker with a sequence's adapter has room
+        for the sequence, all later sequences that wait for the same adapter wait too."""
         for adapter in self._adapter_waits.adapters(model):
             if not self._workers.has_adapter(model, adapter):
                 continue

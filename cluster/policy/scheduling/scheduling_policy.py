@@ -46,9 +46,9 @@ class SchedulingPolicy:
     def admit(
         self, entry: WaitingSequence, now: float, starts_in_s: float = 0.0, versions: Versions = ANY_VERSION
     ) -> RoomAdmission:
-        """Queue a new sequence if the waiting room admits it. The result names the sequences that the room has shed for
-        it, and the reason of a refusal. `starts_in_s`: seconds until the earliest possible start. `versions`: versions
-        of the model on which the sequence may begin."""
+        """Queue a new sequence if the waiting room admits it. The result has the other sequences that the room has shed
+        to admit this sequence or, if the sequence is refused, the reason. `starts_in_s`: seconds until the earliest
+        possible start. `versions`: versions of the model on which the sequence may begin."""
         return self._new.admit(entry, now, starts_in_s, versions)
 
     def put_back(self, entry: WaitingSequence, now: float, versions: Versions = ANY_VERSION) -> None:
@@ -57,8 +57,8 @@ class SchedulingPolicy:
         self._new.put_back(entry, now, versions)
 
     def set_versions(self, key: str, versions: Versions) -> None:
-        """Set the versions of the model on which a queued sequence may begin. Once one sequence of a call has begun,
-        the other sequences of the call may begin only on the same version. `key`: id of the sequence."""
+        """Set on which versions of its model a queued sequence may begin. Once one sequence of a call has begun, the
+        other sequences of the call may begin only on the same version. `key`: id of the sequence."""
         self._new.set_versions(key, versions)
 
     def resume(self, sequence: ResumingSequence, now: float) -> None:

@@ -45,7 +45,7 @@ class HolderView(Protocol):
 
 
 class WarmSequences:
-    """Records for each waiting sequence of a gateway which workers hold its prompt. Times are monotonic seconds."""
+    """Record of the workers that hold the prompts of a gateway's waiting sequences. Times are monotonic seconds."""
 
     def __init__(self, workers: HolderView) -> None:
         self._workers = workers

@@ -29,7 +29,8 @@ class Workers(Protocol):
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
         """Return how many leading tokens of a prompt each worker of a model holds in its KV cache, by worker id. Unlike
-        `cached_tokens`, it also returns the numbers for a model with only one worker, and never None."""
+        `cached_tokens`, this method also returns the numbers for a model with only one worker, and it never returns
+        None."""
 
     def free_tokens(self, model: str, worker_id: str) -> int | None:
         """Return the number of tokens of the largest prompt that a worker can take now; 0 if it can take no sequence

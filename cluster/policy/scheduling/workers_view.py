@@ -2,8 +2,9 @@
 
 Problem: a model may have a thousand workers. Reading or checking all of them for each sequence takes milliseconds.
 
-Method: the workers are read once. After a sequence is sent, only its worker is read again. If there are many workers,
-only a sample is checked; the best of a few is nearly as good as the best of all (Mitzenmacher 2001).
+Method: the workers are read once. After a sequence is sent, only the worker that got the sequence is read again. If
+there are many workers, only a sample is checked; the best of a few is nearly as good as the best of all (Mitzenmacher
+2001).
 """
 
 from __future__ import annotations

@@ -406,7 +406,7 @@ def tenant_handle(secrets: Sequence[bytes], tenant: str) -> str:
 
 
 def cache_salt(secrets: Sequence[bytes], policy: TenantPolicy, client_salt: str = "") -> str:
-    """Return the prefix-cache salt for the calls of a tenant, 64 hex digits. The salt is never sent to clients.
+    """Return the prefix-cache salt for a tenant's calls, 64 hex digits. The salt is never sent to clients.
 
     Two tenants share cached prefixes only if an operator has given both the same cache_group. A group and a tenant of
     the same name have different salts. `client_salt` divides the cache of the client's own tenant or group further; it

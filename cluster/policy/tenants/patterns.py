@@ -64,12 +64,13 @@ class Patterns:
             raise PatternError("", f"too much together: {_why(error)}; name fewer or shorter patterns") from None
 
     def find(self, text: str, start: int = 0) -> Iterator[tuple[int, int]]:
-        """Yield (begin, end) of matches from `start` on; `\\b` and `^` see the text before `start`."""
+        r"""Yield (begin, end) of matches from `start` on. `\b` and `^` take the text before `start` into account."""
         for match in self._any.finditer(text, start):
             yield match.span()
 
     def name_at(self, text: str, start: int) -> str:
-        """Name of the pattern that matches at `start`. `start` must be the beginning of a match that `find` yielded."""
+        """Return the name of the pattern that matches at `start`. `start` must be the beginning of a match that `find`
+        yielded."""
         before = min(start, 1)
         near = text[start - before : start + self.longest + 1]
         names = (name for name, each in zip(self.names, self._each, strict=True) if each.match(near, before))

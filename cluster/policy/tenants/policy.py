@@ -160,9 +160,10 @@ class TenantPolicy:
     """Policy of one tenant, as the gateway, the ledger and other components use it.
 
     `handle`: keyed hash of the name, which workers get in place of the name; "" until the gateway has derived it.
-    `models`: names, aliases, adapters (`model:adapter`) or globs of these. `max_context_tokens` and `max_output_tokens`
-    None: the limit of the model applies. `cache_group`: tenants of one group share a prefix cache; "": the tenant
-    shares none. `on_budget`: whether running calls finish or stop when the budget is used up.
+    `models`: names, aliases, adapters (`model:adapter`) or globs of these. If `max_context_tokens` or
+    `max_output_tokens` is None, the limit of the model applies. `cache_group`: tenants of one group share a prefix
+    cache; with "", the tenant shares none. `on_budget`: whether running calls finish or stop when the budget is used
+    up.
     """
 
     name: str
@@ -206,7 +207,7 @@ class TenantPolicy:
         return self.handle or self.name
 
     def allows(self, model: str) -> bool:
-        """Whether the tenant may use a model of this name. The comparison is case-sensitive."""
+        """Return whether the tenant may use a model of this name. The comparison is case-sensitive."""
         return any(fnmatchcase(model, pattern) for pattern in self.models)
 
     def as_json(self) -> dict[str, Any]:

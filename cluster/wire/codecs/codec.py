@@ -370,12 +370,12 @@ def check_kv_blocks(message: pb.KvBlocks) -> int:
 
 
 def slots_with_details(step: pb.StepOutputs) -> set[int] | None:
-    """Return the slots (numbers of requests on the link) for which `step` holds more than one plain token: also a
+    """Return the slots (numbers of requests on the link) for which `step` has something besides one plain token: a
     First or Finish message, log probabilities, SlotParts or a vector.
 
-    Returns None for a message with `counts`, in which a slot may have no token or several tokens. If a slot
-    occurs several times in the message, the slots in the column `part_slots` are returned too, because parts
-    must stay with their tokens.
+    Returns None for a message with `counts`, in which a slot may have no token or several tokens. If a slot occurs
+    several times in the message, the slots in the column `part_slots` are returned too, because parts must stay with
+    their tokens.
     """
     if step.counts:
         return None

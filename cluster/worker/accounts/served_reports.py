@@ -59,7 +59,7 @@ class ServedReports:
         self._meter.cached(request_id, cached_tokens)
 
     def ended(self, request_id: str, generated_tokens: int) -> None:
-        """Record the end of a request, for whatever reason."""
+        """Record that a request has ended, whatever the reason."""
         self._meter.generated(request_id, generated_tokens)
         self._meter.ended(request_id)
 

@@ -86,8 +86,8 @@ class WorkerUsage:
         self._acked.set()
 
     async def run(self) -> None:
-        """Run until cancelled. In regular passes, report the GPU's idle time, and move usage records that a gateway
-        does not acknowledge in time to other links."""
+        """Run until cancelled. In regular passes, report the GPU's idle time. If a gateway does not acknowledge usage
+        records in time, move these records to other links."""
         dropped = 0
         while True:
             await asyncio.sleep(self._idle_report_s)

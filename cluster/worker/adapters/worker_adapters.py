@@ -210,8 +210,8 @@ class WorkerAdapters:
         return delay_s
 
     def _retry_refused(self, digest: str, reason: str) -> None:
-        """Handle the engine's refusal to load the adapters with this digest: prepare those that were ready again, after
-        a delay."""
+        """Handle the engine's refusal to load the adapters with this digest. After a delay, prepare again those of the
+        adapters that were ready."""
         for adapter in self._wanted.values():  # the tasks of adapters that are not ready try again themselves
             if adapter.digest == digest and adapter.state is AdapterState.READY:
                 adapter.work = self._tasks.spawn(self._prepare(adapter, self._fail(adapter, reason)))

@@ -274,7 +274,8 @@ class CheckedEngine:
             raise self._sick_error(f"it refuses the golden prompt: {refused.message}") from refused
 
     async def step(self) -> Sequence[TokenOutput]:
-        """Return the next step's outputs without those of golden requests; wait until there is at least one.
+        """Return the next step's outputs, except the outputs of golden requests. Waits until there is at least one
+        output to return.
 
         Raises EngineDead, or its subclass EngineCorrupt if a golden answer is wrong.
         """

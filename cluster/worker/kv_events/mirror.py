@@ -62,10 +62,10 @@ class KvMirror:
     def pop_change(self) -> KvChange:
         """Return the change since the last call: the blocks that were removed, and the blocks that were stored.
 
-        A block that was first stored and then removed is reported as removed, because a gateway may already
-        expect this block. A block that was first removed and then stored again is in both lists, so that a
-        gateway can tell why a call did not find it. If the engine has cleared its cache since the last call, the
-        change is a `snapshot`.
+        A block that was first stored and then removed is reported as removed, because a gateway may already expect this
+        block. A block that was first removed and then stored again is in both lists, so that a gateway can tell why a
+        call found this block missing. If the engine has cleared its cache since the last call, the change is a
+        `snapshot`.
         """
         stored, removed, was_cleared = self._stored, self._removed, self._was_cleared
         self._stored, self._removed, self._was_cleared = {}, {}, False

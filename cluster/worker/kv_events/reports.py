@@ -24,7 +24,7 @@ INTERVAL_S = 0.1
 
 
 class KvReports:
-    """The reports of one engine's KV blocks to all links of a worker."""
+    """The reports about one engine's KV blocks that a worker sends on all its links."""
 
     def __init__(self, source: KvEventSource | None, block_size: int) -> None:
         """`source`: the engine's KV events; None if the engine never emits KV events, so that nothing is reported.

@@ -132,7 +132,7 @@ def adjust(parser: Any, request: Any) -> None:
 
 
 def _reads_no_forced_call(parser: Any) -> bool:
-    """Return whether this parser would take a forced tool call for content.
+    """Return whether this parser would treat a forced tool call as content.
 
     This happens with a Mistral tokenizer of version 11 or newer in transformers' form. vLLM 0.32 then forces the output
     to be a bare JSON array, but its parser reads such an array as a tool call only with older tokenizers.

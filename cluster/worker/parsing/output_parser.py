@@ -63,8 +63,8 @@ class OutputParser(ReplacedProcess):
 
     async def open(self, request: EngineRequest) -> EngineRequest:
         """Open a parsing session for the request if `request.parsing` is set. Returns the request to pass to the
-        engine. If its tools require a grammar, the returned request has this grammar. Raises an error if the parser
-        refuses the request."""
+        engine. If the request's tools require a grammar, the returned request has this grammar. Raises an error if the
+        parser refuses the request."""
         parsing = request.parsing
         if parsing is None:
             return request

@@ -69,8 +69,9 @@ class ParserNames:
 class OutputParsers(Protocol):
     """Interface of the parser of a worker's outputs.
 
-    `open` begins a session for a request with `parsing`, before the engine gets the request. The session lasts until
-    `close`. `divert` takes the request's outputs from the steps, and `parsed` returns them parsed, in order.
+    `open` begins a session for a request that has the field `parsing`, before the engine gets the request. The session
+    lasts until `close`. `divert` takes the request's outputs out of each step's outputs, and `parsed` later returns
+    them, parsed and in order.
     """
 
     async def run(self) -> None:

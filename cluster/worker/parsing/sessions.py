@@ -87,7 +87,7 @@ class SessionRecord:
         return self._item(output, begin, self.sent)
 
     def again(self) -> list[tuple[int, bytes, int]]:
-        """Return the outputs that are not answered yet, as items of a Feed message.
+        """Return the outputs that the parser has not answered yet, as items of a Feed message.
 
         A new parser process gets these items.
         """

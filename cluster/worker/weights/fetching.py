@@ -69,12 +69,12 @@ def fetch(
     web_names: Sequence[str] = (),
     most_bytes: Mapping[str, int] | None = None,
 ) -> Path:
-    """Fetch the files of `source` whose names match one of `patterns`. Returns their folder below `root`. Blocks
-    the thread. Raises FetchError.
+    """Fetch the files of `source` whose names match one of `patterns`. Returns their folder below `root`. Blocks the
+    thread. Raises FetchError.
 
-    `needed`: a file that the source must have. `web_names`: names of the files to try on a web server, which
-    cannot list them; empty for the files of a model. `most_bytes`: largest allowed size of a file, by name;
-    if one file is larger, no file is fetched.
+    `needed`: a file that the source must have. `web_names`: names of the files to request from a web server, which
+    cannot list its files; if it is empty, the usual names of a model's files are requested. `most_bytes`: largest
+    allowed size of a file, by name; if one file is larger, no file is fetched.
     """
     target = root / hashlib.sha256(source.encode()).hexdigest()[:32]
     target.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,8 @@ def spans(file: Path) -> list[Span]:
 
 
 def not_finite(piece: memoryview, span: Span) -> str:
-    """Return `NaN` or `infinite numbers` if a piece of a tensor contains them and must not (see Span); otherwise ""."""
+    """Return `NaN` or `infinite numbers` if a piece of a tensor contains such values and they are an error (see Span);
+    otherwise ""."""
     import numpy as np
 
     width, infinity = INFINITE[span.kind]

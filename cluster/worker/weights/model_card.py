@@ -57,8 +57,9 @@ def _text(value: Any) -> str:
 def why_refused(named: str, card: Card, allowed: tuple[str, ...]) -> str:
     """Return why a model's licence does not allow loading the model; "" if the licence allows it.
 
-    `named`: the licence in the catalog entry, used if the card names no licence. It must not contradict the card.
-    `allowed`: names of the allowed licences; if empty, all licences are allowed.
+    `named`: the licence in the catalog entry; "" for none. The licence in the entry is used if the card names no
+    licence, and must not contradict the card. `allowed`: names of the allowed licences; if empty, all licences are
+    allowed.
     """
     if not allowed:
         return ""

@@ -62,8 +62,8 @@ def check_modules(folder: Path) -> None:
 
 
 def module_files(folder: Path) -> Sequence[Path]:
-    """Return the files in a model's folder that determine how it pools: its own settings, and the files of its
-    modules."""
+    """Return the files in a model's folder that determine how the model pools: the model's own settings, and the files
+    of its modules."""
     try:
         folders = module_folders((folder / MODULES).read_bytes())
     except (OSError, ValueError):

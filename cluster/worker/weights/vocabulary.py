@@ -29,9 +29,9 @@ EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddi
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return the folder's tokenizer, which has a Rust backend.
+    """Return the tokenizer in a folder.
 
-    Raises ValueError, which names the file and the remedy.
+    Raises ValueError if the folder has no tokenizer with a Rust backend. The error has the path and the remedy.
     """
     from transformers import AutoTokenizer, TokenizersBackend
 

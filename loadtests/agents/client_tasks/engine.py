@@ -53,9 +53,9 @@ class PacedEngine(ScriptedEngine):
     ) -> None:
         """Create the engine. `log`: file to which all engines append a JSON object for each request.
 
-        `deaths`: maps the key of an answer to the number of its tokens after which the engine calls `kill`.
-        `folder`: folder that all engines share. It gets a file for each such call, so that the worker that continues
-        the answer does not call `kill` too.
+        `deaths`: maps the key of an answer to the number of its tokens after which the engine calls `kill`. `folder`:
+        folder that all engines share. Before an engine calls `kill`, it writes a file for the answer into this folder,
+        so that the worker that continues the answer does not call `kill` too.
         """
         super().__init__(scripts, seed=seed, max_model_len=max_model_len)
         self._kill = kill

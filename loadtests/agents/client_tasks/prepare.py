@@ -1,9 +1,11 @@
-"""Program that writes the model for the part `clients` of the agents' load test. Usage:
-python -m loadtests.agents.client_tasks.prepare FILE FOLDER
+"""Program that writes the model for the part `clients` of the agents' load test.
 
-FILE is JSON: the text of each answer by key (`answers`), and after how many characters of an answer the engine kills
-its worker (`deaths`). FOLDER gets `model` with Qwen 3's chat template, `bundle`, `scripts.json`, `deaths.json` (numbers
-of tokens instead of characters) and, at the end, `models.json` with the model's entry.
+    python -m loadtests.agents.client_tasks.prepare FILE FOLDER
+
+FILE is a JSON object. `answers`: the text of each answer, by key. `deaths`: by key, the number of characters of the
+answer after which the engine kills its worker. FOLDER gets `model` with Qwen 3's chat template, `bundle`,
+`scripts.json`, `deaths.json` (numbers of tokens instead of characters) and, at the end, `models.json` with the model's
+entry.
 """
 
 from __future__ import annotations

@@ -227,8 +227,8 @@ class Outcome:
 def judge_requests(task: Task, submitted: Sequence[Submitted]) -> tuple[Requests, list[str]]:
     """Return the counts of a run's requests, and a message for each fault.
 
-    Each turn must have been requested. Its prompt must hold each earlier text and each tool result once, and no
-    reasoning other than the script's.
+    Each turn must have been requested. The turn's prompt must contain each earlier text and each tool result once, and
+    no reasoning other than the script's.
     """
     new = Counter(one.key for one in submitted if not one.emitted)
     side = new.pop(SIDE, 0)

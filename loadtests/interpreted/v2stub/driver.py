@@ -9,7 +9,7 @@ from triton.backends.driver import DriverBase
 
 
 class CpuStub(DriverBase):  # type: ignore[misc] # Triton is not there where types are checked
-    """Driver that Triton counts as present while the interpreter runs the kernels."""
+    """Stub of a Triton driver, so that vLLM finds an active driver while the interpreter runs the kernels."""
 
     def __init__(self) -> None:
         pass

@@ -1,5 +1,5 @@
-"""Predictions of cached tokens by a gateway, compared with what the engines found in their caches. A second comparison
-is with one cache as large as all caches together."""
+"""A gateway's predictions of cached tokens, compared with the numbers that the engines found in their caches. For
+comparison, there is also a model of one cache as large as all caches together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ BLOCK = 32
 
 
 class PooledLru:
-    """A prefix cache as large as those of all engines together. It evicts the block that was used longest ago."""
+    """A prefix cache as large as the prefix caches of all engines together. It evicts the block that was used longest
+    ago."""
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks
@@ -88,7 +89,8 @@ class Journal:
         """Return whether a report of the worker explains why the predicted number of cached tokens was wrong.
 
         The report came after the decision and is about the first block at which the prediction differs from the engine.
-        If the prediction was too high, the report says that the block was removed; if too low, that it was stored.
+        If the prediction was too high, the report says that this block was removed. If the prediction was too low, the
+        report says that this block was stored.
 
         `cached`: number of cached tokens that the engine found.
         """

@@ -42,8 +42,8 @@ def values(keys: str) -> str:
 
 
 def test_sets_of_hosts_count_as_their_nodes() -> None:
-    """`config check` counts `numOfHosts` nodes for each replica of a Ray worker group. So a model that needs several
-    nodes is accepted for such a group."""
+    """`config check` counts a replica of a Ray worker group as `numOfHosts` nodes. So a model that needs several nodes
+    is accepted if `numOfHosts` gives the group enough nodes."""
     text = values("tensor_parallel_size: 4, pipeline_parallel_size: 4")
     assert any("needs 16 GPUs" in str(finding) for finding in check(text, "f.yaml").errors)
     assert not check(text.replace("maxReplicas: 2", "maxReplicas: 2, numOfHosts: 2"), "f.yaml").errors

@@ -109,7 +109,7 @@ def bundle_of(folder: Path, config: dict[str, Any], echo: str) -> bytes:
 def test_no_secret_of_the_configuration_is_in_the_bundle(tmp_path: Path, place: str, secret: str) -> None:
     """The archive contains no secret of the configuration: neither as it is, nor quoted, nor in base64.
 
-    Logs, metrics, states and errors repeat the secret in these forms.
+    The logs, metrics, states and errors from which the test makes the archive contain the secret in these forms.
     """
     folder = tmp_path / str(next(ROUNDS))
     folder.mkdir()
@@ -183,7 +183,7 @@ def test_harmless_settings_stay() -> None:
     ],
 )
 def test_texts_of_the_form_of_a_secret(text: str, shown: str) -> None:
-    """Keys, tokens, private keys and passwords in addresses are recognized by their form and redacted."""
+    """Keys, tokens and private keys are recognized by their form and redacted, and so are passwords in URLs."""
     assert Redactor(()).text(text) == shown
 
 

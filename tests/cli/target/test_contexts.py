@@ -28,7 +28,7 @@ PATHS = st.sampled_from(["", "/k/one", "/k/two"])
 
 @st.composite
 def cluster_contexts(draw: st.DrawFn) -> ClusterContext:
-    """A context with any combination of its optional parts."""
+    """Draw a context with any combination of its optional parts."""
     key_file = draw(PATHS)
     variable = "" if key_file else draw(st.sampled_from(["", "PROD_KEY"]))
     admin = draw(st.one_of(st.just(""), ADDRESSES))
@@ -142,7 +142,7 @@ def test_the_file_is_in_the_configuration_folder(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_file_is_refused_with_its_name(tmp_path: Path, text: str, part: str) -> None:
-    """The error for an invalid file of contexts names the file, the mistake and the remedy."""
+    """The error for an invalid contexts file names the file, the mistake and the remedy."""
     file = tmp_path / "contexts.yaml"
     file.write_text(text)
     with pytest.raises(ContextError, match=r"mend the file") as error:

@@ -400,7 +400,7 @@ def test_more_ids_than_any_context_holds_are_refused_by_their_number() -> None:
 
 
 async def test_a_small_request_that_is_large_is_refused_unread() -> None:
-    """A large request to a method whose only field is short is refused before it is parsed."""
+    """If all fields of a method's request are short, a large request is refused before it is parsed."""
     bodies = Bodies()
     for name, request, field in (
         ("GetModel", pb.GetModelRequest(name="x" * 70_000), "name"),

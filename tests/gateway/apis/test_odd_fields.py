@@ -1,4 +1,5 @@
-"""A request with an odd value in any field gets the status of a caller's error, never of an unexpected failure."""
+"""A request with an odd value in any field never ends in an unexpected failure: the status is not INTERNAL or UNKNOWN
+over gRPC, and is below 500 over HTTP."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ async def busy(
 
 
 def _odd(kind: Any, depth: int = 3) -> Iterator[Any]:
-    """Yield messages of this type. Each holds the name of the model and one odd value."""
+    """Yield messages of the type `kind`. Each has one odd value; the model and a few other fields have usual values."""
     for field in kind.DESCRIPTOR.fields:
         for value in _values(field, depth):
             message = kind()

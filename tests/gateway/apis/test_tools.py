@@ -1,5 +1,5 @@
-"""Requests with tools and reasoning. Both APIs parse them to the same generation request, whether it is small or
-large."""
+"""Requests with tools and reasoning. The gRPC API and the OpenAI API parse the same request, small or large, to the
+same generation request."""
 
 from __future__ import annotations
 

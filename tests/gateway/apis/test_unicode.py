@@ -188,7 +188,7 @@ def test_counts_are_exact(value: Any, slack: int, escaped: bool) -> None:
 
 @given(VALUES)
 def test_parsing_is_json_s(value: Any) -> None:
-    """An accepted JSON text is parsed to the same value as by json.loads."""
+    """An accepted JSON text is parsed to the same value that `json.loads` returns."""
     assert parse("x", json.dumps(value)) == value
     assert parse("x", json.dumps(value, ensure_ascii=False).encode(), BODY) == value
 

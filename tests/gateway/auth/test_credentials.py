@@ -134,7 +134,8 @@ async def test_a_bad_token_is_not_saved_by_a_good_certificate() -> None:
 
 
 async def test_a_certificate_of_nobody() -> None:
-    """Only the audit distinguishes a certificate that no rule names from missing credentials."""
+    """A certificate that no rule names is refused with the same message as an invalid key. Only the audit names the
+    certificate as the reason."""
     world = World()
     assert (await world.refused(names=("DNS:x",))).message == BAD_KEY
     assert world.failures[0][0] == "unknown_certificate"

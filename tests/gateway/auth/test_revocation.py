@@ -105,7 +105,7 @@ class World:
 
 @asynccontextmanager
 async def world_in(folder: Path) -> AsyncIterator[World]:
-    """Run a world without workers."""
+    """Run the gateway of a World, without workers."""
     authority = Authority(folder / "authority")
     ours = authority.issue("gateway.example.com")
     for name in ("clients", "links"):

@@ -256,7 +256,7 @@ async def test_failures_are_counted_and_audited(keyed: Keyed) -> None:
 
 
 def test_metrics_name_so_many_tenants() -> None:
-    """Metrics name at most `max_tenants` tenants, those that came first. All other tenants share one series, so that
+    """Metrics name only the first `max_tenants` tenants that are counted. All other tenants share one series, so that
     names cannot flood a scraper."""
     metrics = Metrics("c", max_tenants=2)
     for tenant in ("a", "b", "c", "d", "a"):

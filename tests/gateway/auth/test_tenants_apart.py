@@ -131,8 +131,8 @@ async def test_no_answer_names_another_tenant(keyed: Keyed) -> None:
 
 
 async def test_another_tenants_prefix_is_never_hit(keyed: Keyed) -> None:
-    """Only the tenant that sent a prompt, and the tenants of its cache group, find the prompt in the KV cache. A tenant
-    that sends another tenant's `cache_salt` does not find it."""
+    """Only the tenant that sent a prompt, and the tenants of its cache group, get cache hits for the prompt. A tenant
+    that sends another tenant's `cache_salt` gets none."""
     keys = {
         "warm": await keyed.key("warm"),
         "cold": await keyed.key("cold"),
@@ -170,8 +170,8 @@ async def _principal(keyed: Keyed, key: str) -> Any:
 
 
 async def test_workers_see_no_tenants_name(keyed: Keyed) -> None:
-    """Workers get only a salt and a handle for a tenant, not its name. Both are derived from the cluster's secret and
-    differ for each tenant."""
+    """Workers get only a salt and a handle for a tenant, not the tenant's name. Salt and handle are derived from the
+    cluster's secret and differ for each tenant."""
     who = [await _principal(keyed, await keyed.key(name)) for name in ("seen-one", "seen-two")]
     handles = {one.tenant.handle for one in who}
     salts = {keyed.door.cache_salt(one, "") for one in who}
@@ -250,8 +250,8 @@ async def test_the_metrics_port_is_another_one(keyed: Keyed) -> None:
 
 
 async def test_no_time_tells_of_anothers_prefix(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A prompt takes 0.2 s to compute. A second call with it is fast for the same tenant, and as slow as the first for
-    another tenant."""
+    """A prompt takes 0.2 s to compute. A second call with the same prompt is fast for the same tenant. For another
+    tenant it is as slow as the first call."""
     async with keyed_cluster(tmp_path) as slow:
         engine = sim_engine(checkpoint, decode_ms=1, prefill_tokens_per_s=5000, max_num_seqs=4)
         await slow.cluster.add_worker(engine, bundle)

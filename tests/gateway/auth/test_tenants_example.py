@@ -37,8 +37,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 async def test_it_works_as_it_says(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """The example file's tenant and a tenant created by command can call the model with their keys, also by the CLI.
-    Other keys are refused."""
+    """The tenant of the example file and a tenant created with the CLI can call the model with their keys, over the API
+    and with the CLI. Calls without a key are refused."""
     text = FILE.read_text() + f"gateway: {{drain_timeout_s: 0, listen: {PORTS}}}\n"
     make_secrets(parse(text))
     async with running_cluster(tmp_path / "gateway", text) as cluster:

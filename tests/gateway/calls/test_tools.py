@@ -141,8 +141,8 @@ def test_an_unknown_effort_is_refused() -> None:
     ],
 )
 def test_template_arguments_are_merged_as_in_vllm(given_: Any, effort: str, expected: Any) -> None:
-    """The request's reasoning effort replaces the template argument of the same name and sets the argument
-    `enable_thinking`. Arguments with the value null or "auto" are removed."""
+    """The request's reasoning effort replaces the template argument `reasoning_effort`. It also sets the argument
+    `enable_thinking` if the caller has not given this argument. Arguments with the value null or "auto" are removed."""
     assert template_arguments(given_, effort) == expected
 
 

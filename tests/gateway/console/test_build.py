@@ -80,7 +80,7 @@ class Controller:
         self.is_away = False
 
     async def ask(self, verb: str, body: bytes, actor: str, timeout_s: float) -> bytes:
-        """Answer with the last decision. Raises CallError if the controller is away."""
+        """Return an explanation with one scaling decision. Raises CallError if the controller is away."""
         request = scaling_pb2.ExplainScalingRequest.FromString(body)
         self.asked.append(request.name)
         if self.is_away:

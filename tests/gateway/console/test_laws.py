@@ -184,8 +184,8 @@ def _unordered(document: dict[str, Any]) -> dict[str, Any]:
 @settings(deadline=None, max_examples=100)
 @given(parts_of_cluster)
 def test_a_viewer_of_one_tenant_sees_nothing_of_others(parts: list[Part]) -> None:
-    """The bytes for a viewer of one tenant hold no name of another tenant, of a worker, a gateway, a node or a model
-    that the tenant may not use. No number in them depends on the calls of others."""
+    """The bytes for a viewer of one tenant contain no name of another tenant, a worker, a gateway or a node, and no
+    name of a model that the tenant may not use. No number in the bytes depends on the calls of other tenants."""
 
     async def check() -> None:
         whole = await document(parts)
@@ -225,8 +225,8 @@ def _part_of(gateway: str, at: float, ended: dict[str, float]) -> Part:
 
 
 def test_parts_of_others_arrive_whole_in_pieces() -> None:
-    """Gateway processes send each other the calls that ended in the last seconds. A process keeps the earlier ended
-    calls that it has received. At first, and after a long gap, it asks another process for all ended calls."""
+    """Gateway processes send each other only the calls that ended in the last seconds. A process keeps the ended calls
+    that it received earlier. At first, and after a long gap, a process asks another process for all ended calls."""
     store, ended = PeerParts(), {"old": 10.0, "older": 5.0}
     assert store.needs_all(100.0)
     store.put(part_for_peers(_part_of("other", 100.0, ended), has_all=False), 100.0)

@@ -114,7 +114,7 @@ def redacting(secret: str, **fields: Any) -> dict[str, Any]:
 
 
 async def test_an_output_is_redacted_over_every_face(keyed: Keyed) -> None:
-    """A secret that spans several tokens is redacted over every API, and the log probabilities do not contain it."""
+    """A secret that spans several tokens is redacted on every API, and is not in the log probabilities."""
     lab = await tenant(keyed, "redact")
     bare = await lab.text()
     secret = middle(bare)

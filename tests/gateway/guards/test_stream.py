@@ -56,8 +56,8 @@ CHUNKS = st.lists(st.text("ab1é x", max_size=6), max_size=16)
 
 
 def stage_of(what: Any, action: Action) -> GuardStage:
-    """Return the guard stage for `what`: a stage with this size limit for a number, otherwise a stage that searches
-    these patterns."""
+    """Return a guard stage. If `what` is a number, it is the stage's size limit. Otherwise `what` has the patterns that
+    the stage searches for."""
     return SizeStage(what, action, ignore) if isinstance(what, int) else PatternStage(Patterns(what), action, ignore)
 
 

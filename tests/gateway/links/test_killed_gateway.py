@@ -1,4 +1,5 @@
-"""Streams of a killed gateway. They run on briefly at their workers, where a resume at another gateway finds them."""
+"""Streams of a killed gateway. Their requests keep running on the workers for a short time, and a resume at another
+gateway takes them over."""
 
 from __future__ import annotations
 
@@ -172,8 +173,8 @@ async def test_they_end_when_nobody_comes(doomed: Doomed) -> None:
 
 
 async def test_they_keep_their_places(doomed: Doomed) -> None:
-    """Detached requests (their gateway was killed) keep their slots, so they can be resumed at once while new calls
-    wait. A new call starts only after a resumed call has ended."""
+    """Requests whose gateway was killed (detached requests) keep their slots, so they can be resumed at once while new
+    calls wait. A new call starts only after a resumed call has ended."""
     requests = [chat(str(number), max_tokens=700, ignore_eos=True, resumable=True) for number in range(PLACES)]
     chunks = await begun(doomed, requests)
     await until(lambda: doomed.worker.end.statistics().detached == PLACES, "all are without a gateway")

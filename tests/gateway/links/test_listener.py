@@ -1,4 +1,4 @@
-"""The link listener. A peer that connects before the gateway serves links waits in the backlog of the port, and is
+"""The link listener. If a peer connects before the gateway serves links, it waits in the backlog of the port, and is
 served afterwards."""
 
 from __future__ import annotations

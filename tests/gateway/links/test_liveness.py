@@ -101,8 +101,8 @@ def test_who_has_never_beaten_gets_the_time_to_connect() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.0, 0.1), st.floats(0.0, 10.0)), max_size=30), st.floats(0.0, 1.0))
 def test_what_one_oversleeps_is_nobodys_silence(rests: list[tuple[float, float]], part: float) -> None:
-    """The waking time (the clock of the failure detection) counts each sleep in full. If a sleep ends late, it counts
-    at most LATE_S of the delay. It never goes backward, and never runs ahead of the clock."""
+    """The waking time (the clock of the failure detection) counts each sleep in full. If a sleep ends late, at most
+    LATE_S of the delay is counted. The waking time never goes backward, and never runs ahead of the clock."""
     clock, now, waked = Waking(0.0, 0.0), 0.0, 0.0
     for rest_s, late_s in rests:
         clock.rest(now, rest_s)
@@ -116,7 +116,7 @@ def test_what_one_oversleeps_is_nobodys_silence(rests: list[tuple[float, float]]
 
 @given(st.integers(1, 40), st.floats(0.0, 3.0))
 def test_on_a_busy_machine_nobody_is_silent_before_its_time(looks: int, late_s: float) -> None:
-    """If the gateway's own checks are late, heartbeats that are late by as much raise no alarm. A dead worker is still
+    """If the gateway's own checks are delayed, heartbeats with the same delay raise no alarm. A dead worker is still
     found after the usual number of checks."""
     rest_s, bound_s = 0.05, 0.5
     clock, now = Waking(0.0, rest_s), 0.0

@@ -73,7 +73,7 @@ class Secured:
         return TlsFiles(self.folder / f"{name}.crt", self.folder / f"{name}.key", self.folder / "ca.crt")
 
     def hello(self, **fields: Any) -> pb.Hello:
-        """Return a Hello for a worker of `sim` that does not exist."""
+        """Return the Hello of a fictitious worker of the model `sim`."""
         told = {"worker_id": "rogue", "incarnation": "x", "model": "sim", "epoch": 1, **fields}
         return pb.Hello(protocol_min=1, protocol_max=1, **told)
 
@@ -166,7 +166,8 @@ async def test_a_certificate_for_something_else(secured: Secured) -> None:
 
 
 async def test_a_hello_is_taken_once(secured: Secured) -> None:
-    """A replayed Hello does not end the existing link, even if it is identical and comes with the right certificate."""
+    """A replayed Hello is refused and does not end the existing link, even if the replayed Hello is an exact copy and
+    is sent with the right certificate."""
     hello = codec.hello_to_pb(secured.worker.identity, secured.worker.info, 1)
     assert await secured.as_holder("worker", "Turn", pb.WorkerTurn(hello=hello)) is CODE.FAILED_PRECONDITION
     await secured.undisturbed()

@@ -45,8 +45,7 @@ class Silent:
 
 
 class StepCounts(NoListener):
-    """Listener that records, at the beginning of each step, the number of tokens of resumed requests that are not yet
-    computed."""
+    """Listener that records, at the start of a step, how many tokens of resumed requests are not computed."""
 
     def __init__(self) -> None:
         self.resumed_tokens: list[int] = []

@@ -1,5 +1,5 @@
-"""Parts of parsed outputs arrive with their tokens, however the worker merges steps into messages. Vectors arrive with
-the end of their requests."""
+"""Parts of parsed outputs arrive with their tokens, however the worker merges engine steps into messages. The vector of
+a pooling request arrives with the end of the request."""
 
 from __future__ import annotations
 

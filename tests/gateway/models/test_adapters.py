@@ -95,8 +95,8 @@ def test_adapters_of_anothers_model_are_refused_like_none(tmp_path: Path) -> Non
 def test_lists_have_what_can_be_called(
     tmp_path_factory: pytest.TempPathFactory, adapters: list[tuple[str, str]], patterns: list[str]
 ) -> None:
-    """A policy has patterns of models. The gateway's list of adapters has exactly those that these patterns let the
-    caller use, also after the catalog has changed."""
+    """The gateway's list of adapters for a caller has exactly the adapters that the model patterns in the caller's
+    policy allow, also after the catalog has changed."""
     names = {name: AdapterSpec(name, "/s", tenants=(tenant,) if tenant else ()) for tenant, name in adapters}
     directory, who = directory_with(tmp_path_factory.mktemp("law"), SHARED), caller("acme", *patterns)
     directory.lookup.adapters_of(who)

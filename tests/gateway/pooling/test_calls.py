@@ -69,7 +69,7 @@ def sample(cluster: TestCluster, name: str, **labels: str) -> float:
 
 async def test_a_lost_worker_is_not_seen_by_the_caller(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """If the worker of a batch is lost half-way, the caller gets the same vectors as without the loss. Another worker
-    computes the missing ones from scratch."""
+    computes the missing vectors from scratch."""
     doomed = await cluster.add_worker(sim_engine(checkpoint, **SLOW), bundle)
     call = asyncio.ensure_future(cluster.stub.Embed(embed(BATCH)))
     await until(lambda: doomed.engine.load().steps > 5, "the worker has computed some inputs")

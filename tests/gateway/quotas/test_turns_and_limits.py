@@ -80,8 +80,8 @@ async def test_a_full_room_sheds_the_lower_class(tmp_path: Path, checkpoint: Pat
 
 
 async def test_never_more_than_the_limit(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Of many concurrent calls over both APIs, the gateway admits as many as the limit allows. The errors of the others
-    name the limit and the time to retry, and each call has its line in the log."""
+    """Of many concurrent calls over both APIs, the gateway admits as many as the limit allows. The error of each
+    refused call names the limit and the time to retry. The log has one line for each call."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
         key = await keyed.key("few", limits={"requests_per_minute": 7})
@@ -126,8 +126,8 @@ async def test_a_call_larger_than_its_limit_is_not_to_be_repeated(
 
 
 async def test_nothing_leaks(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """However a call ends, its reservation is settled and only the used tokens stay counted. The calls have several
-    outputs, are cancelled, are late, or lose their worker."""
+    """However a call ends, its reservation is settled and only the used tokens stay counted. The tested calls have
+    several outputs, are cancelled, miss their deadline, or lose their worker."""
     async with keyed_cluster(tmp_path, gateway="  resume: {max_wait_s: 0.3}\n") as keyed:
         worker = await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=20), bundle)
         key = await keyed.key("some", limits={"tokens_per_minute": 10_000, "concurrent_requests": 2})

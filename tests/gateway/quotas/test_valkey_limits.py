@@ -38,7 +38,7 @@ class Gateways:
     async def add(
         self, name: str, *, virtual: bool = True, quantum_tokens: int = 16, timeout_s: float = TIMEOUT_S
     ) -> ValkeyLimits:
-        """Add the limits of a gateway with a fast heartbeat."""
+        """Add a gateway: start and return its limits, which send a heartbeat every 0.05 s."""
         clock = (lambda: self.now) if virtual else None
         one = ValkeyLimits(
             self._server.url, name, quantum_tokens=quantum_tokens, beat_s=0.05, store_clock=clock, timeout_s=timeout_s

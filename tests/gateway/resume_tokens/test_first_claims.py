@@ -56,8 +56,8 @@ async def test_without_a_store_nothing_is_resumed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 async def test_the_limits_store_decides_while_it_answers(server: Server, tmp_path: Path) -> None:
-    """Two gateways with one limits store agree on the first claim. While the limits store is unavailable, the next
-    store decides. If both stores are unavailable, the claim fails."""
+    """Two gateways with one limits store agree on the first claim. While the limits store is unavailable, a second
+    store decides instead. If both stores are unavailable, the claim fails."""
     limits = [ValkeyLimits(server.url, f"g{i}") for i in range(2)]
     for one in limits:
         await one.store.start()

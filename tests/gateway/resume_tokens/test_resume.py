@@ -145,8 +145,8 @@ async def test_those_that_go_on_come_before_those_that_begin(
 
 
 async def test_continued_calls_follow_one_another(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """If prefill pacing allows only one resumed prompt at a time, the next prompt is sent after the prefill of the
-    previous one. It does not wait for the end of a call."""
+    """If prefill pacing allows only one resumed prompt at a time, the next prompt is sent when the prefill of the
+    previous one has ended, while the previous call still runs."""
     doomed = await cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
     calls = [cluster.stub.StreamChat(chat(str(i), max_tokens=1000, ignore_eos=True)) for i in range(3)]
     for call in calls:

@@ -317,9 +317,9 @@ async def test_a_stopping_gateway_hands_its_streams_on(pair: Pair, drain_s: floa
 
 
 async def test_streams_are_handed_on_one_by_one(pair: Pair) -> None:
-    """A gateway drains while the controller knows another gateway. The resumable streams end one by one over the second
-    half of the drain time, first those with the most tokens still to generate. Streams that are not resumable run to
-    the end of the drain time."""
+    """If a gateway drains while the controller knows another gateway, the resumable streams end one by one over the
+    second half of the drain time, first those with the most tokens still to generate. Streams that are not resumable
+    run to the end of the drain time."""
     drain_s = 2.0
     gateways = [one.gateway.endpoints["link"] for one in (pair.first, pair.second)]
     end = ControllerLinks(controller_id="c", gateways=gateways, tls=None, bundles=lambda _: None)

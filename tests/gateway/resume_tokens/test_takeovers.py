@@ -233,8 +233,8 @@ def chain(last: int, maker: Maker) -> TokenChain:
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(0, 3)), min_size=1, max_size=20))
 def test_generations_only_rise(shown: list[tuple[bool, int, int]]) -> None:
     """Two gateways claim resumes of one call at the same time, with tokens of several generations. Every accepted
-    resume gets a new generation, higher than that of its tokens. For each generation, the prompt is free for at most
-    one resume."""
+    resume gets a new generation, higher than the generation of the presented tokens. Among the resumes with tokens of
+    one generation, at most one gets its prompt for free."""
 
     async def run() -> None:
         kept = Kept()

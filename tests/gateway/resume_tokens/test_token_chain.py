@@ -1,8 +1,8 @@
 """Tests of the list of a call's resume tokens, which records what was delivered to the client.
 
-The list begins with the call's first token, and may lack the last ones. It is refused if tokens are missing in between,
-foreign or reordered. A token that is marked as whole stands for all tokens before it, so the list may also begin with
-it.
+The list begins with the call's first token, and may lack the last ones. It is refused if a token in between is missing,
+if a token is from another call, or if the tokens are reordered. A token that is marked as whole stands for all tokens
+before it, so the list may also begin with it.
 """
 
 from __future__ import annotations

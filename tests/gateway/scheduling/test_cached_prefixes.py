@@ -22,7 +22,7 @@ BLOCK, TOKENS, TURNS = 16, 24, 4
 
 
 def prompt(number: int, tokens: int = 40 * BLOCK) -> list[int]:
-    """Return a prompt of `tokens` token ids. Prompts of different numbers have no KV block in common."""
+    """Return a prompt of `tokens` token ids. Prompts with different values of `number` have no KV block in common."""
     return [100 + (number * 7919 + at * (number + 3)) % 600 for at in range(tokens)]
 
 
@@ -87,8 +87,8 @@ async def test_a_new_link_gets_all_blocks(tmp_path: Path, checkpoint: Path, bund
 
 
 async def test_a_new_gateway_knows_all_blocks_of_its_workers(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A gateway starts in place of another one. Two seconds later, conversations of the other gateway go to the workers
-    that hold their blocks."""
+    """A second gateway starts beside another gateway of the same workers. It learns which workers hold the blocks of
+    the first gateway's conversations, and sends these conversations to the workers that hold the blocks."""
     port = free_port()
     text = LOOPBACK.replace('link: "127.0.0.1:0"', f'link: "127.0.0.1:{port}"')
     async with running_cluster(tmp_path) as first:
@@ -140,8 +140,8 @@ async def test_workers_with_many_blocks_do_not_stop_the_event_loop() -> None:
 async def test_all_whole_blocks_of_a_sent_prompt_are_expected(after: int) -> None:
     """A prompt that was sent to a worker counts as cached on the worker at once, before the worker reports it.
 
-    A longer prompt that begins with this prompt finds all of its whole blocks. An equal prompt finds them too, except a
-    block that ends with the prompt's last token.
+    For a longer prompt that begins with this prompt, all whole blocks of this prompt count as cached. For an equal
+    prompt they count too, except a block that ends with the prompt's last token.
     """
     caches, link, ids = WorkerCaches(), _Link(0), prompt(0, 40 * BLOCK + after)
     (message,) = kv_blocks_to_pb(KvChange(True))

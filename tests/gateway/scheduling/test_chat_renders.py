@@ -62,8 +62,8 @@ def expected(text: str = "Hello, who are you?") -> bytes:
 
 
 async def test_every_api_gets_the_workers_prompt(cluster: TestCluster, checkpoint: Path, rendered: Bundle) -> None:
-    """The token ids that a worker renders are counted, returned by Tokenize and run, over gRPC and over OpenAI's
-    API."""
+    """The prompt of a chat is the token ids that a worker renders. The usage in answers over gRPC and over OpenAI's API
+    counts these ids, and Tokenize returns them."""
     await add(cluster, checkpoint, rendered)
     answer = await cluster.stub.Chat(chat(max_tokens=4))
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(expected()), 4)
@@ -112,8 +112,8 @@ async def test_chats_wait_for_the_first_worker(cluster: TestCluster, checkpoint:
 
 
 async def test_a_wait_ends_at_its_deadline(cluster: TestCluster, checkpoint: Path, rendered: Bundle) -> None:
-    """A chat that no worker renders in time ends at its deadline. A cancelled chat ends at once. Nothing of either is
-    left."""
+    """A chat that no worker renders in time ends at its deadline, and a cancelled chat ends at once. The gateway keeps
+    no state of either chat."""
     kit, worker = await add(cluster, checkpoint, rendered, is_open=False)
     error = await refused(cluster.stub.Chat(chat(), timeout=0.3))
     assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -227,7 +227,8 @@ async def sent(link: WorkerLink) -> list[pb.Render]:
 
 
 def answer(link: WorkerLink, render: pb.Render, size: int = 3) -> bool:
-    """Answer a chat with `size` tokens."""
+    """Send a worker's answer to `render`: `size` token ids, or only their number if it exceeds the limit in `render`.
+    Returns the result of `WorkerLink.apply`."""
     ids = array("I", range(size)).tobytes() if size <= render.max_tokens else b""
     return link.apply(pb.WorkerTurn(rendered=[pb.Rendered(number=render.number, token_ids=ids, tokens=size)]))
 

@@ -216,7 +216,8 @@ class Gateway(RuleBasedStateMachine):
         self.scheduler.upkeep.expire()
 
     def teardown(self) -> None:
-        """Replay the journal on a policy that is built as in the simulator. Check that nothing is left afterwards."""
+        """Remove all calls, and check that the queues are empty. Then replay the journal on a policy that is built as
+        in the simulator."""
         for call in self.calls:
             self.scheduler.leave(call)
         assert self.scheduler.queues.waiting("m") == (0, 0)

@@ -297,8 +297,8 @@ TestGateway = Gateway.TestCase
 def test_one_worker_of_a_hedged_sequence_is_counted(
     won: bool, loser_first: bool, in_vain: int, kept: int, wasted_s: float, kept_s: float
 ) -> None:
-    """The usage record of a sequence that was sent to two workers waits for the reports of both, in either order. It
-    has the counts of the worker that kept the sequence."""
+    """The usage record of a sequence that was sent to two workers waits for the reports of both, in either order. The
+    record has only the counts of the worker that kept the sequence."""
     account = CallAccount(OpenRecord("r", "t", "k", "m", "v1", "q", 0.0, prompt_tokens=PROMPT), b"sealed", awaited=2)
     loser, winner = ("first", "second") if won else ("second", "first")
     account.in_vain.append(loser)

@@ -15,7 +15,7 @@ def model(name: str, *, served: bool) -> Any:
 
 
 def test_the_first_call_is_reported() -> None:
-    """A model without workers is reported once. It is reported again only after it was served in between."""
+    """A model without workers is reported once. It is reported again only after workers have served it in between."""
     reports: list[int] = []
     unserved = UnservedModels(lambda: reports.append(1))
     unserved.note(model("a", served=True))

@@ -159,8 +159,8 @@ async def test_a_stream_of_what_was_replaced_does_not_wait_for_its_like(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
     """A model's workers are replaced by a new generation, and a stream loses its worker of the old generation. The
-    stream resumes on a compatible worker. If there is none, the stream fails at once when the new generation serves. It
-    waits when the new generation does not serve yet or was rolled back."""
+    stream resumes on a compatible worker. If there is none, the stream fails at once when the new generation serves.
+    The stream waits while the new generation does not serve yet, or if the new generation was rolled back."""
 
     async def begun_at(worker: Worker) -> Any:
         stream = cluster.stub.StreamChat(chat(max_tokens=3000, ignore_eos=True))

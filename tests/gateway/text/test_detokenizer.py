@@ -18,7 +18,7 @@ LAW = settings(
 
 
 def vllm_detokenizer(kind: Kind, prompt: Sequence[int], **params: Any) -> Any:
-    """Return vLLM's own detokenizer for the same call."""
+    """Return vLLM's own detokenizer for a request with this prompt. `params`: sampling parameters of the request."""
     from vllm import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer

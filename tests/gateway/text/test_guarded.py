@@ -58,7 +58,7 @@ def guarded(kind: Kind, patterns: Patterns, action: Action, steps: Any, takes: A
 
 
 def plain(kind: Kind, steps: Any, stop: Sequence[str]) -> Run:
-    """Return the result of the same call without guards."""
+    """Return the result of a call with these steps and stop strings, without guards."""
     return Run(kind.ours.detokenizer([], stop=stop), LogprobTexts(kind.ours, 1), steps, [False])
 
 

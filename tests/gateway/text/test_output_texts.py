@@ -16,7 +16,8 @@ LAW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthChe
 @LAW
 @given(text=TEXTS)
 def test_decode_equals_transformers(kind: Kind, text: str) -> None:
-    """The decoded text of a list of ids equals that of transformers, with and without special tokens."""
+    """The text that is decoded from a list of ids equals the text that transformers decodes, with and without special
+    tokens."""
     ids = kind.ours.codec.encode_prompt(text)
     for skip in (True, False):
         assert kind.ours.decode(ids, skip_special_tokens=skip) == kind.theirs.decode(ids, skip_special_tokens=skip)

@@ -1,5 +1,5 @@
-"""A parsed output is the same for its caller, however it is split into steps, and whatever workers and gateways it
-moves between."""
+"""The caller gets the same parsed output, however the output is split into steps, and whichever workers and gateways
+the sequence moves between."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def run_worker(
     text: ParsedText, tokens: Sequence[Sequence[OutputPart]], emitted: int, end: int, data: st.DataObject
 ) -> list[OutputPart]:
     """Feed `text` the parsed tokens from position `emitted` to position `end`, as one worker sends them: in steps of
-    random size. Returns the parts that are popped from `text` between the steps; the last ones may still be in it."""
+    random size. Returns the parts that are popped from `text` between the steps. The last parts may still be in `text`
+    at the end."""
     out: list[OutputPart] = []
     for start, stop in steps(data, emitted, end):
         begins = start == emitted

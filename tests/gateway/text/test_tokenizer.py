@@ -1,4 +1,4 @@
-"""The token ids of a prompt equal those that transformers and vLLM's server would send to the engine."""
+"""A prompt gets the token ids that transformers gives and that vLLM's server would send to the engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthChe
 @LAW
 @given(text=TEXTS)
 def test_prompt_ids_equal_transformers(kind: Kind, text: str) -> None:
-    """The token ids of a plain prompt equal those of transformers, BOS included."""
+    """The token ids of a plain prompt, BOS included, equal the ids that transformers returns."""
     assert kind.ours.codec.encode_prompt(text) == kind.theirs(text, add_special_tokens=True)["input_ids"]
 
 

@@ -310,7 +310,7 @@ def _template(source: str, special: tuple[tuple[str, str], ...]) -> ChatTemplate
 
 @pytest.mark.parametrize("name", [*FORMATS, *SOURCES])
 def test_the_content_format_is_vllms(name: str) -> None:
-    """For each template, the gateway finds the same content format as vLLM."""
+    """For each template, the gateway detects the same content format as vLLM."""
     from vllm.renderers.hf import _detect_content_format, _try_extract_ast
 
     source = (FORMATS | SOURCES)[name]

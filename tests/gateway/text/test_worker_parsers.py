@@ -22,8 +22,8 @@ def test_a_worker_with_other_parsers_is_not_accepted() -> None:
 
 
 def test_any_worker_may_begin_to_parse() -> None:
-    """Before a worker has parsed any output of a sequence, the gateway accepts a worker whatever parsers it has, even
-    none. The parsers of the worker that was accepted last are used."""
+    """Before a worker has parsed output of a sequence, the gateway accepts any worker, even one without parsers. The
+    parsers of the worker that was accepted last are used."""
     parsers = WorkerParsers()
     assert parsers.accept(OTHER, False)
     assert parsers.accept((), False)

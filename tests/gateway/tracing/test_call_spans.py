@@ -79,8 +79,8 @@ waits = st.sampled_from([0.0, 0.001, 0.01, 1.0])
 
 @given(st.data())
 def test_any_record_makes_one_tree(data: st.DataObject) -> None:
-    """For any attempts of a call, and any durations that workers report, the spans form one tree. Each lies within its
-    parent, and none ends before it begins."""
+    """For any attempts of a call, and any durations that workers report, the spans form one tree. Each span lies within
+    its parent, and no span ends before it begins."""
     clock = Clock()
     trace = new_trace(clock)
     draw = data.draw
@@ -148,8 +148,8 @@ def test_a_worker_that_measures_is_believed_and_placed_in_the_middle() -> None:
 
 
 def test_a_worker_that_measures_nothing_has_the_gateways_times() -> None:
-    """A worker of an older release measures nothing. Its prefill and decode spans then have the times that the gateway
-    saw, and say so."""
+    """A worker of an older release measures nothing. The spans of its prefill and decode then have the times that the
+    gateway measured, and an attribute that names the gateway as the source of the times."""
     clock = Clock()
     trace = new_trace(clock)
     trace.queued()

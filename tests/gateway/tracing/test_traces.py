@@ -63,8 +63,8 @@ def only(spans: Sequence[ReceivedSpan], name: str) -> ReceivedSpan:
 async def test_a_call_is_followed_from_its_caller_to_the_ledger_over_a_resume(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, collector: Collector
 ) -> None:
-    """A call is resumed after its first worker was killed in mid-stream. The caller has chosen its trace id. The same
-    id is in the gateway's spans, in the spans of both workers, in the access line and in the usage record."""
+    """If a call is resumed after its worker was killed in mid-stream, the trace id that the caller has chosen is in the
+    gateway's spans, in the spans of both workers, in the access line and in the usage record."""
     async with keyed_cluster(tmp_path, tracing(collector)) as keyed:
         cluster, places = keyed.cluster, {}
         assert keyed.gateway.dispatch.accounting is not None
@@ -146,8 +146,8 @@ def _check_tree(root: ReceivedSpan, spans: Sequence[ReceivedSpan]) -> None:
 async def test_every_api_passes_the_callers_context_on(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, collector: Collector
 ) -> None:
-    """A traceparent reaches the trace over gRPC, over a gRPC session, and over OpenAI's and Anthropic's API. The SDK
-    sends the context of the program's current OpenTelemetry span."""
+    """Each call is in the trace that its `traceparent` names: over gRPC, in a gRPC session, and over OpenAI's and
+    Anthropic's API. The SDK sends the context of the program's current OpenTelemetry span."""
     async with traced_cluster(tmp_path, collector, sample_ratio=0.0) as cluster:
         await cluster.add_worker(sim_engine(checkpoint), bundle)
 
@@ -242,8 +242,8 @@ async def test_a_call_that_its_client_resumes_stays_in_its_trace(
 
 
 async def test_callers_may_be_ignored(tmp_path: Path, checkpoint: Path, bundle: Bundle, collector: Collector) -> None:
-    """Without `follow_caller`, only `sample_ratio` decides which calls are traced. It has no effect that the caller's
-    own trace is sampled."""
+    """Without `follow_caller`, only `sample_ratio` decides which calls are traced, whether or not the caller's own
+    trace is sampled."""
     async with traced_cluster(tmp_path, collector, follow_caller=False, sample_ratio=0.0) as cluster:
         await cluster.add_worker(sim_engine(checkpoint), bundle)
         await cluster.stub.Chat(chat(), metadata=(("traceparent", SAMPLED),))

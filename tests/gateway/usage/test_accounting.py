@@ -130,8 +130,8 @@ async def test_what_no_worker_accepted_has_no_record(
 
 
 async def test_a_retried_call_has_one_record(tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger) -> None:
-    """A call that is retried after the loss of its worker before the first token has one record, with the generated
-    tokens of both workers."""
+    """If a call loses its worker before the first token and is retried, the ledger has one record of the call. Both
+    workers have the call under the same record id."""
     async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
         first = await start_worker(sim_engine(checkpoint, decode_ms=2000), bundle, [cluster.gateway.endpoints["link"]])
         await linked(cluster)
@@ -216,7 +216,7 @@ async def test_a_lost_gateways_calls_are_told_to_another(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
     """If a lost gateway had not written its records to the database, another gateway writes them as estimates. If the
-    lost gateway's disk returns, its exact records replace the estimates, and no record is there twice."""
+    lost gateway's disk returns, its exact records replace the estimates, and no record is stored twice."""
     gone = Switch(ledger.usage.insert)
     gone.away = True
     async with accounting_cluster(tmp_path / "b", ledger.usage.insert) as other:

@@ -124,9 +124,9 @@ def test_the_last_snapshot_serves_for_a_while_then_not(
 
 
 def test_the_snapshot_outlives_the_process(make: Callable[..., Watcher], source: Source, clocks: Clocks) -> None:
-    """A gateway that starts while the database is unreachable uses the saved file.
+    """A gateway that starts while the database is unreachable uses the snapshot that the gateway before it has saved.
 
-    The age of the snapshot includes the gateway's downtime.
+    The age of the snapshot includes the time between the two gateways.
     """
     make().poll()
     source.unreachable = True
@@ -245,7 +245,7 @@ class Seen:
 
 @pytest.fixture
 def own_server() -> Iterator[postgres.PostgresServer]:
-    """A PostgreSQL server that the test may kill."""
+    """Provide a PostgreSQL server that the test may kill."""
     with postgres.running() as server:
         yield server
 

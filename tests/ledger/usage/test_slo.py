@@ -64,8 +64,8 @@ records = st.builds(
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(records, max_size=30))
 def test_the_query_judges_as_the_metric_does(ledger: Ledger, rows: list[UsageRecord]) -> None:
-    """The query gives the same sums as judging each call separately. Only the first output of each tenant's call
-    counts."""
+    """The query gives the same sums as judging each call separately. Each call counts once, by its first output;
+    records of idle GPUs do not count."""
     day = next(NUMBERS)
     at_s = day * 86400.0 + 60.0
     rows = [UsageRecord.from_json(row.as_json() | {"opened_at_s": at_s}) for row in rows]

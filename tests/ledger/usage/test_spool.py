@@ -94,7 +94,7 @@ def test_records_arrive_once_and_segments_go(make: Callable[..., Spool], tmp_pat
 
 def test_durable_is_told_in_order(make: Callable[..., Spool]) -> None:
     """The spool reports up to which position its records are durable. The reported positions only grow, and the last
-    one is that of the last record."""
+    reported position is the position of the last record."""
     positions: list[int] = []
     done = threading.Event()
 
@@ -157,7 +157,7 @@ def test_no_crash_loses_or_doubles(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HOSTILE])
 @given(st.data())
 def test_a_torn_tail_costs_only_itself(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """If a segment file is truncated at any byte, all its complete lines are stored, and so are later records."""
+    """If a segment file is truncated at any byte, all its complete lines and all later records are stored."""
     folder = tmp_path_factory.mktemp("spool")
     lines = [encode(record(f"r{n}")) for n in range(4)]
     whole = b"".join(lines)

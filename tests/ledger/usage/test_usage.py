@@ -269,7 +269,8 @@ def test_a_record_that_no_database_would_take_is_never_made(field: str, value: A
 
 
 def test_an_open_record_becomes_a_usage_record() -> None:
-    """A usage record has the fields of the call's open record, and unknown fields of a later release are dropped."""
+    """A usage record has the fields of the call's open record (the part that is known when the call is sent). Unknown
+    fields of a later release are dropped."""
     opened = OpenRecord("r1", "acme", "k1", "tiny", "v1", "q1", 5.0, queue_s=0.5, labels={"a": "b"}, segment=2)
     assert OpenRecord.from_json({**opened.as_json(), "later": 1}) == opened
     ended = opened.to_usage_record(outcome="cancelled", prompt_tokens=3, completion_tokens=2)

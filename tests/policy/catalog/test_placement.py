@@ -55,7 +55,7 @@ def test_gpu_type_is_asked_for_on_every_gpu_bundle() -> None:
 
 
 def test_simulated_engine_needs_no_gpu() -> None:
-    """A simulated replica needs no GPU and so little CPU that any number of replicas fits on a laptop."""
+    """A simulated replica needs no GPU. It needs so little CPU that any number of replicas fits on a laptop."""
     assert placement(ModelSpec(name="s", source="sim:///m", tensor_parallel_size=8)).bundles == ({"CPU": 0.05},)
 
 
@@ -85,7 +85,7 @@ def test_what_cannot_be_placed_says_what_it_needs(model: ModelSpec, nodes: list[
     ],
 )
 def test_what_can_be_placed(model: ModelSpec, nodes: list[dict[str, float]]) -> None:
-    """For models that can be placed, no reason is returned."""
+    """`why_unplaceable` returns no reason for a model that can be placed on the nodes."""
     assert why_unplaceable(model, nodes) == ""
 
 

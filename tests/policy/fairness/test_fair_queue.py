@@ -252,8 +252,9 @@ class FairMachine(RuleBasedStateMachine):
 
     @rule()
     def turn(self) -> None:
-        """Give the next turn: to a call that was put back, else to the first call of the tenant with the lowest counter
-        in the highest class."""
+        """Give the next turn and check which call gets it. Calls that were put back come first. Otherwise it is the
+        first call of a tenant in the highest class with waiting calls. This tenant's counter is at most QUANTUM above
+        the lowest counter in the class."""
         head = self.order.head()
         waiting = {key: line for key, line in self.lines.items() if line}
         if self.returned:
@@ -373,8 +374,8 @@ def test_a_line_agrees_with_a_list(steps: list[int | None]) -> None:
 
 
 def test_learnt_outputs() -> None:
-    """The mean and the p95 of output lengths are those of the newest KEPT outputs of a tenant and model. A call's
-    `max_tokens` is an upper bound on both. The number of remembered pairs of tenant and model is bounded."""
+    """The mean and the p95 of output lengths are computed from the newest KEPT outputs of a tenant and model. A call's
+    `max_tokens` is an upper bound on both values. The number of remembered pairs of tenant and model is bounded."""
     learnt, means = LearntOutputs(default_tokens=50, max_pairs=2), LearntMeans(max_pairs=2)
     assert (means.mean("a", "m", 1000), learnt.p95("a", "m", 20)) == (1, 20)
     for tokens in [1000] * 10 + [10] * (KEPT - 4) + [100] * 4:
@@ -391,7 +392,8 @@ def test_learnt_outputs() -> None:
 
 
 def test_outputs_that_all_run_to_their_most_are_expected_to_do_so() -> None:
-    """If all outputs of a tenant so far were as long as max_tokens allowed, the next output is expected to be as well.
+    """If all outputs of a tenant so far were as long as max_tokens allowed, the next output is expected to have
+    max_tokens tokens, too.
 
     The expectation is at most the longest output so far plus `default_tokens`.
     """
@@ -420,10 +422,10 @@ def test_what_ends_by_itself_is_expected_as_long_as_it_was(lengths: list[int], m
 
 
 def test_of_whom_nothing_was_seen_others_tell() -> None:
-    """The expected output of a tenant without outputs is that of other tenants: on the same model, else on all models,
-    else the default.
+    """The expected output of a tenant without outputs is taken from other tenants: on the same model, else on all
+    models, else it is the default.
 
-    The p95, which limits use, is computed only from the tenant's own outputs.
+    Limits use the p95, which is computed only from the tenant's own outputs.
     """
     learnt = LearntOutputs(default_tokens=50)
     assert learnt.expected("a", "m", 1000) == 50

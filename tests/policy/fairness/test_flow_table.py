@@ -28,8 +28,8 @@ def test_a_flow_that_returns_is_lifted(idle_s: float, counter: float) -> None:
 
 def test_idle_flows_are_forgotten() -> None:
     """`forget_idle` forgets each flow that has had no waiting sequences for `idle_s` seconds, unless one of the flow's
-    calls still has a charge. It returns the class of each flow that has no waiting sequences and is not old enough
-    yet."""
+    calls still has a charge. It returns the rank of the priority class of each flow that has been idle for less than
+    `idle_s`."""
     flows = FlowTable(lambda tenant: 1.0, 2.0, 100.0)
     for tenant in ("a", "b"):
         flow = flows.flow(1, tenant)

@@ -1,5 +1,5 @@
-"""Tests of the order in PutBackSequences: by class, then by arrival. It holds the sequences that lost their worker and
-must start over."""
+"""Tests of PutBackSequences, which holds the sequences that lost their worker and must start over. They are ordered by
+class, then by arrival."""
 
 from __future__ import annotations
 

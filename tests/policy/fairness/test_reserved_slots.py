@@ -60,8 +60,8 @@ def test_nothing_is_kept_from_guests() -> None:
 
 
 def test_a_lower_class_is_no_guest_of_a_higher_one() -> None:
-    """Slots are kept free for other tenants only if these send calls of the same or a higher class. So interactive
-    calls leave no slot free for batch calls, but batch calls leave slots free for interactive calls."""
+    """A call leaves slots free only for tenants that send calls of the same or a higher class. So interactive calls
+    leave no slot free for batch calls, but batch calls leave slots free for interactive calls."""
     order, head = flooded(guest_rank=2, loud_rank=0)
     assert order.slots_to_keep_free(head) == 0
     order, head = flooded(guest_rank=0, loud_rank=2)

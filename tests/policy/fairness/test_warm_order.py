@@ -81,11 +81,11 @@ def test_the_gap_between_backlogged_tenants_stays_within_one_charge(
 def test_another_tenants_sequence_waits_for_no_more_service(
     costs: list[tuple[str, tuple[int, int]]], losses: list[int]
 ) -> None:
-    """While a tenant waits, warm order limits how much service another tenant can get between two consecutive
-    turns of the waiting tenant. The limit is the same as with first come, first served.
+    """While a tenant waits, warm order limits how much service another tenant can get between two consecutive turns of
+    the waiting tenant. The limit is the same as with first come, first served.
 
-    It is the sum of the cost of the first of the two turns, the other tenant's largest charge, and two times
-    QUANTUM. Each cost is divided by the weight of its tenant.
+    The limit is the sum of three costs: the cost of the first of the two turns, the other tenant's largest charge, and
+    two times QUANTUM. The first two costs are divided by the weight of their tenant.
     """
     calls = [call(str(n), tenant, *cost) for n, (tenant, cost) in enumerate(costs)]
 

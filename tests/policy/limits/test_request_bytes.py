@@ -56,7 +56,8 @@ def test_each_bound_holds_and_is_given_back() -> None:
 
 
 def test_a_body_larger_than_a_bound_is_granted_alone() -> None:
-    """A request body that is larger than a bound of the budget is granted as soon as no other body holds bytes."""
+    """A request body that is larger than a bound of the budget is granted as soon as all other granted bodies are
+    released."""
     bodies = Bodies()
     small = bodies.reserve("small", "a", "c1", 10)
     bodies.reserve("large", "a", "c2", 1000)

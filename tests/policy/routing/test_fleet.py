@@ -273,7 +273,7 @@ def _send_all(fleet: Fleet, call: RouteCall, count: int, to_compute: int) -> Cou
 
 @pytest.mark.parametrize("load", [0.3, 0.6, 0.9])
 def test_a_slow_worker_gets_few_calls(load: float) -> None:
-    """A worker that needs ten times as long as the seven others gets at most a tenth of the calls of another worker.
+    """A worker that needs ten times as long as the seven others gets at most a tenth as many calls as another worker.
 
     `load`: used share of the capacity of all workers. The workers compute one prompt after the other.
     """
@@ -397,15 +397,15 @@ def test_a_worker_with_the_adapter_in_a_slot_is_preferred() -> None:
 
 @pytest.mark.parametrize("cached", [64, 4096, 100_000])
 def test_the_worker_that_holds_most_of_a_prompt_gets_it(cached: int) -> None:
-    """The worker that holds most of the prompt is chosen among equal workers."""
+    """Among workers that are otherwise equal, the worker that holds most of the prompt is chosen."""
     call = RouteCall("m", 100_000, cached={"b": cached, "c": cached // 2})
     decision = choose(call, [worker("a"), worker("b"), worker("c")])
     assert (decision.worker_id, decision.reason) == ("b", "cached_prefix")
 
 
 def test_load_outvotes_blocks() -> None:
-    """A worker that holds the prompt's blocks is not chosen if it is nearly full, or if its queue is longer than the
-    prompt."""
+    """A worker that holds the prompt's blocks is not chosen if it is nearly full, if many more prompt tokens than the
+    call has wait there, or if many sequences wait there."""
     call = RouteCall("m", 5000, cached={"b": 5000})
     assert choose(call, [worker("a"), worker("b")]).worker_id == "b"
     for load in ({"running": 63, "free_sequences": 1}, {"prefill_tokens": 100_000}, {"waiting": 40}):

@@ -18,8 +18,8 @@ samples = st.lists(
 
 
 def served(slowdowns: dict[str, float], seed: int, count: int, times: PrefillTimes, now: float = 0.0) -> float:
-    """Record `count` prompts of each worker. A prompt takes 10 ms plus 0.1 ms a token, times the worker's slowdown.
-    Return the time of the last prompt."""
+    """Record `count` prompts of each worker. A prompt takes 10 ms plus 0.1 ms per token, and this sum is multiplied by
+    the worker's slowdown and by random noise. Return the time at which the last prompt ends."""
     chance = Random(seed)
     for _ in range(count):
         for name, slowdown in slowdowns.items():

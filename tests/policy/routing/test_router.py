@@ -83,8 +83,8 @@ def test_each_filter_drops_and_is_named(change: dict[str, object], reason: str) 
     ],
 )
 def test_each_kind_of_load_counts(load: dict[str, object], scorer: str) -> None:
-    """Of two workers that differ only in one kind of load, the worker with less of it is chosen because of the score
-    for this load."""
+    """If two workers differ only in one kind of load, the worker with less of this load is chosen. Only the score for
+    this load differs between the two workers."""
     decision = pick(CALL, [worker("a", **load), worker("b")])
     assert (decision.worker_id, decision.reason) == ("b", "least_loaded")
     best, other = (dict(score.parts) for score in decision.scores)
@@ -132,7 +132,7 @@ def test_a_call_with_tools_does_not_wait_for_a_parser_that_nobody_has() -> None:
 
 
 def test_what_is_kept_free_stays_free() -> None:
-    """A call that must leave three slots free is sent if the workers of its model have four free slots together. It is
+    """A call that must leave three slots free is sent if the workers of its model have four free slots in total, and is
     not sent if they have three."""
     call = dataclasses.replace(CALL, reserved_slots=3)
     others = [worker("c", free_sequences=9, model="n"), worker("d", free_sequences=9, draining=True)]

@@ -45,7 +45,7 @@ def replicas_of(**counts: int) -> Sequence[ReplicaSeen]:
 def model(
     counts: dict[str, int], rates: dict[str, Rates] | None = None, room: dict[str, int] | None = None, **more: object
 ) -> ModelSeen:
-    """Return the observation of a model with demand."""
+    """Return the observation of a model for which one request has arrived."""
     given_: dict[str, object] = {"min_replicas": 0, "max_replicas": 40, "gpus": TYPES, **more}
     return ModelSeen(
         ModelSettings(**given_),  # type: ignore[arg-type]

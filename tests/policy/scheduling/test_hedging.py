@@ -60,7 +60,7 @@ def test_a_quantile_is_near_a_duration_of_its_rank(values: list[float], part: fl
 @given(durations, durations, st.integers(1, 100), st.integers(8, 2_000))
 def test_old_durations_fade(old_s: float, new_s: float, count: int, half_lives: int) -> None:
     """Old durations lose weight over time. If as many new durations arrive eight half-lives later or more, the median
-    is that of the new durations alone."""
+    equals the median of the new durations alone."""
     sketch = LatencySketch(60.0)
     for _ in range(count):
         sketch.add(old_s, NOW)
@@ -78,8 +78,8 @@ def test_old_durations_fade(old_s: float, new_s: float, count: int, half_lives: 
 def test_slow_workers_in_a_minority_do_not_change_what_is_late(
     slow: int, workers: int, fast_s: float, data: st.DataObject
 ) -> None:
-    """Workers are divided into groups. If less than half of the groups contain a slow worker, the time after which a
-    first token is late is that of the fast workers, however slow the slow ones are."""
+    """Workers are divided into groups. If less than half of the groups contain a slow worker, slow workers do not
+    change the time after which a first token counts as late, however slow they are."""
     times, chosen = FirstTokenTimes(), data.draw(st.permutations(range(workers)))[:slow]
     groups = min(workers, GROUPS)
     if 2 * len({number % GROUPS for number in chosen}) >= groups:
@@ -104,7 +104,7 @@ def test_an_unknown_size_uses_the_next_larger_known_one(asked: int, known: int) 
 
 
 def test_the_high_time_is_the_quantile_of_one_percent() -> None:
-    """A first token counts as late after the time that 1 % of the observed times to first token exceed."""
+    """A first token counts as late once it has taken longer than 99 % of the observed times to first token."""
     times = FirstTokenTimes()
     for number in range(1, 1001):
         times.observe("m", "w", TOKENS, number / 100, NOW)

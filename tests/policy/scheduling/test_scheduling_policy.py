@@ -493,8 +493,8 @@ def test_a_sequence_finds_the_last_free_worker_of_many(
     """Sequences resume as long as a compatible worker has a free slot. No worker gets more sequences than it has free
     slots.
 
-    A sequence returns to a worker that has failed it only if no other worker is free. A sequence whose blocks a worker
-    holds goes to this worker.
+    A sequence that has failed on a worker resumes there only if no other worker is free. A sequence is sent to the
+    worker that holds its blocks.
     """
     fleet = Fleet()
     for number in range(workers):

@@ -58,9 +58,9 @@ def test_a_sequence_loses_what_a_worker_with_room_holds(workers: list[tuple[int,
 
 
 def test_room_is_read_each_time_and_holders_seldom() -> None:
-    """The loss of a sequence if its KV blocks are evicted: it is 0 as soon as the worker with the blocks is full,
-    because free capacity is read for every decision. The number of tokens that each worker holds is read again only
-    after FRESH_S."""
+    """The loss of a sequence (the cached tokens that an eviction would cost it) is 0 as soon as the worker that holds
+    its KV blocks is full, because free capacity is read for every decision. The number of tokens that each worker holds
+    is read again only after FRESH_S."""
     view = Holders({"w": 80}, {"w": 100})
     warm = WarmSequences(view)
     assert warm.loss_of("m", 0.0)(ENTRY) == 80

@@ -124,7 +124,7 @@ def test_a_short_secret_is_refused(bad: bytes) -> None:
 
 @given(st.text(max_size=2000))
 def test_any_text_is_refused_without_an_exception(token: str) -> None:
-    """Authentication of any text as a token returns a verdict."""
+    """If any text is presented as a token, authentication refuses it and raises no exception."""
     assert identity.authenticate(world(), token, (PEPPER,), NOW).principal is None
 
 
@@ -222,8 +222,8 @@ def test_a_snapshot_survives_json() -> None:
 
 
 def test_declared_tenants_stand_over_stored_ones() -> None:
-    """If a tenant in a file and a stored tenant have the same name, the tenant in the file applies, with the aliases of
-    the stored one. Tenants with other names are unchanged."""
+    """If a tenant in a file and a stored tenant have the same name, the tenant in the file applies, but keeps the
+    stored tenant's aliases. Tenants with other names are unchanged."""
     stored = AccessSnapshot.of([TenantEntry(TenantPolicy("acme"), "api", {"gpt": "tiny"})], [])
     declared = stored.with_declared([TenantPolicy("acme", weight=4.0), TenantPolicy("new")])
     assert declared.tenants["acme"] == TenantEntry(TenantPolicy("acme", weight=4.0), "file", {"gpt": "tiny"})

@@ -148,8 +148,8 @@ def test_a_vector_is_a_detail_of_its_slot() -> None:
 
 @pytest.mark.parametrize("size", [0, 3, 5, 4 * MAX_DIMENSIONS + 4])
 def test_a_malformed_vector_is_refused(size: int) -> None:
-    """A vector that is empty, too long or not a whole number of values raises ValueError, before any output is
-    decoded."""
+    """A vector raises ValueError before any output is decoded if its bytes are empty, too many or not a multiple of
+    four."""
     step = pb.StepOutputs(
         slots=[1, 2], counts=[1, 0], token_ids=[5], vectors=[pb.SlotVector(slot=2, values=bytes(size))]
     )

@@ -29,7 +29,7 @@ class SentReports(Outbox):
 
 @asynccontextmanager
 async def running(reports: AdapterReports) -> AsyncIterator[None]:
-    """Run the sender of reports within the block."""
+    """Run the sender of reports while the context is open."""
     task = asyncio.create_task(reports.run())
     try:
         yield

@@ -39,7 +39,7 @@ async def test_two_ranks_serve_adapters_until_a_load_fails(llama_folder: Path, t
 
 
 async def test_the_public_path_serves_adapters(llama_folder: Path, tmp_path: Path) -> None:
-    """AsyncLLM serves adapters like the fast path, and a failed load leaves the engine alive."""
+    """Over AsyncLLM, the engine serves adapters as it does over the fast path. It keeps running after a failed load."""
     adapters = MergedAdapters(llama_folder, tmp_path / "adapters", rank=RANK)
     engine = VllmEngine(tiny_spec(engine=ENGINE), llama_folder, prefer_fastpath=False)
     try:

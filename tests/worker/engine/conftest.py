@@ -98,7 +98,7 @@ async def fast_engine(llama_folder: Path) -> AsyncIterator[tuple[Subject, psutil
 
 @pytest.fixture(scope="session")
 def fast_subject(fast_engine: tuple[Subject, psutil.Process]) -> Subject:
-    """A started engine on the fast path."""
+    """Return a started engine on the fast path."""
     return fast_engine[0]
 
 

@@ -169,8 +169,8 @@ class PoolingContract:
         assert vector(driver.answers[good.request_id])
 
     async def test_allowed_dimensions(self, driver: Driver) -> None:
-        """A vector of fewer dimensions, if the model allows their number, is the beginning of the full vector, scaled
-        to the norm 1. The full number of dimensions may be requested too. A score has one dimension."""
+        """If the model allows a smaller number of dimensions, a vector with this number is the beginning of the full
+        vector, scaled to the norm 1. The full number of dimensions may be requested too. A score has one dimension."""
         info = info_of(driver.subject)
         ids = driver.subject.prompt(6, 9)
         if PoolingTask.EMBED not in info.tasks:

@@ -1,4 +1,5 @@
-"""The golden check finds sick engines, accepts healthy engines, and does not affect the callers' requests."""
+"""The golden check rejects engines that compute wrong answers, accepts healthy engines, and does not affect the
+callers' requests."""
 
 from __future__ import annotations
 
@@ -143,10 +144,9 @@ async def test_no_check_makes_a_word_better(word: str) -> None:
 
 
 async def test_an_engine_whose_seeded_calls_part_is_not_exact() -> None:
-    """If an engine gives a request with a seed other tokens after a resume than without one, the engine still
-    counts as healthy.
+    """If a resume changes an engine's tokens for a request with a seed, the engine still counts as healthy.
 
-    It reports the capability `resume:state`, and keeps its other capabilities.
+    The engine then reports the capability `resume:state`, and keeps its other capabilities.
     """
     examined = CheckedEngine(Apart())
     assert (await examined.start()).capabilities == ("chat", RESUME_STATE)
@@ -170,8 +170,8 @@ async def test_an_engine_that_goes_on_with_no_seed_shows_nothing_by_them() -> No
 
 @pytest.mark.parametrize("most", [0, 2, 7])
 async def test_an_engine_that_gives_few_logprobs_is_examined_too(most: int) -> None:
-    """The golden check requests no more log probabilities than the engine allows (max_logprobs). These are enough to
-    detect changed values."""
+    """If an engine allows only few log probabilities (max_logprobs), the golden check requests no more than these, and
+    still detects changed values."""
 
     class Terse(SimEngine):
         shift = 0.0

@@ -46,8 +46,8 @@ def format_of(name: str) -> Format:
 
 
 async def cut_everywhere(driver: Driver, folder: Path, form: Format, seed: int) -> set[PartKind]:
-    """Resume a parsed answer after each of its tokens, and check that its tokens and parts are those of the uncut
-    answer. Return the kinds of its parts."""
+    """Resume a parsed answer after each of its tokens, and check that each resumed answer has the tokens and parts of
+    the uncut answer. Return the kinds of the parts."""
     parser, _ = parser_of(folder, form)
     prompt = encode(folder, "<|im_start|>user\nBook it.<|im_end|>\n<|im_start|>assistant\n")
     prompt += encode(folder, "<think>\n") if form.reasoning else []

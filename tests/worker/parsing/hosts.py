@@ -1,4 +1,4 @@
-"""Parsers for tests: in a thread, in a fork of the test's process, and parsers that fail."""
+"""Parsers for tests: parsers that run in a thread or in a fork of the test's process, and parsers that fail."""
 
 from __future__ import annotations
 

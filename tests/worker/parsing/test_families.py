@@ -1,4 +1,4 @@
-"""The parsers chosen for a model by its family and its chat template."""
+"""The parsers that a model gets, chosen by its family and its chat template."""
 
 from __future__ import annotations
 

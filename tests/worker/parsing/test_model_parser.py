@@ -54,8 +54,8 @@ def test_the_family_and_the_entry_choose_the_parsers(
 
 
 def test_a_parser_must_accept_the_tokenizer(tmp_path: Path) -> None:
-    """A parser whose tokens the tokenizer lacks is not used. It is an error if the catalog entry of the model names
-    such a parser."""
+    """A parser is not chosen for a model whose tokenizer lacks the parser's tokens. If the catalog entry of the model
+    names such a parser, this is an error."""
     plain = build_tokenizer("llama", tmp_path / "plain")
     (plain / "config.json").write_text("{}")
     mistral = model(plain, tmp_path, "mistral", "[TOOL_CALLS]")

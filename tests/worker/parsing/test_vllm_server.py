@@ -140,8 +140,8 @@ def our_message(
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 async def test_messages_equal_those_of_vllms_server(folder: Path, form: Format) -> None:
-    """The message equals that of vLLM's server for every tool choice, streamed or not, with and without stop strings
-    and parallel tool calls.
+    """Our message equals the message of vLLM's server for every tool choice, streamed or not, with and without stop
+    strings and parallel tool calls.
 
     If vLLM does not stream a format, our streamed message equals vLLM's message that is not streamed.
     """

@@ -1,4 +1,4 @@
-"""A worker with a parser: the gateway gets the parts of outputs with the tokens."""
+"""Tests of a worker with a parser: the gateway gets the parsed parts of an output together with the output's tokens."""
 
 from __future__ import annotations
 

@@ -85,8 +85,8 @@ async def test_chats_are_answered_in_any_number() -> None:
 
 
 async def test_only_the_faulty_chat_fails() -> None:
-    """A chat on which the process dies, hangs or raises an error fails with the field `messages`. All other chats are
-    answered. A chat that was cancelled earlier does not change this."""
+    """A chat on which the process dies, hangs or raises an error fails with an error for the field `messages`. All
+    other chats are answered. A chat that was cancelled earlier does not change this."""
     kit = open_kit(FaultyKit)
     async with running(lambda: fork_host(kit), watch) as renderer:
         texts = ["a", DIE, "b", HANG, "c", RAISE, "d"]

@@ -35,7 +35,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a checkpoint in several files with an index."""
+    """Return the folder of a checkpoint that has several weight files and an index."""
     folder = save("llama", tmp_path_factory.mktemp("shards"), max_shard_size="60KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder

@@ -1,4 +1,5 @@
-"""Mistral's own tokenizer file: the gateway's tokenizer gives the ids and the texts of mistral-common."""
+"""With Mistral's own tokenizer file, tekken.json, the gateway's tokenizer gives the same ids and texts as the library
+mistral-common."""
 
 from __future__ import annotations
 

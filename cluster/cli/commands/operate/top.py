@@ -81,7 +81,8 @@ def _run(console: SafeConsole, poller: Poller) -> None:
 
 
 class Poller:
-    """Reads the overview in a thread, so that a slow gateway does not delay the keys. Used as a context manager.
+    """Reads the overview in a thread, so that `top` reacts to keys at once even if the gateway is slow. Used as a
+    context manager.
 
     After a failed read, `picture` returns the last document together with its age and the error.
     """

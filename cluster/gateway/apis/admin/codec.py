@@ -133,7 +133,7 @@ def stored_tenant(message: pb.Tenant) -> StoredTenant:
 
 def own_fields(tenant: pb.Tenant, unset: Sequence[str]) -> dict[str, Any]:
     """Return the values that a Create request gives for a new tenant, keyed by field. `unset`: paths of fields that
-    stay empty in the new tenant instead of getting their defaults; their value is None."""
+    stay empty in the new tenant instead of getting their defaults; the result has None for these fields."""
     own = {name: value for name, value in plain(tenant).items() if name in SETTABLE}
     for path in unset:
         _set_path(own, *_split_path(path, "unset_mask"), None)

@@ -1,4 +1,4 @@
-"""Explanations of routing decisions: which workers got the sequences of a call, why, and what came of it.
+"""Explanations of routing decisions: to which workers the sequences of a call were sent, why, and with what result.
 
 A caller that may access only one tenant sees the calls of that tenant. The answers to such a caller contain neither the
 gateway nor the names and scores of workers. The sentences that explain a decision are made from the remaining fields
@@ -31,7 +31,7 @@ _AGAIN = {
 
 
 class RememberedRoutes:
-    """Returns the routes that this gateway process remembers, as messages of the admin API."""
+    """Source of the routes that this gateway process remembers, as messages of the admin API."""
 
     def __init__(
         self,
@@ -48,8 +48,8 @@ class RememberedRoutes:
         self._wall = wall
 
     def find(self, request: pb.ExplainRequestRequest) -> pb.ExplainRequestResponse:
-        """Return those of this process's remembered calls that have the requested request id. `request.parent`: the
-        tenant of the calls, "" for the calls of all tenants."""
+        """Return the calls with the requested request id that this process remembers. `request.parent`: the tenant of
+        the calls, "" for the calls of all tenants."""
         found = self._history.find(request.request_id, request.parent)
         return pb.ExplainRequestResponse(calls=map(self._call, found))
 

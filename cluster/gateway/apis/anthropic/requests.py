@@ -1,9 +1,10 @@
 """Parsing of bodies of Anthropic's Messages API into generation requests.
 
-Messages are translated to those of OpenAI's API as in vLLM 0.32 (`entrypoints/anthropic/serving.py`), so that a chat
-template renders the same prompt for both APIs: a `tool_result` becomes a message of the role tool, a `tool_use` becomes
-a tool call of the assistant, and `thinking` becomes the assistant's reasoning. A known field or block is refused if it
-would change the answer and is not supported; the error names the field. Hints and unknown fields are ignored.
+Messages are translated to messages of OpenAI's API, as vLLM 0.32 does it (`entrypoints/anthropic/serving.py`), so that
+a chat template renders the same prompt for both APIs: a `tool_result` becomes a message of the role tool, a `tool_use`
+becomes a tool call of the assistant, and `thinking` becomes the assistant's reasoning. A known field or block is
+refused if it would change the answer and is not supported; the error names the field. Hints and unknown fields are
+ignored.
 """
 
 from __future__ import annotations

@@ -101,8 +101,9 @@ def chat_text_start(size: int) -> bytes:
 
 
 def complete_text_start(size: int) -> bytes:
-    """Return the bytes directly before the text in a serialized CompleteChunk that holds only a text of choice 0: the
-    tags and lengths of CompleteChunk.choices and CompleteChoice.text. `size`: size of the text in bytes."""
+    """Return the bytes that precede the text in a serialized CompleteChunk whose only content is a text of choice 0.
+    These bytes are the tags and lengths of CompleteChunk.choices and CompleteChoice.text. `size`: size of the text in
+    bytes."""
     text = b"\x12" + varint(size)
     return b"\x1a" + varint(len(text) + size) + text
 

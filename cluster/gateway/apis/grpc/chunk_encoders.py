@@ -57,7 +57,7 @@ COMPLETE = Kind(
 
 
 class GrpcEncoder:
-    """Encodes the pieces of a call as serialized chunks. Implements calls.stream_writer.ChunkEncoder."""
+    """Encoder of a call's pieces as serialized chunks. Implements calls.stream_writer.ChunkEncoder."""
 
     __slots__ = ("_call", "_head", "_kind", "_offset", "_output", "_progress", "_text_starts", "ended", "plain")
 

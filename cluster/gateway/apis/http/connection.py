@@ -48,7 +48,7 @@ class HttpConnection:
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def wait_until_writable(self) -> None:
-        """Wait until the connection is no longer full, or is closed."""
+        """Wait until the connection accepts more bytes to send, or is closed."""
         await self._flow.drain()
 
     def pause(self, paused: bool) -> None:

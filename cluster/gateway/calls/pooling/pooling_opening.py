@@ -211,9 +211,9 @@ class PoolingOpening(CallOpening):
         return None if info is not None and wanted == info.dimensions else wanted
 
     def _engine_request(self, first: EngineRequest, i: int) -> EngineRequest:
-        """Return the engine request of input `i`. `first`: the engine request of input 0. The fields that all inputs
-        share are copied from it. `second_text_at` (where the second text of a pair begins) differs by input, so it is
-        not set in `first`."""
+        """Return the engine request of input `i`. `first`: the engine request of input 0, from which the fields that
+        are equal for all inputs are copied. `first` does not set `second_text_at` (where the second text of a pair
+        begins), which differs by input."""
         pooling, second = first.pooling, self.second_text(i)
         assert pooling is not None
         if not i and not second:

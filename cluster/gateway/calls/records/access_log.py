@@ -50,8 +50,8 @@ class LineBudget:
         self._refused = 0
 
     def take(self, now: float) -> int | None:
-        """Ask for one line at the time `now`, in seconds that never decrease. Returns None if the line is refused.
-        Otherwise returns the number of lines that were refused since the last allowed line."""
+        """Ask for one line. Returns None if the line is refused. Otherwise returns the number of lines that were
+        refused since the last allowed line. `now`: seconds of a clock that never goes back."""
         self._left = min(self._left + (now - self._at) * self._per_s, float(self._per_s))
         self._at = now
         if self._left < 1:
@@ -109,7 +109,7 @@ class AccessLog:
 
 
 def _call_fields(call: Call) -> dict[str, Any]:
-    """Return the fields of a call that was opened: counts, times and the worker of the first sequence."""
+    """Return the fields of a call that was opened: its counts, its times, and the worker of its first sequence."""
     usage = call.usage
     fields: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,

@@ -48,7 +48,7 @@ class HedgedSequence(Sink, Protocol):
 
     def switch_to_hedge(self, hedge: Hedge, why: str) -> None:
         """Leave the first worker, and continue on the second worker. `hedge`: holds the sequence's slot on the second
-        worker. `why`: the reason, such as `lost` or `error` (call_trace.FINISHED)."""
+        worker. `why`: the reason, such as `lost` or `error`; call_trace.FINISHED has the list."""
 
     def drop_hedge(self) -> None:
         """Continue on the first worker alone, without the hedge."""
@@ -56,8 +56,8 @@ class HedgedSequence(Sink, Protocol):
 
 @dataclass(eq=False, slots=True)
 class Hedge:
-    """The slot of a hedged sequence on the second of its two workers, as long as both have the sequence. Receives the
-    second worker's messages until the first output (implements slots.Sink)."""
+    """The slot of a hedged sequence on the second of its two workers, as long as both workers have the sequence.
+    Receives the second worker's messages until the first output (implements slots.Sink)."""
 
     sequence: HedgedSequence
     link: WorkerLink

@@ -5,7 +5,7 @@ Problem: a sequence may lose its worker at any moment, more than once, before or
 exactly once. Invariant: `MOVES` holds every legal pair of state and event, and any other pair is a programming error.
 `DONE` and `FAILED` are final: later events change nothing.
 
-docs/architecture.md shows the table as a diagram; a test compares the two.
+docs/architecture.md shows `MOVES` as a diagram; a test compares the diagram with `MOVES`.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class IllegalSequenceMove(RuntimeError):
 
 @dataclass(slots=True)
 class Loss:
-    """The workers that a sequence has lost unexpectedly, one after another without a new token in between
-    (worker_losses.py)."""
+    """The workers that a sequence has lost unexpectedly, one after another without a new token in between.
+    worker_losses.py decides by these losses whether the sequence is resumed."""
 
     links: tuple[str, ...] = ()
     """Names of the links to the lost workers."""
@@ -227,8 +227,8 @@ class Life:
         self.wait(tokens)
 
     def wait(self, tokens: int) -> None:
-        """Wait for a worker again. The sequence waits in the resume queue if it has emitted tokens, has excluded
-        workers or is suspect. Otherwise it waits in the waiting room."""
+        """Change the state: the sequence waits for a worker again. It waits in the resume queue if it has emitted
+        tokens, has excluded workers or is suspect, and else in the waiting room."""
         resumes = tokens or self.excluded or self.suspect(tokens)
         self.apply(Event.RESUME if resumes else Event.RETRY)
 

@@ -102,8 +102,8 @@ class LinkedSequence(RoutedSequence[Owner]):
 
     def _retry_or_fail(self, outcome: Outcome, reason: str, message: str) -> None:
         """Continue on another worker. If too many workers have failed the sequence, end the call with `outcome` and
-        `message` instead. `reason`: why the sequence leaves its worker, such as `lost` or `error`
-        (call_trace.FINISHED)."""
+        `message` instead. `reason`: why the sequence leaves its worker, such as `lost` or `error`; call_trace.FINISHED
+        has the list."""
         if self.hedge is not None:
             self.hedge.keep(self.life.last_worker, has_failed=True, why=reason)
             return

@@ -74,8 +74,8 @@ class OutputSequence(LinkedSequence[Owner]):
             self.finish("length")  # the last token was delivered, the end was not
 
     def take_over_tokens(self, token_ids: Sequence[int], life: Life) -> None:
-        """Append tokens that this gateway has received for an earlier stream of the call. They follow the tokens from
-        the resume tokens. `life`: the sequence's state in the earlier stream."""
+        """Append output tokens that this gateway has received for an earlier stream of the call. They follow the output
+        tokens that the caller's resume tokens contain. `life`: the sequence's state in the earlier stream."""
         stop = self.detokenizer.push(token_ids)
         self.restored = len(self.emitted)
         self.life.restore(life.last_worker, life.compatibility, len(self.emitted))
@@ -198,8 +198,9 @@ class OutputSequence(LinkedSequence[Owner]):
         self.call_output.wake()
 
     def go_direct(self, direct: Callable[[str], None]) -> None:
-        """Pass the text of each further token to `direct`. Has no effect if no piece was popped yet, the output has
-        ended, log probabilities are wanted, parts wait, or stop strings or guards search the text."""
+        """Pass the text of each further token to `direct`. Has no effect in these cases: no piece was popped yet, the
+        output has ended, log probabilities are wanted, parts of the parsed output are not popped yet, or stop strings
+        or guards search the text."""
         if self.logprob_texts is not None or not self.pieces.more_text:
             return
         if not self.detokenizer.searches_text:
@@ -213,7 +214,7 @@ class OutputSequence(LinkedSequence[Owner]):
         self.direct = self.direct_content = None
 
     def give_back(self, text: str) -> None:
-        """Take back a text that `direct` could not send. It and all further text are kept for the next piece."""
+        """Take back a text that `direct` could not send. This text and all further text are kept for the next piece."""
         self.stop_direct()
         self.detokenizer.push_back(text)
 

@@ -29,7 +29,7 @@ CSRF_BYTES: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class ConsoleSession:
-    """A session. Times are in seconds since the epoch."""
+    """A session of a person in the console. Times are in seconds since the epoch."""
 
     by: str
     """Kind of credential: `key` or `jwt`; `nobody` at a gateway without `auth`."""

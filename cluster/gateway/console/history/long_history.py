@@ -114,7 +114,7 @@ class Range:
 
 
 class LongHistory:
-    """Answers requests for more than an hour of the history, with values from Prometheus."""
+    """The history of more than one hour. Answers requests for it with values from Prometheus."""
 
     def __init__(
         self, url: str, cluster: str, fetch: Fetch | None = None, wall: Callable[[], float] = time.time

@@ -99,10 +99,11 @@ class _View:
 
 
 class LiveOverview:
-    """Makes the overview documents of one gateway process, and sends them and their changes to the subscribers.
+    """Maker of the overview documents of one gateway process. It sends the documents and their changes to the
+    subscribers.
 
-    Requests that wait for a document at the same time all get the same document. The same is true for requests for
-    this process's part of the overview.
+    Requests that wait for a document at the same time all get the same document. The same is true for requests for this
+    process's part of the overview.
     """
 
     def __init__(

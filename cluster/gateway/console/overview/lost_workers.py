@@ -56,7 +56,7 @@ class LostWorkers:
         self._workers.pop(link.identity.worker_id, None)
 
     def resent(self, lost_link: str) -> None:
-        """Record that a sequence was sent to another worker after it was lost with the link `lost_link`."""
+        """Record that a sequence that was lost with the link `lost_link` was sent to another worker."""
         lost = self._workers.get(lost_link.rsplit("/", 2)[0])
         if lost is not None and lost.link == lost_link:
             lost.resumed += 1

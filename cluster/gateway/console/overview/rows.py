@@ -77,8 +77,8 @@ def worker_row(link: WorkerLink) -> Row:
 
 
 def running_call_row(call: Call, now: float, epoch_s: float, gateway: str) -> Row:
-    """Return the row of an open call. Its worker is that of the call's first sequence, or None while this sequence
-    waits. `now` and `epoch_s`: the present time in monotonic seconds and in seconds since the epoch."""
+    """Return the row of an open call. The row names the worker of the call's first sequence, or None while this
+    sequence waits. `now` and `epoch_s`: the present time in monotonic seconds and in seconds since the epoch."""
     usage, sequences = call.usage, call.sequences
     first = sequences[0] if sequences else None
     link = None if first is None else first.link

@@ -36,7 +36,7 @@ MAX_TENANTS: Final = 1000
 @dataclass(slots=True)
 class Tally:
     """The numbers of one tenant or model in a snapshot. `tokens` and the other sums are since the start of the process.
-    `gap`: for a model, how far the service of its tenants differs, in the fairness units of docs/tenancy.md. `ttft`:
+    `gap`: for a model, how much the services of its tenants differ, in the fairness units of docs/tenancy.md. `ttft`:
     counts by bucket of the times to first token."""
 
     running: int = 0

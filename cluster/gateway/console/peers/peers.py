@@ -34,8 +34,7 @@ Answer = Callable[[Question], Awaitable[Mapping[str, Any] | None]]
 
 
 class Peers(Protocol):
-    """Access to the other gateway processes, with which the console's data is exchanged: those of this host, or those
-    of all hosts."""
+    """Access to the other gateway processes of this host, or of all hosts, for the exchange of the console's data."""
 
     def start(self) -> None:
         """Begin to answer the requests of the other processes."""
@@ -54,7 +53,7 @@ class NoPeers:
     """Implements Peers for a gateway process that is the only one."""
 
     def start(self) -> None:
-        """Do nothing, since no other process asks questions."""
+        """Do nothing, since no other process sends requests."""
 
     async def parts(self, now: float) -> Sequence[Part]:
         """Return no parts, since there are no other processes."""
@@ -135,7 +134,7 @@ class _Unfinished:
 
 
 class PartAssembler:
-    """Puts parts of the console's overview together again from the pieces in which they were sent. A part describes one
+    """Assembler of parts of the console's overview, from the pieces in which they were sent. A part describes one
     gateway process. The pieces of one source must be added in the order in which they were sent."""
 
     def __init__(self) -> None:

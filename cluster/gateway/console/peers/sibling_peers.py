@@ -1,4 +1,5 @@
-"""The other gateway processes of this host, reached over their link ports (apis/admin/siblings.py)."""
+"""Access to the other gateway processes of this host. They are reached over their link ports, by
+apis/admin/siblings.py."""
 
 from __future__ import annotations
 
@@ -89,8 +90,8 @@ class SiblingPeers:
 
 
 def sibling_answer(answer: Answer) -> Callable[[BytesValue], Any]:
-    """Return a function that answers requests for console data from the other gateway processes of this host. It takes
-    the request to `answer`, and returns the result as JSON lines, one for each piece of the result."""
+    """Return a function that answers requests for console data from the other gateway processes of this host. The
+    function passes each request to `answer`, and returns the result as JSON lines, one for each piece of the result."""
 
     async def respond(request: BytesValue) -> BytesValue:
         import orjson

@@ -56,8 +56,8 @@ def _name(target: nodes.Node) -> str:
 
 
 def _aliases(tree: nodes.Template, variable: str) -> list[str]:
-    """Return `variable` and all variables that are assigned its value or a slice of it, directly or through each
-    other."""
+    """Return `variable` and all variables to which its value or a slice of the value is assigned, directly or through
+    other variables."""
     names = [variable]
     for name in names:  # grows while it is read
         for assigned in tree.find_all(nodes.Assign):

@@ -128,7 +128,7 @@ class InputEncoder:
     def _beginnings(self, texts: Sequence[str], keep: int, chars: int) -> list[Encoding]:
         """Return an encoding of each text, for a caller that needs only the first `keep` tokens. Of a long text, only a
         beginning with more than `keep` tokens is encoded. `chars`: length in characters of the first beginning that is
-        tried. A longer beginning is tried if it has too few tokens."""
+        tried. If this beginning has too few tokens, a longer one is tried."""
         begun = [_beginning(text, chars) for text in texts]
         encoded = self._encoded(begun)
         for i, text in enumerate(texts):
@@ -173,7 +173,8 @@ def _beginning(text: str, chars: int) -> str:
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[range]:
-    """Yield the numbers of the inputs that are encoded together. `lengths`: characters of each input."""
+    """Yield each batch of inputs that are encoded together, as a range of the inputs' numbers. `lengths`: characters of
+    each input."""
     begin = chars = 0
     for i, length in enumerate(lengths):
         if i > begin and (i - begin == BATCH or chars + length > BATCH_CHARS):

@@ -41,7 +41,7 @@ class TokenCuts:
     token ids of the whole text. Use `of` to create an object. Thread-safe."""
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
-        """`tokens`: the added tokens that the tokenizer finds before it normalizes."""
+        """`tokens`: the added tokens that the tokenizer finds in a text before it normalizes the text."""
         tokens = list(tokens)
         self._cuts = frozenset(token.content for token in tokens if _is_cut(token))
         by_first: dict[str, list[str]] = {}

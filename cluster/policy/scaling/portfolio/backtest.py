@@ -6,14 +6,14 @@ number of replicas.
 
 Method: a rule asks for a number of replicas: a forecast of the load (a signal of forecast.py) plus a margin. Each rule
 is replayed on past demand, with its own cold starts and queue. Two sums are kept for each rule and fade over `MEMORY`
-cold starts: the replica-seconds that it would have held, and the calls that it would have served late. The rule to
-follow is the cheapest rule whose late calls stay within the budget. This is follow-the-leader among fixed experts
+cold starts: the replica-seconds that the rule would have held, and the calls that it would have served late. The rule
+to follow is the cheapest rule whose late calls stay within the budget. This is follow-the-leader among fixed experts
 (Cesa-Bianchi and Lugosi, "Prediction, Learning, and Games", ch. 2-4), with a constraint in place of a mixed loss.
 
-Replicas of a rule: it holds the signal with the margin, rounded up. The least number that it held during the last cold
-start is ready, because these replicas have had the time to start. Queue of a rule: the work that came, less the work
-that its ready replicas serve. A call is late if it waits longer than the slack of the SLO (`Arrivals.slack_s`). The
-queue follows the fluid model of loadtests/autoscale/optimum.py.
+Replicas of a rule: a rule holds as many replicas as its signal plus its margin, rounded up. The smallest number that it
+held at any time during the last cold start counts as ready, because these replicas have had the time to start. Queue of
+a rule: the work that arrived, less the work that the rule's ready replicas serve. A call is late if it waits longer
+than the slack of the SLO (`Arrivals.slack_s`). The queue follows the fluid model of loadtests/autoscale/optimum.py.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def empty() -> Backtest:
 
 
 def wanted_by_rule(signals: Floats, stray: Floats) -> Floats:
-    """Number of replicas that each rule asks for, not rounded. `signals`: the load that each demand signal shows.
-    `stray`: mean absolute error of each signal."""
+    """Return the number of replicas that each rule asks for, not rounded. `signals`: the load that each demand signal
+    shows. `stray`: mean absolute error of each signal."""
     by_factor = signals[:, None] * FACTORS
     by_stray = signals[:, None] + stray[:, None] * STRAYS
     rules: Floats = np.concatenate([np.concatenate([by_factor, by_stray], axis=1).reshape(-1), FIXED])

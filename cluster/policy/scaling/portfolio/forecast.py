@@ -91,9 +91,9 @@ def update(
 def _regress(before: DemandLevels, x: Floats, became: float, passed: float) -> tuple[Floats, Floats]:
     """Run one step of recursive least squares. Returns the new weights and the new inverse matrix.
 
-    `x`: the mean loads of one cold start ago. `became`: the load now, which the mean loads should have
-    predicted. All loads are divided by the largest of them, so their scale does not matter. `passed`: time
-    since the last step, in cold starts.
+    `x`: the mean loads at the time that lies one cold start back. `became`: the load now, which the mean loads should
+    have predicted. All loads are divided by the largest of them, so their scale does not matter. `passed`: time since
+    the last step; the unit is the duration of a cold start.
     """
     size = max(float(x.max()), became)
     if size <= 0:

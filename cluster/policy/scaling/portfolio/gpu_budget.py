@@ -214,7 +214,8 @@ def _values(claim: GpuClaim) -> Floats:
 
 
 def _weighted_gain(claim: GpuClaim, numbers: Floats) -> Floats:
-    """Timely calls per second, weighted by class, for each number of replicas in `numbers`."""
+    """Return the number of timely calls (calls that are not late) per second, weighted by class, for each number of
+    replicas in `numbers`."""
     total = sum(claim.by_rank.values())
     out, before, share = LEAST_GAIN * numbers, np.zeros(len(numbers)), 0.0
     for rank in sorted(claim.by_rank):

@@ -62,9 +62,10 @@ def covers(replicas: float, wanted: int) -> bool:
 def as_one_type(seen: ModelSeen) -> ModelSeen:
     """Return the model as if all its replicas were on one GPU type, the unit type (`unit_of`).
 
-    The starting and ready replicas are replaced by as many replicas of the unit type as they are worth
-    together (`replica_worth`), rounded up. As many of the new replicas are ready as the ready replicas are
-    worth, rounded down, but at least 1 if any replica was ready. Draining replicas stay unchanged.
+    The starting and ready replicas are replaced by replicas of the unit type. The number of the new replicas is the
+    total worth (`replica_worth`) of the replaced replicas, rounded up. The number of ready ones among them is the total
+    worth of the replaced ready replicas, rounded down, but at least 1 if any replica was ready; if all replicas were
+    ready, all new replicas are ready. Draining replicas stay unchanged.
     """
     if len(seen.settings.gpus) == 1:
         return seen

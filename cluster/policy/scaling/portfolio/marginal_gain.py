@@ -1,9 +1,8 @@
-"""Timely calls per second for each number of replicas, computed from recent demand. A call is timely if it is
-not late.
+"""Timely calls per second for each number of replicas, computed from recent demand. A call is timely if it is not late.
 
 Problem: shared GPUs should go to the models that gain most from them, and the gain is not proportional to the load. The
-queue is first come, first served. So a model with slightly fewer replicas than its load serves no call in time, and
-with slightly more it serves nearly all calls in time. How many more are needed depends on the bursts of the model.
+queue is first come, first served. So a model with slightly fewer replicas than its load needs serves no call in time,
+and with slightly more it serves nearly all calls in time. How many more are needed depends on the bursts of the model.
 
 Method: each number of replicas in COUNTS is replayed on past demand, like a rule of backtest.py. The sums of timely
 calls fade over `SPAN` cold starts.

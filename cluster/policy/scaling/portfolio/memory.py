@@ -70,8 +70,8 @@ class Fidelity:
 @dataclass(frozen=True, slots=True)
 class ModelMemory:
     """The scaling policy's memory of one model. `recent_targets`: the newest targets for the number of replicas, as
-    pairs of (time, target). A scale-down is delayed afterwards, so the policy may keep more replicas than a target
-    says."""
+    pairs of (time, target). A scale-down goes no lower than the highest of these targets, so the policy may keep more
+    replicas than the newest target says."""
 
     last_call_s: float
     stretch: Stretch = field(default_factory=Stretch)

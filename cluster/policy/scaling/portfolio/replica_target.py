@@ -318,7 +318,7 @@ def _replicas_for_calls(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork,
 
 
 def after_decision(memory: ModelMemory, seen: ModelSeen, decided: int, wanted: float, now_s: float) -> ModelMemory:
-    """Return what the policy remembers about a model (its memory) after it has decided for `decided` replicas.
+    """Return the policy's memory of a model after the policy has decided that the model gets `decided` replicas.
     `wanted`: number of replicas that the model asked for, which may be larger."""
     have = sum(r.state != "draining" for r in seen.replicas)
     if decided >= have:

@@ -1,9 +1,9 @@
 """Causes of an engine's end: the process that failed first, how the process failed, and where its log is.
 
 Problem: vLLM reports to an engine's owner (the replica's process) only that some process has ended. So each vLLM
-process registers (watchdog.watch calls `register`) in the folder of the engine's sockets, and copies the errors that it
-logs to a notes file there. The engine core watches the ranks on this host (exit_status.py) and notes how they end. The
-owner reads the notes file.
+process registers (watchdog.watch calls `register`) in the folder of the engine's sockets. Each error that the process
+logs is also written to a notes file in this folder. The engine core watches the ranks on this host (exit_status.py) and
+notes how they end. The owner reads the notes file.
 
 The first note counts, because a failed rank makes its core fail later with a less useful error. There is one exception.
 When a rank is killed, other processes may note the resulting errors first. So the note of a killed rank takes

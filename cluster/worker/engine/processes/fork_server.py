@@ -76,7 +76,7 @@ def new_process(name: str, target: Callable[..., object], args: tuple[object, ..
 
 
 def install(*, rank_in_core: bool = False) -> None:
-    """Make vLLM start its processes as forks of the server. Does nothing if there is no server.
+    """Make vLLM start its processes as forks of the fork server. Does nothing if no fork server is running.
 
     A process whose compute threads are bound to CPUs is spawned instead, since libgomp reads the binding when a program
     starts. Ranks have compute threads. So does the engine core if it runs the only rank (`rank_in_core`).
@@ -93,7 +93,8 @@ def install(*, rank_in_core: bool = False) -> None:
 
 
 class _Process(context.ForkServerProcess):
-    """A fork of the fork server. It gets the environment of the process that starts it, not that of the server."""
+    """A process that is forked by the fork server. It gets the environment of the process that starts it, instead of
+    the fork server's environment."""
 
     _environment: dict[str, str]
 

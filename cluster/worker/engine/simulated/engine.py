@@ -163,7 +163,7 @@ class SimEngine:
     def load(self) -> EngineLoad:
         """Return the engine's load. Any thread may call this.
 
-        During a hang, the load is that of the beginning of the hang, but with the current age of the step.
+        During a hang, the load is the load at the beginning of the hang, except that the age of the step is current.
         """
         if self._model is None:
             return EngineLoad(busy="start")

@@ -101,7 +101,8 @@ class KvCache:
         return is_new
 
     def release(self, hashes: Sequence[int], private: int) -> None:
-        """Release the blocks of a request. `hashes`: its shared blocks. `private`: number of its private blocks."""
+        """Release the blocks of a request. `hashes`: hashes of its shared blocks. `private`: number of its private
+        blocks."""
         self._private -= private
         for block in reversed(hashes):
             holders = self._shared[block] - 1

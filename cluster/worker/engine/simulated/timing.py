@@ -28,7 +28,7 @@ class SimTiming:
             self._submitted[request.request_id] = now
 
     def scheduled(self, request_ids: Iterable[str], now: float) -> None:
-        """Record that a step that computes these requests begins."""
+        """Record the start of a step that computes these requests."""
         if self._submitted:
             for request_id in request_ids:
                 if request_id in self._submitted:

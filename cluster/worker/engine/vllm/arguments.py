@@ -157,7 +157,8 @@ def prepare_environment(spec: ModelSpec, executor: str) -> None:
 
 
 def _carry_to_ray_ranks(prefix: str) -> None:
-    """Make vLLM copy environment variables with this prefix to the ranks that Ray places, on other nodes, too."""
+    """Make vLLM copy environment variables with this prefix to the ranks that Ray places, including ranks on other
+    nodes."""
     prefixes = os.environ.get("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "")
     if prefix not in prefixes.split(","):
         os.environ["VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"] = ",".join(filter(None, (prefixes, prefix)))
@@ -184,5 +185,5 @@ def is_batch_invariant(dtype: str) -> bool:
 
 
 def plain_defaults(values: Mapping[str, Any]) -> dict[str, object]:
-    """Return those of the sampling defaults that are numbers. Only these are sent to the gateways."""
+    """Return the sampling defaults whose values are numbers. Only these are sent to the gateways."""
     return {name: value for name, value in values.items() if isinstance(value, (int, float))}

@@ -1,7 +1,7 @@
 """The vLLM engine.
 
-It uses vLLM's engine core directly (the fast path) if the installed vLLM has the private names that this needs,
-otherwise vLLM's public AsyncLLM.
+It uses vLLM's engine core directly (the fast path) if the installed vLLM has the private names that the fast path
+needs, otherwise vLLM's public AsyncLLM.
 """
 
 from __future__ import annotations

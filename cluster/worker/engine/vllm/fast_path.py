@@ -83,14 +83,14 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
 
 
 class FastPath:
-    """The fast way to use vLLM: this class calls vLLM's client of the engine core and its input processor directly,
-    without AsyncLLM. Both are built as in AsyncLLM's constructor."""
+    """The fast way to use vLLM: this class directly calls two parts of vLLM, the client of the engine core and the
+    input processor, without AsyncLLM. Both parts are built as in AsyncLLM's constructor."""
 
     def __init__(self, vllm_config: Any, stats: StepStats) -> None:
         """Start the engine core. Blocks until the model is loaded. `stats` is updated after each step.
 
-        Call the constructor in a thread without an event loop. The client's sockets and tasks then bind to an event
-        loop only when they are first used there.
+        Call the constructor in a thread without an event loop. The client's sockets and tasks then bind to the event
+        loop in which they are first used.
         """
         from vllm.renderers import renderer_from_config
         from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
@@ -234,7 +234,8 @@ class FastPath:
 
 
 def _complete(output: TokenOutput, given: Any, record: LiveRequest) -> None:
-    """Fill in the fields that only some outputs have: those of a first or a last output, and log probabilities."""
+    """Fill in the fields that only some outputs have: the fields of a first output, the fields of a last output, and
+    log probabilities."""
     first, record.first = record.first, False
     if first:
         output.prompt_tokens = record.prompt_tokens

@@ -40,7 +40,7 @@ class LiveRequests(dict[str, LiveRequest]):
         self.awaiting_grammar += request.grammar
 
     def finish_prefill(self, request_id: str) -> int:
-        """Record a live request's first output; return the number of its prompt and emitted tokens."""
+        """Record a live request's first output; return the sum of its prompt tokens and its emitted tokens."""
         request = self[request_id]
         tokens = request.prompt_tokens + request.emitted_tokens
         if request_id in self._prefilling:

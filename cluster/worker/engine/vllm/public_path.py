@@ -169,7 +169,7 @@ def _is_pooling(params: Any) -> bool:
 
 
 def _pooled(request_id: str, given: Any, record: LiveRequest) -> TokenOutput:
-    """Return the only output of a pooling request."""
+    """Convert vLLM's output of a pooling request, which is the only output of the request."""
     record.first = False
     cached = min(given.num_cached_tokens or 0, record.prompt_tokens)
     output = TokenOutput(request_id, [], FinishReason.STOP, prompt_tokens=record.prompt_tokens, cached_tokens=cached)

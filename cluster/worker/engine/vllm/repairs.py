@@ -286,7 +286,7 @@ def loaded_in_ranks() -> bool:
 
 
 def seeds_are_safe() -> bool:
-    """Return whether the repair of seeds is applied to this vLLM.
+    """Return whether the repair `seeds`, which makes seeds work on CPU, can be used with this vLLM.
 
     Without the repair, the engine refuses seeds on CPU.
     """
@@ -370,8 +370,8 @@ def why_no_adapters() -> str:
 
 
 def why_resume_is_plain(config: Any) -> str:
-    """Return why an engine with this VllmConfig cannot install emitted tokens, so that it resumes a request as a new
-    prompt.
+    """Return why an engine with this VllmConfig cannot install emitted tokens. Such an engine resumes a request as a
+    new prompt.
 
     Returns "" if the engine can install emitted tokens.
     """

@@ -141,7 +141,7 @@ def test_keys_are_rotated_and_revoked(run: Run) -> None:
 def test_usage_in_all_its_forms(run: Run, url: str, tmp_path: Path) -> None:
     """`usage` prints sums as a table, CSV or JSON, and prints single records.
 
-    The prices for costs are read from the file or from options.
+    Costs are computed with prices from the configuration file or from options.
     """
     ledger = Ledger(url)
     ledger.upgrade()

@@ -1,4 +1,4 @@
-"""The command `top` prints all views once without a terminal. On a terminal it is interactive."""
+"""Without a terminal, the command `top` prints all views once. On a terminal, it is interactive."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Up:
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """A cluster that was started with --detach. `down` stops the cluster after all tests of the module."""
+    """Provide a cluster that was started with --detach. `down` stops the cluster after all tests of the module."""
     folder = tmp_path_factory.mktemp("up")
     before = os.environ.get("HEADRACE_CACHE_DIR")
     os.environ["HEADRACE_CACHE_DIR"] = str(folder / "cache")

@@ -273,7 +273,7 @@ async def test_the_client_port_knows_no_roles(world: World) -> None:
 
 
 async def test_refusals_are_in_the_audit(world: World) -> None:
-    """A refused request is audited with the method and the caller's address, also if it named another tenant."""
+    """A refused request is audited with the method and the caller's address, even if it named another tenant."""
     client, listing = world.clients["tenant_admin"], tenants_pb2.ListTenantsRequest()
     suspend = tenants_pb2.SuspendTenantRequest(name=f"tenants/{OWN}", reason="x")
 

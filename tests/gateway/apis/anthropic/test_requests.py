@@ -72,8 +72,8 @@ def test_a_conversation_with_tools_becomes_that_of_openai() -> None:
     ids=["string", "blocks", "none", "empty"],
 )
 def test_the_content_of_a_tool_result(content: Any, shown: str) -> None:
-    """The content of a tool result is a string, text blocks or absent. A user message that holds only a result adds no
-    user message to the prompt."""
+    """The content of a tool result may be a string, a list of text blocks, or absent. A user message that holds only a
+    tool result adds no user message to the prompt."""
     result = {**RESULT, "content": content, "is_error": True}
     prompt = prompt_of(USER, {"role": "assistant", "content": [USE]}, {"role": "user", "content": [result]})
     assert prompt.messages[2:] == [{"role": "tool", "tool_call_id": "abc123XYZ", "content": shown}]

@@ -167,8 +167,8 @@ async def test_usage_with_every_chunk(busy: TestCluster) -> None:
 
 
 async def test_logprobs_in_both_shapes(busy: TestCluster) -> None:
-    """The log probabilities of chats and of completions have OpenAI's two shapes. They equal those over gRPC. Both hold
-    for complete and for streamed answers."""
+    """In complete and in streamed answers, the log probabilities of chats and of completions have OpenAI's two shapes.
+    Their values equal those over gRPC."""
     grpc_ = (await busy.stub.Complete(complete(logprobs=True, top_logprobs=3, ignore_eos=True))).choices[0].logprobs
     body = completion_body(logprobs=2, ignore_eos=True)
     whole = (await fetch(busy, COMPLETIONS, body)).json["choices"][0]["logprobs"]

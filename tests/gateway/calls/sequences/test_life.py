@@ -49,7 +49,8 @@ def test_every_live_state_reaches_both_ends(data: st.DataObject) -> None:
 
 
 def state_of(life: Life) -> State:
-    """Return the state of `life`, so that the type checker does not narrow it across later moves."""
+    """Return the state of `life`. Because of this function, the type checker does not assume that later moves leave the
+    state unchanged."""
     return life.state
 
 
@@ -64,8 +65,8 @@ def running(tokens: int = 0, max_attempts: int = 3, max_silent_losses: int = 2) 
 
 @given(st.integers(0, 50), st.sampled_from(["lost", "error", "moved"]))
 def test_a_sequence_with_tokens_resumes_and_one_without_starts_over(tokens: int, reason: str) -> None:
-    """After a loss, a sequence with tokens waits in the resume queue, and one without tokens in the waiting room. Both
-    have the next attempt number and the reason."""
+    """A sequence that leaves its worker after emitting tokens waits in the resume queue and keeps the reason. A
+    sequence without tokens waits in the waiting room, without a reason. Both have the next attempt number."""
     life = running(tokens)
     life.leave(reason, tokens)
     assert life.state is (State.RESUMING if tokens else State.QUEUED)

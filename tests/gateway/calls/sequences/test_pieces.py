@@ -19,7 +19,7 @@ ONE = TokenLogprob(1, "x", b"x", -0.5)
 
 
 class NoTexts:
-    """A source of log probabilities that has none."""
+    """A LogprobSource that never has log probabilities."""
 
     def push(self, positions: Iterable[PositionLogprobs]) -> list[TokenLogprob]:
         """Implements `LogprobSource.push`."""

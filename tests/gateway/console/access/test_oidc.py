@@ -85,7 +85,8 @@ async def keyed(issuer: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
 
 
 async def begin(browser: Browser) -> tuple[str, dict[str, str]]:
-    """Begin a sign-in and return the address at the issuer with its parameters."""
+    """Begin a sign-in. Return the issuer's URL to which the browser is redirected, and the query parameters of this
+    URL."""
     reply = await browser.fetch(OIDC_START)
     assert reply.status == 303
     url = reply.headers["location"]
@@ -182,7 +183,7 @@ async def test_a_code_of_another_browser_is_refused(keyed: Keyed) -> None:
 
 
 async def test_a_way_back_counts_once(keyed: Keyed) -> None:
-    """The address of a redirect back signs in only once."""
+    """The URL to which the issuer redirects the browser signs in only once. A second use of the URL is refused."""
     browser = Browser(keyed.cluster)
     url, _ = await begin(browser)
     cookies = dict(browser.cookies)
@@ -238,7 +239,7 @@ STRANGER = ec.generate_private_key(ec.SECP256R1())
 
 
 class Scripted(OidcFlow):
-    """A flow and its issuer, whose answers the test sets."""
+    """An OIDC sign-in flow with a simulated issuer, whose answers the test sets."""
 
     def __init__(self, secret: Path | None = None) -> None:
         settings = ConsoleOidc(issuer=ISSUER, client_id="con sole", client_secret_file=secret)
@@ -368,8 +369,8 @@ async def test_failing_exchanges(error: Exception) -> None:
     ],
 )
 async def test_wrong_ways_back(answer: dict[str, str], expected: str) -> None:
-    """A sign-in fails, and no code is sent to the issuer's token endpoint, if the redirect from the issuer is wrong. It
-    may have another state, another issuer, an error, or no code."""
+    """If the redirect from the issuer has another state, another issuer, an error or no code, the sign-in fails, and no
+    code is sent to the issuer's token endpoint."""
     scripted, flow = Scripted(), FlowState.begin(time.time())
     assert await reason(scripted, flow, answer_of(flow, **answer)) == expected
     assert not scripted.forms

@@ -78,8 +78,8 @@ async def test_each_role_at_each_verb(console: Console, verb: str, role: str) ->
 
 @pytest.mark.parametrize("verb", [verb for verb, rule in TABLE.items() if rule in (READ, KEYS)])
 async def test_another_tenant_reads_as_none(console: Console, verb: str) -> None:
-    """A tenant administrator gets the same answer, byte for byte, for the objects of another tenant and for those of a
-    tenant that does not exist."""
+    """A tenant administrator gets the same answer, byte for byte, for the objects of another tenant and for the objects
+    of a tenant that does not exist."""
     ghost = "ghost"
     console.world.keys |= {(ghost, use): console.world.keys[OTHER, use] for use in ("rotate", "revoke")}
     there, absent = [

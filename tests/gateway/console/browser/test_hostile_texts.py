@@ -119,8 +119,8 @@ def test_there_are_enough_payloads() -> None:
 
 
 async def test_each_payload_alone_as_markdown(browser: Browser) -> None:
-    """Each payload, as the whole text of an answer that arrives in pieces, adds no foreign element to the document. In
-    code and quotes, all its letters are kept."""
+    """A payload that is the whole text of an answer, and arrives in pieces, adds no foreign element and no active
+    attribute to the document."""
     script = """
     async (texts) => {
       const { MarkdownView } = await import("/console/static/markdown.js");

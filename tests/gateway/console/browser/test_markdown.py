@@ -72,7 +72,7 @@ TEXTS = st.lists(MARKS | st.text(max_size=6), max_size=40)
 
 @pytest.fixture(scope="module")
 async def bare(browser: Browser) -> AsyncIterator[Watched]:
-    """Provide a page with the console's files and policy."""
+    """Provide a page with the console's files and content security policy, without a gateway."""
     async with bare_page(browser) as watched:
         yield watched
 
@@ -170,8 +170,8 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 async def test_time_is_linear_in_the_length(bare: Watched, name: str) -> None:
-    """Rendering time grows linearly with the length of a text, whether the text arrives at once or in 200 pieces. The
-    texts include those that take quadratic time in careless renderers."""
+    """Rendering time grows linearly with the length of a text, whether the text arrives at once or in 200 pieces. Some
+    of the texts take quadratic time in careless renderers."""
     text = LONG[name]
     script = """
     async ([text, pieces]) => {
@@ -200,8 +200,8 @@ async def test_time_is_linear_in_the_length(bare: Watched, name: str) -> None:
 
 
 async def test_a_fence_that_arrives_is_not_rendered_again(bare: Watched) -> None:
-    """While the text of a code block arrives, the page keeps the block's element. So a selection in the block and its
-    copy button are kept too."""
+    """While the text of a code block arrives, the page keeps the block's element. So the block's copy button and a
+    selection in the block are kept too."""
     script = """
     async () => {
       const { MarkdownView } = await import("/console/static/markdown.js");

@@ -70,7 +70,8 @@ async def sign_in(page: Page, user: str) -> None:
 
 
 async def test_a_person_signs_in(browser: Browser, origin: str) -> None:
-    """A person is signed in after the redirect back, stays signed in after a reload, and scripts see no credential."""
+    """After the redirect from the issuer back to the console, a person is signed in, and stays signed in after a
+    reload. The page's scripts can read no credential."""
     async with opened(browser, origin) as page:
         await sign_in(page, "ada")
         await page.wait_for_selector(".shell")

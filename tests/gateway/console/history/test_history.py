@@ -33,8 +33,8 @@ def model_values(tokens: float, **columns: float) -> list[float]:
 
 
 def test_an_hour_of_a_large_cluster_fits_in_64_mib() -> None:
-    """With 1,000 tenants and 100 models, and with others that appear and disappear, the history takes less than 64 MiB
-    with all objects. Its arrays take less than the 30 MiB that the module states."""
+    """The history of 1,000 tenants and 100 models takes at most 32 MiB with all its objects, even after other tenants
+    have replaced all of the tenants. Its arrays take at most the 30 MiB that the module states."""
     gc.collect()
     tracemalloc.start()
     try:
@@ -109,8 +109,8 @@ def test_the_key_with_the_oldest_value_gives_way() -> None:
 async def test_gateways_add_up() -> None:
     """The history of a cluster is computed from the histories of its gateways.
 
-    Rates are added. Of replica numbers the largest is taken, since each gateway reports the number of the whole
-    cluster. Percentiles are computed from the added counts.
+    Rates are added. For the number of replicas, the largest value is used, since each gateway reports the number of the
+    whole cluster. Percentiles are computed from the added counts.
     """
     first, second = History(), History()
     slow, fast = list(NO_COUNTS), list(NO_COUNTS)

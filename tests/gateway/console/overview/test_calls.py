@@ -75,7 +75,7 @@ async def test_the_tenants_models_and_limits_hold(keyed: Keyed) -> None:
 
 
 async def test_guards_hold(keyed: Keyed) -> None:
-    """The tenant's guards check the prompt."""
+    """A call from the console's pages is refused if a guard of the tenant refuses the prompt."""
     guards = [{"builtin": "patterns", "patterns": {"word": "forbidden"}, "action": "refuse"}]
     browser = await signed_in(keyed, "guarded", models=["*"], guards=guards)
     assert (await browser.fetch(CHAT, chat_body("forbidden"))).status == 403

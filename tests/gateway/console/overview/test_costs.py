@@ -100,7 +100,7 @@ async def test_twenty_consoles_cost_three_percent_of_a_core(
 async def test_a_large_cluster_never_blocks_for_long(cluster: TestCluster) -> None:
     """With 1,000 workers, 1,000 tenants and 2,000 calls, an update of the overview never blocks the event loop for 10
     ms. This is measured at the first snapshot, after everything has changed, and for a viewer of one tenant. The
-    garbage collector is off meanwhile, since it would examine the objects of all tests."""
+    garbage collector is off during the measurement, since it would examine the objects of all tests."""
     gateway = cluster.gateway
     add_links(gateway, 1000)
     add_ended_calls(gateway, 2000, 1000)

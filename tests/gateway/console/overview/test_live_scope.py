@@ -72,8 +72,8 @@ async def first_state(wire: Wire) -> Any:
 
 @pytest.mark.parametrize("role", ["caller", "tenant_admin", "viewer", "operator"])
 async def test_each_role_sees_its_tenants(keyed: Keyed, role: str) -> None:
-    """A person of a tenant sees the calls of that tenant and no workers or gateways. Operators and viewers see
-    everything."""
+    """Callers and tenant administrators see the calls of their own tenant, and no workers or gateways. Operators and
+    viewers see everything."""
     async with events_of(keyed, await signed_in(keyed, role)) as wire:
         state = await first_state(wire)
     tenants = {call["tenant"] for call in state["calls"]}

@@ -285,7 +285,7 @@ def test_bounds_are_each_renders_own() -> None:
 
 def test_a_model_without_template_says_so() -> None:
     """A chat request is refused if the model has no template, no default template, or a template that does not compile.
-    The error names Complete as the remedy."""
+    The error names the method Complete as the remedy."""
     for sources in ({}, {"rag": "x"}, {"default": "{% if %}"}):
         with pytest.raises(CallError, match="use Complete") as error:
             ChatTemplate(sources).render([{"role": "user", "content": "hi"}])

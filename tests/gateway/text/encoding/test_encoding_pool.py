@@ -255,7 +255,7 @@ async def test_a_lost_helper_costs_no_call(model: TextModel) -> None:
 
 async def test_what_was_sent_outlives_its_helper(kinds: dict[str, Kind]) -> None:
     """The prompt memory still has the text of a conversation's first turn after the helpers that encoded this turn have
-    died. The ids of the next turn equal those of an encoding without the memory."""
+    died. The next turn gets the same ids as without the memory."""
     memory = PromptMemory()
     model = TextModel.from_bundle(build_bundle(kinds["llama"].folder), memory=memory)
     assert model.pool is not None

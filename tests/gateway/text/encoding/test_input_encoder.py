@@ -90,8 +90,8 @@ def test_ids_are_those_of_transformers(
     keep: int | None,
     side: str,
 ) -> None:
-    """Single texts and pairs have the same ids as with transformers, whole or truncated on either side. In pairs, the
-    second text begins at the same position."""
+    """Single texts and pairs have the same ids as with transformers, whole or truncated on either side. In a pair, the
+    second text begins at the same token as with transformers."""
     theirs, ours = both[processor, side]
     cut = {} if keep is None else {"truncation": True, "max_length": keep}
     assert list(ours.encode(texts(first, second), 0, keep).ids[1]) == theirs(second, **cut)["input_ids"]

@@ -68,7 +68,7 @@ def test_a_loud_tenant_evicts_its_own() -> None:
 
 
 def test_the_latest_used_stays() -> None:
-    """Of the blocks of one tenant, those that were read last are kept."""
+    """If a tenant stores more blocks than fit into the memory, the blocks that were read last are kept."""
     memory = PromptMemory(MAX_BYTES)
     for i in range(200):
         fill(memory, "acme", range(i, i + 1))

@@ -96,7 +96,7 @@ def test_uncertain_tokenizers_have_no_cuts(spoil: Callable[[Tokenizer], None]) -
 
 
 def test_an_unknown_step_has_no_cuts() -> None:
-    """A tokenizer with a normalizer or pre-tokenizer of an unknown type is not cut at its tokens."""
+    """If a tokenizer has a normalizer or pre-tokenizer of an unknown type, its texts are never cut at added tokens."""
     tokenizer = Tokenizer.from_str(TOKENIZERS["llama3"].to_str())
     layout = json.loads(tokenizer.to_str())
     unknown = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "FromTheFuture"}]}

@@ -1,4 +1,4 @@
-"""When an engine ends, the reported error is that of the process that failed first."""
+"""When an engine ends, the reported error is the error of the process that failed first."""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ if __name__ == "__main__":
 
 
 def test_forks_carry_their_starters_environment(tmp_path: os.PathLike[str]) -> None:
-    """A forked process, and a process that it forks in turn, share the server and the preloaded modules.
+    """A forked process, and a process that it starts in turn, are both forks of one fork server and have the preloaded
+    modules.
 
     Each has the environment of the process that started it, and neither runs the main program again.
     """

@@ -75,8 +75,8 @@ async def test_a_start_that_fails_leaves_no_folder(
 
 
 def test_a_rank_elsewhere_keeps_vllms_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine's environment names Headrace's socket folder. On a host without this folder, the variable is removed,
-    so that vLLM uses its default folder. If an operator has set the variable to another folder, it is kept."""
+    """An environment variable of an engine names Headrace's socket folder. On a host without this folder, the variable
+    is removed, so that vLLM uses its default folder. A variable that an operator has set to another folder is kept."""
     ours = tmp_path / f"{sockets.PREFIX}1"
     for folder, there, kept in ((ours, True, True), (ours, False, False), (tmp_path / "elsewhere", False, True)):
         if there:

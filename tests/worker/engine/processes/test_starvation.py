@@ -32,11 +32,11 @@ class Machine:
 
 
 def until_alarm(pass_time: Callable[[Machine, float], None], ends_s: float = 20.0) -> float:
-    """Return the time at which a gateway would find the engine hung, in a step that began at 0; infinity if the gateway
-    would not find it hung before `ends_s`.
+    """Return the time at which a gateway would report a hang of the engine, if a step began at 0 and does not end.
+    Returns infinity if the gateway would report no hang before `ends_s`.
 
-    The step is checked ten times a second, as by a gateway. `pass_time`: advances the counters of the simulated
-    machine by a number of seconds.
+    The step is checked ten times a second, as by a gateway. `pass_time`: advances the counters of the simulated machine
+    by a number of seconds.
     """
     machine = Machine()
     starvation = Starvation(machine.tasks)

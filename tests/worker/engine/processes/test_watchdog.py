@@ -105,8 +105,8 @@ def _maps(pid: int) -> list[str]:
 
 
 async def test_only_the_engines_names_are_forgotten() -> None:
-    """`forget_names` removes the names of a new child's shared memory. A child that existed before the engine keeps its
-    names, even of memory that it created later."""
+    """`forget_names` removes the names of the shared memory of new child processes. The shared memory of a child that
+    existed before the engine keeps its name, even if the child created the memory later."""
     code = (
         "from multiprocessing.shared_memory import SharedMemory as S; input(); block = S(create=True, size=8)"
         "; print(block.name, flush=True); input(); block.close(); block.unlink()"
@@ -197,8 +197,8 @@ async def test_a_zombie_counts_as_gone() -> None:
 
 
 async def test_a_process_that_watches_ends_with_its_owner() -> None:
-    """A process with the mark of an owner process in its environment ends itself when the owner is gone. A process
-    without a mark runs on."""
+    """If the environment of a process contains the mark of an owner process, the process ends itself when the owner is
+    gone. A process without a mark runs on."""
     owner = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=PIPE)
     code = "from cluster.worker.engine.processes import watchdog; watchdog.watch(); print('up', flush=True); input()"
     marks = {"watcher": watchdog.mark(owner.pid), "free": ""}

@@ -515,8 +515,8 @@ async def test_adapters_are_loaded_in_their_time_and_bounded() -> None:
 
 
 async def test_loads_of_adapters_can_fail() -> None:
-    """A fault at the point `adapter` lets a load fail: a refusal leaves the engine alive, and a death ends the
-    engine."""
+    """A fault at the point `adapter` makes the load of an adapter fail. After the action `refuse` the engine keeps
+    running. The action `die` ends the engine."""
     engine, driver = await subject(dataclasses.replace(SMALL, max_loras=1, max_cpu_loras=1))
     engine.faults.arm("adapter", "refuse")
     with pytest.raises(EngineRefused) as refusal:

@@ -81,7 +81,7 @@ def test_any_other_token_gives_another_state(tokens: list[int], data: st.DataObj
 
 @given(prompts, st.integers(1, 12), st.data())
 def test_cut_and_continued_equals_uncut_at_every_cut(prompt: list[int], max_tokens: int, data: st.DataObject) -> None:
-    """A request cut after any token gets exactly its remaining tokens on another engine, with any sampling
+    """A request that is cut after any token gets exactly its remaining tokens on another engine, with any sampling
     parameters."""
     sampling = Sampling(
         max_tokens=max_tokens,
@@ -215,9 +215,10 @@ def test_the_least_urgent_is_preempted() -> None:
 
 @given(prompts, st.sampled_from(["", "a", "b"]), st.sampled_from(["", "a", "b"]))
 def test_prefix_hits_never_cross_salts(prompt: list[int], mine: str, other: str) -> None:
-    """A second request with the same prompt and salt finds all full blocks, except a block that has the last token.
+    """A second request with the same prompt and salt gets all full blocks from the cache, except a block that has the
+    prompt's last token.
 
-    A request with another salt finds no blocks.
+    A request with another salt gets no blocks from the cache.
     """
     model = SimModel(ROOMY)
     run(model, ask("a", prompt, 1, salt=mine))

@@ -186,8 +186,9 @@ async def test_a_request_with_an_adapter_is_resumed(
 async def test_a_failed_load_leaves_the_engine_alive(
     subject: Subject, engine: VllmEngine, adapters: MergedAdapters, tmp_path: Path, llama_folder: Path, name: str
 ) -> None:
-    """If adapter files are damaged, vLLM's load of the adapter fails with ADAPTER_INVALID. Other requests continue, and
-    further adapters can be loaded. Headrace's own check of the files is not used here."""
+    """If an adapter's files are missing, damaged or not supported, vLLM's load of the adapter fails with
+    ADAPTER_INVALID. Other requests continue, and further adapters can be loaded. Headrace's own check of the files is
+    not used here."""
     await load(engine, adapters, 1)
     folder = tmp_path / "broken"
     if name != "no folder":

@@ -1,4 +1,4 @@
-"""Outputs of the real engine equal those of transformers, and those of the fast path equal those of AsyncLLM."""
+"""The real engine gives the same outputs as transformers, and the fast path gives the same outputs as AsyncLLM."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.engine
 
 
 async def test_no_hit_crosses_cache_groups(tmp_path: Path, llama_folder: Path, fast_subject: Subject) -> None:
-    """Two tenants of one cache group share a cached prefix. A tenant without a group finds only prefixes that it has
-    sent itself, even if its requests have the name, group or key of another tenant as `cache_salt`."""
+    """Two tenants of one cache group share a cached prefix. A tenant without a group gets cache hits only for prefixes
+    that it has sent itself, even if its requests have the name, group or key of another tenant as `cache_salt`."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(fast_subject.engine, bundle_of(llama_folder), info=fast_subject.info)
         keys = {

@@ -15,8 +15,8 @@ from tests.worker.engine.contract import EngineContract, Subject
 
 @pytest.mark.engine
 def test_bounds_of_lists_are_those_of_vllms_tables() -> None:
-    """Our bounds on the lists of a request equal those of vLLM's V2 runner. A list beyond the bound would end vLLM's
-    engine core."""
+    """Our bounds on the lists of a request equal the bounds of vLLM's V2 runner. A list beyond its bound would end
+    vLLM's engine core."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
@@ -34,7 +34,7 @@ def test_bounds_of_lists_are_those_of_vllms_tables() -> None:
 
 @pytest.mark.engine
 class TestFastPath(EngineContract):
-    """The engine contract over the fast path."""
+    """The engine contract, tested on the fast path (vLLM's engine core, called directly)."""
 
     @pytest.fixture
     def engine(self, fast_subject: Subject) -> Subject:

@@ -38,7 +38,7 @@ async def _is_told(engine: VllmEngine, subject: Subject, how: str) -> None:
 
 
 async def test_death_is_told(llama_folder: Path) -> None:
-    """After the core is killed, step, check and submit raise EngineDead with the reason within seconds."""
+    """Within seconds after the core is killed, `step`, `check` and `submit` raise EngineDead with the reason."""
     me = psutil.Process(os.getpid())
     before = set(engine_children(me))
     engine = VllmEngine(tiny_spec(), llama_folder)

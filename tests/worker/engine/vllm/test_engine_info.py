@@ -96,8 +96,8 @@ def test_kv_events_need_a_socket_and_a_prefix_cache(llama_folder: Path) -> None:
 
 
 def test_adapters_are_reported(llama_folder: Path) -> None:
-    """An engine with adapters reports two numbers: its adapter slots, and the adapters that its memory can hold. The
-    bounds against which requests are checked have the table of loaded adapters."""
+    """An engine with adapters reports the number of its adapter slots and the number of adapters that its memory can
+    hold. The bounds by which requests are checked contain the engine's EngineAdapters object."""
     engine = {"enable_lora": True, "max_loras": 2, "max_cpu_loras": 4, "enable_prefix_caching": False}
     found = properties(llama_folder, engine=engine)
     assert (found.info.adapter_slots, found.info.adapter_capacity) == (2, 4)

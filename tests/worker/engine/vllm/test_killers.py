@@ -1,4 +1,5 @@
-"""No request may kill the engine: after odd, extreme and random requests, a plain request still gets the same tokens.
+"""No request may kill the engine: after odd, extreme and random requests, a plain request gets the same tokens as
+before.
 
 Each odd request is refused with EngineRefused or runs to a finish. Its output is not checked here.
 """
@@ -245,8 +246,8 @@ async def test_emitted_tokens_outside_the_vocabulary(fast_subject: Subject, emit
 
 
 async def test_prompts_at_the_edge_of_the_context(fast_subject: Subject) -> None:
-    """The longest allowed prompt gets one token. A prompt with one more token is refused, and the error has both
-    lengths."""
+    """For the longest allowed prompt, one token is generated. A prompt with one more token is refused, and the error
+    has the length of the prompt and the context length."""
     driver, context = Driver(fast_subject), fast_subject.info.max_model_len
     (answer,) = await driver.run(request(fast_subject.prompt(94, tokens=context - 1), max_tokens=50))
     assert len(answer.token_ids) == 1
@@ -289,7 +290,8 @@ class Chance:
         return Sampling(**sampling)  # type: ignore[arg-type]
 
     def request(self) -> EngineRequest:
-        """Return a request with random sampling parameters. Sometimes other fields are odd, too."""
+        """Return a request with random sampling parameters. Sometimes the prompt and other fields have unusual or
+        invalid values."""
         pick = self.random.choice
         prompt = self.subject.prompt(self.random.randrange(10**6), tokens=pick([1, 2, 31, 32, 33, 127, 129, 300]))
         if self.random.random() < 0.1:
@@ -323,7 +325,7 @@ FIRST, SEEDS = int(os.environ.get("KILLERS_FIRST", "0")), int(os.environ.get("KI
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))
 async def test_random_requests_in_crowds(fast_subject: Subject, seed: int) -> None:
     """Many random requests run at once, and some are aborted. Each of the others is refused or runs to its end. A
-    reference request among them gets the same tokens as alone."""
+    reference request among them gets the same tokens as when it runs alone."""
     driver, plain, chance = Driver(fast_subject), fast_subject.prompt(95), Chance(seed, fast_subject)
     (reference,) = await driver.run(request(plain, max_tokens=8))
     taken = refusals = 0

@@ -1,4 +1,4 @@
-"""A single rank on CPUs runs in the process of its core, with threads bound as in vLLM."""
+"""A single rank on CPUs runs in the process of the engine core, and its threads are bound to CPUs as in vLLM."""
 
 from __future__ import annotations
 

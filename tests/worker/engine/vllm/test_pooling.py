@@ -52,7 +52,7 @@ async def started(folder: Path, *, fast: bool, **engine: object) -> AsyncIterato
 
 @pytest.fixture(scope="module")
 def minilm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all-MiniLM-L6-v2."""
+    """Return the folder of the model all-MiniLM-L6-v2."""
     return minilm(tmp_path_factory.mktemp("minilm"))
 
 
@@ -131,12 +131,12 @@ class TestScores(PoolingContract):
         assert engine.info.pooling == PoolingInfo((PoolingTask.SCORE,), 1)
 
     async def test_scores_equal_transformers(self, driver: Driver, cross_encoder_folder: Path) -> None:
-        """The scores of pairs and of a single text, computed in one batch, equal those of transformers. The token types
-        change the score of a pair."""
+        """The scores of pairs and of a single text, computed in one batch, equal the scores that transformers computes.
+        The token types change the score of a pair."""
         await scores_equal_transformers(driver, cross_encoder_folder)
 
     async def test_a_start_of_the_second_text_alone_changes_the_score(self, driver: Driver) -> None:
-        """The same token ids have another score if the second text starts elsewhere."""
+        """The same token ids have a different score if the second text starts at a different position."""
         ids = driver.subject.prompt(2, 8)
         answers = await driver.run(*(pool(ids, PoolingTask.SCORE, None, at) for at in (0, 3, 5)))
         assert len({round(vector(answer)[0], 5) for answer in answers}) == 3
@@ -163,15 +163,17 @@ class TestDecoder(PoolingContract):
         return decoder
 
     def test_says_what_it_is(self, engine: Subject) -> None:
-        """EngineInfo reports the public path, the KV cache, and that every shorter vector is allowed."""
+        """For a decoder model, EngineInfo reports the engine path `public` and a KV cache, and that a vector may have
+        any shorter length."""
         assert engine.info.engine_path == "public"
         assert engine.info.pooling == PoolingInfo((PoolingTask.EMBED,), 128, any_shorter=True)
         assert engine.info.kv_tokens > 16 * engine.info.max_num_batched_tokens
         assert KV_EVENTS in engine.info.capabilities
 
     async def test_a_prefix_is_computed_once(self, driver: Driver) -> None:
-        """A second request with the same prefix finds the prefix in the KV cache and gets the same vector. A request
-        with another cache salt finds nothing there: a tenant must not learn what another tenant has sent."""
+        """For a second request with the same prefix, the prefix is in the KV cache and the vector is the same. For a
+        request with another cache salt, the prefix is not in the cache: a tenant must not learn what another tenant has
+        sent."""
         ids = driver.subject.prompt(11, 200)
         requests = [pool(ids, PoolingTask.EMBED) for _ in range(3)]
         requests[2] = replace(requests[2], cache_salt="other")

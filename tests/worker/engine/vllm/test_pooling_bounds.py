@@ -41,7 +41,7 @@ def config(**changes: Any) -> Any:
 
 
 def test_a_generating_model_has_no_bounds() -> None:
-    """A model that generates has no bounds of a pooling model, whatever its other fields are."""
+    """`pooling_bounds` returns None for a model that generates tokens, even if pooling tasks are passed."""
     assert pooling_bounds(config(runner_type="generate"), ("embed",), "m") is None
 
 

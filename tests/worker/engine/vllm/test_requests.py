@@ -86,8 +86,8 @@ def test_a_wrong_request_is_refused(changes: dict[str, object], field: str, reas
     ],
 )
 def test_what_would_start_anew_is_not_continued_as_a_prompt(changes: dict[str, object], field: str) -> None:
-    """Parameters that depend on earlier output are refused if the engine can only append emitted ids to the prompt. The
-    error names the parameter."""
+    """If an engine can only append emitted ids to the prompt, a resumed request is refused if one of its parameters
+    depends on earlier output. The error names the parameter."""
     cut = dataclasses.replace(PLAIN, emitted_token_ids=(7,), sampling=Sampling(max_tokens=4, **changes))  # type: ignore[arg-type]
     check(cut, LIMITS)
     with pytest.raises(EngineRefused) as error:

@@ -84,15 +84,15 @@ def test_the_core_admits_as_the_continuation_expects() -> None:
 
 
 def test_the_v2_runner_gets_prompt_and_output_apart() -> None:
-    """vLLM's scheduler sends the V2 runner the tokens of a prompt and, in a second list, the prompt with the tokens
-    that were already emitted. The test finds this in the scheduler's source text."""
+    """vLLM's scheduler sends the V2 runner the tokens of a prompt and, in a second list, the prompt followed by the
+    tokens that were already emitted. The test finds this in the scheduler's source text."""
     source = inspect.getsource(resolve("vllm.v1.core.sched.scheduler.Scheduler.schedule"))
     assert source.count("req._all_token_ids") == 1
 
 
 def test_the_draw_of_a_seed_is_known_by_its_source() -> None:
-    """The table DRAWS knows the code of the installed sampler, by its digest. Otherwise, no other engine could resume
-    this engine's requests with a seed, because the random numbers might be drawn in a different way."""
+    """The table DRAWS has an entry for the installed sampler, under the digest of the sampler's code. Without an entry,
+    no engine with other code could resume this engine's seeded requests, because it might draw other random numbers."""
     sampler = digest("vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler.forward_cpu")
     assert sampler in resume.DRAWS
 
@@ -194,7 +194,7 @@ async def test_a_duplicate_of_a_continued_call_is_refused(fast_subject: Subject)
 
 
 async def test_tokens_against_the_grammar_end_their_call_alone(fast_subject: Subject, public_subject: Subject) -> None:
-    """If the grammar does not allow the emitted ids, the request ends in an error. Another request runs on."""
+    """If the grammar does not allow the emitted ids, the request ends in an error. Another request continues."""
     for subject in (fast_subject, public_subject):
         driver = Driver(subject)
         (alone,) = await driver.run(request(subject.prompt(213), max_tokens=30))

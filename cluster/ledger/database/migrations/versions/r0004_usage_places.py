@@ -16,6 +16,6 @@ KIND = "expand"
 
 
 def upgrade() -> None:
-    """Add the columns. The columns are empty in existing rows."""
+    """Add the columns `worker`, `pod`, `node` and `gateway`, which are empty in existing rows."""
     for name in ("worker", "pod", "node", "gateway"):
         op.add_column("usage", sa.Column(name, sa.String(255), nullable=False, server_default=sa.text("''")))

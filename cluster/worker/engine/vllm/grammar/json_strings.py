@@ -53,7 +53,8 @@ def _plain_addresses(value: Any) -> Any:
 
 
 class StrictCompiler:
-    """A wrapper of xgrammar's compiler whose grammars, for JSON schemas and structural tags, allow only valid JSON."""
+    """A wrapper of xgrammar's compiler. The grammars that it makes from JSON schemas and structural tags allow only
+    valid JSON."""
 
     def __init__(self, compiler: Any) -> None:
         self._compiler = compiler

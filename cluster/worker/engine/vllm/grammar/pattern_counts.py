@@ -114,7 +114,7 @@ class Counts:
         self._open[-1].add(self._last)
 
     def end_atom(self) -> None:
-        """Record a token of the expression that no quantifier can repeat, such as an anchor (`^`)."""
+        """Record a token that no quantifier can repeat, such as the anchor `^`."""
         self._last = None
 
     def open(self) -> None:

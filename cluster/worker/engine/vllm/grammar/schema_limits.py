@@ -28,8 +28,8 @@ _NAMES_MAY_HAVE = frozenset({"type", "pattern", "minLength", "maxLength", "forma
 
 
 def string_problem(keyword: str, value: object) -> str:
-    """Return why the grammar compiler does not enforce a JSON Schema keyword for strings, such as `maxLength`, with
-    this value; empty if it does."""
+    """Return the reason why the grammar compiler does not enforce this value of a JSON Schema keyword for strings, such
+    as `maxLength`; "" if the compiler enforces the value."""
     if keyword in ("minLength", "maxLength"):
         return _count_problem(value)
     if not isinstance(value, str):

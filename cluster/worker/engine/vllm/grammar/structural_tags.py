@@ -28,7 +28,7 @@ def _refused(grammar: Grammar, description: str) -> EngineRefused:
 def check_structural_tag(grammar: Grammar) -> None:
     """Raise EngineRefused for a structural tag that is too large to compile on an engine, or that has a wrong schema.
 
-    A schema is wrong if it would also be refused in `response_format`.
+    A wrong schema is one that would be refused as the schema of `response_format`.
     """
     value = grammar.value
     if not isinstance(value, str) or len(value) > MAX_TAG_BYTES:

@@ -185,8 +185,8 @@ def _standard_keywords() -> Iterator[str]:
 
 
 def test_every_keyword_of_the_standard_is_refused_or_enforced() -> None:
-    """Each keyword of JSON Schema 2020-12 that constrains values is either enforced or refused in a test of this file.
-    Keywords that only identify or describe a schema are left out."""
+    """For each keyword of JSON Schema 2020-12 that constrains values, a test in this file shows that it is either
+    enforced or refused. Keywords that only identify or describe a schema are left out."""
     identifiers = {"$id", "$schema", "$anchor", "$dynamicAnchor", "$vocabulary", "$comment", "$defs"}
     refused = {keyword for schema, says in REFUSED for keyword in KEYWORDS if f"`{keyword.replace('$', '.')}`" in says}
     standard = set(_standard_keywords()) - identifiers
@@ -198,7 +198,7 @@ def test_every_keyword_of_the_standard_is_refused_or_enforced() -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 1 << 32))
 def test_any_accepted_schema_is_enforced(seed: int) -> None:
-    """If a random schema is accepted and compiles, the outputs of its grammar are valid by the schema."""
+    """If a random schema is accepted and compiles, every output that its grammar allows conforms to the schema."""
     schema = SchemaGenerator(random.Random(seed)).root()
     try:
         check_schema(FIELD, schema)
