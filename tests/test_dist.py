@@ -171,8 +171,8 @@ def test_every_kind_of_source_has_a_version(release: Release, tmp_path: Path) ->
     st.sampled_from(["", "+g1a2b", "+g1.d2026"]),
 )
 def test_the_charts_version_orders_as_the_packages(numbers: tuple[int, ...], before: str, local: str) -> None:
-    """The chart's version has the same numbers and local part as the package's version. It is a pre-release in SemVer
-    if the package's version is one, and only then."""
+    """The chart's version has the same numbers and local part as the package's version. The chart's version is a SemVer
+    pre-release if and only if the package's version is a pre-release."""
     version = ".".join(map(str, numbers)) + before + local
     chart = chart_version(version)
     assert chart.partition("+")[0].partition("-")[0] == ".".join(map(str, numbers))

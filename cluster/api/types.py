@@ -354,7 +354,8 @@ class ModelSpec:
 
 
 class DrainState(enum.StrEnum):
-    """State that says whether a worker accepts new sequences. The names are those of link.v1 Standing.State."""
+    """State of a worker, which determines whether the worker accepts new sequences. The names are those of link.v1
+    Standing.State."""
 
     SERVING = "SERVING"
     CORDONED = "CORDONED"

@@ -22,7 +22,7 @@ def add_processes(app: typer.Typer) -> None:
 
 
 def add_pods(app: typer.Typer) -> None:
-    """Add the processes of a pod, one command per container."""
+    """Add the commands that run the processes of a pod, one command for each container."""
     from cluster.cli.commands.run import pod
 
     app.add_typer(pod.app, name=POD)

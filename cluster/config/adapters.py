@@ -89,7 +89,8 @@ def as_list(value: Any) -> Any:
 
 
 def duplicates(adapters: Sequence[Adapter]) -> Iterator[Problem]:
-    """Yield a problem for each adapter with the name of an earlier adapter, and for too many tenants or adapters."""
+    """Yield a problem for each adapter that has the name of an earlier adapter. Also yield a problem if there are too
+    many adapters, or too many tenants in all adapters together."""
     seen: set[str] = set()
     for at, adapter in enumerate(adapters):
         if adapter.name in seen:

@@ -45,7 +45,7 @@ class Replicas(Section):
 
 
 class Gpu(Section):
-    """A GPU type that a model may run on, with the settings that differ there."""
+    """A GPU type that a model may run on, with the settings that differ from the model's on this type."""
 
     type: Annotated[str, Field(min_length=1)]
     """Ray's accelerator type."""
@@ -129,7 +129,7 @@ def _checked_name(value: str) -> str:
 
 class SloSettings(Section):
     """A call meets the SLO if its first token arrives within `ttft_s`, and the mean time between its later tokens is at
-    most `itl_s`. The share `target` of the calls should meet the SLO."""
+    most `itl_s`. At least the share `target` of the calls should meet the SLO."""
 
     ttft_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
     """Time to the first token, in seconds."""

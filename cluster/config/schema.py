@@ -83,10 +83,10 @@ class RayCluster(Section):
 
 
 class HuggingFace(Section):
-    """Server and token for `hf://` sources; by default those of huggingface_hub."""
+    """Server and token for `hf://` sources. By default, huggingface_hub's own server and token are used."""
 
     endpoint: Annotated[str, AfterValidator(lambda value: _web_server(value) if value else value)] = ""
-    """URL of a mirror; empty: that of huggingface_hub."""
+    """URL of a mirror; empty: the URL that huggingface_hub uses."""
     token_file: Path | None = None
     """File with the token for gated repositories."""
 

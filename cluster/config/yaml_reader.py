@@ -118,8 +118,8 @@ def _duplicates_in(
 ) -> Iterator[Duplicate]:
     """Yield the duplicate keys below a node, and add the line of each path to `lines`.
 
-    `seen`: ids of the nodes that were read already. A node that YAML aliases repeat is read once. `around`: ids of the
-    nodes that contain this node.
+    `seen`: ids of the nodes that were read already. A node to which YAML aliases refer is read only once. `around`: ids
+    of the nodes that contain this node.
     """
     if isinstance(node, yaml.ScalarNode):
         return

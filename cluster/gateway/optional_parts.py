@@ -76,8 +76,9 @@ def budgets(
 ) -> BudgetWatch | None:
     """Return the periodic check of all tenants' budgets; None if `tenants` is None.
 
-    `process`: number of this process on its host. Only process 0 sends notices. `on_sums`: gets each tenant's tokens of
-    the day and of the month after each check. Raises ValueError for an unusable webhook secret file.
+    `process`: number of this process on its host. Only process 0 sends notices. `on_sums`: function that is called
+    after each check, with the tokens that each tenant has used in the current day and in the current month. Raises
+    ValueError for an unusable webhook secret file.
     """
     if tenants is None:
         return None

@@ -78,7 +78,7 @@ class ServerState(Http2State):
         self._closed_streams = ended
 
     def note_resets(self, most: int) -> None:
-        """Set for how many reset streams a note is kept."""
+        """Set the maximum number of reset streams that are remembered."""
         self._ended.most = most
 
     @property

@@ -138,8 +138,8 @@ class ConnectionLifetime:
         self._output.abort()
 
     def _expect_closed(self, unsent_bytes: int) -> None:
-        """Abort a connection that is being closed if the client has read nothing since the last check. `unsent_bytes`:
-        number of unsent bytes at the last check."""
+        """Abort this closing connection if its client has read nothing since the last check. `unsent_bytes`: number of
+        unsent bytes at the last check."""
         unsent = self._transport.get_write_buffer_size()
         if unsent >= unsent_bytes:
             self._transport.abort()

@@ -117,9 +117,8 @@ class OutputCopy:
             self._copy(POLL_S)
 
     def _copy(self, patience_s: float) -> bool:
-        """Copy lines until none is left. Returns False if the output fails. `patience_s`: the longest time in seconds
-        to wait, when the process ends, for an output that accepts no bytes; after this time the output counts as
-        failed."""
+        """Copy lines until none is left. Returns False if the output fails. `patience_s`: when the process ends, an
+        output that accepts no bytes for this many seconds counts as failed."""
         while lines := list(self._next_lines()):
             if not all(self._write(piece, patience_s) for piece in _pieces(lines)):
                 return False

@@ -1,4 +1,4 @@
-"""A tokenizer bundle: the files that a gateway needs for a model's tokens, named by their digest.
+"""A tokenizer bundle: the files that a gateway needs for a model's tokens. The name of a bundle is its digest.
 
 A worker or the controller makes a bundle from a model's folder (worker/weights/tokenizer_bundle.py). A gateway fetches
 the bundle once, by digest, and keeps it on disk. A bundle holds only text files: tokenizer.json (the fast tokenizer as

@@ -127,10 +127,10 @@ CUT, NAMED_END = "cut", "named"
 def known_finish(theirs: Answer, ours: Answer, *, is_cut: bool, is_named: bool) -> str:
     """Return CUT or NAMED_END if the finish reasons differ in a known way; else "".
 
-    CUT: max_tokens or a stop string has cut the answer within a tool call. For a streamed answer, vLLM then
-    reports `length` or `stop`. For an answer in one piece it reports `tool_calls`, so an agent cannot know that
-    the tool call is incomplete or missing. NAMED_END: the caller has chosen the tool by name. vLLM then reports
-    `stop`, Headrace `tool_calls`.
+    CUT: max_tokens or a stop string has cut the answer within a tool call. Headrace then reports `length` or `stop`, as
+    vLLM does for a streamed answer. For an answer in one piece vLLM reports `tool_calls`, so an agent cannot know that
+    the tool call is incomplete or missing. NAMED_END: the caller has chosen the tool by name. vLLM then reports `stop`,
+    Headrace `tool_calls`.
     """
     if (
         is_cut

@@ -31,7 +31,8 @@ is not measured."""
 async def write_models(children: Children, folder: Path, texts: Mapping[str, Mapping[str, str]]) -> Path:
     """Write the models of the families in `texts`, and a script for each text; return their folder. Raises DidNotStart.
 
-    `texts`: by family name, the texts of the answers by key. A family with no texts gets no scripts.
+    `texts`: for each family name, the texts of the answers, keyed by the answers' keys. A family with no texts gets no
+    scripts.
     """
     # A folder of its own, since another part may have written models of the same families with other scripts.
     made, words = Path(tempfile.mkdtemp(prefix="large-models-", dir=folder)), []

@@ -1,11 +1,11 @@
 """`python -m loadtests.autoscale_live [--seconds 240] [--rounds 5] [--json FILE]`. Exit code 0 if no call failed.
 
-Three parts run on one Ray. The first part measures cold starts from zero replicas. Each start is caused either by an
-operator or by a call to the model, in turn. The second part compresses a day to minutes: the demand rises to 70 % of
-all replicas, falls to a low level, and rises again. Streams are 5 to 60 s long, and the controller's own loop scales.
-The same policy also gets the same calls in a simulation, with the measured start time and engine speed. The last part
-is a day of changes (changes.py): the same demand with streams of 5 to 300 s. Meanwhile a canary is started and
-withdrawn, the entry is changed, and a slow canary rolls itself back.
+Three parts run on one Ray. The first part measures cold starts from zero replicas. The starts are caused alternately by
+an operator and by a call to the model. The second part compresses a day to minutes: the demand rises to 70 % of all
+replicas, falls to a low level, and rises again. Streams are 5 to 60 s long, and the controller's own loop scales. The
+same policy also gets the same calls in a simulation, with the measured start time and engine speed. The last part is a
+day of changes (changes.py): the same demand with streams of 5 to 300 s. Meanwhile a canary is started and withdrawn,
+the entry is changed, and a slow canary rolls itself back.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ ENVIRONMENT = {
 @dataclass(frozen=True, slots=True)
 class Runner:
     """One of vLLM's model runners, selected by `environment`, and its load. `tokens`: length of an answer. `pieces`:
-    least and greatest number of pieces that each call has received of its answer when a fault is triggered."""
+    bounds (least, greatest) of the number of pieces that every running call must have received before a fault is
+    triggered."""
 
     environment: Mapping[str, str]
     tokens: int

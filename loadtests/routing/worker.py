@@ -289,7 +289,8 @@ class PrefixWorker:
         self._outputs.first(job.link, job.call_id, job.matched * BLOCK_TOKENS, job.in_pool * BLOCK_TOKENS)
 
     def _caches(self, job: _Job) -> list[tuple[BlockCache, int]]:
-        """Return the caches that a call uses, each with the number of the call's blocks that it already held."""
+        """Return (cache, blocks) for each cache that a call uses. `blocks`: the number of the call's blocks that this
+        cache already held."""
         own = [(self.cache, job.matched)]
         return own if self._pool is None else [*own, (self._pool, job.in_pool)]
 

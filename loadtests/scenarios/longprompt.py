@@ -114,8 +114,8 @@ async def play(stage: Stage) -> None:
 
 
 def _with_prose(stage: Stage, arm: Contestant) -> Contestant:
-    """Add an arm (a measured server) for the prompts made of prose to the report, and return it. It uses the same
-    servers as `arm`."""
+    """Add to the report an arm (a measured server) for the prompts made of prose, and return the arm. The new arm uses
+    the same servers as `arm`."""
     name = arm.arm.name.removeprefix(stage.part)
     return Contestant(stage.arm(name + WITH_PROSE, arm.arm.description), arm.face, arm.roots, arm.after)
 

@@ -80,7 +80,7 @@ class Track:
     @property
     def attainment(self) -> float:
         """Share of the calls within the SLO. A call still running at the end counts as within the SLO if its first
-        token was in time; a call still waiting does not."""
+        token was in time. A call still waiting at the end counts as outside the SLO."""
         return self.good_calls / self.arrived if self.arrived else 1.0
 
 

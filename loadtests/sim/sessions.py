@@ -2,8 +2,8 @@
 
 Problem: the order within a tenant's queue matters only if three things hold: prompts are in caches, the caches are too
 small, and turns wait. So the sessions grow, return after pauses and share the first tokens of their tenant, and the
-workers' KV blocks do not hold all of them. The workers report stored and evicted blocks late. The waiting room, the
-fair order, the cache index and the routing are the production code.
+workers have too few KV blocks for all sessions. The workers report stored and evicted blocks late. The waiting room,
+the fair order, the cache index and the routing are the production code.
 
 Method: a worker computes one prompt after the other at a constant rate, then decodes at a constant rate. It has a fixed
 number of KV blocks. When they are all used, it evicts the idle block that was used longest ago.

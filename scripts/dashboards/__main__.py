@@ -18,7 +18,7 @@ def generated() -> dict[Path, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write all dashboard files and remove other files. With --check, only compare the files.
+    """Write all dashboard files and remove other files. With --check, compare them and write nothing.
 
     Returns the exit code: 0 if all files are up to date.
     """

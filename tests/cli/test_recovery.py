@@ -32,7 +32,7 @@ ARCHIVING = {
 
 @pytest.fixture
 def server() -> Iterator[postgres.PostgresServer]:
-    """A PostgreSQL server that archives its write-ahead log into the folder `archive`."""
+    """Provide a PostgreSQL server that archives its write-ahead log into the folder `archive`."""
     with postgres.running(ARCHIVING) as running:
         running.write("archive/.keep", "")
         yield running

@@ -119,7 +119,7 @@ async def test_adapters_of_the_files_models_can_be_loaded(tmp_path: Path) -> Non
 async def test_a_wrong_adapter_changes_nothing(
     tmp_path: Path, fields: dict[str, Any], outcome: Outcome, field: str
 ) -> None:
-    """A wrong adapter is refused with the name of the request's wrong field."""
+    """A request to load a wrong adapter is refused. If a field of the request is wrong, the error names the field."""
     bed = await bed_with_lora(tmp_path)
     error = await refused(load(bed, **fields))
     assert error.outcome is outcome

@@ -1,5 +1,5 @@
-"""Tests of operators' catalog changes. A change is validated as a whole and then stored. It does not affect the models
-that it leaves unchanged."""
+"""Tests of operators' catalog changes. A change is validated as a whole and then stored. Replicas of models that a
+change does not touch are not restarted."""
 
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ async def test_only_what_differs_is_touched(tmp_path: Path) -> None:
     ],
 )
 async def test_one_wrong_entry_changes_nothing(tmp_path: Path, entry: dict[str, Any], field: str, told: str) -> None:
-    """A request with one wrong entry fails with the model's name and the wrong key. The request's valid entry is not
-    applied either."""
+    """If one entry of a request is wrong, the request fails with an error that names the model and the wrong key. The
+    request's valid entry is not applied either."""
     bed = CatalogBed(tmp_path)
     await bed.up()
     error = await refused(bed.apply({"name": "right", "source": "/r"}, entry))

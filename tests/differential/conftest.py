@@ -63,7 +63,7 @@ async def served(tiny_folder: Path) -> AsyncIterator[Served]:
 
 @pytest.fixture
 async def cluster(served: Served, tmp_path: Path) -> AsyncIterator[TestCluster]:
-    """A gateway with a link to a worker that runs the engine."""
+    """Provide a gateway with a link to a worker that runs the engine."""
     async with running_cluster(tmp_path) as cluster:
         await cluster.add_worker(served.engine, bundle_of(served.folder), model=MODEL, info=served.info)
         yield cluster

@@ -293,8 +293,8 @@ async def test_a_record_that_cannot_be_sealed_ends_its_call(
 async def test_every_step_of_a_calls_end_is_taken(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, at: str
 ) -> None:
-    """All cleanup steps run, even if the call's text fails while it is read or counted. Formerly the slot and the queue
-    entry were not freed."""
+    """All cleanup steps of a call run, even if reading or counting the call's text raises an error. Formerly the slot
+    and the queue entry were not freed."""
     async with rig_of(cluster, bundle, sim_engine(checkpoint, decode_ms=2)) as rig:
         call = rig.call(Poison(text=at))
         async with rig.entered([call]):
@@ -346,8 +346,7 @@ async def test_an_engine_that_fails_on_a_request_refuses_that_one(
 
 
 def test_a_link_outlives_its_sinks() -> None:
-    """When a link ends, all sinks are notified, even if one of them raises an exception. Formerly the others were not
-    notified."""
+    """When a link ends, all sinks are notified, even if one of them raises an exception."""
 
     class Raises(Silent):
         failure: BaseException | None = None

@@ -182,8 +182,8 @@ async def test_nothing_is_left_behind(
     count: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A first round fills caches and pools. Further rounds leave no task, timer, file or thread behind. Objects of any
-    Python type grow by less than one object for every five calls or lost links."""
+    """A first round fills caches and pools. Further rounds leave no task, timer, file or thread behind. The number of
+    objects of any Python type grows by less than one for every five calls or lost links."""
     monkeypatch.setattr(parts, "WINDOW_S", 0.0)  # a minute of snapshots, which a slow first round does not fill
     cluster.gateway.scheduler.routes.history.max_bytes = 10_000  # so that the first round fills it
     cluster.gateway.live.recent.calls.max_calls = 10

@@ -49,7 +49,7 @@ async def test_answered_calls_are_judged_by_the_slo_of_their_model(
 
 
 async def test_calls_without_a_worker_fail_and_invalid_ones_do_not_count(cluster: TestCluster) -> None:
-    """A call that found no capacity counts as failed. An invalid call does not count."""
+    """A call that gets no worker counts as failed. An invalid call does not count."""
     apply_catalog(cluster, entry(slo_ttft_s=3600.0))
     await refused(cluster.stub.Chat(chat(), timeout=0.2))
     await refused(cluster.stub.Chat(chat(temperature=9)))

@@ -283,9 +283,10 @@ def network(rendered: Rendered) -> Network:
 
 
 def test_each_reaches_what_it_dials(preset: Rendered) -> None:
-    """Each part of the release reaches what it connects to: links, Ray's dashboard, Ray's ports and DNS.
+    """Each part of the release can connect to the parts that it needs: to link ports, Ray's dashboard, Ray's ports and
+    DNS.
 
-    Prometheus reaches its targets.
+    Prometheus can connect to its targets.
     """
     there, allows = peers(preset), network(preset).allows
     gateway, controller, head, worker = (there[item] for item in ("gateway", "controller", "head", "worker"))
@@ -305,8 +306,8 @@ def test_each_reaches_what_it_dials(preset: Rendered) -> None:
 
 
 def test_nobody_else_reaches_ray_links_or_the_admin_port(preset: Rendered) -> None:
-    """Foreign pods of this or another namespace and outside addresses reach none of Ray's ports, the link port and the
-    admin port. A pod of the release reaches only those of these ports that it needs."""
+    """Foreign pods of any namespace and outside addresses cannot connect to Ray's ports, the link port or the admin
+    port. A pod of the release can connect to one of these ports only if it needs the port."""
     there, allows = peers(preset), network(preset).allows
     gateway, controller, head, worker = (there[item] for item in ("gateway", "controller", "head", "worker"))
     strangers = (STRANGER, ELSEWHERE, INTERNET)

@@ -1,4 +1,5 @@
-"""Connections take turns to parse large requests: in order, a few per event-loop pass, and with errors isolated."""
+"""Connections take turns to parse large requests: in order, and a few per event-loop pass. An error of one connection
+does not stop the others."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> scripted.Scripts:
 
 
 def test_a_case_has_json_schema_types_and_the_first_allowed_values() -> None:
-    """In a case, BFCL's types become the types of JSON schema, dots in names become underscores, and optional arguments
-    are left out."""
+    """A case made from BFCL's data has JSON schema's types instead of BFCL's, and underscores instead of dots in names.
+    Each argument of an expected call has the first of its allowed values; optional arguments are left out."""
     one, two = made_cases(3)[1:]
     assert [(call.name, call.arguments) for call in one.calls] == [
         ("geo_find", {"days": -1, "box": [1.5, -2], "deep": True, "who": {"name": "Ann"}}),
@@ -179,8 +179,8 @@ def test_answers_differ_exactly_if_a_difference_is_found(one: Answer, other: Ans
 def test_a_finish_reason_is_known_only_where_it_differs(
     one: Answer, other: Answer, is_cut: bool, is_named: bool
 ) -> None:
-    """`known_finish` reports a known difference between vLLM's finish reason and Headrace's only if the two
-    differ and vLLM's is not `length`.
+    """`known_finish` reports a known difference only if vLLM's finish reason differs from Headrace's finish reason and
+    is not `length`.
 
     It returns CUT only if the answer was cut, and NAMED_END only if the caller named the tool.
     """
@@ -192,7 +192,7 @@ def test_a_finish_reason_is_known_only_where_it_differs(
 
 
 def test_errors_never_compare_as_equal() -> None:
-    """Two errors always count as a difference, even if they are equal. The text of the error is shown."""
+    """The text of an error begins with its HTTP status. Two errors count as a difference, even with equal texts."""
     refused = read_answer(400, b'{"error": {"message": "no"}}')
     assert refused.error.startswith("400 ")
     assert [one.field for one in differences(refused, refused)] == ["error"]

@@ -102,7 +102,8 @@ class Rendered:
     def lay_pod(
         self, spec: Mapping[str, Any], secrets: Mapping[str, Mapping[str, str]], folder: Path
     ) -> dict[str, str]:
-        """Write the files that a pod with one container mounts. A test can then start the pod's process here.
+        """Write the files that a pod with one container mounts. A test can then start the pod's process on this
+        machine.
 
         `secrets`: values by Secret and key. `folder`: the files are written below it. Returns the local path of each
         mount path.

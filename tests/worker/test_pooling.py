@@ -228,7 +228,7 @@ async def test_usage_counts_the_prompt_alone() -> None:
 
 
 async def test_an_error_has_no_vector(door: Door) -> None:
-    """A text for which the engine computes NaN ends in an error at the gateway, without a vector."""
+    """If the engine computes NaN for a text, the gateway gets an error without a vector."""
     engine = SimEngine(CONFIG)
     async with serving(door, engine) as (_, link):
         engine.faults.arm("step", "nan")

@@ -175,8 +175,8 @@ async def test_dead_engine_ends_the_process(door: Door) -> None:
 
 
 async def test_a_sick_engine_goes_the_way_of_a_dead_one(door: Door) -> None:
-    """After an error, an engine is checked with a fixed prompt (the golden check). If its answer is wrong, the link is
-    closed and the process ends. The reason names the node."""
+    """After an error, an engine must answer a fixed prompt (the golden check). If the engine's answer is wrong, the
+    link is closed and the process ends. The reason names the node."""
     engine = SimEngine(SimConfig.from_source(SOURCE))
     exits: list[int] = []
     opened = OpenedModel(engine, Bundle({}), "")

@@ -141,8 +141,8 @@ def test_a_stream_goes_on_at_another_link() -> None:
 
 
 def test_parsed_outputs_are_counted_once() -> None:
-    """An output that goes to the parser has its tokens counted once, in the step that generated them. It is sent after
-    the parse, and only with the tokens that the parser has kept."""
+    """The tokens of an output that is parsed are counted once, in the step that generated them. The output is sent
+    after it was parsed, with only those tokens that the parser has kept."""
     subject = Subject()
     outputs = subject.requests.outputs
     subject.new(1)

@@ -60,7 +60,7 @@ class LocalCluster:
 
     @property
     def endpoints(self) -> dict[str, str]:
-        """Addresses (host:port) of the first gateway process by listener name; empty before that process is up."""
+        """Addresses (host:port) of the first gateway process, by listener name. Empty until the process is up."""
         return self._gateways.endpoints
 
     # ---- start

@@ -42,7 +42,8 @@ async def first_answer(endpoint: str, model: str, step: StepLine) -> None:
 
 
 async def _text(client: AsyncClient, model: str) -> str:
-    """Ask FIRST_QUESTION; return the answer and its speed in words. Raises HeadraceError."""
+    """Send FIRST_QUESTION to the model. Return a line with the answer, the time to the first token and the speed.
+    Raises HeadraceError."""
     stream = client.stream_chat(model, FIRST_QUESTION, temperature=0.0, max_tokens=64)
     began = time.monotonic()
     first_s = 0.0

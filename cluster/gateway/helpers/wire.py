@@ -1,5 +1,5 @@
 """The protocol between a HelperPool and its processes. A message is a pickle, followed by the large buffers that the
-pickle refers to. Each of them is sent with its length.
+pickle refers to. The pickle and each buffer are sent with their length.
 
 Pickle is safe here, because the socket pair has no name, and only the pool and the helper process write to it. Buffers
 are bytes, arrays and PickleBuffers of any size. Buffers are sent and received in pieces and never copied into the

@@ -14,8 +14,9 @@ class ModelCapabilities:
     """The parsers, pooling tasks and context length of one model."""
 
     def __init__(self, entry: CatalogEntry, links: Mapping[str, WorkerLink]) -> None:
-        """Create the capabilities of a model without workers. `links`: the links of the model's workers. The caller
-        must add a link to this mapping before it calls `joined`, and remove a link before it calls `left`."""
+        """Create the capabilities of a model that has no workers yet. `links`: mapping that will have the links of the
+        model's workers. The caller must add a link to this mapping before it calls `joined`, and remove a link before
+        it calls `left`."""
         self._entry = entry
         self._links = links
         self.parsers: frozenset[str] = frozenset()

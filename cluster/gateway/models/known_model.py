@@ -121,8 +121,9 @@ class KnownModel:
         self._set_entry(replace(self.entry, aliases=()))
 
     def is_replaced(self, key: CompatibilityKey | None) -> bool:
-        """Return whether the workers on which a sequence with this compatibility key could resume were replaced: they
-        were retired and have left, and only incompatible workers serve the model. False if `key` is None."""
+        """Return whether a sequence with this compatibility key cannot resume because the compatible workers were
+        replaced: they were retired and have left, and only incompatible workers serve the model. False if `key` is
+        None."""
         if key is None or not self.served or not self._retired.had_compatible(key):
             return False
         return not any(link.compatibility_key.can_resume(key) for link in self.links.values())

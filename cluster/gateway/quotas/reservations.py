@@ -156,8 +156,8 @@ class QuotaReservations:
             raise
 
     def _is_due(self, held: _Reservation) -> bool:
-        """Return whether a reservation must be topped up now. It is topped up early if the call gained more than half
-        of QUANTUM_TOKENS since the last pass."""
+        """Return whether a reservation must be topped up now. It is topped up early if the call has received more than
+        half of QUANTUM_TOKENS since the last pass."""
         tokens = new_tokens(held.call)
         early = tokens - held.seen - QUANTUM_TOKENS // 2
         held.seen = tokens

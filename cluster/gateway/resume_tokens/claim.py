@@ -107,8 +107,8 @@ class ResumeClaims:
         await self._first_claims.claim_first(_given_up_name(call_id, generation), lasts_s)
 
     async def close(self, call_id: str, generation: int, lasts_s: float) -> None:
-        """Prevent all further resumes of a call, for all gateways. `generation`: number of the call's last resume.
-        `lasts_s`: how long the store remembers this, in seconds. Raises CallError."""
+        """Prevent all further resumes of a call on all gateways. `generation`: number of the call's last resume.
+        `lasts_s`: how many seconds the store remembers that the call cannot be resumed. Raises CallError."""
         names = (_generation_name(call_id, generation + number) for number in range(1, MOST_RESUMPTIONS + 1))
         await asyncio.gather(*(self._first_claims.claim_first(name, lasts_s) for name in names))
 

@@ -76,5 +76,6 @@ class CanaryStatistics:
         trial.tallies[key] = tally
 
     def tallies(self) -> Sequence[VersionTally]:
-        """Return the current counts of all models that have a canary, one VersionTally for each version with calls."""
+        """Return the current counts of all models that have a canary: one VersionTally for each pair (version,
+        generation) with calls."""
         return [tally for trial in self._trials.values() for tally in trial.tallies.values()]

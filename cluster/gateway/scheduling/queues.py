@@ -27,7 +27,7 @@ class QueueAdmission:
 
 
 class Queues:
-    """The waiting sequences of one gateway, with the demand tally."""
+    """The waiting sequences of one gateway, and the counts of the demand for each model."""
 
     def __init__(self, policy: SchedulingPolicy, charges: ServiceCharges, clock: Callable[[], float]) -> None:
         """`policy`: decides the order of the waiting sequences. `charges`: the service of each tenant, which the order

@@ -125,8 +125,8 @@ class SequenceEvents:
             accounts.refused(sequence)
 
     def finished(self, sequence: CallSequence) -> None:
-        """Correct the service charge of a finished sequence to its actual cost. This is done now, because other
-        sequences of its call may run for a long time."""
+        """Correct the service charge of a finished sequence to its actual cost. The correction does not wait for the
+        end of the call, because other sequences of the call may run for a long time."""
         self._queues.settle(sequence)
 
     def hedge_ended(self, sequence: CallSequence, won: bool, computed_by: str) -> None:

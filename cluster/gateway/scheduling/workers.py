@@ -184,8 +184,8 @@ class LinkedWorkers:
         return link is not None and any(isinstance(sink, LinkedSequence) and sink.suspect for sink in link.slots.sinks)
 
     def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
-        """Return whether a sequence with this compatibility key can no longer resume, because its compatible workers
-        were retired and have left. See KnownModel.is_replaced."""
+        """Return whether a sequence with this compatibility key can no longer resume, because the workers that are
+        compatible with the key were retired and have left. See KnownModel.is_replaced."""
         known = self._owner.directory.find(model)
         return known is not None and known.is_replaced(compatibility)
 

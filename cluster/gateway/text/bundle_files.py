@@ -66,8 +66,8 @@ class BundleFiles:
 
     @property
     def vocab_size(self) -> int:
-        """Size of the vocabulary according to the model's configuration, else the size of the tokenizer's
-        vocabulary."""
+        """Size of the vocabulary according to the model's configuration. If the configuration does not state the size,
+        it is the size of the tokenizer's vocabulary."""
         return int(self._model_config.get("vocab_size") or self.tokenizer.get_vocab_size())
 
     @property

@@ -115,8 +115,9 @@ class ParsedText:
             self._new.append(part)
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """Continue an output that another gateway has begun. `token_ids`: the tokens so far. `chars`: number of
-        characters of their text or parts that were delivered. Raises ValueError if the output has guards."""
+        """Continue an output that another gateway has begun. `token_ids`: the output's tokens so far. `chars`: number
+        of characters that the other gateway has delivered, counted in the text or in the parsed parts of these tokens.
+        Raises ValueError if the output has guards."""
         if self._filter is not None:
             raise ValueError("its tenant's guards hold its text")
         self._restored = tuple(token_ids), chars

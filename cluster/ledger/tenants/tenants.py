@@ -82,9 +82,9 @@ class Tenants:
     ) -> StoredTenant:
         """Change fields of a tenant's policy. Raises LedgerError, NotFound, ManagedByFile.
 
-        Fields have the configuration's names, e.g. `class` and `limits`. Null removes a field's value. The fields
-        `limits`, `retention` and `labels` are merged key by key, and null removes a key. A field that is named in
-        `whole` is replaced instead of merged.
+        Fields have the configuration's names, e.g. `class` and `limits`. A field is removed by the value null. The
+        fields `limits`, `retention` and `labels` are merged key by key, and a key is removed by the value null. A field
+        that is named in `whole` is replaced instead of merged.
         """
         if "name" in changes:
             raise LedgerError("name: a tenant cannot be renamed; create another one")

@@ -33,7 +33,8 @@ class UsageReports(Protocol):
         """Return usage records in order of time."""
 
     def slo(self, wanted: UsageQuery, objectives: SloObjectives | None = None) -> list[SloSum]:
-        """Return by tenant and model how many calls met or missed the model's SLO. `wanted.group_by` is ignored.
+        """Return, for each tenant and model, how many calls met the model's SLO and how many missed it.
+        `wanted.group_by` is ignored.
 
         `objectives`: the SLO of each model; None means the SLOs that the models are configured with.
         """

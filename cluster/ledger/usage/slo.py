@@ -48,8 +48,8 @@ def _sum(row: dict[str, Any], objectives: SloObjectives) -> SloSum:
 
 
 def _result(objectives: SloObjectives) -> ColumnElement[str]:
-    """Return the SQL expression that says whether a usage record met the SLO of its model. Its value is a name in
-    COUNTED or NOT_COUNTED. `objectives`: the SLO of each model."""
+    """Return the SQL expression for the result of a usage record: whether the call met the SLO of its model. The value
+    is a name in COUNTED or NOT_COUNTED. `objectives`: the SLO of each model."""
     judged = {model: objective for model, objective in objectives.items() if objective.ttft_s or objective.itl_s}
     if not judged:
         return case((usage.c.delivered_unknown, literal("unknown")), else_=literal("not_judged"))

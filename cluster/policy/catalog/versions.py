@@ -86,7 +86,7 @@ def shares(
 
 
 def replicas_of(total: int, parts: Sequence[ReplicaShare]) -> dict[str, int]:
-    """Number of replicas of each version, for a model that needs `total` replicas.
+    """Return the number of replicas of each version, for a model that needs `total` replicas.
 
     The canary gets its share of the replicas, but at least one. The stable version keeps enough replicas for the rest
     of the calls.

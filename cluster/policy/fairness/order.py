@@ -68,8 +68,9 @@ class Order(Protocol):
         """
 
     def head(self, loss_of: Callable[[WaitingSequence], float] | None = None) -> WaitingSequence | None:
-        """Return the next sequence, or None if nothing waits. `loss_of(sequence)`: expected loss if the sequence is not
-        sent now (warm_order.py). An order may prefer sequences with a greater loss."""
+        """Return the next sequence, or None if nothing waits. `loss_of(sequence)`: expected number of cached prompt
+        tokens that must be computed again if the sequence is not sent now (warm_order.py). An order may prefer
+        sequences with a greater loss."""
 
     def remove(self, call_id: str) -> None:
         """Remove a waiting sequence that will not be sent, such as a cancelled one. Raises KeyError for an unknown

@@ -146,8 +146,8 @@ class WaitingRoom:
         the next sequence does not fit.
 
         `fits(sequence)`: whether a worker can take the sequence. `now` None: the latest time that was passed to the
-        room. `loss_of(sequence)`: expected loss if the sequence is not sent now; the room's order may prefer sequences
-        with a greater loss.
+        room. `loss_of(sequence)`: expected number of cached prompt tokens that must be computed again if the sequence
+        is not sent now; the room's order may prefer sequences with a greater loss.
         """
         queue = self._queues.get(model)
         head = queue.order.head(loss_of) if queue is not None else None

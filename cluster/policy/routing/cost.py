@@ -93,9 +93,9 @@ class RoutingSettings:
 def settings_for(settings: RoutingSettings, largest: int) -> RoutingSettings:
     """Return the routing settings adapted to a model. `largest`: number of slots of the model's largest worker.
 
-    If `largest` is below MIN_SLOTS, the cost weight `full` is reduced in proportion. On a small worker each
-    sequence fills a larger share of the slots; with the reduced weight it costs no more than on a worker with
-    MIN_SLOTS slots.
+    If `largest` is below MIN_SLOTS, the cost weight `full` is reduced in proportion. On a small worker each sequence
+    fills a larger share of the slots; with the reduced weight, a sequence costs no more than on a worker with MIN_SLOTS
+    slots.
     """
     if largest >= MIN_SLOTS:
         return settings

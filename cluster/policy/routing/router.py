@@ -248,7 +248,7 @@ def uncached_tokens_at(call: RouteCall, c: Candidate) -> int:
 
 
 def may_take_resumed(c: Candidate) -> bool:
-    """Cheap check before routing: False if the worker has no capacity for any resumed call.
+    """Return False if the worker certainly cannot take a resumed call. This is a cheap check before routing.
 
     While many resumed calls wait, this check makes it unnecessary to route most of them.
     """

@@ -191,7 +191,8 @@ class ScaledModel:
         )
 
     def explain(self, limit: int = 0) -> ScalingExplanation:
-        """Return the scaling state and up to `limit` of the newest decisions; with 0 all that are kept."""
+        """Return the scaling state and up to `limit` of the newest decisions. With `limit` 0, all kept decisions are
+        returned."""
         return ScalingExplanation(self._scaling, self._log.newest(limit), {**self._numbers, **self._rates.numbers()})
 
     def counters(self) -> tuple[Mapping[str, int], float]:

@@ -72,7 +72,7 @@ class NewSequences:
         return self.room.cancel(key)
 
     def _return_to_room(self, key: str) -> None:
-        """Put a sequence that is set aside or waits for its adapter back into the waiting room."""
+        """Return a sequence to the waiting room if it is set aside or waits for its adapter."""
         if (turn := self.aside.pop(key) or self.adapter_waits.pop(key)) is not None:
             self.room.put_back(turn.entry, turn.since)
 

@@ -140,7 +140,7 @@ class AdapterLoads:
         )
 
     def release(self, digest: str) -> None:
-        """End one use of an adapter, after its request has ended or was refused."""
+        """Record that a request no longer uses an adapter, because the request has ended or was refused."""
         if digest and self.memory.end_use(digest):
             self._unused.set()
             if digest not in self._folders:

@@ -1,9 +1,10 @@
 """The adapters that a worker's gateways want. The worker prepares and loads these adapters, and reports their states.
 
 Each adapter is prepared in its own task. A thread fetches and checks the adapter's files. Then the engine loads the
-adapter, if its memory has room. Without room, the checked adapter is ready, too, and the next request for it loads it
-(loads.py). A failed adapter is reported with the reason, and is tried again after a while. An adapter that is no longer
-wanted takes no new requests, and is removed from the engine when its last request has ended.
+adapter, if the engine's memory has room. If it has no room, the checked adapter is reported as ready too, and is loaded
+for the next request that names it (loads.py). A failed adapter is reported with the reason, and is tried again after a
+while. An adapter that is no longer wanted takes no new requests, and is removed from the engine when its last request
+has ended.
 """
 
 from __future__ import annotations

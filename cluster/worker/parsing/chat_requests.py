@@ -60,7 +60,8 @@ def chat_request(text: str, grammar: GrammarText | None) -> Any:
 
 
 def _located(location: tuple[int | str, ...], message: str) -> tuple[str, str]:
-    """Return the field in which pydantic found an error, and the message, preceded by the path inside the field."""
+    """Return the field in which pydantic found an error, and a message that consists of the path inside the field and
+    pydantic's message."""
     path = [str(part) for part in location]
     field = path[0] if path and path[0] in FIELDS else "tools"
     inside = ".".join(path[1:])

@@ -1,6 +1,6 @@
 """Loading of the parser class of one model, which comes from vLLM, and of the model's tokenizer.
 
-Both are loaded once. For each output, a session is opened that parses the output with them.
+The parser class and the tokenizer are loaded once, and used by the sessions, each of which parses one output.
 """
 
 from __future__ import annotations

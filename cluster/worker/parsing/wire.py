@@ -125,8 +125,8 @@ class ParsedStep(msgspec.Struct, array_like=True, tag=3, frozen=True):
 
 
 class Rendered(msgspec.Struct, array_like=True, tag=4, frozen=True):
-    """Reply to Render: the prompt's packed ids, and their number. `ids` is empty if there are more than
-    Render.max_tokens.
+    """Reply to Render: the packed ids of the prompt (`ids`) and their number (`tokens`). `ids` is empty if `tokens` is
+    greater than Render.max_tokens.
 
     `error`: why there is no prompt. `field`: the wrong field of the chat; "" if no field is wrong.
     """

@@ -90,8 +90,8 @@ def _parse(content: bytes, length: int) -> dict[str, Any]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object as a dict. Raises ValueError if a key occurs twice, because JSON parsers then use different
-    values.
+    """Return a JSON object as a dict. Raises ValueError if a key occurs twice, because JSON parsers differ in which of
+    the two values they use.
 
     For the argument `object_pairs_hook` of json.loads.
     """

@@ -42,7 +42,7 @@ async def test_it_waits_until_every_model_is_ready_or_failed(gateway: ScriptedGa
 async def test_new_reasons_are_reported_once(
     gateway: ScriptedGateway, admin: Admin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new reason of a model's state is reported once. A reason that resolves by itself is left out."""
+    """Each new reason for a model's state is reported once. A reason that resolves by itself is not reported."""
     monkeypatch.setattr(model_states, "WATCH_S", 0.02)
     gateway.script.entries = [entry("a", "READY", "1 of 2 replicas serve")]
     reports: list[str] = []

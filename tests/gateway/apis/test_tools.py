@@ -127,8 +127,8 @@ def test_the_choice_has_vllms_defaults(fields: dict[str, Any], choice: str, need
 
 
 def test_only_whole_answers_are_parsed_whole() -> None:
-    """The request for an HTTP answer without streaming, or for the gRPC method Chat, is marked as whole. A request for
-    a stream, or in a session, is not."""
+    """A request is marked as whole if it is for an HTTP answer without streaming or for the gRPC method Chat. A request
+    for a stream, or in a session, is not marked as whole."""
     assert read().output.is_whole
     assert not read(stream=True).output.is_whole
     assert grpc_requests.READ["Chat"].read(chat()).output.is_whole
@@ -259,9 +259,9 @@ async def opened(cluster: TestCluster, request: GenerationRequest) -> tuple[Outp
 async def test_a_call_with_tools_goes_to_a_worker_with_a_parser(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A call with tools is refused at once if no worker has a parser. Otherwise a worker with a parser gets the call,
-    the parser's request and the stop strings. A chat with tools whose tool choice is `none` is parsed too. A chat
-    without tools is not."""
+    """A call with tools is refused at once if no worker has a parser. Otherwise it goes to a worker with a parser,
+    together with the settings for the parser and the stop strings. A chat with tools whose tool choice is `none` is
+    parsed too. A chat without tools is not parsed."""
     await add_worker(cluster, checkpoint, bundle)
     asked = chat(tools=PB_TOOLS, stop=["never so"])
     answer = await refused(cluster.stub.Chat(asked))

@@ -117,8 +117,8 @@ async def test_hands_over_only_streams_that_can_be_resumed() -> None:
 
 
 async def test_streams_with_the_most_tokens_left_are_handed_over_first() -> None:
-    """If the time is too short for all streams, those with the most tokens left are ended for a resume elsewhere. Those
-    with the fewest tokens left continue on this gateway."""
+    """If there is not enough time to hand over all streams, the streams with the most tokens left are ended, so that
+    their clients resume them at another gateway. The streams with the fewest tokens left continue on this gateway."""
     long, short = open_call(1, max_tokens=90, streams=True), open_call(2, streams=True)
     times = iter([0.0, 2.0])
     open_calls = OpenCalls(lambda tenant: None, lambda: next(times))

@@ -43,8 +43,8 @@ def test_the_terms_decide_after_the_first_output(terms: ResumeTerms, origin_lost
 
 @pytest.mark.parametrize(("terms", "is_due"), [(FREE, False), (IF_ALIVE, True), (PAID, True)])
 def test_a_call_that_its_client_ends_early_may_pay(terms: ResumeTerms, is_due: bool) -> None:
-    """A resumed call whose client ends it before any output is charged for its prompt on two conditions: an engine may
-    have computed the prompt, and the resume terms are not FREE."""
+    """If a client ends a resumed call before its first output, the call is charged for the prompt only if an engine may
+    have computed the prompt and the resume terms are not FREE."""
     payment = PromptPayment()
     payment.resume(terms)
     assert payment.is_due(True) is is_due

@@ -275,7 +275,7 @@ async def test_sizes(keyed: Keyed) -> None:
 
 async def test_a_file_of_patterns_is_read_again(keyed: Keyed, tmp_path: Path) -> None:
     """A pattern file is reloaded when it changes. If the changed file is invalid, the last valid patterns stay in
-    force. If the file is missing, the setting `fail` decides."""
+    force. If there has never been a file, the setting `fail` decides whether calls are refused or pass unchecked."""
     lab = await tenant(keyed, "files")
     file = tmp_path / "pii.yaml"
     await lab.guard({"builtin": "patterns", "patterns_file": str(file)})

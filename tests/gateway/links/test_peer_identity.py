@@ -1,4 +1,5 @@
-"""Wrong peers at the link port of a running gateway, with certificates from `headrace certs`."""
+"""Peers that connect to the link port of a running gateway with a wrong certificate, or act in a role that their
+certificate does not grant. The certificates come from `headrace certs`."""
 
 from __future__ import annotations
 

@@ -85,7 +85,9 @@ async def test_a_lost_worker_is_not_seen_by_the_caller(cluster: TestCluster, che
     await cluster.until_idle()
 
 
-async def test_a_draining_worker_keeps_the_call(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+async def test_the_batch_of_a_draining_worker_goes_on_elsewhere(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
     """If a worker begins to drain in the middle of a batch, the rest of the batch goes to another worker."""
     leaving = await cluster.add_worker(sim_engine(checkpoint, **SLOW), bundle)
     call = asyncio.ensure_future(cluster.stub.Embed(embed(BATCH[:200])))

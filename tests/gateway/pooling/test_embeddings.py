@@ -99,9 +99,8 @@ LONG = "word " * 200
 
 
 async def test_long_inputs_are_refused_or_cut(pooling: TestCluster) -> None:
-    """An input that is longer than the model's context is refused, and the error names its index. If the input is
-    truncated instead, to the context or to a number of tokens, its vector is that of an input with only the remaining
-    tokens."""
+    """An input that is longer than the model's context is refused, and the error names its index. If the request allows
+    truncation, to the context or to a given number of tokens, the vector equals that of the truncated input."""
     reply = await fetch(pooling, "/v1/embeddings", body(input=["short", LONG]))
     assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
     assert reply.error["param"] == "input[1]"

@@ -416,8 +416,8 @@ async def test_only_its_own_caller_goes_on_and_pays(tmp_path: Path, checkpoint: 
     """Only the API key that made a call can resume it. Another key, of the same or another tenant, gets the error of a
     forged resume token. If the tenant is suspended, the resume is refused.
 
-    The ledger has two records: one of the cancelled stream and one of the resumed stream. Each counts the prompt, but
-    each output token is counted in only one of them.
+    The ledger has two records: one of the cancelled stream and one of the resumed stream. Both records count the
+    prompt; each output token is counted in only one record.
     """
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)

@@ -78,8 +78,8 @@ async def test_every_api_gets_the_workers_prompt(cluster: TestCluster, checkpoin
 
 @pytest.mark.slow
 async def test_errors_of_renderers_reach_the_caller(cluster: TestCluster, checkpoint: Path, rendered: Bundle) -> None:
-    """If a renderer refuses a chat, the error names the field. A prompt longer than the context is refused with the
-    worker's token count, also for a chat that was sent over Bulk."""
+    """If a renderer refuses a chat, the error names the field. If a prompt is longer than the context, the error has
+    the token count from the worker, also for a chat that was sent over Bulk."""
     await add(cluster, checkpoint, rendered)
     error = await refused(cluster.stub.Chat(chat("refuse this")))
     assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["messages"])

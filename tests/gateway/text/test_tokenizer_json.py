@@ -55,7 +55,7 @@ def model(**options: Any) -> dict[str, Any]:
 
 def same(data: bytes) -> bool:
     """Return whether `from_parts`, `read_tokenizer` and the tokenizers library make the same tokenizer from a file.
-    Asserts that `from_parts` makes it itself and does not fall back to the library."""
+    Asserts that `from_parts` makes the tokenizer itself and does not leave the file to the library."""
     ours = from_parts(json.loads(data))
     assert ours is not None, "it was left to the library"
     return bool(ours.to_str() == read_tokenizer(data).to_str() == Tokenizer.from_buffer(data).to_str())
@@ -117,7 +117,8 @@ def test_the_unusual_is_left_to_the_library(parts: dict[str, Any]) -> None:
     [b"", b"{}", b"[]", packed()[:-3], packed(model=model(merges=[["a", "z"]])), packed(model=model(merges=["a b c"]))],
 )
 def test_what_is_broken_gets_the_librarys_words(data: bytes) -> None:
-    """A file that is truncated, empty or holds a merge of an unknown piece raises the same error as in the library."""
+    """For a truncated or empty file, and for a file with a merge of an unknown piece, `read_tokenizer` raises the same
+    error as the tokenizers library."""
     said = []
     for read in (Tokenizer.from_buffer, read_tokenizer):
         try:

@@ -184,8 +184,8 @@ async def test_counts_wait_while_the_database_is_away(
 async def test_a_lost_gateways_call_counts_what_a_lost_worker_had_made(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
-    """A call loses its first worker and then its gateway. The report of its second worker includes every token that the
-    caller has read."""
+    """If a call loses its first worker and then its gateway, the report of its second worker includes every token that
+    the caller has read."""
     gone = Switch(ledger.usage.insert)
     gone.away = True
     async with (

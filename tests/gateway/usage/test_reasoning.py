@@ -73,8 +73,8 @@ def parsed_call(call_id: str, restored: Sequence[int]) -> Call:
 
 
 def send(sequence: CallSequence, tokens: int, reasoning: int | None) -> None:
-    """Deliver one output of `tokens` tokens to a sequence. `reasoning`: the number of reasoning tokens that the output
-    reports, which is then the last one; None if more outputs may follow."""
+    """Deliver one output of `tokens` tokens to a sequence. `reasoning`: None if more outputs may follow; otherwise the
+    output is the sequence's last one and reports this number of reasoning tokens."""
     finish = None if reasoning is None else FinishReason.STOP
     parsed = ParsedOutput(reasoning_tokens=reasoning or 0)
     sequence.output(TokenOutput("", tuple(range(tokens)), finish, prompt_tokens=3, parsed=parsed))

@@ -45,7 +45,7 @@ def table() -> Table:
 
 @pytest.fixture
 def make(tmp_path: Path, table: Table) -> Iterator[Callable[..., AuditWriter]]:
-    """Factory of audit writers to one file.
+    """Provide a function that creates audit writers, which all write to one file.
 
     The clock of a writer is constant, and its thread writes only when the writer is closed.
     """

@@ -63,7 +63,7 @@ def clocks() -> Clocks:
 
 @pytest.fixture
 def source(clocks: Clocks) -> Source:
-    """A fake database that is reachable at first."""
+    """Provide a fake database that is reachable at first."""
     return Source(clocks)
 
 
@@ -126,7 +126,7 @@ def test_the_last_snapshot_serves_for_a_while_then_not(
 def test_the_snapshot_outlives_the_process(make: Callable[..., Watcher], source: Source, clocks: Clocks) -> None:
     """A gateway that starts while the database is unreachable uses the snapshot that the gateway before it has saved.
 
-    The age of the snapshot includes the time between the two gateways.
+    The age of the snapshot includes the time in which no gateway ran.
     """
     make().poll()
     source.unreachable = True
@@ -155,7 +155,7 @@ def test_confirmations_reach_the_disk(make: Callable[..., Watcher], source: Sour
 def test_clock_steps_neither_lock_out_nor_let_in(
     make: Callable[..., Watcher], source: Source, clocks: Clocks, step_s: float
 ) -> None:
-    """A step of the wall clock does not change when a running gateway's snapshot becomes stale."""
+    """A step of the wall clock does not shift the time at which a running gateway's snapshot becomes stale."""
     watcher = make()
     watcher.poll()
     source.unreachable = True

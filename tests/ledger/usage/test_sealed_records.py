@@ -29,8 +29,8 @@ def test_any_gateway_opens_what_one_has_sealed() -> None:
 
 
 def test_a_secret_is_replaced_without_loss() -> None:
-    """New records are sealed with the first of several secrets. A record can be opened as long as its secret is in the
-    list, and no longer after that secret is removed."""
+    """New records are sealed with the first of several secrets. A record can be opened until its secret is removed from
+    the list."""
     assert Sealer((B, A)).open(SEALED) == OPENED
     assert Sealer((B,)).open(Sealer((B, A)).seal(OPENED)) == OPENED
     with pytest.raises(SealError, match="does not have"):
@@ -56,7 +56,8 @@ def test_any_bytes_are_refused(data: bytes) -> None:
 
 
 def test_a_megabyte_is_refused_and_salts_are_bounded() -> None:
-    """Sealed data that is too large is rejected before the decryption, and the cache of keys by salt is bounded."""
+    """Sealed data that is too large is rejected before it is decrypted. The number of cached keys, one for each salt,
+    is bounded."""
     with pytest.raises(SealError, match="not a sealed record"):
         Sealer((A,)).open(SEALED + b"x" * 1_000_000)
     opener = Sealer((A,))

@@ -57,7 +57,7 @@ class Database:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Callable[..., Spool]]:
-    """Factory of spools in one folder. The spools are closed at the end of the test."""
+    """Provide a function that makes spools in one folder. The spools are closed at the end of the test."""
     spools: list[Spool] = []
 
     def make_spool(**options: object) -> Spool:

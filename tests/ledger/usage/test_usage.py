@@ -82,7 +82,7 @@ EXAMPLES = itertools.count()
 
 @pytest.fixture(scope="module")
 def shared_ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
-    """An empty SQLite ledger for all examples of a property test. Each example uses a tenant of its own."""
+    """Provide an empty SQLite ledger for all examples of a property test. Each example uses a tenant of its own."""
     ledger = Ledger(f"sqlite:///{tmp_path_factory.mktemp('law') / 'l.db'}")
     ledger.upgrade()
     yield ledger

@@ -14,7 +14,7 @@ SENT = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 20), st.booleans()),
 @given(SENT)
 def test_the_highest_revision_of_connected_gateways_counts(sent: list[tuple[int, int, bool]]) -> None:
     """When a gateway sends a set of adapters, the DesiredSet compares the last set of each connected gateway and takes
-    the one with the highest revision. The end of a gateway's connection does not change the DesiredSet."""
+    the set with the highest revision. The end of a gateway's connection does not change the DesiredSet."""
     desired: DesiredSet[str] = DesiredSet("")
     last: dict[int, int] = {}
     for sender, revision, ends in sent:

@@ -280,12 +280,12 @@ TYPES = st.dictionaries(st.sampled_from(["", "H100", "L4"]), st.integers(0, 3), 
 
 @given(TYPES, TYPES, st.booleans())
 def test_any_change_of_types_serves_all_the_while(have: dict[str, int], want: dict[str, int], same: bool) -> None:
-    """After any change of GPU types and numbers of replicas, replicas serve at every moment, and at the end only the
-    wanted applications exist.
+    """During a change of GPU types and numbers of replicas, the number of serving replicas never falls below a minimum.
+    At the end, only the wanted applications exist.
 
-    The cluster has enough GPUs for old and new replicas together. So if all digests change, the number of serving
-    replicas never falls below the smaller of the old and the new number. If the digests stay (`same`), the replicas
-    that old and new applications have in common never stop.
+    The cluster has enough GPUs for old and new replicas together. So if all digests change, the minimum is the smaller
+    of the old and the new number of replicas. If the digests stay (`same`), the minimum is the number of replicas that
+    old and new applications have in common.
     """
     world = World(100)
     before = [Wanted("m", f"aa{at:x}", count, gpu=gpu) for at, (gpu, count) in enumerate(sorted(have.items()))]

@@ -12,9 +12,8 @@ from tests.policy.fairness.test_fair_queue import call, order_of, turns
 def test_waiting_elsewhere_is_not_idle_and_lifts_here_too() -> None:
     """A tenant that waits only at another gateway does not count as idle at this gateway.
 
-    When the first report arrives that the tenant waits at the other gateway, the tenant's service counter here
-    is set to the lowest counter of the tenants that wait here. Later reports do not raise it again, so the
-    tenant's next call here is sent first.
+    The first report of the other gateway sets the tenant's service counter here to the lowest counter of the tenants
+    that wait here. Later reports do not raise the counter again, so the tenant's next call here is sent first.
     """
     order = order_of(*[call(f"a{i}", "a") for i in range(50)])
     turns(order, 10)

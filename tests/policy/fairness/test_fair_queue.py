@@ -475,8 +475,8 @@ def test_a_full_room_sheds_the_lowest_class_first() -> None:
 
 
 def test_a_flood_makes_room_for_others_of_its_class() -> None:
-    """When the waiting room is full, the longest queue of the same class loses its last sequence to another tenant's
-    sequence. A sequence of the tenant with the longest queue is refused."""
+    """If the waiting room is full, a new sequence replaces the last sequence of the longest queue of its class. A new
+    sequence of the tenant with the longest queue is refused instead."""
     room = shedding()
     for i in range(4):
         assert room.admit(call(f"f{i}", "flood"), 0.0).outcome is None

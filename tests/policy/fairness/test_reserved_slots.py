@@ -21,8 +21,8 @@ def call(call_id: str, tenant: str, rank: int = 0) -> WaitingSequence:
 def flooded(guest_rank: int = 0, loud_rank: int = 0) -> tuple[FairOrder, WaitingSequence]:
     """Return a fair order with a busy tenant, `loud`, and a waiting sequence of `loud`.
 
-    `loud` has sequences waiting since time 0, and has had RUNNING sequences sent to workers. At 5 s, one call of the
-    tenant `guest` and then one more sequence of `loud` were sent to workers.
+    The sequences of `loud` arrived at time 0, and RUNNING of them were sent to workers. At 5 s, one call of the tenant
+    `guest` and then one more sequence of `loud` were sent to workers.
     """
     order = FairOrder()
     head = call("head", "loud", loud_rank)

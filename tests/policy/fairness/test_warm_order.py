@@ -84,8 +84,8 @@ def test_another_tenants_sequence_waits_for_no_more_service(
     """While a tenant waits, warm order limits how much service another tenant can get between two consecutive turns of
     the waiting tenant. The limit is the same as with first come, first served.
 
-    The limit is the sum of three costs: the cost of the first of the two turns, the other tenant's largest charge, and
-    two times QUANTUM. The first two costs are divided by the weight of their tenant.
+    The limit is the sum of the cost of the first of the two turns, the largest cost of a call of the other tenant, and
+    two times QUANTUM. Each cost is divided by the weight of its tenant.
     """
     calls = [call(str(n), tenant, *cost) for n, (tenant, cost) in enumerate(costs)]
 

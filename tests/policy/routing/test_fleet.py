@@ -28,7 +28,7 @@ NAMES = [f"w{number}" for number in range(12)]
 
 
 def worker(worker_id: str, **fields: object) -> Candidate:
-    """Return a worker of model m with 64 free slots and these changed fields."""
+    """Return a worker of model m with 64 free slots. `fields`: fields with other values."""
     known: dict[str, object] = {
         "worker_id": worker_id, "model": "m", "version": "v1", "free_sequences": 64, "free_tokens": 1_000_000,
         "running": 0, "waiting": 0, "kv_usage": 0.0, "healthy": True, "draining": False,
@@ -155,7 +155,7 @@ def test_rows_that_change_are_rows_made_anew(
 @pytest.mark.parametrize("vector_from", [0, 99])
 @pytest.mark.parametrize("policy", ["cost", "least_load", "round_robin"])
 def test_a_burst_of_equal_calls_spreads_over_equal_workers(policy: PolicyName, vector_from: int) -> None:
-    """64 calls with a prefix that all eight workers hold arrive together. The numbers of calls per worker have a
+    """If 64 calls arrive together, and all eight workers hold the calls' prefix, the numbers of calls per worker have a
     coefficient of variation of at most 0.1."""
     fleet = fleet_of([worker(f"w{number}") for number in range(8)], RoutingSettings(policy), vector_from)
     call = RouteCall("m", 10_000, cached={f"w{number}": 9_600 for number in range(8)})
@@ -168,9 +168,9 @@ def test_a_burst_of_equal_calls_spreads_over_equal_workers(policy: PolicyName, v
 @pytest.mark.parametrize("holders", [0, 1, 3])
 @pytest.mark.parametrize("tokens", [2_000, 10_000])
 def test_a_burst_makes_no_hot_spot(holders: int, tokens: int, vector_from: int) -> None:
-    """64 calls with the same prefix arrive together; none, one or three of eight workers hold the prefix. No worker
-    gets more than 1.75 times the mean. The holders get a little more than the others, which must compute the prefix
-    first."""
+    """If 64 calls with the same prefix arrive together, and none, one or three of eight workers hold the prefix, no
+    worker gets more than 1.75 times the mean number of calls. The holders may get a little more calls than the others,
+    which must compute the prefix first."""
     fleet = fleet_of([worker(f"w{number}") for number in range(8)], RoutingSettings(), vector_from)
     prefix = tokens - 400
     cached, hot, sent = {f"w{number}": prefix for number in range(holders)}, HotPrefixes(), Counter[str]()
@@ -372,8 +372,8 @@ def test_explain_names_every_candidate() -> None:
     ],
 )
 def test_each_kind_of_load_counts(load: dict[str, object], part: str) -> None:
-    """Of two workers that differ only in one kind of load, the worker with less of it is chosen, and the decision names
-    this load."""
+    """Of two workers that differ only in one kind of load, the worker with less of this load is chosen, and the
+    decision names this kind of load."""
     decision = choose(RouteCall("m", 100), [worker("a", **load), worker("b")])
     assert (decision.worker_id, decision.reason) == ("b", "least_loaded")
     best, other = (dict(score.parts) for score in decision.scores)

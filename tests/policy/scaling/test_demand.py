@@ -104,8 +104,8 @@ def test_what_waits_is_summed_and_goes_with_its_gateway() -> None:
 
 
 def test_a_model_that_a_gateway_has_forgotten_waits_no_more() -> None:
-    """If a gateway no longer reports a model, the model has no waiting calls there. The last values of its counters are
-    kept for later reports."""
+    """If a gateway no longer reports a model, no calls for the model count as waiting at this gateway. The last values
+    of the model's counters are kept for later reports."""
     demands = DemandTotals(0.0)
     demands.record_report("a", report(counts(3, queued_requests=3)), 1.0, 1.0)
     demands.record_report("a", [], 2.0, 2.0)

@@ -216,7 +216,7 @@ def test_a_quiet_time_saves_up_a_bounded_number_of_hedges(count: int) -> None:
 @given(st.integers(0, 3), st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(0, 1)), max_size=5))
 def test_nothing_is_hedged_under_overload(waiting: int, loads: list[tuple[int, int, int]]) -> None:
     """A late sequence is hedged only if three conditions hold: no sequence waits at the gateway, enough of the other
-    workers' capacity is free, and one of them has a free slot and no queue in its engine."""
+    workers' capacity is free, and one of these workers has a free slot and no queue in its engine."""
     world = World(HedgingPolicy(1.0))
     world.learn(LEARNT)
     world.send("s")

@@ -55,8 +55,8 @@ def test_each_waits_for_its_own_worker_for_a_moment() -> None:
 
 
 def test_the_higher_class_first_and_who_waits_too_long_leaves() -> None:
-    """The queue is ordered by class, then by arrival. A sequence expires at its deadline or after the longest wait,
-    whichever is earlier. While its model starts, the longest wait is longer."""
+    """The queue is ordered by class, then by arrival. A sequence expires at its deadline or after the maximum wait,
+    whichever is earlier. The maximum wait is longer while the sequence's model starts."""
     low, high = resuming("a", rank=2), resuming("b", rank=0)
     late = resuming("c", rank=2, deadline=10.0)
     queue = queue_of(low, late, high)

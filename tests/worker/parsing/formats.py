@@ -231,8 +231,8 @@ def encode(folder: Path, text: str) -> list[int]:
 
 
 def opening_for(form: Format, prompt: Sequence[int], *rest: Any, **changes: Any) -> wire.Open:
-    """Return the message that opens a parser session for a request in the format `form`: `opening`, with the chat
-    template arguments of `form`. `rest` and `changes` are passed to `opening`."""
+    """Return the message that opens a parser session for a request in the format `form`. It is the message that the
+    function `opening` returns for `prompt`, `rest` and `changes`, with the chat template arguments of `form`."""
     return opening(prompt, *rest, **({"chat_template_kwargs": dict(form.template_kwargs)} | changes))
 
 

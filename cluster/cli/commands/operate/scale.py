@@ -65,7 +65,7 @@ def freeze(api: Admin, model: AnyModelArgument = "", reason: ReasonOption = "", 
 
 @with_admin
 def unfreeze(api: Admin, model: AnyModelArgument = "", reason: ReasonOption = "", as_json: JsonOption = False) -> None:
-    """End a freeze. Without MODEL it ends the freeze of all models; models frozen by name stay frozen."""
+    """End a freeze. Without MODEL, end the freeze of all models; a model that was frozen by name stays frozen."""
     request = pb.UnfreezeRequest(name=model, reason=reason)
     _show(api.ask("catalog", "Unfreeze", request).models, as_json)
 

@@ -141,11 +141,12 @@ def own_fields(tenant: pb.Tenant, unset: Sequence[str]) -> dict[str, Any]:
 
 
 def changes(tenant: pb.Tenant, mask: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
-    """Return the new values in an Update request, keyed by field, and the names of the map fields that are replaced as
-    a whole.
+    """Return the new values in an Update request, keyed by field. Also return the names of the map fields that are
+    replaced as a whole.
 
     The value None removes the field from the tenant. `mask`: paths of the fields to update; if it is empty, all fields
-    that the request sets are updated."""
+    that the request sets are updated.
+    """
     values = {name: value for name, value in plain(tenant).items() if name in SETTABLE}
     if not mask:
         return values, set()

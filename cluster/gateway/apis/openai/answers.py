@@ -213,7 +213,7 @@ class SseStream(ABC):
 
     @abstractmethod
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Return the log probabilities of a piece in the shape of this API."""
+        """Return the log probabilities of a piece in the form that this API uses."""
 
 
 class ChatStream(SseStream):

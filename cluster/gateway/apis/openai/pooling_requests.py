@@ -1,7 +1,7 @@
 """Parsing of the bodies of /v1/embeddings, /rerank and /score into pooling requests.
 
-/v1/embeddings has the fields of OpenAI's API. /rerank and /score have the fields of vLLM 0.32 (`entrypoints/pooling`),
-which are also those of Jina's and Cohere's rerankers. A field is refused if it would change the answer and is not
+/v1/embeddings has the fields of OpenAI's API. /rerank and /score have the fields of vLLM 0.32 (`entrypoints/pooling`);
+Jina's and Cohere's rerankers have the same fields. A field is refused if it would change the answer and is not
 supported; the error names the field.
 """
 

@@ -200,8 +200,9 @@ async def _tenants(parts: Sequence[Part], has_cost: bool) -> list[Row]:
 
 
 def _with_shares(row: Row, total: float, weights: float) -> Row:
-    """Return a tenant's row, extended by its share of the tokens a second, its fair share by weight, and the difference
-    of both. `total`: tokens a second of all tenants. `weights`: sum of the weights of the tenants with calls."""
+    """Return a tenant's row with three more values: the tenant's share of the tokens a second, its fair share by
+    weight, and the first share minus the second. `total`: tokens a second of all tenants. `weights`: sum of the weights
+    of the tenants with calls."""
     is_active = row["running"] or row["waiting"]
     share = round(row["tokens_per_s"] / total, 4) if total else None
     fair_share = round(row["weight"] / weights, 4) if is_active and weights else None

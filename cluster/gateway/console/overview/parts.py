@@ -242,7 +242,7 @@ def _lag_ms(shot: Snapshot, before: Snapshot) -> float | None:
 
 
 class LimitUses:
-    """Use that each tenant has made of its limits and budgets, at one moment."""
+    """The part of its limits and budgets that each tenant has used, at one moment."""
 
     def __init__(
         self,

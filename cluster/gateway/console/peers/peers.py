@@ -112,8 +112,8 @@ class PeerParts:
         return not self._peers or any(not peer.has_all for peer in self._peers.values())
 
     def current(self, now: float) -> Sequence[Part]:
-        """Return the newest `Part` of each process, without those that are older than EXPIRES_S. The calls in a part
-        are the process's open calls, and the ended calls that this process remembers."""
+        """Return the newest `Part` of each other process, without parts that are older than EXPIRES_S. A part lists the
+        open calls of the process that sent the part, and the ended calls of that process that are remembered here."""
         self._forget(now)
         return [
             peer.part

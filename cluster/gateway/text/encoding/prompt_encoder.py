@@ -44,8 +44,9 @@ class PromptEncoder:
         return list(encoding.ids)
 
     def ids(self, prompt: PromptText, tenant: str, cache_salt: str) -> array[int]:
-        """Return the token ids of a prompt. In a long prompt, text blocks that were tokenized before are found in the
-        prompt memory. Only prompts with the same `tenant` and the same `cache_salt` share these blocks."""
+        """Return the token ids of a prompt. For a long prompt, the ids of blocks that were tokenized before are read
+        from the prompt memory. Only prompts with the same `tenant` and the same `cache_salt` share these blocks of
+        text."""
         if (
             len(prompt.text) <= ENCODE_OFFLOAD_CHARS
             or (recall := self.recall(tenant, cache_salt, prompt.field)) is None

@@ -41,8 +41,8 @@ class TextJobs:
         self.is_quick = is_quick
 
     def is_short(self, chars: int) -> bool:
-        """Return whether a text of `chars` characters is short enough for the event loop, which it then blocks for a
-        millisecond at most."""
+        """Return whether a text of `chars` characters is short enough to be processed on the event loop: it then blocks
+        the loop for a millisecond at most."""
         return chars <= ENCODE_OFFLOAD_CHARS and self.is_quick
 
     async def run(

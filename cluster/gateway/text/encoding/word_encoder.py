@@ -1,4 +1,5 @@
-"""Tokenization of long texts by words, for tokenizers where the ids provably equal those of the whole text.
+"""Tokenization of long texts word by word, for tokenizers for which the ids of the words, one after another, provably
+equal the ids of the whole text.
 
 Theory. A byte-level BPE tokenizer first splits a text by regular expressions, then merges within each piece separately.
 No expression in `WORD_PATTERNS` can match a non-space character together with the space after it, and the only
@@ -6,9 +7,11 @@ look-ahead in these expressions starts at white space. So the tokenizer always s
 character and the space after it. The texts before and after such a split can be encoded separately.
 
 Method. Each distinct word of a long text is encoded once, since long texts repeat most words. If too few words repeat,
-or the text is not long, the text is encoded by smaller fragments, whose ids are remembered (fragment_encoder.py).
+or the text is not long, the text is encoded fragment by fragment, and the ids of the fragments are remembered
+(fragment_encoder.py).
 
-`of` returns None for other tokenizers, and for tokenizers with an added token that may contain or absorb a space.
+`WordEncoder.of` returns None for other tokenizers, and for tokenizers with an added token that may contain or absorb a
+space.
 """
 
 from __future__ import annotations

@@ -316,11 +316,11 @@ def _crash_cause(member: Member) -> str:
 
 
 def find_cause(engine: str, *, recent: bool = False) -> str:
-    """Return why one of this process's engines has ended, with the log file of the engine's process that failed.
-    The text is empty if the engine's processes have left no notes.
+    """Return a text that says why one of this process's engines has ended and names the log file of the engine process
+    that failed. The text is empty if the engine's processes have left no notes.
 
-    `engine`: the name from `name_engine`. `recent`: ignore notes older than RECENT_S seconds. Callers set it
-    for an engine that was running, and not for one whose start failed.
+    `engine`: the name from `name_engine`. `recent`: ignore notes older than RECENT_S seconds. Callers set it for an
+    engine that was running, and not for one whose start failed.
     """
     notes = [entry for entry in _notes(engine) if not recent or time.time() - entry.at < RECENT_S]
     errors = [entry for entry in notes if entry.kind == "error"]

@@ -38,7 +38,8 @@ ENGINE_VERSION = "sim-1"
 
 
 class SimEngine:
-    """An Engine (cluster.api.ports) that simulates steps and computes no model. Call `start` before other methods."""
+    """An Engine (cluster.api.ports) that simulates the steps of an engine and runs no model. Call `start` before other
+    methods."""
 
     def __init__(self, config: SimConfig, clock: Clock | None = None) -> None:
         self._config = config

@@ -76,8 +76,7 @@ class EngineAdapters(Container[str]):
             held.idle.clear()
 
     def ended(self, digest: str) -> None:
-        """Decrease the number of requests in vLLM that use the adapter by one. The request must have been counted with
-        `began`."""
+        """Count one request fewer that uses the adapter in vLLM. The request must have been counted with `began`."""
         if digest:
             held = self._held[digest]
             held.live -= 1

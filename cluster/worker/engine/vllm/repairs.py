@@ -249,11 +249,11 @@ def _repair_base_rows() -> None:
 
 
 def _has_node() -> bool:
-    """Return whether the replica has a Ray node whose address is not loopback. Only such a replica needs the
-    repair `node`.
+    """Return whether the replica has a Ray node whose address is not loopback. Only such a replica needs the repair
+    `node`.
 
-    A node at a loopback address is the only node of its cluster. With the repair, Ray would replace the
-    loopback address by an external address of the machine.
+    A node at a loopback address is the only node of its Ray cluster. For such a node the repair would do harm: Ray
+    would replace the loopback address by an external address of the machine.
     """
     address = os.environ.get(NODE, "")
     return bool(address) and not ipaddress.ip_address(address).is_loopback

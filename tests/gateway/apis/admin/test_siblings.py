@@ -106,9 +106,9 @@ async def test_whichever_process_has_it(tmp_path: Path, checkpoint: Path, bundle
 
 
 async def test_nobody_else_may_ask(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """If `auth` is set, a link port accepts an abort request only with a valid authentication tag. A request without a
-    tag is refused, and so is a request with a wrong tag, an operator's token, the tag of another request or the tag of
-    an hour ago."""
+    """If `auth` is set, a link port accepts an abort request only with a valid authentication tag. A request is refused
+    if it has no tag, a wrong tag, an operator's token instead of a tag, the tag of another request, or a tag that is an
+    hour old."""
     async with two(tmp_path, keyed_text(tmp_path)) as clusters:
         gateway = clusters[1].gateway
         request = pb.AbortRequestRequest(request_id="r")

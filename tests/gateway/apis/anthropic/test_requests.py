@@ -177,7 +177,7 @@ def test_hints_are_ignored() -> None:
 
 
 def test_the_count_has_the_prompt_of_the_call() -> None:
-    """A body gives the same prompt to count_tokens and to a call."""
+    """count_tokens and a call make the same prompt from the same body."""
     body = message_body(
         messages=[USER, {"role": "assistant", "content": [USE]}, {"role": "user", "content": [RESULT]}],
         tools=[TOOL],

@@ -355,8 +355,8 @@ async def test_a_worker_lost_in_mid_stream(tmp_path: Path, checkpoint: Path, bun
 
 
 async def test_a_full_queue(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A call that finds a full queue, or that has waited too long, is refused with status 503, a reason and a retry
-    delay."""
+    """A call that arrives while the queue is full, or that has waited too long, is refused with status 503, a reason
+    and a retry delay."""
     config = LOOPBACK.replace(
         "drain_timeout_s: 0", "drain_timeout_s: 0\n  queue: {max_requests: 2, max_tokens: 100000, max_wait_s: 0.3}"
     )

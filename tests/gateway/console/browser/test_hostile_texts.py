@@ -267,7 +267,8 @@ def overview() -> dict[str, Any]:
 
 
 async def test_names_and_reasons_in_the_overview(pages: ConsolePages) -> None:
-    """Payloads are shown as text in names of models, workers, nodes, tenants, calls and gateways, and in reasons."""
+    """Hostile names of models, workers, nodes, tenants, calls and gateways are shown as text, and so are hostile
+    reasons."""
     event = f"event: state\ndata: {json.dumps(overview())}\n\n"
 
     async with pages.signed_in("operator") as watched:

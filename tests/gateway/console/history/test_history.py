@@ -32,7 +32,7 @@ def model_values(tokens: float, **columns: float) -> list[float]:
     return [tokens if name == "tokens" else columns.get(name, 0.0) for name in MODEL_COLUMNS]
 
 
-def test_an_hour_of_a_large_cluster_fits_in_64_mib() -> None:
+def test_an_hour_of_a_large_cluster_fits_in_32_mib() -> None:
     """The history of 1,000 tenants and 100 models takes at most 32 MiB with all its objects, even after other tenants
     have replaced all of the tenants. Its arrays take at most the 30 MiB that the module states."""
     gc.collect()

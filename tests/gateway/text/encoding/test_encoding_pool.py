@@ -322,8 +322,8 @@ async def test_nobody_waits_for_a_helper_that_gets_no_core(stuck: EncodingPool) 
 
 
 async def test_a_helper_is_late_without_its_caller_too(stuck: EncodingPool) -> None:
-    """A helper process is stopped and its caller is cancelled, before the helper counts as late. Later callers still do
-    not wait for this helper."""
+    """If a helper process is stopped by a signal, and its caller is cancelled before the helper counts as late, later
+    callers still do not wait for this helper."""
     gone = asyncio.create_task(stuck.run(("prompt_ids", (TENANT, PROMPT), {})))
     await asyncio.sleep(0)
     gone.cancel()

@@ -145,7 +145,8 @@ def lost_share(pid: int, wanted: Callable[[float], bool]) -> float:
 
 @pytest.mark.slow
 def test_the_kernel_tells_who_waits() -> None:
-    """Four processes on one core lose time in waiting for the core, and a stopped process loses none."""
+    """If four processes share one core, the kernel reports how much time one of them has waited for the core. For a
+    stopped process, it reports almost no such time."""
     core = min(os.sched_getaffinity(0))
     with spinning(core, 4) as processes:
         pid = processes[0].pid

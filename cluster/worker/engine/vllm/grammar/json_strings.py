@@ -80,7 +80,7 @@ class StrictCompiler:
         return repaired or self._compiler.compile_structural_tag(tag, *triggers)
 
     def _repaired(self, make: Callable[[], Any]) -> Any:
-        """Return the compiled grammar if it needed a repair; None if it needs none.
+        """Return the compiled grammar if it needed a repair; None if it needs no repair.
 
         `make` returns xgrammar's grammar.
         """
