@@ -71,7 +71,8 @@ def prefixes(
 
 
 def mt_bench(count: int, max_tokens: int, seed: int, folder: Path = DEFAULT_FOLDER) -> list[Request]:
-    """Return the first questions of MT-bench in a seeded order, repeated from the beginning when there are too few."""
+    """Return `count` requests, each with the first turn of a question of MT-bench. `seed` determines the order of the
+    questions. If there are fewer than `count` questions, they are repeated from the beginning of that order."""
     path = traces.data_file(folder, "fastchat/mt_bench_question.jsonl")
     questions = [json.loads(line) for line in path.read_text().splitlines()]
     random.Random(seed).shuffle(questions)

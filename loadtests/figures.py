@@ -152,7 +152,8 @@ def ratio_figure(
 def plain_figure(
     name: str, interval: Interval, unit: str, bound: Bound | None, rounds: int, *, note: str = ""
 ) -> Figure:
-    """Return a row whose value is not a ratio. With too few rounds the bound is never met."""
+    """Return a row of the report for a value that is not a ratio. `interval`: the value and its confidence interval.
+    With fewer than MIN_ROUNDS rounds, the bound does not count as met."""
     reason = too_few(rounds) if bound else None
     return Figure(
         name=name,

@@ -189,7 +189,8 @@ async def trial(options: Options, arguments: argparse.Namespace, command: str, s
 async def on_gpus(
     options: Options, arguments: argparse.Namespace, command: str, screen: Screen, gpus: Sequence[Device]
 ) -> tuple[str, bool]:
-    """Return the page of a measurement on GPUs, and whether the page is complete. Raises Missing."""
+    """Run the scenario `peers` on these GPUs. Returns the report as a page of Markdown, and whether the report is
+    complete. Raises Missing if the model cannot be loaded or does not fit into the GPU's memory."""
     folder = checkpoint(arguments.model)
     ends_at = time.monotonic() + arguments.minutes * 60 - PAGE_S  # downloading the model does not count
     config = json.loads((folder / "config.json").read_text())

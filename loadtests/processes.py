@@ -1,9 +1,10 @@
-"""CPU time and memory of the serving side, by process. Each process belongs to a class.
+"""CPU time and memory of the serving side, by class of process.
 
-A root is a process that the harness has started, with a given class. The class of a descendant follows from the
-descendant's command line; if no class matches, the descendant has the class of its parent. An engine core that is a
-thread of the worker's process counts as one process, by the CPU time that the kernel keeps for the thread. The kernel
-keeps CPU time in steps of 10 ms for each process; rounds are so long that these steps do not matter.
+The command line of a process determines the process's class. If no class matches, the process has the class of its
+parent. A root, which is a process that the harness has started, has the class that the harness has given it.
+
+The kernel counts the CPU time of a whole process, all threads included, in steps of 10 ms. A measured round takes so
+long that the steps do not matter.
 """
 
 from __future__ import annotations

@@ -23,7 +23,11 @@ QUANTILES = (50, 99)
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Parameters of one row of the table."""
+    """One measured case, which is one row of the printed table.
+
+    `workers`: number of workers in the fleet. `changed`: number of workers that change before each decision. `cached`:
+    number of workers that hold a part of the prompt. `has_key`: whether the calls have an affinity key.
+    """
 
     workers: int
     changed: int

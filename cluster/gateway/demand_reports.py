@@ -10,7 +10,7 @@ from cluster.gateway.scheduling.scheduler import Scheduler
 
 
 class DemandReports:
-    """Makes a gateway's reports of its demand for each model, for the controller."""
+    """Source of a gateway's demand reports for the controller. A report has the gateway's demand for each model."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler

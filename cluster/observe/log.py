@@ -87,10 +87,10 @@ def add_flush(waits: Callable[[float], object]) -> None:
 
 
 class CallFields:
-    """Context manager for code that handles one call. Inside the context, the function `call_fields` returns the
-    log fields `fields` to code in the same task.
+    """Context manager for code that handles one call. Inside the context, `call_fields()` returns `fields`, the log
+    fields of the call, to all code in the same task.
 
-    This context manager is entered for every call. A generator with `contextmanager` would take three times as
+    This is a class because it is entered for every call: a generator with `contextmanager` would take three times as
     long.
     """
 

@@ -1,8 +1,11 @@
-"""The requests that run in a worker's engine, from Submit to end, and the capacity that they leave free.
+"""The requests that run in a worker's engine, from Submit to end, and the capacity that is free for further requests.
 
-request_outputs.py sends the engine's outputs to the links of the requests. A request whose link has ended runs on for a
-moment (detached_requests.py). A Submit for the same output of the same call (with the same stream name) can take it
-over. The methods do not call the engine: they return the engine request ids that the caller must abort.
+The engine's outputs are sent to the requests' links by request_outputs.py. When a link ends, its requests run on for a
+moment (detached_requests.py). Meanwhile a Submit with the stream name of such a request, that is, for the same output
+of the same call, can take the request over.
+
+RunningRequests never calls the engine. If requests must be aborted in the engine, a method returns their engine request
+ids, and its caller aborts them.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ def bodies(chosen: Sequence[Case]) -> list[tuple[str, dict[str, Any]]]:
 
 
 async def measure(stage: Stage) -> list[Figure]:
-    """Run the comparison and return the report's rows. Raises NoData if BFCL's data or the model is missing, or
-    DidNotStart."""
+    """Run the comparison and return the report's rows. Raises NoData if BFCL's data or the model is missing. Raises
+    DidNotStart if a server does not start."""
     count = min(CASES, stage.options.cases or CASES)
     with_calls = [case for case in mixed(cases.load(), None, stage.options.seed) if case.calls]
     short = sorted(with_calls, key=lambda case: len(str(case.tools)))  # long schemas would not end within TOKENS

@@ -134,7 +134,7 @@ class Outcome:
 
 
 class Mass:
-    """The callers of a running fleet, and the injector of faults into this fleet."""
+    """A load test of a running fleet: many callers send requests to the fleet while faults are injected into it."""
 
     def __init__(self, fleet: Fleet, seed: int, requests: Sequence[FaultRequest], run: str = "mass") -> None:
         self._fleet = fleet

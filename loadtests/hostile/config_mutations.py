@@ -93,7 +93,7 @@ def out_of_range(data: Any, rng: random.Random) -> str:
 
 
 def another_type(data: Any, rng: random.Random) -> str:
-    """Change the type of a value."""
+    """Replace a value at a random place by a value that usually has another type."""
     path = _pick(data, rng, lambda p, v: True)
     if path is None:
         return ""

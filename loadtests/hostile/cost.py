@@ -1,10 +1,11 @@
-"""Cost of the defences without an attack: the front-end CPU time per streamed token of this checkout, compared with
-another checkout.
+"""Cost of the defences without an attack: the CPU time per streamed token of the front end, in this checkout compared
+with another checkout.
 
 Both checkouts serve the same requests with a simulated engine, in turn, as in the scenario `relay`. The CPU times of
 two processes that run the same code differ by up to a tenth. So several pairs of processes are started, and each pair
-serves a part of the rounds. The value is the geometric mean of the rounds' ratios. The bound applies to the mean; the
-interval is reported together with the mean.
+serves a part of the rounds. In each round, the CPU time of this checkout is divided by that of the other checkout. The
+reported value is the geometric mean of these ratios, with its confidence interval. Only the mean must be within the
+bound.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Volley:
 
 
 class Attack:
-    """Client that sends hostile calls as one tenant."""
+    """Client that sends hostile calls, all with the API key of one tenant."""
 
     def __init__(self, address: str, http: str, key: str) -> None:
         self._key = key

@@ -111,7 +111,7 @@ class EpisodeResults:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Return the values for the report."""
+        """Return the episode's results by name, for the settings of the report."""
         episode = self.episode
         return {
             "failed": len(self.failed), "errors": sorted({call.error[:200] for call in self.failed})[:5],

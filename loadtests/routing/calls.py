@@ -68,12 +68,12 @@ class Prompt:
 
 @dataclass(eq=False, slots=True)
 class RoutedCall:
-    """State of a call. Times are in virtual seconds, -1 before the event.
+    """State of a simulated call. Times are in virtual seconds, -1 before the event.
 
-    Four attributes are numbers of the call's prompt tokens that were found in a cache. `predicted`: in the chosen
-    worker's cache, as the gateway expected. `cached`: in the chosen worker's cache, as the engine found. `pooled`: in
-    a PooledLru (one LRU cache instead of the workers' caches). `in_pool`: in one large BlockCache that repeats the
-    cache operations of all workers.
+    Four attributes count the tokens of the call's prompt that were found in a cache. `predicted`: tokens that the
+    gateway expected in the chosen worker's cache. `cached`: tokens that the engine found in the chosen worker's cache.
+    `pooled`: tokens found in a PooledLru, one LRU cache as large as all workers' caches together. `in_pool`: tokens
+    found in one large BlockCache that repeats the cache operations of all workers.
 
     `ends`: how often the call has ended.
     """

@@ -1,11 +1,13 @@
-"""Fairness between tenants: the largest gap in service, the tenants' shares, a quiet tenant beside a loud
-one, and the cost of the fair queue.
+"""Fairness between tenants: the largest difference in service between two tenants, the tenants' shares, the time to
+first token of a quiet tenant beside a loud one, and the time that the fair queue takes.
 
-Eight simulated workers and one, two or eight gateways run in virtual time. Waiting room, fair queue,
-credits, accounts and routing are the production code (loadtests/sim). Reports arrive 100 ms late. The
-lengths of the tenants' calls are from public traces, or synthetic if the traces are absent. Only the cost
-of queueing is measured in real time. With `--adapters SHARE`, this share of the calls names one of 64
-adapters. A worker's engine holds eight adapters at a time.
+Eight simulated workers and one, two or eight gateways run in virtual time, in the simulator of loadtests/sim. Waiting
+room, fair queue, credits, accounts and routing are the production code. Reports arrive 100 ms late. The lengths of the
+tenants' calls are from public traces, or synthetic if the traces are absent. Only the time of the fair queue is
+measured in real time.
+
+With `--adapters SHARE`, this share of the calls names one of 64 adapters. A worker's engine holds eight adapters at a
+time.
 """
 
 from __future__ import annotations

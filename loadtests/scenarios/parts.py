@@ -1,7 +1,8 @@
-"""A scenario that consists of parts. Each part is a module of one package, and has its own rows in the scenario's
-report.
+"""Scenarios that consist of parts. Each part is a module in a package of the scenario, and measures some rows of the
+scenario's report.
 
-`--only PART` runs some of the parts. The report has the rows of all parts, in the order of the table.
+`--only PART` selects the parts to run. The report has the rows of all parts, in the order in which the scenario lists
+its parts. The rows of a part that is not selected have no value.
 """
 
 from __future__ import annotations

@@ -19,5 +19,5 @@ PARTS = ("mooncake", "agents", "azure", "burst", "slow", "gateways", "new_gatewa
 
 
 async def play(stage: Stage) -> None:
-    """Run the selected parts, and report the rows of all parts in the table's order."""
+    """Run the selected parts, and report the rows of all parts in the order of PARTS."""
     await play_parts(stage, "loadtests.routing", PARTS)

@@ -362,8 +362,8 @@ class SessionWorld:
         return {worker: blocks * BLOCK_TOKENS for worker, blocks in matched.items()}
 
     def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Return how many leading tokens of a prompt each worker holds, by worker id. Returns an empty mapping if the
-        configuration switches the warm order off (`warm` is False)."""
+        """Return the number of leading tokens of a call's prompt that each worker has cached, by worker id. These
+        numbers are used only for the warm order, so the result is empty if `config.warm` is False."""
         return self.cached_tokens(model, key) if self.config.warm else {}
 
     def free_tokens(self, model: str, worker_id: str) -> int:

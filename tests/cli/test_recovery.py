@@ -1,5 +1,5 @@
-"""The recovery that docs/backups.md describes: PostgreSQL is restored to a moment before a disaster, and Headrace works
-again."""
+"""Tests of the recovery that docs/backups.md describes. PostgreSQL is restored to a moment before a disaster, and
+Headrace works again."""
 
 from __future__ import annotations
 

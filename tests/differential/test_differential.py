@@ -76,8 +76,8 @@ async def both(peer: Peer, cluster: TestCluster) -> tuple[Peer, TestCluster]:
 
 @pytest.mark.parametrize("requests", [150, pytest.param(500, marks=pytest.mark.long)])
 async def test_greedy_requests_are_answered_alike(requests: int, both: tuple[Peer, TestCluster]) -> None:
-    """For random requests, our answers have the same text, finish_reason, log probabilities and usage as the other
-    server's answers. Half of our answers are streamed."""
+    """For random requests, Headrace's answers equal those of vLLM's own server in text, finish_reason, log
+    probabilities and usage. Headrace streams half of its answers."""
     peer, cluster = both
     maker = Maker(SEED)
     plain = [maker.plain() for _ in range(PLAIN)]

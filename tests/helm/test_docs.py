@@ -25,8 +25,8 @@ def rows() -> list[list[str]]:
 
 
 def test_sizes_follow_the_formula() -> None:
-    """In the docs' table of model sizes, the sizes in each row equal those that a formula gives, rounded as in the
-    row."""
+    """In docs/kubernetes.md, each row of the table of model sizes agrees with the formula above the table, within the
+    table's rounding."""
     table = rows()
     assert len(table) >= 8
     for name, parameters, width, weights, shape, a_token, gpus, room, tokens in table:

@@ -29,7 +29,8 @@ class Unread:
 
 
 def begin() -> tuple[Sink, ServerState, ConnectionOutput, Unread]:
-    """Return the output of a new connection, with the transport, the h2 state and the counter that it uses."""
+    """Create the output of a new connection. Returns the output's transport, its h2 state, the output, and the counter
+    that it calls as `on_unread`."""
     sink, h2, unread = Sink(), ServerState(EndedStreams(1)), Unread()
     h2.initiate_connection()
     return sink, h2, ConnectionOutput(sink, h2, unread), unread

@@ -16,7 +16,8 @@ HEAD = "api_version: headrace/v1\nname: c\n"
 
 
 def test_a_seed_repeats_its_mutants() -> None:
-    """Equal seeds give equal wrong configuration files, so that a figure can be reproduced."""
+    """Equal seeds give equal mutants (configuration files with one mistake), so that a result can be reproduced. More
+    than half of the mutants are refused."""
     text = EXAMPLE.read_text()
     first, second = ([mutant(text, random.Random(seed)).text for seed in range(20)] for _ in range(2))
     assert first == second

@@ -151,7 +151,7 @@ class HedgeAll(HedgingPolicy):
         self.second.append(key)
 
     def hedge_ended(self, key: str, won: bool, now: float) -> int:
-        """Record a hedged call of which one of the two workers has been dropped."""
+        """Record that only one of the two workers of a hedged call still has the call."""
         self.lost.append(key)
         return 0
 

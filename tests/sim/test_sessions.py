@@ -1,5 +1,8 @@
-"""Tests of the simulated agents. Runs are reproducible. With warm order, where a tenant's sequences with cached prompts
-may be sent first, more prompt tokens are cached and the service of tenants stays fair."""
+"""Tests of the simulated agents. Equal configurations give equal runs.
+
+Warm order may send a sequence whose prompt is cached before older sequences of the same tenant. With warm order, more
+prompt tokens are found in caches, and service stays fair between tenants.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ SHORT, LONG = [Lengths(600, 10), Lengths(300, 20)], [Lengths(100, 200), Lengths(
 
 @cache
 def crowded(gateways: int = 2, fair: bool = True) -> World:
-    """Run a cluster with three tenants, which always have a backlog, for 40 s. Return the cluster.
+    """Run a simulated cluster for 40 s of virtual time, and return it. Its three tenants always have a backlog.
 
     One tenant has a weight of 2. One tenant uses a single gateway.
     """

@@ -20,7 +20,7 @@ class Beats:
 
 @dataclass
 class Reasons:
-    """An outbox that records the reasons of the engine's end."""
+    """A fake outbox. It records the reasons that the worker reports for the end of the engine."""
 
     reasons: list[str] = field(default_factory=list)
 

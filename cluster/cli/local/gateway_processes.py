@@ -40,7 +40,8 @@ class GatewayProcesses:
 
     @property
     def siblings(self) -> list[dict[str, str]]:
-        """Addresses (host:port) by listener name, one mapping for each process that is up except the first."""
+        """Addresses (host:port) of the second and all further processes that are up: for each process, a mapping from
+        listener name to address."""
         return [self._endpoints[process] for process in sorted(self._endpoints) if process]
 
     def pids(self) -> list[int]:

@@ -1,4 +1,5 @@
-"""Ports of a local cluster: choose a free port for each port 0, and check all ports before any process starts."""
+"""Choice of the ports of a local cluster. For each port that is configured as 0, a free port is chosen. All ports are
+checked before any process starts."""
 
 from __future__ import annotations
 

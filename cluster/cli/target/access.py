@@ -53,10 +53,11 @@ class Access:
 
 
 def admin_access(target: ClusterTarget) -> Access:
-    """Return the access to the admin port of a command's target. An unreadable file ends the command with exit code 2.
+    """Return the address, credential and certificate with which a command reaches the admin port of its target.
 
-    If the address belongs to the local cluster, the local cluster's credential and certificate are used. A credential
-    or a certificate that the target names takes precedence.
+    If the address belongs to the local cluster, that cluster's credential and certificate are used, except where an
+    option or the target's context gives another one. If the file of a key or certificate cannot be read, the command
+    ends with exit code 2.
     """
     address = admin_endpoint(target.endpoint, target.admin)
     run = local_run()

@@ -148,7 +148,8 @@ class ChunkDelivery:
         self._marked: deque[StreamWriter] = deque()
 
     def add(self, writer: StreamWriter) -> None:
-        """Let this writer write its new output soon, in a callback of the event loop."""
+        """Queue a writer whose call has something new. A callback of the event loop soon calls `write` of each queued
+        writer."""
         if not self._marked:
             self.loop.call_soon(self._write_marked)
         self._marked.append(writer)

@@ -93,10 +93,12 @@ class ChatRenders:
         clock: Callable[[], float],
         note_unserved: Callable[[KnownModel], None] = lambda model: None,
     ) -> None:
-        """Create the queue of chats that wait to be rendered. `room_of`: makes the queue's waiting room; its argument
-        is a function that returns a model's fair order. `weight_of`: returns a tenant's weight. `tally`: counts the
-        waiting chats as demand. `find`: returns a model by name. `note_unserved`: reports the demand for a model that
-        has no worker."""
+        """Create the queue of chats that wait to be rendered.
+
+        `room_of(order_of)`: returns the waiting room of this queue; `order_of(model)` returns the fair order of a
+        model's chats. `weight_of`: returns a tenant's weight. `tally`: counts the waiting chats as demand. `find`:
+        returns a model by name. `note_unserved`: reports the demand for a model that has no worker.
+        """
         self._orders = FairOrders(lambda: FairOrder(weight_of=weight_of))
         self._room = room_of(self._orders.order)
         self._tally = tally

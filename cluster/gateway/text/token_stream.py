@@ -98,8 +98,8 @@ class TokenStream:
 
     def _cut(self, tokens: list[int]) -> int:
         """Return an index near the end at which `tokens` can be cut without changing the text: the texts of the two
-        parts, joined, equal the text of all tokens. KEPT_TOKENS indexes are tried, from the largest to the smallest. If
-        none has this property, return the largest."""
+        parts, joined, equal the text of all tokens. The KEPT_TOKENS indexes from `len(tokens) - KEPT_TOKENS` downwards
+        are tried. If no index works, the first one tried is returned."""
         whole, latest = self.text_of(tokens), len(tokens) - KEPT_TOKENS
         for cut in range(latest, latest - KEPT_TOKENS, -1):
             if self.text_of(tokens[:cut]) + self.text_of(tokens[cut:]) == whole:

@@ -246,8 +246,8 @@ class WaitingRoom:
         return len(self._entries) < self._max_requests and self._tokens + waiting.tokens <= self._max_tokens
 
     def _add(self, waiting: WaitingSequence, now: float) -> Order:
-        """Add a sequence to the room's counts and expiry times. Returns the model's `Order`, which decides the next
-        sequence to be sent; the caller must add the sequence there too."""
+        """Count a sequence in the room, and store the time at which its wait expires. Returns the order of the
+        sequence's model; the caller must then add the sequence to this order."""
         if now > self._now:
             self._now = now
         self._stays = stay = self._stays + 1

@@ -54,8 +54,8 @@ PolicyName = Literal["cost", "least_load", "round_robin", "power_of_two", "consi
 
 @dataclass(frozen=True, slots=True)
 class CostWeights:
-    """Weights of the terms of the cost, all in prompt tokens and at least 0. The module's docstring derives the
-    terms."""
+    """Weights of the terms in the cost of a worker, which the module's docstring derives. All weights are at least 0.
+    `computed` is a factor; the other weights are costs, counted in prompt tokens."""
 
     computed: float = 16.0
     """Cost of a prompt token that must be computed."""

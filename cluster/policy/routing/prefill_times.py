@@ -104,8 +104,9 @@ class PrefillTimes:
         sums.usual_s = KEPT * sums.usual_s + self.usual_s(tokens)
 
     def record_unfinished(self, worker_id: str, tokens: int, seconds: float, now: float) -> None:
-        """Record that a worker has worked for `seconds` on prompts and has not finished them, at a time when one of
-        them is late with its first token. `tokens`: number of tokens of all these prompts.
+        """Record that a worker has worked on some prompts for `seconds` and has finished none of them. The caller does
+        this when a first token is late. `tokens`: number of prompt tokens that the worker must compute for all these
+        prompts.
 
         The record counts for the next `seconds` seconds, or until the worker's next sample or next record of unfinished
         prompts.

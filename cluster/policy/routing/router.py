@@ -76,18 +76,21 @@ class Candidate:
 class RouteCall:
     """Fields of a call that routing uses.
 
-    `tokens`: number of prompt tokens; for a resumed call, number of prompt and emitted tokens. `uncached_tokens`: how
-    many of `tokens` must probably be computed; 0 means all. `reserved_slots`: the call is sent only if the workers of
-    its model together have more free sequences than this. `compatibility_key`: key of the worker that began a resumed
-    call; None for a new call. `excluded`: incarnations to which the call must not be sent. `versions`: versions on
-    which a new call may begin; empty means any version. `cached_on`: incarnation that probably still holds the KV
-    blocks of a resumed call, or "". `uncached_there`: number of tokens to compute on `cached_on`. `needs_tools`:
-    whether the worker must have a parser for tool calls. `cached`: number of leading tokens of a new call that workers
-    hold in their KV caches, by worker id. `sharing`: number of recent calls that had the same longest cached prefix as
-    this call. `affinity`: hash of the affinity key, in [1, 2**64), or 0 for none. `prefix`: hash of the beginning of
-    the prompt, in [0, 2**64). `call_id`: id of a new call, the seed of policies that choose at random. `adapter`:
-    digest of the adapter that the worker must have loaded, or another name that the gateway uses while the digest is
-    unknown; "" for the base model.
+    Fields of all calls. `tokens`: number of prompt tokens; for a resumed call, the sum of prompt tokens and emitted
+    tokens. `reserved_slots`: number of slots that must stay free for other tenants. The call is sent only if the
+    workers of its model together have more free slots than that. `excluded`: incarnations to which the call must not be
+    sent. `needs_tools`: whether the worker must have a parser for tool calls. `adapter`: digest of the adapter that the
+    worker must have loaded, or another name that the gateway uses while the digest is unknown; "" for the base model.
+
+    Fields of new calls. `call_id`: the call's id, the seed of policies that choose at random. `versions`: versions on
+    which the call may begin; empty means any version. `cached`: number of leading prompt tokens that each worker holds
+    in its KV cache, by worker id. `sharing`: number of recent calls that had the same longest cached prefix as this
+    call. `affinity`: hash of the affinity key, in [1, 2**64), or 0 for none. `prefix`: hash of the beginning of the
+    prompt, in [0, 2**64).
+
+    Fields of resumed calls. `compatibility_key`: key of the worker that began the call; None for a new call.
+    `uncached_tokens`: how many of `tokens` a worker must probably compute; 0 means all. `cached_on`: incarnation that
+    probably still holds the call's KV blocks, or "". `uncached_there`: number of tokens that `cached_on` must compute.
     """
 
     model: str

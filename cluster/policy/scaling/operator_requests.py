@@ -17,7 +17,8 @@ class ScalingRequests:
     """Implementation of api.scaling.ScalingService by a Scaler."""
 
     def __init__(self, scaler: Scaler, changed: Callable[[], None]) -> None:
-        """`changed`: function to call after each change of the requests. It stores the requests and starts a pass."""
+        """`changed`: called after each change of the requests. It must store the requests and wake the controller, so
+        that the scaler applies them."""
         self._scaler = scaler
         self._changed = changed
 

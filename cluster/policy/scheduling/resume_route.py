@@ -44,7 +44,8 @@ def resumed_request(sequence: ResumingSequence, candidates: Collection[Candidate
 
 
 def suits(sequence: ResumingSequence, worker: Candidate, now: float) -> bool:
-    """Return whether a worker has capacity for a sequence that resumes, and is compatible and allowed for it."""
+    """Return whether a sequence may resume on a worker now. The worker must be healthy and not draining, have capacity,
+    be compatible with the sequence, and not be excluded for it."""
     return (
         may_take_resumed(worker)
         and worker.healthy

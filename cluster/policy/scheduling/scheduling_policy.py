@@ -95,7 +95,8 @@ class SchedulingPolicy:
     # ---- instructions
 
     def assign(self, model: str, now: float) -> Iterator[Instruction]:
-        """Yield the instructions for all sequences of a model for which a worker has capacity."""
+        """Yield the instructions for a model's queued sequences, as far as workers have capacity. Resumed sequences
+        come before new ones."""
         yield from self.assign_resumed(model, self.resuming.in_order(model), now)
         yield from self._new_assignment.assign(model, now)
 

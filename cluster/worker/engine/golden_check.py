@@ -290,8 +290,8 @@ class CheckedEngine:
                 return outputs
 
     def _remove_golden_output(self, outputs: Sequence[TokenOutput]) -> Sequence[TokenOutput]:
-        """Return `outputs` without the output of the golden request, which is added to the golden answer. If another
-        request has ended in an error, schedule another check."""
+        """Move the output of the golden request from `outputs` to the golden answer. Returns the other outputs. If one
+        of them is an error, another check is scheduled."""
         golden_output = None
         for output in outputs:
             if output.request_id == self._golden_id:

@@ -1,4 +1,5 @@
-"""Golden check of a pooling model: the request, and the comparison of its vector with the reference."""
+"""Golden check (golden_check.py) of a pooling model: the parameters of the golden request, and the comparison of a
+vector with the reference vector."""
 
 from __future__ import annotations
 

@@ -71,7 +71,8 @@ class ParserSession:
         self._replay(wire.unpack_ids(opening.emitted))
 
     def _replay(self, emitted: Sequence[int]) -> None:
-        """Parse the tokens that were emitted before the session, and keep their parts for the first answer."""
+        """Parse the tokens that were emitted before this session began. The next call of `feed` returns the parts that
+        result."""
         together = REPLAYED_TOKENS if self._replays_together else 1
         for token_id in emitted:
             if self._is_whole or self._reasons or together == 1:

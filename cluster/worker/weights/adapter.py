@@ -419,7 +419,8 @@ def _check_values(folder: Path, stream: BinaryIO, tensors: Mapping[str, Tensor],
 
 
 def _pieces(stream: BinaryIO, length: int) -> Iterator[bytes]:
-    """Yield the next `length` bytes in pieces, none of which ends within a number.
+    """Yield the next `length` bytes in pieces of at most PIECE_BYTES. This size is a multiple of 2 and 4, the sizes of
+    a weight in bytes, so no weight of a tensor is divided between two pieces.
 
     Raises AdapterError if the file has become shorter.
     """

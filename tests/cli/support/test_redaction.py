@@ -183,7 +183,8 @@ def test_harmless_settings_stay() -> None:
     ],
 )
 def test_texts_of_the_form_of_a_secret(text: str, shown: str) -> None:
-    """Keys, tokens and private keys are recognized by their form and redacted, and so are passwords in URLs."""
+    """API keys, tokens and private keys are recognized by their form and redacted. Passwords in URLs are redacted too.
+    Other texts are unchanged."""
     assert Redactor(()).text(text) == shown
 
 

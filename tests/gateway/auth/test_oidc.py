@@ -169,7 +169,8 @@ async def reason(verifier: OidcVerifier, token: str) -> str:
 
 
 async def test_tokens_of_a_real_issuer(real: RealIssuer) -> None:
-    """The tenant of a token is found by a claim's name or path. A token for another audience is refused."""
+    """A token's tenant is the value of the claim that the settings name. The name may be a path into nested claims. A
+    token without this claim, or for another audience, is refused."""
     verifier = OidcVerifier([Issuer(real.url, "headrace", "org", "headrace_role")])
     claims = await verifier.verify(real.token("ada"))
     assert (claims.tenant, claims.role, claims.subject, claims.issuer) == ("acme", "operator", "ada", real.url)

@@ -1,7 +1,5 @@
-"""The example deploy/tenants.yaml, used as the comment at the beginning of that file describes.
-
-The tests check that secrets are made, that keys can be created, and that tenants are isolated.
-"""
+"""Tests of the example deploy/tenants.yaml, with the commands in the comment at the beginning of that file. Secrets are
+made once, keys can be created for the example's tenant and for a new tenant, and calls without a key are refused."""
 
 from __future__ import annotations
 

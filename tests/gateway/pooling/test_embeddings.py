@@ -144,8 +144,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("fields", "param", "says"), BAD, ids=[f"{param}-{i}" for i, (_, param, _) in enumerate(BAD)])
 async def test_a_wrong_field_is_named(pooling: TestCluster, fields: dict[str, Any], param: str, says: str) -> None:
-    """The error for a wrong field names the field and the allowed values, whether the gateway or a helper process
-    parses the body."""
+    """The error for a wrong field names the field and says which values are allowed. This holds for a small body, which
+    the gateway parses itself, and for a large body, which a helper process parses."""
     for padding in (0, 3 << 20):
         reply = await fetch(pooling, "/v1/embeddings", body(**fields, unknown="x" * padding))
         assert reply.status == 400, reply.body

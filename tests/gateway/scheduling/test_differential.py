@@ -102,7 +102,8 @@ class Host:
 
 
 class Gateway(RuleBasedStateMachine):
-    """State machine test of a gateway's scheduler with real calls and real links. The rules act as the workers."""
+    """State machine that tests a gateway's scheduler with real calls and real worker links. Its rules do what callers
+    and workers would do."""
 
     def __init__(self) -> None:
         super().__init__()

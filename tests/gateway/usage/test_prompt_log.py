@@ -29,7 +29,7 @@ WORDS = "a sentence that nobody else says"
 
 @pytest.fixture(scope="module")
 async def keyed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Keyed]:
-    """Provide a gateway with keys and a worker."""
+    """Provide a gateway that requires API keys, with one worker."""
     async with keyed_cluster(tmp_path_factory.mktemp("prompts")) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
         yield keyed

@@ -43,8 +43,8 @@ STAYS, TRIAL = ("v1", "d1"), ("v2", "d2", 0.05)
 def test_shares(
     trial: tuple[str, str, float] | None, marks: dict[str, VersionOverride], expected: tuple[ReplicaShare, ...]
 ) -> None:
-    """A version has the weight of the configuration file, unless a mark (a stored override) for exactly this digest
-    sets another weight."""
+    """A version has the weight from the configuration file. A mark (a stored override) changes the version's weight or
+    state, but only if the mark has exactly the version's digest."""
     assert shares(STAYS, trial, marks) == expected
 
 

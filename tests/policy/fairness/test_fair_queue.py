@@ -1,6 +1,6 @@
-"""Tests of fair queuing: no idle capacity, bounded gaps between tenants, no starvation, equal counters at all gateways,
-and shedding.
-"""
+"""Tests of the fair queue. While any sequence waits, one of them is next. The service counters of waiting tenants
+differ by at most a fixed bound, and no tenant starves. All gateways arrive at equal service counters. The tests also
+cover expected output lengths and the shedding of sequences from a full waiting room."""
 
 from __future__ import annotations
 

@@ -168,9 +168,9 @@ def test_a_burst_of_equal_calls_spreads_over_equal_workers(policy: PolicyName, v
 @pytest.mark.parametrize("holders", [0, 1, 3])
 @pytest.mark.parametrize("tokens", [2_000, 10_000])
 def test_a_burst_makes_no_hot_spot(holders: int, tokens: int, vector_from: int) -> None:
-    """If 64 calls with the same prefix arrive together, and none, one or three of eight workers hold the prefix, no
-    worker gets more than 1.75 times the mean number of calls. The holders may get a little more calls than the others,
-    which must compute the prefix first."""
+    """Of 64 calls with the same prefix that arrive together at eight workers, no worker gets more than 1.75 times the
+    mean number of calls. This holds if none, one or three of the workers have the prefix cached. These workers may get
+    a few more calls than the others, which must compute the prefix first."""
     fleet = fleet_of([worker(f"w{number}") for number in range(8)], RoutingSettings(), vector_from)
     prefix = tokens - 400
     cached, hot, sent = {f"w{number}": prefix for number in range(holders)}, HotPrefixes(), Counter[str]()

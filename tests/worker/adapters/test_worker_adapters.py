@@ -357,8 +357,9 @@ async def test_requests_cause_few_reports() -> None:
 
 
 async def test_a_request_waits_for_memory_for_a_bounded_time() -> None:
-    """While all adapters in memory are in use, a request for another adapter is refused after a while. That adapter
-    counts as loading until it is loaded."""
+    """If all adapters in the engine's memory are in use, a request for another adapter is refused after at most
+    `hold_s` seconds. The load of this adapter goes on: the adapter is reported as LOADING, and is loaded when a used
+    adapter is released."""
     async with Subject(capacity=1, hold_s=0.01) as subject:
         subject.want("a", "b")
         await subject.all_ready()

@@ -176,7 +176,8 @@ def _make_missing_authorities(folder: Path) -> list[Path]:
 
 
 def _remember_hosts(folder: Path, hosts: Sequence[str]) -> list[str]:
-    """Add `hosts` to the stored host names of the client ports. Returns all stored host names. Raises OSError."""
+    """Add `hosts` to the file clients/hosts in the authority's folder, which lists additional host names for the
+    certificate of the client ports. Returns all host names in the file. Raises OSError."""
     file = folder / "clients" / "hosts"
     stored = file.read_text().split() if file.exists() else []
     all_hosts = list(dict.fromkeys([*stored, *hosts]))

@@ -45,8 +45,8 @@ or if tenants or keys have changed since the headers came, the caller is authent
 
 
 class AdmittedCaller(NamedTuple):
-    """An authenticated caller. `at`: the time of the authentication. `snapshot`: identifies the state of the tenants
-    and keys at that time (`Authenticator.knows`)."""
+    """An authenticated caller. `at`: the time of the authentication. `snapshot`: the object that `Authenticator.knows`
+    returned at that time. If `knows` now returns another object, tenants or keys have changed since then."""
 
     principal: Principal
     snapshot: object

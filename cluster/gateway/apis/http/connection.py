@@ -66,8 +66,9 @@ class HttpConnection:
             self._end()
 
     def watch(self, lost: Callable[[], None]) -> None:
-        """Call `lost` once the client is gone. If the client is gone already, call `lost` soon. Also resume reading
-        from the connection, because a disconnect is noticed only while reading."""
+        """Register the function `lost`. It is called when the client disconnects, or soon if the client has
+        disconnected already. Reading from the connection is resumed, because a disconnect is noticed only while
+        reading."""
         self.watch_paused(lost)
         self._flow.resume_reading()
 
@@ -78,7 +79,8 @@ class HttpConnection:
             self._loop.call_soon(lost)
 
     def unwatch(self, lost: Callable[[], None]) -> None:
-        """Stop calling `lost`."""
+        """Undo `watch` or `watch_paused`: a disconnect no longer calls `lost`. Does nothing if another function has
+        been registered since."""
         if self._on_lost is lost:
             self._on_lost = None
 

@@ -198,9 +198,12 @@ class OutputSequence(LinkedSequence[Owner]):
         self.call_output.wake()
 
     def go_direct(self, direct: Callable[[str], None]) -> None:
-        """Pass the text of each further token to `direct`. Has no effect in these cases: no piece was popped yet, the
-        output has ended, log probabilities are wanted, parts of the parsed output are not popped yet, or stop strings
-        or guards search the text."""
+        """Pass the text of each further token to `direct`, instead of keeping it for the next piece.
+
+        Does nothing in five cases: (1) the API has not popped a piece yet; (2) the output has ended; (3) log
+        probabilities are wanted; (4) stop strings or guards search the text; (5) the API has not popped all parts that
+        the worker's parser has made.
+        """
         if self.logprob_texts is not None or not self.pieces.more_text:
             return
         if not self.detokenizer.searches_text:

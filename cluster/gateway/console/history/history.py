@@ -63,7 +63,8 @@ SERIES: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 class Table:
-    """The values of many keys. A key is a model or a tenant. All keys have the same columns."""
+    """Values of several models or tenants in the last STEPS steps, by the key of the model or tenant. For each key and
+    step, there is one value in each column."""
 
     def __init__(self, columns: Sequence[str], max_keys: int) -> None:
         self.columns = {name: at for at, name in enumerate(columns)}

@@ -36,8 +36,8 @@ class ControlTokens:
         return text if self._start is None else self._start.sub(lambda found: found[0] + self._separator, text)
 
     def in_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Escape the control tokens in contents and names, but only in the messages of users and tools. Returns all
-        messages."""
+        """Return all messages. In the messages of users and tools, the control tokens in contents and names are
+        escaped; other messages are unchanged."""
         return [self._in_message(message) if message.get("role") in ROLES else message for message in messages]
 
     def in_documents(self, documents: object) -> object:

@@ -117,9 +117,11 @@ def _keeps_all(
 
 
 def _pieces(tokenizer: Tokenizer, steps: Sequence[Mapping[str, Any]]) -> list[bytes] | None:
-    """Return the bytes of each piece in the vocabulary; None if some byte of a text could be left without a token.
+    """Return the bytes of each piece in the vocabulary. Returns None unless every byte of every text certainly becomes
+    part of a token.
 
-    A piece that contains the mark ▁, which stands for a space, gets the bytes of both the mark and a space.
+    In sentencepiece vocabularies, the mark ▁ stands for a space. For a piece with the mark, a space is appended to the
+    piece's own bytes, so that the bytes contain the mark as well as the space.
     """
     model = tokenizer.model
     if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:

@@ -2,16 +2,17 @@
 most timely calls (calls that are not late) per GPU.
 
 Problem: the replica targets may need more GPUs than there are. Timely calls as a function of replicas
-(marginal_gain.py) form an S-curve: a model with fewer replicas than its load serves hardly any call in time, then the
+(marginal_gain.py) form an S-curve. With fewer replicas than a model's load needs, hardly any call is timely; then the
 curve is steep, then flat. A greedy choice of single replicas would stop at the flat beginning of the curve.
 
-Method: replicas are given in steps along the curve's upper concave hull. A step has the number of replicas that gains
-most per GPU. On the hull, gains fall from step to step, so the greedy choice is optimal up to the last step (a sum of
-concave functions under one knapsack constraint).
+Method: a model gets replicas in steps, each of one replica or several. The size of a step is the one that gains most
+per GPU, so the steps follow the upper concave hull of the model's curve. On the hull, the gain per GPU falls from step
+to step. So taking the step with the greatest gain first is optimal, except for the last step, which may not fit into
+the budget (a sum of concave functions under one knapsack constraint).
 
-A class counts `CLASS` times as much as the class below. A new replica gains nothing during its cold start, and queued
-work delays the gain. The gain of a running replica is multiplied by `EDGE`, so that two models of similar gain do not
-take GPUs from each other in turns.
+Calls of a priority class count `CLASS` times as much as calls of the class below. A new replica gains nothing during
+its cold start, and queued work delays the gain. The gain of a running replica is multiplied by `EDGE`, so that two
+models of similar gain do not take GPUs from each other in turns.
 """
 
 from __future__ import annotations

@@ -53,7 +53,8 @@ def _pid_scope() -> str:
 
 
 def mark(pid: int) -> str:
-    """Return a text that identifies a process on any host; empty if there is no /proc or no such process."""
+    """Return a text that identifies a process: no other process has the same text, not even on another host. Empty if
+    there is no /proc or no such process."""
     start, here = _start_time(pid), _pid_scope()
     return f"{pid}@{start}@{here}" if start and here else ""
 
@@ -131,10 +132,10 @@ def _with_descendants(roots: Iterable[int]) -> set[int]:
 
 
 def sharers(names: set[str]) -> dict[int, set[str]]:
-    """Return the processes on this host that have mapped any of these shared-memory names, by pid. The values are all
-    shared-memory names that a process has mapped.
+    """Return the processes on this host that have mapped at least one of the shared-memory names `names`. The result
+    maps the pid of each such process to all shared-memory names of engines that it has mapped.
 
-    The result includes ranks that Ray has placed. Those ranks are not descendants of this process. They may be
+    The result includes ranks that Ray has placed. Those ranks are not descendants of this process, and they may be
     killed before they can unlink their names.
     """
     pids = [int(process.name) for process in Path("/proc").iterdir() if process.name.isdigit()] if names else []

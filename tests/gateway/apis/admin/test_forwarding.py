@@ -112,8 +112,8 @@ async def test_a_slow_verb_holds_no_other_up(controlled: Controlled) -> None:
 
 
 def test_the_audit_keeps_plain_fields() -> None:
-    """Audit details are the scalar fields of a request, except the reason and the name of the changed object. Long
-    texts are cut."""
+    """`details` returns the scalar fields of a request. The field `reason` and the excluded field are left out, and
+    long texts are cut."""
     request = Scale(name="m", reason="r" * 9999, replicas=2)
     assert details(request, "name") == {"replicas": 2}
     assert details(scaling_pb2.FreezeRequest(name="x" * 999)) == {"name": "x" * MAX_DETAIL}

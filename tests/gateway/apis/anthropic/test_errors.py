@@ -69,8 +69,8 @@ def test_every_outcome_has_a_type_for_its_status(outcome: Outcome) -> None:
 
 
 def test_fields_have_the_callers_names() -> None:
-    """An error names a wrong field as Anthropic's API calls it, for example `stop_sequences[1]`. The names of the
-    internal request and of OpenAI's tools are translated."""
+    """The error for a wrong field uses the field's name in Anthropic's API, for example `stop_sequences[1]` instead of
+    the internal name `stop[1]`. Names in OpenAI's form of a tool are translated too."""
     fields = ["stop[1]", "messages[0].content", "tools[2].function.parameters.properties", "response_format"]
     named = ["stop_sequences[1]", "messages[0].content", "tools[2].input_schema.properties", "output_config.format"]
     error = CallError(

@@ -220,8 +220,8 @@ async def test_a_process_that_watches_ends_with_its_owner() -> None:
 
 
 def test_only_multiprocessing_blocks_are_swept() -> None:
-    """`shared_memory_files` lists only files of multiprocessing and vLLM. Files whose names are already removed are
-    left out."""
+    """`shared_memory_files` returns only names of shared memory that multiprocessing or vLLM has created. Names that
+    are already unlinked are left out."""
     maps = """
 7f1-7f2 rw-s 0 00:1a 5 /dev/shm/psm_abc123
 7f2-7f3 rw-s 0 00:1a 5 /dev/shm/plasmaXYZ

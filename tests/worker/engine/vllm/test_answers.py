@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="session")
 def reference(llama_folder: Path) -> Any:
-    """The same checkpoint, loaded in transformers with float32."""
+    """Provide the model of `llama_folder`, loaded by transformers in float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
