@@ -44,7 +44,7 @@ class FleetWorker:
     version: str = ""
     generation: str = ""
     kv_usage: float = 0.0
-    standing: DrainState = DrainState.SERVING
+    drain_state: DrainState = DrainState.SERVING
     work: ComputedWork = field(default_factory=ComputedWork)
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0
@@ -315,7 +315,7 @@ def _worker(w: pb.FleetWorker) -> FleetWorker:
         engine_class=w.engine_class,
         running=w.load.running,
         kv_usage=w.load.kv_usage,
-        standing=DrainState.SERVING if not w.standing else codec.drain_state_from_pb(pb.Standing(state=w.standing)),
+        drain_state=DrainState.SERVING if not w.standing else codec.drain_state_from_pb(pb.Standing(state=w.standing)),
         work=work_from_pb(w.work),
         max_num_seqs=w.max_num_seqs,
         max_num_batched_tokens=w.max_num_batched_tokens,

@@ -12,6 +12,7 @@ import structlog
 
 from cluster.api.demand import ModelDemand
 from cluster.api.scaling import ScalingDecision
+from cluster.api.types import DrainState
 from cluster.config.schema import Config
 from cluster.controller.desired_models import DesiredModels
 from cluster.controller.links import FleetWorker
@@ -99,7 +100,7 @@ def workers_of(fleet: Sequence[FleetWorker], gpus: Mapping[str, str] | None = No
             incarnation=worker.incarnation,
             model=worker.model,
             gpu=types.get(worker.generation, ""),
-            serves=worker.standing == "SERVING",
+            serves=worker.drain_state is DrainState.SERVING,
             running=worker.running,
             kv_use=worker.kv_usage,
             work=worker.work,

@@ -28,6 +28,8 @@ from cluster.worker.engine.processes import end_causes, sockets
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 LOGICAL_GPUS = 64
 LOGICAL_CPUS = 64
+_NO_IDLE_WORKERS = {"RAY_prestart_worker_first_driver": "0"}
+"""Replicas have environments of their own, so they never use the processes that Ray starts for the first driver."""
 _START_S = 180.0
 _DRAINING = "received SIGTERM. Draining for up to"
 _POLL_S = 0.05
@@ -117,6 +119,7 @@ class LocalRay:
                     **_without_other_ray(os.environ),
                     **self.environment(),
                     "PYTHONUNBUFFERED": "1",
+                    **_NO_IDLE_WORKERS,
                     TIMEOUT_ENV: str(ray_timeout_s(self._settings.drain_timeout_s)),
                     "AUTOSCALER_METRIC_PORT": str(autoscaler_metrics),
                     "DASHBOARD_METRIC_PORT": str(dashboard_metrics),

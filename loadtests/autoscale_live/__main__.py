@@ -117,7 +117,7 @@ async def _day(live: Live, watch: Watch, seconds: float, seed: int) -> dict[str,
     ended = began + seconds
     faults = [result for result in results if result.fault]
     good = [_good(result) for result in results]
-    cold_s = live.controller.scaler.standing(MODEL).cold_start_s
+    cold_s = live.controller.scaler.scaling_of(MODEL).cold_start_s
     simulated = _simulated(calls, seconds, cold_s)
     gpu_s = watch.gpu_seconds(began, ended)
     return {

@@ -49,7 +49,7 @@ class Watch:
     async def run(self) -> None:
         """Record samples until cancelled."""
         while True:
-            counts = self._scaler.standing(MODEL)
+            counts = self._scaler.scaling_of(MODEL)
             self.samples.append((time.monotonic(), counts.running, counts.starting, counts.desired))
             await asyncio.sleep(SAMPLE_S)
 

@@ -29,7 +29,7 @@ def test_workers_that_drain_do_not_serve() -> None:
     """A draining worker does not count as serving. If a worker has not reported its engine's limits, `limits` is
     None."""
     draining = FleetWorker(
-        "w", "i", "m", standing=DrainState.DRAINING, max_num_seqs=4, max_num_batched_tokens=8, kv_tokens=9
+        "w", "i", "m", drain_state=DrainState.DRAINING, max_num_seqs=4, max_num_batched_tokens=8, kv_tokens=9
     )
     seen, plain = scaling.workers_of([draining, FleetWorker("v", "j", "m")])
     assert (seen.serves, seen.limits is not None and seen.limits.kv_tokens) == (False, 9)

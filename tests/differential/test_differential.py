@@ -74,7 +74,7 @@ async def both(peer: Peer, cluster: TestCluster) -> tuple[Peer, TestCluster]:
     return peer, cluster
 
 
-@pytest.mark.parametrize("requests", [150, pytest.param(500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("requests", [100, pytest.param(500, marks=pytest.mark.long)])
 async def test_greedy_requests_are_answered_alike(requests: int, both: tuple[Peer, TestCluster]) -> None:
     """For random requests, Headrace's answers equal those of vLLM's own server in text, finish_reason, log
     probabilities and usage. Headrace streams half of its answers."""

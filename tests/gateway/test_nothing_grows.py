@@ -80,7 +80,9 @@ class Held:
         gc.unfreeze()  # objects frozen at start (process/memory.py) would not be counted
         gc.collect()
         loop: Any = asyncio.get_running_loop()
-        kinds = Counter(f"{type(one).__module__}.{type(one).__qualname__}" for one in gc.get_objects())
+        kinds: Counter[str] = Counter()
+        for kind_of_object, count in Counter(map(type, gc.get_objects())).items():
+            kinds[f"{kind_of_object.__module__}.{kind_of_object.__qualname__}"] += count
         for kind in LAZY:
             del kinds[kind]
         timers = Counter(_name(handle._callback) for handle in loop._scheduled if not handle.cancelled())

@@ -41,7 +41,7 @@ async def ask(cluster: TestCluster, *arguments: str) -> Done:
     return Done(process.returncode or 0, stdout.decode(), stderr.decode())
 
 
-def standing(cluster: TestCluster, worker: Worker) -> DrainState:
+def drain_state_at(cluster: TestCluster, worker: Worker) -> DrainState:
     """Return a worker's drain state as the gateway knows it."""
     return next(x.drain_state for x in cluster.gateway.hub.links if x.identity.worker_id == worker.identity.worker_id)
 
@@ -75,7 +75,7 @@ async def test_a_cordon_through_one_gateway_holds_at_both(
     done = await ask(a, "cordon", name)
     assert done.exit_code == 0, done
     assert "has no other worker that takes calls" in done.stderr
-    await until(lambda: standing(b, worker) is DrainState.CORDONED, "the other gateway knows")
+    await until(lambda: drain_state_at(b, worker) is DrainState.CORDONED, "the other gateway knows")
     other = await add(two, checkpoint, bundle)
     for gateway in two:
         for _ in range(4):
@@ -85,7 +85,7 @@ async def test_a_cordon_through_one_gateway_holds_at_both(
     assert "CORDONED" in (await ask(b, "workers")).stdout
     assert (await running).usage.completion_tokens == 400
     assert (await ask(b, "uncordon", name)).exit_code == 0
-    await until(lambda: standing(a, worker) is DrainState.SERVING, "the other gateway knows")
+    await until(lambda: drain_state_at(a, worker) is DrainState.SERVING, "the other gateway knows")
     await other.stop()
     assert (await a.stub.Chat(chat(max_tokens=2))).choices
 
@@ -114,9 +114,9 @@ async def test_a_drained_worker_ends_empty_and_nothing_is_cut(
     for chunks in ended:
         assert text_of(chunks) == text_of(whole)
         assert chunks[-1].usage.resumed == 1
-    await until(lambda: standing(b, worker) is DrainState.DRAINED, "the other gateway knows")
+    await until(lambda: drain_state_at(b, worker) is DrainState.DRAINED, "the other gateway knows")
     assert (await ask(b, "uncordon", name)).exit_code == 0
-    await until(lambda: a.linked(name) and standing(a, worker) is DrainState.SERVING, "it serves again")
+    await until(lambda: a.linked(name) and drain_state_at(a, worker) is DrainState.SERVING, "it serves again")
 
 
 @pytest.mark.slow
@@ -141,8 +141,8 @@ async def test_a_node_names_all_its_workers(cluster: TestCluster, checkpoint: Pa
     here = [await cluster.add_worker(sim_engine(checkpoint), bundle, node="rack-1") for _ in range(2)]
     there = await cluster.add_worker(sim_engine(checkpoint), bundle, node="rack-2")
     assert (await ask(cluster, "drain", "rack-1", "--timeout-s", "5")).exit_code == 0
-    assert [standing(cluster, worker) for worker in here] == [DrainState.DRAINED] * 2
-    assert standing(cluster, there) is DrainState.SERVING
+    assert [drain_state_at(cluster, worker) for worker in here] == [DrainState.DRAINED] * 2
+    assert drain_state_at(cluster, there) is DrainState.SERVING
 
 
 @pytest.mark.slow
@@ -164,10 +164,10 @@ async def test_kubernetes_names_are_known(cluster: TestCluster, checkpoint: Path
     ]
     assert names == [list(expected) for expected in where]
     assert (await ask(cluster, "drain", "gpu-b", "--timeout-s", "5")).exit_code == 0
-    assert [standing(cluster, worker) for worker in (first, second)] == [DrainState.SERVING, DrainState.DRAINED]
+    assert [drain_state_at(cluster, worker) for worker in (first, second)] == [DrainState.SERVING, DrainState.DRAINED]
     assert (await ask(cluster, "drain", "ip-10-0-3-7", "--timeout-s", "5")).exit_code == 0
-    assert standing(cluster, first) is DrainState.DRAINED
-    assert standing(cluster, old) is DrainState.SERVING
+    assert drain_state_at(cluster, first) is DrainState.DRAINED
+    assert drain_state_at(cluster, old) is DrainState.SERVING
     table = (await ask(cluster, "workers")).stdout
     assert all(word in table for word in ("ip-10-0-3-7", "gpu-a", "gpu-b", "7e1"))
 
@@ -182,7 +182,7 @@ async def test_a_link_made_later_hears_it(tmp_path: Path, checkpoint: Path, bund
         (link,) = a.gateway.hub.links
         link.close("cut by the test")
         await until(lambda: [x for x in a.gateway.hub.links if x is not link] != [], "it has dialed anew")
-        await until(lambda: standing(a, worker) is DrainState.CORDONED, "the new link knows")
+        await until(lambda: drain_state_at(a, worker) is DrainState.CORDONED, "the new link knows")
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,12 @@ class ScalingRequests:
                 raise invalid("replicas", f"must be 0 to {most} (max_replicas of {spec.name}), got {replicas}")
             manual[spec.name] = replicas
         self._ask(dataclasses.replace(asked, manual=manual))
-        standing = self._scaler.standing(spec.name)
-        if standing.by == "frozen":
-            return standing
+        scaling = self._scaler.scaling_of(spec.name)
+        if scaling.by == "frozen":
+            return scaling
         return dataclasses.replace(
-            standing,
-            desired=standing.desired if replicas is None else replicas,
+            scaling,
+            desired=scaling.desired if replicas is None else replicas,
             by="demand" if replicas is None else "manual",
         )
 
@@ -53,7 +53,7 @@ class ScalingRequests:
         else:
             self._ask(dataclasses.replace(asked, all_frozen=frozen))
             names = list(self._scaler.names)
-        return [self._scaler.standing(model) for model in names]
+        return [self._scaler.scaling_of(model) for model in names]
 
     def explain(self, name: str, limit: int) -> ScalingExplanation:
         """Implements `ScalingService.explain`."""

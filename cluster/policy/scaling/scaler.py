@@ -157,7 +157,7 @@ class Scaler:
         model = self._models.get(entry.name)
         return entry if model is None else model.with_scaling_fields(entry)
 
-    def standing(self, name: str) -> ModelScaling:
+    def scaling_of(self, name: str) -> ModelScaling:
         """Return the current scaling state of a model. Raises KeyError for an unknown model."""
         return self._models[name].scaling
 

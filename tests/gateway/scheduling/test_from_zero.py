@@ -138,7 +138,7 @@ async def test_a_call_starts_the_model_and_is_told_how_far_that_is(
         first = await read(call)
         assert first.progress.state in ("placing", "loading", "idle")
         progress = [await read(call) for _ in range(2)][-1].progress
-        learnt_s = at_zero.controller.scaler.standing("sim").cold_start_s
+        learnt_s = at_zero.controller.scaler.scaling_of("sim").cold_start_s
         assert progress.state == "loading"
         assert (progress.queue_position, 0 < progress.fraction < 1) == (1, True)
         assert 0 < progress.eta_ms <= 1000 * max(learnt_s, 30.0)

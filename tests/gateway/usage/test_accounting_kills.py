@@ -166,7 +166,7 @@ async def _pause(stop: asyncio.Event) -> None:
         return
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=[pytest.param("sqlite", marks=pytest.mark.long), "postgresql"])
 def database(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Provide an empty database of each kind; a test runs once for each."""
     if request.param == "sqlite":

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -92,7 +93,8 @@ def _corrections(rounds: Sequence[tuple[int, int]], replicas: int) -> list[float
     return corrections
 
 
-@settings(max_examples=20)
+@pytest.mark.slow
+@settings(max_examples=10)
 @given(st.integers(1, 50))
 def test_late_calls_that_the_shadow_served_raise_the_correction_and_others_let_it_fall(late: int) -> None:
     rounds = [(50, late)] * 15 + [(50, 0)] * 400
@@ -126,6 +128,8 @@ def test_classes_that_nobody_ranked_still_count_by_their_load() -> None:
     assert sum(have.values()) <= 5
 
 
+@pytest.mark.slow
+@settings(max_examples=40)
 @given(st.lists(st.integers(40, 60), min_size=60, max_size=120))
 def test_a_small_swing_takes_no_scale_down_back(loads: list[int]) -> None:
     """Within one cold start after a scale-down, a small rise of the load starts no replica if no calls wait."""
@@ -141,6 +145,8 @@ def test_a_small_swing_takes_no_scale_down_back(loads: list[int]) -> None:
         have = total
 
 
+@pytest.mark.slow
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 60)), min_size=10, max_size=60))
 def test_nothing_leaves_that_what_runs_has_to_have(steps: list[tuple[int, int]]) -> None:
     """A model keeps the replicas that its running streams fill, even if few calls arrive.

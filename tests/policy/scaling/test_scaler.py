@@ -150,7 +150,7 @@ def test_while_no_gateway_tells_nothing_changes() -> None:
     requests = ScalingRequests(world.scaler, lambda: None)
     requests.scale("m", 2)
     (made,) = world.step()
-    assert (made[1].why, made[1].replicas, world.scaler.standing("m").why) == ("manual", 2, "no gateway is linked")
+    assert (made[1].why, made[1].replicas, world.scaler.scaling_of("m").why) == ("manual", 2, "no gateway is linked")
 
 
 def test_bounds_hold_while_no_gateway_tells() -> None:
@@ -178,7 +178,7 @@ def test_by_hand_and_frozen() -> None:
     assert requests.scale("m", 1).by in ("manual", "frozen")
     for _ in range(3):
         assert not world.step()
-    assert (len(world.workers), world.scaler.standing("m").by) == (3, "frozen")
+    assert (len(world.workers), world.scaler.scaling_of("m").by) == (3, "frozen")
     requests.freeze("", True)
     requests.freeze("m", False)
     world.step()
@@ -287,7 +287,7 @@ def test_what_the_first_type_does_not_hold_goes_on_the_next() -> None:
     for now in range(2, 40):
         assert not scaler.run_pass([FAST, SLOW], ray, workers, float(now), 1e9 + now, room=room)
     assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 1)
-    standing = scaler.standing("m")
+    standing = scaler.scaling_of("m")
     assert (standing.target, standing.running, standing.desired) == (3, 3, 3)
     assert scaler.with_scaling_fields(CatalogEntry("m")).replicas_desired == 3
     back = Scaler(ScalingSettings(), 0.0)
@@ -297,7 +297,7 @@ def test_what_the_first_type_does_not_hold_goes_on_the_next() -> None:
     assert scaler.replicas(FAST) == 3
     other = dataclasses.replace(FAST, gpu="")
     scaler.run_pass([other], {("m", "H100"): RayReplicas(3, 3)}, [], 51.0, 1e9)
-    assert (scaler.replicas(other), scaler.standing("m").target) == (3, 3)
+    assert (scaler.replicas(other), scaler.scaling_of("m").target) == (3, 3)
 
 
 def test_a_type_that_finds_no_place_any_more_is_left_for_another() -> None:
@@ -321,7 +321,7 @@ def test_a_type_that_finds_no_place_any_more_is_left_for_another() -> None:
             1e9,
             room=room,
         )
-    assert scaler.standing("m").cold_start_s == pytest.approx(1.0, abs=0.5)
+    assert scaler.scaling_of("m").cold_start_s == pytest.approx(1.0, abs=0.5)
 
 
 def test_by_hand_over_types_while_no_gateway_tells() -> None:
@@ -357,4 +357,4 @@ def test_rates_are_learnt_and_gpus_counted_by_type() -> None:
     assert scaler.counters()["m"][1] == pytest.approx(59.0 * (1 * 1 + 2 * 2))
     stranger = [dataclasses.replace(one, gpu="A100") for one in workers[:1]]
     scaler.run_pass([FAST, SLOW], ray, stranger, 100.0, 1e9)
-    assert scaler.standing("m").running == 1
+    assert scaler.scaling_of("m").running == 1

@@ -103,6 +103,17 @@ def test_status_finds_it(up: Up) -> None:
     assert [worker["model"] for worker in shown["workers"]] == ["sim"]
 
 
+def test_no_process_of_ray_idles(up: Up) -> None:
+    """Ray has started a process for the replica, and none that nothing uses."""
+    names = [
+        process.info["cmdline"][0]
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if process.info["cmdline"] and (process.info["environ"] or {}).get(reaper.INSTANCE_ENV) == up.instance
+    ]
+    assert any(name.startswith("ray::ServeReplica") for name in names)
+    assert not any(name.startswith("ray::IDLE") for name in names)
+
+
 def test_both_gateways_are_linked(up: Up) -> None:
     """The worker and the controller link to both gateway processes, given only the address of the first process."""
 

@@ -29,7 +29,7 @@ def test_calls_are_continued_on_the_v2_runner(kinds: tuple[str, ...]) -> None:
     tests = [f"{file}::TestV2::test_cut_anywhere_equals_uncut[{kind}]" for kind in kinds]
     first = [f"{file}::test_the_runner_is_v2", "tests/worker/engine/async_contract.py"]
     command = [sys.executable, "-m", "pytest", "-q", *first, *tests]
-    variables = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"} | environment()
+    variables = {**os.environ, **environment(), "PYTEST_ADDOPTS": ""}
     ran = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=840)
     assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-2000:]
     assert f"{len(first) + len(kinds)} passed" in ran.stdout
