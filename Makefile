@@ -39,8 +39,8 @@ test: ## the tests, those with the real engine included (NO_INSTALL=1: install n
 test-long: setup triton suites minilm ## what `make test` leaves out: more cases on real engines and Rays, and runs of load tests
 	$(VENV)/python -m pytest -m long $(ARGS)
 
-test-fast: setup ## the tests without engine, Ray and namespaces: under a minute
-	$(VENV)/python -m pytest -m "not engine and not ray and not root and not slow and not long" $(ARGS)
+test-fast: setup ## the tests without engine, Ray and namespaces, and without slow ones: some minutes
+	$(VENV)/python -m pytest -m "not engine and not ray and not root and not slow and not long" $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadscope) $(ARGS)
 
 test-changed: setup ## the fast tests of what differs from BASE=HEAD, by the modules that they import
 	@tests="$$(PYTHONPATH=. $(VENV)/python scripts/changed_tests.py $(or $(BASE),HEAD))"; [ -z "$$tests" ] && echo "no test concerns what has changed" \

@@ -62,6 +62,7 @@ def test_the_first_page_has_the_exit_codes(run: Run) -> None:
         assert f"HEADRACE_{name}" in page
 
 
+@pytest.mark.slow
 def test_exit_codes_are_uniform(run: Run) -> None:
     """Bad usage is exit code 2 for every command, and an unreachable gateway is exit code 3."""
     for wrong in (("nope",), ("models", "nope"), ("scale", "m"), ("status", "--nope"), ("config", "check", "/none")):
@@ -95,6 +96,7 @@ def _headrace(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_of_a_shell(shell: str) -> None:
     """`completion SHELL` prints a shell script that gets the completions from `headrace`."""
@@ -103,6 +105,7 @@ def test_completion_of_a_shell(shell: str) -> None:
     assert "headrace" in script
 
 
+@pytest.mark.slow
 def test_completion_knows_commands_and_contexts() -> None:
     """Completion offers the commands and, after `context use`, the names of contexts."""
     words = {"_HEADRACE_COMPLETE": "complete_bash", "COMP_CWORD": "1"}

@@ -50,6 +50,7 @@ def test_a_process_imports_no_console(words: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "imports"
 
 
+@pytest.mark.slow
 def test_another_command_has_all() -> None:
     """The command `chat` imports rich, pygments and all commands. This shows that `test_a_process_imports_no_console`
     can fail."""

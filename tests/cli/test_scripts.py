@@ -147,6 +147,7 @@ def test_scripts_are_runnable(file: str) -> None:
     assert subprocess.run([shell, "-n", str(path)], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_skipped_tests_are_the_last_line(tmp_path: Path) -> None:
     """The last line of a test run lists the skipped tests with their reasons."""
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())

@@ -172,6 +172,7 @@ def _plain(value: Any, name: str, made: list[NewKey]) -> Any:
     return text.replace(name, "NAME")
 
 
+@pytest.mark.slow
 async def test_both_desks_do_the_same(keyed: Keyed, key: str) -> None:
     """Each step has the same result or the same error text on the database and over the gateway's admin API."""
     for name in ("t-here", "t-over"):

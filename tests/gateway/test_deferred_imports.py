@@ -12,6 +12,7 @@ import pytest
 from cluster.gateway import deferred_imports
 
 
+@pytest.mark.slow
 def test_a_gateway_starts_without_what_only_large_requests_need() -> None:
     """A gateway's start imports neither numpy nor the modules for large bodies."""
     program = "import sys; import cluster.gateway.server; print(*sys.modules)"

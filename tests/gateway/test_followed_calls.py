@@ -94,6 +94,7 @@ async def test_a_call_that_fails_has_a_line(checkpoint: Path, tmp_path: Path) ->
     assert [(line["request_id"], line["outcome"]) for line in lines] == [("bad", "invalid_field")]
 
 
+@pytest.mark.slow
 async def test_a_gateway_process_logs_json_without_texts(
     checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,7 @@ def test_promtool_checks_the_rules(tmp_path: Path) -> None:
         assert "${" not in path.read_text()
 
 
+@pytest.mark.slow
 def test_each_alert_fires_for_its_cause_and_not_otherwise(tmp_path: Path) -> None:
     """In promtool, each alert fires in the cases of alerts.yaml that expect it, and is silent in the others.
 

@@ -164,6 +164,7 @@ def test_the_rule_itself_sees_what_it_should() -> None:
     assert {selector.name for selector in selectors(nested)} == {"x", "y", "z"}
 
 
+@pytest.mark.slow
 def test_prometheus_itself_evaluates_every_query(tmp_path: Path) -> None:
     """Prometheus evaluates each query without a type error. Without any series, the result is empty."""
     asked = [query for where, query in queries() if "absent(" not in query and "vector(" not in query]

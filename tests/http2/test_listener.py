@@ -75,6 +75,7 @@ async def test_a_caller_gets_in_beside_idle_strangers_and_stays(serve: Serve, da
     assert sum(line.get("closed_for_others", 0) for line in refusals) > 0
 
 
+@pytest.mark.slow
 async def test_those_who_never_finish_the_handshake_make_room(serve: Serve, tmp_path: Path) -> None:
     """Connections that stall in the TLS handshake count against the cap, and are closed when other connections
     arrive."""

@@ -6,6 +6,8 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
 from cluster.http2 import frames
 from cluster.http2.output import ConnectionCore
 from cluster.http2.response import ResponseWriter
@@ -23,6 +25,7 @@ def kinds(data: bytes) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 async def test_no_data_follows_the_status() -> None:
     """No data is sent after the final status. If sending the status closes the connection, data that was gathered for
     the same write is dropped. A frame after the end of a stream would be an error of the whole connection."""

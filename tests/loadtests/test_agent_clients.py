@@ -189,6 +189,7 @@ def test_a_turn_that_is_missing_or_repeated_is_seen(at: int) -> None:
 _PARTS = [*TASK.results, *(each for step in TASK.steps for each in (step.text.strip(), step.reasoning) if each)]
 
 
+@pytest.mark.slow
 @given(st.sampled_from(_PARTS), st.sampled_from(("", "twice", "cut")))
 def test_a_history_that_lost_or_doubled_something_is_seen(part: str, how: str) -> None:
     """A text or a tool result that is missing, doubled or cut in the last prompt is a fault. A reasoning may be

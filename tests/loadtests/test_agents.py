@@ -87,6 +87,7 @@ def test_every_family_and_category_has_its_turn() -> None:
 # -- the engine
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 9), max_size=40), st.text(max_size=3))
 def test_steps_join_to_the_tokens(token_ids: Sequence[int], seed: str) -> None:
     """A script's tokens are divided into steps of 1 to 5 tokens, without loss and in order. Equal seeds give equal

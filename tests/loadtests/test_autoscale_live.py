@@ -85,6 +85,7 @@ async def _until(done: asyncio.Event) -> None:
     await done.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", [0.1, 0.6])
 def test_choosing_a_replica_saves_less_than_a_stream(use: float) -> None:
     """Removing the replica with the fewest streams, instead of a random replica, moves fewer streams.

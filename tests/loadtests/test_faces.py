@@ -59,6 +59,7 @@ async def test_our_faces_give_the_texts_of_a_plain_server(kind: str, ours: TestC
         await plain.close()
 
 
+@pytest.mark.slow
 async def test_no_token_waits_for_an_acknowledgement(ours: TestCluster) -> None:
     """On a kept-alive connection, the first token of a later call is not delayed by the 40 ms of a delayed ACK."""
     face = OpenAiSse(f"http://{ours.gateway.endpoints['http']}", MODEL)

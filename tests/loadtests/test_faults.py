@@ -56,6 +56,7 @@ def test_what_is_missing_and_what_is_doubled_are_told_apart() -> None:
     assert difference(call_with(pieces[:8] + pieces[5:]), call_with(pieces)) == "duplicate"
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=10)
 @given(st.floats(0.5, 50.0), st.integers(0, 2**16))
 def test_a_leak_is_seen_in_the_slope(mb_per_h: float, seed: int) -> None:

@@ -17,6 +17,7 @@ def rows() -> dict[str, float]:
     return {figure.name: figure.value for figure in figures if figure.value is not None}
 
 
+@pytest.mark.slow
 def test_every_row_has_a_value_but_those_of_absent_peers(rows: dict[str, float]) -> None:
     assert set(index.ROWS) - set(rows) == set(index.PEERS["dynamo"])
     assert all(value > 0 for value in rows.values())

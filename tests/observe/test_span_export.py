@@ -183,6 +183,7 @@ def test_an_unusable_headers_file_is_named(tmp_path: Path, text: str, problem: s
         SpanExport("https://127.0.0.1:1", Outcomes(), ca_file=tmp_path / "missing")
 
 
+@pytest.mark.slow
 async def test_the_end_does_not_wait_for_a_collector_that_hangs() -> None:
     """`stop` returns even if the collector accepts connections and never answers. No span then counts as exported."""
 

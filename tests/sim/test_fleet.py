@@ -22,6 +22,7 @@ def test_the_bound_is_the_gateways() -> None:
     assert Queue().max_wait_s == MAX_WAIT_S
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(ARRIVALS, st.lists(st.integers(0, 3), min_size=1, max_size=8))
 def test_every_call_waits_runs_or_is_judged(arrivals: list[tuple[float, int, int, int]], ready: list[int]) -> None:

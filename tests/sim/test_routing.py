@@ -66,6 +66,7 @@ def test_other_seeds_other_histories() -> None:
     assert history(replay(small(seed=1), traffic(3))) != history(replay(small(seed=2), traffic(3)))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 1000), st.floats(0, 1), st.floats(0, 3))
 def test_late_and_lost_events_never_change_an_answer(seed: int, lost: float, most_s: float) -> None:

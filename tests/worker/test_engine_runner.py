@@ -20,6 +20,7 @@ class _Failing(SimEngine):
         raise EngineDead("it is gone") if "fatal" in request_ids else ValueError(request_ids)
 
 
+@pytest.mark.slow
 async def test_a_failed_abort_ends_nothing_but_a_dead_engine_is_reported() -> None:
     """An abort that fails does not end the engine's runner. If an abort finds the engine dead, `wait_dead` raises the
     error."""

@@ -87,6 +87,7 @@ async def test_a_start_shows_how_far_its_weights_are(door: Door) -> None:
         await replica.stop()
 
 
+@pytest.mark.slow
 async def test_a_gateway_of_an_older_release_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A starting worker sends a report to each gateway. A gateway of an older release, which lacks the method, gets one
     call and no further reports."""

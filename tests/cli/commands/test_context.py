@@ -14,6 +14,7 @@ from tests.support.scripted_gateway import ScriptedGateway
 Run = Callable[..., Result]
 
 
+@pytest.mark.slow
 def test_the_life_of_a_context(run: Run, tmp_path: Path) -> None:
     """A context can be added, used, listed, shown and removed.
 
@@ -65,6 +66,7 @@ def test_show_names_what_commands_use(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert "HEADRACE_CONFIG" not in run("context", "show", "a").stderr
 
 
+@pytest.mark.slow
 def test_commands_use_the_context(
     run: Run, gateway: ScriptedGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

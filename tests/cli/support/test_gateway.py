@@ -10,6 +10,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cluster.admin.v1 import admin_pb2
 from tests.support.admin import AdminClient, role_key, until_known
 from tests.support.calls import chat
@@ -21,6 +23,7 @@ from tests.support.shell import headrace
 PROMPT = "The password of the vault is swordfish"
 
 
+@pytest.mark.slow
 async def test_a_bundle_of_a_real_gateway(tmp_path: Path) -> None:
     """The bundle has state, routes, metrics and configuration, but no keys, secrets or prompts.
 

@@ -228,6 +228,7 @@ def test_a_part_that_still_has_a_secret_is_left_out() -> None:
     assert json.loads(files["manifest.json"])["left_out"][0]["name"] == "a.json"
 
 
+@pytest.mark.slow
 def test_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part that is too long keeps its last whole lines, and the manifest records that it was cut."""
     assert cut("one\ntwo\nthree\n", 10) == (b"three\n", True)

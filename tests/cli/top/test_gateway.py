@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cluster.admin.v1 import admin_pb2
 from tests.support.admin import AdminClient, role_key, until_known
 from tests.support.calls import chat
@@ -16,6 +18,7 @@ from tests.support.keyed import bearer, keyed_cluster
 from tests.support.shell import headrace
 
 
+@pytest.mark.slow
 async def test_top_of_a_real_gateway(tmp_path: Path) -> None:
     """An operator sees a tenant's call and its worker. The tenant's administrator sees the call without the worker.
 

@@ -129,6 +129,7 @@ ROWS = st.lists(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=8), ma
 NAMES = st.sampled_from(["models", "workers", "calls", "tenants", "scaling", "gateways", "cluster", "at", "controller"])
 
 
+@pytest.mark.slow
 @given(document=st.dictionaries(NAMES, ROWS | VALUES, max_size=9), view=st.integers(0, 4), sort=st.integers(0, 4))
 def test_any_document_can_be_shown(document: dict[str, Any], view: int, sort: int) -> None:
     """A document of another release or with wrong types is shown, without control characters."""

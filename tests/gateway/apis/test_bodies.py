@@ -232,6 +232,7 @@ ON_THE_WIRE = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(ON_THE_WIRE, max_size=6).map(b"".join))
 def test_a_scan_counts_all_that_protobuf_makes(data: bytes) -> None:
@@ -326,6 +327,7 @@ async def bodies() -> AsyncIterator[Bodies]:
     made.close()
 
 
+@pytest.mark.slow
 async def test_what_is_large_is_read_by_a_helper(bodies: Bodies) -> None:
     """Helper processes parse large HTTP bodies, gRPC messages and session messages. The results and errors are the same
     as for small bodies."""

@@ -43,6 +43,7 @@ def agrees(data: bytes) -> None:
     assert exact(decoded[0]) == exact(json.loads(data.decode()))
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(value=VALUES, ascii_only=st.booleans(), indent=st.sampled_from([None, 1]))
 def test_written_json_is_decoded_alike(value: Any, ascii_only: bool, indent: int | None) -> None:
@@ -50,6 +51,7 @@ def test_written_json_is_decoded_alike(value: Any, ascii_only: bool, indent: int
     agrees(json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass"))
 
 
+@pytest.mark.slow
 @settings(max_examples=1000)
 @given(pieces=st.lists(st.sampled_from(PIECES), max_size=12))
 @example(pieces=["[" * 300, "]" * 300])

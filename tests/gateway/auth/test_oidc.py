@@ -341,6 +341,7 @@ async def test_keys_that_may_not_sign(verifier: OidcVerifier, scripted: Scripted
     assert (await verifier.verify(sign(key_id="good"))).tenant == "acme"
 
 
+@pytest.mark.slow
 async def test_rotation_and_the_pause_between_fetches(verifier: OidcVerifier, scripted: Scripted, clock: Clock) -> None:
     """A new key id causes one fetch, and thousands of unknown key ids cause at most one fetch in MIN_REFETCH_S."""
     await verifier.verify(sign())

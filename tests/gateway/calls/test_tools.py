@@ -146,6 +146,7 @@ def test_template_arguments_are_merged_as_in_vllm(given_: Any, effort: str, expe
     assert template_arguments(given_, effort) == expected
 
 
+@pytest.mark.slow
 @given(st.lists(st.builds(function_tool, st.just("f"), st.text(), st.none() | st.dictionaries(st.text(), JSON))), JSON)
 def test_the_parser_request_is_json_with_the_fields(tools: list[Any], argument: Any) -> None:
     """The request to the parsers is a JSON object with unchanged tools. Of the template arguments it has only those

@@ -35,6 +35,7 @@ async def test_a_stream_pings_and_ends_with_its_session(cluster: TestCluster) ->
         await until(lambda: not cluster.gateway.live._views, "nobody watches")
 
 
+@pytest.mark.slow
 async def test_a_process_shows_few_consoles(cluster: TestCluster) -> None:
     """The 33rd console of a process gets status 503. It is accepted once another console has disconnected."""
     feed = FeedEndpoints(cluster.gateway.live)
@@ -76,6 +77,7 @@ def test_a_slow_reader_is_cut() -> None:
     assert cut == [True]
 
 
+@pytest.mark.slow
 async def test_a_viewer_that_reads_nothing_is_disconnected(cluster: TestCluster) -> None:
     """A client that opens the stream and does not read is disconnected. Other streams continue."""
     live = cluster.gateway.live
@@ -94,6 +96,7 @@ async def test_a_viewer_that_reads_nothing_is_disconnected(cluster: TestCluster)
         await until(lambda: live.ticks > ticks, "the other goes on")
 
 
+@pytest.mark.slow
 async def test_roles_see_what_they_may(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """An operator sees all tenants, with workers and gateways. A tenant's administrator sees its own calls and sums,
     without names of workers, gateways and other tenants, both in GetOverview and in the stream."""

@@ -12,6 +12,7 @@ import json
 import math
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,6 +143,7 @@ def run(work: Any) -> Any:
     return asyncio.new_event_loop().run_until_complete(work)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(parts_of_cluster, parts_of_cluster)
 def test_changes_lead_to_the_next_document(before: list[Part], after: list[Part]) -> None:
@@ -162,6 +164,7 @@ def test_changes_lead_to_the_next_document(before: list[Part], after: list[Part]
     run(check())
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(parts_of_cluster, st.randoms(use_true_random=False), st.data())
 def test_merging_does_not_depend_on_order_or_repetition(parts: list[Part], random: Any, data: st.DataObject) -> None:
@@ -181,6 +184,7 @@ def _unordered(document: dict[str, Any]) -> dict[str, Any]:
     return document | {"calls": sorted(document["calls"], key=lambda row: row["id"])}
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(parts_of_cluster)
 def test_a_viewer_of_one_tenant_sees_nothing_of_others(parts: list[Part]) -> None:

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,7 @@ PROMPTS = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(PROMPTS)
 def test_every_text_can_be_rewritten(prompt: ChatPrompt) -> None:
     """The texts of a prompt can be extracted and put back, which gives the same prompt. If each text is put back in

@@ -26,6 +26,7 @@ def _guards(timeout_s: float, decided: list[GuardDecision]) -> CallGuards:
     return Guards(Metrics("test"), decided.append).for_call(policy, "m", "r", "a", {})
 
 
+@pytest.mark.slow
 async def test_matches_are_counted_in_the_search(bundle: Bundle) -> None:
     """The matches in a long prompt are counted in the thread that searches the prompt. The event loop spends almost no
     time on them."""

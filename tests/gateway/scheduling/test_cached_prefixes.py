@@ -40,6 +40,7 @@ def matched(cluster: TestCluster, ids: list[int], salt: str = "") -> dict[str, i
     return dict(cluster.gateway.scheduler.worker_caches.cached_tokens("sim", f"{ids}{salt}", request) or {})
 
 
+@pytest.mark.slow
 async def test_turns_of_a_conversation_go_to_the_worker_that_holds_it(
     tmp_path: Path, checkpoint: Path, bundle: Bundle
 ) -> None:
@@ -86,6 +87,7 @@ async def test_a_new_link_gets_all_blocks(tmp_path: Path, checkpoint: Path, bund
         await until(lambda: matched(cluster, [*ids, 1]) == {worker.identity.worker_id: 40 * BLOCK}, "it is known")
 
 
+@pytest.mark.slow
 async def test_a_new_gateway_knows_all_blocks_of_its_workers(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """A second gateway starts beside another gateway of the same workers. It learns which workers hold the blocks of
     the first gateway's conversations, and sends these conversations to the workers that hold the blocks."""
@@ -185,6 +187,7 @@ async def test_a_warm_call_goes_before_an_older_cold_one(tmp_path: Path, checkpo
         assert ended == ["runs", "warm", "cold"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patience", [0, 24_000])
 async def test_a_call_waits_for_its_holder(tmp_path: Path, checkpoint: Path, bundle: Bundle, patience: int) -> None:
     """A call whose prompt is cached on a worker without a free slot waits for this worker. Later calls without a cached

@@ -61,6 +61,7 @@ records = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(records, max_size=30))
 def test_the_query_judges_as_the_metric_does(ledger: Ledger, rows: list[UsageRecord]) -> None:

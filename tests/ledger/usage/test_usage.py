@@ -34,6 +34,7 @@ def total(ledger: Ledger) -> dict[str, Any]:
     return row
 
 
+@pytest.mark.slow
 def test_a_record_rests_whole(ledger: Ledger) -> None:
     """Usage records are read without changes, including extreme values and unusual labels."""
     records = [

@@ -90,6 +90,7 @@ def fleet_of(candidates: list[Candidate], settings: RoutingSettings, vector_from
     return fleet
 
 
+@pytest.mark.slow
 @given(
     fleets,
     calls,

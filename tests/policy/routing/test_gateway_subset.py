@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,6 +38,7 @@ def test_a_gateway_that_goes_changes_no_link_to_others(rule: GatewaySubset, gate
     assert len(begun) <= 1
 
 
+@pytest.mark.slow
 @given(st.integers(ALL_UP_TO + 1, 64), st.integers(1, 300), st.integers(1, 10**6))
 def test_every_gateway_gets_workers_of_each_model(gateways: int, workers: int, seed: int) -> None:
     """Every gateway has workers of each model, and all gateways have about the same number of workers."""

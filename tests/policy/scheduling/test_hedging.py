@@ -196,6 +196,7 @@ def test_the_budget_holds_and_no_sequence_is_hedged_twice(share: float, history:
         assert len(world.policy) == (len(live) if share else 0)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 5000))
 def test_a_quiet_time_saves_up_a_bounded_number_of_hedges(count: int) -> None:
     """The number of sent sequences determines how many hedges (second submissions) are allowed. Even after very many

@@ -12,6 +12,7 @@ from cluster.policy.tenants.revocation_list import Revocation, RevocationList, s
 COLUMN = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20).filter(lambda text: text == text.strip())
 
 
+@pytest.mark.slow
 @given(st.lists(st.builds(Revocation, st.integers(0, 2**160 - 1), COLUMN, COLUMN)))
 def test_a_list_is_read_as_it_was_written(entries: list[Revocation]) -> None:
     """Written entries are read back unchanged. If one changed, a revoked certificate would be accepted."""

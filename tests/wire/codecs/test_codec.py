@@ -140,6 +140,7 @@ def test_steps_keep_each_slots_order(
         assert firsts_got == ([slot * 10] if slot in firsts else [])
 
 
+@pytest.mark.slow
 @given(
     st.one_of(
         steps, st.lists(st.tuples(st.integers(1, 5), ids.map(lambda i: [i]), st.just([])), unique_by=lambda e: e[0])

@@ -408,6 +408,7 @@ async def test_steady_requests_for_one_adapter_do_not_keep_another_out() -> None
         assert not subject.adapters.loads._closing
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), capacity=st.integers(1, 3), failing=st.sets(st.sampled_from("abcdef"), max_size=2))
 def test_any_order_of_sets_and_requests_keeps_the_rules(seed: int, capacity: int, failing: set[str]) -> None:

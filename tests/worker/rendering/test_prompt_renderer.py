@@ -84,6 +84,7 @@ async def test_chats_are_answered_in_any_number() -> None:
     assert [bytes(wire.unpack_ids(answer.ids)) for answer in answers] == [chat(text) for text in texts]
 
 
+@pytest.mark.slow
 async def test_only_the_faulty_chat_fails() -> None:
     """A chat on which the process dies, hangs or raises an error fails with an error for the field `messages`. All
     other chats are answered. A chat that was cancelled earlier does not change this."""

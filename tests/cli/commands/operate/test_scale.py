@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+import pytest
 from typer.testing import Result
 
 from cluster.admin.v1 import scaling_pb2 as pb
@@ -13,6 +14,7 @@ from tests.support.scripted_gateway import ScriptedGateway
 Run = Callable[..., Result]
 
 
+@pytest.mark.slow
 def test_scale_to_a_number_and_back(run: Run, gateway: ScriptedGateway) -> None:
     """`scale` sends a number of replicas, zero included, or `auto`. Any other value is bad usage and is not sent."""
     at = ("--admin", gateway.endpoint)

@@ -59,6 +59,7 @@ def unpacked(file: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_bundle_of_a_running_cluster(
     run: Run, gateway: ScriptedGateway, metrics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

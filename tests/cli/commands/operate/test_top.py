@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from typer.testing import Result
 
 from tests.support.overviews import overview
@@ -91,6 +92,7 @@ class Terminal:
         os.close(self.slave)
 
 
+@pytest.mark.slow
 def test_keys_on_a_terminal(gateway: ScriptedGateway) -> None:
     """Keys change the view, the screen is refreshed, and an unreachable gateway is shown.
 

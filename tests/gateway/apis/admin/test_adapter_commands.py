@@ -85,6 +85,7 @@ async def site(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterato
             await asyncio.gather(*parts, return_exceptions=True)
 
 
+@pytest.mark.slow
 async def test_an_adapter_is_loaded_listed_and_unloaded(site: Site) -> None:
     """`load --wait` returns once all workers have the adapter. The adapter is then listed and can be called. `unload`
     removes it. The adapter `own` of the catalog entry stays, and no call of the model fails meanwhile."""
@@ -105,6 +106,7 @@ async def test_an_adapter_is_loaded_listed_and_unloaded(site: Site) -> None:
     await asyncio.gather(*calls)
 
 
+@pytest.mark.slow
 async def test_a_worker_that_cannot_load_it_is_named(site: Site) -> None:
     """If one worker cannot load an adapter, `load --wait` ends with exit code 1 and the reason. The other workers serve
     the adapter."""
@@ -118,6 +120,7 @@ async def test_a_worker_that_cannot_load_it_is_named(site: Site) -> None:
     assert (await site.cluster.stub.Chat(chat(model="sim:a"), timeout=20)).model == "sim:a"
 
 
+@pytest.mark.slow
 async def test_a_wrong_request_is_refused(site: Site) -> None:
     """An invalid command ends with an exit code and the reason, and changes nothing."""
     for arguments, code, error in (

@@ -82,6 +82,7 @@ async def busy(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> TestCl
     return cluster
 
 
+@pytest.mark.slow
 async def test_every_wrong_field_is_named(busy: TestCluster) -> None:
     """The error of each invalid request holds the reason and the path of the field. A valid call that runs at the same
     time is unaffected."""

@@ -111,6 +111,7 @@ async def test_a_form_cannot_sign_in(keyed: Keyed) -> None:
         assert (await browser.fetch("/console/sign-in", {"key": "x"}, content_type=kind)).status == 415
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["caller", "tenant_admin"])
 async def test_tenants_stay_out_unless_allowed(keyed: Keyed, tmp_path: Path, role: str) -> None:
     """If `gateway.console.tenants` is not set, only operators and viewers may sign in. A session that another gateway

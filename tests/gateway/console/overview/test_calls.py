@@ -37,6 +37,7 @@ async def signed_in(keyed: Keyed, tenant: str, **policy: object) -> Browser:
     return browser
 
 
+@pytest.mark.slow
 async def test_a_streamed_chat(keyed: Keyed) -> None:
     """A chat from the console is streamed in the events of the OpenAI API. The access log and the metrics name the
     console as its API, and the ledger has a record with the key of the sign-in."""
@@ -61,6 +62,7 @@ async def test_a_streamed_chat(keyed: Keyed) -> None:
     await eventually(is_recorded, "the call is in the ledger")
 
 
+@pytest.mark.slow
 async def test_the_tenants_models_and_limits_hold(keyed: Keyed) -> None:
     """Only the models that the tenant may use are listed and found. The tenant's limit on requests applies."""
     browser = await signed_in(keyed, "small", models=["sim"], limits={"requests_per_minute": 2})
@@ -96,6 +98,7 @@ async def test_only_the_playgrounds_paths(keyed: Keyed) -> None:
     assert (await stranger.fetch("/console/v1/models", authorization=f"Bearer {key}")).status == 401
 
 
+@pytest.mark.slow
 async def test_another_tenants_call_is_unknown(keyed: Keyed) -> None:
     """If a tenant administrator asks for another tenant's call by its id, the answer reveals nothing. A viewer of the
     cluster gets the call."""

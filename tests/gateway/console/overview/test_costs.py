@@ -10,6 +10,8 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.gateway.console.feed import FeedEndpoints
 from cluster.gateway.console.overview.recent_calls import EndedCall
@@ -56,6 +58,7 @@ def add_ended_calls(gateway: Gateway, count: int, tenants: int) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.slow
 async def test_twenty_consoles_cost_little_of_a_core(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """With 20 workers that report, 64 streams and 20 open consoles, one second of snapshots, documents and encodings
     takes less than 15 ms of CPU time."""

@@ -6,6 +6,8 @@ import asyncio
 import json
 from pathlib import Path
 
+import pytest
+
 from cluster.admin.v1 import admin_pb2 as pb
 from cluster.gateway.console.feed import FeedEndpoints
 from cluster.wire.bundle import Bundle
@@ -20,6 +22,7 @@ async def read_all(call: object) -> list[object]:
     return [chunk async for chunk in call]  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 async def test_a_killed_worker_is_shown_lost_and_its_calls_go_on_elsewhere(
     watchful: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:

@@ -105,6 +105,7 @@ async def test_nobody_sees_nothing(keyed: Keyed, path: str) -> None:
     assert (await Browser(keyed.cluster).fetch(path)).status == 401
 
 
+@pytest.mark.slow
 async def test_a_revoked_key_ends_its_events(keyed: Keyed) -> None:
     """The event stream of a session ends properly when the session's key is revoked."""
     browser = await signed_in(keyed, "viewer")

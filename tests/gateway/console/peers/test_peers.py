@@ -114,12 +114,14 @@ async def _shows_all(shown: TestCluster, other: TestCluster, ids: set[str], link
         assert [row["id"] for row in console.document["models"]] == ["sim"]
 
 
+@pytest.mark.slow
 async def test_processes_of_a_host_show_one_cluster(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """Two processes of one host, without a store, show each other's workers, calls and sums."""
     async with processes_of_a_host(tmp_path) as clusters:
         await one_cluster_is_shown(clusters, checkpoint, bundle, links_of_second=2)
 
 
+@pytest.mark.slow
 async def test_gateways_with_a_store_show_one_cluster(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """Two gateways that share a store show each other's workers, calls and sums. If the store fails, each gateway still
     shows its own data and reports the failure in the list of gateways."""
@@ -149,6 +151,7 @@ async def test_nothing_is_made_while_nobody_watches(tmp_path: Path, checkpoint: 
         assert first.ticks <= ticks + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_store", [False, True])
 async def test_the_history_of_all_is_added(tmp_path: Path, checkpoint: Path, bundle: Bundle, with_store: bool) -> None:
     """Any process that gets a query for the history adds the values of the other processes to its own."""

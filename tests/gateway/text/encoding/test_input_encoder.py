@@ -156,6 +156,7 @@ def test_a_long_query_is_not_read_with_each_document() -> None:
     assert counting.chars == len(query)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_long_inputs_are_encoded_few_at_a_time(is_packed: bool) -> None:
     """The tokenizer gets a bounded number of characters at once. The ids do not depend on this."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ MAX_BYTES = 40 * (ENTRY_BYTES + 200)
 LAW = settings(max_examples=200, deadline=None)
 
 
+@pytest.mark.slow
 @LAW
 @given(blocks=st.lists(IDS, max_size=6), before=IDS, after=IDS)
 def test_packed_ids_are_the_same_again(blocks: list[list[int]], before: list[int], after: list[int]) -> None:

@@ -59,6 +59,7 @@ def _byte_level(normalizer: normalizers.Normalizer | None) -> Tokenizer:
     return tokenizer
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     st.text(alphabet=st.sampled_from("aae é\u0301\u0327\u1fefK\u212aáΩ\u2126ᾂ\u0313\u0345\u1100\u1161\u11a8가")),

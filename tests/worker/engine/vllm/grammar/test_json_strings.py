@@ -42,6 +42,7 @@ def test_strings_are_json(schema: dict[str, object], text: str) -> None:
     assert accepts(repaired, 'so: <call>"a@b.c"</call> and <call>"d@e.f"</call>')
 
 
+@pytest.mark.slow
 @given(st.text(st.characters(exclude_characters='"\\', exclude_categories=["Cc", "Cs"]), max_size=8))
 def test_other_strings_are_allowed_as_before(text: str) -> None:
     """A string with a length bound may have every character that needs no escape."""
