@@ -83,7 +83,7 @@ class TenantServices:
 
     def _write(self, event: AuditEvent) -> None:
         """Write an audit event before the request is answered. While the database is unreachable, the event stays in
-        the local audit file. The event records a change, so this gateway reads the tenants and keys again."""
+        the local audit file. This gateway reads the tenants and keys again, since the verb may have changed them."""
         self._tenants.refresh()
         self._tenants.audit.write(event)
         if event.outcome != Outcome.STORE_UNAVAILABLE.value:
