@@ -153,6 +153,7 @@ class LocalRay:
             f"--num-cpus={settings.cpus}",
             f"--object-store-memory={settings.object_store_bytes}",
             "--disable-usage-stats",
+            "--include-log-monitor=false",  # it sends replicas' output to drivers, and Headrace's driver wants none
             "--log-color=false",
             *([f"--num-gpus={gpus}"] if gpus is not None else []),
         ]

@@ -38,9 +38,10 @@ def end_local_ray(ray: LocalRay) -> None:
     shutil.rmtree(ray.folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def local_ray() -> Iterator[LocalRay]:
-    """The Ray that the tests share. Its processes have the engines' environment variables."""
+    """The Ray that the tests of this package share. It ends with them, since an idle Ray uses a tenth of a core. Its
+    processes have the engines' environment variables."""
     ray = new_local_ray("shared")
     # `another` simulates an engine that starts in this process. The name must not reach the ranks that this Ray starts.
     environment = {**ENGINE_ENVIRONMENT, end_causes.ENGINE: "another"}
@@ -55,7 +56,7 @@ def local_ray() -> Iterator[LocalRay]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 async def backend(local_ray: LocalRay) -> AsyncIterator[ChildBackend]:
     """A backend with a driver process on the shared Ray, for a cluster named `test`."""
     driver = ChildBackend("test", local_ray.address, local_ray.environment(), local_ray.log_file.parent / "driver.log")

@@ -49,7 +49,12 @@ class RayNodes:
             f"--address={self.head.address}",
         ]
         command += ["--num-cpus=4", "--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats"]
-        command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+        command += [
+            "--include-log-monitor=false",
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            "--dashboard-agent-listen-port=0",
+        ]
         variables = {TIMEOUT_ENV: str(ray_timeout_s(self.drain_timeout_s)), "PYTHONUNBUFFERED": "1"}
         with (self.folder / f"{name}.log").open("wb") as log:
             self.nodes[name] = subprocess.Popen(

@@ -75,8 +75,8 @@ class Server:
                     server.breaks -= 1
                     part = part[: len(part) // 2]
                     self.close_connection = True
+                server.sent += len(part)  # before the write, after which the test may go on
                 self.wfile.write(part)
-                server.sent += len(part)
 
             def log_message(self, *_: object) -> None:
                 """Log nothing."""

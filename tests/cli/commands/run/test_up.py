@@ -105,13 +105,14 @@ def test_status_finds_it(up: Up) -> None:
 
 def test_no_process_of_ray_idles(up: Up) -> None:
     """Ray has started a process for the replica, and none that nothing uses."""
-    names = [
-        process.info["cmdline"][0]
+    commands = [
+        " ".join(process.info["cmdline"])
         for process in psutil.process_iter(["cmdline", "environ"])
         if process.info["cmdline"] and (process.info["environ"] or {}).get(reaper.INSTANCE_ENV) == up.instance
     ]
-    assert any(name.startswith("ray::ServeReplica") for name in names)
-    assert not any(name.startswith("ray::IDLE") for name in names)
+    assert any(command.startswith("ray::ServeReplica") for command in commands)
+    for unused in ("ray::IDLE", "log_monitor"):
+        assert not any(unused in command for command in commands), unused
 
 
 def test_both_gateways_are_linked(up: Up) -> None:
