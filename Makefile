@@ -16,14 +16,14 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export PYTHONUNBUFFERED := 1
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 setup: ## make the environment .venv (0 s when it is there)
 	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py
 
 demo: ## a local cluster with a real 135M model; Ctrl-C stops everything (MODEL=minilm: an embedding model; TRACES=1: shows each call's spans)
-	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py --step "[1/4]"
 	@$(if $(filter-out smollm2 minilm,$(MODEL)),echo "MODEL is $(MODEL); there are smollm2 and minilm" >&2; exit 2)
+	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py --step "[1/4]"
 	@$(if $(filter minilm,$(MODEL)),$(MAKE) --no-print-directory minilm)
 	@$(if $(filter minilm,$(MODEL)),PYTHONPATH=$(CURDIR)/.minilm) exec $(VENV)/headrace up -f deploy/demo$(if $(filter minilm,$(MODEL)),-minilm).yaml --demo$(if $(TRACES), --traces)
 

@@ -12,6 +12,8 @@ def weather(city: str, days: int = 1) -> str:
     return f"sunny in {city} for {days} day(s)"
 
 
+if len(sys.argv) != 3:
+    sys.exit(f"usage: {sys.argv[0]} MODEL QUESTION")
 tools = [Tool(weather)]
 messages = [{"role": "user", "content": sys.argv[2]}]
 with Client() as client:

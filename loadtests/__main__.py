@@ -58,7 +58,13 @@ def parser() -> argparse.ArgumentParser:
     played.add_argument("--rounds", type=positive, help="rounds of each arm; below 10 no bound counts as met")
     played.add_argument("--concurrency", type=positive, help="concurrent calls, in place of the scenario's")
     played.add_argument("--tokens", type=positive, help="tokens per call, in place of the scenario's")
-    played.add_argument("--only", action="append", default=[], metavar="ARM", help="run only this arm; may be repeated")
+    played.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run only this arm or part; may be repeated (a wrong name gets the list)",
+    )
     played.add_argument("--no-pin", action="store_true", help="do not bind processes to cores")
     played.add_argument("--peers", type=Path, default=PEERS, help="environment of the peers (`make bench-peers`)")
     played.add_argument("--logs", type=Path, metavar="DIR", help="folder for the logs of all processes")
@@ -150,6 +156,9 @@ async def play(arguments: argparse.Namespace, screen: Screen, folder: Path) -> R
             report.problems.append(str(error))
         except asyncio.CancelledError:
             report.problems.append("interrupted")
+        else:
+            if wrong := options.unknown():
+                report.problems.append(wrong)
     return report
 
 

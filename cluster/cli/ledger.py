@@ -60,7 +60,8 @@ class Settings:
     """The settings that a ledger command reads from the configuration.
 
     `local`: the database is the SQLite file in the cache folder. `made_here`: the database is a SQLite file, in the
-    cache folder or named in the configuration, that a command creates if it is missing.
+    cache folder or named in the configuration, that a command creates if it is missing. `file_without_auth`: the
+    configuration file that was read, if it has no section `auth`.
     """
 
     database_url: str
@@ -69,6 +70,7 @@ class Settings:
     pepper_file: Path
     defaults: TenantDefaults
     cost: Cost | None
+    file_without_auth: Path | None = None
 
     @property
     def rates(self) -> Prices | None:
@@ -103,7 +105,8 @@ def read_settings(file: Path | None, database_url: str | None, pepper_file: Path
     defaults = _section(TenantDefaults, data, "tenant_defaults", file) or TenantDefaults()
     local = f"sqlite:///{cache_dir() / 'ledger.db'}"
     made_here = not url or (not database_url and url.startswith("sqlite"))
-    return Settings(url or local, not url, made_here, pepper, defaults, _section(Cost, data, "cost", file))
+    cost = _section(Cost, data, "cost", file)
+    return Settings(url or local, not url, made_here, pepper, defaults, cost, file if auth is None else None)
 
 
 def configured_slos(file: Path | None) -> dict[str, SloObjective]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import typer
 
-from cluster.cli.common import USAGE, fail, rpc_errors
+from cluster.cli.common import USAGE, fail, rpc_errors, warn
 from cluster.cli.ledger import (
     ConfigOption,
     PepperOption,
@@ -108,6 +108,10 @@ def open_ledger_services(where: TenantBackend, *, keys: bool = False) -> Iterato
     """Open the services of a ledger. An error of a service ends the command with the exit code for that error."""
     if not _over_api(where):
         settings = read_settings(where.file, where.database_url, where.pepper_file)
+        if settings.file_without_auth is not None:
+            warn(
+                f"{settings.file_without_auth} has no `auth`: this cluster's gateways check no keys and record no usage"
+            )
         with open_ledger(settings, keys=keys) as ledger:
             by = Actor(f"cli:{getpass.getuser()}")
             yield LedgerServices(

@@ -48,7 +48,7 @@ _FORMS = {
     **dict.fromkeys(("grpc", "http", "link", "admin", "metrics"), _ADDRESS),
     "gateways": f"{_ADDRESS}, or srv://_link._tcp.NAME",
     "name": "lower-case letters, digits, '.', '_' or '-', 1 to 63 characters, a letter or digit at both ends",
-    "digest": "sha256: and 64 digits of 0-9 and a-f, in lower case",
+    "digest": "64 digits of 0-9 and a-f in lower case, also with sha256: before them",
     "dashboard_url": "a URL that begins with http:// or https://",
 }
 """Expected form, in words, of each key that is checked against a pattern."""
@@ -159,6 +159,8 @@ def _message(error: Mapping[str, Any], path: Path, keys: Sequence[str]) -> str:
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(last.replace("-", "_"), keys, n=1, cutoff=0.6)
         return f"unknown key{f'; did you mean `{near[0]}`?' if near else ''}"
+    if kind == "missing" and path == ("api_version",):
+        return "Field required: write `api_version: headrace/v1`"
     if kind == "missing":
         return "Field required"
     if kind == "literal_error" and path == ("api_version",):

@@ -80,9 +80,19 @@ class Options:
         adapter."""
         return None if self.adapters is None else AdapterMix(self.adapters)
 
+    known: set[str] = field(default_factory=set, compare=False)
+    """Names for which `selects` was called."""
+
     def selects(self, arm: str) -> bool:
-        """Return whether an arm (a measured server) is to run."""
+        """Return whether an arm (a measured server) or a part of the scenario is to run."""
+        self.known.add(arm)
         return not self.only or arm in self.only
+
+    def unknown(self) -> str:
+        """Return an error for selected names that the scenario does not have; empty if it has all of them. Call it
+        after the scenario."""
+        wrong = sorted(set(self.only) - self.known)
+        return f"--only {', '.join(wrong)}: there are {', '.join(sorted(self.known))}" if wrong else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -241,8 +241,8 @@ def output_parsing(request: requests.GenerationRequest, model: KnownModel) -> Ou
 def _only_pools(model: KnownModel) -> CallError:
     tasks = sorted(model.capabilities.tasks or ())
     uses = {
-        PoolingTask.EMBED: "send texts to /v1/embeddings (gRPC: Embed)",
-        PoolingTask.SCORE: "send pairs of texts to /v1/score or /v1/rerank (gRPC: Rerank)",
+        PoolingTask.EMBED: "send texts to /v1/embeddings (gRPC: Embed; `headrace embed`)",
+        PoolingTask.SCORE: "send pairs of texts to /v1/score or /v1/rerank (gRPC: Rerank; `headrace rerank`)",
     }
     return CallError(
         Outcome.UNSUPPORTED_FEATURE,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from cluster.api.adapters import SEPARATOR
-from cluster.api.outcomes import CallError, Outcome, quoted
+from cluster.api.outcomes import CallError, Outcome, Violation, quoted
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL
 from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.models.target import Target
@@ -18,6 +18,8 @@ from cluster.wire.codecs.adapter_codec import MAX_NAME
 
 MAX_POLICIES: Final = 1000
 """Maximum number of distinct pattern lists, from tenants' policies, for which the visible models are cached."""
+
+LISTS: Final = "ListModels, GET /v1/models and `headrace models list`"
 
 
 class ModelLookup:
@@ -96,8 +98,10 @@ class ModelLookup:
                 retry_after_s=2.0,
             )
         if not name:
-            raise CallError(Outcome.MODEL_NOT_FOUND, "model: is empty; ListModels names the models that you may use")
-        raise CallError(Outcome.MODEL_NOT_FOUND, f"model {quoted(name)} does not exist; ListModels names those that do")
+            message = f"model: is empty; {LISTS} show the models that you may use"
+            raise CallError(Outcome.MODEL_NOT_FOUND, message, violations=[Violation("model", "is empty")])
+        message = f"model {quoted(name)} does not exist; {LISTS} show the models that you may use"
+        raise CallError(Outcome.MODEL_NOT_FOUND, message, violations=[Violation("model", "does not exist")])
 
     def _adapter(self, full: str, principal: Principal) -> tuple[KnownModel | None, str]:
         """Return the model and the adapter of a name `model:adapter`; (None, "") if the caller may not use the

@@ -164,6 +164,8 @@ def base_shapes(folder: Path) -> Shapes:
 
     A layer is left out if its weights are packed in a form that does not show their shape. Raises AdapterError.
     """
+    if not folder.is_dir():
+        raise AdapterError(f"the base model's folder {folder} does not exist")
     names = sorted(file.name for file in folder.glob("*.safetensors"))[:MAX_BASE_FILES]
     if not names:
         raise AdapterError(f"{folder} holds no safetensors files: adapters need a base model in that form")

@@ -284,7 +284,7 @@ def _say_ready(
         names = " = ".join([*entry.aliases, entry.name])
         say(f"        model {names}" + ("" if entry.state == "READY" else f"   {_state_text(entry)}"))
     if cluster.config.auth is None:
-        say("        loopback only, no keys needed")
+        say("        these addresses are on loopback, and no keys are needed")
     elif cluster.config.auth.api_keys is not None:
         say(f"keys    {command} keys create TENANT -f {cluster.run.config_file}")
     ready = [entry for entry in entries if entry.state == "READY"]

@@ -95,7 +95,7 @@ class PoolingOpening(CallOpening):
         return PoolingTask.EMBED if PoolingTask.EMBED in tasks else None
 
     def _no_task(self, model: KnownModel) -> CallError:
-        wanted = PoolingTask.SCORE if isinstance(self.request.inputs, PairInputs) else PoolingTask.EMBED
+        wanted = "score or embed" if isinstance(self.request.inputs, PairInputs) else "embed"
         has = (
             f"its tasks are {', '.join(sorted(model.capabilities.tasks))}"
             if model.capabilities.tasks
@@ -103,9 +103,9 @@ class PoolingOpening(CallOpening):
         )
         return CallError(
             Outcome.UNSUPPORTED_FEATURE,
-            f"model: {model.name} has no task {wanted.value}, {has}: "
-            f"choose a model with the capability {POOLS}{wanted.value} (ListModels, GET /v1/models)",
-            violations=[Violation("model", f"has no task {wanted.value}")],
+            f"model: {model.name} has no task {wanted}, {has}: choose a model that has one (`tasks` in GET /v1/models, "
+            f"capabilities {POOLS}TASK in ListModels)",
+            violations=[Violation("model", f"has no task {wanted}")],
         )
 
     def _check_dimensions(self, wanted: int, info: PoolingInfo | None) -> None:

@@ -397,5 +397,8 @@ def check_chars(inputs: PairInputs) -> None:
 def too_long(path: str, tokens: int, most: int, surely: str = "") -> CallError:
     """Return the error for an input with more tokens than the model's context holds. `surely`: text before the number
     in the error: "at least " if `tokens` is a lower bound, else ""."""
-    message = f"{path}: has {surely}{tokens} tokens, the model's context holds {most}: shorten it, or have it cut"
+    message = (
+        f"{path}: has {surely}{tokens} tokens, the model's context holds {most}: shorten it, or have it cut "
+        "(gRPC: truncate, HTTP: truncate_prompt_tokens, headrace: --truncate)"
+    )
     return CallError(Outcome.CONTEXT_LENGTH_EXCEEDED, message, violations=[Violation(path, "too long")])
