@@ -96,10 +96,27 @@ def duplicates(adapters: Sequence[Adapter]) -> Iterator[Problem]:
         if adapter.name in seen:
             yield Problem((at, "name"), f"two adapters are called {adapter.name!r}: rename one, or remove it")
         seen.add(adapter.name)
+    yield from limit_problems(adapters)
+
+
+def limit_problems(adapters: Sequence[Adapter | AdapterSpec]) -> Iterator[Problem]:
+    """Yield a problem if there are too many adapters, or too many tenants in all adapters together."""
     if (tenants := sum(len(adapter.tenants) for adapter in adapters)) > MAX_TENANTS:
         yield Problem((), f"names {tenants} tenants in all; at most {MAX_TENANTS} are allowed")
     if len(adapters) > MAX_ADAPTERS:
         yield Problem((), f"has {len(adapters)} adapters; at most {MAX_ADAPTERS} are allowed")
+
+
+def without_surplus(configured: Sequence[AdapterSpec], loaded: Sequence[AdapterSpec]) -> tuple[AdapterSpec, ...]:
+    """Return the adapters in `loaded` that a model can have beside its `configured` adapters. An adapter that would
+    exceed MAX_ADAPTERS or MAX_TENANTS together with the adapters before it is left out."""
+    kept: list[AdapterSpec] = []
+    tenants = sum(len(adapter.tenants) for adapter in configured)
+    for adapter in loaded:
+        if len(configured) + len(kept) < MAX_ADAPTERS and tenants + len(adapter.tenants) <= MAX_TENANTS:
+            kept.append(adapter)
+            tenants += len(adapter.tenants)
+    return tuple(kept)
 
 
 def engine_with_lora(engine: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from cluster.api.adapters import AdapterSpec
 from cluster.api.catalog import Change
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import CatalogEntry
+from cluster.config.adapters import limit_problems
 from cluster.config.document import entry_of
 from cluster.config.model import Model
 from cluster.config.schema import Config
@@ -69,9 +70,11 @@ class StoredCatalogService:
 
     def _with_entries(self, entries: Sequence[Mapping[str, Any]], *, prune: bool) -> tuple[Config, Sequence[Change]]:
         """Return the configuration after `entries` are applied, and the changes from the current configuration.
-        `prune`: remove models that are not in `entries`. Raises CallError for an invalid entry."""
+        `prune`: remove models that are not in `entries`. Raises CallError for an invalid entry, and for an entry that
+        conflicts with adapters that were loaded at run time."""
         before = {model.name: entry_of(model) for model in self._catalog.config.models}
         config = self._catalog.with_entries(layers.apply_entries(list(before.values()), entries, prune=prune))
+        self._catalog.check_loaded(config)
         after = {model.name: entry_of(model) for model in config.models}
         return config, layers.diff(before, after, self._catalog.restarts(config))
 
@@ -161,19 +164,20 @@ class StoredCatalogService:
             )
 
     def _checked(self, model: Model, adapter: AdapterSpec) -> AdapterSpec:
-        """Check an adapter by the rules of the configuration, together with the model's other adapters. Raises
-        CallError."""
-        others = [one for one in self._catalog.adapters(model) if one.name != adapter.name]
+        """Check an adapter by the rules of the configuration, as if the model's entry had it, and the number of the
+        model's adapters and tenants. The model's other loaded adapters are not checked again, because they may be
+        older than the model's entry. Raises CallError."""
+        configured = model.adapter_specs()
         entries = [
             entry_of(other)
             if other.name != model.name
-            else entry_of(other) | {"adapters": [dataclasses.asdict(one) for one in (*others, adapter)]}
+            else entry_of(other) | {"adapters": [dataclasses.asdict(one) for one in (*configured, adapter)]}
             for other in self._catalog.config.models
         ]
         try:
             config = self._catalog.with_entries(entries)
         except CallError as error:
-            place = re.compile(rf"^models\[{re.escape(model.name)}\]\.adapters\[{len(others)}\]\.")
+            place = re.compile(rf"^models\[{re.escape(model.name)}\]\.adapters\[{len(configured)}\]\.")
             violations = [
                 Violation("adapter" if (field := place.sub("", one.field)) == "name" else field, one.description)
                 for one in error.violations
@@ -181,6 +185,10 @@ class StoredCatalogService:
             message = "; ".join(f"{one.field}: {one.description}" for one in violations)
             raise CallError(error.outcome, message, violations=violations) from None
         specs = next(other for other in config.models if other.name == model.name).adapter_specs()
+        names = {spec.name for spec in specs}
+        others = [one for one in self._catalog.loaded(model) if one.name not in names]
+        for problem in limit_problems([*specs, *others]):
+            raise invalid(f"models[{model.name}].adapters", problem.text)
         return specs[-1]
 
     def _override(self, model: str, version: str, **fields: Any) -> CatalogEntry:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import structlog
 
-from cluster.api.adapters import AdapterSpec
-from cluster.api.outcomes import CallError, Outcome
+from cluster.api.adapters import AdapterSpec, full_name
+from cluster.api.outcomes import CallError, Outcome, Violation
+from cluster.config.adapters import MAX_ADAPTERS, MAX_TENANTS, without_surplus
 from cluster.config.document import entry_of, with_models
 from cluster.config.model import Model
 from cluster.config.schema import Config
@@ -17,6 +18,9 @@ from cluster.controller.desired_models import DesiredModels
 from cluster.worker.settings import ReplicaSettings
 
 log = structlog.get_logger("catalog")
+
+_MAX_LISTED = 5
+"""Number of adapters that an error message names."""
 
 
 class EditableCatalog:
@@ -53,6 +57,8 @@ class EditableCatalog:
         self._config = self._restored(config, stored) if stored is not None else config
         self._loaded = dict(stored.adapters) if stored is not None else {}
         """Adapters that were loaded at run time, by the model's name."""
+        self._left_out: Mapping[str, Sequence[str]] = {}
+        """Names of the loaded adapters that are not published because their model has too many, by the model's name."""
         self._want()
         if stored is not None:
             models.restore(stored.overrides)
@@ -77,6 +83,18 @@ class EditableCatalog:
         settings = self._settings_of(self._config)
         self._models.want(settings, {model.name: self.adapters(model) for model in self._config.models})
         self._on_want(settings)
+        self._log_left_out()
+
+    def _log_left_out(self) -> None:
+        """Log each model whose loaded adapters are not all published. A model is logged again when the adapters that
+        are left out change."""
+        before, self._left_out = (
+            self._left_out,
+            {model.name: names for model in self._config.models if (names := self._surplus(model))},
+        )
+        for name, adapters in self._left_out.items():
+            if adapters != before.get(name):
+                log.warning("adapter.left_out", model=name, adapters=adapters)
 
     # ---- queries
 
@@ -98,12 +116,25 @@ class EditableCatalog:
 
     def adapters(self, model: Model) -> tuple[AdapterSpec, ...]:
         """Return the adapters of a model: first the adapters of its entry, then the adapters that were loaded at run
-        time."""
+        time. Loaded adapters that exceed the limits of a model are left out, because gateways refuse a model with too
+        many adapters."""
         if not model.takes_adapters:
             return ()
         configured = model.adapter_specs()
-        names = {adapter.name for adapter in configured}
-        return (*configured, *(one for one in self.loaded(model) if one.name not in names))
+        return (*configured, *without_surplus(configured, self._additional(model)))
+
+    def _additional(self, model: Model) -> Sequence[AdapterSpec]:
+        """Return the loaded adapters of a model that takes adapters, without those whose names the model's entry
+        has."""
+        if not model.takes_adapters:
+            return ()
+        names = {adapter.name for adapter in model.adapters or ()}
+        return [adapter for adapter in self.loaded(model) if adapter.name not in names]
+
+    def _surplus(self, model: Model) -> Sequence[str]:
+        """Return the names of the loaded adapters that exceed the limits of a model."""
+        published = {adapter.name for adapter in self.adapters(model)}
+        return [adapter.name for adapter in self._additional(model) if adapter.name not in published]
 
     def loaded(self, model: Model) -> tuple[AdapterSpec, ...]:
         """Return the adapters of a model that were loaded at run time."""
@@ -113,6 +144,45 @@ class EditableCatalog:
         """Return the current configuration with its models replaced by the models in `entries`. Raises CallError for an
         invalid entry."""
         return with_models(self._config, entries, self._held)
+
+    def check_loaded(self, after: Config) -> None:
+        """Check the models of the configuration `after` together with the adapters that were loaded at run time. Raises
+        CallError for too many adapters of a model, and for a model's name that a loaded adapter has. A conflict that
+        the current configuration has too is allowed, so that it blocks no other change."""
+        known = [*self._conflicts(self._config)]
+        if violations := [violation for violation in self._conflicts(after) if violation not in known]:
+            message = "; ".join(f"{one.field}: {one.description}" for one in violations)
+            raise CallError(Outcome.INVALID_FIELD, message, violations=violations)
+
+    def _conflicts(self, config: Config) -> Iterator[Violation]:
+        """Yield a violation for each model of `config` that has too many adapters with its loaded ones, and for each
+        name or alias of a model that is also the full name of a loaded adapter."""
+        adapters = {
+            full_name(name, adapter.name): full_name(model.name, adapter.name)
+            for model in config.models
+            for adapter in self._additional(model)
+            for name in (model.name, *model.aliases)
+        }
+        for model in config.models:
+            where = f"models[{model.name}]"
+            if surplus := self._surplus(model):
+                loaded = self._additional(model)
+                count = len(model.adapters or ()) + len(loaded)
+                tenants = sum(len(adapter.tenants) for adapter in (*model.adapter_specs(), *loaded))
+                listed = ", ".join(surplus[:_MAX_LISTED]) + (", ..." if len(surplus) > _MAX_LISTED else "")
+                yield Violation(
+                    f"{where}.adapters",
+                    f"there would be {count} adapters with {tenants} tenants in all, of which {len(loaded)} adapters "
+                    f"were loaded at run time; at most {MAX_ADAPTERS} adapters and {MAX_TENANTS} tenants are allowed: "
+                    f"unload {len(surplus)} of the loaded adapters first ({listed})",
+                )
+            for number, name in enumerate((model.name, *model.aliases)):
+                if name in adapters:
+                    yield Violation(
+                        f"{where}.aliases[{number - 1}]" if number else f"{where}.name",
+                        f"{name!r} is also a name of the adapter {adapters[name]!r}, which was loaded at run time: "
+                        "unload the adapter first, or choose another name",
+                    )
 
     def restarts(self, after: Config) -> Mapping[str, str]:
         """Return the models whose stable version would get new replicas under the configuration `after`. The keys are

@@ -15,6 +15,7 @@ EVENTS: Mapping[str, str] = {
     "adapter.digests_differ": "Two workers hold different files for an adapter; those with other files get no calls.",
     "adapter.dropped": "The worker has deleted an adapter's files that no gateway names any longer.",
     "adapter.failed": "The worker could not fetch or load an adapter; it tries again.",
+    "adapter.left_out": "A model has too many adapters; these loaded ones are not published to the gateways.",
     "adapter.list_received": "The worker has received a new list of adapters.",
     "adapter.loaded": "An operator has added an adapter to a model.",
     "adapter.ready": "The worker accepts requests for an adapter.",

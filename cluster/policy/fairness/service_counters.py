@@ -23,6 +23,8 @@ from typing import NamedTuple
 from cluster.policy.fairness.order import WaitingSequence
 
 QUANTUM = 32.0
+MAX_HOLES = 64
+"""Number of holes in a queue that are always tolerated."""
 
 
 class FlowKey(NamedTuple):
@@ -33,74 +35,100 @@ class FlowKey(NamedTuple):
 
 
 class FifoQueue:
-    """FIFO queue whose entries have serial numbers.
+    """FIFO queue whose entries have serial numbers, and from whose middle entries can be removed.
 
-    Operations take O(1), amortised. Removals from the middle and `position` take O(log removed entries).
+    An entry that is removed from the middle leaves a hole, until it is at an end of the queue or there are more holes
+    than entries (and more than MAX_HOLES). So memory is in proportion to the number of entries, and no operation looks
+    at more than MAX_HOLES holes for long: `first` closes the holes when it has passed more. Operations take O(1),
+    amortised; a removal from the middle and `position` take O(log n), and moving the later holes' numbers in memory.
     """
 
-    __slots__ = ("_first", "_gone", "_line", "_skipped")
+    __slots__ = ("_entries", "_holes", "_next", "_serials", "_start")
 
     def __init__(self) -> None:
-        self._line: deque[WaitingSequence] = deque()
-        self._first = 0  # serial number of the first entry in _line
-        self._gone: list[int] | None = None  # serial numbers of entries removed from the middle, sorted
-        self._skipped = 0  # number of entries at the start of _gone that are no longer in _line
+        self._entries: list[WaitingSequence | None] = []
+        """Entries in the order of arrival; None for a hole. The first from `_start` on and the last are no holes."""
+        self._serials: list[int] = []
+        """Serial number of each place in `_entries`."""
+        self._start = 0
+        """Number of places at the beginning of `_entries` whose entries have left."""
+        self._holes: list[int] = []
+        """Serial numbers of the holes from `_start` on, in ascending order."""
+        self._next = 0
 
     def __len__(self) -> int:
-        return len(self._line) - len(self._gone or ()) + self._skipped
+        return len(self._entries) - self._start - len(self._holes)
 
     def push(self, waiting: WaitingSequence) -> int:
         """Append an entry. Returns the serial number of the entry."""
-        line = self._line
-        line.append(waiting)
-        return self._first + len(line) - 1
+        serial = self._next
+        self._next = serial + 1
+        self._entries.append(waiting)
+        self._serials.append(serial)
+        return serial
 
     def head(self) -> WaitingSequence | None:
         """Return the first entry, or None if the queue is empty."""
-        return self._line[0] if self._line else None
+        return self._entries[self._start] if self._entries else None
 
     def first(self, count: int) -> list[WaitingSequence]:
         """Return the first `count` entries, or all entries if there are fewer."""
         out: list[WaitingSequence] = []
-        gone, at = self._gone or (), self._skipped
-        for serial, waiting in enumerate(self._line, self._first):
-            if at < len(gone) and gone[at] == serial:
-                at += 1
-                continue
-            out.append(waiting)
-            if len(out) == count:
-                break
+        at, end = self._start, len(self._entries)
+        while at < end and len(out) < count:
+            if (waiting := self._entries[at]) is not None:
+                out.append(waiting)
+            at += 1
+        if at - self._start - len(out) > MAX_HOLES:
+            self._close_holes(at)
         return out
 
     def remove(self, serial: int) -> None:
         """Remove an entry at any position. Each serial number must be removed only once."""
-        if serial != self._first:
-            self._gone = self._gone or []
-            insort(self._gone, serial)
-            return
-        self._line.popleft()
-        self._first += 1
-        if self._gone is not None:
-            self._skip(self._gone)
+        entries, serials = self._entries, self._serials
+        if serial == serials[self._start]:
+            self._remove_head()
+        elif serial == serials[-1]:
+            self._remove_last()
+        else:
+            entries[bisect_left(serials, serial, self._start)] = None
+            insort(self._holes, serial)
+            if len(self._holes) > max(MAX_HOLES, len(self)):
+                self._close_holes(len(entries))
 
-    def _skip(self, gone: list[int]) -> None:
-        """Drop entries at the front that are already marked as removed. The first entry is then a waiting one.
+    def _remove_head(self) -> None:
+        """Remove the first entry and the holes behind it."""
+        entries, end = self._entries, len(self._entries)
+        entries[self._start] = None
+        at = self._start + 1
+        while at < end and entries[at] is None:
+            at += 1
+        del self._holes[: at - self._start - 1]
+        self._start = at
+        if at == end or 2 * at > max(end, 2 * MAX_HOLES):
+            del entries[:at], self._serials[:at]
+            self._start = 0
 
-        `gone`: serial numbers of removed entries. The numbers of dropped entries are deleted only when they are more
-        than half of the list, so that the list is seldom copied.
-        """
-        while self._skipped < len(gone) and gone[self._skipped] == self._first:
-            self._line.popleft()
-            self._first += 1
-            self._skipped += 1
-        if 2 * self._skipped > len(gone):
-            del gone[: self._skipped]
-            self._skipped = 0
-            self._gone = gone or None
+    def _remove_last(self) -> None:
+        """Remove the last entry, which is not the first, and the holes before it."""
+        entries, serials = self._entries, self._serials
+        entries[-1] = None
+        while entries[-1] is None:  # ends at the first entry at the latest
+            del entries[-1], serials[-1]
+        del self._holes[bisect_left(self._holes, serials[-1]) :]
+
+    def _close_holes(self, end: int) -> None:
+        """Close the holes among the places before `end`."""
+        kept = [at for at in range(self._start, end) if self._entries[at] is not None]
+        del self._holes[: end - self._start - len(kept)]
+        self._serials[:end] = [self._serials[at] for at in kept]
+        self._entries[:end] = [self._entries[at] for at in kept]
+        self._start = 0
 
     def position(self, serial: int) -> int:
         """Number of entries ahead of the entry with this serial number."""
-        return serial - self._first - bisect_left(self._gone or (), serial) + self._skipped
+        at = bisect_left(self._serials, serial, self._start)
+        return at - self._start - bisect_left(self._holes, serial)
 
     def __repr__(self) -> str:
         return f"FifoQueue({len(self)} waiting)"
@@ -139,7 +167,7 @@ class Flow(FifoQueue):
 
     def record_turn(self, serial: int) -> None:
         """Record that the sequence with this serial number is being sent. Call this method before `remove`."""
-        self.overtaken = 0 if serial == self._first else self.overtaken + 1
+        self.overtaken = 0 if serial == self._serials[self._start] else self.overtaken + 1
 
     @property
     def waits(self) -> bool:

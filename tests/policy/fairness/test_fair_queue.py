@@ -4,6 +4,8 @@ cover expected output lengths and the shedding of sequences from a full waiting 
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from cluster.api.outcomes import Outcome
 from cluster.policy.fairness.fair_queue import DEFICIT_TOKENS, FairOrder, FairOrders
 from cluster.policy.fairness.output_lengths import KEPT, LearntMeans, LearntOutputs
 from cluster.policy.fairness.served_tokens import ServedMeter
-from cluster.policy.fairness.service_counters import QUANTUM, FifoQueue, FlowKey
+from cluster.policy.fairness.service_counters import MAX_HOLES, QUANTUM, FifoQueue, FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
 from cluster.policy.fairness.waiting_room import WaitingRoom, WaitingSequence
 
@@ -342,26 +344,13 @@ def test_nobody_starves(arrivals: list[int]) -> None:
     assert served <= 2
 
 
-def test_a_line_forgets_those_who_left() -> None:
-    """A FIFO queue still reports correct positions and a correct length after sequences in its middle were removed. The
-    gaps are dropped when the head is removed."""
+@given(st.lists(st.one_of(st.none(), st.integers(0, 200)), max_size=300), st.integers(0, 200))
+def test_a_line_agrees_with_a_list(steps: list[int | None], begin: int) -> None:
+    """After any sequence of pushes and removals, the FIFO queue agrees with a list, and it has room for hardly more
+    entries than wait. `steps`: None for a push, or the index of the waiting entry to remove. `begin`: number of
+    entries before the first step."""
     line = FifoQueue()
-    serials = [line.push(call(str(i))) for i in range(6)]
-    for gone in (1, 3, 2):
-        line.remove(serials[gone])
-    assert [line.position(serials[i]) for i in (0, 4, 5)] == [0, 1, 2]
-    line.remove(serials[0])
-    head = line.head()
-    assert head is not None
-    assert (head.call_id, len(line), line.position(serials[5])) == ("4", 2, 1)
-
-
-@given(st.lists(st.one_of(st.none(), st.integers(0, 30)), max_size=120))
-def test_a_line_agrees_with_a_list(steps: list[int | None]) -> None:
-    """After any sequence of pushes and removals, the FIFO queue agrees with a list. `steps`: None for a push, or the
-    index of the waiting entry to remove."""
-    line = FifoQueue()
-    waiting: list[tuple[str, int]] = []
+    waiting = [(str(-number), line.push(call(str(-number)))) for number in range(begin)]
     for number, step in enumerate(steps):
         if step is None:
             waiting.append((str(number), line.push(call(str(number)))))
@@ -369,8 +358,28 @@ def test_a_line_agrees_with_a_list(steps: list[int | None]) -> None:
             line.remove(waiting.pop(step % len(waiting))[1])
         head = line.head()
         assert (head.call_id if head is not None else None) == (waiting[0][0] if waiting else None)
+        assert [each.call_id for each in line.first(3)] == [call_id for call_id, _ in waiting[:3]]
         assert len(line) == len(waiting)
         assert [line.position(serial) for _, serial in waiting] == list(range(len(waiting)))
+        assert len(line._entries) <= 2 * (len(waiting) + MAX_HOLES) + 1
+
+
+@pytest.mark.parametrize("first", ["oldest", "newest", "random"])
+def test_those_who_left_cost_nothing(first: str) -> None:
+    """A sequence at the head waits while many others enter and leave behind it, in any order. Their places are
+    dropped, and a turn looks at a bounded number of them."""
+    line, chance = FifoQueue(), random.Random(1)
+    line.push(call("stuck"))
+    serials = [line.push(call(str(number))) for number in range(2000)]
+    serials.sort(key={"oldest": lambda at: at, "newest": lambda at: -at, "random": lambda _: chance.random()}[first])
+    for serial in serials[:-1]:
+        line.remove(serial)
+        line.first(16)
+        assert len(line._entries) <= 2 * (len(line) + MAX_HOLES) + 1
+    assert len(line.first(16)) == 2
+    for _ in range(2000):
+        line.remove(line.push(call("churn")))
+    assert len(line._entries) <= 2 + MAX_HOLES
 
 
 def test_learnt_outputs() -> None:
