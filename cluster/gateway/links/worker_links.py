@@ -107,6 +107,8 @@ class WorkerLinks:
 
     async def _read(self, link: WorkerLink, context: Any) -> None:
         while (message := await read(context)) is not None:
+            if link.ended:  # a newer connection of the worker has taken its place
+                return
             try:
                 changed = link.apply(message)
             except ValueError as error:  # the worker's fault, so only its link ends
