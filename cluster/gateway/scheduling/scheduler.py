@@ -134,7 +134,7 @@ class Scheduler:
             self._unserved.note,
         )
         self.hedges = Hedges(
-            HedgingPolicy(hedging_share),
+            HedgingPolicy(hedging_share, settings),
             self.queues,
             workers,
             fleets,

@@ -274,6 +274,7 @@ def _read_candidate(
         last_sent=link.last_sent,
         unanswered=link.slots.unanswered,
         slots=link.info.max_num_seqs,
+        engine_running=link.load.running,
         slowdown=slowdown,
         adapters=adapters,
         resident=resident,

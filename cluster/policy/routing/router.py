@@ -66,6 +66,8 @@ class Candidate:
     """Number of sequences that the worker's engine runs at once; 0 if unknown."""
     slowdown: float = 1.0
     """Time that the worker needs for a prompt, relative to a usual worker of the model. Above 0."""
+    engine_running: int = 0
+    """Number of sequences of all gateways that the worker's engine runs, as last reported."""
     adapters: frozenset[str] = frozenset()
     """Adapters for which the worker takes calls, by the names that RouteCall.adapter may have."""
     resident: frozenset[str] = frozenset()

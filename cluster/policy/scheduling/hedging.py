@@ -25,6 +25,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from cluster.policy.routing.cost import RoutingSettings
 from cluster.policy.routing.fleet import choose
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
 from cluster.policy.scheduling.first_token_times import FirstTokenTimes
@@ -70,10 +71,11 @@ class HedgingPolicy:
     """Decides which late sequences of one gateway are hedged, that is, also sent to a second worker. `now` is
     monotonic, in seconds."""
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, routing: RoutingSettings | None = None) -> None:
         """`share`: largest fraction of a model's sequences that may be hedged, in [0, 1]. With 0, no sequence is hedged
-        and no times are learnt."""
+        and no times are learnt. `routing`: how the second worker is chosen; None: by the default settings."""
         self.share = share
+        self._routing = routing
         self._times = FirstTokenTimes()
         self._sent: dict[str, _Sent] = {}
         self._due: list[tuple[float, int, str]] = []
@@ -152,10 +154,11 @@ class HedgingPolicy:
         """
         others = [c for c in candidates if c.healthy and not c.draining and not c.retired]
         others = [c for c in others if c.incarnation not in call.excluded]
-        slots = [c.slots or c.free_sequences + c.running for c in others]
-        if sum(slots) - sum(c.running for c in others) < MIN_FREE * sum(slots):
+        running = [max(c.running, c.engine_running) for c in others]
+        slots = [c.slots or c.free_sequences + used for c, used in zip(others, running, strict=True)]
+        if sum(slots) - sum(running) < MIN_FREE * sum(slots):
             return RoutingDecision(None, "overloaded", ())
-        return choose(call, [c for c in others if not c.waiting])
+        return choose(call, [c for c in others if not c.waiting], self._routing)
 
     def hedged(self, key: str, worker_id: str, uncached_tokens: int, now: float) -> None:
         """Record that a sequence was sent to a second worker. `uncached_tokens`: number of prompt tokens that the

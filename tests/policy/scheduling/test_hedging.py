@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.policy.routing.cost import RoutingSettings
+from cluster.policy.routing.fleet import choose
 from cluster.policy.routing.router import Candidate, RouteCall
 from cluster.policy.scheduling.first_token_times import (
     GROUPS,
@@ -227,6 +229,27 @@ def test_nothing_is_hedged_under_overload(waiting: int, loads: list[tuple[int, i
     takes = any(one.free_sequences and not one.waiting for one in others)
     hedged = world.look(waiting, [worker("w0", free=100), worker("y", healthy=False), *others])
     assert bool(hedged) == (not waiting and free > 0 and free >= MIN_FREE * (free + running) and takes)
+
+
+def test_sequences_of_other_gateways_count_as_load() -> None:
+    """Nothing is hedged to workers whose engines are busy with the sequences of other gateways."""
+    world = World(HedgingPolicy(1.0))
+    world.learn(LEARNT)
+    world.send("s")
+    world.now += 10.0
+    busy = [replace(worker(name, free=4, running=1), slots=64, engine_running=60) for name in ("w1", "w2")]
+    assert world.look(0, busy) == []
+    world.now += 10.0
+    assert world.look(0, [replace(one, engine_running=30) for one in busy]) == ["s"]
+
+
+def test_the_second_worker_is_chosen_by_the_configured_policy() -> None:
+    """The second worker is chosen by the policy that chooses the first worker."""
+    workers = [worker("w1", running=3), worker("w2", running=1), worker("w3", running=2)]
+    call, settings = RouteCall("m", TOKENS), RoutingSettings(policy="least_load")
+    decision = HedgingPolicy(1.0, settings).second_worker(call, workers)
+    assert decision == choose(call, workers, settings)
+    assert decision != HedgingPolicy(1.0).second_worker(call, workers) == choose(call, workers)
 
 
 @given(st.floats(0.001, 5.0), st.floats(0.0, 40.0))
