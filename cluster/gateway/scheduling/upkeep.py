@@ -91,7 +91,8 @@ class Upkeep:
         self._hedges.policy.retain_models(model.name for model in models)
         self._fleets.age(now)
         self._charges.sweep({model.name: bool(model.links) for model in models}, now)
-        self._breakers.retain(link.identity.incarnation for model in models for link in model.links.values())
+        linked = (link.identity.incarnation for model in models for link in model.links.values())
+        self._breakers.retain(linked, now)
         for model in models:
             for link in list(model.links.values()):
                 if now >= link.move_requests_at or model.versions.is_quarantined(link):

@@ -24,6 +24,8 @@ PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 TRIAL_S = 5.0
 """Time in seconds after which an unanswered probe no longer counts, because its caller may be gone."""
+KEPT_S = 60.0
+"""Time in seconds for which the open breaker of a worker without a link is kept after its pause."""
 SHOWN_STEPS = 10
 """Number of engine steps after a reconnect that show that the engine is not stalled."""
 
@@ -109,11 +111,14 @@ class Breakers:
         if now - breaker.opened_at >= breaker.pause_s and steps - breaker.steps >= SHOWN_STEPS:
             breaker.seen = True
 
-    def retain(self, incarnations: Iterable[str]) -> None:
-        """Forget the closed breakers of all incarnations that are not in `incarnations`."""
+    def retain(self, incarnations: Iterable[str], now: float) -> None:
+        """Forget the breakers of all incarnations that are not in `incarnations`. An open breaker is kept for KEPT_S
+        after its pause, since its worker may connect again."""
         kept = set(incarnations)
         self._breakers = {
-            name: breaker for name, breaker in self._breakers.items() if name in kept or not breaker.closed
+            name: breaker
+            for name, breaker in self._breakers.items()
+            if name in kept or (not breaker.closed and now - breaker.opened_at < breaker.pause_s + KEPT_S)
         }
 
     @property

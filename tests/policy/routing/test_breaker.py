@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.policy.routing.breaker import FAILURES, LONGEST_PAUSE_S, PAUSE_S, SHOWN_STEPS, TRIAL_S, Breakers
+from cluster.policy.routing.breaker import FAILURES, KEPT_S, LONGEST_PAUSE_S, PAUSE_S, SHOWN_STEPS, TRIAL_S, Breakers
 
 WORKERS = ("a", "b", "c")
 events = st.lists(st.tuples(st.sampled_from(WORKERS), st.booleans(), st.floats(0.0, 3.0)), max_size=80)
@@ -64,8 +64,12 @@ def test_who_stands_still_is_spared_though_nobody_else_is_there() -> None:
     breakers.record_stall("a", 0.0)
     assert not breakers.allows("a", PAUSE_S * 0.9)
     assert breakers.allows("a", PAUSE_S)
-    breakers.retain([])
+    breakers.retain([], KEPT_S)
     assert not breakers.allows("a", 0.5), "not forgotten while its link is away"
+    breakers.retain(["a"], KEPT_S + PAUSE_S)
+    assert breakers.open == 1, "not forgotten while it is linked"
+    breakers.retain([], KEPT_S + PAUSE_S)
+    assert breakers.open == 0, "forgotten once its link has been away for long"
 
 
 def test_who_was_only_out_of_sight_needs_no_trial() -> None:
