@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from cluster.api.output_parts import OutputParsing, OutputPart, ParsedOutput, PartKind
 from cluster.api.pooling import known_tasks
 from cluster.api.types import (
+    KV_EVENTS,
     POOLING_SAMPLING,
     CatalogEntry,
     DrainState,
@@ -513,18 +515,24 @@ def load_to_pb(load: EngineLoad) -> pb.Load:
 
 
 def load_from_pb(m: pb.Load) -> EngineLoad:
-    """Decode an engine's load, the inverse of `load_to_pb`."""
+    """Decode an engine's load, the inverse of `load_to_pb`. Values that no engine can have are replaced, since routing
+    compares the loads of all workers: one NaN would change the choice among the others."""
     return EngineLoad(
         running=m.running,
         waiting=m.waiting,
-        kv_usage=m.kv_usage,
+        kv_usage=min(_finite(m.kv_usage, 1.0), 1.0),
         steps=m.steps,
-        step_s=m.step_ms / 1000,
+        step_s=_finite(m.step_ms) / 1000,
         busy=m.busy,
-        step_age_s=m.step_age_ms / 1000,
-        step_p99_s=m.step_p99_ms / 1000,
+        step_age_s=_finite(m.step_age_ms) / 1000,
+        step_p99_s=_finite(m.step_p99_ms) / 1000,
         prefill_tokens=m.prefill_tokens,
     )
+
+
+def _finite(value: float, otherwise: float = 0.0) -> float:
+    """Return a value that is at least 0 and finite: `otherwise` for NaN and infinity, and 0 for a negative value."""
+    return max(value, 0.0) if math.isfinite(value) else otherwise
 
 
 def hello_to_pb(identity: WorkerIdentity, info: EngineInfo, epoch: int) -> pb.Hello:
@@ -566,7 +574,10 @@ def hello_to_pb(identity: WorkerIdentity, info: EngineInfo, epoch: int) -> pb.He
 
 def hello_from_pb(m: pb.Hello) -> tuple[WorkerIdentity, EngineInfo]:
     """Decode a worker's Hello, the inverse of `hello_to_pb`. Raises ValueError if the sampling defaults are not a JSON
-    object, or if the length of vectors or a number of adapters is out of range."""
+    object, if the length of vectors or a number of adapters is out of range, or if a worker that reports KV blocks
+    gives no size of a block."""
+    if KV_EVENTS in m.capabilities and m.block_size < 1:
+        raise ValueError(f"block_size is {m.block_size}: a worker that reports KV blocks must have 1 or more")
     identity = WorkerIdentity(
         worker_id=m.worker_id,
         incarnation=m.incarnation,

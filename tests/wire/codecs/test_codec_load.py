@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 from hypothesis import given
@@ -39,3 +40,14 @@ def test_every_field_travels(load: EngineLoad) -> None:
             pytest.approx(mine, rel=1e-6, abs=1e-30) if isinstance(mine, float) else mine
         )
     assert load_from_pb(pb.Load()) == EngineLoad()
+
+
+@given(st.floats(), st.floats(), st.floats(), st.floats())
+def test_impossible_values_become_possible_ones(kv_usage: float, step: float, age: float, p99: float) -> None:
+    """Whatever a worker reports, the decoded load has a share of the KV memory in [0, 1], and times that are at least 0
+    and finite. A share that is no number counts as full."""
+    load = load_from_pb(pb.Load(kv_usage=kv_usage, step_ms=step, step_age_ms=age, step_p99_ms=p99))
+    assert 0.0 <= load.kv_usage <= 1.0
+    for value in (load.step_s, load.step_age_s, load.step_p99_s):
+        assert 0.0 <= value < math.inf
+    assert load_from_pb(pb.Load(kv_usage=math.nan)).kv_usage == 1.0

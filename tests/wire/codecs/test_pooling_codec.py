@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.pooling import MAX_DIMENSIONS, PoolingInfo, PoolingOptions, PoolingTask, pooling_capabilities
-from cluster.api.types import EngineInfo, EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
+from cluster.api.types import KV_EVENTS, EngineInfo, EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
 from cluster.link.v1 import link_pb2 as pb
 from cluster.wire.codecs import codec
 from cluster.wire.codecs.pooling_codec import MAX_SHORTER_DIMENSIONS
@@ -102,6 +102,16 @@ def test_a_hello_with_impossible_lengths_is_refused(field: str, value: object) -
     else:
         setattr(message.pooler, field, value)
     with pytest.raises(ValueError, match=f"pooler.{field}"):
+        codec.hello_from_pb(message)
+
+
+def test_a_hello_with_kv_blocks_of_no_size_is_refused() -> None:
+    """A Hello raises ValueError if the worker reports KV blocks, but their size is not at least 1."""
+    message = hello(None)
+    message.capabilities[:] = [KV_EVENTS]
+    codec.hello_from_pb(message)
+    message.block_size = 0
+    with pytest.raises(ValueError, match="block_size is 0"):
         codec.hello_from_pb(message)
 
 
