@@ -11,6 +11,7 @@ from cluster.api.types import WorkerIdentity
 from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.calls.reasoning import reasoning_in_part
 from cluster.ledger.usage.records import MAX_ID, SEGMENTS_PER_RESUME, OpenRecord, UsageRecord
+from cluster.policy.routing.route_history import Route
 from cluster.wire.ended_requests import EndedUsage
 
 
@@ -43,6 +44,12 @@ class CallAccount:
     """Fields of the record that the gateway knows when the sequence has ended."""
     admitted: bool = False
     written: bool = False
+
+    def assign(self, worker: WorkerIdentity, route: Route | None) -> None:
+        """Record the worker that has the sequence now, and the prediction with which the worker was chosen."""
+        self.worker = worker
+        if not self.continued and route is not None:
+            self.predicted_cached_tokens = route.predicted_cached_tokens
 
     @property
     def complete(self) -> bool:

@@ -63,10 +63,8 @@ class OpenAccounts:
             account = self._by_sequence[sequence.key] = CallAccount(record, self._sealer.seal(record))
             self._by_seal[account.sealed] = account
         account.awaited += 1
-        account.worker = link.identity
         account.continued = bool(sequence.emitted)
-        if not account.continued and sequence.route is not None:
-            account.predicted_cached_tokens = sequence.route.predicted_cached_tokens
+        account.assign(link.identity, sequence.route)
         return account.sealed
 
     def hedged(self, sequence: CallSequence) -> bytes:
@@ -81,7 +79,7 @@ class OpenAccounts:
         worker; "" if that worker refused the sequence."""
         account = self._by_sequence.get(sequence.key)
         if account is not None and sequence.link is not None:
-            account.worker = sequence.link.identity
+            account.assign(sequence.link.identity, sequence.route)
         if account is not None and computed_by:
             account.in_vain.append(computed_by)
 

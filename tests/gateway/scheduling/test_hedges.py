@@ -38,6 +38,7 @@ from cluster.link.v1 import link_pb2 as pb
 from cluster.observe import semantic_conventions as names
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.waiting_room import WaitingRoom
+from cluster.policy.routing.route_history import Route
 from cluster.policy.scheduling.first_token_times import MIN_COUNT, RELEARNT_S
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.wire.bundle import Bundle
@@ -314,6 +315,19 @@ def test_one_worker_of_a_hedged_sequence_is_counted(
     assert record is not None
     assert (record.prompt_tokens, record.generated_tokens, record.cached_tokens) == (PROMPT, kept, kept)
     assert record.gpu_seconds == kept_s
+
+
+def test_the_prediction_is_that_of_the_worker_that_keeps_the_sequence() -> None:
+    """The predicted number of cached tokens in the usage record belongs to the worker that reports the real number. If
+    a worker continues the sequence, the prediction for the worker before it stays."""
+    account = CallAccount(OpenRecord("r", "t", "k", "m", "v1", "q", 0.0, prompt_tokens=PROMPT), b"sealed")
+    first, second = (WorkerIdentity(name, f"{name}-1", "m") for name in ("w1", "w2"))
+    account.assign(first, Route(0, 0.0, "w1", "cached_prefix", PROMPT, cached={"w1": 960}))
+    account.assign(second, Route(0, 0.0, "w2", "cached_prefix", PROMPT, cached={"w1": 960}))
+    assert (account.worker, account.predicted_cached_tokens) == (second, 0)
+    account.continued = True
+    account.assign(first, Route(0, 0.0, "w1", "cached_prefix", PROMPT, cached={"w1": 960}))
+    assert (account.worker, account.predicted_cached_tokens) == (first, 0)
 
 
 @pytest.mark.slow
