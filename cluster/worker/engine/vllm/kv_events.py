@@ -71,6 +71,8 @@ class KvEventSocket:
         self._decoder: Any = None
         self._received: list[Sequence[bytes]] = []
         self._missed: Sequence[bytes] | None = None
+        self._has_lost = False
+        """Whether events were lost for good since the last event that was returned."""
 
     def config(self) -> Any:
         """Return the KVEventsConfig of vLLM that makes the engine core publish its events to this socket."""
@@ -118,6 +120,9 @@ class KvEventSocket:
         `received`."""
         for payload in missed:
             yield from self._decoded(payload)
+        if self._has_lost:  # blocks whose removal is among the lost events would be reported as held for ever
+            self._has_lost = False
+            yield BlocksCleared()
         for frames in received:
             if (number := _number(frames)) >= self._next:  # otherwise the batch is among those requested again
                 self._next = number + 1
@@ -148,6 +153,7 @@ class KvEventSocket:
         lost = end - self._next - len(found)
         if lost:
             log.warning("engine.kv_events_lost", batches=lost)
+            self._has_lost = True
         return found
 
     def _decoded(self, payload: bytes) -> Iterator[KvEvent]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.api.kv_events import BlocksRemoved, BlocksStored
+from cluster.api.kv_events import BlocksCleared, BlocksRemoved, BlocksStored
 from cluster.worker.engine.vllm.kv_events import KvEventSocket
 
 pytestmark = pytest.mark.engine
@@ -37,6 +37,37 @@ async def test_batches_published_before_the_subscription_are_requested_again(tmp
                 seen += [event.blocks[0] for event in await reading if isinstance(event, BlocksStored)]
         assert seen[:20] == list(range(20))
         assert set(seen[20:]) == {20}
+    finally:
+        events.close()
+        publisher.shutdown()
+
+
+async def test_events_lost_for_good_clear_the_cache(tmp_path: Path) -> None:
+    """If the engine no longer has some of the missed batches, the cache counts as cleared after the others, since the
+    lost batches may have removed blocks."""
+    from vllm.distributed.kv_events import BlockStored, KVEventBatch, ZmqEventPublisher
+
+    events = KvEventSocket(tmp_path)
+    config = events.config()
+    publisher = ZmqEventPublisher(0, config.endpoint, config.replay_endpoint, buffer_steps=4)
+
+    def publish(number: int) -> None:
+        publisher.publish(KVEventBatch(0.0, [BlockStored([number], None, [1, 2], 2, None, "GPU", None, group_idx=0)]))
+
+    try:
+        for number in range(20):
+            publish(number)
+        seen: list[object] = []
+        async with asyncio.timeout(60):
+            while not any(isinstance(event, BlocksCleared) for event in seen):
+                reading = asyncio.create_task(events.kv_events())
+                while not reading.done():
+                    publish(20)
+                    await asyncio.wait([reading], timeout=0.1)
+                seen += await reading
+        after = seen[seen.index(BlocksCleared()) + 1 :]
+        assert [event.blocks[0] for event in after if isinstance(event, BlocksStored)][-1:] == [20]
+        assert sum(isinstance(event, BlocksCleared) for event in seen) == 1
     finally:
         events.close()
         publisher.shutdown()
