@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.admin.v1 import routing_pb2 as pb
-from cluster.cli.common import JsonOption, fail, out, print_json
+from cluster.cli.common import UNREACHABLE_CODE, JsonOption, fail, out, print_json, warn
 from cluster.cli.target.access import admin_access
 from cluster.cli.target.admin_client import open_admin, plain
 from cluster.cli.target.contexts import ClusterTarget
@@ -43,6 +43,7 @@ def explain_request(
     calls: list[pb.ExplainedCall] = []
     links: dict[str, str] = {}
     missing = ""
+    unasked: list[str] = []
     addresses: Sequence[str | None] = admin or [target.admin]
     for address in addresses:
         access = admin_access(replace(target, admin=address))
@@ -53,11 +54,18 @@ def explain_request(
                 links |= {call.id: api.console_link("calls", call.id) for call in found}
             except grpc.RpcError as error:
                 refusal = from_rpc(error, endpoint=access.address)
-                if refusal.reason != "NOT_FOUND":
+                if refusal.reason != "NOT_FOUND" and len(addresses) == 1:
                     raise
-                missing = refusal.message
-    if not calls:
+                if refusal.reason == "NOT_FOUND":
+                    missing = refusal.message
+                else:
+                    unasked.append(f"{access.address}: {refusal.message}")
+    if not calls and not unasked:
         fail(missing)
+    if not calls:
+        fail(f"no gateway that answered has the call; not asked: {'; '.join(unasked)}", UNREACHABLE_CODE)
+    for one in unasked:
+        warn(f"not asked: {one}")
     calls.sort(key=lambda call: call.arrived_at_s)
     if as_json:
         print_json([plain(call) for call in calls])

@@ -91,6 +91,17 @@ def test_an_unknown_call(run: Run, gateway: ScriptedGateway) -> None:
     assert (done.exit_code, "remembers no such call" in done.stderr) == (1, True)
     assert len(gateway.script.requests) == 2
     assert run("explain", "request", "r-1", "--admin", "127.0.0.1:1").exit_code == 3
+    done = run("explain", "request", "r-1", "--admin", "127.0.0.1:1", *at)
+    assert (done.exit_code, "127.0.0.1:1" in done.stderr) == (3, True)
+
+
+def test_an_unreachable_gateway_hides_no_answer(run: Run, gateway: ScriptedGateway) -> None:
+    """If one of several gateways is unreachable, the answers of the others are printed, with a warning."""
+    gateway.script.explained = [explained_call()]
+    for first, second in ((gateway.endpoint, "127.0.0.1:1"), ("127.0.0.1:1", gateway.endpoint)):
+        done = run("explain", "request", "r-1", "--admin", first, "--admin", second)
+        assert (done.exit_code, "call chatcmpl-1" in done.stdout) == (0, True)
+        assert "not asked: 127.0.0.1:1" in done.stderr
 
 
 def test_links_to_the_console(run: Run, gateway: ScriptedGateway) -> None:
