@@ -88,10 +88,8 @@ class EditableCatalog:
     def _log_left_out(self) -> None:
         """Log each model whose loaded adapters are not all published. A model is logged again when the adapters that
         are left out change."""
-        before, self._left_out = (
-            self._left_out,
-            {model.name: names for model in self._config.models if (names := self._surplus(model))},
-        )
+        before = self._left_out
+        self._left_out = {model.name: names for model in self._config.models if (names := self._surplus(model))}
         for name, adapters in self._left_out.items():
             if adapters != before.get(name):
                 log.warning("adapter.left_out", model=name, adapters=adapters)
@@ -147,8 +145,8 @@ class EditableCatalog:
 
     def check_loaded(self, after: Config) -> None:
         """Check the models of the configuration `after` together with the adapters that were loaded at run time. Raises
-        CallError for too many adapters of a model, and for a model's name that a loaded adapter has. A conflict that
-        the current configuration has too is allowed, so that it blocks no other change."""
+        CallError for too many adapters of a model, and for an alias that is also a name of a loaded adapter. A
+        conflict that the current configuration has too is allowed, so that it blocks no other change."""
         known = [*self._conflicts(self._config)]
         if violations := [violation for violation in self._conflicts(after) if violation not in known]:
             message = "; ".join(f"{one.field}: {one.description}" for one in violations)
@@ -156,7 +154,7 @@ class EditableCatalog:
 
     def _conflicts(self, config: Config) -> Iterator[Violation]:
         """Yield a violation for each model of `config` that has too many adapters with its loaded ones, and for each
-        name or alias of a model that is also the full name of a loaded adapter."""
+        alias of a model that is also a name of a loaded adapter."""
         adapters = {
             full_name(name, adapter.name): full_name(model.name, adapter.name)
             for model in config.models
@@ -176,12 +174,12 @@ class EditableCatalog:
                     f"were loaded at run time; at most {MAX_ADAPTERS} adapters and {MAX_TENANTS} tenants are allowed: "
                     f"unload {len(surplus)} of the loaded adapters first ({listed})",
                 )
-            for number, name in enumerate((model.name, *model.aliases)):
-                if name in adapters:
+            for number, alias in enumerate(model.aliases):  # the name of a model has no colon
+                if alias in adapters:
                     yield Violation(
-                        f"{where}.aliases[{number - 1}]" if number else f"{where}.name",
-                        f"{name!r} is also a name of the adapter {adapters[name]!r}, which was loaded at run time: "
-                        "unload the adapter first, or choose another name",
+                        f"{where}.aliases[{number}]",
+                        f"{alias!r} is also a name of the adapter {adapters[alias]!r}, which was loaded at run time: "
+                        "unload the adapter first, or choose another alias",
                     )
 
     def restarts(self, after: Config) -> Mapping[str, str]:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from cluster.admin.v1 import adapters_pb2 as pb
 from cluster.api.outcomes import Outcome
 from cluster.controller import links
+from cluster.wire.codecs.adapter_codec import adapter_to_pb, adapters_from_pb
 from tests.controller.test_catalog_service import FILE, CatalogBed, refused
 
 ENTRY: dict[str, Any] = {"name": "l", "source": "/l", "aliases": ["x"], "adapters": {"own": "/own"}}
@@ -132,6 +134,99 @@ async def test_only_what_was_loaded_is_unloaded(tmp_path: Path) -> None:
     bed = await bed_with_lora(tmp_path)
     assert (await refused(unload(bed, "own"))).outcome is Outcome.MANAGED_BY_FILE
     assert (await refused(unload(bed, "none"))).outcome is Outcome.NOT_FOUND
+
+
+def many(count: int, tenants: int = 0) -> list[dict[str, Any]]:
+    """Return `count` adapters of an entry, each with `tenants` tenants."""
+    names = [f"t{number}" for number in range(tenants)]
+    return [{"name": f"e{number}", "source": "/e", "tenants": names} for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "told"),
+    [
+        (many(1000, 4), "unload 3 of the loaded adapters first (a, b, c)"),
+        (many(1000), "unload 3 of the loaded adapters first (a, b, c)"),
+        (many(800, 4), "unload 1 of the loaded adapters first (c)"),
+    ],
+)
+async def test_an_entry_with_too_many_adapters_beside_the_loaded_ones_is_refused(
+    tmp_path: Path, adapters: list[dict[str, Any]], told: str
+) -> None:
+    """Apply and its preview refuse an entry that exceeds the limits of a model together with the loaded adapters, and
+    accept the entry after so many loaded adapters are unloaded."""
+    bed = await bed_with_lora(tmp_path)
+    for name in "abc":
+        await load(bed, adapter=name, tenants=[f"t{number}" for number in range(300)])
+    for options in ({"validate_only": True}, {}):
+        error = await refused(bed.apply({**ENTRY, "adapters": adapters}, **options))
+        assert error.outcome is Outcome.INVALID_FIELD
+        assert [(one.field, told in one.description) for one in error.violations] == [("models[l].adapters", True)]
+    assert [name for name, _ in await published(bed)] == ["own", "a", "b", "c"]
+    for name in told.rpartition("(")[2].rstrip(")").split(", "):
+        await unload(bed, name)
+    await bed.apply({**ENTRY, "adapters": adapters})
+    assert [name for name, _ in (await published(bed))[: len(adapters)]] == [one["name"] for one in adapters]
+
+
+async def test_surplus_loaded_adapters_are_left_out_after_a_change_of_the_file(tmp_path: Path) -> None:
+    """If a new configuration file leaves no room for all loaded adapters, the surplus is logged and not published, and
+    blocks no change of another model. The surplus is published again when there is room."""
+    text = FILE.replace("{name: n, source: /n}", "{name: n, source: /n, adapters: ADAPTERS}")
+    bed = CatalogBed(tmp_path, by_file=True, text=text.replace("ADAPTERS", "[]"))
+    for name, tenants in (("a", 300), ("b", 900), ("c", 5)):
+        await load(bed, "n", name, tenants=[f"t{number}" for number in range(tenants)])
+    with capture_logs() as logs:
+        later = CatalogBed(tmp_path, by_file=True, text=text.replace("ADAPTERS", str(many(900, 4))), ray=bed.ray)
+        await later.apply({"name": "o", "source": "/o"})
+    left_out = [line for line in logs if line["event"] == "adapter.left_out"]
+    assert left_out == [{"event": "adapter.left_out", "log_level": "warning", "model": "n", "adapters": ["b"]}]
+    assert [name for name, _ in await published(later, "n")][900:] == ["a", "c"]
+    assert adapters_from_pb([adapter_to_pb(one) for one in later.gateways.published["n"].adapters])
+    again = CatalogBed(tmp_path, by_file=True, text=text.replace("ADAPTERS", "[]"), ray=bed.ray)
+    assert [name for name, _ in await published(again, "n")] == ["a", "b", "c"]
+
+
+async def test_a_load_is_refused_beyond_the_limits_of_all_adapters(tmp_path: Path) -> None:
+    """A load is refused if the entry's, the loaded and the new adapter together have too many tenants."""
+    bed = await bed_with_lora(tmp_path)
+    await bed.apply({**ENTRY, "adapters": many(1, 4000)})
+    await load(bed, tenants=[f"t{number}" for number in range(90)])
+    error = await refused(load(bed, adapter="b", tenants=[f"t{number}" for number in range(7)]))
+    assert [one.field for one in error.violations] == ["models[l].adapters"]
+    await load(bed, tenants=[f"t{number}" for number in range(96)])
+
+
+async def test_an_adapter_of_an_old_version_blocks_no_load(tmp_path: Path) -> None:
+    """An adapter of a version that the model no longer has does not prevent loads of other adapters."""
+    bed = await bed_with_lora(tmp_path)
+    await load(bed, version="v1")
+    await bed.apply({**ENTRY, "version": "v2"})
+    await load(bed, adapter="b")
+    assert [name for name, _ in await published(bed)] == ["own", "a", "b"]
+    assert [one.field for one in (await refused(load(bed, version="v1"))).violations] == ["version"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "field"),
+    [
+        ([{"name": "m", "source": "/m", "aliases": ["k", "l:a"]}], "models[m].aliases[1]"),
+        ([{"name": "m", "source": "/m", "aliases": ["x:a"]}], "models[m].aliases[0]"),
+        ([{**ENTRY, "aliases": ["x", "l:a"]}], "models[l].aliases[1]"),
+        ([{**ENTRY, "aliases": ["x", "y"]}, {"name": "m", "source": "/m", "aliases": ["y:a"]}], "models[m].aliases[0]"),
+    ],
+)
+async def test_a_name_of_a_loaded_adapter_is_no_alias(
+    tmp_path: Path, entries: list[dict[str, Any]], field: str
+) -> None:
+    """Apply refuses an alias that is also a name of a loaded adapter, and accepts it when the adapter is unloaded."""
+    bed = await bed_with_lora(tmp_path)
+    await load(bed)
+    error = await refused(bed.apply(*entries))
+    assert error.outcome is Outcome.INVALID_FIELD
+    assert [(one.field, "adapter 'l:a'" in one.description) for one in error.violations] == [(field, True)]
+    await unload(bed, "a")
+    await bed.apply(*entries)
 
 
 def test_the_revision_grows_over_a_restart() -> None:
