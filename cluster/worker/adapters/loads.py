@@ -174,9 +174,7 @@ class AdapterLoads:
                 if digest in self.memory:
                     return
                 await self._make_room(engine, digest)
-                folder = self._folders.get(digest)
-                if folder is None:
-                    raise adapter_refused(f"{digest!r} is no longer wanted on this worker")
+                folder = self._wanted_folder(digest)
                 await engine.load_adapter(digest, folder, pinned=digest in self.memory.pinned)
                 self.memory.add(digest)
                 self._reports.mark_moved()
@@ -192,9 +190,13 @@ class AdapterLoads:
             raise
 
     async def _make_room(self, engine: AdapterEngine, digest: str) -> None:
-        """Wait until the memory has room for this adapter. Remove another adapter if necessary."""
+        """Wait until the memory has room for this adapter. Remove another adapter if necessary.
+
+        Raises EngineRefused if the adapter is no longer wanted or the memory has no place for it.
+        """
         try:
             while self.memory.is_full:
+                self._wanted_folder(digest)
                 self.check_place(digest)
                 victim = self.memory.victim()
                 if victim is None:
@@ -208,6 +210,13 @@ class AdapterLoads:
         finally:
             if self._closing:
                 self._close("")
+
+    def _wanted_folder(self, digest: str) -> str:
+        """Return the adapter's folder. Raises EngineRefused if the adapter is no longer wanted."""
+        folder = self._folders.get(digest)
+        if folder is None:
+            raise adapter_refused(f"{digest!r} is no longer wanted on this worker")
+        return folder
 
     def check_place(self, digest: str) -> None:
         """Raise EngineRefused if the memory is full of pinned adapters and this adapter is not one of them."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -34,7 +35,7 @@ RETRY_S: Final = 5.0
 """Seconds before a failed adapter is tried again. Doubled after each failure, up to MAX_RETRY_S."""
 MAX_RETRY_S: Final = 300.0
 PARALLEL_FETCHES: Final = 2
-"""Maximum number of fetches at a time. Each fetch occupies one of the few threads that also validate long prompts."""
+"""Number of threads that fetch adapters, and so the maximum number of fetches at a time."""
 
 
 @dataclass(eq=False, slots=True)
@@ -92,7 +93,8 @@ class WorkerAdapters:
         self._retry_s = retry_s
         self._desired: DesiredSet[tuple[AdapterSpec, ...]] = DesiredSet(())
         self._wanted: dict[str, WantedAdapter] = {}
-        self._fetches = asyncio.Semaphore(PARALLEL_FETCHES)
+        # Cancelling a fetch does not end its thread. Fetches that hang must not occupy the event loop's own threads.
+        self._fetches = ThreadPoolExecutor(PARALLEL_FETCHES, thread_name_prefix="adapter-fetch")
         self._tasks = AdapterTasks()
         self._reports = AdapterReports(self.statuses, report_s)
         self.loads = AdapterLoads(
@@ -137,10 +139,12 @@ class WorkerAdapters:
         return AdapterStatus(name, digest, adapter.state, adapter.reason, is_ready and digest in residents)
 
     async def run(self) -> None:
-        """Report changes of the adapters' states to all links until cancelled."""
+        """Report changes of the adapters' states to all links until cancelled. Then end all work on adapters, without
+        waiting for fetches that have begun."""
         try:
             await self._reports.run()
         finally:
+            self._fetches.shutdown(wait=False, cancel_futures=True)
             await self._tasks.cancel()
 
     def _apply(self, specs: Sequence[AdapterSpec]) -> None:
@@ -179,8 +183,8 @@ class WorkerAdapters:
         while True:
             await asyncio.sleep(delay_s)
             try:
-                async with self._fetches:
-                    stored = await asyncio.to_thread(files.fetch, adapter.spec)
+                loop = asyncio.get_running_loop()
+                stored = await loop.run_in_executor(self._fetches, files.fetch, adapter.spec)
                 adapter.digest, adapter.folder = stored.digest, str(stored.folder)
                 self._index()
                 self.loads.check_place(stored.digest)

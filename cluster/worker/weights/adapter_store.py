@@ -136,7 +136,8 @@ class AdapterStore:
                 f"{where}.digest: the files have {digest}, and {spec.digest} is required: replace the files in the "
                 "source, or set digest to what they have"
             )
-        if why := why_refused(spec.license, read_card(folder), tuple(self.rules.allowed_licenses)):
+        allowed = tuple(self.rules.allowed_licenses)
+        if allowed and (why := why_refused(spec.license, read_card(folder), allowed)):
             raise AdapterError(f"{where}.license: {why}")
         mark = self.root / f"{digest}{_REFUSED}"
         if mark.exists():
@@ -183,7 +184,7 @@ class AdapterStore:
     def _copy(self, source: Path, target: Path) -> None:
         """Copy the adapter's two files and its model card, and nothing else.
 
-        Only links in the hub's cache are followed.
+        Only links in the hub's cache are followed. Without a licence rule, a card that cannot be opened is left out.
         """
         hub = (self.rules.cache_dir / "hub").resolve()
         for name, most in self._most_bytes().items():
@@ -192,7 +193,13 @@ class AdapterStore:
                 continue
             if file.is_symlink() and file.resolve().is_relative_to(hub) and source.resolve().is_relative_to(hub):
                 file = file.resolve()
-            with open_regular(file.parent, file.name, most) as stream:
+            with contextlib.ExitStack() as opened:
+                try:
+                    stream = opened.enter_context(open_regular(file.parent, file.name, most))
+                except AdapterError:
+                    if name == CARD and not self.rules.allowed_licenses:
+                        continue
+                    raise
                 self._write(stream, target / name)
 
     def _write(self, stream: BinaryIO, target: Path) -> None:

@@ -6,10 +6,12 @@ import asyncio
 
 import pytest
 
+from cluster.api.ports import EngineRefused
 from cluster.policy.adapters.memory import AdapterMemory
 from cluster.worker.adapters.loads import AdapterLoads
 from cluster.worker.adapters.reports import AdapterReports
 from cluster.worker.adapters.tasks import AdapterTasks
+from tests.support.cluster import until
 from tests.worker.adapters.test_worker_adapters import Engine
 
 
@@ -39,4 +41,35 @@ async def test_a_request_does_not_wait_for_a_load_that_has_ended() -> None:
     assert first.done()
     assert engine.loaded == {"a"}
     loads.release("a")
+    await tasks.cancel()
+
+
+@pytest.mark.timeout(60)
+async def test_an_unwanted_adapter_no_longer_takes_the_place_of_another() -> None:
+    """An adapter in use is closed to make room for an overdue one. When the overdue one is no longer wanted, its load
+    is refused, and the closed adapter takes requests again and stays in memory."""
+    engine, tasks = Engine(1), AdapterTasks()
+    loads = AdapterLoads(
+        engine,
+        AdapterMemory(1, 1),
+        AdapterReports(list),
+        tasks,
+        report_dead=lambda dead: pytest.fail(str(dead)),
+        mark_corrupting=lambda digest, reason: pytest.fail(f"{digest}: {reason}"),
+        mark_refused=lambda digest, reason: None,
+        hold_s=0.01,
+    )
+    loads.set_wanted({"a": "/a", "b": "/b"}, frozenset(), {"a", "b"})
+    await loads.hold("a")
+    with pytest.raises(EngineRefused, match="in use"):
+        await loads.hold("b")
+    load = loads.load("b")
+    await until(lambda: bool(loads.why_waiting("a")), "a is closed")
+    loads.set_wanted({"a": "/a"}, frozenset(), {"a"})
+    with pytest.raises(EngineRefused, match="'b' is no longer wanted"):
+        await asyncio.wait_for(load, 30)
+    await loads.hold("a")
+    loads.release("a")
+    loads.release("a")
+    assert engine.loaded == {"a"}
     await tasks.cancel()

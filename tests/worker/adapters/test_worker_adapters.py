@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ from cluster.wire.codecs import codec
 from cluster.wire.codecs.adapter_codec import AdapterSet, adapter_report_from_pb, adapter_set_to_pb
 from cluster.wire.dial import read
 from cluster.wire.outbox import Outbox
-from cluster.worker.adapters.worker_adapters import WorkerAdapters
+from cluster.worker.adapters.worker_adapters import PARALLEL_FETCHES, WorkerAdapters
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 from cluster.worker.session import WorkerSession
 from cluster.worker.weights.adapter_store import StoredAdapter
@@ -294,6 +295,36 @@ async def test_a_load_that_spoils_the_engine_ends_it_once() -> None:
         await until(lambda: bool(subject.deaths), "the engine is reported")
         assert str(subject.deaths[0]) == "rank 1 failed"
         assert subject.files.refused == {digest_of("a"): "rank 1 failed"}
+
+
+async def test_fetches_that_hang_occupy_only_their_own_threads() -> None:
+    """Fetches that hang after they were cancelled occupy only the threads of fetches, and do not delay the worker's
+    end."""
+    names, gate = list[str](), threading.Event()
+
+    class HangingFiles(Files):
+        def fetch(self, spec: AdapterSpec) -> StoredAdapter:
+            names.append(threading.current_thread().name)
+            gate.wait()
+            return super().fetch(spec)
+
+    subject = Subject()
+    subject.adapters = WorkerAdapters(
+        info_of(adapter_slots=SLOTS, adapter_capacity=CAPACITY), subject.engine, HangingFiles(), subject.deaths.append
+    )
+    try:
+        async with subject:
+            for i in range(4):
+                subject.want(f"a{i}", f"b{i}")
+                await until(lambda: len(names) >= PARALLEL_FETCHES, "fetches have begun")
+                for _ in range(5):
+                    await asyncio.sleep(0)
+            assert len(names) == PARALLEL_FETCHES
+            assert all(name.startswith("adapter-fetch") for name in names)
+        assert not gate.is_set()
+        assert len(names) == PARALLEL_FETCHES, "cancelled fetches do not begin"
+    finally:
+        gate.set()
 
 
 async def test_a_worker_without_adapters_refuses_them() -> None:

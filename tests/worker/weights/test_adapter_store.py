@@ -18,6 +18,7 @@ import pytest
 from cluster.api.adapters import AdapterSpec
 from cluster.worker.weights.adapter import CONFIG, WEIGHTS, AdapterError, adapter_digest
 from cluster.worker.weights.adapter_store import ABANDONED_S, AdapterStore
+from cluster.worker.weights.model_card import MAX_CARD_BYTES
 from cluster.worker.weights.sources import SourceError, SourceRules
 from tests.support.adapters import write_adapter
 from tests.support.hub import running_hub
@@ -136,6 +137,21 @@ def test_sources_and_licenses_follow_the_rules(store: AdapterStore, folder: Path
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     digest = licensed.fetch(AdapterSpec("a", str(folder))).digest
     assert licensed.fetch(AdapterSpec("a", str(folder), digest)).digest == digest, "the card is kept"
+
+
+@pytest.mark.parametrize("size", [0, MAX_CARD_BYTES + 1])
+def test_without_a_licence_rule_no_card_is_needed(store: AdapterStore, folder: Path, size: int) -> None:
+    """A card that cannot be copied is left out if all licences are allowed, and is an error if a rule needs it."""
+    card = folder / "README.md"
+    if size:
+        card.write_bytes(b"x" * size)
+    else:
+        (folder / "card").write_text("---\nlicense: mit\n---\n")
+        card.symlink_to("card")
+    assert not (store.fetch(AdapterSpec("a", str(folder))).folder / card.name).exists()
+    licensed = AdapterStore(dataclasses.replace(store.rules, allowed_licenses=("mit",)), store.base, 16)
+    with pytest.raises(AdapterError, match=r"README\.md"):
+        licensed.fetch(AdapterSpec("a", str(folder)))
 
 
 def test_what_an_engine_failed_on_is_not_tried_again(store: AdapterStore, folder: Path) -> None:

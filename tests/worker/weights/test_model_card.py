@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from cluster.api.types import ModelSpec
-from cluster.worker.weights.model_card import Card, read_card, why_refused
+from cluster.worker.weights.model_card import MAX_PARSED_CHARS, Card, read_card, why_refused
 from cluster.worker.weights.sources import SourceError, SourceRules, resolve
 
 CARD = """---
@@ -33,6 +35,55 @@ def test_no_card(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "README.md").write_text(text)
     assert read_card(tmp_path) == Card()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!bool x",
+        "!!timestamp x",
+        "!!int x",
+        "!!float 1:x",
+        '"\\UFFFFFFFF"',
+        "null",
+        "~",
+        "no",
+        "{a: b}",
+        "[[[a]]]",
+        "&a [*a]",
+        "[" * 50_000,
+        "- " * 30_000,
+    ],
+)
+def test_a_field_that_is_no_text(tmp_path: Path, value: str) -> None:
+    """A field that is malformed or has another type than text and numbers is no field of the card, and no error."""
+    (tmp_path / "README.md").write_text(f"---\nlicense: {value}\nbase_model: {value}\n---\n")
+    assert read_card(tmp_path) == Card()
+
+
+def test_numbers_are_not_converted(tmp_path: Path) -> None:
+    """A number is read as the text that the card has, however long it is."""
+    number = "0x" + "f" * 6000
+    (tmp_path / "README.md").write_text(f"---\nmodel_name: {number}\nlanguage: [en, no, null, 1.50, 'null']\n---\n")
+    assert read_card(tmp_path).fields == {"model_name": number[:256], "language": "en, no, 1.50, null"}
+
+
+def test_a_long_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a card with much metadata, only the entries that are used are parsed, and at most MAX_PARSED_CHARS."""
+    parsed: list[int] = []
+    compose = yaml.compose
+
+    def counted(text: str, loader: Any) -> Any:
+        parsed.append(len(text))
+        return compose(text, loader)
+
+    monkeypatch.setattr(yaml, "compose", counted)
+    results = "model-index:\n- name: x\n" + "  - [1:1:1:1, [], []]\n" * 20_000
+    (tmp_path / "README.md").write_text(f"---\nlanguage:\n- en\n- de\n{results}license: mit\n---\n")
+    assert read_card(tmp_path) == Card("mit", {"language": "en, de"})
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\nlanguage: [{'[],' * 200_000}]\n---\n")
+    assert read_card(tmp_path) == Card()
+    assert max(parsed) <= MAX_PARSED_CHARS
 
 
 def test_a_licence_of_its_own(tmp_path: Path) -> None:
