@@ -133,7 +133,8 @@ class CallGuards:
 
     async def inputs(self, inputs: PoolingInputs, text: TextModel) -> PoolingInputs:
         """Apply the input guards to the inputs of a pooling request. Returns the filtered inputs, or the same object if
-        nothing changes. If a guard refuses an input, raises CallError with the outcome GUARD_REFUSED."""
+        nothing changes. Inputs of token ids whose text does not change keep their ids. If a guard refuses an input,
+        raises CallError with the outcome GUARD_REFUSED."""
         if not self._inputs:
             return inputs
         texts = await _texts_of_inputs(inputs, text)
@@ -142,7 +143,12 @@ class CallGuards:
             return inputs
         if not isinstance(inputs, IdsInputs):
             return inputs.with_texts(kept)
-        ids = await _run_by_size(sum(map(len, kept)), lambda: [text.codec.encode_raw(one) for one in kept])
+        ids = list(inputs.token_ids)
+        changed = [i for i, (before, after) in enumerate(zip(texts, kept, strict=True)) if before != after]
+        size = sum(len(kept[i]) for i in changed)
+        encoded = await _run_by_size(size, lambda: [text.codec.encode_raw(kept[i]) for i in changed])
+        for i, new in zip(changed, encoded, strict=True):
+            ids[i] = new
         return IdsInputs(ids, inputs.field)
 
     async def _check_texts(self, texts: Sequence[str], prompt: Prompt | None, field: str = "") -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Pattern searches in long prompts take almost no time on the event loop, and end at the guard's time limit."""
+"""Pattern searches change only the inputs with matches, take almost no time on the event loop, and end in time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 import pytest
 
 from cluster.api.outcomes import CallError
+from cluster.gateway.calls.pooling.pooling_request import IdsInputs, InputField
 from cluster.gateway.calls.request import Prompt, TextPrompt
 from cluster.gateway.guards.decisions import GuardDecision
 from cluster.gateway.guards.guards import CallGuards, Guards
@@ -24,6 +25,20 @@ def _guards(timeout_s: float, decided: list[GuardDecision]) -> CallGuards:
     rule = GuardRule(builtin="patterns", action="redact", patterns={"mail": "a@b"}, timeout_s=timeout_s)
     policy = TenantPolicy(name="t", guards=(rule,), log_prompts=True)
     return Guards(Metrics("test"), decided.append).for_call(policy, "m", "r", "a", {})
+
+
+async def test_only_changed_inputs_are_encoded_again(bundle: Bundle) -> None:
+    """If a guard changes one input of a pooling request, the other inputs keep their token ids, even ids that the
+    tokenizer would not choose for their text."""
+    model = TextModel.from_bundle(bundle)
+    unusual = [number for letter in "hello there" for number in model.codec.encode_raw(letter)]
+    assert unusual != list(model.codec.encode_raw(model.decode(unusual, skip_special_tokens=False)))
+    inputs = IdsInputs([unusual, model.codec.encode_raw("mail a@b now"), unusual], InputField("input"))
+    guarded = await _guards(60.0, []).inputs(inputs, model)
+    assert isinstance(guarded, IdsInputs)
+    first, redacted, last = map(list, guarded.token_ids)
+    assert first == last == unusual
+    assert "a@b" not in model.decode(redacted, skip_special_tokens=False)
 
 
 @pytest.mark.slow

@@ -22,6 +22,9 @@ from cluster.cli.target.admin_client import PAGE_SIZE, Admin, plain, with_admin
 
 POLL_S = 0.5
 DIGEST_SHOWN = 12
+OTHER_FILES = "it has other files"
+"""Start of the reason that a gateway reports for a worker whose files have another digest (gateway/models/adapters.py).
+"""
 
 app = typer.Typer(no_args_is_help=True, help="Load, unload and list LoRA adapters of models.")
 FolderArgument = Annotated[
@@ -121,15 +124,25 @@ def load(
 
 
 def _wait(api: Admin, wanted: pb.Adapter, timeout_s: float) -> pb.Adapter:
-    """Wait, at most `timeout_s`, until each worker has loaded the adapter or failed. Returns the adapter's state."""
+    """Wait, at most `timeout_s`, until each worker has loaded the adapter or failed. Returns the adapter's state.
+
+    If `wanted` has a digest, states of an adapter with another digest do not count. `wanted` itself is returned if no
+    state of it is known at the end.
+    """
     until = time.monotonic() + timeout_s
     while True:
-        adapters = _adapters(api, wanted.model)
-        found = next((one for one in adapters if (one.name, one.source) == (wanted.name, wanted.source)), wanted)
-        is_decided = found.workers > 0 and found.ready_workers + len(found.failures) >= found.workers
-        if is_decided or time.monotonic() >= until:
+        found = next((one for one in _adapters(api, wanted.model) if _is_same(one, wanted)), wanted)
+        # A worker has other files until it has received the new digest.
+        undecided = [f for f in found.failures if wanted.digest and f.reason.startswith(OTHER_FILES)]
+        decided = found.ready_workers + len(found.failures) - len(undecided)
+        if (found.workers > 0 and decided >= found.workers) or time.monotonic() >= until:
             return found
         time.sleep(POLL_S)
+
+
+def _is_same(shown: pb.Adapter, wanted: pb.Adapter) -> bool:
+    """Return whether a listed adapter is the wanted one: it has the same name, source and, if one is wanted, digest."""
+    return (shown.name, shown.source) == (wanted.name, wanted.source) and wanted.digest in ("", shown.digest)
 
 
 @with_admin
