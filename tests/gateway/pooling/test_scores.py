@@ -104,7 +104,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("/score", {}, "text_1", "is missing"),
     ("/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_1", "one text or as many as text_2 (3)"),
     ("/score", {"queries": "a", "items": ["b", "c " * 100]}, "items[1]", "holds 64"),
-    ("/score", {"text_1": "a", "text_2": "b", "model": "sim"}, "model", "no task score, it generates"),
+    ("/score", {"text_1": "a", "text_2": "b", "model": "sim"}, "model", "no task score or embed, it generates"),
 ]
 
 

@@ -95,7 +95,8 @@ class PoolingOpening(CallOpening):
         return PoolingTask.EMBED if PoolingTask.EMBED in tasks else None
 
     def _no_task(self, model: KnownModel) -> CallError:
-        wanted = "score or embed" if isinstance(self.request.inputs, PairInputs) else "embed"
+        tasks = ["score", "embed"] if isinstance(self.request.inputs, PairInputs) else ["embed"]
+        wanted, capability = " or ".join(tasks), " or ".join(POOLS + task for task in tasks)
         has = (
             f"its tasks are {', '.join(sorted(model.capabilities.tasks))}"
             if model.capabilities.tasks
@@ -104,7 +105,7 @@ class PoolingOpening(CallOpening):
         return CallError(
             Outcome.UNSUPPORTED_FEATURE,
             f"model: {model.name} has no task {wanted}, {has}: choose a model that has one (`tasks` in GET /v1/models, "
-            f"capabilities {POOLS}TASK in ListModels)",
+            f"capability {capability} in ListModels)",
             violations=[Violation("model", f"has no task {wanted}")],
         )
 
