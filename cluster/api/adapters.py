@@ -16,6 +16,10 @@ ADAPTERS = "adapters:v1"
 SEPARATOR = ":"
 """Separator of model and adapter in the name that callers use: `model:adapter`."""
 
+OTHER_FILES = "it has other files"
+"""Start of the reason for which a worker does not have an adapter whose files have another digest than the catalog
+names. A worker has other files until it has received the new digest."""
+
 
 def full_name(model: str, adapter: str) -> str:
     """Return the name that callers use: `model:adapter`, or only `model` if `adapter` is ""."""

@@ -14,7 +14,7 @@ from typing import Final
 
 import structlog
 
-from cluster.api.adapters import SEPARATOR, AdapterSpec, AdapterState, AdapterStatus
+from cluster.api.adapters import OTHER_FILES, SEPARATOR, AdapterSpec, AdapterState, AdapterStatus
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import ModelState
 from cluster.gateway.links.worker_link import WorkerLink
@@ -201,7 +201,7 @@ class ModelAdapters:
             elif status.state is AdapterState.READY and status.digest == digest:
                 ready += 1
             elif status.state is AdapterState.READY:
-                failures.append((worker_id, f"it has other files: digest {status.digest}, not {digest}"))
+                failures.append((worker_id, f"{OTHER_FILES}: digest {status.digest}, not {digest}"))
         state = AdapterState.READY if ready else AdapterState.LOADING
         if workers and failed == workers:
             state = AdapterState.FAILED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -15,21 +16,24 @@ from tests.support.cluster import until
 from tests.worker.adapters.test_worker_adapters import Engine
 
 
+def loads_of(engine: Engine, tasks: AdapterTasks, **changes: Any) -> AdapterLoads:
+    """Return the loads of an engine whose memory holds one adapter. `changes`: further arguments of AdapterLoads. The
+    test fails if the engine dies, or if an adapter corrupts it or is refused."""
+
+    def fail(*what: object) -> None:
+        pytest.fail(f"unexpected: {what}")
+
+    reports = {"report_dead": fail, "mark_corrupting": fail, "mark_refused": fail}
+    return AdapterLoads(engine, AdapterMemory(1, 1), AdapterReports(list), tasks, **(reports | changes))
+
+
 @pytest.mark.timeout(60)  # not asyncio's: a request that waits for an ended load blocks the event loop
 async def test_a_request_does_not_wait_for_a_load_that_has_ended() -> None:
     """A request needs an adapter whose load has just ended and which is being removed to make room for another adapter.
     The adapter is loaded again, and the request does not wait for the ended load."""
     engine, tasks = Engine(1), AdapterTasks()
     engine.gates["a"] = asyncio.Event()
-    loads = AdapterLoads(
-        engine,
-        AdapterMemory(1, 1),
-        AdapterReports(list),
-        tasks,
-        report_dead=lambda dead: pytest.fail(str(dead)),
-        mark_corrupting=lambda digest, reason: pytest.fail(f"{digest}: {reason}"),
-        mark_refused=lambda digest, reason: pytest.fail(f"{digest}: {reason}"),
-    )
+    loads = loads_of(engine, tasks)
     loads.set_wanted({"a": "/a", "b": "/b"}, frozenset(), {"a", "b"})
     first = loads.load("a")
     await asyncio.sleep(0)
@@ -49,16 +53,7 @@ async def test_an_unwanted_adapter_no_longer_takes_the_place_of_another() -> Non
     """An adapter in use is closed to make room for an overdue one. When the overdue one is no longer wanted, its load
     is refused, and the closed adapter takes requests again and stays in memory."""
     engine, tasks = Engine(1), AdapterTasks()
-    loads = AdapterLoads(
-        engine,
-        AdapterMemory(1, 1),
-        AdapterReports(list),
-        tasks,
-        report_dead=lambda dead: pytest.fail(str(dead)),
-        mark_corrupting=lambda digest, reason: pytest.fail(f"{digest}: {reason}"),
-        mark_refused=lambda digest, reason: None,
-        hold_s=0.01,
-    )
+    loads = loads_of(engine, tasks, mark_refused=lambda digest, reason: None, hold_s=0.01)
     loads.set_wanted({"a": "/a", "b": "/b"}, frozenset(), {"a", "b"})
     await loads.hold("a")
     with pytest.raises(EngineRefused, match="in use"):

@@ -69,7 +69,7 @@ def test_numbers_are_not_converted(tmp_path: Path) -> None:
 
 
 def test_a_long_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a card with much metadata, only the entries that are used are parsed, and at most MAX_PARSED_CHARS."""
+    """Only the used entries of a card with much metadata are parsed, and at most MAX_PARSED_CHARS characters."""
     parsed: list[int] = []
     compose = yaml.compose
 

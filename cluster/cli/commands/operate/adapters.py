@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.admin.v1 import adapters_pb2 as pb
+from cluster.api.adapters import OTHER_FILES
 from cluster.cli.commands.operate.scale import AnyModelArgument, ModelArgument, ReasonOption
 from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
 from cluster.cli.confirmation import YesOption, confirm
@@ -22,9 +23,6 @@ from cluster.cli.target.admin_client import PAGE_SIZE, Admin, plain, with_admin
 
 POLL_S = 0.5
 DIGEST_SHOWN = 12
-OTHER_FILES = "it has other files"
-"""Start of the reason that a gateway reports for a worker whose files have another digest (gateway/models/adapters.py).
-"""
 
 app = typer.Typer(no_args_is_help=True, help="Load, unload and list LoRA adapters of models.")
 FolderArgument = Annotated[
@@ -132,7 +130,6 @@ def _wait(api: Admin, wanted: pb.Adapter, timeout_s: float) -> pb.Adapter:
     until = time.monotonic() + timeout_s
     while True:
         found = next((one for one in _adapters(api, wanted.model) if _is_same(one, wanted)), wanted)
-        # A worker has other files until it has received the new digest.
         undecided = [f for f in found.failures if wanted.digest and f.reason.startswith(OTHER_FILES)]
         decided = found.ready_workers + len(found.failures) - len(undecided)
         if (found.workers > 0 and decided >= found.workers) or time.monotonic() >= until:

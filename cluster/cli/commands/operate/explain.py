@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.admin.v1 import routing_pb2 as pb
-from cluster.cli.common import UNREACHABLE_CODE, JsonOption, fail, out, print_json, warn
-from cluster.cli.target.access import admin_access
+from cluster.cli.common import JsonOption, fail, out, print_json, rpc_errors, warn
+from cluster.cli.target.access import Access, admin_access
 from cluster.cli.target.admin_client import open_admin, plain
 from cluster.cli.target.contexts import ClusterTarget
 from cluster.cli.target.target_options import with_target
@@ -43,7 +43,7 @@ def explain_request(
     calls: list[pb.ExplainedCall] = []
     links: dict[str, str] = {}
     missing = ""
-    unasked: list[str] = []
+    failed: list[tuple[Access, grpc.RpcError]] = []
     addresses: Sequence[str | None] = admin or [target.admin]
     for address in addresses:
         access = admin_access(replace(target, admin=address))
@@ -54,18 +54,18 @@ def explain_request(
                 links |= {call.id: api.console_link("calls", call.id) for call in found}
             except grpc.RpcError as error:
                 refusal = from_rpc(error, endpoint=access.address)
-                if refusal.reason != "NOT_FOUND" and len(addresses) == 1:
-                    raise
                 if refusal.reason == "NOT_FOUND":
                     missing = refusal.message
                 else:
-                    unasked.append(f"{access.address}: {refusal.message}")
-    if not calls and not unasked:
-        fail(missing)
+                    failed.append((access, error))
+    if not calls and failed:
+        access, first = failed[0]
+        with rpc_errors(access.address, access.context):
+            raise first
     if not calls:
-        fail(f"no gateway that answered has the call; not asked: {'; '.join(unasked)}", UNREACHABLE_CODE)
-    for one in unasked:
-        warn(f"not asked: {one}")
+        fail(missing)
+    for access, failure in failed:
+        warn(f"{access.address} gave no answer: {from_rpc(failure, endpoint=access.address).message}")
     calls.sort(key=lambda call: call.arrived_at_s)
     if as_json:
         print_json([plain(call) for call in calls])
