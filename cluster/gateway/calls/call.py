@@ -187,7 +187,7 @@ class Call:
                 self.usage.prompt_tokens, self.usage.cached_tokens = output.prompt_tokens or 0, cached
             self.events.began(sequence, cached)
         if sequence.link is not None:
-            self.events.answered(sequence.link)
+            self.events.answered(sequence, sequence.link)
         self.payment.record_output(output.origin_lost)
 
     def progressed(self, sequence: CallSequence, tokens: int, now: float) -> None:

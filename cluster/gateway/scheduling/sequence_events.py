@@ -104,14 +104,19 @@ class SequenceEvents:
         self._routes.began(sequence, cached_tokens)
         self._hedges.answered(sequence, cached_tokens)
 
-    def answered(self, link: WorkerLink) -> None:
+    def answered(self, sequence: CallSequence, link: WorkerLink) -> None:
         """Record a success of the worker: it has sent the first output of a sequence."""
         self._breakers.record_success(link.identity.incarnation)
+        if failed := sequence.life.excluded - {link.identity.incarnation}:
+            workers = [other.identity.incarnation for other in self._links(link.identity.model)]
+            self._breakers.record_proof(failed, sequence.call.id, workers, self._clock())
 
-    def worker_failed(self, link: WorkerLink) -> None:
+    def worker_failed(self, sequence: CallSequence, link: WorkerLink) -> None:
         """Record a failure of the worker: its engine could not continue a sequence."""
+        incarnation = link.identity.incarnation
+        earlier = sequence.life.excluded - {incarnation}
         others = (other.identity.incarnation for other in self._links(link.identity.model) if other is not link)
-        self._breakers.record_failure(link.identity.incarnation, others, self._clock())
+        self._breakers.record_failure(incarnation, sequence.call.id, earlier, others, self._clock())
 
     def resumed(self, model: str, reason: str, gap_s: float) -> None:
         """Count a resume. `reason`: why the sequence was resumed. `gap_s`: seconds since the sequence's last token."""

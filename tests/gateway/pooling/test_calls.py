@@ -128,6 +128,28 @@ async def test_an_unsound_vector_is_computed_elsewhere(
     await cluster.until_idle()
 
 
+async def test_an_input_without_a_finite_vector_costs_nobody_a_worker(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """An input whose vector is NaN on every worker fails its call, with an error that names the input. However many
+    such calls there are, no worker is avoided because of them."""
+
+    def change(output: TokenOutput) -> None:
+        if output.prompt_tokens == 7:
+            output.vector = np.full(len(output.vector or b"") // 4, math.nan, "<f4").tobytes()
+
+    for _ in range(3):
+        await cluster.add_worker(Tampered(sim_engine(checkpoint, **EMBEDDER), change), bundle)
+    poison = pb.TokenIds(ids=[5] * 7)
+    request = pb.EmbedRequest(model="sim", token_ids=[pb.TokenIds(ids=[5]), *[poison] * 40])
+    for answer in await asyncio.gather(*(refused(cluster.stub.Embed(request)) for _ in range(8))):
+        assert answer.reason == "INTERNAL"
+        assert "token_ids[" in answer.message
+        assert "change this input" in answer.message
+    assert cluster.gateway.scheduler.breakers.open == 0
+    await cluster.until_idle()
+
+
 async def test_a_worker_that_generates_is_told_apart(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """A worker of an older release does not know pooling and generates a token. The call then fails with an error that
     names a remedy, and the token is not returned."""

@@ -26,7 +26,7 @@ def test_failures_never_close_every_door(steps: list[tuple[str, bool, float]]) -
         if answers:
             breakers.record_success(worker)
         else:
-            breakers.record_failure(worker, [other for other in WORKERS if other != worker], now)
+            breakers.record_failure(worker, str(now), (), [other for other in WORKERS if other != worker], now)
         assert breakers.open < len(WORKERS)
         assert any(breakers.allows(each, now) for each in WORKERS)
 
@@ -37,9 +37,9 @@ def test_a_trial_is_one_call_and_its_answer_closes() -> None:
     A failed probe doubles the pause up to a bound, and an answered probe closes the breaker.
     """
     breakers, now = Breakers(), 0.0
-    for _ in range(FAILURES):
+    for number in range(FAILURES):
         assert breakers.allows("a", now)
-        breakers.record_failure("a", ["b"], now)
+        breakers.record_failure("a", str(number), (), ["b"], now)
     pause_s = PAUSE_S
     for _ in range(8):
         assert not breakers.allows("a", now + pause_s * 0.99)
@@ -48,13 +48,13 @@ def test_a_trial_is_one_call_and_its_answer_closes() -> None:
         breakers.record_sent("a", now)
         assert not breakers.allows("a", now)
         assert breakers.allows("a", now + TRIAL_S), "a trial whose caller has gone does not block for ever"
-        breakers.record_failure("a", ["b"], now)
+        breakers.record_failure("a", "probe", (), ["b"], now)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
     now += pause_s
     breakers.record_sent("a", now)
     breakers.record_success("a")
     assert breakers.allows("a", now)
-    breakers.record_failure("a", ["b"], now)
+    breakers.record_failure("a", "probe", (), ["b"], now)
     assert breakers.allows("a", now), "its failures count anew"
 
 
@@ -105,8 +105,58 @@ def test_steps_say_nothing_of_calls_that_fail(unseen: bool) -> None:
     breakers, now = Breakers(), 3 * PAUSE_S
     breakers.record_stall("a", 0.0, unseen=unseen)
     if unseen:
-        breakers.record_failure("a", ["b"], PAUSE_S)
+        breakers.record_failure("a", "probe", (), ["b"], PAUSE_S)
     for steps in (100, 1000):
         breakers.record_steps("a", now, steps)
         breakers.record_sent("a", now)
         assert not breakers.allows("a", now)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.data())
+def test_calls_that_every_worker_fails_open_no_breaker(order: list[int], data: st.DataObject) -> None:
+    """Calls that fail on each worker that they try leave all breakers closed, once each has failed on two workers.
+
+    The calls fail in any order, and all at once on the first worker if the order says so.
+    """
+    breakers = Breakers()
+    tried: dict[int, list[str]] = {}
+    for call in [*order, *range(10), *range(10)]:
+        failed = tried.setdefault(call, [])
+        if left := [worker for worker in WORKERS if worker not in failed]:
+            worker = data.draw(st.sampled_from(left))
+            others = [other for other in WORKERS if other != worker]
+            breakers.record_failure(worker, str(call), tuple(failed), others, 0.0)
+            failed.append(worker)
+    assert breakers.open == 0
+    assert all(breakers.allows(worker, 0.0) for worker in WORKERS)
+
+
+def test_one_call_counts_once() -> None:
+    """A call with many requests that one worker fails counts as one failure of the worker."""
+    breakers = Breakers()
+    for _ in range(10 * FAILURES):
+        breakers.record_failure("a", "batch", (), ["b"], 0.0)
+    assert breakers.open == 0
+
+
+def test_a_third_worker_that_answers_proves_the_two_at_fault() -> None:
+    """Two broken workers of three get no more calls, because the third answers what they have failed."""
+    breakers = Breakers()
+    for number in range(FAILURES):
+        call = str(number)
+        breakers.record_failure("a", call, (), ["b", "c"], 0.0)
+        breakers.record_failure("b", call, ("a",), ["a", "c"], 0.0)
+        assert breakers.open == 0
+        breakers.record_success("c")
+        breakers.record_proof(("a", "b"), call, WORKERS, 0.0)
+    assert sorted(breakers.rejecting(0.0)) == ["a", "b"]
+
+
+def test_a_suspect_call_is_no_probe() -> None:
+    """A probe that two workers have failed neither lengthens the pause nor blocks the next probe."""
+    breakers = Breakers()
+    for number in range(FAILURES):
+        breakers.record_failure("a", str(number), (), ["b", "c"], 0.0)
+    breakers.record_sent("a", PAUSE_S)
+    breakers.record_failure("a", "poison", ("b",), ["b", "c"], PAUSE_S)
+    assert breakers.allows("a", PAUSE_S)

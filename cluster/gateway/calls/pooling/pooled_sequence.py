@@ -95,6 +95,15 @@ class PooledSequence(LinkedSequence[Owner]):
         why = error.violations[0].description
         self.call.fail(CallError(error.outcome, f"{path}: {why}", violations=[Violation(path, why)]))
 
+    def _engine_error(self) -> CallError:
+        """Return the error of the call if engines have failed the input in all attempts. The error names the input."""
+        path = self.call.path(self.index)
+        why = (
+            f"the engine computed no finite numbers for this input in {self.life.max_attempts} attempts; a retry is "
+            "safe, but if it fails too, change this input or leave it out"
+        )
+        return CallError(Outcome.INTERNAL, f"{path}: {why}", violations=[Violation(path, why)])
+
     def _is_sound(self, vector: bytes | None) -> bool:
         """Return whether a vector has the requested length and only finite values."""
         import numpy as np  # not at the start: deferred_imports.py

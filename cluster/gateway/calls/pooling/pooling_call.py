@@ -49,7 +49,7 @@ class PoolingCall(Call):
         self.usage.cached_tokens += cached
         self.events.began(sequence, cached)
         if sequence.link is not None:
-            self.events.answered(sequence.link)
+            self.events.answered(sequence, sequence.link)
 
     def pooled(self, sequence: PooledSequence[Any], now: float) -> None:
         """Handle the vector of a sequence. The time of the first vector is recorded as `first_token_at`."""

@@ -109,7 +109,7 @@ class Hedge:
             return
         if sequence.request.sampling.grammar is None:  # else the grammar may have allowed no token
             sequence.life.exclude(self._incarnation)
-            sequence.call.events.worker_failed(self.link)
+            sequence.call.events.worker_failed(sequence, self.link)
         self._stay(self._incarnation, has_failed=True, why="error")
 
     def lost(self, why: str) -> None:

@@ -52,7 +52,7 @@ class LinkedSequence(RoutedSequence[Owner]):
         elif reason == Outcome.ADAPTER_INVALID.name and self.request.adapter:  # it has dropped the adapter just now
             if link is not None:
                 link.adapters.lose(self.request.adapter)
-            self._retry_or_fail(Outcome.ADAPTER_INVALID, "error", message)
+            self._retry_or_fail(CallError(Outcome.ADAPTER_INVALID, message), "error")
         else:
             self._reject(reason, message, field)
 
@@ -67,7 +67,7 @@ class LinkedSequence(RoutedSequence[Owner]):
             self.life.lost(link.name, link.identity.node, len(self.emitted), self.call.clock())
         if not self.finish_reason:
             message = f"the worker was lost after {len(self.emitted)} tokens ({why}); retry the call"
-            self._retry_or_fail(Outcome.WORKER_LOST, "lost", message)
+            self._retry_or_fail(CallError(Outcome.WORKER_LOST, message), "lost")
 
     def failed(self, error: BaseException) -> None:
         """End the call, because the handling of a message for the sequence raised `error`."""
@@ -96,14 +96,20 @@ class LinkedSequence(RoutedSequence[Owner]):
             return
         if link is not None:
             self.life.exclude(link.identity.incarnation)
-            self.call.events.worker_failed(link)
-        message = "the engine could not continue this call; it is safe to retry"
-        self._retry_or_fail(Outcome.INTERNAL, "error", message)
+            self.call.events.worker_failed(self, link)
+        self._retry_or_fail(self._engine_error(), "error")
 
-    def _retry_or_fail(self, outcome: Outcome, reason: str, message: str) -> None:
-        """Continue on another worker. If too many workers have failed the sequence, end the call with `outcome` and
-        `message` instead. `reason`: why the sequence leaves its worker, such as `lost` or `error`; call_trace.FINISHED
-        has the list."""
+    def _engine_error(self) -> CallError:
+        """Return the error of the call if engines have failed the sequence in all attempts."""
+        message = (
+            f"the engine failed in each of {self.life.max_attempts} attempts; a retry is safe, but if it fails too, "
+            "the request itself may be the cause"
+        )
+        return CallError(Outcome.INTERNAL, message)
+
+    def _retry_or_fail(self, error: CallError, reason: str) -> None:
+        """Continue on another worker. If too many workers have failed the sequence, end the call with `error` instead.
+        `reason`: why the sequence leaves its worker, such as `lost` or `error`; call_trace.FINISHED has the list."""
         if self.hedge is not None:
             self.hedge.keep(self.life.last_worker, has_failed=True, why=reason)
             return
@@ -111,7 +117,7 @@ class LinkedSequence(RoutedSequence[Owner]):
         if self.life.fail_worker(reason, len(self.emitted)):
             self.call.events.requeue(self)
         else:
-            self.call.fail(CallError(outcome, message))
+            self.call.fail(error)
 
     # ---- the scheduler
 

@@ -24,11 +24,11 @@ class CallEvents(Protocol[AnySequence]):
         """Handle the first output of a sequence that has no tokens yet. `cached_tokens`: number of prompt tokens that
         were in the worker's cache."""
 
-    def answered(self, link: WorkerLink) -> None:
-        """Handle the first output that the worker of `link` sends for a sequence. Also called after each resume."""
+    def answered(self, sequence: AnySequence, link: WorkerLink) -> None:
+        """Handle the first output that the worker of `link` sends for the sequence. Also called after each resume."""
 
-    def worker_failed(self, link: WorkerLink) -> None:
-        """Handle a worker whose engine could not continue a sequence."""
+    def worker_failed(self, sequence: AnySequence, link: WorkerLink) -> None:
+        """Handle a worker whose engine could not continue the sequence."""
 
     def resumed(self, model: str, reason: str, gap_s: float) -> None:
         """Handle the resume of a sequence on another worker. `gap_s`: seconds since the sequence's last token."""

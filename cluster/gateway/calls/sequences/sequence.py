@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from cluster.api.outcomes import Outcome
+from cluster.api.outcomes import CallError, Outcome
 from cluster.api.output_parts import OutputPart, ParsedOutput, PartKind
 from cluster.api.types import FinishReason, TokenOutput
 from cluster.gateway.calls.sequences.engine_errors import FAILED
@@ -135,7 +135,7 @@ class OutputSequence(LinkedSequence[Owner]):
         self.link = None
         if link is not None:
             self.life.exclude(link.identity.incarnation)
-        self._retry_or_fail(Outcome.RESUME_UNSUPPORTED, "error", _NO_SUCH_PARSER)
+        self._retry_or_fail(CallError(Outcome.RESUME_UNSUPPORTED, _NO_SUCH_PARSER), "error")
         return False
 
     def _reject(self, reason: str, message: str, field: str) -> None:
@@ -147,7 +147,7 @@ class OutputSequence(LinkedSequence[Owner]):
         """
         if field == "tools" and self.parsed_text is not None and self.parsed_text.is_parsed:
             self.life.exclude(self.life.last_worker)
-            self._retry_or_fail(Outcome.RESUME_UNSUPPORTED, "error", _NO_SUCH_PARSER)
+            self._retry_or_fail(CallError(Outcome.RESUME_UNSUPPORTED, _NO_SUCH_PARSER), "error")
         else:
             LinkedSequence._reject(self, reason, message, field)
 
