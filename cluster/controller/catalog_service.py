@@ -137,13 +137,14 @@ class StoredCatalogService:
         return model.name, adapter
 
     def unload_adapter(self, name: str, adapter: str) -> tuple[str, AdapterSpec]:
-        """Remove an adapter that `load_adapter` has added. Returns the model's name and the adapter. Raises CallError
-        for any other adapter."""
+        """Remove an adapter that `load_adapter` has added, also if the model's entry has declared an adapter of the same
+        name since then. The declared one stays. Returns the model's name and the adapter. Raises CallError for any
+        other adapter."""
         model = self._catalog.find(name)
-        self._check_not_configured(model, adapter)
         loaded = self._catalog.loaded(model)
         found = next((one for one in loaded if one.name == adapter), None)
         if found is None:
+            self._check_not_configured(model, adapter)
             names = ", ".join(one.name for one in loaded) or "none"
             raise CallError(
                 Outcome.NOT_FOUND, f"{model.name} has no adapter {adapter[:64]!r} that was loaded; there are {names}"

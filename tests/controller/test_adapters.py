@@ -136,6 +136,19 @@ async def test_only_what_was_loaded_is_unloaded(tmp_path: Path) -> None:
     assert (await refused(unload(bed, "none"))).outcome is Outcome.NOT_FOUND
 
 
+async def test_a_loaded_adapter_behind_a_declared_one_is_unloaded(tmp_path: Path) -> None:
+    """If the entry now declares an adapter with the name of a loaded one, an unload removes the loaded one. A second
+    unload is refused, and the declared adapter stays until the entry changes."""
+    bed = await bed_with_lora(tmp_path)
+    await load(bed)
+    await bed.apply({**ENTRY, "adapters": {"a": "/entry"}})
+    assert (await unload(bed, "a")).source == "/a"
+    assert (await refused(unload(bed, "a"))).outcome is Outcome.MANAGED_BY_FILE
+    assert await published(bed) == [("a", "/entry")]
+    await bed.apply(ENTRY)
+    assert await published(bed) == [("own", "/own")]
+
+
 def many(count: int, tenants: int = 0) -> list[dict[str, Any]]:
     """Return `count` adapters of an entry, each with `tenants` tenants."""
     names = [f"t{number}" for number in range(tenants)]
