@@ -189,6 +189,7 @@ class Controller:
                         ray=variant.ray_cluster,
                         stale=_has_other_weights(variant, fleet),
                         gpu=variant.spec.gpu,
+                        has_room=scaling.has_room(variant, self.models, snapshot),
                     )
 
     def _roll_back_bad_canaries(self) -> None:

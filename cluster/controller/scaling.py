@@ -17,7 +17,7 @@ from cluster.config.schema import Config
 from cluster.controller.desired_models import DesiredModels
 from cluster.controller.links import FleetWorker
 from cluster.observe.metrics import Metrics
-from cluster.policy.catalog.placement import capacity
+from cluster.policy.catalog.placement import capacity, why_unplaceable
 from cluster.policy.catalog.reconcile import Observed
 from cluster.policy.catalog.versions import total_for
 from cluster.policy.scaling.inputs import Kind, OperatorRequest, RayReplicas, ScalingSettings, WorkerSeen
@@ -26,6 +26,7 @@ from cluster.policy.scaling.replica_rates import ReplicaLimits
 from cluster.policy.scaling.scaler import Scaler
 from cluster.process.private_files import replace_file
 from cluster.ray.backend import RaySnapshot
+from cluster.worker.settings import ReplicaSettings
 
 log = structlog.get_logger("scaling")
 
@@ -86,6 +87,23 @@ def room(models: DesiredModels, snapshot: RaySnapshot) -> Mapping[Kind, int]:
             ]
             free[model, settings.spec.gpu] = capacity(settings.spec, snapshot.nodes_of(settings.ray_cluster), others)
     return free
+
+
+def has_room(settings: ReplicaSettings, models: DesiredModels, snapshot: RaySnapshot) -> bool:
+    """Return whether Ray's nodes could hold one more replica with these settings than serve now. The replicas of all
+    other wanted applications stay; applications that are no longer wanted count as gone."""
+    nodes = snapshot.nodes_of(settings.ray_cluster)
+    if why_unplaceable(settings.spec, nodes):
+        return False
+    others = [
+        (variant.spec, seen.running + seen.placed)
+        for variants in models.variants.values()
+        for variant in variants
+        if variant.app != settings.app and variant.ray_cluster == settings.ray_cluster
+        if (seen := snapshot.apps.get(variant.app)) is not None
+    ]
+    own = snapshot.apps.get(settings.app)
+    return capacity(settings.spec, nodes, others) > (own.running if own is not None else 0)
 
 
 def workers_of(fleet: Sequence[FleetWorker], gpus: Mapping[str, str] | None = None) -> list[WorkerSeen]:

@@ -364,6 +364,37 @@ async def test_a_changed_entry_is_told_while_it_is_replaced_and_when_that_fails(
     assert gateways.published["m"].retired == ()
 
 
+@pytest.mark.parametrize(
+    ("change", "others", "kept"),
+    [
+        ({"tensor_parallel_size": 4}, [], 2),  # no node has four GPUs
+        ({"gpu": "H100"}, [], 2),  # no node has this type
+        ({"tensor_parallel_size": 2}, ["other"], 1),  # one of the two GPUs stays with another model
+        ({"tensor_parallel_size": 2}, [], 0),  # both GPUs, once they are free
+    ],
+)
+async def test_replicas_are_given_up_only_for_what_the_nodes_can_hold(
+    change: dict[str, object], others: list[str], kept: int
+) -> None:
+    """A changed entry whose replica would not fit even without the old replicas takes none of them."""
+    clock, gateways, ray = Clock(), FakeGateways(), FakeRay(nodes=({"CPU": 8.0, "GPU": 2.0},))
+    count = 2 - len(others)
+    size: dict[str, object] = {"min_replicas": count, "max_replicas": count}
+    old, more = settings("m", **size), [settings(name) for name in others]
+    loop = controller(ray, gateways, old, *more, clock=clock)
+    await loop.step()
+    ray.change("m", running=count)
+    for name in others:
+        ray.change(name, running=1)
+    loop.models.want([settings("m", **size, **change), *more])
+    for _ in range(60):
+        await loop.step()
+        clock.now_s += 1
+        if (app := ray.apps[old.app]).running > app.target:
+            ray.change(old.app, running=app.target)
+    assert ray.apps[old.app].target == kept
+
+
 async def test_pinning_the_right_weights_restarts_nothing() -> None:
     """A newly pinned digest restarts replicas only if the workers of the model have other weights."""
     ray, gateways, clock = FakeRay(), FakeGateways(), Clock()

@@ -8,7 +8,8 @@ Invariants: the only change to an existing application is a change of the number
 new application beside the old one. The old application stays until the new one serves with all its wanted replicas.
 Then the old application gets no new calls, and is deleted once no call is left or the drain time is over. If the
 replicas of both applications do not fit, the old application gives up one replica at a time, as long as Ray cannot
-place a replica of the new application. A new application that fails to start takes no replica from the old one.
+place a replica of the new application. A new application that fails to start, or for which the nodes have no room even
+without the old one, takes no replica from the old one.
 
 Steps are listed in the order in which they must run: steps that free GPUs come first.
 """
@@ -88,7 +89,8 @@ class Wanted:
     """An application that should run.
 
     `replicas`: wanted number. `digest` covers all settings with which replicas are started. `stale`: the running
-    replicas have other weights than the catalog entry now asks for, and must be restarted.
+    replicas have other weights than the catalog entry now asks for, and must be restarted. `has_room`: whether the nodes
+    could hold one more replica than now serve, if the applications that it replaces were gone.
     """
 
     model: str
@@ -98,6 +100,7 @@ class Wanted:
     ray: str = "local"
     stale: bool = False
     gpu: str = ""
+    has_room: bool = True
 
     @property
     def app(self) -> str:
@@ -215,9 +218,9 @@ def _makes_room(heir: Wanted, seen: Observed | None, old: Observed, now_s: float
     """
     if seen is None or seen.deleting or not seen.digest or old.ray != heir.ray:
         return old.target
-    if seen.failed:
+    if seen.failed or (not heir.has_room and not seen.running):
         return heir.replicas  # the old application keeps serving, with the wanted number of replicas
-    if seen.trouble:
+    if seen.trouble or not heir.has_room:
         return old.target
     waits = seen.running < seen.target and not seen.placed and now_s - seen.deployed_at_s >= SURGE_WAIT_S
     return old.target - 1 if waits and old.target > 0 and not old.leaving else old.target

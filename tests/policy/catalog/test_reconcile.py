@@ -134,6 +134,17 @@ def test_what_cannot_come_up_displaces_nothing() -> None:
     assert reconcile(wanted, there, NOW_S + SURGE_WAIT_S) == Plan((Scale("m@v1+d0", 3),))
 
 
+def test_what_no_node_can_hold_displaces_nothing() -> None:
+    """If the nodes have no room for the new application, the old one keeps the wanted number of replicas. If they have
+    room for a part of it, the old one keeps what it has once that part runs."""
+    wanted, late = [Wanted("m", "e0", 2, has_room=False)], NOW_S + 10 * SURGE_WAIT_S
+    assert reconcile(wanted, {**seen("m", target=2, running=2), **seen("m", "e0", 2)}, late) == Plan(())
+    gave_one = {**seen("m", target=1, running=1), **seen("m", "e0", 2)}
+    assert reconcile(wanted, gave_one, late) == Plan((Scale("m@v1+d0", 2),))
+    part_runs = {**seen("m", target=1, running=1), **seen("m", "e0", 2, running=1)}
+    assert reconcile(wanted, part_runs, late) == Plan(())
+
+
 def test_a_version_that_is_dropped_goes_at_once() -> None:
     """A rolled-back version is retired at once, without waiting for replicas of another version."""
     there = {**seen("m", target=2, running=1), **seen("m", "e0", version="v2", running=1)}
