@@ -5,7 +5,7 @@ Scheduling policy, waiting room, cache index and credit balances are the product
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from cluster.api.types import CompatibilityKey
@@ -304,6 +304,10 @@ class RoutingGateway:
 
     def has_adapter(self, model: str, adapter: str) -> bool:
         """Implements `Workers.has_adapter` (cluster/policy/scheduling/workers.py)."""
+        return True
+
+    def has_version(self, model: str, versions: Collection[str], has_begun: bool) -> bool:
+        """Implements `Workers.has_version`: all workers are of one version."""
         return True
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:

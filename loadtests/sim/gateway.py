@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.api.types import CompatibilityKey, EngineRequest, TokenOutput
@@ -178,6 +178,10 @@ class SimGateway:
 
     def has_adapter(self, model: str, adapter: str) -> bool:
         """Return True: the simulated workers have all adapters that the calls name."""
+        return True
+
+    def has_version(self, model: str, versions: Collection[str], has_begun: bool) -> bool:
+        """Implements `Workers.has_version`: all workers are of one version."""
         return True
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:

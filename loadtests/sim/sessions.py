@@ -14,7 +14,7 @@ Invariant: equal configurations give equal runs.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from random import Random
@@ -373,6 +373,10 @@ class SessionWorld:
 
     def has_adapter(self, model: str, adapter: str) -> bool:
         """Implements `Workers.has_adapter` (cluster/policy/scheduling/workers.py)."""
+        return True
+
+    def has_version(self, model: str, versions: Collection[str], has_begun: bool) -> bool:
+        """Implements `Workers.has_version`: all workers are of one version."""
         return True
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:

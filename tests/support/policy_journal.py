@@ -4,7 +4,7 @@ recorded calls can be replayed on another policy."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,6 +123,12 @@ class _RecordedWorkers:
         self._journal.reads.append(((model, adapter, "adapter"), answer))
         return answer
 
+    def has_version(self, model: str, versions: Collection[str], has_begun: bool) -> bool:
+        """Implements `Workers.has_version`."""
+        answer = self._workers.has_version(model, versions, has_begun)
+        self._journal.reads.append(((model, versions, has_begun), answer))
+        return answer
+
     def runs_suspect(self, model: str, incarnation: str) -> bool:
         """Implements `Workers.runs_suspect`."""
         answer = self._workers.runs_suspect(model, incarnation)
@@ -174,6 +180,10 @@ class _ReplayedWorkers:
     def has_adapter(self, model: str, adapter: str) -> bool:
         """Implements `Workers.has_adapter`."""
         return self._answer((model, adapter, "adapter"))  # type: ignore[no-any-return]
+
+    def has_version(self, model: str, versions: Collection[str], has_begun: bool) -> bool:
+        """Implements `Workers.has_version`."""
+        return self._answer((model, versions, has_begun))  # type: ignore[no-any-return]
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
         """Return the recorded result of `Workers.runs_suspect`."""

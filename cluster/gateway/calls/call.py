@@ -157,7 +157,7 @@ class Call:
             self.usage.queue_s = now - self.arrived
         self.began_at = self.began_at or identity
         if self.versions.all:
-            self.versions = Versions(identity.version, frozenset((identity.version,)))
+            self.versions = Versions(identity.version, frozenset((identity.version,)), has_begun=True)
 
     def set_adapter(self, sequence: CallSequence, digest: str) -> None:
         """Set the adapter's digest in the request of a sequence that has no output yet. Needed if the digest was not

@@ -72,6 +72,11 @@ class KnownModel:
         entry = self.entry
         return link.takes_new_requests and not ((entry.retired or entry.versions) and self.retired(link))
 
+    def may_finish_calls(self, link: WorkerLink) -> bool:
+        """Return whether the worker may get sequences of calls that have begun on its version, even if it is being
+        replaced."""
+        return link.takes_new_requests and not self.versions.is_quarantined(link)
+
     def retired(self, link: WorkerLink) -> bool:
         """Return whether a worker must get no new calls, because the catalog has retired its deployment generation or
         quarantined its version. Running calls may continue."""

@@ -127,4 +127,6 @@ class Executor:
             return queue_errors.not_resumed(tokens, is_late)
         if ending is Ending.NO_ADAPTER:
             return queue_errors.no_adapter(call.shown_model)
+        if ending is Ending.NO_VERSION:
+            return queue_errors.no_version(call.shown_model)
         return queue_errors.too_late(call.model, self._directory().find(call.model), is_late, call.adapter)

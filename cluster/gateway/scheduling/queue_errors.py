@@ -40,6 +40,13 @@ def no_adapter(name: str) -> CallError:
     return CallError(Outcome.MODEL_LOADING, message, retry_after_s=2.0)
 
 
+def no_version(name: str) -> CallError:
+    """Return the error for a call that began on a version that no worker serves now, and that may not wait for such a
+    worker, because too many calls wait for workers already. `name`: full name of the model."""
+    message = f"no worker serves the version of {name} on which this call began; send the call again"
+    return CallError(Outcome.NO_WORKER, message)
+
+
 def too_late(name: str, model: KnownModel | None, deadline_passed: bool, adapter: str = "") -> CallError:
     """Return the error for a call that has waited the longest allowed time for a worker. `name`: name of the model.
     `adapter`: the model's adapter for which the call waited, "" for none. `deadline_passed`: whether the call's own

@@ -268,7 +268,8 @@ class Scheduler:
                 log.exception("call.sequence_not_settled", **call.log_fields)
             self.hedges.forget(sequence)
             self.charges.forget(sequence)
-        if any(waited):
+        if any(waited):  # others may have waited behind this call
+            self.pump.send_waiting(call.model)
             self.backlogs.changed(call.model)
 
     def cut(self, call: Call) -> None:

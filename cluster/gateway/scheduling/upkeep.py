@@ -70,10 +70,12 @@ class Upkeep:
             self._sweep(now)
         self._caches.maintain(now)
         self._adapter_checks.go_on()
-        self._executor.carry_out(self._policy.expire(now, directory.starts_in_s))
+        ends = self._policy.expire(now, directory.starts_in_s)
+        late = {self._queues.sequence(end.key).call.model for end in ends}
+        self._executor.carry_out(ends)
         self._renders.expire()
-        # A sequence may have waited long enough for the worker that holds its KV blocks.
-        for name in {*self._policy.resuming.models, *self._policy.aside.models}:
+        # A sequence may have waited long enough for the worker that holds its KV blocks, or behind one that has ended.
+        for name in {*self._policy.resuming.models, *self._policy.aside.models, *late}:
             self._pump.send_waiting(name)
         if self._breakers.open:  # a worker's pause may be over
             for model in directory.models:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol, overload
 from weakref import WeakKeyDictionary
@@ -176,6 +176,16 @@ class LinkedWorkers:
         known = self._owner.directory.find(model)
         return known is not None and known.adapters.is_ready(adapter)
 
+    def has_version(self, model: str, versions: Collection[str], has_begun: bool) -> bool:
+        """Return whether any worker of a model takes calls that may begin on these versions. `has_begun`: whether
+        workers that are being replaced count too (RouteCall.has_begun)."""
+        known = self._owner.directory.find(model)
+        return known is not None and any(
+            link.identity.version in versions
+            and (known.takes_calls(link) or (has_begun and known.may_finish_calls(link)))
+            for link in known.links.values()
+        )
+
     def runs_suspect(self, model: str, incarnation: str) -> bool:
         """Return whether a worker runs a suspect sequence (one that may have crashed its earlier workers) to which it
         has not added a token yet."""
@@ -268,6 +278,7 @@ def _read_candidate(
         prefill_budget=link.pacing.budget() if resumed or link.pacing.resumed_tokens else 0,
         prefill_tokens=link.slots.prefill_tokens,
         retired=known.retired(link),
+        quarantined=known.versions.is_quarantined(link),
         node=identity.node,
         block_size=link.info.block_size,
         parses_tools=TOOL_PARSER in link.parsers,

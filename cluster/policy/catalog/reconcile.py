@@ -89,8 +89,8 @@ class Wanted:
     """An application that should run.
 
     `replicas`: wanted number. `digest` covers all settings with which replicas are started. `stale`: the running
-    replicas have other weights than the catalog entry now asks for, and must be restarted. `has_room`: whether the nodes
-    could hold one more replica than now serve, if the applications that it replaces were gone.
+    replicas have other weights than the catalog entry now asks for, and must be restarted. `has_room`: whether the
+    nodes could hold one more replica than now serve, if the applications that it replaces were gone.
     """
 
     model: str

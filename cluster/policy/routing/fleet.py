@@ -171,10 +171,23 @@ class Fleet:
         rows, settings, self._is_shared = self._rows, self.settings, True
         scores = partial(_scores, call, rows, settings, rejecting)
         if at < 0:
-            return RoutingDecision(None, None, scores)
+            replaced = self._pick_replaced(call, rejecting) if call.has_begun else None
+            return replaced or RoutingDecision(None, None, scores)
         worker = rows[at].worker_id
         full = self._full_holders(call, rows[at], rejecting) if call.cached and settings.weights.patience else ()
         return RoutingDecision(worker, self._reason(call, at, passed), scores, call.cached.get(worker, 0), full)
+
+    def _pick_replaced(self, call: RouteCall, rejecting: Collection[str]) -> RoutingDecision | None:
+        """Pick one of the workers that are being replaced, for a sequence of a call that has begun on their version.
+        Returns None if none of them has room. Workers of a quarantined version are left out."""
+        workers = [row.candidate for row in self._rows if row.candidate.retired and not row.candidate.quarantined]
+        if not workers:
+            return None
+        fleet = Fleet(self._model_settings)
+        for worker in workers:
+            fleet.put(replace(worker, retired=False))
+        decision = fleet.pick(replace(call, has_begun=False), rejecting)
+        return decision if decision.worker_id is not None else None
 
     def _full_holders(self, call: RouteCall, chosen: Row, rejecting: Collection[str]) -> Sequence[FullHolder]:
         """Return workers at which the call would cost less than at the chosen worker, but which have no free capacity.

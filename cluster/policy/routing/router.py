@@ -53,6 +53,8 @@ class Candidate:
     retired: bool = False
     """Whether the worker is being replaced, or the version of the worker is quarantined. The worker may resume calls,
     but gets no new calls."""
+    quarantined: bool = False
+    """Whether the version of the worker is quarantined."""
     node: str = ""
     block_size: int = 0
     """Number of tokens in a KV block of the worker's engine."""
@@ -85,10 +87,11 @@ class RouteCall:
     worker must have loaded, or another name that the gateway uses while the digest is unknown; "" for the base model.
 
     Fields of new calls. `call_id`: the call's id, the seed of policies that choose at random. `versions`: versions on
-    which the call may begin; empty means any version. `cached`: number of leading prompt tokens that each worker holds
-    in its KV cache, by worker id. `sharing`: number of recent calls that had the same longest cached prefix as this
-    call. `affinity`: hash of the affinity key, in [1, 2**64), or 0 for none. `prefix`: hash of the beginning of the
-    prompt, in [0, 2**64).
+    which the call may begin; empty means any version. `has_begun`: whether other sequences of the call have begun on
+    such a version; then a worker that is being replaced may finish the call if no other can. `cached`: number of
+    leading prompt tokens that each worker holds in its KV cache, by worker id. `sharing`: number of recent calls that
+    had the same longest cached prefix as this call. `affinity`: hash of the affinity key, in [1, 2**64), or 0 for none.
+    `prefix`: hash of the beginning of the prompt, in [0, 2**64).
 
     Fields of resumed calls. `compatibility_key`: key of the worker that began the call; None for a new call.
     `uncached_tokens`: how many of `tokens` a worker must probably compute; 0 means all. `cached_on`: incarnation that
@@ -101,6 +104,7 @@ class RouteCall:
     compatibility_key: CompatibilityKey | None = None
     excluded: frozenset[str] = frozenset()
     versions: frozenset[str] = frozenset()
+    has_begun: bool = False
     uncached_tokens: int = 0
     cached_on: str = ""
     uncached_there: int = 0

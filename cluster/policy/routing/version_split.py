@@ -22,11 +22,13 @@ class Versions:
     """Versions on which a call may begin.
 
     The call begins on `first` if that version has capacity, else on another version of `all`. If both fields are empty,
-    the call may begin on any version.
+    the call may begin on any version. `has_begun`: whether a sequence of the call has begun, so that the others must
+    begin on the same version, even while that version is being replaced.
     """
 
     first: str = ""
     all: frozenset[str] = frozenset()
+    has_begun: bool = False
 
 
 ANY_VERSION = Versions()

@@ -55,6 +55,8 @@ class Ending(enum.Enum):
     """A new sequence waited too long."""
     NO_ADAPTER = "no_adapter"
     """Too many new sequences wait for adapters that no worker with room has loaded."""
+    NO_VERSION = "no_version"
+    """Too many new sequences wait for versions that no worker serves."""
     NOT_RESUMED = "not_resumed"
     """A sequence that resumes waited too long."""
     REPLACED = "replaced"

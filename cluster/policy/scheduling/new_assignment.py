@@ -1,9 +1,9 @@
 """Assignment of new sequences: which waiting sequence is sent to which worker.
 
-Sequences that were set aside (set_aside.py) come first, then sequences that wait for an adapter (adapter_waits.py),
-then the others in the order of the waiting room. When a worker has room for the first sequence of the waiting room,
-this sequence leaves the room. It is sent, or set aside for the worker that holds its prompt, or waits for its adapter.
-In the last two cases, later sequences need not wait for it.
+Sequences that were set aside (set_aside.py) come first, then sequences that wait for a worker with their adapter or of
+their version (worker_waits.py), then the others in the order of the waiting room. When a worker has room for the first
+sequence of the waiting room, this sequence leaves the room. It is sent, or set aside for the worker that holds its
+prompt, or waits for a worker that can serve it. In the last two cases, later sequences need not wait for it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from cluster.policy.scheduling.instructions import End, Ending, Fail, Instructio
 from cluster.policy.scheduling.new_sequences import NewSequences
 from cluster.policy.scheduling.set_aside import Aside
 from cluster.policy.scheduling.warm_sequences import WarmSequences
+from cluster.policy.scheduling.worker_waits import Need
 from cluster.policy.scheduling.workers import Workers
 
 
@@ -29,48 +30,48 @@ class NewAssignment:
         self._queues = queues
         self._room = queues.room
         self._aside = queues.aside
-        self._adapter_waits = queues.adapter_waits
+        self._worker_waits = queues.worker_waits
         self._versions = queues.versions
         self._workers = workers
         self._warm = WarmSequences(workers)
 
     def assign(self, model: str, now: float) -> Iterator[Instruction]:
         """Yield the instructions for a model's new sequences. Sequences that were set aside come first, then sequences
-        that wait for an adapter, then the waiting room. If no worker has room for the first sequence of the waiting
-        room, all sequences behind it wait too."""
+        that wait for a worker which can serve them, then the waiting room. If no worker has room for the first sequence
+        of the waiting room, all sequences behind it wait too."""
         for aside in self._aside.in_order(model):
             yield from self._assign_aside(aside, now)
-        yield from self._assign_with_adapters(model, now)
+        yield from self._assign_waits(model, now)
         decision: RoutingDecision | Exception | None = None
         cached: Mapping[str, int] | None = None
         call: RouteCall | None = None
-        lacks_adapter = False
+        need: Need | None = None
 
         def fits(entry: WaitingSequence) -> bool:
-            nonlocal decision, cached, call, lacks_adapter
-            lacks_adapter = False
+            nonlocal decision, cached, call, need
+            need = None
             try:
                 cached = self._workers.cached_tokens(entry.model, entry.call_id)
                 call = self._call(entry, cached or {})
                 decision = self._route(call, entry, now)
-                if decision.worker_id is None and call.adapter:
-                    lacks_adapter = self._route(replace(call, adapter=""), entry, now).worker_id is not None
+                if decision.worker_id is None and (call.adapter or call.versions):
+                    need = self._unmet_need(call, entry, now)
             except Exception as error:
                 decision = error
                 return True
-            return decision.worker_id is not None or lacks_adapter
+            return decision.worker_id is not None or need is not None
 
         while (entry := self._room.pop_next(model, fits, now, self._warm.loss_of(model, now))) is not None:
             if isinstance(decision, Exception):
                 self._queues.forget_versions(entry.call_id)
                 yield Fail(entry.call_id, decision)
                 continue
-            if lacks_adapter and call is not None:
-                if not self._adapter_waits.add(entry, call, now, self._room.latest(entry, now)):
+            if need is not None and call is not None:
+                if not self._worker_waits.add(entry, call, need, now, self._room.latest(entry, now)):
                     self._queues.forget_versions(entry.call_id)
                     self._room.put_back(entry, now)  # so that its charge is given back
                     self._room.cancel(entry.call_id)
-                    yield End(entry.call_id, Ending.NO_ADAPTER)
+                    yield End(entry.call_id, Ending.NO_VERSION if need.versions else Ending.NO_ADAPTER)
                 continue
             if decision is not None and call is not None and (holder := self._awaited(decision, entry)):
                 self._aside.add(entry, call, holder, now)
@@ -117,30 +118,54 @@ class NewAssignment:
             self._aside.pop(key)
             self._room.put_back(replace(entry, holder_wait=aside.wait(now)), now)
 
-    def _assign_with_adapters(self, model: str, now: float) -> Iterator[Instruction]:
-        """Yield the instructions for sequences that wait for adapters. If no worker with a sequence's adapter has room
-        for the sequence, all later sequences that wait for the same adapter wait too."""
-        for adapter in self._adapter_waits.adapters(model):
-            if not self._workers.has_adapter(model, adapter):
+    def _unmet_need(self, call: RouteCall, entry: WaitingSequence, now: float) -> Need | None:
+        """Return what all workers with room lack for a sequence that no worker can take: its adapter, or one of its
+        versions if no worker of these takes calls. Returns None if no worker has room, or if workers of its versions
+        take calls and are only full. Such a sequence stays in its queue."""
+        versions = self._versions.get(entry.call_id, ANY_VERSION)
+        is_gone = bool(versions.all) and not self._workers.has_version(
+            entry.model, versions.all, has_begun=versions.has_begun
+        )
+        if is_gone:
+            need = Need(call.adapter, versions.all, versions.has_begun)
+            decision = self._workers.route(replace(call, adapter="", versions=frozenset()), now)
+        elif call.adapter:
+            need = Need(call.adapter)
+            decision = self._route(replace(call, adapter=""), entry, now)
+        else:
+            return None
+        return need if decision.worker_id is not None else None
+
+    def _assign_waits(self, model: str, now: float) -> Iterator[Instruction]:
+        """Yield the instructions for sequences that wait for a worker which can serve them. If no such worker has room
+        for a sequence, all later sequences with the same need wait too."""
+        for need in self._worker_waits.needs(model):
+            if not self._can_be_met(model, need):
                 continue
-            for wait in self._adapter_waits.in_order(model, adapter):
+            for wait in self._worker_waits.in_order(model, need):
                 entry, key = wait.entry, wait.entry.call_id
-                if key not in self._adapter_waits:  # an earlier instruction has ended its call
+                if key not in self._worker_waits:  # an earlier instruction has ended its call
                     continue
                 try:
                     cached = self._workers.cached_tokens(model, key)
                     decision = self._route(replace(wait.call, cached=cached or {}), entry, now)
                 except Exception as error:
-                    self._adapter_waits.pop(key)
+                    self._worker_waits.pop(key)
                     self._queues.forget_versions(key)
                     yield Fail(key, error)
                     continue
                 if decision.worker_id is None:
                     break
-                self._adapter_waits.pop(key)
+                self._worker_waits.pop(key)
                 self._queues.forget_versions(key)
                 there, where = decision.cached_tokens, decision.worker_id
                 yield Send(entry, where, decision.reason, cached_tokens=there, decision=decision, cached=cached)
+
+    def _can_be_met(self, model: str, need: Need) -> bool:
+        """Return whether some worker takes calls with this need. This check is cheap."""
+        if need.adapter and not self._workers.has_adapter(model, need.adapter):
+            return False
+        return not need.versions or self._workers.has_version(model, need.versions, has_begun=need.has_begun)
 
     def _leave_aside(self, key: str) -> None:
         self._aside.pop(key)
@@ -156,6 +181,7 @@ class NewAssignment:
             entry.tokens,
             keep_free,
             versions=first,
+            has_begun=versions.has_begun,
             needs_tools=entry.needs_tools,
             cached=cached,
             affinity=entry.affinity,

@@ -1,9 +1,9 @@
 """The new sequences of one gateway, from their admission until they are sent.
 
 A new sequence waits in the waiting room. When its turn comes, the fair order of tenants counts it as sent and
-charges its tenant. But the sequence may not be sent at once: it may be set aside (set_aside.py) or wait for its
-adapter (adapter_waits.py). If it ends before it is sent, it is first put back into the waiting room, so that the
-charge is refunded.
+charges its tenant. But the sequence may not be sent at once: it may be set aside (set_aside.py) or wait for a worker
+that can serve it (worker_waits.py). If it ends before it is sent, it is first put back into the waiting room, so that
+the charge is refunded.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.waiting_room import RoomAdmission, WaitingRoom
 from cluster.policy.routing.version_split import ANY_VERSION, Versions
-from cluster.policy.scheduling.adapter_waits import AdapterWaits
 from cluster.policy.scheduling.set_aside import SetAside
+from cluster.policy.scheduling.worker_waits import WorkerWaits
 
 
 class NewSequences:
@@ -24,7 +24,7 @@ class NewSequences:
     def __init__(self, room: WaitingRoom) -> None:
         self.room = room
         self.aside = SetAside()
-        self.adapter_waits = AdapterWaits()
+        self.worker_waits = WorkerWaits()
         self._versions: dict[str, Versions] = {}
 
     @property
@@ -72,19 +72,19 @@ class NewSequences:
         return self.room.cancel(key)
 
     def _return_to_room(self, key: str) -> None:
-        """Return a sequence to the waiting room if it is set aside or waits for its adapter."""
-        if (turn := self.aside.pop(key) or self.adapter_waits.pop(key)) is not None:
+        """Return a sequence to the waiting room if it is set aside or waits for a worker that can serve it."""
+        if (turn := self.aside.pop(key) or self.worker_waits.pop(key)) is not None:
             self.room.put_back(turn.entry, turn.since)
 
     def position(self, key: str) -> int | None:
         """Return how many new sequences of the same tenant are ahead of a queued new sequence; None if it is not
         queued."""
-        return 0 if key in self.aside or key in self.adapter_waits else self.room.position(key)
+        return 0 if key in self.aside or key in self.worker_waits else self.room.position(key)
 
     def waiting(self, model: str) -> tuple[int, int]:
         """Return the number of a model's new sequences, and the sum of their prompt tokens."""
         sequences, tokens = self.room.waiting(model)
-        for queue in (self.aside, self.adapter_waits):
+        for queue in (self.aside, self.worker_waits):
             if queue:
                 more_sequences, more_tokens = queue.waiting(model)
                 sequences, tokens = sequences + more_sequences, tokens + more_tokens
@@ -93,7 +93,7 @@ class NewSequences:
     def pop_expired(self, now: float) -> list[str]:
         """Remove the sequences that have waited too long, and return their keys."""
         late = [entry.call_id for entry in self.room.pop_expired(now)]
-        for wait in self.adapter_waits.expired(now):
+        for wait in self.worker_waits.expired(now):
             self.remove(wait.entry.call_id)
             late.append(wait.entry.call_id)
         for key in late:
@@ -101,4 +101,4 @@ class NewSequences:
         return late
 
     def __repr__(self) -> str:
-        return f"NewSequences({self.room}, {self.aside}, {self.adapter_waits})"
+        return f"NewSequences({self.room}, {self.aside}, {self.worker_waits})"

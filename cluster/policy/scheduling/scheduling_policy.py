@@ -37,7 +37,7 @@ class SchedulingPolicy:
         self.losses = losses
         self._new = NewSequences(room)
         self.aside = self._new.aside
-        self.adapter_waits = self._new.adapter_waits
+        self.worker_waits = self._new.worker_waits
         self._new_assignment = NewAssignment(self._new, workers)
         self._resumed_assignment = ResumedAssignment(self.resuming, losses, workers)
 

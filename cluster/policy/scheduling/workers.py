@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from cluster.api.types import CompatibilityKey
@@ -39,6 +39,10 @@ class Workers(Protocol):
     def has_adapter(self, model: str, adapter: str) -> bool:
         """Return whether any worker of a model takes calls for an adapter. `adapter`: the adapter's name in the form of
         RouteCall.adapter. This check is cheap."""
+
+    def has_version(self, model: str, versions: Collection[str], has_begun: bool) -> bool:
+        """Return whether any worker of a model takes calls that may begin on these versions. `has_begun`: whether
+        workers that are being replaced count too (RouteCall.has_begun)."""
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
         """Return whether a worker runs a suspect sequence (worker_losses.py) that has got no token from this worker

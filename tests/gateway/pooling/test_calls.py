@@ -128,6 +128,30 @@ async def test_an_unsound_vector_is_computed_elsewhere(
     await cluster.until_idle()
 
 
+async def test_a_batch_ends_on_the_version_on_which_it_began(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """If the workers of a batch's version are replaced half-way, they compute the rest of the batch. The next call is
+    served by the new version."""
+
+    def publish(*retired: str) -> None:
+        entry = CatalogEntry("sim", state=ModelState.READY, retired=retired)
+        cluster.gateway.worker_events.apply_catalog([entry])
+
+    publish()
+    old = await cluster.add_worker(sim_engine(checkpoint, **SLOW), bundle, version="v1", generation="g1")
+    batch = asyncio.ensure_future(cluster.stub.Embed(embed(BATCH)))
+    await until(lambda: old.engine.load().steps > 2, "the old version has computed some inputs")
+    new = await cluster.add_worker(sim_engine(checkpoint, **SLOW), bundle, version="v2", generation="g2")
+    publish("g1")
+    assert len((await asyncio.wait_for(batch, 60)).embeddings) == len(BATCH)
+    assert new.engine.load().steps == 0
+    ended = old.engine.load().steps
+    await cluster.stub.Embed(embed(["a"]))
+    assert (old.engine.load().steps, new.engine.load().steps > 0) == (ended, True)
+    await cluster.until_idle()
+
+
 async def test_an_input_without_a_finite_vector_costs_nobody_a_worker(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:

@@ -7,6 +7,7 @@ from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.routing.router import RouteCall
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.scheduling.new_sequences import NewSequences
+from cluster.policy.scheduling.worker_waits import Need
 from tests.policy.scheduling.test_scheduling_policy import MAX_WAIT_S, entry
 
 ONE_VERSION = Versions("v1", frozenset({"v1"}))
@@ -23,7 +24,7 @@ def wait_for_adapter(new: NewSequences, key: str, now: float) -> None:
     taken = new.room.pop_next("m", lambda _: True, now)
     assert taken is not None
     assert taken.call_id == key
-    assert new.adapter_waits.add(taken, RouteCall("m", taken.tokens), now, now + MAX_WAIT_S)
+    assert new.worker_waits.add(taken, RouteCall("m", taken.tokens), Need("x"), now, now + MAX_WAIT_S)
 
 
 def test_a_sequence_counts_until_it_is_removed() -> None:
@@ -45,7 +46,7 @@ def test_new_versions_return_a_sequence_to_the_room() -> None:
     new.admit(entry("a", adapter="x"), 0.0)
     wait_for_adapter(new, "a", 1.0)
     new.set_versions("a", ONE_VERSION)
-    assert "a" not in new.adapter_waits
+    assert "a" not in new.worker_waits
     assert (new.room.waiting("m")[0], new.versions["a"]) == (1, ONE_VERSION)
     new.set_versions("a", Versions())
     assert not new.versions

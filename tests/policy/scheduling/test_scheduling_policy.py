@@ -4,7 +4,7 @@ its wait, capacity is never exceeded, and no capacity stays idle."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -19,10 +19,10 @@ from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.routing.fleet import choose
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
 from cluster.policy.routing.version_split import Versions
-from cluster.policy.scheduling.adapter_waits import MAX_PER_TENANT
 from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, ResumingSequence, Send
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.worker_losses import SETTLE_S, WorkerLosses
+from cluster.policy.scheduling.worker_waits import MAX_PER_TENANT
 
 MAX_WAIT_S = 10.0
 KEYS = [CompatibilityKey(f"weights {name}", "bundle", "class") for name in "ab"]
@@ -87,6 +87,13 @@ class Fleet:
     def has_adapter(self, model: str, adapter: str) -> bool:
         """Implements `Workers.has_adapter`."""
         return any(adapter in worker.adapters for worker in self.workers.values())
+
+    def has_version(self, model: str, versions: Collection[str], has_begun: bool) -> bool:
+        """Implements `Workers.has_version`."""
+        return any(
+            worker.version in versions and not worker.quarantined and (has_begun or not worker.retired)
+            for worker in self.workers.values()
+        )
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
         """Implements `Workers.runs_suspect`."""
@@ -271,17 +278,52 @@ def test_a_free_worker_gets_the_sequence_whose_prompt_it_holds() -> None:
 
 
 def test_the_chosen_head_holds_back_the_others() -> None:
-    """A worker's cached prompts decide which sequence goes first. If this sequence may not run on any free worker, all
-    other sequences wait too."""
+    """A worker's cached prompts decide which sequence goes first. If all workers on which this sequence may run are
+    full, all other sequences wait too."""
     fleet = Fleet()
     fleet.add("old", free=1, version="1")
+    fleet.add("new", free=0, version="2")
     fleet.cached = {"b": {"old": 8}}
     policy = policy_of(fleet)
     policy.admit(entry("a"), 0.0)
     policy.admit(entry("b"), 0.0, versions=Versions("2", frozenset(("2",))))
     assert carry_out(policy, fleet, 0.0) == []
-    fleet.add("new", free=1, version="2")
+    fleet.grant("new", 1)
     assert sent(carry_out(policy, fleet, 0.0)) == [("b", "new"), ("a", "old")]
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+@pytest.mark.parametrize("adapter", ["", "x"])
+def test_a_sequence_whose_version_is_gone_holds_back_nobody(has_begun: bool, adapter: str) -> None:
+    """While no worker takes calls of a version, sequences that must run on it wait, and the sequences behind them are
+    sent. Once a worker of the version is there, they go first. A worker that is being replaced may finish a call that
+    has begun on its version, and gets no other call."""
+    fleet = Fleet()
+    fleet.add("new", free=3, version="2")
+    policy, versions = policy_of(fleet), Versions("1", frozenset("1"), has_begun)
+    policy.admit(entry("a", adapter=adapter), 0.0, versions=versions)
+    policy.admit(entry("b", "other"), 0.0)
+    assert sent(carry_out(policy, fleet, 0.0)) == [("b", "new")]
+    assert policy.waiting("m") == (1, 10)
+    fleet.add("old", free=1, version="1")
+    fleet.workers["old"] = replace(fleet.workers["old"], retired=True, adapters=frozenset({adapter} - {""}))
+    assert sent(carry_out(policy, fleet, 1.0)) == ([("a", "old")] if has_begun else [])
+    if not has_begun:
+        fleet.workers["old"] = replace(fleet.workers["old"], retired=False)
+        assert sent(carry_out(policy, fleet, 2.0)) == [("a", "old")]
+    assert policy.waiting("m") == (0, 0)
+
+
+def test_a_quarantined_version_finishes_no_call() -> None:
+    """A call that has begun on a version that is now quarantined waits until the end of its wait, and then ends."""
+    fleet = Fleet()
+    fleet.add("old", free=1, version="1")
+    fleet.add("new", free=1, version="2")
+    fleet.workers["old"] = replace(fleet.workers["old"], retired=True, quarantined=True)
+    policy = policy_of(fleet)
+    policy.admit(entry("a"), 0.0, versions=Versions("1", frozenset("1"), has_begun=True))
+    assert carry_out(policy, fleet, 0.0) == []
+    assert policy.expire(MAX_WAIT_S, lambda model: 0.0) == [End("a", Ending.TOO_LATE)]
 
 
 def test_a_sequence_that_cannot_be_routed_fails_alone() -> None:
@@ -474,7 +516,7 @@ class PolicyMachine(RuleBasedStateMachine):
     def counts_agree(self) -> None:
         """The policy's counts equal the number of sequences that wait."""
         assert self.policy.waiting("m")[0] == len(self.new) + len(self.resuming)
-        assert self.policy.room.statistics().requests + len(self.policy.adapter_waits) == len(self.new)
+        assert self.policy.room.statistics().requests + len(self.policy.worker_waits) == len(self.new)
 
 
 PolicyMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -39,7 +39,7 @@ class PoolingCall(Call):
         version for all sequences of the call, since vectors of two versions cannot be compared."""
         Call.submitted(self, sequence, identity, now)
         if identity.version:
-            self.versions = Versions(identity.version, frozenset((identity.version,)))
+            self.versions = Versions(identity.version, frozenset((identity.version,)), has_begun=True)
 
     def began(self, sequence: CallSequence, output: TokenOutput) -> None:
         """Handle the first output that a worker sends for a sequence."""

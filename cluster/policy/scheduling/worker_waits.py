@@ -1,0 +1,125 @@
+"""New sequences that have left their queue and wait for a worker that can serve them: one that has loaded their
+adapter, or one of a version on which they may begin.
+
+Problem: an adapter may be loaded on few workers or on none, and a version may have lost its last worker, or may have
+been replaced while a part of a call still waited. At the head of its queue, such a sequence would hold back all
+sequences behind it, although other workers have room for them.
+
+Method: when its turn comes, such a sequence leaves the queue and waits here. The fair order of tenants counts it as
+sent. Once a worker that can serve it has room, the sequences that wait here are sent in the order of their turns,
+before those in the queue.
+
+Invariants: a sequence comes here only if a worker without its adapter, or of another version, has room for it. If no
+worker has room, it stays in the queue. A sequence that waits here holds back no sequence of the queue. At most
+MAX_PER_MODEL sequences of a model wait here, and at most MAX_PER_TENANT of these belong to one tenant; the call of a
+sequence beyond these bounds is ended. A sequence waits here only once, and no longer than it may wait in a queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from cluster.policy.fairness.order import WaitingSequence
+from cluster.policy.routing.router import RouteCall
+
+MAX_PER_MODEL: Final = 1024
+MAX_PER_TENANT: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a worker must have to serve a sequence. `adapter`: the adapter that it must have loaded; "" for none.
+    `versions`: the versions of which it must be one; empty for any. `has_begun`: whether a part of the call has begun,
+    so that a worker that is being replaced may serve it too."""
+
+    adapter: str = ""
+    versions: frozenset[str] = frozenset()
+    has_begun: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerWait:
+    """A sequence that waits for a worker. `entry`: the sequence as it waited in the queue. `call`: its routing request.
+    `need`: what the worker must have. `since` and `until`: monotonic times in seconds; the wait began at `since` and
+    must end at `until`."""
+
+    entry: WaitingSequence
+    call: RouteCall
+    need: Need
+    since: float
+    until: float
+
+
+class WorkerWaits:
+    """Sequences of one gateway that wait for workers which can serve them. `now` is monotonic, in seconds."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[str, WorkerWait] = {}
+        self._by_model: dict[str, dict[Need, dict[str, WorkerWait]]] = {}
+        """The sequences that wait, by model, need and key."""
+        self._counts: dict[tuple[str, str], int] = {}
+        """Number of sequences by model and tenant; the tenant "" has the number of all tenants."""
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def __repr__(self) -> str:
+        return f"WorkerWaits({len(self)} sequences)"
+
+    @property
+    def models(self) -> Collection[str]:
+        """Names of the models with sequences that wait for a worker."""
+        return tuple(self._by_model)
+
+    def waiting(self, model: str) -> tuple[int, int]:
+        """Return the number of a model's sequences that wait here, and the sum of their prompt tokens."""
+        waits = [wait for of_need in self._by_model.get(model, {}).values() for wait in of_need.values()]
+        return len(waits), sum(wait.entry.tokens for wait in waits)
+
+    def add(self, entry: WaitingSequence, call: RouteCall, need: Need, now: float, until: float) -> bool:
+        """Add a sequence, which may wait until the time `until`. Returns False if too many sequences wait already."""
+        counts, model = self._counts, entry.model
+        if counts.get((model, ""), 0) >= MAX_PER_MODEL or counts.get((model, entry.tenant), 0) >= MAX_PER_TENANT:
+            return False
+        wait = WorkerWait(entry, call, need, now, until)
+        self._by_key[entry.call_id] = wait
+        self._by_model.setdefault(model, {}).setdefault(need, {})[entry.call_id] = wait
+        for place in ((model, ""), (model, entry.tenant)):
+            counts[place] = counts.get(place, 0) + 1
+        return True
+
+    def pop(self, key: str) -> WorkerWait | None:
+        """Remove a waiting sequence and return its wait; None if the sequence does not wait here. `key`: the sequence's
+        key."""
+        wait = self._by_key.pop(key, None)
+        if wait is None:
+            return None
+        model, of_model = wait.entry.model, self._by_model[wait.entry.model]
+        del of_model[wait.need][key]
+        if not of_model[wait.need]:
+            del of_model[wait.need]
+        if not of_model:
+            del self._by_model[model]
+        for place in ((model, ""), (model, wait.entry.tenant)):
+            self._counts[place] -= 1
+            if not self._counts[place]:
+                del self._counts[place]
+        return wait
+
+    def needs(self, model: str) -> Collection[Need]:
+        """Return the needs for which sequences of a model wait."""
+        return tuple(self._by_model.get(model, ()))
+
+    def in_order(self, model: str, need: Need) -> Iterator[WorkerWait]:
+        """Yield the sequences of a model with this need, in the order in which they were added. The caller may remove
+        each yielded sequence."""
+        yield from list(self._by_model.get(model, {}).get(need, {}).values())
+
+    def expired(self, now: float) -> list[WorkerWait]:
+        """Return the sequences that have waited too long. They are not removed."""
+        return [wait for wait in self._by_key.values() if wait.until <= now]
