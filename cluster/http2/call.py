@@ -373,6 +373,12 @@ class OpenStreams:
         call.stop_sending()
         self.done(call.stream_id)
 
+    def end_unread(self, call: ServerCall) -> None:
+        """Reset a call whose answer the client has not read for too long, and cancel its handler."""
+        self.reset(call)
+        if call.running is not None:
+            call.running.task.cancel()
+
     def done(self, stream_id: int) -> None:
         """Remove a call whose status has been sent."""
         call = self._remove(stream_id)

@@ -18,6 +18,8 @@ LIGHT: Final = 0.2
 BYTES_PER_FRAME: Final = 4
 """Number of payload bytes sent to the client that justify one empty frame. A token of 12 bytes justifies an update of
 both windows and a ping. A client that opens its window one byte at a time receives too few bytes to justify frames."""
+UNREAD_STEP: Final = 4096
+"""Number of bytes that count as progress of a client that reads an answer slowly."""
 MAX_EARNED_BYTES: Final = 2_000_000
 STREAMS_PER_UNIT: Final = 64
 """Number of open streams that add one unit to the cost of a SETTINGS frame, which is applied to every stream."""
@@ -66,6 +68,11 @@ class ServerLimits:
     empty frame costs a fifth of a reset. A connection whose bucket is empty is closed (rapid reset). A connection
     without an admitted call has a tenth of the rate and size."""
     max_unsent_bytes: int = 64 << 20
+    """Maximum number of bytes that a client has not read: the bytes in the socket's buffer, and apart from them the
+    bytes that its flow-control windows do not allow. A client beyond it loses its connection."""
+    unread_s: float = 60.0
+    """Time in which a client must read UNREAD_STEP bytes of an answer that waits for its flow-control windows, or all
+    of it. Otherwise the call is reset."""
     age_s: float = 0.0
     """Age in seconds at which the server asks the client to reconnect; 0: never."""
     age_grace_s: float = 300.0

@@ -11,6 +11,7 @@ from h2.stream import StreamInputs
 
 from cluster.http2 import frames
 from cluster.http2.frames import DATA_HEAD, MESSAGE_HEAD
+from cluster.http2.limits import UNREAD_STEP
 from cluster.http2.messages import headers_of
 from cluster.http2.output import ConnectionCore
 from cluster.http2.request_body import RequestStream
@@ -45,6 +46,10 @@ class ResponseWriter:
         self._writers: list[asyncio.Future[None]] = []
         self._pending = bytearray()
         """Bytes of messages that the flow-control windows do not allow yet."""
+        self._pushed_bytes = 0
+        """Number of bytes that were pending and have been sent."""
+        self._unread: tuple[int, float] | None = None
+        """`_pushed_bytes` and the time at the last progress of a client that `unread_s` has found behind; else None."""
         self.closed = False
         """Whether no more bytes can be sent: the status was sent, the stream was reset, or the connection is lost."""
         self.full = core.output.paused
@@ -107,9 +112,24 @@ class ResponseWriter:
             h2.outbound_flow_control_window -= size
             self._output.write(frames.data_frame(self._id_bytes, bytes(pending[:size])))
             del pending[:size]
+            self._pushed_bytes += size
         if self._end is not None:
             self._send_end(self._end)
         self.wake_writers()
+
+    @property
+    def pending_bytes(self) -> int:
+        """Number of bytes that the client's flow-control windows do not allow yet."""
+        return len(self._pending)
+
+    def unread_s(self, now: float) -> float:
+        """Return for how long the client has not made progress in reading this answer, in seconds; 0 while nothing is
+        pending. `now`: loop time. The time is measured from the first call that finds pending bytes."""
+        if not self._pending:
+            self._unread = None
+        elif self._unread is None or self._pushed_bytes - self._unread[0] >= UNREAD_STEP:
+            self._unread = (self._pushed_bytes, now)
+        return now - self._unread[1] if self._unread is not None else 0.0
 
     def update_full(self) -> None:
         """Recompute `full`, after the pending bytes have changed or the client has stopped or resumed reading."""

@@ -1,4 +1,4 @@
-"""Time limits of one connection, for a client that sends no preface, stalls, is idle or is gone."""
+"""Time limits of one connection, for a client that sends no preface, stalls, does not read, is idle or is gone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ConnectionTimeouts:
         self._intake = intake
         self._calls = calls
         self._answered = True
-        self._check_s = min(limits.hello_s, limits.frame_s, limits.idle_s, limits.request_s) / CHECKS
+        self._check_s = min(limits.hello_s, limits.frame_s, limits.idle_s, limits.request_s, limits.unread_s) / CHECKS
         lifetime.call_later(limits.hello_s, self._expect_hello)
         lifetime.call_later(limits.ping_s, self._ping)
         lifetime.call_later(self._check_s, self._check)
@@ -59,6 +59,11 @@ class ConnectionTimeouts:
         for call in running:
             if now - call.request.body.began_at > limits.request_s:
                 calls.end_early(call, BadMessage("a message was not complete in time", too_large=True))
+            elif call.unread_s(now) > limits.unread_s:
+                calls.end_unread(call)
+        if sum(call.pending_bytes for call in running) > limits.max_unsent_bytes:
+            self._lifetime.abort("the client does not read what it is sent")
+            return
         self._lifetime.call_later(self._check_s, self._check)
 
     def _reach_age(self) -> None:

@@ -7,10 +7,11 @@ import asyncio
 
 import grpc.aio
 import pytest
-from h2.events import ConnectionTerminated
+from h2.events import ConnectionTerminated, StreamReset
 from hyperframe.frame import ContinuationFrame, DataFrame, HeadersFrame
 
 from cluster import http2
+from cluster.http2.limits import UNREAD_STEP
 from tests.http2.conftest import Serve
 from tests.http2.raw import Raw, raw_client
 from tests.http2.test_server import unary_stream, unary_unary
@@ -109,3 +110,37 @@ async def test_a_client_that_answers_no_ping_is_cut_without_a_call_too(serve: Se
     async with serve(http2.ServerLimits(ping_s=0.2, ping_answer_s=0.2)) as echo, raw_client(echo.port):
         await until(lambda: bool(echo.server.connections), "the client is there")
         await until(lambda: not echo.server.connections, "it is cut")
+
+
+@pytest.mark.parametrize(("method", "request_"), [("One", b"x" * 500), ("Many", b"1000x500")])
+async def test_an_answer_that_is_not_read_is_reset(serve: Serve, method: str, request_: bytes) -> None:
+    """An answer that a client does not read, whole or streamed, is reset after the limit, and its handler ends. Other
+    calls of the connection continue."""
+    async with serve(http2.ServerLimits(unread_s=0.3)) as echo, raw_client(echo.port, window=100) as raw:
+        stream_id = await raw.call(method, request_)
+        while stream_id not in [event.stream_id for event in raw.events if isinstance(event, StreamReset)]:
+            await raw.receive(acknowledge=False)
+        assert echo.seen.written == 0
+        assert (await raw.until_ended(await raw.call("One", b"still here")))["grpc-status"] == "0"
+        (connection,) = echo.server.connections
+        assert not connection.calls.by_stream
+
+
+async def test_an_answer_that_is_read_slowly_is_not_reset(serve: Serve) -> None:
+    """A client that reads an answer slowly, but at least UNREAD_STEP bytes within each limit, gets all of it."""
+    async with serve(http2.ServerLimits(unread_s=0.4)) as echo, raw_client(echo.port, window=2 * UNREAD_STEP) as raw:
+        stream_id = await raw.call("Many", b"1x%d" % (12 * UNREAD_STEP))
+        while len(raw.data.get(stream_id, b"")) < 10 * UNREAD_STEP:
+            await raw.receive()
+            await asyncio.sleep(0.15)
+        assert (await raw.until_ended(stream_id))["grpc-status"] == "0"
+
+
+async def test_a_client_with_too_many_unread_bytes_loses_its_connection(serve: Serve) -> None:
+    """The bytes that a client's windows do not allow are bounded for all its calls together."""
+    limits = http2.ServerLimits(max_unsent_bytes=100_000, frame_s=0.2)
+    async with serve(limits) as echo, raw_client(echo.port, window=0) as raw:
+        for _ in range(11):
+            await raw.call("Many", b"1x10000")
+        await ended(raw)
+        assert not echo.server.connections
