@@ -173,6 +173,7 @@ class CallService:
             resumes.begin(call, opening.request, opening.meta, opening.bundle_digest, opening.chain)
         await self._reserve(call, opening, cleanup)
         if opening.chain is not None:
+            self._scheduler.check_servable(call, opening.model)  # a refusal after this would use up the resume tokens
             await self._resume_service().take_over(call, opening.chain)
         cleanup.add(call, self._undo.schedule)
         if call.trace is not None:

@@ -207,6 +207,12 @@ class Scheduler:
                 raise call.error
             self.enter(call, model, call.sequences[at : at + SLICE], starts_in_s)
 
+    def check_servable(self, call: Call, model: KnownModel) -> None:
+        """Raise CallError if the model, or the call's adapter, can be served neither now nor later."""
+        not_servable = queue_errors.not_servable(model, call.adapter)
+        if not_servable is not None:
+            raise not_servable
+
     def enter(
         self,
         call: Call,
@@ -215,12 +221,11 @@ class Scheduler:
         starts_in_s: float | None = None,
     ) -> None:
         """Queue every sequence of a call, and send the sequences for which a worker has capacity. Raises CallError if
-        the model cannot be served or the waiting room refuses a sequence; then no sequence of the call is queued.
+        the model cannot be served or the waiting room refuses a sequence; then no sequence of the call is queued. The
+        waiting room refuses no sequence of a resumed call.
         `some`: the sequences to queue; None for all. `starts_in_s`: lower bound on the wait, in seconds; None to
         compute it."""
-        not_servable = queue_errors.not_servable(model, call.adapter)
-        if not_servable is not None:
-            raise not_servable
+        self.check_servable(call, model)
         if starts_in_s is None:
             starts_in_s = self._starts_in_s(call)
         sequences = call.sequences if some is None else some
@@ -232,6 +237,9 @@ class Scheduler:
                 resumed.append(self.queues.resume(sequence))
                 continue
             self.queues.count(model.name, [sequence])
+            if call.is_resumed:  # the call passed the waiting room before, and its resume tokens are used up
+                self.queues.put_back(sequence)
+                continue
             admitted = self.queues.admit(sequence, starts_in_s)
             for shed in admitted.shed:
                 shed.call.fail(queue_errors.shed())

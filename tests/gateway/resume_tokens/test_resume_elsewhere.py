@@ -463,3 +463,28 @@ async def _refuses(stub: Any, key: str) -> bool:
     except grpc.aio.AioRpcError as error:
         return error.code() is grpc.StatusCode.PERMISSION_DENIED
     return False
+
+
+async def test_a_full_queue_refuses_no_part_of_a_resumed_call(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call is resumed although the queue of the other gateway is full and one of its outputs has not begun: the call
+    passed a queue before, and a refusal would use up its resume tokens."""
+    monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
+    small = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  queue: {max_requests: 1}")
+    async with running_cluster(tmp_path / "a") as first, running_cluster(tmp_path / "b", small) as second:
+        await both(first, second, checkpoint, bundle, max_num_seqs=2)
+        request = chat(max_tokens=40, ignore_eos=True, n=4, resumable=True)
+        chunks = await cut(first, request, 5)
+        assert {choice.index for chunk in chunks for choice in chunk.choices} < {0, 1, 2, 3}
+        await first.until_idle()
+        queues, others = second.gateway.scheduler.queues, list[Any]()
+        while queues.waiting("sim")[0] == 0:
+            others.append(second.stub.StreamChat(chat("other", max_tokens=3000, ignore_eos=True)))
+            await until(lambda: len(list(second.gateway.service.calls)) == len(others), "the call has come")
+        again = second.stub.Resume(resume(request, chunks))
+        await until(lambda: queues.waiting("sim")[0] > 1, "the call waits beside it")
+        for other in others:
+            other.cancel()
+        rest = await rest_of(again)
+        assert {choice.index for part in rest for choice in part.chat.choices if choice.finish_reason} == {0, 1, 2, 3}
