@@ -137,9 +137,9 @@ class StoredCatalogService:
         return model.name, adapter
 
     def unload_adapter(self, name: str, adapter: str) -> tuple[str, AdapterSpec]:
-        """Remove an adapter that `load_adapter` has added, also if the model's entry has declared an adapter of the same
-        name since then. The declared one stays. Returns the model's name and the adapter. Raises CallError for any
-        other adapter."""
+        """Remove an adapter that `load_adapter` has added, also if the model's entry has declared an adapter of the
+        same name since then. The declared one stays. Returns the model's name and the adapter. Raises CallError for
+        any other adapter."""
         model = self._catalog.find(name)
         loaded = self._catalog.loaded(model)
         found = next((one for one in loaded if one.name == adapter), None)

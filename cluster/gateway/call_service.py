@@ -162,6 +162,7 @@ class CallService:
             requests.check_metadata(opening.request.metadata)
         opening.choose_model(self.directory)
         await opening.encode(self.directory, self._renderer_of)
+        opening.meta.release_body()
         if opening.meta.principal.tenant.guards:
             await self._guard_prompt(opening, cleanup)
         if (suspended := self.authenticator.tenant_error(opening.meta.tenant)) is not None:  # since the call arrived
@@ -188,6 +189,7 @@ class CallService:
             requests.check_metadata(opening.request.metadata)
         opening.choose_model(self.directory)
         await opening.encode(self.directory)
+        opening.meta.release_body()
         if opening.meta.principal.tenant.guards:
             await self._guard_prompt(opening, cleanup)
         if (suspended := self.authenticator.tenant_error(opening.meta.tenant)) is not None:  # since the call arrived

@@ -110,19 +110,19 @@ class Gateway:
         self.service: CallService = self._call_service()
 
         # The admin API, the console and the servers at the ports.
-        self._request_bytes = RequestBytes(ByteBounds.for_messages(config.gateway.max_message_bytes), time.monotonic)
+        self.request_bytes = RequestBytes(ByteBounds.for_messages(config.gateway.max_message_bytes), time.monotonic)
         self._administration = Administration(
             self.foundation,
             self.dispatch,
             self.service,
-            self._request_bytes,
+            self.request_bytes,
             self.reservations.utilization,
             lambda: () if budgets is None else budgets.uses,
         )
         self.live: LiveOverview = self._administration.live
         self.console: ConsoleApp | None = self._administration.console
         self.ports = GatewayPorts(
-            self.foundation, self.service, self.hub, self.health, self._administration, self._request_bytes
+            self.foundation, self.service, self.hub, self.health, self._administration, self.request_bytes
         )
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -199,7 +199,7 @@ class Gateway:
             self.scheduler.backlogs.watch(),
             self.scheduler.hedges.watch(),
             _measure_lag(self.metrics.histogram("event_loop_lag_seconds")),
-            _end_slow_bodies(self._request_bytes),
+            _end_slow_bodies(self.request_bytes),
             import_later(lambda: not self.service.busy, self.scheduler.worker_caches.needs_modules),
             memory.keep_returning_free_pages(lambda: not self.service.busy),
         ]

@@ -207,7 +207,7 @@ class RequestStream:
         self._parse: Callable[[Any], Any] | None = None
         self._closed = False
         self._held: BodyReservation | None = None
-        """The reservation of the handler's only message."""
+        """The reservation of the message that the handler has read last."""
         self._waiter: asyncio.Future[None] | None = None
 
     def stream(self, parse: Callable[[Any], Any]) -> None:
@@ -239,13 +239,21 @@ class RequestStream:
         self.release()
 
     def release(self) -> None:
-        """Return the bytes of the parsed request to the budget of request bytes. Idempotent."""
+        """Return the bytes of the message that was read last to the budget of request bytes. Idempotent."""
         if self._held is not None:
             self._held.release()
             self._held = None
 
+    def take_release(self) -> Callable[[], None] | None:
+        """Return the function that returns the bytes of the message that was read last to the budget of request bytes.
+        The caller must call it; the next `read` then does not. None if the message holds no bytes of the budget."""
+        held, self._held = self._held, None
+        return None if held is None else held.release
+
     async def read(self) -> Any:
-        """Return the next message, or grpc.aio.EOF at the end. Aborts the call if a message cannot be parsed."""
+        """Return the next message, or grpc.aio.EOF at the end. Aborts the call if a message cannot be parsed. The
+        message's bytes count against the budget until the next `read`."""
+        self.release()
         while not len(self.body):
             if self.half_closed or self._closed:
                 return grpc.aio.EOF
@@ -259,8 +267,7 @@ class RequestStream:
         except Exception as error:  # parsers of generated code raise many types
             await self._abort(grpc.StatusCode.INTERNAL, f"cannot deserialize a request message: {error}")
         finally:
-            if received.reservation is not None:
-                received.reservation.release()
+            self._held = received.reservation
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         while (message := await self.read()) is not grpc.aio.EOF:

@@ -20,7 +20,7 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.apis.anthropic.requests import PARSERS as ANTHROPIC_PARSERS
 from cluster.gateway.apis.grpc import requests
-from cluster.gateway.apis.grpc.message_scan import scan
+from cluster.gateway.apis.grpc.message_scan import scan, started_call
 from cluster.gateway.apis.json_values import MAX_IDS, NotText
 from cluster.gateway.apis.openai.fields import Fields, read_object
 from cluster.gateway.apis.openai.pooling_requests import PARSERS as POOLING_PARSERS
@@ -98,11 +98,17 @@ class Bodies:
 
     async def session(self, data: bytes | bytearray, tenant: str = "") -> list[Any] | pb.SessionRequest:
         """Parse a message of a session. Returns the decoded message if the message is small, else a list of the calls
-        that the message starts and cancels. Raises CallError."""
+        that the message starts and cancels. If the message cannot be read but starts a single call, this call gets the
+        error. Raises CallError."""
         if _is_small_message(pb.SessionRequest, data):
             request: pb.SessionRequest = requests.decoded(pb.SessionRequest, data)
             return request
-        items: list[Any] = await self._read_in_helper("session", data, tenant)
+        try:
+            items: list[Any] = await self._read_in_helper("session", data, tenant)
+        except CallError as error:
+            if (call_id := started_call(data)) is None:
+                raise
+            return [requests.SessionStart(call_id, False, error, 0, "", "", "")]
         return items
 
     async def _read_in_helper(self, method: str, data: bytes | bytearray, tenant: str, *more: Any) -> Any:

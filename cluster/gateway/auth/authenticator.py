@@ -12,10 +12,14 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
+import structlog
+
 from cluster.api.frozen import frozen_dataclass
-from cluster.api.outcomes import CallError
+from cluster.api.outcomes import CallError, Outcome
 from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
+
+log = structlog.get_logger("auth")
 
 DEFAULT_PRINCIPAL = Principal(TenantPolicy("default"), by="nothing")
 """The principal of every call at a gateway without `auth`."""
@@ -50,6 +54,9 @@ class Caller:
             self.principal, self.refused = await authenticate(self.credentials), None
         except CallError as error:
             self.refused = error
+        except Exception:  # must neither admit this caller nor end the check of the others
+            log.exception("auth.check_failed", peer=self.credentials.peer)
+            self.refused = CallError(Outcome.INTERNAL, "the credential could not be checked; try again")
 
     def require(self) -> Principal:
         """Return the caller's current principal. Raises CallError if the caller's last authentication failed."""

@@ -154,9 +154,9 @@ class OidcVerifier:
                         "verify_iat": False,
                     },
                 )
-            except jwt.InvalidSignatureError:
+            except (jwt.InvalidSignatureError, jwt.InvalidKeyError):  # such as a key on another curve
                 continue
-            except jwt.InvalidTokenError as error:
+            except jwt.PyJWTError as error:
                 raise TokenRefused(_reason(error)) from None
             return self._claims(issuer, body)
         raise TokenRefused("bad_signature")
@@ -295,7 +295,7 @@ def _seconds(body: Mapping[str, Any], name: str) -> float | None:
     return float(value) if abs(value) < 1e15 else None
 
 
-def _reason(error: jwt.InvalidTokenError) -> str:
+def _reason(error: jwt.PyJWTError) -> str:
     reasons: Mapping[type, str] = {
         jwt.InvalidAudienceError: "audience",
         jwt.InvalidIssuerError: "unknown_issuer",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL
 from cluster.observe.log import ids_of_call
 from cluster.policy.tenants.identity import Principal
+
+
+def do_nothing() -> None:
+    """Do nothing. The release of a body that holds no bytes of the budget."""
 
 
 @dataclass(slots=True)
@@ -27,6 +31,9 @@ class CallMeta:
     """Value of the header x-headrace-affinity, for APIs whose bodies have no such field."""
     counted: bool = False
     """Whether the call is already counted as a request of the call's tenant (`CallService.count`)."""
+    release_body: Callable[[], None] = do_nothing
+    """Returns the bytes of the call's body to the budget of request bytes. Called once the prompt is encoded, so that
+    the budget also bounds the prompts that wait for the tokenizer. Idempotent."""
 
     @property
     def tenant(self) -> str:

@@ -29,7 +29,7 @@ import structlog
 
 from cluster.api.outcomes import CallError
 from cluster.gateway.helpers.helper_process import HelperProcess, Setup, start_helper
-from cluster.gateway.helpers.helper_queue import HelperQueue
+from cluster.gateway.helpers.job_queue import JobQueue
 from cluster.gateway.helpers.wire import OK, REFUSED, Job
 from cluster.observe.log import call_fields
 from cluster.process.background import run_when_idle
@@ -77,7 +77,7 @@ class HelperPool:
         self._helpers: set[HelperProcess] = set()
         self._idle: list[HelperProcess] = []
         self._late: set[HelperProcess] = set()
-        self._queue = HelperQueue()
+        self._queue = JobQueue[HelperProcess | None]()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._starting = False
         self.failures = 0

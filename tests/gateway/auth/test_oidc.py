@@ -341,6 +341,17 @@ async def test_keys_that_may_not_sign(verifier: OidcVerifier, scripted: Scripted
     assert (await verifier.verify(sign(key_id="good"))).tenant == "acme"
 
 
+async def test_a_key_on_another_curve_is_skipped(verifier: OidcVerifier, scripted: Scripted) -> None:
+    """A token whose algorithm needs another curve than the issuer's key is refused like any bad token. If the issuer
+    has keys on several curves, a token without a key id is checked with the others."""
+    wide = ec.generate_private_key(ec.SECP384R1())
+    scripted.keys = [public(EC_KEY, "k1")]
+    assert await reason(verifier, sign(wide, "ES384")) == "bad_signature"
+    scripted.keys = [public(wide, "k2"), public(EC_KEY, "k1")]
+    other = OidcVerifier([Issuer(ISSUER, "headrace", "org", "headrace_role")], fetch=scripted.fetch, wall=lambda: NOW)
+    assert (await other.verify(sign(EC_KEY, "ES256", key_id=None))).tenant == "acme"
+
+
 @pytest.mark.slow
 async def test_rotation_and_the_pause_between_fetches(verifier: OidcVerifier, scripted: Scripted, clock: Clock) -> None:
     """A new key id causes one fetch, and thousands of unknown key ids cause at most one fetch in MIN_REFETCH_S."""

@@ -146,7 +146,7 @@ class InferenceApi:
                     request = await self._bodies.message(
                         name, data, meta.tenant, partial(self._service.tokenization.longest_context, meta.principal)
                     )
-                    context.request.release()
+                    meta.release_body = context.request.release
                     context.set_trailing_metadata((("x-request-id", meta.request_id),))
                     return await method(request, context, meta)
             except CallError as error:

@@ -14,6 +14,7 @@ from google.protobuf.descriptor import FieldDescriptor
 
 BYTES_PER_ELEMENT: Final = 32
 """Bytes of packed numbers that count as one element if the scan does not count the numbers one by one."""
+MAX_HEAD_FIELDS: Final = 64
 _LOW_BYTES: Final = bytes(range(128))
 _NUMBERS: Final = frozenset(
     (FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_INT64, FieldDescriptor.TYPE_UINT32, FieldDescriptor.TYPE_UINT64)
@@ -183,3 +184,28 @@ def read_varint(data: bytes | bytearray, at: int) -> tuple[int, int]:
         shift += 7
         if shift > 63:
             raise IndexError
+
+
+def started_call(data: bytes | bytearray) -> int | None:
+    """Return the call id of a session's message that starts one call and nothing else; None for any other message, and
+    if the id is not among the first MAX_HEAD_FIELDS fields of the start."""
+    try:
+        if data[0] != 0x0A:  # SessionRequest.start, the first field of its message
+            return None
+        length, at = read_varint(data, 1)
+        if at + length != len(data):
+            return None
+        for _ in range(MAX_HEAD_FIELDS):
+            tag, at = read_varint(data, at)
+            if tag == 0x08:  # SessionStart.call_id
+                return read_varint(data, at)[0] & 0xFFFF_FFFF_FFFF_FFFF
+            if tag & 7 == 2:
+                length, at = read_varint(data, at)
+                at += length
+            elif tag & 7 == 0:
+                _, at = read_varint(data, at)
+            else:
+                return None
+    except (IndexError, ValueError):  # the data ends within a field
+        pass
+    return None

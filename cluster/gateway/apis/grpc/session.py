@@ -18,6 +18,7 @@ from cluster.gateway.apis.grpc.chunk_encoders import CHAT, COMPLETE, session_enc
 from cluster.gateway.apis.grpc.pooling import pooling_response
 from cluster.gateway.apis.grpc.requests import SessionStart, session_items
 from cluster.gateway.apis.grpc.session_output import SessionOutput, SessionWriter
+from cluster.gateway.apis.grpc.shared_body import SharedBody
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
 from cluster.gateway.apis.pooling_scores import answer_bytes
 from cluster.gateway.apis.request_ids import random_id
@@ -93,12 +94,16 @@ class SessionStream:
                 break
             try:
                 decoded = await self._service.bodies.session(request, self._tenant())
+                release = self._context.request.take_release()
+                body = None if release is None else SharedBody(release)
                 for item in session_items(decoded) if isinstance(decoded, pb.SessionRequest) else decoded:
                     if isinstance(item, SessionStart):
-                        self._start(item)
+                        self._start(item, body)
                     elif (task := self._calls.get(item.call_id)) is not None:
                         task.cancel()
                     await self._yield_after_slice()
+                if body is not None:
+                    body.release_share()
             except CallError as error:
                 await self._context.abort(grpc_code(error), error.message, trailers(error))
             await self._yield_after_slice()  # also after messages without a request
@@ -135,7 +140,8 @@ class SessionStream:
 
     # ---- calls
 
-    def _start(self, start: SessionStart) -> None:
+    def _start(self, start: SessionStart, body: SharedBody | None) -> None:
+        """Start a call. `body`: the bytes of the call's message; None if they count against no budget."""
         call_id = start.call_id
         try:
             self._check_start(call_id)
@@ -143,8 +149,12 @@ class SessionStream:
         except CallError as error:
             self._output.send_status(call_id, error)
             return
+        if body is not None:
+            meta.release_body = body.share()
         task = self._calls[call_id] = asyncio.create_task(self._run(start, meta))
         task.add_done_callback(lambda task: self._end_unstarted(call_id, task))
+        if body is not None:
+            task.add_done_callback(lambda _: meta.release_body())
 
     def _check_start(self, call_id: int) -> None:
         """Raise CallError if the session cannot take another call with this id."""

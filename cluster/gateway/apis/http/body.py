@@ -2,7 +2,8 @@
 
 The caller is authenticated before the body is read. A body that arrives in one read is accepted without a reservation.
 For a longer body the whole size is reserved first (policy/limits/request_bytes.py), and reading is paused until the
-reservation is granted. All unfinished bodies together thus hold no more than the budget plus one read for each body.
+reservation is granted. All bodies together, up to the encoding of their prompts, thus hold no more than the budget plus
+one read for each body.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 from cluster.gateway.apis.http.connection import HttpConnection
+from cluster.gateway.calls.meta import do_nothing
 from cluster.policy.limits.request_bytes import RequestBytes, Reservation
 
 GRANT_TIMEOUT_S: Final = 30.0
@@ -33,6 +36,14 @@ class Refused(Exception):
 UNCOPIED_BYTES: Final = 1 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A whole request body. `release`: returns its bytes to the budget of request bytes; idempotent."""
+
+    content: bytes | bytearray
+    release: Callable[[], None] = do_nothing
+
+
 class RequestBodies:
     """Reads the request bodies of one HTTP port."""
 
@@ -44,7 +55,15 @@ class RequestBodies:
     async def read(
         self, receive: Receive, connection: HttpConnection, declared: bytes, tenant: str
     ) -> AsyncIterator[bytes | bytearray]:
-        """Read a whole body. The body counts against the budget of request bytes until the context is left.
+        """Read a whole body as `receive` does. The body counts against the budget until the context is left."""
+        body = await self.receive(receive, connection, declared, tenant)
+        try:
+            yield body.content
+        finally:
+            body.release()
+
+    async def receive(self, receive: Receive, connection: HttpConnection, declared: bytes, tenant: str) -> Body:
+        """Read a whole body. It counts against the budget of request bytes until the caller releases it.
 
         `declared`: the value of the content-length header, or empty. Raises Refused, and ConnectionResetError if the
         client disconnects before the body ends.
@@ -56,8 +75,7 @@ class RequestBodies:
         if not more:
             if len(content) > self._limit:
                 raise self._too_large()
-            yield content
-            return
+            return Body(content)
         reservation = await self._reserved(connection, self._limit if length is None else length, tenant)
         try:
             received = bytearray(content)
@@ -72,9 +90,10 @@ class RequestBodies:
             del received, content
             reservation.complete()
             self._budget.shrink(reservation, len(whole))
-            yield whole
-        finally:
+            return Body(whole, reservation.release)
+        except BaseException:
             reservation.release()
+            raise
 
     def _too_large(self) -> Refused:
         return Refused(413, "request_too_large", f"the body is larger than {self._limit} bytes")

@@ -7,8 +7,9 @@ HTTP has no deadlines; instead a call is cancelled as soon as the client disconn
 
 from __future__ import annotations
 
+import time
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from cluster.gateway.apis.http.body import Refused, RequestBodies
 from cluster.gateway.apis.http.exchange import Exchange
@@ -22,6 +23,8 @@ from cluster.gateway.calls.pooling.pooling_request import ParsedPooling
 from cluster.gateway.calls.stream_writer import ChunkDelivery, ChunkEncoder, StreamWriter
 
 AFFINITY_HEADER = b"x-headrace-affinity"
+LATE_BODY_S: Final = 1.0
+"""Time in seconds after which a body counts as late. The caller of a late body is authenticated once more."""
 
 
 class HttpCalls:
@@ -66,9 +69,13 @@ class HttpCalls:
         await self.service.count(meta)
         length = exchange.headers.get(b"content-length", b"")
         connection = exchange.scope[CONNECTION]
-        async with self._bodies.read(exchange.receive, connection, length, meta.tenant) as content:
-            max_ids = partial(self.service.tokenization.longest_context, meta.principal)
-            return await self.service.bodies.http(name, content, meta.tenant, max_ids), meta
+        began = time.monotonic()
+        body = await self._bodies.receive(exchange.receive, connection, length, meta.tenant)
+        exchange.release_body = meta.release_body = body.release
+        if time.monotonic() - began >= LATE_BODY_S:  # the credential may have been revoked meanwhile
+            meta.principal = await exchange.authenticate()
+        max_ids = partial(self.service.tokenization.longest_context, meta.principal)
+        return await self.service.bodies.http(name, body.content, meta.tenant, max_ids), meta
 
     async def stream(self, call: Call, encoder: ChunkEncoder, exchange: Exchange) -> None:
         """Stream the pieces of a call until the end of the call has been sent. Raises the call's error."""

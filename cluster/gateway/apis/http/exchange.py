@@ -20,6 +20,7 @@ from cluster.gateway.apis.http.body import Refused
 from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.request_ids import random_id, request_id, traceparent
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL, Authenticator, Credentials, alternative_names
+from cluster.gateway.calls.meta import do_nothing
 from cluster.gateway.calls.stream_writer import Transport
 from cluster.observe.log import CallFields, ids_of_call
 from cluster.policy.tenants.identity import Principal
@@ -103,7 +104,10 @@ class Exchange:
         """Headers that hold the caller's rate limits, for a successful answer."""
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.request_id = request_id(self.header(b"x-request-id")) or random_id()
+        self.release_body = do_nothing
+        """Returns the bytes of the request's body to the budget of request bytes."""
         self._form = form
+        self._authenticate: Authenticate | None = None
 
     @property
     def log_fields(self) -> Mapping[str, str]:
@@ -121,6 +125,16 @@ class Exchange:
         tls = self.scope[CONNECTION].transport.get_extra_info("ssl_object") if certificates else None
         names = alternative_names(tls.getpeercert()) if tls is not None else ()
         return Credentials(self._authorization(), names, f"{host}:{port}")
+
+    def authenticate_by(self, authenticate: Authenticate | None) -> None:
+        """Set the function that authenticates the request; None: every caller has the default principal."""
+        self._authenticate = authenticate
+
+    async def authenticate(self) -> Principal:
+        """Authenticate the caller, and return the principal. Raises CallError and Refused."""
+        if self._authenticate is not None:
+            self.principal = await self._authenticate(self)
+        return self.principal
 
     def _authorization(self) -> tuple[str, ...]:
         """Return the values of the header `authorization`. If the API has its own key header and that header holds
@@ -236,12 +250,13 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(self._form, scope, receive, send)
+        exchange.authenticate_by(self._authenticate)
         try:
             if scope["method"] not in self._methods:
                 allow = [(b"allow", ", ".join(self._methods).encode())]
                 raise Refused(405, "method_not_allowed", f"use {self._methods[0]} on {scope['path']}", allow)
             if self._authenticate is not None:
-                exchange.principal = await self._authenticate(exchange)
+                await exchange.authenticate()
                 scope[CONNECTION].mark_authenticated()
             with CallFields(exchange.log_fields):
                 await self._answer(exchange)
@@ -257,6 +272,8 @@ class Endpoint:
             log.exception("request.failed", **exchange.log_fields)
             message = f"unexpected failure; quote request id {exchange.request_id}"
             await exchange.fail(CallError(Outcome.INTERNAL, message))
+        finally:
+            exchange.release_body()
 
 
 def as_headers(pairs: Sequence[tuple[str, str]]) -> list[tuple[bytes, bytes]]:

@@ -4,10 +4,7 @@ thread, or in a helper process.
 
 from __future__ import annotations
 
-import asyncio
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import structlog
@@ -16,6 +13,7 @@ from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.helpers.pool import JobLost, TooMuchCpu
 from cluster.gateway.helpers.wire import Job
 from cluster.gateway.text.encoding.encoding_pool import EncodingPool
+from cluster.gateway.text.encoding.thread_turns import thread_turns
 from cluster.observe.log import call_fields
 
 log = structlog.get_logger("text")
@@ -25,8 +23,6 @@ ENCODE_OFFLOAD_CHARS: Final = 4096
 one core, at 3-4 million characters a second."""
 ENCODE_HELPER_CHARS: Final = 32_768
 """Length in characters above which a text is tokenized in a helper process (encoding_pool.py), if one is available."""
-_THREADS = ThreadPoolExecutor(min(os.cpu_count() or 1, 8), thread_name_prefix="encode")
-"""Threads for tokenization, no more than cores. Everything but the Rust tokenizer runs under the GIL anyway."""
 
 
 class TextJobs:
@@ -77,4 +73,4 @@ class TextJobs:
                 return result
             if not self.is_quick:
                 raise CallError(Outcome.NO_WORKER, "this gateway is too busy to tokenize; retry shortly")
-        return await asyncio.get_running_loop().run_in_executor(_THREADS, work)
+        return await thread_turns().run(tenant, work)

@@ -308,3 +308,24 @@ async def test_a_session_ends_with_a_request_that_is_refused_at_once(cluster: Te
     async with asyncio.timeout(60):
         answers = await asyncio.gather(*(asked() for _ in range(20)))
     assert all(event.status for (event,) in answers)
+
+
+async def test_a_start_that_cannot_be_read_ends_its_call_alone(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle
+) -> None:
+    """A start with too many messages ends its own call with the error that the unary method gives. The other calls of
+    the session continue."""
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=2), bundle)
+        session, events = cluster.stub.Session(), ReceivedEvents()
+        start = pb.SessionStart(call_id=1, chat=chat(max_tokens=100, ignore_eos=True))
+        await session.write(pb.SessionRequest(start=start))
+        events.add(await asyncio.wait_for(read(session), 30))
+        large = chat(max_tokens=5)
+        large.messages.extend([large.messages[0]] * 40_000)
+        await session.write(pb.SessionRequest(start=pb.SessionStart(call_id=2, chat=large)))
+        await session.done_writing()
+        for message in await asyncio.wait_for(rest_of(session), 60):
+            events.add(message)
+        assert (events.status[2], events.usage[1].completion_tokens) == ("INVALID_FIELD", 100)
+        await cluster.until_idle()

@@ -1,13 +1,13 @@
-"""The queue of jobs that wait for a helper."""
+"""The queue of jobs in which tenants take turns."""
 
 from __future__ import annotations
 
-from cluster.gateway.helpers.helper_queue import HelperQueue
+from cluster.gateway.helpers.job_queue import JobQueue
 
 
 async def test_tenants_take_turns() -> None:
     """A job that arrives after many jobs of another tenant is the second job to run."""
-    queue = HelperQueue()
+    queue = JobQueue[str]()
     loud = [queue.add("loud") for _ in range(10)]
     quiet = queue.add("quiet")
     order = [queue.pop() for _ in range(11)]
@@ -17,7 +17,7 @@ async def test_tenants_take_turns() -> None:
 
 async def test_cancelled_jobs_are_skipped() -> None:
     """A job whose caller was cancelled gets no helper."""
-    queue = HelperQueue()
+    queue = JobQueue[str]()
     cancelled, kept = queue.add("a"), queue.add("a")
     cancelled.cancel()
     assert queue.pop() is kept
