@@ -22,6 +22,9 @@ and the character that it inserts to escape them. Absent if the model's `control
 RENDERER = "renderer"
 """Key in the bundle's tokenizer_config.json: the renderer of vLLM that makes prompts of chats. It runs only in workers
 (worker/rendering). Absent if the model has a chat template, which a gateway renders itself."""
+TRUNCATION_SIDE, INPUT_NAMES = "truncation_side", "model_input_names"
+"""Keys in the bundle's tokenizer_config.json, with transformers' names: the side on which a long input of a pooling
+model is cut (absent: `right`), and the tokenizer's outputs (absent: token types are among them)."""
 _PLAIN_SAMPLING = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,

@@ -42,7 +42,10 @@ def build_cross_encoder(folder: Path, labels: int = 1) -> Path:
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="[MASK]", **special)
+    names = ["input_ids", "token_type_ids", "attention_mask"]  # as BertTokenizer's
+    tokenizer: Any = PreTrainedTokenizerFast(
+        tokenizer_object=backend, mask_token="[MASK]", model_input_names=names, **special
+    )
     config = BertConfig(
         vocab_size=1024,
         hidden_size=128,

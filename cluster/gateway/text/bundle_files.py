@@ -12,17 +12,10 @@ from tokenizers import Tokenizer
 
 from cluster.gateway.text.chat.control_tokens import ControlTokens
 from cluster.gateway.text.tokenizer_json import read_tokenizer
-from cluster.wire.bundle import ESCAPE_SEPARATOR, ESCAPED_TOKENS, RENDERER, Bundle
+from cluster.wire.bundle import ESCAPE_SEPARATOR, ESCAPED_TOKENS, RENDERER, TRUNCATION_SIDE, Bundle
 
-SPECIAL_TOKEN_NAMES: Final = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+_NO_TOKENS: Final = frozenset({ESCAPE_SEPARATOR, RENDERER, TRUNCATION_SIDE})
+"""Keys of the bundle's tokenizer_config.json whose values are strings and not special tokens."""
 
 
 class BundleFiles:
@@ -50,8 +43,9 @@ class BundleFiles:
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
-        """The special tokens that chat templates may use, by name."""
-        return {name: str(self.config[name]) for name in SPECIAL_TOKEN_NAMES if self.config.get(name) is not None}
+        """The special tokens that chat templates may use, by name: those that all models may have, such as bos_token,
+        and the model's own, such as image_token. They are the named tokens that transformers passes to a template."""
+        return {name: value for name, value in self.config.items() if isinstance(value, str) and name not in _NO_TOKENS}
 
     @property
     def control_tokens(self) -> ControlTokens | None:

@@ -65,6 +65,16 @@ TARGETS: Final = frozenset(
     )
 )
 """Layers that an adapter may change, by the last part of their name."""
+KV_B: Final = "kv_b_proj"
+"""A layer of multi-head latent attention (MLA). vLLM derives the weights of decode steps from it when a model is loaded
+(0.32, model_executor/layers/attention/mla_attention.py: W_UK_T, W_UV), so an adapter would change prefill only."""
+PLAIN_KV_B: Final = "MiniCPM3ForCausalLM"
+"""The only architecture with `kv_b_proj` that vLLM computes with plain attention."""
+UNWRAPPED: Final[Mapping[str, frozenset[str]]] = {
+    "LongcatFlashForCausalLM": frozenset(("q_a_proj", "kv_a_proj_with_mqa")),
+}
+"""Layers by architecture that vLLM 0.32 fuses to a layer for which it has no adapters. It logs that they "will be
+ignored" (lora/model_manager.py)."""
 EMBEDDINGS: Final = frozenset(("embed_tokens", "lm_head", "wte", "wpe", "word_embeddings", "embed_out", "output"))
 
 AGAIN: Final = "save the adapter again with PEFT, or copy it again"
@@ -88,6 +98,10 @@ _NOT_SET = {
 }
 _INITIAL = frozenset(("gaussian", "eva", "orthogonal", "mica", "lora_ga"))
 """Values of init_lora_weights that leave the base model's weights as they are."""
+_WHY_NO_KV_B = (
+    f"is not served: in models with multi-head latent attention (MLA), vLLM computes {KV_B} with the adapter for the "
+    "prompt and without it for each further token; train without this layer"
+)
 _NAME = re.compile(r"(?:base_model\.model\.)?(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<part>[AB])\.weight")
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -162,7 +176,8 @@ def base_shapes(folder: Path) -> Shapes:
     """Return the shapes of a base model's linear layers, from the headers of its safetensors files. The call blocks on
     file reads.
 
-    A layer is left out if its weights are packed in a form that does not show their shape. Raises AdapterError.
+    A layer is left out if its weights are packed in a form that does not show their shape, or if vLLM would not
+    compute all steps with its adapter. Raises AdapterError.
     """
     if not folder.is_dir():
         raise AdapterError(f"the base model's folder {folder} does not exist")
@@ -170,6 +185,7 @@ def base_shapes(folder: Path) -> Shapes:
     if not names:
         raise AdapterError(f"{folder} holds no safetensors files: adapters need a base model in that form")
     found: dict[str, tuple[int, int]] = {}
+    left_out = _layers_without_adapters(folder)
     for name in names:
         try:
             with (folder / name).open("rb") as stream:
@@ -180,12 +196,28 @@ def base_shapes(folder: Path) -> Shapes:
             raise AdapterError(f"{folder}/{name} has no readable header ({error}); copy the checkpoint again") from None
         for tensor, shape in shapes.items():
             module, _, kind = tensor.rpartition(".")
+            if module.rpartition(".")[2] in left_out:
+                continue
             groups = shapes.get(f"{module}.g_idx")
             if kind == "weight" and len(shape) == 2:
                 found[module] = (shape[0], shape[1])
             elif kind == "qweight" and groups and len(shape) == 2:  # GPTQ
                 found[module] = (shape[1], groups[0])
     return found
+
+
+def _layers_without_adapters(folder: Path) -> frozenset[str]:
+    """Return the last parts of the names of layers that vLLM would not compute with an adapter in all steps, although
+    adapters of other models may change layers of this name. A folder without a readable config.json counts as a model
+    with MLA."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        config = None
+    names = config.get("architectures") if isinstance(config, dict) else None
+    architectures = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    of_mla = frozenset() if PLAIN_KV_B in architectures else frozenset((KV_B,))
+    return of_mla.union(*(UNWRAPPED.get(name, frozenset()) for name in architectures))
 
 
 def most_weight_bytes(base: Shapes, max_rank: int) -> int:
@@ -305,6 +337,8 @@ def _targets(where: str, values: Mapping[str, Any], base: Shapes) -> tuple[str, 
         last = name.rpartition(".")[2]
         if last in EMBEDDINGS:
             raise AdapterError(f"{where}: target_modules: {_why_no_embedding(name)}")
+        if last == KV_B and last not in known:
+            raise AdapterError(f"{where}: target_modules: {short(name)} {_WHY_NO_KV_B}")
         if last not in known or last not in TARGETS:
             raise AdapterError(
                 f"{where}: target_modules: {short(name)} is no layer of the base model that adapters may change; the "
@@ -392,6 +426,8 @@ def _check_shapes(folder: Path, modules: Mapping[str, Mapping[str, Tensor]], bas
 
 def _why_no_layer(module: str, base: Shapes) -> str:
     parent, _, last = module.rpartition(".")
+    if last == KV_B:
+        return _WHY_NO_KV_B
     parts: Sequence[str] = {
         "qkv_proj": ("q_proj", "k_proj", "v_proj"),
         "gate_up_proj": ("gate_proj", "up_proj"),

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.wire.bundle import ESCAPE_SEPARATOR, ESCAPED_TOKENS, RENDERER, Bundle
+from cluster.wire.bundle import ESCAPE_SEPARATOR, ESCAPED_TOKENS, INPUT_NAMES, RENDERER, TRUNCATION_SIDE, Bundle
 from cluster.worker.rendering.families import renderer_of
 from cluster.worker.weights.tekken import TEKKEN_FILE
 from cluster.worker.weights.vocabulary import check_vocabulary, load_tokenizer, read_json
@@ -58,7 +58,9 @@ def build_bundle(
     rendered = {RENDERER: renderer} if renderer else {}
     files = {
         "tokenizer.json": _backend_json(tokenizer, beyond, lowers=_lowers(folder)).encode(),
-        "tokenizer_config.json": _dump(_tokenizer_config(tokenizer, beyond) | escapes | rendered),
+        "tokenizer_config.json": _dump(
+            _tokenizer_config(tokenizer, beyond) | _input_settings(folder, tokenizer) | escapes | rendered
+        ),
         "generation_config.json": _dump(read_json(folder / "generation_config.json")),
         "config.json": _dump(config),
     }
@@ -131,12 +133,34 @@ def _tokenizer_config(tokenizer: Any, beyond: frozenset[int]) -> dict[str, Any]:
     }
 
 
+def _input_settings(folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """Return the settings of a pooling model's inputs under transformers' names: the side on which a long input is cut,
+    and the names of the tokenizer's outputs.
+
+    A setting is returned only if a gateway encodes inputs otherwise without it, so that the bundles of most models keep
+    their digests: a side other than `right`, and output names without token types for a model that has token types.
+    """
+    settings: dict[str, Any] = {}
+    if tokenizer.truncation_side != "right":
+        settings[TRUNCATION_SIDE] = tokenizer.truncation_side
+    token_types = _merged_config(folder).get("type_vocab_size")
+    if isinstance(token_types, int) and token_types > 1 and "token_type_ids" not in tokenizer.model_input_names:
+        settings[INPUT_NAMES] = list(tokenizer.model_input_names)
+    return settings
+
+
 def _model_config(folder: Path) -> dict[str, Any]:
-    """Return the fields of config.json that concern tokens. In a multimodal model, they may be in its `text_config`."""
+    """Return the fields of config.json that concern tokens."""
+    merged = _merged_config(folder)
+    return {name: merged[name] for name in CONFIG_FIELDS if merged.get(name) is not None}
+
+
+def _merged_config(folder: Path) -> dict[str, Any]:
+    """Return the fields of config.json. In a multimodal model, fields that concern tokens may be in its
+    `text_config`; they are merged in."""
     config = read_json(folder / "config.json")
     text = config.get("text_config")
-    merged = {**(text if isinstance(text, dict) else {}), **config}
-    return {name: merged[name] for name in CONFIG_FIELDS if merged.get(name) is not None}
+    return {**(text if isinstance(text, dict) else {}), **config}
 
 
 def _templates(tokenizer: Any) -> Mapping[str, str]:

@@ -164,6 +164,40 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, base: Path) -> N
         check_adapter(folder, base_shapes(base), MAX_RANK)
 
 
+@pytest.mark.parametrize("names_layers", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "config", "says"),
+    [
+        ("kv_b_proj", None, "is not served: in models with .*MLA.*train without this layer"),
+        ("kv_b_proj", "[", "is not served: in models with"),
+        ("kv_b_proj", '{"architectures": ["DeepseekV3ForCausalLM"]}', "is not served: in models with"),
+        ("kv_b_proj", '{"architectures": ["MiniCPM3ForCausalLM"]}', None),
+        ("q_a_proj", '{"architectures": ["DeepseekV3ForCausalLM"]}', None),
+        ("q_a_proj", '{"architectures": ["LongcatFlashForCausalLM"]}', "is no layer of the base model"),
+    ],
+)
+def test_layers_that_vllm_computes_without_the_adapter_are_refused(
+    tmp_path: Path, layer: str, config: str | None, says: str | None, names_layers: bool
+) -> None:
+    """An adapter is refused if it changes a layer that vLLM computes without it, at least in some steps. The error
+    names the layer. In other architectures a layer of the same name is served."""
+    base, folder, module = tmp_path / "base", tmp_path / "a", f"model.layers.0.self_attn.{layer}"
+    base.mkdir()
+    folder.mkdir()
+    write_tensors(base / "model.safetensors", {f"{module}.weight": np.zeros((32, 16), np.float16)})
+    if config is not None:
+        (base / "config.json").write_text(config)
+    parts = {"A": np.ones((4, 16), np.float32), "B": np.ones((32, 4), np.float32)}
+    arrays = {f"base_model.model.{module}.lora_{part}.weight": values for part, values in parts.items()}
+    write_tensors(folder / WEIGHTS, arrays)
+    write_config(folder, r=4, lora_alpha=8, target_modules=[layer] if names_layers else "all-linear")
+    if says is None:
+        assert check_adapter(folder, base_shapes(base), MAX_RANK).modules == 1
+    else:
+        with pytest.raises(AdapterError, match=f"{layer}.* {says}"):
+            check_adapter(folder, base_shapes(base), MAX_RANK)
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_change_of_bytes_is_refused_or_harmless(

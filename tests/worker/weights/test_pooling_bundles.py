@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from cluster.gateway.calls.pooling.pooling_request import InputField, PairInputs, TextInputs
+from cluster.gateway.text.bundle_files import BundleFiles
+from cluster.gateway.text.text_codec import TextCodec
 from cluster.worker.weights.tokenizer_bundle import build_bundle
 from tests.support.pooling_models import WORDS, build_cross_encoder, minilm
 
@@ -37,24 +40,82 @@ def in_bundle(folder: Path) -> Any:
     return Tokenizer.from_str(build_bundle(folder).files["tokenizer.json"].decode())
 
 
-@pytest.fixture(scope="module")
-def both(folder: Path) -> tuple[Any, Any]:
-    """The bundle's tokenizer, and the tokenizer of transformers."""
+def settings_in_bundle(folder: Path) -> dict[str, Any]:
+    """Return the contents of the tokenizer_config.json in the folder's bundle."""
+    content: dict[str, Any] = json.loads(build_bundle(folder).files["tokenizer_config.json"])
+    return content
+
+
+def changed(folder: Path, to: Path, file: str = "tokenizer_config.json", **values: Any) -> Path:
+    """Copy `folder` to `to`, change values of a JSON file in the copy, and return the copy's path."""
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    (to / file).write_text(json.dumps(json.loads((to / file).read_text()) | values))
+    return to
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        {},
+        {"truncation_side": "left"},
+        {"model_input_names": ["input_ids", "attention_mask"]},
+        {"truncation_side": "left", "model_input_names": ["input_ids", "attention_mask"]},
+    ],
+    ids=["default", "left", "no types", "left, no types"],
+)
+def both(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The encoder that a gateway makes from the bundle, and the tokenizer of transformers. A test that uses this
+    fixture runs once for each of some tokenizer settings."""
     from transformers import AutoTokenizer
 
-    return in_bundle(folder), AutoTokenizer.from_pretrained(folder)
+    at = changed(folder, tmp_path_factory.mktemp("changed"), **request.param)
+    return TextCodec(BundleFiles(build_bundle(at))), AutoTokenizer.from_pretrained(at)
 
 
-@given(texts(0), st.none() | texts(1))
-def test_pairs_have_their_special_tokens_and_types(both: tuple[Any, Any], first: str, second: str | None) -> None:
-    """A text or a pair has the ids and token types of transformers, special tokens included. In a pair the types change
-    once from 0 to 1, so one position describes them."""
-    bundled, tokenizer = both
-    got = bundled.encode(*((first,) if second is None else (first, second)))
-    expected = tokenizer(first, second, return_token_type_ids=True)
-    assert (got.ids, got.type_ids) == (expected["input_ids"], expected["token_type_ids"])
-    assert got.type_ids == sorted(got.type_ids)
-    assert (1 in got.type_ids) == (second is not None)
+@given(texts(0), st.none() | texts(1), st.none() | st.integers(3, 16))
+@example("red green blue river", None, 4)
+@example("red green blue river", "cat dog sleeps", 6)
+def test_inputs_have_their_special_tokens_and_types(
+    both: tuple[Any, Any], first: str, second: str | None, keep: int | None
+) -> None:
+    """A text or a pair has the ids of transformers, special tokens included, whole or cut on the tokenizer's side. A
+    pair has token types only if transformers returns them. They change once from 0 to 1, so one position describes
+    them."""
+    codec, tokenizer = both
+    query, documents = InputField("query", False), InputField("documents")
+    inputs = TextInputs([first], query) if second is None else PairInputs([first], [second], query, documents)
+    got = codec.encode_inputs(inputs, 0, keep)
+    expected = tokenizer(first, second, **({} if keep is None else {"truncation": True, "max_length": keep}))
+    assert list(got.ids[0]) == expected["input_ids"]
+    types = expected.get("token_type_ids") or [0]
+    assert got.second_text(0) == (types.index(1) if 1 in types else 0)
+    assert types == sorted(types)
+
+
+def test_default_settings_are_not_in_the_bundle(folder: Path, tmp_path: Path) -> None:
+    """A bundle says on which side inputs are cut, and which outputs its tokenizer has, only if gateways would encode
+    inputs otherwise without it. So the digests of most bundles are those of earlier releases, and their workers
+    continue each other's calls."""
+    plain = settings_in_bundle(folder)
+    assert sorted(plain) == [
+        "add_bos_token",
+        "add_eos_token",
+        "cls_token",
+        "extra_special_tokens",
+        "mask_token",
+        "pad_token",
+        "sep_token",
+        "split_special_tokens",
+        "unk_token",
+    ]
+    left = changed(folder, tmp_path / "left", truncation_side="left")
+    assert settings_in_bundle(left) == plain | {"truncation_side": "left"}
+    names = ["input_ids", "attention_mask"]
+    no_types = changed(folder, tmp_path / "no-types", model_input_names=names)
+    assert settings_in_bundle(no_types) == plain | {"model_input_names": names}
+    assert settings_in_bundle(changed(no_types, tmp_path / "one", "config.json", type_vocab_size=1)) == plain
+    right = changed(folder, tmp_path / "right", truncation_side="right")
+    assert build_bundle(right).digest == build_bundle(folder).digest
 
 
 def test_a_long_text_is_not_cut(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers
 from cluster.api.outcomes import invalid
 from cluster.gateway.calls.pooling.pooling_request import PackedIds, PairInputs, SingleTexts, TextInputs, too_long
 from cluster.gateway.text.encoding.word_encoder import WORD_CUT, cuts_are_safe
+from cluster.wire.bundle import INPUT_NAMES, TRUNCATION_SIDE
 
 BATCH: Final = 256
 BATCH_CHARS: Final = 1 << 20
@@ -28,8 +29,6 @@ CHARS_PER_TOKEN: Final = 8
 """A text that is cut to n tokens is first tokenized up to about n * CHARS_PER_TOKEN characters. If these give too few
 tokens, GROWTH times as many characters are tokenized."""
 GROWTH: Final = 4
-_WITHOUT_TYPES: Final = frozenset({"DistilBertTokenizer", "DistilBertTokenizerFast"})
-"""Classes of tokenizers that give the second text of a pair its own token type, though their models take no types."""
 
 
 class EncodedInputs:
@@ -60,17 +59,14 @@ class InputEncoder:
     def __init__(
         self, tokenizer: Tokenizer, config: Mapping[str, Any], pre_tokenizer: Mapping[str, Any] | None = None
     ) -> None:
-        """`config`: the contents of tokenizer_config.json. `pre_tokenizer`: the entry `pre_tokenizer` of
+        """`config`: the contents of the bundle's tokenizer_config.json. `pre_tokenizer`: the entry `pre_tokenizer` of
         tokenizer.json."""
         self._tokenizer = tokenizer
-        self._cuts_left = config.get("truncation_side") == "left"
+        self._cuts_left = config.get(TRUNCATION_SIDE) == "left"
         splits = _splits_before_spaces(tokenizer) or cuts_are_safe(tokenizer, pre_tokenizer)
         self._begins = splits and not self._cuts_left
         """Whether a text that is cut need not be tokenized whole: a beginning of the text suffices."""
-        names = config.get("model_input_names")
-        self._has_types = (
-            "token_type_ids" in names if names is not None else config.get("tokenizer_class") not in _WITHOUT_TYPES
-        )
+        self._has_types = "token_type_ids" in config.get(INPUT_NAMES, ("token_type_ids",))
 
     def encode(self, inputs: TextInputs | PairInputs, most: int, keep: int | None = None) -> EncodedInputs:
         """Return the ids of all inputs. `most`: the number of tokens that the model's context holds, 0 if unknown.

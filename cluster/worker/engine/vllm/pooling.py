@@ -41,8 +41,8 @@ def pooling_bounds(config: Any, tasks: Sequence[str], name: str) -> PoolingBound
     """Return the bounds of a pooling model's requests; None for a model that generates tokens.
 
     `config`: vLLM's VllmConfig. `tasks`: the tasks that the engine core reports. `name`: the name of the catalog entry.
-    Raises ValueError for a pooling model that computes neither vectors of texts nor scores, or whose vectors are too
-    long.
+    Raises ValueError for a pooling model that computes neither vectors of texts nor scores of tokenized pairs, or whose
+    vectors are too long.
     """
     model = config.model_config
     if model.runner_type != "pooling":
@@ -51,6 +51,10 @@ def pooling_bounds(config: Any, tasks: Sequence[str], name: str) -> PoolingBound
     labels = int(getattr(model.hf_config, "num_labels", 0) or 0)
     if PoolingTask.SCORE in known and labels != 1:
         known.remove(PoolingTask.SCORE)
+    if PoolingTask.SCORE in known and (reason := _why_no_pairs(model)):
+        known.remove(PoolingTask.SCORE)
+        if not known:
+            raise ValueError(f"models[{name}]: {reason}")
     if not known:
         classes = f" for {labels} classes" if "classify" in tasks else ""
         raise ValueError(
@@ -71,6 +75,27 @@ def pooling_bounds(config: Any, tasks: Sequence[str], name: str) -> PoolingBound
     return PoolingBounds(info, PoolingTask.SCORE in known and _has_token_types(model))
 
 
+def _why_no_pairs(model: Any) -> str:
+    """Return why the model does not read a query and a document as its tokenizer encodes a pair; "" if it does.
+
+    Gateways encode pairs with the tokenizer. For some rerankers that are language models, vLLM's own scoring API makes
+    one text of both instead (vLLM 0.32, entrypoints/pooling/scoring/io_processor.py). The scores of such a model would
+    differ from those of vLLM.
+    """
+    if not model.use_sep_token:
+        return (
+            "this reranker reads query and document as one text without separators (use_sep_token: false), and served "
+            "are cross-encoders that read pairs as their tokenizer encodes them. If the model was trained on such "
+            "pairs, set engine.hf_overrides: {use_sep_token: true}; otherwise choose another model"
+        )
+    if getattr(_class_of(model), "supports_score_template", False):
+        return (
+            "this reranker joins query and document by a template of its own, and served are cross-encoders that read "
+            "pairs as their tokenizer encodes them. Choose another model"
+        )
+    return ""
+
+
 def _has_token_types(model: Any) -> bool:
     """Return whether vLLM's class of the model accepts token types.
 
@@ -78,10 +103,14 @@ def _has_token_types(model: Any) -> bool:
     """
     if int(getattr(model.hf_config, "type_vocab_size", 0) or 0) < 2:
         return False
+    return "token_type_ids" in inspect.signature(_class_of(model).forward).parameters
+
+
+def _class_of(model: Any) -> Any:
+    """Return vLLM's class of a model. `model`: vLLM's ModelConfig."""
     from vllm import ModelRegistry
 
-    model_class, _ = ModelRegistry.resolve_model_cls(model.architectures, model)
-    return "token_type_ids" in inspect.signature(model_class.forward).parameters
+    return ModelRegistry.resolve_model_cls(model.architectures, model)[0]
 
 
 def kv_blocks(blocks: int, block_size: int, max_num_batched_tokens: int, max_model_len: int) -> int:

@@ -163,6 +163,28 @@ def test_named_templates(kinds: dict[str, Kind], tmp_path: Path) -> None:
     assert model.codec.encode_chat(messages, tools=[]) == model.codec.encode_chat(messages)
 
 
+def test_named_special_tokens_reach_the_template(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    """A template gets the special tokens by the names that transformers gives them, also names that only this model
+    has. Other settings in the bundle do not reach the template."""
+    from transformers import AutoTokenizer
+
+    folder = Path(shutil.copytree(kinds["llama"].folder, tmp_path / "model"))
+    path = folder / "tokenizer_config.json"
+    tokens = {"image_token": "<|start_header_id|>", "begin_of_image": "<|end_header_id|>"}
+    named = {"extra_special_tokens": tokens, "eot_token": "<|eot_id|>", "truncation_side": "left"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    names = [*tokens, "eot_token", "bos_token", "eos_token", "pad_token", "truncation_side", "escape_separator"]
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}" + "".join(
+        f"{{{{ '{name}: ' ~ {name} if {name} is defined else 'no {name}' }}}}\n" for name in names
+    )
+    (folder / "chat_template.jinja").write_text(source)
+    messages = CONVERSATIONS["one question"]
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False)
+    assert all(f"{name}: {token}" in expected for name, token in (tokens | {"eot_token": "<|eot_id|>"}).items())
+    model = TextModel.from_bundle(build_bundle(folder, escapes_control_tokens=True))
+    assert model.codec.render_chat(messages) == expected
+
+
 @pytest.mark.parametrize("final", ["The capital is", "The capital is ", " Paris,\n\n and", "{"])
 @pytest.mark.parametrize("name", ["chatml", "qwen2.5", "mistral-nemo", "phi3-training", "granite-3.3", "trims"])
 def test_continues_the_final_message(kinds: dict[str, Kind], name: str, final: str) -> None:

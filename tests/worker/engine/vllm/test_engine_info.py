@@ -122,3 +122,10 @@ def test_a_pooling_engine_without_a_served_task_is_refused(tmp_path: Path) -> No
     """A pooling engine without a served task is refused with an error that names the entry."""
     with pytest.raises(ValueError, match=r"models\[tiny\]: this pooling model computes token_embed"):
         properties(build_cross_encoder(tmp_path / "cross-encoder"), tasks=("token_embed",), max_model_len=96)
+
+
+def test_a_reranker_without_separators_is_refused(tmp_path: Path) -> None:
+    """A reranker whose pairs vLLM joins to one text is refused, also if only the entry's hf_overrides say so."""
+    folder = build_cross_encoder(tmp_path / "cross-encoder")
+    with pytest.raises(ValueError, match=r"models\[tiny\]: this reranker reads query and document as one text"):
+        properties(folder, tasks=("classify",), max_model_len=96, engine={"hf_overrides": {"use_sep_token": False}})

@@ -36,6 +36,9 @@ def config(**changes: Any) -> Any:
         "embedding_size": 8,
         "is_matryoshka": False,
         "matryoshka_dimensions": None,
+        "use_sep_token": True,
+        "architectures": ["BertForSequenceClassification"],
+        "model_impl": "vllm",
     }
     return SimpleNamespace(model_config=SimpleNamespace(**(fields | changes)))
 
@@ -60,6 +63,24 @@ def test_a_model_without_a_served_task_is_refused(tasks: tuple[str, ...], labels
         pooling_bounds(config(num_labels=labels), tasks, "m")
     assert says in str(error.value)
     assert "choose another model" in str(error.value).lower()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"use_sep_token": False}, r"as one text without separators .*set engine\.hf_overrides: {use_sep_token: true}"),
+        ({"architectures": ["JinaVLForRanking"]}, "by a template of its own.*Choose another model"),
+    ],
+    ids=["no separator", "template"],
+)
+def test_rerankers_that_read_no_tokenized_pairs_are_refused(changes: dict[str, Any], says: str) -> None:
+    """A reranker for which vLLM makes one text of query and document does not start, since gateways encode both as a
+    pair. If the model also computes vectors, it serves only those."""
+    with pytest.raises(ValueError, match=rf"models\[m\]: this reranker .*{says}"):
+        pooling_bounds(config(num_labels=1, **changes), ("classify",), "m")
+    bounds = pooling_bounds(config(num_labels=1, **changes), ("classify", "embed"), "m")
+    assert bounds is not None
+    assert bounds.info.tasks == (PoolingTask.EMBED,)
 
 
 @pytest.mark.parametrize("size", [0, MAX_DIMENSIONS + 1])
