@@ -84,3 +84,5 @@ class LedgerUpkeep:
                 log.info("ledger.records_deleted", usage=deleted.usage, audit=deleted.audit)
             except LedgerError as error:
                 log.warning("ledger.records_not_deleted", error=str(error))
+            except Exception:  # the next day's deletion must still run
+                log.exception("ledger.records_not_deleted")

@@ -82,9 +82,12 @@ class BudgetWatch:
         """Query the ledger periodically. Runs until cancelled."""
         while True:
             began = time.monotonic()
-            sums = await asyncio.to_thread(self.check)
-            if sums is not None:
-                self._on_sums(*sums)
+            try:
+                sums = await asyncio.to_thread(self.check)
+                if sums is not None:
+                    self._on_sums(*sums)
+            except Exception:  # the next check must still run
+                log.exception("budget.use_not_read")
             took_s = time.monotonic() - began
             await asyncio.sleep(max(self._interval_s, PART_OF_TIME * took_s))
 

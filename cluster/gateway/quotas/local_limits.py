@@ -36,9 +36,7 @@ class LimitsPort(Protocol):
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
         """Raise each tenant's budget sums to the tokens that the ledger has recorded for this day and this month, if
-        the ledger's sums are higher. `epoch_s`: the time of the sums, in seconds since the Unix epoch.
-
-        An implementation whose store outlives the gateway does not need these sums."""
+        the ledger's sums are higher. `epoch_s`: the time of the sums, in seconds since the Unix epoch."""
 
     def sweep(self) -> None:
         """Forget tenants for which nothing is counted any more. Must be called once a minute."""

@@ -5,10 +5,13 @@ store makes each reservation, and a mirror of the store in this process makes th
 unreachable, each gateway uses its mirror to enforce its share of each limit.
 
 Invariants: a call is settled once in the store and once in the mirror. Tokens that were counted while the store was
-unreachable are added to the store afterwards. The running calls of a dead gateway count for at most ALIVE_S.
+unreachable are added to the store afterwards. The running calls of a dead gateway count for at most ALIVE_S. Each
+operation raises a tenant's daily and monthly sums in the store to at least the ledger's sums, so a store that lost its
+data, or that is new, does not give a tenant its budgets again.
 
-Not guaranteed: if one gateway had used up a limit alone and the store is then lost, the other gateways may exceed this
-limit in the first minute. The excess is at most the shares of the other gateways.
+Not guaranteed: tokens that the ledger did not contain when the store lost its data may be missing in the store's sums
+until the ledger contains them. If one gateway had used up a limit alone and the store is then lost, the other gateways
+may exceed this limit in the first minute. The excess is at most the shares of the other gateways.
 """
 
 from __future__ import annotations
@@ -77,6 +80,10 @@ class ValkeyStore:
         self._command: Batcher[Sequence[Any], Any] = Batcher(self._commands)
         self._heartbeat: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
+        self._resynchronized: set[str] = set()
+        self._ledger_day = self._ledger_month = -1
+        self._ledger_today: Mapping[str, int] = {}
+        self._ledger_this_month: Mapping[str, int] = {}
         self.gateways_alive = 1
         self.degraded = False
         """Whether the store is unreachable."""
@@ -98,21 +105,44 @@ class ValkeyStore:
 
     async def ask(self, tenant: str, operation: str, *arguments: float) -> Sequence[float] | None:
         """Run an operation of the script for a tenant and return the numbers in the reply. Returns None if the store is
-        unreachable. If the store is already known to be unreachable, returns None without a request."""
-        if self.degraded:
+        unreachable. If the store is already known to be unreachable, returns None without a request, except for the
+        tenants that are in the store again."""
+        if self.degraded and tenant not in self._resynchronized:
             return None
         try:
             return await self.run(tenant, operation, *arguments)
         except UNREACHABLE as error:
+            self._resynchronized.discard(tenant)
             self._mark_degraded(error)
             return None
+
+    async def mend(self, tenant: str, *arguments: float) -> None:
+        """Add to the store what was counted for a tenant while the store was unreachable. From this call on, the
+        tenant's operations run in the store. Raises one of the exceptions in UNREACHABLE."""
+        self._resynchronized.add(tenant)
+        try:
+            await self.run(tenant, "mend", *arguments)
+        except UNREACHABLE:
+            self._resynchronized.discard(tenant)
+            raise
+
+    def set_ledger_sums(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
+        """Set the least daily and monthly sums in the store to the ledger's sums by tenant. `epoch_s`: the time of the
+        sums."""
+        self._ledger_day, self._ledger_month = day_of(epoch_s), month_of(epoch_s)
+        self._ledger_today, self._ledger_this_month = today, month
+
+    def _least_use(self, tenant: str) -> tuple[int, int, int, int]:
+        """Return the number and the use of the day and of the month, as the ledger knows them."""
+        today, month = self._ledger_today.get(tenant, 0), self._ledger_this_month.get(tenant, 0)
+        return self._ledger_day, today, self._ledger_month, month
 
     async def run(self, tenant: str, operation: str, *arguments: float) -> Sequence[float]:
         """Run one operation of the Lua script for a tenant, and return the numbers in the reply. Raises one of the
         exceptions in UNREACHABLE if the store does not answer."""
         epoch_s = time.time()
         now = -1.0 if self._clock is None else self._clock()
-        head = (operation, now, self._gateway, day_of(epoch_s), month_of(epoch_s))
+        head = (operation, now, self._gateway, day_of(epoch_s), month_of(epoch_s), *self._least_use(tenant))
         keys = (f"{PREFIX}tenant:{tenant}", GATEWAYS)
         call = ("EVALSHA", SCRIPT_SHA, len(keys), *keys, *head, *arguments)
         try:
@@ -162,10 +192,13 @@ class ValkeyStore:
             await self._redis.zremrangebyscore(GATEWAYS, "-inf", now - ALIVE_S)
             self.gateways_alive = max(int(await self._redis.zcard(GATEWAYS)), 1)
             if self.degraded:
+                await self._command(("SCRIPT LOAD", SCRIPT))  # a restarted store has no script cached
                 await self._on_return()
                 self.degraded = False
+                self._resynchronized.clear()
                 log.info("limits.store_recovered", gateways=self.gateways_alive)
         except UNREACHABLE as error:
+            self._resynchronized.clear()
             self._mark_degraded(error)
 
     async def _time(self) -> float:
@@ -177,7 +210,8 @@ class ValkeyStore:
 class _HeldReservation:
     """The reservation of one call. `taken`: pairs (second, weighted tokens) that the store has counted for the call.
     `day`, `month`: numbers of the day and month in which the reservation counts. `in_store`: whether the store has the
-    reservation; False while it was made only in this process, because the store was unreachable."""
+    reservation; False while it was made only in this process, because the store was unreachable. `lock` is held while a
+    top-up or the settlement is on its way to the store."""
 
     tenant: str
     prompt_tokens: int
@@ -186,6 +220,16 @@ class _HeldReservation:
     day: int = -1
     month: int = -1
     in_store: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+@dataclass(slots=True)
+class _Owed:
+    """What is counted for a tenant in this process and not yet in the store: budget tokens, and the reservations that
+    were made here."""
+
+    tokens: int = 0
+    reservations: list[_HeldReservation] = field(default_factory=list)
 
 
 class ValkeyLimits:
@@ -214,7 +258,7 @@ class ValkeyLimits:
         self._quantum_tokens = quantum_tokens
         self._mirror = Limiter(weights=self._weights, quantum_tokens=quantum_tokens)
         self._held: dict[str, _HeldReservation] = {}
-        self._owed: dict[str, int] = {}  # tenant -> budget tokens that are counted here and not yet in the store
+        self._owed: dict[str, _Owed] = {}  # by tenant
 
     # ---- LimitsPort
 
@@ -263,6 +307,12 @@ class ValkeyLimits:
         held = self._held.get(call_id)
         if held is None or output_tokens < held.output_tokens:
             return True
+        async with held.lock:
+            if call_id not in self._held or output_tokens < held.output_tokens:
+                return True  # settled or topped up while this top-up waited
+            return await self._top_up(policy, call_id, held, output_tokens)
+
+    async def _top_up(self, policy: TenantPolicy, call_id: str, held: _HeldReservation, output_tokens: int) -> bool:
         now, epoch_s = time.monotonic(), time.time()
         needed = output_tokens - held.output_tokens
         by_mirror = self._mirror.top_up(policy, call_id, output_tokens, now, epoch_s, sharers=self.store.gateways_alive)
@@ -287,6 +337,10 @@ class ValkeyLimits:
         held = self._held.pop(call_id, None)
         if held is None:
             return
+        async with held.lock:  # the tokens of a top-up that is on its way are returned too
+            await self._settle(call_id, held, prompt_tokens, output_tokens)
+
+    async def _settle(self, call_id: str, held: _HeldReservation, prompt_tokens: int, output_tokens: int) -> None:
         self._mirror.settle(call_id, prompt_tokens, output_tokens, time.monotonic(), time.time())
         plain = prompt_tokens + output_tokens - held.prompt_tokens - held.output_tokens
         corrections: list[int] = []
@@ -302,9 +356,10 @@ class ValkeyLimits:
             self._owe(held.tenant, plain)
 
     def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
-        """Raise this process's copy of the budget sums to the ledger's sums (LimitsPort.spent). The sums in the store
-        stay unchanged, since the store keeps them while gateways restart."""
+        """Implements `LimitsPort.spent`. The mirror's sums are raised at once, and a tenant's sums in the store by the
+        tenant's next operation."""
         self._mirror.spent(today, month, epoch_s)
+        self.store.set_ledger_sums(today, month, epoch_s)
 
     def sweep(self) -> None:
         """Implements `LimitsPort.sweep`."""
@@ -321,26 +376,41 @@ class ValkeyLimits:
     ) -> Granted | LimitRefusal:
         result = self._mirror.reserve(policy, ask, now, epoch_s, sharers=self.store.gateways_alive)
         if isinstance(result, Granted):
-            self._held[ask.call_id] = _HeldReservation(policy.name, ask.prompt_tokens, ask.output_tokens)
-            self._owe(policy.name, ask.prompt_tokens + ask.output_tokens)
+            held = _HeldReservation(policy.name, ask.prompt_tokens, ask.output_tokens)
+            self._held[ask.call_id] = held
+            self._owe(policy.name, ask.prompt_tokens + ask.output_tokens, held)
         return result
 
-    def _owe(self, tenant: str, tokens: int) -> None:
-        self._owed[tenant] = self._owed.get(tenant, 0) + tokens
+    def _owe(self, tenant: str, tokens: int, *reservations: _HeldReservation) -> None:
+        owed = self._owed.setdefault(tenant, _Owed())
+        owed.tokens += tokens
+        owed.reservations += reservations
 
     async def _resynchronize(self) -> None:
-        """Add to the store the tokens and running calls that only this process has counted so far. Raises one of the
-        exceptions in UNREACHABLE if the store does not answer."""
-        for tenant in {*self._owed, *(held.tenant for held in self._held.values())}:
-            owed = self._owed.pop(tenant, 0)
-            try:
-                await self.store.run(tenant, "mend", owed, self._mirror.use(tenant).running)
-            except UNREACHABLE:
-                self._owe(tenant, owed)
-                raise
-        for held in self._held.values():
-            if not held.in_store:
-                held.in_store, held.day, held.month = True, day_of(time.time()), month_of(time.time())
+        """Add to the store the tokens and running calls that only this process has counted so far. Returns when nothing
+        is left, including what is counted meanwhile. Raises one of the exceptions in UNREACHABLE if the store does not
+        answer."""
+        tenants = {held.tenant for held in self._held.values()}
+        while tenants := tenants | set(self._owed):
+            results = await asyncio.gather(*map(self._mend, tenants), return_exceptions=True)
+            for error in results:
+                if error is not None:
+                    raise error
+            tenants = set()
+
+    async def _mend(self, tenant: str) -> None:
+        """Resynchronize one tenant. Nothing of the tenant is counted locally between the read of the amounts and the
+        request, because no other task runs in between."""
+        owed = self._owed.pop(tenant, None) or _Owed()
+        for held in owed.reservations:
+            held.in_store, held.day, held.month = True, day_of(time.time()), month_of(time.time())
+        use = self._mirror.use(tenant)
+        sums = (use.day.number, use.day.used, use.month.number, use.month.used)
+        try:
+            await self.store.mend(tenant, owed.tokens, use.running, *sums)
+        except UNREACHABLE:
+            self._owe(tenant, owed.tokens)
+            raise
 
 
 def _in_order(limits: TenantLimits) -> list[int]:

@@ -108,6 +108,9 @@ class LedgerFirstClaims:
         except StoreUnavailable as error:
             log.warning("resume.claims_not_written", error=str(error))
             raise stores_unavailable() from None
+        except Exception:  # without a written claim, two gateways could resume the same stream
+            log.exception("resume.claims_not_written")
+            raise stores_unavailable() from None
 
 
 class StoreFirstClaims:

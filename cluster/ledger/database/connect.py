@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from cluster.ledger.errors import StoreUnavailable
@@ -23,6 +23,11 @@ CONNECT_TIMEOUT_S = 3
 STATEMENT_TIMEOUT_MS = 30_000
 SQLITE_BUSY_MS = 10_000
 _SQLITE_RETRY_S = 0.01
+READ_ONLY, NOT_SUPPORTED, SYNTAX_ERROR = "25006", "0A000", "42601"
+"""Error codes (SQLSTATE) of PostgreSQL."""
+UNUSABLE_CLASSES = ("26", "3D", "3F", "42")
+"""Classes of PostgreSQL's error codes for a prepared statement, a database, a schema or a table that is missing or
+differs, and for missing rights."""
 
 
 def parse_url(database_url: str, password: str = "") -> URL:
@@ -117,10 +122,22 @@ def _enable_wal(connection: sqlite3.Connection) -> None:
 
 @contextlib.contextmanager
 def translate_errors(engine: Engine) -> Iterator[None]:
-    """Raise StoreUnavailable if the database is unreachable, busy or unusable. Other errors pass unchanged."""
+    """Raise StoreUnavailable if the database is unreachable, busy, read-only or unusable.
+
+    Errors that depend on the values of the statement (DataError, IntegrityError) and errors of this program, such as
+    invalid SQL, pass unchanged.
+    """
     try:
         yield
     except DBAPIError as error:
+        if _is_read_only(error):
+            # A server that is promoted, or an address that moves to the primary, does not end the open connections to
+            # a standby. Only a new connection can reach a server that accepts writes.
+            engine.dispose()
+            raise StoreUnavailable(
+                f"the database {url_of(engine)} accepts no writes: {_first_line(error)}; "
+                "promote the server, or point store.database_url to the primary"
+            ) from error
         if error.connection_invalidated or _is_unusable(error):
             raise StoreUnavailable(
                 f"the database {url_of(engine)} cannot be used: {_first_line(error)}; `headrace db check` says why"
@@ -132,10 +149,25 @@ def translate_errors(engine: Engine) -> Iterator[None]:
         raise StoreUnavailable(f"the database {url_of(engine)} is too busy: the pool has no free connection") from error
 
 
+def _sqlstate(error: DBAPIError) -> str:
+    """Return PostgreSQL's error code, or "" for an error of SQLite or of the driver."""
+    return getattr(error.orig, "sqlstate", None) or ""
+
+
+def _is_read_only(error: DBAPIError) -> bool:
+    """Return whether PostgreSQL is a standby or read-only."""
+    code = _sqlstate(error)
+    return code == READ_ONLY or (code == NOT_SUPPORTED and "recovery" in str(error.orig))
+
+
 def _is_unusable(error: DBAPIError) -> bool:
-    if getattr(error.orig, "sqlstate", "") in ("42P01", "42703"):  # undefined table, undefined column
-        return True
-    return any(words in str(error.orig) for words in ("no such table", "not a database", "malformed"))
+    """Return whether the cause is the state of the database: its tables, its rights, its files or its connection."""
+    if isinstance(error, ProgrammingError):
+        code = _sqlstate(error)
+        return code[:2] in UNUSABLE_CLASSES and code != SYNTAX_ERROR
+    if isinstance(error, OperationalError):
+        return any(words in str(error.orig) for words in ("no such table", "not a database", "malformed"))
+    return not isinstance(error, DataError | IntegrityError)
 
 
 def _first_line(error: DBAPIError) -> str:

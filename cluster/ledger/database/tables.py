@@ -6,7 +6,9 @@ JSON columns have the type JSON on SQLite and on PostgreSQL.
 locks the row until the commit. So numbers become visible in order, and a reader that has seen n has seen all changes
 up to n. (With a database sequence, 6 could be committed before 5, and a reader would miss 5.) Each row of `tenants`
 and `keys` has the number of the row's last change, and readers select rows with newer numbers. `reload_from` is the
-number of the last deletion of rows: a reader that has seen only smaller numbers reads all rows again.
+number of the last deletion of rows: a reader that has seen only smaller numbers reads all rows again. `database_id` is
+random. A reader that has seen another database reads all rows again too, because equal numbers of two databases mean
+different changes.
 """
 
 from __future__ import annotations
@@ -153,6 +155,7 @@ change_sequence = Table(
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("value", BigInteger, nullable=False),
     Column("reload_from", BigInteger, nullable=False, server_default=text("0")),
+    Column("database_id", String(32), nullable=False, server_default=text("''")),
 )
 
 schema_history = Table(

@@ -7,6 +7,7 @@ that no new tenant with that name can read the deleted tenant's usage.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -62,15 +63,25 @@ class Tenants:
         return StoredTenant(policy, "api", now, now, dict(model_aliases or {}))
 
     def get(self, name: str) -> StoredTenant:
-        """Return the tenant with the given name. Raises NotFound."""
+        """Return the tenant with the given name. Raises NotFound.
+
+        A tenant whose row cannot be used is returned as a suspended one, as in `list`.
+        """
         with reading(self._engine) as connection:
-            return _stored(_existing_row(connection, name))
+            tenant = _stored_or_suspended(_existing_row(connection, name))
+        if tenant is None:
+            raise NotFound(f"tenants/{name} is stored under a name that this release does not allow")
+        return tenant
 
     def list(self, *, after: str = "", limit: int = 1000) -> list[StoredTenant]:
-        """Return at most `limit` tenants in order of name, beginning after the name `after`."""
+        """Return at most `limit` tenants in order of name, beginning after the name `after`.
+
+        A tenant whose row cannot be used is listed as a suspended one.
+        """
         query = select(tenants).where(tenants.c.name > after, tenants.c.removed_at.is_(None))
         with reading(self._engine) as connection:
-            return [_stored(row) for row in connection.execute(query.order_by(tenants.c.name).limit(limit))]
+            rows = connection.execute(query.order_by(tenants.c.name).limit(limit)).all()
+        return [tenant for tenant in map(_stored_or_suspended, rows) if tenant is not None]
 
     def update(
         self,
@@ -123,10 +134,18 @@ class Tenants:
         now = self._clock()
         with writing(self._engine) as connection:
             number = next_change(connection)
-            before = _stored(_api_row(connection, name))
+            row = _api_row(connection, name)
+            try:
+                before = _stored(row)
+            except (TypeError, ValueError) as error:
+                raise LedgerError(
+                    f"tenants/{name}: this release cannot use the stored policy: {error}; "
+                    "change the tenant with the release that wrote it, or delete it"
+                ) from None
             aliases = before.model_aliases if model_aliases is None else dict(model_aliases)
             policy = change(before.policy)
             values = _values(policy, "api", aliases, now, number)
+            values["policy"] = _with_unknown_fields(row.policy, values["policy"])
             if not validate_only:
                 connection.execute(update(tenants).where(tenants.c.name == name).values(values))
         return replace(before, policy=policy, model_aliases=aliases, updated_at=now)
@@ -221,9 +240,28 @@ def _api_row(connection: Connection, name: str) -> Row[Any]:
 
 
 def _stored(row: Row[Any]) -> StoredTenant:
+    """Return the tenant of a row. Raises TypeError, ValueError for a row that this release cannot use."""
     return StoredTenant(
-        TenantPolicy.from_json(row.policy), row.origin, row.created_at, row.updated_at, dict(row.model_aliases)
+        TenantPolicy.from_stored(row.policy), row.origin, row.created_at, row.updated_at, dict(row.model_aliases)
     )
+
+
+def _stored_or_suspended(row: Row[Any]) -> StoredTenant | None:
+    """Return the tenant of a row, suspended if the row cannot be used; None if the name is invalid too."""
+    with contextlib.suppress(TypeError, ValueError):
+        return _stored(row)
+    with contextlib.suppress(PolicyError):
+        policy = TenantPolicy.suspended_in_place_of(row.name, row.policy)
+        return StoredTenant(policy, row.origin, row.created_at, row.updated_at, {})
+    return None
+
+
+def _with_unknown_fields(stored: Mapping[str, Any], policy: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a policy's plain values, with those fields of the stored policy that only a later release knows."""
+    merged = {**stored, **policy}
+    for name in ("limits", "retention"):
+        merged[name] = {**stored.get(name, {}), **policy[name]}
+    return merged
 
 
 def _is_declared_as(row: Row[Any] | None, policy: TenantPolicy) -> bool:

@@ -122,21 +122,28 @@ class AccessSnapshot:
     """All tenants and keys at one point in the history of the database. A snapshot is never changed.
 
     `sequence`: number of the last database change in the snapshot. `taken_at_s`: latest time at which the snapshot was
-    known to be up to date, in seconds since the epoch.
+    known to be up to date, in seconds since the epoch. `database_id`: the database whose changes `sequence` numbers; ""
+    if it is unknown.
     """
 
     sequence: int = 0
     taken_at_s: float = 0.0
     tenants: Mapping[str, TenantEntry] = field(default_factory=dict)
     keys: Mapping[bytes, KeyEntry] = field(default_factory=dict)
+    database_id: str = ""
 
     @classmethod
     def of(
-        cls, tenants: Iterable[TenantEntry], keys: Iterable[KeyEntry], sequence: int = 0, taken_at_s: float = 0.0
+        cls,
+        tenants: Iterable[TenantEntry],
+        keys: Iterable[KeyEntry],
+        sequence: int = 0,
+        taken_at_s: float = 0.0,
+        database_id: str = "",
     ) -> Self:
         """Build a snapshot from entries in any order."""
         by_name = {entry.policy.name: entry for entry in tenants}
-        return cls(sequence, taken_at_s, by_name, {key.digest: key for key in keys})
+        return cls(sequence, taken_at_s, by_name, {key.digest: key for key in keys}, database_id)
 
     def with_declared(self, policies: Iterable[TenantPolicy]) -> AccessSnapshot:
         """Return a copy with the tenants that the configuration file declares. They replace stored tenants of the same
@@ -145,13 +152,14 @@ class AccessSnapshot:
         for policy in policies:
             known = tenants.get(policy.name)
             tenants[policy.name] = TenantEntry(policy, "file", known.model_aliases if known else {})
-        return AccessSnapshot(self.sequence, self.taken_at_s, tenants, self.keys)
+        return replace(self, tenants=tenants)
 
     def as_json(self) -> dict[str, Any]:
         """Return the snapshot as plain JSON values; `from_json` is the inverse."""
         return {
             "sequence": self.sequence,
             "taken_at_s": self.taken_at_s,
+            "database_id": self.database_id,
             "tenants": [
                 {"policy": entry.policy.as_json(), "origin": entry.origin, "model_aliases": dict(entry.model_aliases)}
                 for entry in self.tenants.values()
@@ -174,10 +182,11 @@ class AccessSnapshot:
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Return the snapshot from JSON values; the inverse of `as_json`.
 
+        Unknown fields of policies are ignored, because a later release may have saved the snapshot before a rollback.
         Raises ValueError, KeyError or TypeError for invalid values.
         """
         tenants = [
-            TenantEntry(TenantPolicy.from_json(entry["policy"]), entry["origin"], dict(entry["model_aliases"]))
+            TenantEntry(TenantPolicy.from_stored(entry["policy"]), entry["origin"], dict(entry["model_aliases"]))
             for entry in value["tenants"]
         ]
         keys = [
@@ -192,7 +201,8 @@ class AccessSnapshot:
             )
             for key in value["keys"]
         ]
-        return cls.of(tenants, keys, int(value["sequence"]), float(value["taken_at_s"]))
+        database_id = str(value.get("database_id", ""))  # releases before this field saved none
+        return cls.of(tenants, keys, int(value["sequence"]), float(value["taken_at_s"]), database_id)
 
 
 @frozen_dataclass

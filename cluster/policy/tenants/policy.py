@@ -23,6 +23,7 @@ MAX_LIMIT = 10**15
 take thirty years."""
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e6
 MAX_LABELS = 32
+MAX_RETENTION_DAYS = 36_500
 NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 
 
@@ -151,8 +152,8 @@ class Retention:
     def __post_init__(self) -> None:
         for name in (period.name for period in dataclasses.fields(self)):
             value = getattr(self, name)
-            if value is not None and (not _is_int(value) or not 0 <= value <= 36_500):
-                raise PolicyError(name, "must be a whole number of days from 0 to 36500")
+            if value is not None and (not _is_int(value) or not 0 <= value <= MAX_RETENTION_DAYS):
+                raise PolicyError(name, f"must be a whole number of days from 0 to {MAX_RETENTION_DAYS}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +226,30 @@ class TenantPolicy:
         """
         return _build(cls, value)
 
+    @classmethod
+    def from_stored(cls, value: Mapping[str, Any]) -> Self:
+        """Build a policy from plain values that a ledger has stored.
+
+        Unknown fields are ignored: gateways of a later release, which share the ledger during an upgrade and after a
+        rollback, may have written them. Raises PolicyError with the path of a mistyped or invalid field.
+        """
+        return _build(cls, value, ignore_unknown=True)
+
+    @classmethod
+    def suspended_in_place_of(cls, name: str, value: object) -> Self:
+        """Return a suspended policy for a tenant whose stored policy `value` cannot be used. Raises PolicyError for an
+        invalid name.
+
+        The stored retention still applies. If it cannot be read either, usage and audit records are kept as long as a
+        policy allows, so that nothing is deleted too early.
+        """
+        try:
+            stored = value.get("retention", {}) if isinstance(value, Mapping) else None
+            retention = _build(Retention, stored, ignore_unknown=True)
+        except PolicyError:
+            retention = Retention(usage_days=MAX_RETENTION_DAYS, audit_days=MAX_RETENTION_DAYS)
+        return cls(name, retention=retention, suspended=True)
+
 
 _RENAMED = {"class": "priority_class"}
 
@@ -254,7 +279,7 @@ def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _build(kind: type[T], value: object) -> T:
+def _build(kind: type[T], value: object, *, ignore_unknown: bool = False) -> T:
     if not isinstance(value, Mapping):
         raise PolicyError("", f"must be an object, not {value!r}")
     hints = _hints(kind)  # type: ignore[arg-type]  # classes are hashable
@@ -262,23 +287,25 @@ def _build(kind: type[T], value: object) -> T:
     for key, item in value.items():
         name = _RENAMED.get(key, key) if kind is TenantPolicy else key
         if name not in hints or (key == "priority_class" and kind is TenantPolicy):
+            if ignore_unknown:
+                continue
             raise PolicyError(str(key), f"is unknown; there are {', '.join(sorted(hints))}")
-        given[name] = _parse(hints[name], item, str(key))
+        given[name] = _parse(hints[name], item, str(key), ignore_unknown)
     if kind is TenantPolicy and "name" not in given:
         raise PolicyError("name", "must be given")
     return kind(**given)
 
 
-def _parse(hint: Any, value: object, path: str) -> Any:
+def _parse(hint: Any, value: object, path: str, ignore_unknown: bool) -> Any:
     """Convert `value` to the type `hint`: a dataclass, a tuple, a mapping of strings, or a plain value."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     try:
         if dataclasses.is_dataclass(hint):
-            return _build(typing.cast(type, hint), value)
+            return _build(typing.cast(type, hint), value, ignore_unknown=ignore_unknown)
         if origin is tuple:
             if not isinstance(value, list | tuple):
                 raise PolicyError("", "must be a list")
-            return tuple(_parse(arguments[0], item, f"[{at}]") for at, item in enumerate(value))
+            return tuple(_parse(arguments[0], item, f"[{at}]", ignore_unknown) for at, item in enumerate(value))
         if isinstance(origin, type) and issubclass(origin, Mapping):
             if not isinstance(value, Mapping):
                 raise PolicyError("", "must be an object")

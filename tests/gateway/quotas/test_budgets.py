@@ -3,10 +3,11 @@ receiver is unreachable for a time."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -143,6 +144,31 @@ def test_each_threshold_once_a_period(ledger: Ledger, receiver: Receiver) -> Non
     use(ledger, "5", 6200, clock.now_s)
     watch.check()
     assert receiver.notices.count(("acme", "monthly_tokens", 0.8)) == 1
+
+
+async def test_one_error_does_not_end_the_checks(ledger: Ledger) -> None:
+    """After an unexpected error in a check or in the receiver of the sums, the next check runs and reports the sums."""
+    policy = TenantPolicy("acme", limits=TenantLimits(daily_tokens=1000))
+    use(ledger, "1", 70)
+    problems = ["in the policies", "in the receiver", ""]
+    sums: asyncio.Queue[Mapping[str, int]] = asyncio.Queue()
+
+    def policies() -> list[TenantPolicy]:
+        if problems[0] == "in the policies":
+            raise RuntimeError(problems.pop(0))
+        return [policy]
+
+    def on_sums(today: Mapping[str, int], month: Mapping[str, int], now_s: float) -> None:
+        if problems[0] == "in the receiver":
+            raise RuntimeError(problems.pop(0))
+        sums.put_nowait(today)
+
+    watch = BudgetWatch("test", ledger, policies, Metrics("test"), on_sums, interval_s=0.01, wall=Clock())
+    running = asyncio.create_task(watch.run())
+    try:
+        assert await asyncio.wait_for(sums.get(), 30) == {"acme": 70}
+    finally:
+        running.cancel()
 
 
 def test_what_is_told_and_its_signature(ledger: Ledger, receiver: Receiver) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from cluster.api.outcomes import Outcome
@@ -219,6 +223,120 @@ async def test_without_its_store_each_keeps_to_its_share(gateways: Gateways, ser
         fields = await client.hgetall(f"{PREFIX}tenant:acme")
         assert float(fields[b"du"]) == 102 + 9
         assert (float(fields[b"c:g1"]), float(fields[b"c:g2"])) == (0, 0)
+
+
+async def sums(server: Server) -> tuple[float, float, float]:
+    """Return the tenant's use of the day, of the month and of the minute in the store."""
+    async with Redis.from_url(server.url) as client:
+        fields = await client.hgetall(f"{PREFIX}tenant:acme")
+    minute = sum(float(value) for name, value in fields.items() if name[:1] == b"t")
+    return float(fields[b"du"]), float(fields[b"mu"]), minute
+
+
+async def use(limits: ValkeyLimits, policy: TenantPolicy, call_id: str, tokens: int) -> bool:
+    """Run a call with this number of tokens. Returns whether the call was admitted."""
+    admitted = isinstance(await limits.reserve(policy, ReservationRequest(call_id, tokens, 0)), Granted)
+    await limits.settle(call_id, tokens, 0)
+    return admitted
+
+
+async def test_a_store_that_lost_its_data_keeps_the_budgets(gateways: Gateways, server: Server) -> None:
+    """A tenant's next call raises the sums of an empty store to those of the ledger. Sums of another day or month do
+    not count, and lower sums change nothing."""
+    one, two = await gateways.add("g1", timeout_s=10.0), await gateways.add("g2", timeout_s=10.0)
+    policy, now = tenant(daily_tokens=900, monthly_tokens=1000), time.time()
+    assert await use(one, policy, "a", 600)
+    async with Redis.from_url(server.url) as client:
+        await client.flushall()
+    for limits in (one, two):
+        limits.spent({"acme": 600}, {"acme": 800}, now)
+    assert not await use(two, policy, "b", 201)
+    assert await use(two, policy, "c", 150)
+    assert (await sums(server))[:2] == (750, 950)
+    one.spent({"acme": 10}, {"acme": 20}, now)
+    two.spent({"acme": 900}, {"acme": 1000}, now - 62 * 86400)
+    assert await use(one, policy, "d", 20)
+    assert await use(two, policy, "e", 20)
+    assert (await sums(server))[:2] == (790, 990)
+
+
+async def test_a_mirror_restores_an_empty_store(gateways: Gateways, server: Server) -> None:
+    """When a store comes back empty, the tenants with calls in progress or with calls meanwhile have at least the sums
+    that their gateway knows, even if the ledger has none yet."""
+    one = await gateways.add("g1", timeout_s=10.0)
+    policy = tenant(monthly_tokens=1000)
+    assert await use(one, policy, "a", 600)
+    await server.stop()
+    assert await use(one, policy, "b", 50)
+    assert one.degraded
+    await server.start()
+    await eventually(lambda: _recovered(one), "the store is back")
+    assert (await sums(server))[:2] == (650, 650)
+
+
+async def _recovered(limits: ValkeyLimits) -> bool:
+    return not limits.degraded
+
+
+async def test_calls_during_the_return_of_the_store_count_once(
+    gateways: Gateways, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls that begin and end before, during and after the resynchronization of their tenant are in the store's sums
+    once, whichever of their parts the store has counted."""
+    one = await gateways.add("g1", timeout_s=10.0)
+    policies = [
+        replace(tenant(monthly_tokens=10**9, concurrent_requests=100), name=name) for name in ("acme", "b", "c")
+    ]
+    await server.stop()
+    for number, policy in enumerate(policies):
+        assert isinstance(await one.reserve(policy, ReservationRequest(f"early{number}", 50, 50)), Granted)
+    assert one.degraded
+    mend, late = one.store.mend, list[str]()
+
+    async def mend_among_calls(name: str, *arguments: float) -> None:
+        for mended in (False, True):
+            if len(late) < 12:
+                late.append(f"late{len(late)}")
+                call, ends_at_once = late[-1], len(late) % 2
+                assert isinstance(await one.reserve(policies[0], ReservationRequest(call, 500, 500)), Granted)
+                await one.top_up(policies[0], call, 510)
+                if ends_at_once:
+                    await one.settle(call, 500, 100)
+            if not mended:
+                await mend(name, *arguments)
+
+    monkeypatch.setattr(one.store, "mend", mend_among_calls)
+    await server.start()
+    await eventually(lambda: _recovered(one), "the store is back")
+    assert len(late) >= 6
+    for call in late:
+        await one.settle(call, 500, 100)
+    await one.settle("early0", 50, 0)
+    assert (await sums(server))[:2] == (600 * len(late) + 50,) * 2
+    async with Redis.from_url(server.url) as client:
+        assert float((await client.hgetall(f"{PREFIX}tenant:acme"))[b"c:g1"]) == 0
+
+
+@given(calls=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60), st.integers(0, 3)), min_size=1, max_size=20))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_a_call_that_ends_during_its_top_up_pays_its_tokens(
+    gateways: Gateways, server: Server, calls: list[tuple[int, int, int]]
+) -> None:
+    """After all calls have ended, the store's sums are the calls' tokens, however many top-ups were on their way when
+    the calls ended."""
+    async with Redis.from_url(server.url) as client:
+        await client.flushall()
+    one = await gateways.add("g1", timeout_s=10.0) if not gateways.all else gateways.all[0]
+    policy = tenant(monthly_tokens=10**9, tokens_per_minute=10**9)
+    for number in range(len(calls)):
+        assert isinstance(await one.reserve(policy, ReservationRequest(f"{number}", 10, 10)), Granted)
+    ends: list[Awaitable[object]] = []
+    for number, (seen, output, top_ups) in enumerate(calls):
+        ends += [one.top_up(policy, f"{number}", seen + i) for i in range(top_ups)]
+        ends.append(one.settle(f"{number}", 10, output))
+    await asyncio.gather(*ends)
+    used = sum(10 + output for _, output, _ in calls)
+    assert await sums(server) == (used, used, used)
 
 
 async def test_a_store_that_never_was(tmp_path: Path) -> None:

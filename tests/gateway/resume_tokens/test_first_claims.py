@@ -44,10 +44,16 @@ def unavailable(names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bo
     raise StoreUnavailable("it is away")
 
 
+def defective(names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bool]:
+    """Raise an error that is not StoreUnavailable."""
+    raise RuntimeError("invalid SQL")
+
+
 async def test_without_a_store_nothing_is_resumed(tmp_path: Path) -> None:
-    """If no store answers, a claim fails with STORE_UNAVAILABLE and a retry delay."""
+    """If no store answers, or a store fails in any way, a claim fails with STORE_UNAVAILABLE and a retry delay."""
     (tmp_path / "file").write_text("no folder")
-    for stores in (LedgerFirstClaims(unavailable), FileFirstClaims(tmp_path / "file" / "resumed.db")):
+    ledgers = LedgerFirstClaims(unavailable), LedgerFirstClaims(defective)
+    for stores in (*ledgers, FileFirstClaims(tmp_path / "file" / "resumed.db")):
         with pytest.raises(CallError) as raised:
             await stores.claim_first("a.1", 60.0)
         assert raised.value.outcome is Outcome.STORE_UNAVAILABLE

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.ledger.errors import StoreUnavailable
 from cluster.ledger.store import Ledger
 from cluster.ledger.tenants import watch
 from cluster.ledger.tenants.watch import Watcher
-from cluster.policy.tenants.identity import AccessSnapshot, KeyEntry, TenantEntry
+from cluster.policy.tenants.identity import AccessSnapshot, KeyEntry, TenantEntry, authenticate
 from cluster.policy.tenants.policy import TenantPolicy
 from tests.ledger.conftest import PEPPER
 from tests.support import postgres
@@ -323,3 +325,46 @@ def test_a_stop_does_not_wait_for_a_silent_database(tmp_path: Path) -> None:
     with time_within(5.0):
         watcher.stop(timeout_s=0.05)
     answer.set()
+
+
+def test_a_saved_snapshot_of_another_database_is_dropped(tmp_path: Path) -> None:
+    """A gateway that is pointed to another database forgets the tenants and keys of the first one with its first poll,
+    whichever database has had more changes. A snapshot that the previous release saved, without an id of its database,
+    is read anew too."""
+    for number, (changes, with_id) in enumerate(((0, True), (9, True), (9, False))):
+        first, second = (Ledger(f"sqlite:///{tmp_path / f'{name}{number}.db'}", peppers=(PEPPER,)) for name in "ab")
+        for ledger in (first, second):
+            ledger.upgrade()
+        first.tenants.create(TenantPolicy("acme"))
+        key = first.keys.create("acme")
+        file = tmp_path / f"snapshot{number}"
+        saved = first.snapshots.read()
+        watch.save(file, saved if with_id else replace(saved, database_id=""))
+        for name in ("acme", "b") if changes else ():
+            second.tenants.create(TenantPolicy(name))
+            for _ in range(changes // 2):
+                second.keys.create(name)
+        watcher = Watcher(second.snapshots.read, file, stale_after_s=1000.0)
+        assert authenticate(watcher.current(), key.secret, (PEPPER,), 0.0).reason == "ok"
+        assert watcher.poll()
+        assert authenticate(watcher.current(), key.secret, (PEPPER,), 0.0).reason == "unknown"
+        assert watcher.current() == replace(second.snapshots.read(), taken_at_s=watcher.current().taken_at_s)
+        for ledger in (first, second):
+            ledger.close()
+
+
+def test_the_previous_release_keeps_the_database_id(database_url: str) -> None:
+    """Each database has an id of its own. The statements of the previous release, which does not know the column, leave
+    the id as it is."""
+    ledger = Ledger(database_url)
+    ledger.upgrade()
+    before = ledger.snapshots.read()
+    assert len(before.database_id) == 32
+    engine = create_engine(database_url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE change_sequence SET value = value + 1, reload_from = value WHERE id = 1"))
+        assert connection.execute(text("SELECT value, reload_from FROM change_sequence")).one() == (2, 1)
+    engine.dispose()
+    after = ledger.snapshots.read(before)
+    assert (after.sequence, after.database_id) == (2, before.database_id)
+    ledger.close()

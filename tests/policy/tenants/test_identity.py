@@ -342,3 +342,11 @@ def test_the_first_secret_signs_and_all_verify() -> None:
     assert not identity.verify_any(SECRETS[:1], "resume", tag, "call-1")
     assert not identity.verify_any(SECRETS, "resume", tag, "call-2")
     assert not identity.verify_any(SECRETS, "other", tag, "call-1")
+
+
+def test_a_snapshot_of_a_later_release_is_read() -> None:
+    """A snapshot that a later release has saved, with a further field in its policies, is read after a rollback."""
+    snapshot = AccessSnapshot.of([TenantEntry(TenantPolicy("acme"))], [], 7, 1000.0)
+    value = snapshot.as_json()
+    value["tenants"][0]["policy"]["later"] = None
+    assert AccessSnapshot.from_json(value) == snapshot

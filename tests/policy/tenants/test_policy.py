@@ -106,3 +106,35 @@ def test_models_by_glob() -> None:
     assert not FULL.allows("Llama-3.1-70b")
     assert not FULL.allows("support-de-2")
     assert TenantPolicy("a").allows("anything")
+
+
+def with_later_fields(value: Any, later: str) -> Any:
+    """Return plain values of a policy with a further field in each object that has fixed fields."""
+    fields = {key: with_later_fields(item, later) for key, item in value.items() if key in ("limits", "retention")}
+    guards = {"guards": [{**guard, later: 1} for guard in value["guards"]]} if "guards" in value else {}
+    return {**value, **fields, **guards, later: {"a": 1}}
+
+
+@given(st.text().filter(lambda name: name not in json.dumps(FULL.as_json())))
+def test_stored_fields_of_a_later_release_are_ignored(later: str) -> None:
+    """A stored policy with unknown fields is read without them. From a configuration, the same values are refused."""
+    value = json.loads(json.dumps(with_later_fields(FULL.as_json(), later)))
+    assert TenantPolicy.from_stored(value) == FULL
+    with pytest.raises(PolicyError, match="unknown"):
+        TenantPolicy.from_json(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "usage_days"),
+    [
+        ({"name": "a", "on_budget": "explode", "retention": {"usage_days": 7, "later": 1}}, 7),
+        ({"name": "a", "on_budget": "explode"}, None),
+        ({"name": "a", "retention": {"usage_days": "a week"}}, 36_500),
+        ("no object", 36_500),
+    ],
+)
+def test_in_place_of_an_unusable_policy(value: Any, usage_days: int | None) -> None:
+    """A tenant with an unusable policy is suspended and keeps its retention. With an unusable retention, its records
+    are kept as long as possible."""
+    policy = TenantPolicy.suspended_in_place_of("a", value)
+    assert (policy.name, policy.suspended, policy.retention.usage_days) == ("a", True, usage_days)
