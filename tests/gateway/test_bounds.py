@@ -3,6 +3,7 @@ short: counts are checked first, and values that the error quotes are cut."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from cluster.gateway.apis.openai import requests as openai_requests
 from cluster.gateway.apis.openai.fields import Fields
 from cluster.gateway.apis.openai.requests import with_caller_names
 from cluster.gateway.calls.request import (
+    MAX_LOGPROBS,
     GenerationRequest,
     RequestOptions,
     TextPrompt,
@@ -138,3 +140,40 @@ def test_ends_of_a_call_with_min_tokens_fit_into_the_engines_table(ids: int, min
     with pytest.raises(CallError) as raised:
         sampling(wish, {}, 5, 100, 2000, eos_token_ids=(0, 1))
     assert raised.value.violations[0].field == "stop_token_ids"
+
+
+def _max_tokens(options: RequestOptions, max_model_len: int) -> int:
+    """Return the number of tokens that a call with a prompt of five tokens may produce."""
+    check_options(options)
+    return sampling(GenerationRequest("m", TextPrompt("x"), options), {}, 5, max_model_len, 2000).max_tokens
+
+
+def test_too_many_log_probabilities_are_refused() -> None:
+    """A call that asks for more log probabilities than an answer may have is refused with the field and the highest
+    value. A `max_tokens` beyond the context counts only up to the context."""
+    most = MAX_LOGPROBS // (64 * 21)
+    options = RequestOptions(n=64, logprobs=20, max_tokens=most)
+    assert _max_tokens(options, 131_072) == most
+    assert _max_tokens(replace(options, max_tokens=10**9), 1005) == 1000
+    with pytest.raises(CallError) as raised:
+        _max_tokens(replace(options, max_tokens=most + 1), 131_072)
+    (violation,) = raised.value.violations
+    assert violation.field == "max_tokens"
+    assert f"lower it to {most}" in violation.description
+    named = with_caller_names(raised.value, {"max_tokens": "max_completion_tokens"})
+    assert named.message.startswith("max_completion_tokens: n 64 times")
+
+
+def test_an_unset_max_tokens_fits_the_log_probabilities() -> None:
+    """Without `max_tokens`, a call with many log probabilities gets as many tokens as the limit allows, and is not
+    refused. A call without log probabilities has the whole context."""
+    assert _max_tokens(RequestOptions(n=64, logprobs=20), 131_077) == MAX_LOGPROBS // (64 * 21)
+    assert _max_tokens(RequestOptions(n=64), 131_077) == 131_072
+
+
+@pytest.mark.parametrize(
+    ("n", "max_tokens", "top"), [(1, 131_072, 20), (64, 2048, 20), (64, 32_768, 0), (16, 32_768, 5), (4, 32_768, 20)]
+)
+def test_common_evaluations_fit(n: int, max_tokens: int, top: int) -> None:
+    """Common evaluations with log probabilities are below the limit."""
+    assert _max_tokens(RequestOptions(n=n, logprobs=top, max_tokens=max_tokens), 262_144) == max_tokens

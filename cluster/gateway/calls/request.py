@@ -30,6 +30,9 @@ MAX_STOP_TOKEN_IDS_AFTER_MIN = 128
 """Maximum number of stop token ids, the model's EOS ids included, if `min_tokens` is 1 or more. This is vLLM's limit
 per request."""
 MAX_TOP_LOGPROBS = 20
+MAX_LOGPROBS = 4_194_304
+"""Maximum number of log probabilities that a call may return: n * max_tokens * (top_logprobs + 1). As JSON, these have
+about 300 MB."""
 MAX_SEED = 2**63 - 1
 MAX_AFFINITY_CHARS = 256
 MAX_LOGIT_BIAS = 1024
@@ -382,6 +385,8 @@ def sampling(
         default = defaults.get("max_tokens")
         requested_tokens = int(default) if isinstance(default, int | float) else request.default_max_tokens
     max_tokens = room if requested_tokens is None else min(requested_tokens, room)
+    if o.logprobs is not None:
+        max_tokens = _within_max_logprobs(o, o.logprobs, max_tokens)
     min_tokens = o.min_tokens or 0
     most_stop_ids = MAX_STOP_TOKEN_IDS_AFTER_MIN - len(eos_token_ids)
     if min_tokens and len(o.stop_token_ids) > most_stop_ids:
@@ -409,4 +414,19 @@ def sampling(
         ignore_eos=o.ignore_eos,
         grammar=o.grammar,
         max_reasoning_tokens=o.max_reasoning_tokens,
+    )
+
+
+def _within_max_logprobs(options: RequestOptions, top_logprobs: int, max_tokens: int) -> int:
+    """Return the number of tokens that a call with log probabilities may produce: `max_tokens`, or less if the caller
+    has set no `max_tokens`. Raises CallError if the caller's options ask for too many log probabilities."""
+    per_token = options.n * (top_logprobs + 1)
+    most_tokens = MAX_LOGPROBS // per_token
+    if max_tokens <= most_tokens or options.max_tokens is None:
+        return min(max_tokens, most_tokens)
+    raise invalid(
+        "max_tokens",
+        f"n {options.n} times {max_tokens} tokens times {top_logprobs + 1} log probabilities a token is "
+        f"{per_token * max_tokens}, at most {MAX_LOGPROBS} are allowed: lower it to {most_tokens}, lower n, or ask for "
+        "fewer alternatives",
     )

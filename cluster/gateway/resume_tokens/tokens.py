@@ -141,6 +141,8 @@ class ResumeTokens:
             index = piece.index
             sequence = self._sequences[index]
             shown = sequence.pieces.shown
+            if waiting := sequence.pieces.logprobs:
+                shown -= len(waiting)  # the log probabilities of these tokens are in a later chunk (logprob_cuts.py)
             self._chars[index] += piece.chars
             self._finishes[index] = piece.finish_reason
             ids = sequence.emitted[self._delivered[index] : shown]

@@ -10,6 +10,7 @@ from cluster.api.output_parts import PartKind
 from cluster.api.pooling import pooling_capabilities
 from cluster.api.types import RESUME_CAPABILITIES, weakest_resume_capability
 from cluster.gateway.apis.pooling_scores import Ranked
+from cluster.gateway.apis.whole_logprobs import ChoiceLogprobs, EncodedList
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.call_usage import CallUsage
 from cluster.gateway.calls.keepalive import CallProgress
@@ -212,7 +213,7 @@ def _choices(pieces: Sequence[Piece]) -> list[pb.CompleteChoice]:
 
 
 def chat_response(call: Call, pieces: Sequence[Piece]) -> pb.ChatResponse:
-    """Return a complete answer as a ChatResponse. `pieces`: one piece for each choice."""
+    """Return a complete answer as a ChatResponse, without log probabilities. `pieces`: one piece for each choice."""
     return pb.ChatResponse(
         id=call.shown_id,
         model=call.shown_model,
@@ -222,7 +223,6 @@ def chat_response(call: Call, pieces: Sequence[Piece]) -> pb.ChatResponse:
                 index=p.index,
                 message=message_pb(call, p, "assistant"),
                 finish_reason=p.finish_reason,
-                logprobs=logprobs_pb(p.logprobs),
             )
             for p in pieces
         ],
@@ -230,8 +230,38 @@ def chat_response(call: Call, pieces: Sequence[Piece]) -> pb.ChatResponse:
     )
 
 
+class MessageLogprobs:
+    """Encodes the log probabilities of one choice as the repeated field `logprobs` of a serialized Choice or
+    CompleteChoice. Implements ChoiceLogprobs."""
+
+    def __init__(self) -> None:
+        self._fields = EncodedList()
+
+    def add(self, t: TokenLogprob) -> None:
+        """Add the next token. Implements ChoiceLogprobs."""
+        self._fields.add(pb.Choice(logprobs=logprobs_pb((t,))).SerializeToString())  # same bytes in CompleteChoice
+
+    def parts(self) -> list[bytes | bytearray]:
+        """Return the serialized fields, in parts. Implements ChoiceLogprobs."""
+        return [*self._fields.blocks]
+
+
+def response_with_logprobs(
+    response: pb.ChatResponse | pb.CompleteResponse, logprobs: Sequence[ChoiceLogprobs]
+) -> bytes:
+    """Return a serialized response whose choices have log probabilities. `response`: the response without log
+    probabilities. `logprobs`: the encoded log probabilities of each choice."""
+    parts: list[bytes | bytearray] = []
+    for choice, encoded in zip(response.choices, logprobs, strict=True):
+        fields = [choice.SerializeToString(), *encoded.parts()]
+        parts += [b"\x22", varint(sum(map(len, fields))), *fields]
+    del response.choices[:]
+    return b"".join([response.SerializeToString(), *parts])  # the order of fields in a message is free
+
+
 def complete_response(call: Call, pieces: Sequence[Piece]) -> pb.CompleteResponse:
-    """Return a complete answer as a CompleteResponse. `pieces`: one piece for each choice."""
+    """Return a complete answer as a CompleteResponse, without log probabilities. `pieces`: one piece for each
+    choice."""
     return pb.CompleteResponse(
         id=call.shown_id, model=call.shown_model, created=_now(), choices=_choices(pieces), usage=usage_pb(call.usage)
     )

@@ -14,6 +14,7 @@ from cluster.gateway.apis.grpc import answers as codec
 from cluster.gateway.apis.grpc.answers import OFFSETS
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.keepalive import ProgressOf
+from cluster.gateway.calls.logprob_cuts import LogprobCuts
 from cluster.gateway.calls.sequences.pieces import Piece
 from cluster.v1 import inference_pb2 as pb
 
@@ -31,7 +32,7 @@ class Kind:
     """The functions that build the messages of one kind of call: chat or completion."""
 
     chunk: Callable[[Call, Sequence[Piece], int], Message]
-    response: Callable[[Call, Sequence[Piece]], Message]
+    response: Callable[[Call, Sequence[Piece]], pb.ChatResponse | pb.CompleteResponse]
     progress: Callable[[Call, pb.Progress], Message]
     text_start: Callable[[int], bytes]
     """Function that returns the bytes directly before the text in a chunk that holds only a text. The argument is the
@@ -59,13 +60,26 @@ COMPLETE = Kind(
 class GrpcEncoder:
     """Encoder of a call's pieces as serialized chunks. Implements calls.stream_writer.ChunkEncoder."""
 
-    __slots__ = ("_call", "_head", "_kind", "_offset", "_output", "_progress", "_text_starts", "ended", "plain")
+    __slots__ = (
+        "_call",
+        "_head",
+        "_kind",
+        "_offset",
+        "_output",
+        "_pop_pieces",
+        "_progress",
+        "_text_starts",
+        "ended",
+        "plain",
+    )
 
     def __init__(self, kind: Kind, call: Call, progress: ProgressOf) -> None:
         self.ended = False
         self._kind = kind
         self._call = call
         self._output = call.output
+        has_logprobs = call.sequences[0].logprob_texts is not None
+        self._pop_pieces = LogprobCuts(call).pop_pieces if has_logprobs else call.output.pop_pieces
         self._progress = progress
         head = pb.ChatChunk(id=call.shown_id, model=call.shown_model)
         self._head = head.SerializeToString()  # same bytes in CompleteChunk
@@ -93,7 +107,7 @@ class GrpcEncoder:
         output = self._output
         if (text := output.pop_text()) is not None:
             return self.encode_text(text) if text else b""
-        pieces = output.pop_pieces()
+        pieces = self._pop_pieces()
         if pieces:
             return self._pieces_chunk(pieces)
         if output.pop_keepalive():  # after keepalive_s without text that can be sent

@@ -21,6 +21,7 @@ from cluster.gateway.apis.grpc.status import grpc_code, trailers
 from cluster.gateway.apis.pooling_scores import answer_bytes
 from cluster.gateway.apis.request_ids import random_id, request_id, trace_state, traceparent
 from cluster.gateway.apis.slices import in_slices
+from cluster.gateway.apis.whole_logprobs import WholeAnswer
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL, Credentials, alternative_names
 from cluster.gateway.call_service import CallService
 from cluster.gateway.calls.meta import CallMeta
@@ -200,11 +201,26 @@ class InferenceApi:
                 context.send(encoder.begin())
             await StreamWriter(call, encoder, context, self._delivery).run()
 
-    async def _answer_unary(self, kind: Kind, request: GenerationRequest, context: Any, meta: CallMeta) -> Message:
+    async def _answer_unary(
+        self, kind: Kind, request: GenerationRequest, context: Any, meta: CallMeta
+    ) -> Message | bytes:
+        if request.options.logprobs is not None:
+            return await self._answer_with_logprobs(kind, request, context, meta)
         async with self._service.open(request, meta) as call:
             pieces = await call.output.all_pieces()
             await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
             return kind.response(call, pieces)
+
+    async def _answer_with_logprobs(
+        self, kind: Kind, request: GenerationRequest, context: Any, meta: CallMeta
+    ) -> bytes:
+        with self._service.unread_answers.answer(meta.tenant) as unread:
+            async with self._service.open(request, meta) as call:
+                whole = WholeAnswer(call, codec.MessageLogprobs)
+                await whole.gather()
+                await unread.hold(whole.size)
+                await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
+                return codec.response_with_logprobs(kind.response(call, whole.pieces), whole.logprobs)
 
     async def _answer_pooling(self, parsed: ParsedPooling, context: Any, meta: CallMeta) -> None:
         with self._service.unread_answers.answer(meta.tenant) as unread:

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from cluster.api.outcomes import OUTCOME_STATUS, CallError
 from cluster.api.output_parts import PartKind
+from cluster.gateway.apis.openai.logprobs import TextOffsets, chat_logprobs
+from cluster.gateway.apis.slices import in_slices
+from cluster.gateway.apis.whole_logprobs import ChoiceLogprobs, WholeAnswer
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.call_usage import CallUsage
 from cluster.gateway.calls.keepalive import CallProgress, ProgressOf
+from cluster.gateway.calls.logprob_cuts import LogprobCuts
 from cluster.gateway.calls.sequences.pieces import Piece
 from cluster.gateway.calls.tool_call_ids import id_in_answer
 from cluster.gateway.models.target import Target
@@ -105,36 +108,6 @@ def _tool_calls(call: Call, piece: Piece, *, stream: bool) -> list[dict[str, Any
     return list(calls.values())
 
 
-def chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """Return log probabilities in the shape of OpenAI's chat completions."""
-    return {"content": [{**_token(t), "top_logprobs": [_token(other) for other in t.top]} for t in logprobs]}
-
-
-def _token(t: TokenLogprob) -> dict[str, Any]:
-    return {"token": t.token, "logprob": t.logprob, "bytes": list(t.token_bytes)}
-
-
-class TextOffsets:
-    """Text offsets of the tokens in a completion. The offset of a token is the number of characters in the earlier
-    tokens of the same choice."""
-
-    def __init__(self) -> None:
-        self._next: defaultdict[int, int] = defaultdict(int)
-
-    def logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Return the log probabilities of the next tokens of a choice, in the shape of OpenAI's completions."""
-        offsets = []
-        for t in logprobs:
-            offsets.append(self._next[index])
-            self._next[index] += len(t.token)
-        return {
-            "text_offset": offsets,
-            "token_logprobs": [t.logprob for t in logprobs],
-            "tokens": [t.token for t in logprobs],
-            "top_logprobs": [{other.token: other.logprob for other in t.top} for t in logprobs],
-        }
-
-
 # ---- streams
 
 
@@ -192,13 +165,16 @@ class SseStream(ABC):
         choice = {
             "index": piece.index + shift,
             **self._content(call, piece),
-            "logprobs": self._logprobs(piece.index + shift, piece.logprobs) if piece.logprobs else None,
+            "logprobs": None,
             "finish_reason": piece.finish_reason or None,
         }
         end = self._end
         if self.continuous_usage:
             so_far = CallUsage(call.usage.prompt_tokens, len(call.sequences[piece.index].emitted))
             end = f'],"usage":{_encode(usage_of([so_far]))}}}\n\n'
+        if piece.logprobs:
+            logprobs = self._logprobs(piece.index + shift, piece.logprobs)
+            return self._head + _with_logprobs(_encode(choice), logprobs) + end
         return self._head + _encode(choice) + end
 
     def end(self, usages: Sequence[CallUsage]) -> bytes:
@@ -212,8 +188,8 @@ class SseStream(ABC):
         """Return the fields of a choice that hold the text and the parts of the piece."""
 
     @abstractmethod
-    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Return the log probabilities of a piece in the form that this API uses."""
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> str:
+        """Return the log probabilities of a piece as the JSON that this API uses."""
 
 
 class ChatStream(SseStream):
@@ -238,7 +214,7 @@ class ChatStream(SseStream):
             return {"delta": {**role, **message_parts(call, piece, stream=True)}}
         return {"delta": {**role, "content": piece.text}}
 
-    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> str:
         return chat_logprobs(logprobs)
 
 
@@ -255,8 +231,8 @@ class CompletionStream(SseStream):
     def _content(self, call: Call, piece: Piece) -> dict[str, Any]:
         return {"text": piece.text}
 
-    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        return self._offsets.logprobs(index, logprobs)
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> str:
+        return _encode(self._offsets.logprobs(index, logprobs))
 
 
 def keep_alive(progress: CallProgress) -> bytes:
@@ -271,13 +247,26 @@ def keep_alive(progress: CallProgress) -> bytes:
 class SseEncoder:
     """Encodes the pieces of a call as server-sent events. Implements calls.stream_writer.ChunkEncoder."""
 
-    __slots__ = ("_call", "_output", "_progress", "_shift", "_stream", "_text_end", "_text_start", "ended", "plain")
+    __slots__ = (
+        "_call",
+        "_output",
+        "_pop_pieces",
+        "_progress",
+        "_shift",
+        "_stream",
+        "_text_end",
+        "_text_start",
+        "ended",
+        "plain",
+    )
 
     def __init__(self, call: Call, stream: SseStream, shift: int, progress: ProgressOf) -> None:
         self._progress = progress
         self.ended = False
         self._call = call
         self._output = call.output
+        has_logprobs = call.sequences[0].logprob_texts is not None
+        self._pop_pieces = LogprobCuts(call).pop_pieces if has_logprobs else call.output.pop_pieces
         self._stream = stream
         self._shift = shift
         self._text_start, self._text_end = stream.text_start(shift), stream.text_end
@@ -293,7 +282,7 @@ class SseEncoder:
         output = self._output
         if self.plain and (text := output.pop_text()) is not None:
             return self.encode_text(text) if text else b""
-        pieces = output.pop_pieces()
+        pieces = self._pop_pieces()
         if pieces:
             self.ended = output.end_delivered
             return self._stream.events(self._call, pieces, self._shift)
@@ -310,9 +299,10 @@ def error_event(error: CallError) -> bytes:
 # ---- whole answers
 
 
-def chat_answer(answer_id: str, model: str, created: int, calls: Sequence[Call], pieces: Sequence[Piece]) -> bytes:
-    """Return a complete chat answer as JSON. `pieces`: one piece for each choice. A chat has one call."""
-    choices = [
+def chat_choices(calls: Sequence[Call], pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    """Return the choices of a complete chat answer, without log probabilities. `pieces`: one piece for each choice. A
+    chat has one call."""
+    return [
         {
             "index": p.index,
             "message": {
@@ -321,38 +311,63 @@ def chat_answer(answer_id: str, model: str, created: int, calls: Sequence[Call],
                 "refusal": None,
                 **(message_parts(calls[0], p, stream=False) if p.parts else {"content": p.text}),
             },
-            "logprobs": chat_logprobs(p.logprobs) if p.logprobs else None,
+            "logprobs": None,
             "finish_reason": p.finish_reason,
         }
         for p in pieces
     ]
-    return _answer("chat.completion", answer_id, model, created, choices, calls)
 
 
-def completion_answer(
-    answer_id: str, model: str, created: int, calls: Sequence[Call], pieces: Sequence[Piece]
-) -> bytes:
-    """Return a complete completion answer as JSON. `pieces`: one piece for each choice of each prompt."""
-    offsets = TextOffsets()
-    choices = [
-        {
-            "index": p.index,
-            "text": p.text,
-            "logprobs": offsets.logprobs(p.index, p.logprobs) if p.logprobs else None,
-            "finish_reason": p.finish_reason,
-        }
-        for p in pieces
-    ]
-    return _answer("text_completion", answer_id, model, created, choices, calls)
+def completion_choices(calls: Sequence[Call], pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    """Return the choices of a complete completion answer, without log probabilities. `pieces`: one piece for each
+    choice of each prompt."""
+    return [{"index": p.index, "text": p.text, "logprobs": None, "finish_reason": p.finish_reason} for p in pieces]
 
 
-def _answer(
+def whole_answer(
     kind: str, answer_id: str, model: str, created: int, choices: Sequence[Mapping[str, Any]], calls: Sequence[Call]
 ) -> bytes:
+    """Return a complete answer as JSON. `kind`: the value of the answer's field `object`."""
     usage = usage_of([call.usage for call in calls])
     return body(
         {"id": answer_id, "object": kind, "created": created, "model": model, "choices": choices, "usage": usage}
     )
+
+
+async def answer_with_logprobs(
+    head: Mapping[str, Any],
+    choices: Sequence[Mapping[str, Any]],
+    wholes: Sequence[WholeAnswer],
+    calls: Sequence[Call],
+) -> list[bytes | bytearray]:
+    """Return a complete answer with log probabilities as JSON in parts, which are made in slices of time. `head`: the
+    answer's fields before `choices`. `choices`: the choices without log probabilities."""
+    logprobs = [choice for whole in wholes for choice in whole.logprobs]
+    parts = await in_slices(_choice_parts(choices, logprobs))
+    end = b'],"usage":' + body(usage_of([call.usage for call in calls])) + b"}"
+    return [body(head)[:-1] + b',"choices":[', *parts, end]
+
+
+def _choice_parts(
+    choices: Sequence[Mapping[str, Any]], logprobs: Sequence[ChoiceLogprobs]
+) -> Iterator[bytes | bytearray]:
+    for at, (choice, encoded) in enumerate(zip(choices, logprobs, strict=True)):
+        start, end = _around_logprobs(_encode(choice))
+        yield ("," + start if at else start).encode("ascii")
+        yield from encoded.parts()
+        yield end.encode("ascii")
+
+
+def _with_logprobs(choice: str, logprobs: str) -> str:
+    start, end = _around_logprobs(choice)
+    return start + logprobs + end
+
+
+def _around_logprobs(choice: str) -> tuple[str, str]:
+    """Return the JSON of a choice before and after the value of its field `logprobs`, which must be null. Only
+    `finish_reason` follows this field."""
+    start, name, end = choice.rpartition('"logprobs":null')
+    return start + name[:-4], end
 
 
 def model_card(target: Target, aliases: Sequence[str], created: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cluster.api.outcomes import OUTCOME_STATUS, CallError, Outcome
 from cluster.gateway.apis.http.body import Refused
@@ -24,9 +25,11 @@ from cluster.gateway.apis.http.exchange import (
 )
 from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.openai import answers
+from cluster.gateway.apis.openai.logprobs import ChatLogprobs, CompletionLogprobs
 from cluster.gateway.apis.openai.pooling_app import PoolingEndpoints
 from cluster.gateway.apis.openai.requests import ParsedRequest, with_caller_names
 from cluster.gateway.apis.slices import in_slices, with_commas
+from cluster.gateway.apis.whole_logprobs import ChoiceLogprobs, WholeAnswer
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.sequences.pieces import Piece
@@ -63,11 +66,16 @@ class _Kind:
 
     name: str
     stream: type[answers.SseStream]
-    answer: Callable[[str, str, int, Sequence[Call], Sequence[Piece]], bytes]
+    object: str
+    """The value of the field `object` in a complete answer."""
+    choices: Callable[[Sequence[Call], Sequence[Piece]], list[dict[str, Any]]]
+    logprobs: Callable[[], ChoiceLogprobs]
 
 
-_CHAT = _Kind("chat", answers.ChatStream, answers.chat_answer)
-_COMPLETION = _Kind("completion", answers.CompletionStream, answers.completion_answer)
+_CHAT = _Kind("chat", answers.ChatStream, "chat.completion", answers.chat_choices, ChatLogprobs)
+_COMPLETION = _Kind(
+    "completion", answers.CompletionStream, "text_completion", answers.completion_choices, CompletionLogprobs
+)
 
 
 class OpenAiApi:
@@ -103,7 +111,10 @@ class OpenAiApi:
 
     async def _call(self, kind: _Kind, exchange: Exchange) -> None:
         parsed, meta = await self._calls.read(kind.name, exchange)
-        answer = self._stream if parsed.stream else self._whole
+        if parsed.stream:
+            answer = self._stream
+        else:
+            answer = self._whole if parsed.requests[0].options.logprobs is None else self._whole_with_logprobs
         await while_connected(answer(kind, parsed, meta, exchange), exchange.scope[CONNECTION])
 
     async def _stream(self, kind: _Kind, parsed: ParsedRequest, meta: CallMeta, exchange: Exchange) -> None:
@@ -142,8 +153,33 @@ class OpenAiApi:
                         pieces.append(piece)
                 except CallError as error:
                     raise with_caller_names(error, parsed.names) from None
-        answer = kind.answer(calls[0].id, calls[0].model, int(time.time()), calls, pieces)
+        choices = kind.choices(calls, pieces)
+        answer = answers.whole_answer(kind.object, calls[0].id, calls[0].model, int(time.time()), choices, calls)
         await exchange.respond(200, answer, exchange.limit_headers)
+
+    async def _whole_with_logprobs(
+        self, kind: _Kind, parsed: ParsedRequest, meta: CallMeta, exchange: Exchange
+    ) -> None:
+        """Answer as `_whole` does, with log probabilities. The answer may have hundreds of MB."""
+        with self._service.unread_answers.answer(meta.tenant) as unread:
+            async with AsyncExitStack() as stack:
+                calls = await self._open(parsed, meta, stack)
+                exchange.limit_headers = as_headers(calls[-1].headers)
+                wholes = [WholeAnswer(call, kind.logprobs) for call in calls]
+                try:
+                    await _run_all([whole.gather() for whole in wholes])
+                except CallError as error:
+                    raise with_caller_names(error, parsed.names) from None
+                await unread.hold(sum(whole.size for whole in wholes))
+            # The calls have released their slots by now, so a client that reads slowly holds no slot.
+            pieces: list[Piece] = []
+            for i, whole in enumerate(wholes):
+                for piece in whole.pieces:
+                    piece.index += i * parsed.requests[0].options.n
+                    pieces.append(piece)
+            head = {"id": calls[0].id, "object": kind.object, "created": int(time.time()), "model": calls[0].model}
+            parts = await answers.answer_with_logprobs(head, kind.choices(calls, pieces), wholes, calls)
+            await exchange.respond_in_parts(200, parts, exchange.limit_headers)
 
     async def _open(self, parsed: ParsedRequest, meta: CallMeta, stack: AsyncExitStack) -> list[Call]:
         """Open one call for each prompt of a request. Each call ends when `stack` is closed. Raises CallError, which

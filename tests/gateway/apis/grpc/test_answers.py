@@ -18,7 +18,9 @@ offsets = st.integers(1, 2**63)
 
 def encoder_of(kind: Kind, call_id: int | None = None) -> GrpcEncoder:
     """Return the encoder of a call with one output. With `call_id`, the call belongs to a session."""
-    call: Any = SimpleNamespace(shown_id="c", shown_model="m", sequences=[None], output=None)
+    output = SimpleNamespace(pop_pieces=list)
+    sequences = [SimpleNamespace(logprob_texts=None)]
+    call: Any = SimpleNamespace(shown_id="c", shown_model="m", sequences=sequences, output=output)
     if call_id is None:
         return GrpcEncoder(kind, call, cast(Any, None))
     return SessionEncoder(kind, call, cast(Any, None), call_id, bytes)
