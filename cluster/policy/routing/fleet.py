@@ -180,7 +180,15 @@ class Fleet:
     def _pick_replaced(self, call: RouteCall, rejecting: Collection[str]) -> RoutingDecision | None:
         """Pick one of the workers that are being replaced, for a sequence of a call that has begun on their version.
         Returns None if none of them has room. Workers of a quarantined version are left out."""
-        workers = [row.candidate for row in self._rows if row.candidate.retired and not row.candidate.quarantined]
+        workers = [
+            row.candidate
+            for row in self._rows
+            if row.candidate.retired
+            and not row.candidate.quarantined
+            and row.candidate.free_sequences > 0
+            and row.max_tokens >= call.tokens
+            and _fits(call, row, rejecting)
+        ]
         if not workers:
             return None
         fleet = Fleet(self._model_settings)
