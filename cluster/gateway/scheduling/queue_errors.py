@@ -41,10 +41,10 @@ def no_adapter(name: str) -> CallError:
 
 
 def no_version(name: str) -> CallError:
-    """Return the error for a call that began on a version that no worker serves now, and that may not wait for such a
-    worker, because too many calls wait for workers already. `name`: full name of the model."""
-    message = f"no worker serves the version of {name} on which this call began; send the call again"
-    return CallError(Outcome.NO_WORKER, message)
+    """Return the error for a call that may not wait for a worker of its version, because too many calls wait for such
+    workers already. `name`: full name of the model."""
+    message = f"too many calls wait for a version of {name} that no worker serves now; retry after the given delay"
+    return CallError(Outcome.MODEL_LOADING, message, retry_after_s=2.0)
 
 
 def too_late(name: str, model: KnownModel | None, deadline_passed: bool, adapter: str = "") -> CallError:

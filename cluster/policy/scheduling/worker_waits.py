@@ -12,7 +12,8 @@ before those in the queue.
 Invariants: a sequence comes here only if a worker without its adapter, or of another version, has room for it. If no
 worker has room, it stays in the queue. A sequence that waits here holds back no sequence of the queue. At most
 MAX_PER_MODEL sequences of a model wait here, and at most MAX_PER_TENANT of these belong to one tenant; the call of a
-sequence beyond these bounds is ended. A sequence waits here only once, and no longer than it may wait in a queue.
+sequence beyond these bounds is ended. Sequences of calls that have begun do not count, since no further call can begin
+on a version without workers. A sequence waits here only once, and no longer than it may wait in a queue.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class WorkerWaits:
         self._by_model: dict[str, dict[Need, dict[str, WorkerWait]]] = {}
         """The sequences that wait, by model, need and key."""
         self._counts: dict[tuple[str, str], int] = {}
-        """Number of sequences by model and tenant; the tenant "" has the number of all tenants."""
+        """Number of sequences that count against the bounds, by model and tenant; the tenant "" has the number of all
+        tenants."""
 
     def __contains__(self, key: str) -> bool:
         return key in self._by_key
@@ -84,12 +86,13 @@ class WorkerWaits:
     def add(self, entry: WaitingSequence, call: RouteCall, need: Need, now: float, until: float) -> bool:
         """Add a sequence, which may wait until the time `until`. Returns False if too many sequences wait already."""
         counts, model = self._counts, entry.model
-        if counts.get((model, ""), 0) >= MAX_PER_MODEL or counts.get((model, entry.tenant), 0) >= MAX_PER_TENANT:
+        places = () if need.has_begun else ((model, ""), (model, entry.tenant))
+        if places and (counts.get(places[0], 0) >= MAX_PER_MODEL or counts.get(places[1], 0) >= MAX_PER_TENANT):
             return False
         wait = WorkerWait(entry, call, need, now, until)
         self._by_key[entry.call_id] = wait
         self._by_model.setdefault(model, {}).setdefault(need, {})[entry.call_id] = wait
-        for place in ((model, ""), (model, entry.tenant)):
+        for place in places:
             counts[place] = counts.get(place, 0) + 1
         return True
 
@@ -105,7 +108,7 @@ class WorkerWaits:
             del of_model[wait.need]
         if not of_model:
             del self._by_model[model]
-        for place in ((model, ""), (model, wait.entry.tenant)):
+        for place in () if wait.need.has_begun else ((model, ""), (model, wait.entry.tenant)):
             self._counts[place] -= 1
             if not self._counts[place]:
                 del self._counts[place]

@@ -314,6 +314,21 @@ def test_a_sequence_whose_version_is_gone_holds_back_nobody(has_begun: bool, ada
     assert policy.waiting("m") == (0, 0)
 
 
+def test_a_batch_that_has_begun_waits_for_its_version_as_a_whole() -> None:
+    """However many sequences of a call have not begun when its version loses its workers, none of them is ended."""
+    fleet = Fleet()
+    fleet.add("new", free=1, version="2")
+    policy = policy_of(fleet, max_tokens=10**6)
+    ended, count = [], 2 * MAX_PER_TENANT
+    for number in range(count):
+        versions = Versions("1", frozenset("1"), has_begun=True)
+        policy.put_back(entry(str(number)), 0.0, versions)
+        ended += carry_out(policy, fleet, 0.0)
+    assert (ended, policy.waiting("m")[0]) == ([], count)
+    fleet.add("old", free=count, version="1")
+    assert len(sent(carry_out(policy, fleet, 1.0))) == count
+
+
 def test_a_quarantined_version_finishes_no_call() -> None:
     """A call that has begun on a version that is now quarantined waits until the end of its wait, and then ends."""
     fleet = Fleet()
