@@ -225,7 +225,7 @@ class _HeldReservation:
 
 @dataclass(slots=True)
 class _Owed:
-    """What is counted for a tenant in this process and not yet in the store: budget tokens, and the reservations that
+    """Use of a tenant that this process has counted and the store has not: tokens of the budgets, and reservations that
     were made here."""
 
     tokens: int = 0

@@ -107,7 +107,8 @@ class SequenceEvents:
     def answered(self, sequence: CallSequence, link: WorkerLink) -> None:
         """Record a success of the worker: it has sent the first output of a sequence."""
         self._breakers.record_success(link.identity.incarnation)
-        if failed := sequence.life.excluded - {link.identity.incarnation}:
+        excluded = sequence.life.excluded
+        if excluded and (failed := excluded - {link.identity.incarnation}):
             workers = [other.identity.incarnation for other in self._links(link.identity.model)]
             self._breakers.record_proof(failed, sequence.call.id, workers, self._clock())
 
