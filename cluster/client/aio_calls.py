@@ -13,11 +13,11 @@ from grpc import aio
 
 from cluster.client.answers import Chunk, StreamState, text_chunk
 from cluster.client.attempts import Method, StreamAttempts
-from cluster.client.errors import UNREACHABLE, HeadraceError, from_rpc
+from cluster.client.errors import UNREACHABLE, HeadraceError, cancelled, from_rpc
 from cluster.client.gateways import GatewayList
 from cluster.client.options import ChannelOptions, new_request_id
 from cluster.client.resume import Request
-from cluster.client.session import SessionCall, Sessions
+from cluster.client.session import CALL_CANCELLED, CLIENT_CLOSED, MAX_REQUEST_BYTES, SessionCall, Sessions
 from cluster.client.trace_context import TRACE_HEADERS
 from cluster.v1.inference_pb2_grpc import InferenceStub
 
@@ -76,6 +76,12 @@ class AsyncStream(StreamState, Generic[Chunk]):
                 failed = from_rpc(error, endpoint=self._endpoint, request_id=self.request_id)
             except HeadraceError as error:
                 failed = error
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                # nobody cancelled the reader: gRPC reports in this way that the call itself was cancelled
+                failed = cancelled(CALL_CANCELLED if self._cancelled else CLIENT_CLOSED, self.request_id)
             else:
                 if chunk is aio.EOF:
                     self._finish()
@@ -191,12 +197,12 @@ class AsyncCalls:
         """Make a unary call and return its response. If a gateway does not answer, try the next one. Raises
         HeadraceError."""
         request_id = request_id or new_request_id()
-        timeout_s = self._options.timeout_s if timeout_s is None else timeout_s
+        time_left = self._options.time_left(timeout_s)
         for remaining in reversed(range(len(self._options.endpoints))):
             endpoint = self.gateways.endpoint
             try:
                 metadata = self._options.metadata(request_id, headers)
-                return await method(self.gateways.stub)(request, timeout=timeout_s, metadata=metadata)
+                return await method(self.gateways.stub)(request, timeout=time_left(), metadata=metadata)
             except grpc.RpcError as error:
                 failed = from_rpc(error, endpoint=self._options.endpoint, request_id=request_id)
             if failed.reason != UNREACHABLE:
@@ -219,7 +225,8 @@ class AsyncCalls:
         resumption, metadata = self._options.resumption(request, timeout_s), self._options.metadata(request_id, headers)
         # headers belong to one call, but all calls of a session share the session's headers
         has_headers = bool(set(headers or ()).difference(TRACE_HEADERS))
-        sessions = self.sessions if self.streams and not has_headers else None
+        is_shared = self.streams and not has_headers and request.ByteSize() <= MAX_REQUEST_BYTES
+        sessions = self.sessions if is_shared else None
         attempts = _SessionAttempts(self.gateways, method, resumption, request_id, metadata, sessions)
         attempts.start()
         self.streams += 1

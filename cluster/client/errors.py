@@ -51,6 +51,11 @@ class HeadraceError(Exception):
         return f"HeadraceError({self.reason!r}, {self.message!r}, request_id={self.request_id!r})"
 
 
+def cancelled(message: str, request_id: str) -> HeadraceError:
+    """Return the error of a call that the client itself has ended."""
+    return HeadraceError("CANCELLED", message, code="CANCELLED", request_id=request_id)
+
+
 class _RpcOutcome(Protocol):
     """The methods that the gRPC errors of blocking calls and of asyncio calls have in common."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,17 @@ class ChannelOptions:
         if self.tls_ca_file is not None:
             return grpc.ssl_channel_credentials(self.tls_ca_file.read_bytes())
         return grpc.ssl_channel_credentials() if self.tls else None
+
+    def time_left(self, timeout_s: float | None) -> Callable[[], float | None]:
+        """Return a function that returns the seconds until a call's deadline, or None if the call has no deadline.
+
+        `timeout_s`: seconds from now to the deadline; None means the default deadline of the client.
+        """
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        if timeout_s is None:
+            return lambda: None
+        deadline = time.monotonic() + timeout_s
+        return lambda: max(deadline - time.monotonic(), 0.001)
 
     def resumption(self, request: Request, timeout_s: float | None) -> Resumption:
         """Return the state from which a stream of `request` can be resumed.

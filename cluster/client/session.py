@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 from grpc import aio
 
-from cluster.client.errors import HeadraceError, from_rpc, from_status
+from cluster.client.errors import UNREACHABLE, HeadraceError, cancelled, from_rpc, from_status
 from cluster.client.gateways import GatewayList
 from cluster.client.options import ChannelOptions
 from cluster.v1 import inference_pb2 as pb
@@ -32,6 +32,9 @@ DEADLINE_GRACE_S = 1.0
 MAX_MOVES = 3
 MAX_BATCH, MAX_BATCH_BYTES = 100, 48 << 10
 """Largest number and largest total bytes of the requests in one message. Every gateway accepts messages of 64 KiB."""
+MAX_REQUEST_BYTES = 1 << 20
+"""Greatest size, in bytes, of a request in a session. A message that is too large for the gateway ends its session."""
+CALL_CANCELLED, CLIENT_CLOSED = "the call was cancelled", "the client was closed"
 
 Request = pb.ChatRequest | pb.CompleteRequest | pb.ResumeRequest
 
@@ -63,7 +66,8 @@ class SessionCall:
         """Endpoint of the gateway to which the call's session is connected."""
         self.answered = False
         self.moves = 0
-        self.cancel_in_session: Callable[[], None] = lambda: None
+        self.cancel_in_session: Callable[[], bool] = lambda: False
+        """Ends the call in its session. Returns False if the call has ended or is in no session."""
         self._open_stream = open_stream
         self._stream: Any = None
         self._sessions = sessions
@@ -99,8 +103,10 @@ class SessionCall:
         return await self._stream.read()
 
     def cancel(self) -> None:
-        """End the call now. Does nothing if the call has ended."""
-        self.cancel_in_session()
+        """End the call now; a reader gets the error CANCELLED. Does nothing if the call has ended."""
+        if self.cancel_in_session():
+            self._inbox.clear()
+            self.put(cancelled(CALL_CANCELLED, self.request_id))
         if self._stream is not None:
             self._stream.cancel()
 
@@ -134,9 +140,7 @@ class SessionCall:
 class _Session:
     """An Inference.Session stream and the calls in the stream."""
 
-    def __init__(
-        self, endpoint: str, stub: InferenceAsyncStub, options: ChannelOptions, on_end: Callable[[_Session], None]
-    ) -> None:
+    def __init__(self, endpoint: str, stub: InferenceAsyncStub, options: ChannelOptions, sessions: Sessions) -> None:
         self.endpoint = endpoint
         self._options = options
         self._calls: dict[int, SessionCall] = {}
@@ -145,7 +149,7 @@ class _Session:
         self._next: pb.SessionRequest | None = None
         begin: Any = stub.Session  # the type stubs declare only the form with a request iterator
         self._stream = begin(metadata=options.session_metadata())
-        self._on_end = on_end
+        self._sessions = sessions
         self._task = asyncio.create_task(self._run())
 
     def start(self, call: SessionCall) -> None:
@@ -170,9 +174,11 @@ class _Session:
         call.cancel_in_session = lambda: self._cancel(number)
         self._outbox.put_nowait(pb.SessionRequest(start=start))
 
-    def _cancel(self, number: int) -> None:
-        if self._calls.pop(number, None) is not None:
-            self._outbox.put_nowait(pb.SessionRequest(cancel=pb.SessionCancel(call_id=number)))
+    def _cancel(self, number: int) -> bool:
+        if self._calls.pop(number, None) is None:
+            return False
+        self._outbox.put_nowait(pb.SessionRequest(cancel=pb.SessionCancel(call_id=number)))
+        return True
 
     async def close(self) -> None:
         """End the session's stream and all calls in the stream."""
@@ -192,7 +198,7 @@ class _Session:
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
             self._stream.cancel()
-            self._on_end(self)
+            self._sessions.forget(self)
             self._end_calls(error)
 
     async def _write(self) -> None:
@@ -234,7 +240,7 @@ class _Session:
         except DecodeError:
             error = HeadraceError("INTERNAL", "the gateway sent a malformed google.rpc.Status", code="INTERNAL")
         if error.code == "UNAVAILABLE" and error.reason == "NO_WORKER" and error.retry_after_s == 0:
-            self._on_end(self)  # the session accepts no more calls
+            self._sessions.retire(self)
             if call.restart_in_session():
                 return
         call.put(error)
@@ -242,15 +248,20 @@ class _Session:
     def _end_calls(self, error: grpc.RpcError | None) -> None:
         calls, self._calls = list(self._calls.values()), {}
         for call in calls:
-            if error is not None and error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            if self._sessions.closed:
+                call.put(cancelled(CLIENT_CLOSED, call.request_id))
+            elif error is not None and error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 call.restart_as_stream()
             elif error is not None:
                 if call.answered or not self._options.retries:
-                    call.put(from_rpc(error, endpoint=self._options.endpoint, request_id=call.request_id))
+                    failed = from_rpc(error, endpoint=self._options.endpoint, request_id=call.request_id)
+                    if failed.code == "RESOURCE_EXHAUSTED":  # of one request; for the others, their stream is lost
+                        failed.reason, failed.code = UNREACHABLE, "UNAVAILABLE"
+                    call.put(failed)
                 else:
                     call.restart_as_stream()  # gRPC itself retries plain streams
             elif not call.restart_in_session():
-                call.put(HeadraceError("UNREACHABLE", "the session ended before the call", code="UNAVAILABLE"))
+                call.put(HeadraceError(UNREACHABLE, "the session ended before the call", code="UNAVAILABLE"))
 
 
 class Sessions:
@@ -260,21 +271,31 @@ class Sessions:
         self._gateways = gateways
         self._options = options
         self._newest: _Session | None = None
-        self._all: set[_Session] = set()
+        self._running: set[_Session] = set()
+        self.closed = False
 
     def start(self, call: SessionCall) -> None:
-        """Start a call in the newest session."""
+        """Start a call in the newest session. If the client was closed, the call ends with the error CANCELLED."""
+        if self.closed:
+            call.put(cancelled(CLIENT_CLOSED, call.request_id))
+            return
         endpoint = self._gateways.endpoint
         if self._newest is None or self._newest.endpoint != endpoint:
-            self._newest = _Session(endpoint, self._gateways.stub, self._options, self._retire)
-            self._all.add(self._newest)
+            self._newest = _Session(endpoint, self._gateways.stub, self._options, self)
+            self._running.add(self._newest)
         self._newest.start(call)
 
-    def _retire(self, session: _Session) -> None:
+    def retire(self, session: _Session) -> None:
+        """Start no more calls in a session, because its gateway accepts no more."""
         if self._newest is session:
             self._newest = None
 
+    def forget(self, session: _Session) -> None:
+        """Drop a session that has ended."""
+        self.retire(session)
+        self._running.discard(session)
+
     async def close(self) -> None:
-        """End all sessions of the client."""
-        await asyncio.gather(*(session.close() for session in self._all))
-        self._all.clear()
+        """End all sessions of the client, and their calls with the error CANCELLED."""
+        self.closed = True
+        await asyncio.gather(*(session.close() for session in tuple(self._running)))

@@ -130,12 +130,12 @@ class BlockingCalls:
         """Make a unary call and return its response. If a gateway does not answer, try the next one. Raises
         HeadraceError."""
         request_id = request_id or new_request_id()
-        timeout_s = self._options.timeout_s if timeout_s is None else timeout_s
+        time_left = self._options.time_left(timeout_s)
         for remaining in reversed(range(len(self._options.endpoints))):
             endpoint = self.gateways.endpoint
             try:
                 metadata = self._options.metadata(request_id, headers)
-                return method(self.gateways.stub)(request, timeout=timeout_s, metadata=metadata)
+                return method(self.gateways.stub)(request, timeout=time_left(), metadata=metadata)
             except grpc.RpcError as error:
                 failed = from_rpc(error, endpoint=self._options.endpoint, request_id=request_id)
             if failed.reason != UNREACHABLE:

@@ -15,6 +15,7 @@ import grpc
 import pytest
 
 from cluster.client import AsyncClient, HeadraceError
+from cluster.client.options import ChannelOptions
 from cluster.client.session import MAX_BATCH_BYTES
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc
@@ -53,7 +54,7 @@ async def test_many_streams_share_a_session(client: AsyncClient, cluster: TestCl
     answers = await asyncio.gather(*(read_stream(i) for i in range(20)))
     assert answers[3][0] == alone
     assert {count for _, count in answers} == {25}
-    assert len(client._calls.sessions._all) == 1
+    assert len(client._calls.sessions._running) == 1
     assert client._calls.streams == 0
     await cluster.until_idle()
 
@@ -138,7 +139,8 @@ async def test_errors_are_each_calls_own(client: AsyncClient, cluster: TestClust
 
 @pytest.mark.slow
 async def test_old_sessions_are_replaced(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """New calls go to another session after a session's connection has reached the maximum age, and no call is lost."""
+    """New calls go to another session after a session's connection has reached the maximum age, and no call is lost.
+    Sessions that have ended are forgotten."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 20\n  max_connection_age_s: 0.5")
     async with running_cluster(tmp_path, config) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
@@ -151,9 +153,68 @@ async def test_old_sessions_are_replaced(tmp_path: Path, checkpoint: Path, bundl
                 assert stream.usage is not None
                 return stream.usage.completion_tokens
 
+            sessions, seen = client._calls.sessions, set[object]()
             for wave in range(12):
                 assert set(await asyncio.gather(*(count_tokens(wave * 8 + i) for i in range(8)))) == {40}
-            assert len(client._calls.sessions._all) > 1
+                seen |= sessions._running
+            assert len(seen) > 1
+            await until(lambda: len(sessions._running) <= 1, "the old sessions are forgotten")
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+async def test_readers_of_cancelled_streams_get_an_error(client: AsyncClient, cluster: TestCluster, how: str) -> None:
+    """A stream that is cancelled, or whose client is closed, ends its reader at once with the error CANCELLED, in a
+    session and alone. Nothing is started again. A reader's own cancellation stays a CancelledError."""
+    streams = [client.stream_chat("sim", f"{i}", max_tokens=2000, ignore_eos=True) for i in range(3)]
+    for stream in streams:
+        await anext(stream)
+    readers = [asyncio.create_task(_text(stream)) for stream in streams]
+    stopped = asyncio.create_task(_text(client.stream_chat("sim", "stopped", max_tokens=2000, ignore_eos=True)))
+    await until(lambda: client._calls.streams == 4, "all streams have begun")
+    stopped.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopped
+    if how == "close":
+        await client.close()
+    else:
+        for stream in streams:
+            stream.cancel()
+    async with asyncio.timeout(10):
+        for result in await asyncio.gather(*readers, return_exceptions=True):
+            assert isinstance(result, HeadraceError)
+            assert result.reason == result.code == "CANCELLED"
+    await cluster.until_idle()
+    assert client._calls.streams == 0
+    assert how == "cancel" or not client._calls.sessions._running
+
+
+async def test_a_request_that_is_too_large_ends_alone(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """A gateway ends a session whose message exceeds its limit. The session's other streams go on without a loss."""
+    config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  max_message_bytes: 65536")
+    async with running_cluster(tmp_path, config) as cluster:
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=3, max_model_len=4096), bundle)
+        async with AsyncClient(cluster.gateway.endpoints["grpc"]) as client:
+            options: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True, "temperature": 0.0}
+            alone = (await client.chat("sim", "1", **options)).text
+            streams = [client.stream_chat("sim", "1", **options) for _ in range(3)]
+            begun = [await anext(stream) for stream in streams]
+            with pytest.raises(HeadraceError) as caught:
+                await _text(client.stream_chat("sim", "long " * 20_000, max_tokens=4))
+            assert caught.value.code == "RESOURCE_EXHAUSTED"
+            rest = await asyncio.gather(*(_text(stream) for stream in streams))
+            assert [first + more for first, more in zip(begun, rest, strict=True)] == [alone] * 3
+
+
+def test_the_time_left_counts_from_the_first_attempt() -> None:
+    """A call's deadline does not move when the call is tried at another gateway."""
+    options = ChannelOptions(("a:1", "b:1"), timeout_s=5.0)
+    left = options.time_left(None)
+    first, second = left(), left()
+    assert first is not None
+    assert second is not None
+    assert 0 < second < first <= 5
+    assert options.time_left(-1.0)() == 0.001
+    assert ChannelOptions(("a:1",), timeout_s=None).time_left(None)() is None
 
 
 async def test_a_gateway_without_sessions_gets_streams(gateway: ScriptedGateway) -> None:
