@@ -17,6 +17,7 @@ from loadtests.faces.base import Answer, CallFailed, OnText, Request
 from loadtests.faces.grpc_stream import OPTIONS, answer, failure, message_of
 
 SESSION = "/cluster.v1.Inference/Session"
+_ENDED = "the session ended before the call did"
 
 
 class _Call:
@@ -131,7 +132,7 @@ class _Stream:
 
 
 def _closed() -> CallFailed:
-    return CallFailed(CallFailed.BROKEN, "the session ended before the call did")
+    return CallFailed(CallFailed.BROKEN, _ENDED)
 
 
 def _refused(status: Any) -> CallFailed:
@@ -153,14 +154,18 @@ class Sessions:
 
     async def run(self, request: Request, on_text: OnText) -> Answer:
         """Make a call; see Face.run."""
-        number = next(self._numbers)
-        stream = self._streams[number % len(self._streams)]
-        call = _Call(request, on_text)
-        try:
-            await stream.start(number, call, message_of(request, self._model), request.chat)
-            return await call.done
-        finally:
-            await stream.cancel(number)
+        while True:
+            number = next(self._numbers)
+            stream = self._streams[number % len(self._streams)]
+            call = _Call(request, on_text)
+            try:
+                await stream.start(number, call, message_of(request, self._model), request.chat)
+                return await call.done
+            except CallFailed as error:
+                if call.started or error.message != _ENDED:  # else a gateway has ended an old session
+                    raise
+            finally:
+                await stream.cancel(number)
 
     async def close(self) -> None:
         """Close all connections; see Face.close."""
