@@ -113,16 +113,18 @@ def grpc_endpoint(given: str | None) -> str:
 def admin_endpoint(endpoint: str | None, given: str | None) -> str:
     """Return the admin address for a command.
 
-    Order of preference: the given address, the local cluster's address, port 50053 on the host of `endpoint`.
+    Order of preference: the given address, the local cluster's address, port 50053 on the host of `endpoint`. Of
+    several addresses, separated by commas, the first is used.
     """
     if given:
-        return given
+        return given.split(",")[0]
+    first = endpoint.split(",")[0] if endpoint else None
     run = local_run()
-    if run and (endpoint is None or _is_same_address(endpoint, run.endpoints().get("grpc", ""))):
+    if run and (first is None or _is_same_address(first, run.endpoints().get("grpc", ""))):
         address = run.endpoints().get("admin")
         if address:
             return address
-    host = (endpoint or DEFAULT_ENDPOINT).rsplit(":", 1)[0]
+    host = (first or DEFAULT_ENDPOINT).rsplit(":", 1)[0]
     return f"{host}:{ADMIN_PORT}"
 
 

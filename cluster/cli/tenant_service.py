@@ -8,7 +8,6 @@ variables over the current context. If none of these is given, the local ledger 
 from __future__ import annotations
 
 import contextlib
-import getpass
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from cluster.cli.target.contexts import ClusterTarget
 from cluster.cli.target.target_options import ADMIN_OPTIONS, target_of, typed_names
 from cluster.ledger.tenants.service import Actor, LedgerTenantService, TenantService
 from cluster.ledger.usage.reports import LedgerUsageReports, UsageReports
+from cluster.process.user import user_name
 
 DATABASE_OPTIONS = {"file": "-f", "database_url": "--database-url", "pepper_file": "--pepper-file"}
 GATEWAY_OPTIONS = {
@@ -113,7 +113,7 @@ def open_ledger_services(where: TenantBackend, *, keys: bool = False) -> Iterato
                 f"{settings.file_without_auth} has no `auth`: this cluster's gateways check no keys and record no usage"
             )
         with open_ledger(settings, keys=keys) as ledger:
-            by = Actor(f"cli:{getpass.getuser()}")
+            by = Actor(f"cli:{user_name()}")
             yield LedgerServices(
                 LedgerTenantService(
                     ledger,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from cluster.ledger.usage.budget_notices import BudgetNotices
 from cluster.ledger.usage.resumed_segments import ResumedSegments
 from cluster.ledger.usage.slo import SloTable
 from cluster.ledger.usage.usage import UsageTable
+from cluster.process.user import user_name
 
 
 class Ledger:
@@ -82,7 +82,7 @@ class Ledger:
             at_s=self._clock(),
             kind="admin",
             action=action,
-            actor=actor or f"cli:{getpass.getuser()}",
+            actor=actor or f"cli:{user_name()}",
             tenant=tenant,
             object=object_name,
             reason=reason,

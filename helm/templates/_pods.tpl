@@ -449,6 +449,9 @@ spec:
           ls "$FOLDER"/headrace-*.dump | sort -r | tail -n +$((KEEP + 1)) | while read -r old; do rm -- "$old"; done
           ls -l "$FOLDER"
       env:
+        {{- with .Values.gateway.extraEnv }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
         - {name: HOME, value: /tmp}
         - {name: FOLDER, value: /backup}
         - {name: KEEP, value: {{ int $backup.keep | quote }}}
@@ -496,16 +499,18 @@ spec:
 {{- end }}
 
 {{- /* (list root text container): the pod of a Job, with what concerns Jobs too of gateway.podTemplate: where it runs, as
-whom, and for the database Job the volumes, mounts and variables. */ -}}
+whom, and for the Jobs that use the database the volumes, mounts and variables. */ -}}
 {{- define "headrace.jobPod" -}}
 {{- $root := index . 0 }}{{ $container := index . 2 }}
 {{- $given := dig "spec" dict ($root.Values.gateway.podTemplate | default dict) }}
 {{- $spec := pick $given "nodeSelector" "tolerations" "runtimeClassName" "schedulerName" "imagePullSecrets" "securityContext" "dnsConfig" "dnsPolicy" "hostAliases" }}
-{{- if eq $container "database" }}
+{{- if has $container (list "database" "backup") }}
 {{- $spec = merge $spec (pick $given "volumes") }}
+{{- /* With an upload, the dump runs before it in an init container. */}}
+{{- $containers := ternary "initContainers" "containers" (and (eq $container "backup") (not (empty $root.Values.backup.upload))) }}
 {{- range $given.containers }}
 {{- if eq .name "gateway" }}
-{{- $_ := set $spec "containers" (list (merge (dict "name" $container) (pick . "volumeMounts" "env" "securityContext"))) }}
+{{- $_ := set $spec $containers (list (merge (dict "name" $container) (pick . "volumeMounts" "env" "securityContext"))) }}
 {{- end }}
 {{- end }}
 {{- end }}

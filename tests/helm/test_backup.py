@@ -74,6 +74,32 @@ def test_an_upload_comes_after_the_dump() -> None:
     assert "PGPASSWORD" not in {variable["name"] for variable in upload["env"]}
 
 
+@pytest.mark.parametrize("upload", [{}, UPLOAD])
+def test_a_dump_reaches_the_database_as_gateways_do(upload: dict[str, Any]) -> None:
+    """The container that dumps has the volumes and variables of gateways; the container that uploads has not."""
+    container = {
+        "name": "gateway",
+        "env": [{"name": "PGSSLMODE", "value": "verify-full"}],
+        "volumeMounts": [{"name": "site", "mountPath": "/site"}],
+    }
+    gateway = {
+        "extraEnv": [{"name": "PGSSLROOTCERT", "value": "/pg/ca.crt"}, {"name": "KEEP", "value": "of the gateways"}],
+        "extraVolumes": [{"name": "pg", "configMap": {"name": "pg-ca"}}],
+        "extraVolumeMounts": [{"name": "pg", "mountPath": "/pg"}],
+        "podTemplate": {"spec": {"volumes": [{"name": "site", "emptyDir": {}}], "containers": [container]}},
+    }
+    spec = pod(helm.template(TRIAL, {"gateway": gateway, "backup": {"enabled": True, "keep": 9, "upload": upload}}))
+    (dump,) = spec["initContainers" if upload else "containers"]
+    assert {item["mountPath"] for item in dump["volumeMounts"]} == {"/pg", "/site", "/backup", "/tmp"}
+    variables = {item["name"]: item.get("value") for item in dump["env"]}  # of two with one name the last holds
+    assert variables["PGSSLROOTCERT"] == "/pg/ca.crt"
+    assert variables["PGSSLMODE"] == "verify-full"
+    assert variables["KEEP"] == "9"
+    assert {item["name"] for item in spec["volumes"]} == {"pg", "site", "backup", "tmp"}
+    if upload:
+        assert {item["mountPath"] for item in spec["containers"][0]["volumeMounts"]} == {"/backup", "/tmp"}
+
+
 @pytest.mark.parametrize(
     ("values", "part"),
     [

@@ -398,8 +398,9 @@ def test_the_rule_itself_sees_what_it_should() -> None:
 @pytest.mark.parametrize("kind", ["StatefulSet", "Deployment"])
 @pytest.mark.parametrize("scaling", ["none", "hpa", "keda"])
 def test_who_decides_the_number_of_gateways(kind: str, scaling: str) -> None:
-    """The number of gateways is decided either by the workload itself or by an autoscaler that names the workload,
-    never by both.
+    """The number of gateways is decided either by the workload itself or by an autoscaler that names the workload.
+
+    Without access to a cluster, as in Argo CD, the manifest has no number that would undo the autoscaler's decision.
     """
     metrics = {"kind": scaling, "customMetrics": True}
     rendered = helm.template({"gateway": {"kind": kind, "autoscaling": metrics}})

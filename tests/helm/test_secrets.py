@@ -6,74 +6,19 @@ Helm must be able to read from the cluster, to find the existing Secret.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import shutil
-import threading
-from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.support import helm
+from tests.support import helm, kubernetes_reads
+from tests.support.kubernetes_reads import ACCOUNT
 
 pytestmark = pytest.mark.slow
 
 KEYS = ("cluster", "key-pepper", "database-password", "auth_token")
-DISCOVERY: Mapping[str, Any] = {
-    "/version": {"major": "1", "minor": "34", "gitVersion": "v1.34.0"},
-    "/api": {"kind": "APIVersions", "versions": ["v1"]},
-    "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": []},
-    "/api/v1": {
-        "kind": "APIResourceList",
-        "groupVersion": "v1",
-        "resources": [
-            {"name": name, "namespaced": True, "kind": kind, "verbs": ["get", "list"]}
-            for name, kind in (("secrets", "Secret"), ("serviceaccounts", "ServiceAccount"))
-        ],
-    },
-}
-
-
-@contextlib.contextmanager
-def api_server(objects: Mapping[str, Any]) -> Iterator[str]:
-    """Run a Kubernetes API server with these objects, and yield its URL.
-
-    `objects`: each object by its path, `secrets/NAME` or `serviceaccounts/NAME`.
-    """
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            path = self.path.split("?")[0]
-            answer = DISCOVERY.get(path) or objects.get(path.removeprefix(f"/api/v1/namespaces/{helm.NAMESPACE}/"))
-            missing = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
-            data = json.dumps(answer or missing).encode()
-            self.send_response(200 if answer else 404)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Log nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-ACCOUNT = {"serviceaccounts/default": {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default"}}}
-
-
 OWNED = {
     "name": "headrace-secrets",
     "labels": {"app.kubernetes.io/managed-by": "Helm"},
@@ -89,23 +34,13 @@ def secret(*keys: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def chart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a copy of the chart that renders only the Secret.
-
-    For other objects, the fake API server would have to know their kinds.
-    """
-    copy = tmp_path_factory.mktemp("charts") / "headrace"
-    shutil.copytree(helm.CHART, copy)
-    for file in (copy / "templates").iterdir():
-        if file.name not in ("_helpers.tpl", "secrets.yaml"):
-            file.unlink()
-    return copy
+    """Folder with a copy of the chart that renders only the Secret."""
+    return kubernetes_reads.chart_of(tmp_path_factory.mktemp("charts"), "secrets.yaml")
 
 
 def rendered(chart: Path, objects: Mapping[str, Any], *arguments: str) -> dict[str, Any]:
     """Return the Secret that the chart renders for a cluster with these objects. Raises HelmFailed."""
-    with api_server(objects) as url:
-        asked = ("--set", "secrets.create=true", "--dry-run=server", "--kube-apiserver", url, *arguments)
-        text = helm.run("template", "headrace", chart, "-n", helm.NAMESPACE, "--disable-openapi-validation", *asked)
+    text = kubernetes_reads.rendered(chart, objects, "--set", "secrets.create=true", *arguments)
     (manifest,) = yaml.safe_load_all(text)
     assert manifest["metadata"]["name"] == "headrace-secrets"
     return dict(manifest)

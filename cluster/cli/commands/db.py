@@ -80,7 +80,14 @@ def _import() -> None:
 
 @import_app.command("litellm")
 def import_litellm(
-    database_url: Annotated[str, typer.Option("--database-url", help="LiteLLM's database.", show_default=False)],
+    database_url: Annotated[
+        str,
+        typer.Option(
+            "--database-url",
+            help="LiteLLM's database. The password may be in HEADRACE_LITELLM_PASSWORD.",
+            show_default=False,
+        ),
+    ],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only report what would be imported and what cannot be.")
     ] = False,
@@ -90,11 +97,7 @@ def import_litellm(
     ] = None,
     ledger_url: Annotated[
         str | None,
-        typer.Option(
-            "--ledger-url",
-            help="Upgrade, check, back up and restore the ledger's database.",
-            show_default="the file's, else the local one",
-        ),
+        typer.Option("--ledger-url", help="The ledger's database.", show_default="the file's, else the local one"),
     ] = None,
     file: ConfigOption = None,
     pepper_file: PepperOption = None,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,12 +104,13 @@ class Applied:
     skipped: tuple[str, ...]
 
 
-def read(database_url: str, password: str | None = None) -> LiteLLMRows:
+def read(database_url: str) -> LiteLLMRows:
     """Read LiteLLM's rows. The keys of the returned mapping are the keys of TABLES.
 
-    Raises StoreUnavailable. Raises ValueError if LiteLLM's tables are missing.
+    The password is in the environment variable HEADRACE_LITELLM_PASSWORD, else in the URL. Raises StoreUnavailable.
+    Raises ValueError if LiteLLM's tables are missing.
     """
-    engine = make_engine(database_url, password)
+    engine = make_engine(database_url, os.environ.get("HEADRACE_LITELLM_PASSWORD", ""))
     try:
         with reading(engine) as connection:
             present = set(inspect(connection).get_table_names())

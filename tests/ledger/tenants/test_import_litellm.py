@@ -16,7 +16,7 @@ from cluster.policy.tenants.identity import authenticate
 from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
 from tests.ledger.conftest import PEPPER
 from tests.ledger.tenants import litellm_schema
-from tests.support.postgres import PostgresServer
+from tests.support.postgres import PASSWORD, PostgresServer
 
 NOW = 1_795_000_000.0  # 2026-11-18
 
@@ -246,6 +246,19 @@ def test_over_a_real_database(server: PostgresServer, tmp_path: Path) -> None:
     second = apply(import_plan, ledger)
     assert (second.tenants, second.keys, len(second.skipped)) == (0, 0, 4)
     ledger.close()
+
+
+def test_the_ledgers_password_is_not_sent_to_litellm(server: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The password of LiteLLM's database is that of the URL or of HEADRACE_LITELLM_PASSWORD, also where the ledger's
+    password is set."""
+    url = server.new_database()
+    name = url.rsplit("/", 1)[1]
+    with server.connect(name) as connection:
+        litellm_schema.make(connection)
+    monkeypatch.setenv("HEADRACE_DATABASE_PASSWORD", "of the ledger")
+    assert read(url)["teams"] == []
+    monkeypatch.setenv("HEADRACE_LITELLM_PASSWORD", PASSWORD)
+    assert read(server.url(name, password=""))["teams"] == []
 
 
 def test_another_database_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ cached prompt tokens."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -44,7 +44,7 @@ def explain_request(
     links: dict[str, str] = {}
     missing = ""
     failed: list[tuple[Access, grpc.RpcError]] = []
-    addresses: Sequence[str | None] = admin or [target.admin]
+    addresses = admin or (target.admin or "").split(",")
     for address in addresses:
         access = admin_access(replace(target, admin=address))
         with open_admin(access) as api:

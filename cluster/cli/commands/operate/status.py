@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -100,7 +99,7 @@ def abort(
     """Abort a running or waiting call. A gateway knows only the calls on its own host: name each gateway that may have
     the call."""
     aborted, missing = 0, ""
-    addresses: Sequence[str | None] = admin or [target.admin]
+    addresses = admin or (target.admin or "").split(",")
     for address in addresses:
         access = admin_access(replace(target, admin=address))
         with open_admin(access) as api:

@@ -27,7 +27,7 @@ from cluster.cli.target.contexts import ClusterTarget
 from cluster.cli.target.target_options import with_admin_target
 
 MOST_S = 60.0
-SECRET_VARIABLES = ("HEADRACE_API_KEY", "HEADRACE_DATABASE_PASSWORD", "HF_TOKEN")
+SECRET_VARIABLES = ("HEADRACE_API_KEY", "HEADRACE_DATABASE_PASSWORD", "HEADRACE_LITELLM_PASSWORD", "HF_TOKEN")
 CONFIGURATION, OVERVIEW, CATALOG = "configuration.json", "overview.json", "catalog.json"
 FilesOption = list[Path] | None
 

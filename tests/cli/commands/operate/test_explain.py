@@ -104,6 +104,14 @@ def test_an_unreachable_gateway_hides_no_answer(run: Run, gateway: ScriptedGatew
         assert "127.0.0.1:1 gave no answer" in done.stderr
 
 
+def test_all_admin_addresses_of_a_context_are_asked(run: Run, gateway: ScriptedGateway) -> None:
+    """A context may have the admin addresses of several gateways, and any of them may have the call."""
+    gateway.script.explained = [explained_call()]
+    run("context", "add", "c", "--endpoint", "a:1", "--admin", f"127.0.0.1:1,{gateway.endpoint}")
+    done = run("explain", "request", "r-1", "--context", "c")
+    assert (done.exit_code, "call chatcmpl-1" in done.stdout) == (0, True)
+
+
 def test_links_to_the_console(run: Run, gateway: ScriptedGateway) -> None:
     """If the context has a console URL, `explain request` and `explain scaling` end with a link to the console."""
     gateway.script.explained = [explained_call()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,21 @@ def test_from_nothing_to_a_key_that_works(run: Run, cache: Path) -> None:
     ledger.close()
     assert key not in run("keys", "list", "acme").stdout
     assert "active" in run("keys", "list", "acme").stdout
+
+
+def test_a_user_without_a_name(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user that the system does not know, as in a pod with another `runAsUser`, can create tenants and keys. The
+    audit log has the user's number."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    good(run("tenants", "create", "acme", "--json"))
+    assert run("keys", "create", "acme").stdout.startswith("hr_k")
+    assert {event["actor"] for event in good(run("audit", "--json"))} == {f"cli:uid {os.getuid()}"}
 
 
 def test_the_first_operator_is_made_on_the_file_of_a_configuration(run: Run, tmp_path: Path) -> None:
