@@ -69,7 +69,7 @@ def _generating(
     info = EngineInfo(
         **_sizes(config, why_public),
         engine_class=arguments.engine_class(dtype, model.quantization, spec, resume.noise(config)),
-        kv_blocks=config.cache_config.num_gpu_blocks or 0,
+        kv_blocks=kv_blocks_of(config),
         vocab_size=bounds.vocab_size,
         default_sampling=arguments.plain_defaults(model.get_diff_sampling_param()),
         capabilities=(
@@ -94,7 +94,7 @@ def _pooling(
     model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
     request_bounds = RequestBounds(model.max_model_len, model.get_vocab_size(), max_logprobs=0, pooling=bounds)
     blocks = pooling.kv_blocks(
-        cache.num_gpu_blocks or 0, cache.block_size, scheduler.max_num_batched_tokens, model.max_model_len
+        cache.num_gpu_blocks or 0, block_size_of(config), scheduler.max_num_batched_tokens, model.max_model_len
     )
     info = EngineInfo(
         **_sizes(config, why_public),
@@ -116,11 +116,33 @@ def _sizes(config: Any, why_public: str) -> dict[str, Any]:
         "engine_path": "public" if why_public else "fastpath",
         "engine_path_reason": why_public,
         "engine_version": f"vllm {version}",
-        "block_size": config.cache_config.block_size,
+        "block_size": block_size_of(config),
         "max_num_seqs": config.scheduler_config.max_num_seqs,
         "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
         "max_model_len": config.model_config.max_model_len,
     }
+
+
+def block_size_of(config: Any) -> int:
+    """Return the number of tokens of a KV block over all ranks. `config`: vLLM's VllmConfig.
+
+    With decode context parallelism, the ranks divide the tokens of a block among themselves, and vLLM's setting is the
+    part of one rank.
+    """
+    size: int = config.cache_config.block_size * config.parallel_config.decode_context_parallel_size
+    return size
+
+
+def kv_blocks_of(config: Any) -> int:
+    """Return how many KV blocks sequences can fill. `config`: vLLM's VllmConfig.
+
+    In a hybrid model, several groups of layers take their blocks from one pool, so that a sequence needs several blocks
+    for the same tokens. vLLM's own number of tokens takes this into account, for sequences of the greatest length.
+    """
+    cache = config.cache_config
+    blocks: int = cache.num_gpu_blocks or 0
+    tokens: int | None = getattr(cache, "kv_cache_size_tokens", None)
+    return blocks if tokens is None else min(blocks, tokens // block_size_of(config))
 
 
 def _dtype(config: Any) -> str:
