@@ -16,6 +16,7 @@ import numpy as np
 
 from cluster.policy.routing.fleet import Fleet
 from cluster.policy.routing.router import Candidate, RouteCall
+from cluster.policy.routing.version_split import Build
 
 ROUNDS, SEED = 2000, 7
 QUANTILES = (50, 99)
@@ -46,7 +47,7 @@ CASES = [
 
 def _worker(number: int, chance: Random) -> Candidate:
     return Candidate(
-        f"w{number:04}", "m", "v1", 40 + chance.randrange(24), 10**6, chance.randrange(20), 0, chance.random(),
+        f"w{number:04}", "m", Build("v1"), 40 + chance.randrange(24), 10**6, chance.randrange(20), 0, chance.random(),
         True, False, incarnation=f"i{number}", prefill_tokens=chance.randrange(5000), last_sent=chance.random(),
     )  # fmt: skip
 

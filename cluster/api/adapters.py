@@ -8,7 +8,8 @@ its digest.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 ADAPTERS = "adapters:v1"
 """Capability: the worker loads adapters that its gateways name, and reports their states."""
@@ -38,12 +39,14 @@ class AdapterState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """An adapter of a model, as configured or loaded at run time. Can be stored as JSON.
+    """An adapter of a model, as configured or loaded at run time.
 
     `source`: location of the files, in the same form as the source of a model's weights. `digest`: SHA-256 of the
     adapter's files as lower-case hex; empty until a worker or the controller has read the files. `tenants`: the tenants
     that may use the adapter; empty for every tenant that may use the model. `pinned`: the engine never drops this
     adapter to load another one. `version`: the only version of the model that has the adapter; empty for all versions.
+    `load_number`: number of the request that loaded the adapter at run time, higher for a later request; 0 for an
+    adapter of the model's entry.
     """
 
     name: str
@@ -53,15 +56,29 @@ class AdapterSpec:
     pinned: bool = False
     license: str = ""
     version: str = ""
+    load_number: int = 0
+
+    def as_entry(self) -> dict[str, Any]:
+        """Return the adapter as an entry of `models[].adapters`, without its load number."""
+        entry = asdict(self)
+        del entry["load_number"]
+        return entry
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterStatus:
     """State of an adapter on one worker. `reason`: why the adapter could not be loaded. `resident`: whether the adapter
-    is in a slot of the engine. If not, a request waits until the adapter is copied into a slot."""
+    is in a slot of the engine. If not, a request waits until the adapter is copied into a slot. `load_number`: the
+    number in the adapter's spec on the worker; 0 if the spec has none, and on a worker of an older release."""
 
     name: str
     digest: str
     state: AdapterState
     reason: str = ""
     resident: bool = False
+    load_number: int = 0
+
+    def is_of(self, spec: AdapterSpec) -> bool:
+        """Return whether this is the state of `spec`, not of another load of the same name. True if the worker reports
+        no number."""
+        return self.load_number in (0, spec.load_number)

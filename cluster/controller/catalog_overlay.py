@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,9 +50,10 @@ class CatalogOverlayFile:
                 model: {version: VersionOverride.from_json(override) for version, override in versions.items()}
                 for model, versions in values["marks"].items()
             }
+            numbers = values.get("load_numbers", {})  # older releases write neither these nor adapters
             adapters = {
-                model: tuple(_adapter_from_json(adapter) for adapter in of_model)
-                for model, of_model in values.get("adapters", {}).items()  # older releases write none
+                model: tuple(_adapter_from_json(adapter, numbers.get(model, {})) for adapter in of_model)
+                for model, of_model in values.get("adapters", {}).items()
             }
             return CatalogOverlay(values["models"], overrides, adapters)
         except FileNotFoundError:
@@ -75,12 +75,16 @@ class CatalogOverlayFile:
         }
         if overlay.adapters:
             values["adapters"] = {
-                model: [dataclasses.asdict(adapter) for adapter in adapters]
+                model: [adapter.as_entry() for adapter in adapters] for model, adapters in overlay.adapters.items()
+            }
+            values["load_numbers"] = {  # apart, because older releases refuse adapters with further keys
+                model: {adapter.name: adapter.load_number for adapter in adapters}
                 for model, adapters in overlay.adapters.items()
             }
         replace_file(self._path, json.dumps(values, indent=1))
         self._on_stored()
 
 
-def _adapter_from_json(values: Mapping[str, Any]) -> AdapterSpec:
-    return AdapterSpec(**{**values, "tenants": tuple(values["tenants"])})
+def _adapter_from_json(values: Mapping[str, Any], numbers: Mapping[str, int]) -> AdapterSpec:
+    number = numbers.get(values["name"], 0)
+    return AdapterSpec(**{**values, "tenants": tuple(values["tenants"]), "load_number": number})

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
@@ -31,8 +32,12 @@ from cluster.controller.desired_models import DesiredModels
 from cluster.controller.editable_catalog import EditableCatalog
 from cluster.controller.published_catalog import PublishedCatalog
 from cluster.policy.catalog import layers
+from cluster.policy.catalog.source_texts import without_credentials
 
 log = structlog.get_logger("catalog")
+
+NS_PER_MS: Final = 1_000_000
+"""Load numbers are milliseconds since the epoch, so that they stay unique when adapters and controllers change."""
 
 
 class StoredCatalogService:
@@ -120,9 +125,9 @@ class StoredCatalogService:
         return entry
 
     def load_adapter(self, name: str, adapter: AdapterSpec) -> tuple[str, AdapterSpec]:
-        """Add an adapter to a model, or replace an adapter of the same name that was added in this way. Returns the
-        model's name and the adapter. Raises CallError, for example if the model's entry already has an adapter of this
-        name."""
+        """Add an adapter to a model, or replace an adapter of the same name that was added in this way. Workers on
+        which it has failed try it again. Returns the model's name and the adapter. Raises CallError, for example if
+        the model's entry already has an adapter of this name."""
         model = self._catalog.find(name)
         if not model.takes_adapters:
             raise invalid(
@@ -131,9 +136,12 @@ class StoredCatalogService:
             )
         self._check_not_configured(model, adapter.name)
         adapter = self._checked(model, adapter)
-        others = [one for one in self._catalog.loaded(model) if one.name != adapter.name]
-        self._catalog.set_loaded(model, (*others, adapter))
-        log.info("adapter.loaded", model=model.name, adapter=adapter.name, source=adapter.source)
+        loaded = {one.name: one for one in self._catalog.loaded(model)}
+        before = loaded.pop(adapter.name, adapter)
+        number = max(time.time_ns() // NS_PER_MS, before.load_number + 1)
+        adapter = dataclasses.replace(adapter, load_number=number)
+        self._catalog.set_loaded(model, (*loaded.values(), adapter))
+        log.info("adapter.loaded", model=model.name, adapter=adapter.name, source=without_credentials(adapter.source))
         return model.name, adapter
 
     def unload_adapter(self, name: str, adapter: str) -> tuple[str, AdapterSpec]:
@@ -172,7 +180,7 @@ class StoredCatalogService:
         entries = [
             entry_of(other)
             if other.name != model.name
-            else entry_of(other) | {"adapters": [dataclasses.asdict(one) for one in (*configured, adapter)]}
+            else entry_of(other) | {"adapters": [one.as_entry() for one in (*configured, adapter)]}
             for other in self._catalog.config.models
         ]
         try:

@@ -50,6 +50,8 @@ class FleetWorker:
     max_num_batched_tokens: int = 0
     kv_tokens: int = 0
     tasks: tuple[PoolingTask, ...] = ()
+    adapters_ready: int = 0
+    """Number of adapters that the worker has loaded."""
 
 
 class DemandListener(Protocol):
@@ -324,4 +326,5 @@ def _worker(w: pb.FleetWorker) -> FleetWorker:
         version=w.version,
         generation=w.generation,
         tasks=known_tasks(w.tasks),
+        adapters_ready=w.adapters_ready,
     )

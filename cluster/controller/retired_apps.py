@@ -1,4 +1,5 @@
-"""Retired applications, which get no new calls and are deleted when their last call has ended."""
+"""Retired applications, which get no new calls and are deleted when their last call has ended. Until the workers that
+replace theirs have loaded as many adapters, they still get the calls for adapters that no other worker has."""
 
 from __future__ import annotations
 
@@ -32,18 +33,36 @@ class RetiredApps:
     def deletable(
         self, snapshot: RaySnapshot, fleet: Sequence[FleetWorker], awaited: Collection[str], linked: bool, now_s: float
     ) -> frozenset[str]:
-        """Return the applications that may be deleted: those without calls, and those whose drain timeout is over.
+        """Return the applications that may be deleted: those without calls whose workers have no more adapters than one
+        that replaces them, and those whose drain timeout is over.
 
         `awaited`: models with waiting calls. Applications of these models are kept until the drain timeout. `linked`:
         whether a gateway reports the workers' loads. Without reports, all applications are kept until the drain
         timeout.
         """
-        busy = {worker.generation for worker in fleet if worker.running}
+        retired = {snapshot.apps[app].digest for app in self._since_s if app in snapshot.apps}
+        needed = {worker.generation for worker in fleet if worker.running} | _with_more_adapters(fleet, retired)
         deletable = set()
         for app, since_s in self._since_s.items():
             seen = snapshot.apps.get(app)
             quiet = linked and now_s - since_s >= QUIET_S
-            idle = seen is not None and seen.digest not in busy and seen.model not in awaited
+            idle = seen is not None and seen.digest not in needed and seen.model not in awaited
             if (quiet and idle) or now_s - since_s >= self.drain_timeout_s:
                 deletable.add(app)
         return frozenset(deletable)
+
+
+def _with_more_adapters(fleet: Sequence[FleetWorker], retired: Collection[str]) -> set[str]:
+    """Return the generations in `retired` with a worker that has loaded more adapters than every worker of the same
+    version that replaces it. Without such workers, the generation is not returned."""
+    loaded: dict[tuple[str, str], int] = {}
+    for worker in fleet:
+        if worker.generation not in retired:
+            key = worker.model, worker.version
+            loaded[key] = max(loaded.get(key, 0), worker.adapters_ready)
+    return {
+        worker.generation
+        for worker in fleet
+        if worker.generation in retired
+        and worker.adapters_ready > loaded.get((worker.model, worker.version), worker.adapters_ready)
+    }

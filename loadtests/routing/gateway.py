@@ -5,7 +5,7 @@ Scheduling policy, waiting room, cache index and credit balances are the product
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from cluster.api.types import CompatibilityKey
@@ -17,10 +17,12 @@ from cluster.policy.kv_cache.index import CacheIndex
 from cluster.policy.routing.hot_prefixes import HotPrefixes
 from cluster.policy.routing.prefill_times import PrefillTimes
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
+from cluster.policy.routing.version_split import Build
 from cluster.policy.scheduling.hedging import HedgingPolicy
 from cluster.policy.scheduling.instructions import Send
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.worker_losses import WorkerLosses
+from cluster.policy.scheduling.worker_waits import Need
 from cluster.wire.credit import CreditBalance, Grant
 from loadtests.routing.calls import BLOCK_TOKENS, RoutedCall
 from loadtests.routing.policies import Picker, Prefix
@@ -306,7 +308,7 @@ class RoutingGateway:
         """Implements `Workers.has_adapter` (cluster/policy/scheduling/workers.py)."""
         return True
 
-    def has_version(self, model: str, versions: Collection[str], has_begun: bool) -> bool:
+    def has_version(self, model: str, need: Need) -> bool:
         """Implements `Workers.has_version`: all workers are of one version."""
         return True
 
@@ -329,7 +331,7 @@ class RoutingGateway:
         return Candidate(
             worker_id=str(at),
             model=MODEL,
-            version="",
+            build=Build(),
             free_sequences=free.sequences,
             free_tokens=free.tokens,
             running=link.running,

@@ -30,6 +30,14 @@ class FifoOrder:
         self._returns += 1
         insort(self._returned, (waiting.arrived, self._returns, waiting))
 
+    def replace(self, waiting: WaitingSequence) -> None:
+        """Replace the entry of a waiting sequence, which keeps its place."""
+        if waiting.call_id in self._line:
+            self._line[waiting.call_id] = waiting
+        else:
+            place = self._place(waiting.call_id)
+            self._returned[place] = (*self._returned[place][:2], waiting)
+
     def head(self, loss_of: Callable[[WaitingSequence], float] | None = None) -> WaitingSequence | None:
         """Return the first sequence that was put back, else the first sequence in the queue; None if nothing waits."""
         return self._returned[0][2] if self._returned else next(iter(self._line.values()), None)
@@ -51,7 +59,7 @@ class FifoOrder:
             return len(self._returned) + list(self._line).index(call_id)
         return self._place(call_id)
 
-    def slots_to_keep_free(self, waiting: WaitingSequence) -> int:
+    def slots_to_keep_free(self, waiting: WaitingSequence, beside: int = 0) -> int:
         """Return 0, because this order does not distinguish tenants."""
         return 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.api.types import CompatibilityKey, EngineRequest, TokenOutput
@@ -14,9 +14,11 @@ from cluster.policy.fairness.token_cost import Charge, ServiceWeights
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.routing.fleet import choose
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
+from cluster.policy.routing.version_split import Build
 from cluster.policy.scheduling.instructions import Send
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.worker_losses import WorkerLosses
+from cluster.policy.scheduling.worker_waits import Need
 from cluster.wire.credit import CreditBalance, Grant
 from loadtests.sim.fifo import FifoOrder
 from loadtests.sim.worker import SimSubmit, SimWorker
@@ -180,7 +182,7 @@ class SimGateway:
         """Return True: the simulated workers have all adapters that the calls name."""
         return True
 
-    def has_version(self, model: str, versions: Collection[str], has_begun: bool) -> bool:
+    def has_version(self, model: str, need: Need) -> bool:
         """Implements `Workers.has_version`: all workers are of one version."""
         return True
 
@@ -197,7 +199,7 @@ class SimGateway:
         return Candidate(
             worker_id=str(at),
             model=MODEL,
-            version="",
+            build=Build(),
             free_sequences=free.sequences,
             free_tokens=free.tokens,
             running=self._running[at],

@@ -14,7 +14,7 @@ Invariant: equal configurations give equal runs.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from random import Random
@@ -31,9 +31,11 @@ from cluster.policy.kv_cache.index import CacheIndex
 from cluster.policy.kv_cache.prefix_hashes import Hashes
 from cluster.policy.routing.fleet import choose
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
+from cluster.policy.routing.version_split import Build
 from cluster.policy.scheduling.instructions import Send
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.worker_losses import WorkerLosses
+from cluster.policy.scheduling.worker_waits import Need
 from cluster.worker.admission_window import LOOKAHEAD_SEQUENCES
 from loadtests.sim.events import EventQueue
 
@@ -375,7 +377,7 @@ class SessionWorld:
         """Implements `Workers.has_adapter` (cluster/policy/scheduling/workers.py)."""
         return True
 
-    def has_version(self, model: str, versions: Collection[str], has_begun: bool) -> bool:
+    def has_version(self, model: str, need: Need) -> bool:
         """Implements `Workers.has_version`: all workers are of one version."""
         return True
 
@@ -395,7 +397,7 @@ class SessionWorld:
         return Candidate(
             worker_id=str(at),
             model=MODEL,
-            version="",
+            build=Build(),
             free_sequences=worker.free_sequences,
             free_tokens=worker.free_blocks * BLOCK_TOKENS,
             running=worker.running,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -83,6 +84,21 @@ async def test_a_loaded_adapter_survives_apply_and_a_restart(tmp_path: Path) -> 
     await later.apply({"name": "m", "source": "/m"}, prune=True)
     await later.apply({"name": "m", "source": "/m"}, ENTRY)
     assert await published(later) == [("own", "/own")]
+
+
+async def test_each_load_has_a_higher_number(tmp_path: Path) -> None:
+    """Each load of an adapter has a higher number than the one before, also after a restart of the controller. Adapters
+    of the entry have none. The stored adapters have only keys that older releases know."""
+    bed = await bed_with_lora(tmp_path)
+    first, second = await load(bed), await load(bed)
+    later = CatalogBed(tmp_path, ray=bed.ray)
+    await later.controller.step()
+    numbers = {adapter.name: adapter.load_number for adapter in later.gateways.published["l"].adapters}
+    assert numbers == {"own": 0, "a": second.load_number}
+    third = await load(later)
+    assert 0 < first.load_number < second.load_number < third.load_number
+    (stored,) = json.loads((tmp_path / "catalog.json").read_text())["adapters"]["l"]
+    assert sorted(stored) == ["digest", "license", "name", "pinned", "source", "tenants", "version"]
 
 
 async def reborn(folder: Path) -> CatalogBed:

@@ -12,12 +12,14 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.api.adapters import AdapterSpec, AdapterState
+from cluster.api.adapters import AdapterSpec, AdapterState, AdapterStatus
 from cluster.api.types import CatalogEntry, ModelState, VersionShare
 from cluster.gateway.models.adapters import AdapterView
 from cluster.ledger.rows import UsageQuery
+from cluster.link.v1 import link_pb2 as link_pb
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
+from cluster.wire.codecs.adapter_codec import adapter_report_to_pb
 from cluster.wire.dial import read
 from tests.support.adapter_files import NamedFiles, digest_of
 from tests.support.calls import chat, refused, rest_of, resume, text_of
@@ -371,3 +373,43 @@ async def test_a_model_at_zero_starts_for_a_call_of_its_adapter(bed: Bed) -> Non
     await until(lambda: bed.cluster.gateway.dispatch.demand.current()[0].waiting == 1, "it counts as demand")
     await bed.worker(wait=False)
     assert await call
+
+
+async def test_a_full_adapter_memory_is_no_failure(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """A call whose adapter finds no place in a worker's memory waits until a place is free, also if one failure of a
+    worker ends a call."""
+    text = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_attempts: 1}")
+    async with running_bed(tmp_path, checkpoint, bundle, text) as bed:
+        worker = await bed.worker(decode_ms=5, max_loras=1, max_cpu_loras=1)
+        worker.end._adapters.loads._hold_s = 0.05
+        bed.catalog(A, B)
+        await bed.until_ready(1, "a")
+        await bed.until_ready(1, "b")
+        stream = bed.cluster.stub.StreamChat(chat(model="sim:a", max_tokens=400, ignore_eos=True))
+        await read(stream)
+        call = asyncio.create_task(bed.text("sim:b"))
+        await until(lambda: bed.view("b").ready == 0, "the worker has refused the call")
+        assert not call.done()
+        stream.cancel()
+        assert await call
+
+
+async def test_a_report_of_failure_before_the_refusal_ends_the_call(bed: Bed) -> None:
+    """A call whose adapter has failed on all workers ends with the reason, also if the worker's report precedes its
+    refusal of the call."""
+    worker = await bed.worker(decode_ms=5, max_loras=1, max_cpu_loras=1)
+    worker.end._adapters.loads._hold_s = 60.0
+    bed.catalog(A, B)
+    await bed.until_ready(1, "a")
+    await bed.until_ready(1, "b")
+    stream = bed.cluster.stub.StreamChat(chat(model="sim:a", max_tokens=400, ignore_eos=True))
+    await read(stream)
+    call = asyncio.create_task(refused(bed.cluster.stub.Chat(chat(model="sim:b", max_tokens=1), timeout=20)))
+    (link,) = bed.cluster.gateway.hub.links
+    await until(lambda: link.running == 2, "the call waits in the worker")
+    status = AdapterStatus("b", digest_of("/b"), AdapterState.FAILED, "odd weights")
+    report = adapter_report_to_pb([link.adapters.statuses["a"], status])
+    link.apply(link_pb.WorkerTurn(adapters=report, refused=[link_pb.Refused(slot=2, reason="ADAPTER_INVALID")]))
+    answer = await call
+    assert (answer.reason, "odd weights" in answer.message) == ("ADAPTER_INVALID", True)
+    stream.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster.api.adapters import AdapterSpec
@@ -30,7 +31,7 @@ class NamedFiles:
         self.may_fetch = threading.Event()
         self.may_fetch.set()
 
-    def fetch(self, spec: AdapterSpec) -> StoredAdapter:
+    def fetch(self, spec: AdapterSpec, progress: Callable[[], None]) -> StoredAdapter:
         """Implements `AdapterFiles.fetch`."""
         assert self.may_fetch.wait(WAIT_S)
         if spec.source in self.broken:

@@ -4,7 +4,7 @@ recorded calls can be replayed on another policy."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from cluster.policy.routing.version_split import ANY_VERSION, Versions
 from cluster.policy.scheduling.instructions import End, Instruction, ResumingSequence
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.worker_losses import WorkerLosses
+from cluster.policy.scheduling.worker_waits import Need
 from cluster.policy.scheduling.workers import Workers
 
 
@@ -123,10 +124,10 @@ class _RecordedWorkers:
         self._journal.reads.append(((model, adapter, "adapter"), answer))
         return answer
 
-    def has_version(self, model: str, versions: Collection[str], has_begun: bool) -> bool:
+    def has_version(self, model: str, need: Need) -> bool:
         """Implements `Workers.has_version`."""
-        answer = self._workers.has_version(model, versions, has_begun)
-        self._journal.reads.append(((model, versions, has_begun), answer))
+        answer = self._workers.has_version(model, need)
+        self._journal.reads.append(((model, need), answer))
         return answer
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
@@ -181,9 +182,9 @@ class _ReplayedWorkers:
         """Implements `Workers.has_adapter`."""
         return self._answer((model, adapter, "adapter"))  # type: ignore[no-any-return]
 
-    def has_version(self, model: str, versions: Collection[str], has_begun: bool) -> bool:
+    def has_version(self, model: str, need: Need) -> bool:
         """Implements `Workers.has_version`."""
-        return self._answer((model, versions, has_begun))  # type: ignore[no-any-return]
+        return self._answer((model, need))  # type: ignore[no-any-return]
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
         """Return the recorded result of `Workers.runs_suspect`."""

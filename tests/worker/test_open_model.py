@@ -97,7 +97,7 @@ def test_an_entry_with_adapters_has_their_store(
         assert (opened.adapter_files is not None) == has_store
         if has_store:
             folder = write_adapter(tmp_path / "a", llama, rank=8)
-            stored = opened.adapter_files.fetch(AdapterSpec("a", str(folder)))  # type: ignore[union-attr]
+            stored = opened.adapter_files.fetch(AdapterSpec("a", str(folder)), lambda: None)  # type: ignore[union-attr]
             assert stored.folder == tmp_path / "adapters" / adapter_digest(folder)
             assert isinstance(opened.adapter_files, AdapterStore)
             assert opened.adapter_files.base == base

@@ -209,6 +209,7 @@ class Adapter(_message.Message):
     READY_WORKERS_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
+    LOAD_NUMBER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     name: _builtins.str
     source: _builtins.str
@@ -224,6 +225,8 @@ class Adapter(_message.Message):
     ready_workers: _builtins.int
     """Of this gateway's workers, those that take its calls and those that should."""
     workers: _builtins.int
+    load_number: _builtins.int
+    """Number of the LoadAdapter request, higher for a later one; 0: declared in the model's entry."""
     @_builtins.property
     def tenants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -246,10 +249,11 @@ class Adapter(_message.Message):
         ready_workers: _builtins.int = ...,
         workers: _builtins.int = ...,
         failures: _abc.Iterable[Global___AdapterFailure] | None = ...,
+        load_number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "failures", b"failures", "license", b"license", "model", b"model", "name", b"name", "pinned", b"pinned", "ready_workers", b"ready_workers", "reason", b"reason", "source", b"source", "state", b"state", "tenants", b"tenants", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "failures", b"failures", "license", b"license", "load_number", b"load_number", "model", b"model", "name", b"name", "pinned", b"pinned", "ready_workers", b"ready_workers", "reason", b"reason", "source", b"source", "state", b"state", "tenants", b"tenants", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,7 +22,7 @@ from cluster.gateway.resume_tokens.tokens import ResumeTokens
 from cluster.gateway.tracing.call_trace import CallTrace
 from cluster.observe.log import ids_of_call
 from cluster.observe.metrics import Histogram
-from cluster.policy.routing.version_split import Versions
+from cluster.policy.routing.version_split import Versions, begun_on
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.process.call_errors import is_call_failure
 
@@ -152,12 +152,13 @@ class Call:
         self.versions = versions
 
     def submitted(self, sequence: CallSequence, identity: WorkerIdentity, now: float) -> None:
-        """Record that a sequence was sent to the worker `identity`."""
+        """Record that a sequence was sent to the worker `identity`. The call's other sequences may then begin only on
+        the same version with the same weights: outputs or vectors of different weights must not be mixed."""
         if sequence.index == 0 and not sequence.emitted:
             self.usage.queue_s = now - self.arrived
         self.began_at = self.began_at or identity
-        if self.versions.all:
-            self.versions = Versions(identity.version, frozenset((identity.version,)), has_begun=True)
+        if self.versions.all or len(self.sequences) > 1:
+            self.versions = begun_on(identity)
 
     def set_adapter(self, sequence: CallSequence, digest: str) -> None:
         """Set the adapter's digest in the request of a sequence that has no output yet. Needed if the digest was not

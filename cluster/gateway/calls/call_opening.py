@@ -61,7 +61,7 @@ class CallOpening:
     @property
     def bundle_digest(self) -> str:
         """Digest of the tokenizer bundle: the tokenizer files of the call's model."""
-        return self.model.versions.bundle_digest(self.versions.first)
+        return self.versions.bundle_digest or self.model.versions.bundle_digest(self.versions.first)
 
     @property
     def longest_context(self) -> int:

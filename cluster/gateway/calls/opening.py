@@ -84,8 +84,12 @@ class Opening(CallOpening):
         self.requested, self.model, self.model_name = requested, model, model.name
         request_id = self.meta.request_id if chain is None else chain.call_head.request_id
         spec = model.adapters.find(adapter) if adapter else None
-        bundle_digest = "" if chain is None else chain.bundle_digest
-        self.versions = model.versions.choose(request_id, bundle_digest, "" if spec is None else spec.version)
+        self.versions = model.versions.choose(
+            request_id,
+            "" if chain is None else chain.bundle_digest,
+            "" if spec is None else spec.version,
+            model.adapters.readiness(adapter) if adapter else None,
+        )
 
     @property
     def adapter_key(self) -> str:
@@ -112,7 +116,7 @@ class Opening(CallOpening):
 
     async def encode(self, directory: ModelDirectory, renderer_of: RendererOf) -> None:
         """Encode the prompt. `renderer_of`: chooses where chats are rendered (see RendererOf)."""
-        self.text = await directory.text_model(self.model, self.versions.first)
+        self.text = await directory.text_model(self.model, self.bundle_digest)
         self.renderer_of = renderer_of
         self.max_model_len = self.longest_context
         await self._encode()

@@ -151,10 +151,12 @@ async def encode(
     return ids
 
 
-def ids_of_inputs(inputs: IdsInputs, most: int, keep: int | None, vocab_size: int) -> Sequence[array[int]]:
+def ids_of_inputs(
+    inputs: IdsInputs, most: int, keep: int | None, vocab_size: int, *, cuts_left: bool = False
+) -> Sequence[array[int]]:
     """Return the token ids of a pooling request that has ids as its inputs. `most`: the number of tokens that the
     model's context holds, 0 if unknown. `keep`: the number of tokens to which a longer input is cut, None for no cut.
-    Raises CallError, which names the input."""
+    `cuts_left`: whether it is cut on the left. Raises CallError, which names the input."""
     lists = inputs.token_ids
     if isinstance(lists, PackedIds):
         _check_packed_ids(inputs, lists, vocab_size)
@@ -162,7 +164,7 @@ def ids_of_inputs(inputs: IdsInputs, most: int, keep: int | None, vocab_size: in
     for i, ids in enumerate(lists):
         if not len(ids):
             raise invalid(inputs.path(i), "must not be empty")
-        kept = ids if keep is None else ids[:keep]
+        kept = ids if keep is None or len(ids) <= keep else ids[len(ids) - keep :] if cuts_left else ids[:keep]
         if len(kept) > most:
             raise input_too_long(inputs.path(i), len(kept), most)
         path = inputs.path(i) + inputs.field.inner

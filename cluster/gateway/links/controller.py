@@ -168,4 +168,5 @@ def worker_to_pb(link: WorkerLink) -> pb.FleetWorker:
         max_num_batched_tokens=link.info.max_num_batched_tokens,
         kv_tokens=link.info.kv_tokens,
         tasks=pooling_tasks(link.info.capabilities),
+        adapters_ready=link.adapters.ready_count,
     )

@@ -30,6 +30,8 @@ class LinkAdapters:
         """Whether the worker loads the adapters that its gateways send."""
         self.statuses: Mapping[str, AdapterStatus] = {}
         """The worker's last report: the status of each adapter, keyed by the adapter's name."""
+        self.ready_count = 0
+        """Number of adapters in the report that are READY."""
         self._send = send
         self._mark_changed = mark_changed
         self._states_changed = states_changed
@@ -59,10 +61,12 @@ class LinkAdapters:
         return len(adapters) != len(self.statuses) or any(spec.name not in self.statuses for spec in adapters)
 
     def lose(self, digest: str) -> None:
-        """Mark an adapter as LOADING until the worker's next report, because the worker has refused a call for the
+        """Mark a READY adapter as LOADING until the worker's next report, because the worker has refused a call for the
         adapter."""
         self._set(
-            replace(status, state=AdapterState.LOADING) if status.digest == digest else status
+            replace(status, state=AdapterState.LOADING)
+            if status.digest == digest and status.state is AdapterState.READY
+            else status
             for status in self.statuses.values()
         )
 
@@ -75,6 +79,7 @@ class LinkAdapters:
     def _set(self, statuses: Iterable[AdapterStatus]) -> bool:
         before = {name: (status.digest, status.state) for name, status in self.statuses.items()}
         self.statuses, self._has_reported = {status.name: status for status in statuses}, True
+        self.ready_count = sum(status.state is AdapterState.READY for status in self.statuses.values())
         self._mark_changed()
         if {name: (status.digest, status.state) for name, status in self.statuses.items()} == before:
             return False

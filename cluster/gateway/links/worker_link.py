@@ -31,6 +31,7 @@ from cluster.gateway.links.slots import Sink, SlotTable
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.peer_backlog import ServedTotal
+from cluster.policy.routing.version_split import Build
 from cluster.wire.codecs import codec
 from cluster.wire.codecs.demand_codec import work_from_pb
 from cluster.wire.codecs.fairness_codec import (
@@ -167,6 +168,8 @@ class WorkerLink:
         self.epoch = epoch
         self.name = f"{identity.worker_id}/{identity.incarnation}/{epoch}"
         """Name of the link, unique among all links that the gateway has had."""
+        self.build = Build(identity.version, identity.bundle_digest, identity.weight_digest)
+        """The worker's version, tokenizer bundle and weights, by which routing chooses workers for a call."""
         self.compatibility_key = CompatibilityKey(identity.weight_digest, identity.bundle_digest, info.engine_class)
         self.unseeded_key = self.compatibility_key.unseeded
         self.liveness = liveness
@@ -299,6 +302,8 @@ class WorkerLink:
             self.slots.accept(accepted.slot)
         for refused in message.refused:
             self.slots.refuse(refused)
+        if message.refused and message.HasField("adapters"):  # the report may be newer than the refusals
+            changed |= self.adapters.apply(message.adapters)
         if message.HasField("step"):
             self.slots.apply_step(message.step, now)
             before = self.pacing.resumed_tokens

@@ -1,8 +1,9 @@
 """The adapters of one model as a gateway knows them: what the catalog lists, and what the workers report.
 
 An adapter is ready on a worker that reports the adapter as READY with the right digest. The right digest is the one in
-the catalog. If the catalog has no digest for the adapter, the right digest is the first that a worker reports as READY.
-When no worker reports this digest any more, another reported digest is chosen.
+the catalog. If the catalog has no digest for the adapter, the right digest is the one that most workers report as
+READY, and the smallest of several such digests. So gateways that see the same workers choose the same digest. While no
+worker is READY, the last digest counts.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import structlog
 
@@ -18,6 +19,7 @@ from cluster.api.adapters import OTHER_FILES, SEPARATOR, AdapterSpec, AdapterSta
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import ModelState
 from cluster.gateway.links.worker_link import WorkerLink
+from cluster.policy.catalog.source_texts import without_places
 
 log = structlog.get_logger("directory")
 
@@ -34,7 +36,8 @@ MODEL_STATES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class AdapterView:
-    """State of an adapter over all workers that should have it. FAILED if none of them could load the adapter.
+    """State of an adapter over all workers that should have it. FAILED if none of them could load the adapter. Workers
+    that are being replaced count only if they have the adapter and no other worker has it.
 
     `ready`: number of workers that take the adapter's calls. `workers`: number of workers that should have the adapter.
     `failures`: (worker id, reason) for each worker that could not load the adapter, or has loaded other files.
@@ -64,6 +67,9 @@ def name_of(key: str) -> str:
     return key[1:] if key.startswith(SEPARATOR) else ""
 
 
+_T = TypeVar("_T")
+_Load = tuple[str, int]
+"""Digest and load number of an adapter on a worker."""
 Keys = tuple[frozenset[str], frozenset[str]]
 """Two sets of adapter keys: the adapters whose calls a worker takes, and the subset that lies in its engine's slots."""
 
@@ -71,21 +77,30 @@ Keys = tuple[frozenset[str], frozenset[str]]
 class ModelAdapters:
     """The adapters of one model."""
 
-    def __init__(self, links: Mapping[str, WorkerLink], takes_calls: Callable[[WorkerLink], bool]) -> None:
-        """`links`: the links of the model's workers; the owner changes this mapping. `takes_calls`: returns whether the
-        worker of a link gets new calls (KnownModel.takes_calls)."""
+    def __init__(
+        self,
+        links: Mapping[str, WorkerLink],
+        takes_calls: Callable[[WorkerLink], bool],
+        may_finish_calls: Callable[[WorkerLink], bool],
+    ) -> None:
+        """`links`: the links of the model's workers; the owner changes this mapping. `takes_calls` and
+        `may_finish_calls`: return whether the worker of a link gets new calls, and whether it gets calls that no other
+        worker can serve (see KnownModel)."""
         self._links = links
         self._takes_calls = takes_calls
+        self._may_finish_calls = may_finish_calls
         self._catalog: tuple[AdapterSpec, ...] = ()
         self._specs: dict[str, AdapterSpec] = {}
         self._of_version: dict[str, tuple[AdapterSpec, ...]] = {}
         self._digests: dict[str, str] = {}
         """Digests that were learned from workers, keyed by adapter name."""
-        self._reported: dict[str, Mapping[str, str]] = {}
-        """Digests of the adapters that workers have reported as READY, keyed by worker id and then by adapter name."""
-        self._ready: dict[str, Counter[str]] = {}
-        """For each adapter name, the number of workers that have reported each digest as READY. A model may have a
-        thousand workers and a thousand adapters, so the cost of a report must depend on its own length only."""
+        self._reported: dict[str, Mapping[str, _Load]] = {}
+        """Digests and load numbers of the adapters that workers have reported as READY, keyed by worker id and then by
+        adapter name."""
+        self._ready: dict[str, Counter[_Load]] = {}
+        """For each adapter name, the number of workers that have reported each digest and load number as READY. A model
+        may have a thousand workers and a thousand adapters, so the cost of a report must depend on its own length
+        only."""
         self._ready_digests: Counter[str] = Counter()
         self._keys: dict[str, tuple[Mapping[str, AdapterStatus], Keys]] = {}
         """Cached results of `keys_on`, keyed by worker id. Each result is kept with the report from which it was made.
@@ -110,8 +125,10 @@ class ModelAdapters:
         if specs == self._catalog:
             return
         self._catalog, self._of_version = specs, {}
+        before = {name: _files(spec) for name, spec in self._specs.items()}
         self._specs = {spec.name: spec for spec in sorted(specs, key=lambda spec: spec.name)}
-        self._digests = {name: digest for name, digest in self._digests.items() if name in self._specs}
+        same = {name for name, spec in self._specs.items() if before.get(name) == _files(spec)}
+        self._digests = {name: digest for name, digest in self._digests.items() if name in same}
         self._learn(self._ready)
         self._views, self._keys = {}, {}
 
@@ -123,15 +140,19 @@ class ModelAdapters:
         """Apply a worker's report of its adapters, or the loss of the worker. Returns whether the digest of any adapter
         has changed."""
         worker_id, statuses = link.identity.worker_id, () if is_gone else link.adapters.statuses.values()
-        ready = {status.name: status.digest for status in statuses if status.state is AdapterState.READY}
+        ready = {
+            status.name: (status.digest, status.load_number)
+            for status in statuses
+            if status.state is AdapterState.READY
+        }
         before, changed = self._reported.pop(worker_id, {}), set[str]()
         self._keys.pop(worker_id, None)
         if ready:
             self._reported[worker_id] = ready
         for old, new, by in ((before, ready, -1), (ready, before, 1)):
-            for name, digest in old.items():
-                if new.get(name) != digest:
-                    self._count(name, digest, by)
+            for name, load in old.items():
+                if new.get(name) != load:
+                    self._count(name, load, by)
                     changed.add(name)
         self._views = {}
         if not self._learn(changed):
@@ -139,25 +160,28 @@ class ModelAdapters:
         self._keys = {}
         return True
 
-    def _count(self, name: str, digest: str, by: int) -> None:
-        for counter in (self._ready.setdefault(name, Counter()), self._ready_digests):
-            counter[digest] += by
-            if not counter[digest]:
-                del counter[digest]
+    def _count(self, name: str, load: _Load, by: int) -> None:
+        _add(self._ready.setdefault(name, Counter()), load, by)
+        _add(self._ready_digests, load[0], by)
         if not self._ready[name]:
             del self._ready[name]
 
     def _learn(self, names: Iterable[str]) -> bool:
-        """For each named adapter without a digest in the catalog, choose one of the digests that workers have reported.
-        Returns whether any digest has changed."""
+        """For each named adapter without a digest in the catalog, choose one of the digests that workers have reported
+        for its load. Returns whether any digest has changed."""
         has_changed = False
         for name in names:
-            spec, ready = self._specs.get(name), self._ready.get(name)
-            if spec is None or spec.digest or not ready:
+            spec, ready = self._specs.get(name), Counter[str]()
+            if spec is None or spec.digest:
                 continue
-            used = self._digests.get(name)
-            if used not in ready:
-                used = self._digests[name] = next(iter(ready))
+            for (digest, number), workers in self._ready.get(name, {}).items():
+                if number in (0, spec.load_number):
+                    ready[digest] += workers
+            if not ready:
+                continue
+            used = min(ready, key=lambda digest: (-ready[digest], digest))
+            if used != self._digests.get(name):
+                self._digests[name] = used
                 has_changed = True
             for other in ready:
                 if other != used and (name, other) not in self._warned:
@@ -195,13 +219,19 @@ class ModelAdapters:
             status = link.adapters.statuses.get(spec.name)
             if status is None:
                 continue
-            if status.state is AdapterState.FAILED:
+            if status.state is AdapterState.READY and status.digest == digest:
+                ready += 1
+            elif not status.is_of(spec):
+                continue
+            elif status.state is AdapterState.FAILED:
                 failed += 1
                 failures.append((worker_id, status.reason or "no reason reported"))
-            elif status.state is AdapterState.READY and status.digest == digest:
-                ready += 1
             elif status.state is AdapterState.READY:
                 failures.append((worker_id, f"{OTHER_FILES}: digest {status.digest}, not {digest}"))
+        if workers and not ready:
+            replaced = [link for link in self._links.values() if not self._takes_calls(link)]
+            ready = sum(map(self.readiness(spec.name), filter(self._may_finish_calls, replaced)))
+            workers += ready
         state = AdapterState.READY if ready else AdapterState.LOADING
         if workers and failed == workers:
             state = AdapterState.FAILED
@@ -212,7 +242,12 @@ class ModelAdapters:
         that the method `key` returns while the digest is unknown."""
         name = name_of(key)
         digest = self.digest(name) if name else key
-        return digest in (self._ready.get(name, ()) if name else self._ready_digests)
+        return digest in ((ready for ready, _ in self._ready.get(name, ())) if name else self._ready_digests)
+
+    def readiness(self, name: str) -> Callable[[WorkerLink], bool]:
+        """Return a function that returns whether the worker of a link has loaded an adapter. `name`: the adapter."""
+        key = self.key(name)
+        return lambda link: key in self.keys_on(link)[0]
 
     def keys_on(self, link: WorkerLink) -> Keys:
         """Return two sets of adapters: the adapters whose calls the worker takes, and the part of them that lies in
@@ -253,18 +288,34 @@ class ModelAdapters:
             wanted = self._of_version[version] = tuple(spec for spec in self.specs if _belongs(spec, link))
         return wanted
 
+    def shown_reason(self, name: str) -> str:
+        """Return why an adapter is not ready everywhere, as tenants may see it; "" if no reason is known."""
+        view, spec = self.view(name), self._specs.get(name)
+        return without_places(view.reason, spec.source) if view.failures and spec is not None else view.reason
+
     def refusal_of(self, model: str, name: str) -> CallError | None:
         """Return the error for a call that names this adapter. There is an error if the adapter was removed or if no
         worker could load it; otherwise None."""
         if name not in self._specs:
             return CallError(Outcome.MODEL_NOT_FOUND, f"adapter {model}:{name} has been removed")
-        view = self.view(name)
-        if view.state is not AdapterState.FAILED:
+        if self.view(name).state is not AdapterState.FAILED:
             return None
-        return CallError(Outcome.ADAPTER_INVALID, f"adapter {model}:{name} could be loaded on no worker: {view.reason}")
+        reason = self.shown_reason(name)
+        return CallError(Outcome.ADAPTER_INVALID, f"adapter {model}:{name} could be loaded on no worker: {reason}")
 
 
 _NONE: Final[frozenset[str]] = frozenset()
+
+
+def _files(spec: AdapterSpec) -> tuple[str, str, int]:
+    """Return what decides which files an adapter without a digest has."""
+    return spec.source, spec.version, spec.load_number
+
+
+def _add(counter: Counter[_T], key: _T, by: int) -> None:
+    counter[key] += by
+    if not counter[key]:
+        del counter[key]
 
 
 def _belongs(spec: AdapterSpec, link: WorkerLink) -> bool:

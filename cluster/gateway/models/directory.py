@@ -84,8 +84,8 @@ class ModelDirectory:
         model.add_link(link)
         self._send_adapters(model, link)
         self.lookup.rebuild()
-        if digest := model.versions.bundle_digest():
-            self._texts.prefetch(digest)
+        if link.identity.bundle_digest:
+            self._texts.prefetch(link.identity.bundle_digest)
 
     def remove_link(self, link: WorkerLink) -> None:
         """Remove a link that has ended."""
@@ -117,10 +117,10 @@ class ModelDirectory:
         model = self._models.get(name)
         return 0.0 if model is None or model.served else 2 * model.entry.cold_start_s
 
-    async def text_model(self, model: KnownModel, version: str = "") -> TextModel:
-        """Return the tokenizer and chat template of a version. Raises CallError while the tokenizer is not
-        available."""
-        digest = model.versions.bundle_digest(version)
+    async def text_model(self, model: KnownModel, bundle_digest: str = "") -> TextModel:
+        """Return a tokenizer and chat template of a model. `bundle_digest`: their bundle; "" for the bundle of any
+        version. Raises CallError while the tokenizer is not available."""
+        digest = bundle_digest or model.versions.bundle_digest()
         if not digest:
             raise CallError(Outcome.MODEL_LOADING, f"model {model.name} is still being prepared: no tokenizer yet")
         try:

@@ -3,6 +3,7 @@ workers."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from cluster.api.types import CatalogEntry, CompatibilityKey, ModelState
@@ -12,6 +13,7 @@ from cluster.gateway.models.adapters import ModelAdapters
 from cluster.gateway.models.capabilities import ModelCapabilities
 from cluster.gateway.models.retired_generations import RetiredGenerations
 from cluster.gateway.models.versions import ModelVersions
+from cluster.policy.routing.version_split import Build
 
 
 class KnownModel:
@@ -24,11 +26,13 @@ class KnownModel:
         """The links of the model's workers, keyed by worker id."""
         self.by_incarnation: dict[str, WorkerLink] = {}
         """The same links, keyed by the incarnation of the worker."""
-        self.adapters = ModelAdapters(self.links, self.takes_calls)
+        self.builds: Counter[Build] = Counter()
+        """Number of workers by their build: version, tokenizer bundle and weights."""
+        self.adapters = ModelAdapters(self.links, self.takes_calls, self.may_finish_calls)
         self.adapters.replace(entry.adapters)
         self.access = ModelAccess(entry, self.adapters)
         self.capabilities = ModelCapabilities(entry, self.links)
-        self.versions = ModelVersions(entry, self.links, self.takes_calls, self.capabilities)
+        self.versions = ModelVersions(entry, self.links, self.builds, self.takes_calls, self.capabilities)
         self.changed_workers: set[str] = set()
         """Ids of the workers that have joined, left or changed since the router has read them."""
         self._retired = RetiredGenerations()
@@ -73,8 +77,8 @@ class KnownModel:
         return link.takes_new_requests and not ((entry.retired or entry.versions) and self.retired(link))
 
     def may_finish_calls(self, link: WorkerLink) -> bool:
-        """Return whether the worker may get sequences of calls that have begun on its version, even if it is being
-        replaced."""
+        """Return whether the worker may get sequences of calls that have begun on its version, and calls that no other
+        worker can serve, even if it is being replaced."""
         return link.takes_new_requests and not self.versions.is_quarantined(link)
 
     def retired(self, link: WorkerLink) -> bool:
@@ -102,7 +106,9 @@ class KnownModel:
         """Add the link of a worker that has connected."""
         if (older := self.links.get(link.identity.worker_id)) is not None:
             self.by_incarnation.pop(older.identity.incarnation, None)
+            self._count_build(older, -1)
         self.links[link.identity.worker_id] = self.by_incarnation[link.identity.incarnation] = link
+        self._count_build(link, 1)
         link.report_changes_to(self.changed_workers)
         self.capabilities.joined(link)
         self.adapters.report(link)
@@ -112,6 +118,7 @@ class KnownModel:
         """Remove a link that has ended. `gone`: new state of the model if this was its last link and the catalog does
         not have the model."""
         del self.links[link.identity.worker_id], self.by_incarnation[link.identity.incarnation]
+        self._count_build(link, -1)
         link.mark_changed()
         if self.adapters.report(link, is_gone=True):
             self.changed_workers.update(self.links)
@@ -119,6 +126,11 @@ class KnownModel:
         self._retired.left(link)
         if not self.links and not self.in_catalog:
             self._set_entry(replace(self.entry, state=gone, state_reason="its last worker left"))
+
+    def _count_build(self, link: WorkerLink, by: int) -> None:
+        self.builds[link.build] += by
+        if not self.builds[link.build]:
+            del self.builds[link.build]
 
     def leave_catalog(self) -> None:
         """Mark the model as missing from the catalog and drop its aliases. Its workers still serve it by its name."""

@@ -35,5 +35,6 @@ class Target:
         """Reason for the state of the model or adapter; "" for no reason."""
         if not self.adapter:
             return self.model.entry.state_reason
-        view = self.model.adapters.view(self.adapter)
-        return view.reason if self.model.served or not self.model.entry.state_reason else self.model.entry.state_reason
+        if not self.model.served and self.model.entry.state_reason:
+            return self.model.entry.state_reason
+        return self.model.adapters.shown_reason(self.adapter)

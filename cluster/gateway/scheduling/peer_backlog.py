@@ -2,8 +2,9 @@
 get the backlogs of the gateway's tenants.
 
 A claim is this gateway's share of the sequences that would be sent next if all gateways had one queue
-(ModelBacklogs.claimed_turns). Each worker divides its capacity among the gateways in proportion to their claims. A
-queue that becomes empty or non-empty is therefore reported at once, and other changes a few times a second.
+(ModelBacklogs.claimed_turns). Sequences that had their turn and wait for certain workers are added to the claims on
+these workers. Each worker divides its capacity among the gateways in proportion to their claims. A queue that becomes
+empty or non-empty is therefore reported at once, and other changes a few times a second.
 
 Workers forward the backlogs to the other gateways. Two forwarding workers suffice, because the next report replaces a
 lost report. If workers connect to some gateways only, each report is forwarded by more workers, and the next report is
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.scheduling.service_charges import ServiceCharges
+from cluster.policy.fairness.backlogs import CLAIM_PICKS, CLAIM_SCALE
 from cluster.policy.fairness.peer_backlog import Backlog
 from cluster.policy.fairness.service_counters import FlowKey
 from cluster.policy.routing.gateway_subset import ALL_UP_TO
@@ -38,10 +40,12 @@ proportion to their number."""
 
 @dataclass(slots=True)
 class _Reported:
-    """Last report of this gateway to the workers about one model."""
+    """Last report of this gateway to the workers about one model. `waits`: whether any sequence waited then."""
 
+    waits: bool = False
     claim: int = 0
     cached: Mapping[str, int] = field(default_factory=dict)
+    beside: Mapping[str, int] = field(default_factory=dict)
     flows: dict[FlowKey, Backlog] = field(default_factory=dict)
     flows_at: float = float("-inf")
 
@@ -57,16 +61,19 @@ class BacklogReports:
         charges: ServiceCharges,
         waiting: Callable[[str], tuple[int, int]],
         resumed: ResumeQueue,
+        beside: Callable[[str], Mapping[str, int]],
         links: Callable[[str], Sequence[WorkerLink]],
         gateways: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`waiting`: returns the number of a model's waiting sequences and the number of their tokens; both include the
-        queue `resumed`. `links`: returns the links to a model's workers, ordered by worker id. `gateways`: returns the
+        queue `resumed`. `beside`: returns, by worker id, how many of these sequences had their turn and wait for the
+        worker. `links`: returns the links to a model's workers, ordered by worker id. `gateways`: returns the
         number of gateways; 0 if it is unknown."""
         self._charges = charges
         self._waiting = waiting
         self._resumed = resumed
+        self._beside = beside
         self._links = links
         self._gateways = gateways
         self._clock = clock
@@ -78,9 +85,7 @@ class BacklogReports:
         """Handle a change of a model's queues. A report is sent at once if the queues became empty or non-empty, or if
         the number of sequences whose KV blocks a worker holds has changed."""
         reported = self._reported.get(model, _NOTHING)
-        if (reported.claim > 0) != (self._waiting(model)[0] > 0) or (
-            reported.cached != self._resumed.cached_counts(model)
-        ):
+        if reported.waits != (self._waiting(model)[0] > 0) or (reported.cached != self._resumed.cached_counts(model)):
             self._report(model, self._clock())
 
     def joined(self, model: str) -> None:
@@ -101,9 +106,10 @@ class BacklogReports:
     def _report(self, model: str, now: float) -> None:
         reported = self._reported.setdefault(model, _Reported())
         count, tokens = self._waiting(model)
+        reported.waits = count > 0
         order = self._charges.fair.order(model)
         claim = order.backlogs.claimed_turns() + self._resumed.waiting(model)[0] if count else 0
-        cached = dict(self._resumed.cached_counts(model))
+        cached, beside = dict(self._resumed.cached_counts(model)), self._beside(model)
         flows: list[WeightedValue[FlowBacklog]] | None = None
         if now - reported.flows_at >= REPORT_S * len(reported.flows) / FLOWS_A_REPORT or not count:
             own = order.backlogs.own() if count else {}
@@ -112,11 +118,11 @@ class BacklogReports:
                 flows = [
                     WeightedValue(FlowBacklog(*item), self._charges.weight_of(item[0].tenant)) for item in own.items()
                 ]
-        if (claim, cached) == (reported.claim, reported.cached) and flows is None:
+        if (claim, cached, beside) == (reported.claim, reported.cached, reported.beside) and flows is None:
             if not count:
                 del self._reported[model]
             return
-        reported.claim, reported.cached = claim, cached
+        reported.claim, reported.cached, reported.beside = claim, cached, beside
         links = self._links(model)
         first, forwarding = 0, FORWARDING_WORKERS
         if flows is not None and (gateways := self._gateways()) > ALL_UP_TO:
@@ -125,7 +131,8 @@ class BacklogReports:
         for number, link in enumerate(links):
             cached_here = cached.get(link.identity.incarnation, 0)
             forwarded = flows if (number - first) % len(links) < forwarding else None
-            link.box.backlog(backlog_to_pb(count, tokens, claim, cached_here, forwarded))
+            claim_here = claim + CLAIM_SCALE * min(beside.get(link.identity.worker_id, 0), CLAIM_PICKS)
+            link.box.backlog(backlog_to_pb(count, tokens, claim_here, cached_here, forwarded))
 
     def __repr__(self) -> str:
         return f"BacklogReports({len(self._reported)} models)"

@@ -43,7 +43,7 @@ def no_adapter(name: str) -> CallError:
 def no_version(name: str) -> CallError:
     """Return the error for a call that may not wait for a worker of its version, because too many calls wait for such
     workers already. `name`: full name of the model."""
-    message = f"too many calls wait for a version of {name} that no worker serves now; retry after the given delay"
+    message = f"too many calls wait for a version of {name} whose workers are full or gone; retry after the given delay"
     return CallError(Outcome.MODEL_LOADING, message, retry_after_s=2.0)
 
 
@@ -54,7 +54,7 @@ def too_late(name: str, model: KnownModel | None, deadline_passed: bool, adapter
     if deadline_passed:
         return CallError(Outcome.DEADLINE_EXCEEDED, "the deadline passed while the call waited for a worker")
     if adapter and model is not None and model.links and not model.serves(adapter):
-        reason = f" ({why})" if (why := model.adapters.view(adapter).reason) else ""
+        reason = f" ({why})" if (why := model.adapters.shown_reason(adapter)) else ""
         return CallError(
             Outcome.MODEL_LOADING, f"adapter {name}:{adapter} is still loading{reason}; no worker had it in time"
         )

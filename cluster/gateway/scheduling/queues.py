@@ -75,11 +75,9 @@ class Queues:
 
     def set_adapter(self, sequence: CallSequence, key: str) -> None:
         """Set the adapter of a sequence. `key`: the key under which routing knows the adapter: its digest, or another
-        key while the digest is unknown. If the sequence is in the waiting room, it is queued again, ahead of all
-        sequences that were never sent."""
+        key while the digest is unknown. If the sequence is in the waiting room, it keeps its place."""
         sequence.call.set_adapter(sequence, key)
-        if self._policy.remove(sequence.key):
-            self._policy.put_back(self._entry(sequence), self._clock(), sequence.call.versions)
+        self._policy.replace(self._entry(sequence))
 
     def resume(self, sequence: CallSequence) -> ResumingSequence:
         """Put a sequence into the resume queue, and count it as demand from now on. Returns the queue's entry."""

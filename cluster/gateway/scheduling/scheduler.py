@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -77,6 +78,16 @@ class SchedulerHost(Protocol):
     def claimed_calls(self, model: str) -> Sequence[tuple[str, int]]:
         """Return the ids of a model's calls that were resumed at this gateway, each with the number of its last resume
         (generation)."""
+
+
+def _beside(policy: SchedulingPolicy, workers: LinkedWorkers, model: str) -> Mapping[str, int]:
+    """Return how many of a model's new sequences had their turn and wait for each worker, by worker id. A sequence that
+    any of several workers can serve counts for each of them."""
+    counts = Counter(policy.aside.counts(model))
+    for need, count in policy.worker_waits.counts(model).items():
+        for worker_id in workers.serving(model, need):
+            counts[worker_id] += count
+    return counts
 
 
 def _open_accounts(host: SchedulerHost) -> OpenAccounts | None:
@@ -159,7 +170,13 @@ class Scheduler:
             clock,
         )
         self.backlogs = BacklogReports(
-            charges, self.queues.waiting, self.policy.resuming, workers.links, host.gateway_count, clock
+            charges,
+            self.queues.waiting,
+            self.policy.resuming,
+            partial(_beside, self.policy, workers),
+            workers.links,
+            host.gateway_count,
+            clock,
         )
         self.pump = SequencePump(self.policy, executor, self.backlogs, lambda: host.directory, clock)
         self.events = SequenceEvents(

@@ -72,16 +72,22 @@ class SequenceEvents:
             if model is not None:
                 self._pump.send_resumed(model.name, (resumed,))
         else:
-            self._choose_versions(sequence.call, model)
+            call = sequence.call
+            self._choose_versions(call, model)
             try:
-                if model is not None and (key := current_adapter(sequence, model)) is not None:
-                    sequence.call.set_adapter(sequence, key)
-                    self._caches.forget_prompt(sequence.key)
+                if model is not None and call.adapter:
+                    # The report that the adapter has failed may have come before the worker's refusal.
+                    if (refused := model.adapters.refusal_of(model.name, call.adapter)) is not None:
+                        call.fail(refused)
+                        return
+                    if (key := current_adapter(sequence, model)) is not None:
+                        call.set_adapter(sequence, key)
+                        self._caches.forget_prompt(sequence.key)
             except Exception as error:
-                sequence.call.fail_unexpectedly(error)
+                call.fail_unexpectedly(error)
                 return
             self._queues.put_back(sequence)
-            self._pump.send_waiting(sequence.call.model)
+            self._pump.send_waiting(call.model)
         if model is not None:
             self._unserved.note(model)
 
@@ -89,12 +95,13 @@ class SequenceEvents:
         """Allow a call without output to begin on any version with the same tokenizer. This is needed if the last
         worker of the version that was chosen for the call is lost."""
         begun = any(sequence.emitted or sequence.link or sequence.finish_reason for sequence in call.sequences)
-        if model is None or not call.versions.all or begun:
+        if model is None or begun or not (call.versions.all or call.versions.has_begun):
             return
         links = [link for link in model.links.values() if model.takes_calls(link)]
         same = frozenset(link.identity.version for link in links if link.identity.bundle_digest == call.bundle_digest)
         if same:
-            call.set_versions(Versions(call.versions.first if call.versions.first in same else "", same))
+            first = call.versions.first if call.versions.first in same else ""
+            call.set_versions(Versions(first, same, bundle_digest=call.bundle_digest))
             self._queues.versions_changed(call)
 
     def began(self, sequence: CallSequence, cached_tokens: int) -> None:

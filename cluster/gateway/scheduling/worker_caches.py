@@ -12,6 +12,7 @@ import sys
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING, Final
 
 from cluster.api.types import KV_EVENTS, EngineRequest
@@ -169,10 +170,12 @@ class WorkerCaches:
                 del self._indexes[key]
 
     def cached_tokens(self, model: str, key: str, request: EngineRequest) -> Mapping[str, int] | None:
-        """Return, by worker id, how many leading tokens of a prompt each worker of a model holds. Workers that hold
-        none are left out. The last token of a prompt does not count, because it is always computed. Returns None for a
-        short prompt, and if no worker of the model reports its blocks. `key`: key of the sequence."""
+        """Return, by worker id, how many leading tokens of a prompt each worker of a model holds, in ascending order of
+        these numbers. Workers that hold none are left out. The last token of a prompt does not count, because it is
+        always computed. Returns None for a short prompt, and if no worker of the model reports its blocks. `key`: key
+        of the sequence."""
         out: dict[str, int] | None = None
+        longest = 0
         if len(request.prompt_token_ids) < MIN_TOKENS:
             return out
         self._apply_small(model)
@@ -182,14 +185,18 @@ class WorkerCaches:
                 hashes = self._prompt_hashes(key, block_size, request)
                 hashes = hashes[: (len(request.prompt_token_ids) - 1) // block_size]
                 matched = index.match(hashes)
+                is_sorted = not out
                 for worker, blocks in matched.items():
                     out[worker] = blocks * block_size
-                if matched:
-                    self._prefixes[key] = int(hashes[max(matched.values()) - 1])
-                    if len(self._prefixes) > MAX_PROMPTS:
-                        self._prefixes.popitem(last=False)
-                else:
-                    self._prefixes.pop(key, None)
+                if matched and (most := max(matched.values())) * block_size > longest:
+                    longest = most * block_size
+                    self._prefixes[key] = int(hashes[most - 1])
+                if not is_sorted:  # workers with blocks of another size
+                    out = dict(sorted(out.items(), key=itemgetter(1)))
+        if not longest:
+            self._prefixes.pop(key, None)
+        elif len(self._prefixes) > MAX_PROMPTS:
+            self._prefixes.popitem(last=False)
         return out
 
     def sharing(self, key: str, now: float) -> float:

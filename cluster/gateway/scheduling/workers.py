@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol, overload
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ from cluster.policy.routing.fleet import Fleet
 from cluster.policy.routing.prefill_times import PrefillTimes
 from cluster.policy.routing.rendezvous import hash64
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
+from cluster.policy.scheduling.worker_waits import Need
 
 PREFIX_TOKENS: Final = 256
 """Number of prompt tokens by which the policy consistent_hash chooses a worker."""
@@ -176,15 +177,25 @@ class LinkedWorkers:
         known = self._owner.directory.find(model)
         return known is not None and known.adapters.is_ready(adapter)
 
-    def has_version(self, model: str, versions: Collection[str], has_begun: bool) -> bool:
-        """Return whether any worker of a model takes calls that may begin on these versions. `has_begun`: whether
-        workers that are being replaced count too (RouteCall.has_begun)."""
+    def has_version(self, model: str, need: Need) -> bool:
+        """Return whether any worker of a model has a version, tokenizer and weights that `need` allows. The adapter and
+        the worker's state do not matter."""
         known = self._owner.directory.find(model)
-        return known is not None and any(
-            link.identity.version in versions
-            and (known.takes_calls(link) or (has_begun and known.may_finish_calls(link)))
-            for link in known.links.values()
-        )
+        return known is not None and any(map(need.allows, known.builds))
+
+    def serving(self, model: str, need: Need) -> Iterator[str]:
+        """Yield the ids of a model's workers that take calls with a need, with or without room for one now."""
+        known = self._owner.directory.find(model)
+        if known is None:
+            return
+        for worker_id, link in known.links.items():
+            takes_calls = known.takes_calls(link) or (need.has_begun and known.may_finish_calls(link))
+            if (
+                takes_calls
+                and need.allows(link.build)
+                and (not need.adapter or need.adapter in known.adapters.keys_on(link)[0])
+            ):
+                yield worker_id
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
         """Return whether a worker runs a suspect sequence (one that may have crashed its earlier workers) to which it
@@ -263,7 +274,7 @@ def _read_candidate(
     return Candidate(
         worker_id=identity.worker_id,
         model=identity.model,
-        version=identity.version,
+        build=link.build,
         free_sequences=free.sequences,
         free_tokens=free.tokens,
         running=link.running,

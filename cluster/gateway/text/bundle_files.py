@@ -54,6 +54,11 @@ class BundleFiles:
         return ControlTokens(tokens, self.config[ESCAPE_SEPARATOR]) if tokens else None
 
     @property
+    def cuts_left(self) -> bool:
+        """Whether a long input of a pooling request is cut on the left. If not, it is cut on the right."""
+        return self.config.get(TRUNCATION_SIDE) == "left"
+
+    @property
     def renderer(self) -> str:
         """Name of vLLM's renderer with which workers make prompts of chats; "" if only the chat template makes them."""
         return str(self.config.get(RENDERER, ""))

@@ -40,6 +40,8 @@ class TextModel:
         are smaller than this size."""
         self.eos_token_ids = files.eos_token_ids
         """Token ids that end a generation: first the tokenizer's EOS, then the other ids in the generation config."""
+        self.cuts_left = files.cuts_left
+        """Whether a long input of a pooling request is cut on the left. If not, it is cut on the right."""
         self.family = files.family
         """The model_type in config.json, for example llama, mistral or falcon."""
         self.renderer = files.renderer

@@ -262,6 +262,7 @@ class AdapterStatus(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
+    LOAD_NUMBER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     digest: _builtins.str
     """SHA-256 of the files as hex; empty while the files are not here."""
@@ -269,6 +270,8 @@ class AdapterStatus(_message.Message):
     reason: _builtins.str
     resident: _builtins.bool
     """It lies in a slot of the engine."""
+    load_number: _builtins.int
+    """That of the Adapter to which this state belongs."""
     def __init__(
         self,
         *,
@@ -277,10 +280,11 @@ class AdapterStatus(_message.Message):
         state: Global___AdapterStatus.State.ValueType = ...,
         reason: _builtins.str = ...,
         resident: _builtins.bool = ...,
+        load_number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "reason", b"reason", "resident", b"resident", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "load_number", b"load_number", "name", b"name", "reason", b"reason", "resident", b"resident", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1257,6 +1261,7 @@ class Adapter(_message.Message):
     TENANTS_FIELD_NUMBER: _builtins.int
     LICENSE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    LOAD_NUMBER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     source: _builtins.str
     digest: _builtins.str
@@ -1266,6 +1271,10 @@ class Adapter(_message.Message):
     license: _builtins.str
     version: _builtins.str
     """The model's version to which it belongs; empty: all."""
+    load_number: _builtins.int
+    """Number of the LoadAdapter request, higher for a later one; a worker tries a failed adapter again when it changes. 0:
+    an adapter of the model's entry, or a controller of an older release.
+    """
     @_builtins.property
     def tenants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only those that may use it, by name; empty: all that may use the model. Workers do not read it."""
@@ -1280,10 +1289,11 @@ class Adapter(_message.Message):
         tenants: _abc.Iterable[_builtins.str] | None = ...,
         license: _builtins.str = ...,
         version: _builtins.str = ...,
+        load_number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "license", b"license", "name", b"name", "pinned", b"pinned", "source", b"source", "tenants", b"tenants", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "license", b"license", "load_number", b"load_number", "name", b"name", "pinned", b"pinned", "source", b"source", "tenants", b"tenants", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2762,6 +2772,7 @@ class FleetWorker(_message.Message):
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
     KV_TOKENS_FIELD_NUMBER: _builtins.int
     TASKS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_READY_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     model: _builtins.str
@@ -2777,6 +2788,8 @@ class FleetWorker(_message.Message):
     max_num_seqs: _builtins.int
     max_num_batched_tokens: _builtins.int
     kv_tokens: _builtins.int
+    adapters_ready: _builtins.int
+    """Number of adapters that the worker has loaded."""
     @_builtins.property
     def load(self) -> Global___Load: ...
     @_builtins.property
@@ -2806,10 +2819,11 @@ class FleetWorker(_message.Message):
         max_num_batched_tokens: _builtins.int = ...,
         kv_tokens: _builtins.int = ...,
         tasks: _abc.Iterable[_builtins.str] | None = ...,
+        adapters_ready: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "generation", b"generation", "incarnation", b"incarnation", "kv_tokens", b"kv_tokens", "load", b"load", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "ray_cluster", b"ray_cluster", "standing", b"standing", "tasks", b"tasks", "version", b"version", "weight_digest", b"weight_digest", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters_ready", b"adapters_ready", "bundle_digest", b"bundle_digest", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "generation", b"generation", "incarnation", b"incarnation", "kv_tokens", b"kv_tokens", "load", b"load", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "ray_cluster", b"ray_cluster", "standing", b"standing", "tasks", b"tasks", "version", b"version", "weight_digest", b"weight_digest", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

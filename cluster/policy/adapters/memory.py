@@ -11,7 +11,7 @@ counts of uses.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Set
+from collections.abc import Collection, Container, Iterator, Set
 
 
 class AdapterMemory:
@@ -86,13 +86,16 @@ class AdapterMemory:
         self._held.pop(digest, None)
         self._recent.pop(digest, None)
 
-    def victim(self) -> str | None:
-        """Return the adapter to drop next; None if all are in use or pinned."""
-        return next((digest for digest in self._held if not self._uses[digest] and digest not in self.pinned), None)
+    def victim(self, spared: Container[str] = ()) -> str | None:
+        """Return the adapter to drop next; None if all are in use, pinned or among `spared`."""
+        return next((digest for digest in self._droppable(spared) if not self._uses[digest]), None)
 
-    def oldest(self) -> str | None:
-        """Return the least recently used adapter that is not pinned, even if it is in use; None if all are pinned."""
-        return next((digest for digest in self._held if digest not in self.pinned), None)
+    def oldest(self, spared: Container[str] = ()) -> str | None:
+        """Return the least recently used adapter, even if it is in use; None if all are pinned or among `spared`."""
+        return next(self._droppable(spared), None)
+
+    def _droppable(self, spared: Container[str]) -> Iterator[str]:
+        return (digest for digest in self._held if digest not in self.pinned and digest not in spared)
 
     def has_place_for(self, digest: str) -> bool:
         """Return whether the memory holds the adapter, or can hold it once no other adapter is in use. The answer is no

@@ -117,6 +117,14 @@ class FairOrder:
         self._where[waiting.call_id] = (flow, charge, -1)
         self._flows.change_here(flow, 1, 0.0)
 
+    def replace(self, waiting: WaitingSequence) -> None:
+        """Replace the entry of a waiting sequence, which keeps its place and its charge."""
+        flow, _, serial = self._where[waiting.call_id]
+        if serial < 0:
+            self._put_back.replace(waiting)
+        else:
+            flow.replace(serial, waiting)
+
     def head(self, loss_of: LossOf | None = None) -> WaitingSequence | None:
         """Return the next sequence, or None if nothing waits.
 
@@ -149,12 +157,14 @@ class FairOrder:
             return self._put_back.position(call_id)
         return self._put_back.count(flow.key) + flow.position(serial)
 
-    def slots_to_keep_free(self, waiting: WaitingSequence) -> int:
-        """Return how many slots must stay free for tenants that send little, if this waiting sequence is sent next."""
+    def slots_to_keep_free(self, waiting: WaitingSequence, beside: int = 0) -> int:
+        """Return how many slots must stay free for tenants that send little, if this waiting sequence is sent next.
+        `beside`: number of sequences that had their turn and still wait for a certain worker, so that they fill no
+        slot."""
         flow, _, serial = self._where[waiting.call_id]
         if serial < 0 or flow.since > self._flows.now - self._idle_s:
             return 0
-        return self._reserved_slots.reserved(waiting.rank, len(self._open), self._flows.now)
+        return self._reserved_slots.reserved(waiting.rank, max(len(self._open) - beside, 0), self._flows.now)
 
     # ---- calls that had their turn
 

@@ -67,6 +67,10 @@ class Order(Protocol):
         It is placed before all sequences that were never sent.
         """
 
+    def replace(self, waiting: WaitingSequence) -> None:
+        """Replace the entry of a waiting sequence by another with the same call id, class, tenant and tokens. It keeps
+        its place. Raises KeyError for an unknown id."""
+
     def head(self, loss_of: Callable[[WaitingSequence], float] | None = None) -> WaitingSequence | None:
         """Return the next sequence, or None if nothing waits. `loss_of(sequence)`: expected number of cached prompt
         tokens that must be computed again if the sequence is not sent now (warm_order.py). An order may prefer
@@ -83,5 +87,6 @@ class Order(Protocol):
         """Return the number of sequences that wait ahead of the sequence `call_id`. Sequences of other tenants may be
         left out of this number. Raises KeyError for an unknown id."""
 
-    def slots_to_keep_free(self, waiting: WaitingSequence) -> int:
-        """Return how many slots must stay free for other tenants if this waiting sequence is sent next."""
+    def slots_to_keep_free(self, waiting: WaitingSequence, beside: int = 0) -> int:
+        """Return how many slots must stay free for other tenants if this waiting sequence is sent next. `beside`:
+        number of the model's sequences that were taken and still wait for a certain worker."""

@@ -30,6 +30,11 @@ class PutBackSequences:
         key = self._keys[waiting.call_id] = (waiting.rank, waiting.arrived, self._number)
         insort(self._entries, (*key, waiting))
 
+    def replace(self, waiting: WaitingSequence) -> None:
+        """Replace the entry of a sequence. Raises KeyError for an unknown id."""
+        key = self._keys[waiting.call_id]
+        self._entries[bisect_left(self._entries, key)] = (*key, waiting)
+
     def head(self) -> WaitingSequence | None:
         """Return the first sequence, or None if there is none."""
         return self._entries[0][3] if self._entries else None

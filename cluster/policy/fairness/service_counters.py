@@ -67,6 +67,10 @@ class FifoQueue:
         self._serials.append(serial)
         return serial
 
+    def replace(self, serial: int, waiting: WaitingSequence) -> None:
+        """Replace the entry with this serial number."""
+        self._entries[bisect_left(self._serials, serial, self._start)] = waiting
+
     def head(self) -> WaitingSequence | None:
         """Return the first entry, or None if the queue is empty."""
         return self._entries[self._start] if self._entries else None

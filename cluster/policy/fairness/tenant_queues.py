@@ -4,9 +4,11 @@ module chooses the sequence to shed (the victim).
 Problem: a full waiting room must shed the lowest class first. Within a class, a flooding tenant must not take the
 places of other tenants.
 
+Sequences that were put back after their turn are never shed.
+
 Invariant: the victim has a lower class than the new sequence, or it has the same class and its tenant has a longer
 queue than the new sequence's tenant. Queue lengths are divided by the tenant's weight. The queue of the new
-sequence's tenant includes the new sequence.
+sequence's tenant includes the new sequence, and no queue includes what was put back.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ from cluster.policy.fairness.order import WaitingSequence
 @dataclass(eq=False, slots=True)
 class _TenantQueue:
     tokens: int = 0
-    waiting: dict[str, WaitingSequence] = field(default_factory=dict)  # by call id, in the order of entry
+    waiting: dict[str, WaitingSequence] = field(default_factory=dict)
+    """The sequences that may be shed, by call id, in the order of entry."""
+    put_back: set[str] = field(default_factory=set)
+    """Call ids of the other sequences."""
 
     def last(self) -> WaitingSequence:
         """Return the sequence that entered last. Takes O(1), amortised.
@@ -57,12 +62,12 @@ class TenantQueues:
         if most is None and most_tokens is None:
             return True
         queues = [queues[tenant] for queues in self._ranks.values() if tenant in queues]
-        return (most is None or sum(len(queue.waiting) for queue in queues) < most) and (
+        return (most is None or sum(len(queue.waiting) + len(queue.put_back) for queue in queues) < most) and (
             most_tokens is None or sum(queue.tokens for queue in queues) + waiting.tokens <= most_tokens
         )
 
-    def add(self, waiting: WaitingSequence) -> None:
-        """Add a waiting sequence. Its call id must not be present."""
+    def add(self, waiting: WaitingSequence, put_back: bool = False) -> None:
+        """Add a waiting sequence. Its call id must not be present. `put_back`: whether it had its turn before."""
         queues = self._ranks.get(waiting.rank)
         if queues is None:
             queues = self._ranks[waiting.rank] = {}
@@ -70,6 +75,9 @@ class TenantQueues:
         if queue is None:
             queue = queues[waiting.tenant] = _TenantQueue()
         queue.tokens += waiting.tokens
+        if put_back:
+            queue.put_back.add(waiting.call_id)
+            return
         queue.waiting[waiting.call_id] = waiting
         if self._longest is not None:
             self._note_length(waiting, self._longest)
@@ -79,9 +87,16 @@ class TenantQueues:
         queues = self._ranks[waiting.rank]
         queue = queues[waiting.tenant]
         queue.tokens -= waiting.tokens
-        del queue.waiting[waiting.call_id]
-        if not queue.waiting:
+        if queue.waiting.pop(waiting.call_id, None) is None:
+            queue.put_back.remove(waiting.call_id)
+        if not queue.waiting and not queue.put_back:
             del queues[waiting.tenant]
+
+    def replace(self, waiting: WaitingSequence) -> None:
+        """Replace the entry of a waiting sequence by another with the same call id, class, tenant and tokens."""
+        queue = self._ranks[waiting.rank][waiting.tenant]
+        if waiting.call_id in queue.waiting:
+            queue.waiting[waiting.call_id] = waiting
 
     def last_of_longest(self, below: WaitingSequence) -> WaitingSequence | None:
         """Return the waiting sequence that is dropped (shed) in favour of the new sequence `below`; None if no sequence

@@ -7,7 +7,8 @@ wait must be bounded in number, tokens and time, or overload ends in congestion 
 Invariants: a sequence that enters leaves exactly once: it is removed by `pop_next` to be sent, cancelled by `cancel`,
 returned by `pop_expired`, or shed to make room for another sequence. Only the first sequence of an order may be sent,
 so shorter prompts cannot overtake a long prompt for ever. A sequence is shed only to admit a sequence of a higher
-class, or a sequence of the same class whose tenant has a shorter queue relative to its weight.
+class, or a sequence of the same class whose tenant has a shorter queue relative to its weight. A sequence that was put
+back is not shed.
 
 Source: late binding as in Pegasus/Sparrow (Ousterhout et al., SOSP 2013); shedding from the longest queue as in longest
 queue drop (McKenney, Stochastic Fairness Queueing, 1990).
@@ -127,8 +128,19 @@ class WaitingRoom:
         room's bounds do not apply to it. Raises ValueError for a call id that already waits."""
         if waiting.call_id in self._entries:
             raise ValueError(f"call_id {waiting.call_id!r} already waits")
-        self._add(waiting, now).put_back(waiting)
+        self._add(waiting, now, put_back=True).put_back(waiting)
         self._put_back += 1
+
+    def replace(self, waiting: WaitingSequence) -> bool:
+        """Replace the entry of a waiting sequence, which keeps its place. Returns False if no sequence with this call
+        id waits. `waiting`: an entry with the same call id, model, class, tenant and tokens."""
+        entry = self._entries.get(waiting.call_id)
+        if entry is None:
+            return False
+        self._entries[waiting.call_id] = (waiting, entry[1])
+        self._tenant_queues.replace(waiting)
+        self._queues[waiting.model].order.replace(waiting)
+        return True
 
     def head(self, model: str) -> WaitingSequence | None:
         """Return the next sequence of a model, or None if nothing waits."""
@@ -159,9 +171,10 @@ class WaitingRoom:
         self._bound += 1
         return head
 
-    def slots_to_keep_free(self, waiting: WaitingSequence) -> int:
-        """Return how many slots must stay free for other tenants if this waiting sequence is sent next."""
-        return self._queues[waiting.model].order.slots_to_keep_free(waiting)
+    def slots_to_keep_free(self, waiting: WaitingSequence, beside: int = 0) -> int:
+        """Return how many slots must stay free for other tenants if this waiting sequence is sent next. `beside`:
+        number of the model's sequences that were taken and still wait for a certain worker."""
+        return self._queues[waiting.model].order.slots_to_keep_free(waiting, beside)
 
     def cancel(self, call_id: str) -> bool:
         """Cancel a waiting sequence. Returns False if no sequence with this id waits."""
@@ -245,7 +258,7 @@ class WaitingRoom:
     def _has_room(self, waiting: WaitingSequence) -> bool:
         return len(self._entries) < self._max_requests and self._tokens + waiting.tokens <= self._max_tokens
 
-    def _add(self, waiting: WaitingSequence, now: float) -> Order:
+    def _add(self, waiting: WaitingSequence, now: float, put_back: bool = False) -> Order:
         """Count a sequence in the room, and store the time at which its wait expires. Returns the order of the
         sequence's model; the caller must then add the sequence to this order."""
         if now > self._now:
@@ -260,7 +273,7 @@ class WaitingRoom:
         queue.requests += 1
         queue.tokens += tokens
         self._tokens += tokens
-        self._tenant_queues.add(waiting)
+        self._tenant_queues.add(waiting, put_back)
         return queue.order
 
     def _remove(self, waiting: WaitingSequence) -> Order:

@@ -8,7 +8,9 @@ The gateway counts its own part itself, more exactly and sooner. So it adds only
 between the two numbers.
 
 Invariants: a repeated report changes nothing. The next report makes up for a lost report. The first report from
-a worker to a gateway adds nothing, because the gateway cannot tell how much of the service is recent.
+a worker to a gateway adds nothing, because the gateway cannot tell how much of the service is recent. The first report
+after a link has ended lowers no counter: with the link, the worker has given back what it had predicted for the
+gateway's own calls, and the gateway gives this back itself.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ class WorkerTotals:
     def __init__(self, flows: FlowTable) -> None:
         self._flows = flows
         self._workers: dict[str, tuple[str, dict[FlowKey, tuple[float, float]]]] = {}
+        self._reopened: dict[str, set[FlowKey]] = {}
+        """Tenants whose totals a worker has not reported since its last link ended, by worker."""
 
     def apply(self, worker: str, incarnation: str, totals: Iterable[ServedTotal], now: float) -> None:
         """Apply a worker's report. Add to the counters the service that the worker has given to calls of other
@@ -39,7 +43,7 @@ class WorkerTotals:
         first = known is None
         if known is None or known[0] != incarnation:
             known = self._workers[worker] = (incarnation, {})
-        book = known[1]
+        book, reopened = known[1], self._reopened.get(worker)
         for served in totals:
             key = FlowKey(served.rank, served.tenant)
             total, by_link = book.get(key, (0.0, 0.0))
@@ -47,6 +51,9 @@ class WorkerTotals:
                 by_link = 0.0  # a new link; the end of the old one was not reported
             book[key] = (served.total, served.by_this_link)
             difference = (served.total - total) - (served.by_this_link - by_link)
+            if reopened and key in reopened:
+                reopened.remove(key)
+                difference = max(difference, 0.0)
             if difference and not first:
                 self._flows.add_service(self._flows.flow(*key), difference)
 
@@ -55,12 +62,14 @@ class WorkerTotals:
         the link (`by_this_link`) from zero again."""
         known = self._workers.get(worker)
         if known is not None:
+            self._reopened[worker] = set(known[1])
             for key, (total, _) in known[1].items():
                 known[1][key] = (total, 0.0)
 
     def forget(self, worker: str) -> None:
         """Forget the totals of a worker that will not come back. The counters are not changed."""
         self._workers.pop(worker, None)
+        self._reopened.pop(worker, None)
 
     def __repr__(self) -> str:
         return f"WorkerTotals({len(self._workers)} workers)"

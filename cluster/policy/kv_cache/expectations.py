@@ -8,8 +8,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from cluster.policy.kv_cache.prefix_hashes import Hashes
+
+COMPARED = 16
+"""Largest number of expectations with which an expired one is compared. If many prompts share their first blocks, the
+newest of them suffice: a block that only older ones include is no longer expected, a little too early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ class ExpectedBlocks:
 
     def _forget(self, expectation: _Expectation) -> Hashes:
         """Forget the expectation that a worker will hold the blocks of a prompt. Return the blocks of this prompt that
-        no other expectation for the worker includes.
+        none of the newest COMPARED other expectations for the worker includes.
 
         `expectation`: the oldest of all expectations for its worker with the same first block. It is compared with
         these expectations only, because prompts that share any block also share the first block.
@@ -71,7 +76,7 @@ class ExpectedBlocks:
         if not others:
             del self._alike[expectation.key]
         hashes, shared = expectation.hashes, 0
-        for other in others:
+        for other in islice(reversed(others), COMPARED):
             if shared == len(hashes):
                 break
             alike = hashes[: len(other.hashes)] == other.hashes[: len(hashes)]

@@ -113,8 +113,8 @@ class CacheIndex:
             self._expected.add(number, hashes, until)
 
     def match(self, hashes: Hashes) -> Mapping[str, int]:
-        """Return how many leading blocks of a prompt each worker holds or is expected to hold. Workers without the
-        first block are left out. `hashes`: the prefix hashes of the prompt."""
+        """Return how many leading blocks of a prompt each worker holds or is expected to hold, in ascending order of
+        these numbers. Workers without the first block are left out. `hashes`: the prefix hashes of the prompt."""
         out: dict[str, int] = {}
         alive = self._live
         starts, words, end = self._runs(hashes)

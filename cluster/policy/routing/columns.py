@@ -17,9 +17,10 @@ from cluster.policy.routing.cost import RoutingSettings
 from cluster.policy.routing.rendezvous import FRACTION_BITS, MULTIPLIERS, SHIFTS
 from cluster.policy.routing.router import RouteCall
 from cluster.policy.routing.rows import Row, two_of
+from cluster.policy.routing.version_split import Build
 
 Floats = npt.NDArray[np.float64]
-_STANDING, _PER_TOKEN, _MAX_TOKENS, _FREE, _LAST_SENT, _VERSION, _PARSES, _FIELDS = range(8)
+_STANDING, _PER_TOKEN, _MAX_TOKENS, _FREE, _LAST_SENT, _BUILD, _PARSES, _FIELDS = range(8)
 MAX_ADAPTERS: Final = 256
 """Largest number of adapters for which `Columns` remembers which workers have the adapter."""
 _SHIFTS: Final = [np.uint64(shift) for shift in SHIFTS]
@@ -37,7 +38,7 @@ class Columns:
         self._positions = {row.worker_id: at for at, row in enumerate(rows)}
         self._incarnations = [row.candidate.incarnation for row in rows]
         self._by_incarnation = {incarnation: at for at, incarnation in enumerate(self._incarnations)}
-        self._versions: dict[str, int] = {}
+        self._builds: dict[Build, int] = {}
         self._adapters = [row.candidate.adapters for row in rows]
         self._resident = [row.candidate.resident for row in rows]
         self._slowdowns = [row.candidate.slowdown for row in rows]
@@ -61,14 +62,15 @@ class Columns:
 
     def _values(self, row: Row) -> tuple[float, ...]:
         c = row.candidate
-        version = self._versions.setdefault(c.version, len(self._versions))
+        build = self._builds.setdefault(c.build, len(self._builds))
         max_tokens = row.max_tokens if row.is_open else -1
-        return row.standing, row.per_token, max_tokens, c.free_sequences, c.last_sent, version, c.parses_tools
+        return row.standing, row.per_token, max_tokens, c.free_sequences, c.last_sent, build, c.parses_tools
 
-    def pick(self, call: RouteCall, rejecting: Collection[str]) -> tuple[int, int]:
+    def pick(self, call: RouteCall, rejecting: Collection[str], other_builds: Collection[Build]) -> tuple[int, int]:
         """Return the row index of the best worker (-1 if no worker passes the filters), and the number of workers that
-        pass. `rejecting`: incarnations of the workers whose circuit breakers allow no call now."""
-        passes = self._passing(call, rejecting)
+        pass. `rejecting`: incarnations of the workers whose circuit breakers allow no call now. `other_builds`: builds
+        on which the call may not run."""
+        passes = self._passing(call, rejecting, other_builds)
         places = passes.nonzero()[0]
         passed = len(places)
         if not passed:
@@ -86,12 +88,14 @@ class Columns:
             best = (costs == costs.min()).nonzero()[0]
         return self._first(best), passed
 
-    def _passing(self, call: RouteCall, rejecting: Collection[str]) -> npt.NDArray[np.bool_]:
+    def _passing(
+        self, call: RouteCall, rejecting: Collection[str], other_builds: Collection[Build]
+    ) -> npt.NDArray[np.bool_]:
         fields = self._fields
         passes: npt.NDArray[np.bool_] = fields[_MAX_TOKENS] >= call.tokens
-        if call.versions and not call.versions.issuperset(self._versions):
-            allowed = np.array([version in call.versions for version in self._versions])
-            passes &= allowed[fields[_VERSION].astype(np.intp)]
+        if other_builds:
+            allowed = np.array([build not in other_builds for build in self._builds])
+            passes &= allowed[fields[_BUILD].astype(np.intp)]
         if call.needs_tools:
             passes &= fields[_PARSES] > 0
         if call.adapter:

@@ -8,11 +8,12 @@ its cost of a prompt token, and the largest prompt that fits on the worker. A ro
 changed. A decision adds the part that depends on the call. From VECTOR_FROM workers on, the rows are also kept as
 numpy columns, see columns.py.
 
-Invariants: the chosen worker passes all FILTERS, and no worker that passes has a lower cost. With the setting
-power_of_two, only two workers are compared, which are drawn at random. Of workers with equal costs, the one that can
-take more sequences is chosen; of these, the one that got nothing from this gateway for the longest time, so that
-idle workers fill their caches evenly; of these, the first by worker id. Equal inputs give equal decisions, whatever
-the order of the changes, with and without numpy.
+Invariants: the chosen worker passes all FILTERS, and no worker that passes has a lower cost. If none passes, a worker
+that is being replaced may be chosen, for a call that has begun on its version or that no other worker can serve. With
+the setting power_of_two, only two workers are compared, which are drawn at random. Of workers with equal costs, the one
+that can take more sequences is chosen; of these, the one that got nothing from this gateway for the longest time, so
+that idle workers fill their caches evenly; of these, the first by worker id. Equal inputs give equal decisions,
+whatever the order of the changes, with and without numpy.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from cluster.policy.routing.cost import (
 from cluster.policy.routing.rendezvous import preference
 from cluster.policy.routing.router import Candidate, FullHolder, RouteCall, RoutingDecision, Score, dropped_by
 from cluster.policy.routing.rows import Row, cost_of, row_of, switch_of, two_of
+from cluster.policy.routing.version_split import Build
 
 if TYPE_CHECKING:
     from cluster.policy.routing.columns import Columns
@@ -45,11 +47,12 @@ if TYPE_CHECKING:
 VECTOR_FROM: Final = 16
 """Number of workers from which numpy is faster than a loop."""
 MAX_HOLDERS: Final = 8
-"""Largest number of workers that are compared with the chosen worker because they hold at least as much of a prompt."""
+"""Largest number of workers that are compared with the chosen worker because they hold at least as much of a prompt.
+They are those that hold the most."""
 
 _BY_ID = attrgetter("worker_id")
-_counted = attrgetter("candidate.slots", "candidate.parses_tools")
-"""Function that returns the fields of a row that the fleet counts and that seldom change."""
+_counted = attrgetter("slots", "parses_tools", "build", "retired")
+"""Function that returns the fields of a worker that the fleet counts and that seldom change."""
 
 
 class Fleet:
@@ -74,6 +77,13 @@ class Fleet:
         """Workers whose rows have changed since the columns were written."""
         self._shared_slots = 0
         self._parsers = 0
+        self._retired = 0
+        self._builds: Counter[Build] = Counter()
+        """Number of workers by their build."""
+        self._needs: tuple[frozenset[str], str, str] | None = None
+        """Versions and digests of the last call; None after a change of the builds."""
+        self._others: Collection[Build] = ()
+        """Builds on which the last call may not run."""
         self.busy: set[str] = set()
         """Workers with resumed prompts that wait for a step. Their pacing changes with each step."""
 
@@ -108,7 +118,7 @@ class Fleet:
             self._rows[at] = row
             if self._columns is not None:
                 self._changed.add(row.worker_id)
-            if _counted(row) != _counted(old):
+            if _counted(candidate) != _counted(old.candidate):
                 self._count(old, -1)
                 self._count(row, 1)
                 self._fit_settings()
@@ -147,6 +157,11 @@ class Fleet:
     def _count(self, row: Row, sign: int) -> None:
         self._shared_slots += sign * row.shared_slots
         self._parsers += sign * row.candidate.parses_tools
+        self._retired += sign * row.candidate.retired
+        self._builds[row.candidate.build] += sign
+        if not self._builds[row.candidate.build]:
+            del self._builds[row.candidate.build]
+        self._needs = None
         slots = row.candidate.slots or MIN_SLOTS
         self._sizes[slots] += sign
         if not self._sizes[slots]:
@@ -166,20 +181,42 @@ class Fleet:
             call = replace(call, needs_tools=False)
         if call.reserved_slots and self._shared_slots <= call.reserved_slots:
             return RoutingDecision(None, "kept_free", ())
+        needs = call.versions, call.bundle_digest, call.weight_digest
+        if needs != self._needs:
+            self._needs = needs
+            self._others = [build for build in self._builds if not build.is_one_of(*needs)]
+        others = self._others
         columns = self._written_columns()
-        at, passed = self._scan(call, rejecting) if columns is None else columns.pick(call, rejecting)
+        at, passed = self._scan(call, rejecting, others) if columns is None else columns.pick(call, rejecting, others)
         rows, settings, self._is_shared = self._rows, self.settings, True
         scores = partial(_scores, call, rows, settings, rejecting)
         if at < 0:
-            replaced = self._pick_replaced(call, rejecting) if call.has_begun else None
-            return replaced or RoutingDecision(None, None, scores)
+            may_begin = call.has_begun or self._only_replaced_serve(call, others)
+            replaced = self._pick_replaced(call, rejecting, others) if may_begin else None
+            return replaced or RoutingDecision(None, None, scores, is_restricted=bool(others))
         worker = rows[at].worker_id
-        full = self._full_holders(call, rows[at], rejecting) if call.cached and settings.weights.patience else ()
+        full = (
+            self._full_holders(call, rows[at], rejecting, others) if call.cached and settings.weights.patience else ()
+        )
         return RoutingDecision(worker, self._reason(call, at, passed), scores, call.cached.get(worker, 0), full)
 
-    def _pick_replaced(self, call: RouteCall, rejecting: Collection[str]) -> RoutingDecision | None:
-        """Pick one of the workers that are being replaced, for a sequence of a call that has begun on their version.
-        Returns None if none of them has room. Workers of a quarantined version are left out."""
+    def _only_replaced_serve(self, call: RouteCall, others: Collection[Build]) -> bool:
+        """Return whether workers of the call's versions take calls, but only workers that are being replaced may have
+        the call's tokenizer or its adapter. `others`: builds on which the call may not run."""
+        found = False
+        for row in self._rows if self._retired else ():
+            c = row.candidate
+            if row.is_serving and (not call.versions or c.build.version in call.versions):
+                if c.build not in others and (not call.adapter or call.adapter in c.adapters):
+                    return False
+                found = True
+        return found
+
+    def _pick_replaced(
+        self, call: RouteCall, rejecting: Collection[str], others: Collection[Build]
+    ) -> RoutingDecision | None:
+        """Pick one of the workers that are being replaced. Returns None if none of them can serve the call and has
+        room. Workers of a quarantined version are left out. `others`: builds on which the call may not run."""
         workers = [
             row.candidate
             for row in self._rows
@@ -187,7 +224,7 @@ class Fleet:
             and not row.candidate.quarantined
             and row.candidate.free_sequences > 0
             and row.max_tokens >= call.tokens
-            and _fits(call, row, rejecting)
+            and _fits(call, row, rejecting, others)
         ]
         if not workers:
             return None
@@ -197,25 +234,28 @@ class Fleet:
         decision = fleet.pick(replace(call, has_begun=False), rejecting)
         return decision if decision.worker_id is not None else None
 
-    def _full_holders(self, call: RouteCall, chosen: Row, rejecting: Collection[str]) -> Sequence[FullHolder]:
+    def _full_holders(
+        self, call: RouteCall, chosen: Row, rejecting: Collection[str], others: Collection[Build]
+    ) -> Sequence[FullHolder]:
         """Return workers at which the call would cost less than at the chosen worker, but which have no free capacity.
         Only workers that hold at least as much of the prompt as the chosen worker are considered, and at most
         MAX_HOLDERS of them."""
-        here = call.cached.get(chosen.worker_id, 0)
         if self.settings.policy != "cost":
             return ()
+        here = call.cached.get(chosen.worker_id, 0)
+        holders = (each for each in reversed(list(call.cached)) if each != chosen.worker_id)
         settings, cost_here = self.settings, cost_of(call, chosen, self.settings)
         if call.affinity:  # the chosen worker may be the preferred one, whose cost is lower by this
             cost_here -= settings.weights.affinity
         limit, out = -1.0, list[FullHolder]()
-        for worker_id in islice((each for each, tokens in call.cached.items() if tokens >= here), MAX_HOLDERS):
+        for worker_id in islice((each for each in holders if call.cached[each] >= here), MAX_HOLDERS):
             at = self._position(worker_id)
             if at is None:
                 continue
             row, there = self._rows[at], self._rows[at].candidate
             has_room = row.is_open and row.max_tokens >= call.tokens
             gain = cost_here - cost_of(call, row, settings)
-            if row.is_serving and not has_room and gain > 0 and _fits(call, row, rejecting):
+            if row.is_serving and not has_room and gain > 0 and _fits(call, row, rejecting, others):
                 if limit < 0:
                     wait_here = own_wait(settings, chosen.candidate, call.tokens - min(here, call.tokens))
                     limit = max(wait_here, settings.weights.patience)
@@ -240,13 +280,14 @@ class Fleet:
         self._changed.clear()
         return self._columns
 
-    def _scan(self, call: RouteCall, rejecting: Collection[str]) -> tuple[int, int]:
+    def _scan(self, call: RouteCall, rejecting: Collection[str], others: Collection[Build]) -> tuple[int, int]:
         """Return two numbers: the index in `_rows` of the best worker (-1 if no worker passes the filters), and how
-        many workers pass. `rejecting`: incarnations of the workers whose circuit breakers let no call through."""
+        many workers pass. `rejecting`: incarnations of the workers whose circuit breakers let no call through.
+        `others`: builds on which the call may not run."""
         entries = [
             (at, cost_of(call, row, self.settings))
             for at, row in enumerate(self._rows)
-            if row.is_open and row.max_tokens >= call.tokens and _fits(call, row, rejecting)
+            if row.is_open and row.max_tokens >= call.tokens and _fits(call, row, rejecting, others)
         ]
         passed = len(entries)
         if call.affinity and self.settings.policy == "cost" and entries:
@@ -277,12 +318,13 @@ class Fleet:
         return "least_loaded"
 
 
-def _fits(call: RouteCall, row: Row, rejecting: Collection[str]) -> bool:
+def _fits(call: RouteCall, row: Row, rejecting: Collection[str], others: Collection[Build]) -> bool:
     """Return whether a worker passes the filters that depend on the call. The size of the prompt is not checked.
-    `rejecting`: incarnations whose circuit breakers let no call through."""
+    `rejecting`: incarnations whose circuit breakers let no call through. `others`: builds on which the call may not
+    run."""
     c = row.candidate
     return (
-        (not call.versions or c.version in call.versions)
+        c.build not in others
         and (not call.needs_tools or c.parses_tools)
         and (not call.adapter or call.adapter in c.adapters)
         and (not call.excluded or c.incarnation not in call.excluded)

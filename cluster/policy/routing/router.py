@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from cluster.api.frozen import frozen_dataclass
 from cluster.api.types import CompatibilityKey
+from cluster.policy.routing.version_split import Build
 
 
 @frozen_dataclass
@@ -35,7 +36,7 @@ class Candidate:
 
     worker_id: str
     model: str
-    version: str
+    build: Build
     free_sequences: int
     free_tokens: int
     running: int
@@ -52,7 +53,7 @@ class Candidate:
     prefill_budget: int = 0
     retired: bool = False
     """Whether the worker is being replaced, or the version of the worker is quarantined. The worker may resume calls,
-    but gets no new calls."""
+    but gets no new calls, except those that no other worker can serve (Fleet.pick)."""
     quarantined: bool = False
     """Whether the version of the worker is quarantined."""
     node: str = ""
@@ -87,10 +88,11 @@ class RouteCall:
     worker must have loaded, or another name that the gateway uses while the digest is unknown; "" for the base model.
 
     Fields of new calls. `call_id`: the call's id, the seed of policies that choose at random. `versions`: versions on
-    which the call may begin; empty means any version. `has_begun`: whether other sequences of the call have begun on
-    such a version; then a worker that is being replaced may finish the call if no other can. `cached`: number of
-    leading prompt tokens that each worker holds in its KV cache, by worker id. `sharing`: number of recent calls that
-    had the same longest cached prefix as this call. `affinity`: hash of the affinity key, in [1, 2**64), or 0 for none.
+    which the call may begin; empty means any version. `bundle_digest` and `weight_digest`: the tokenizer bundle and the
+    weights that the worker must have; "" for any. `has_begun`: whether other sequences of the call have begun on such
+    a version; then a worker that is being replaced may finish the call if no other can. `cached`: number of leading
+    prompt tokens that each worker holds in its KV cache, by worker id. `sharing`: number of recent calls that had the
+    same longest cached prefix as this call. `affinity`: hash of the affinity key, in [1, 2**64), or 0 for none.
     `prefix`: hash of the beginning of the prompt, in [0, 2**64).
 
     Fields of resumed calls. `compatibility_key`: key of the worker that began the call; None for a new call.
@@ -104,6 +106,8 @@ class RouteCall:
     compatibility_key: CompatibilityKey | None = None
     excluded: frozenset[str] = frozenset()
     versions: frozenset[str] = frozenset()
+    bundle_digest: str = ""
+    weight_digest: str = ""
     has_begun: bool = False
     uncached_tokens: int = 0
     cached_on: str = ""
@@ -189,7 +193,7 @@ class RoutingDecision:
     keeps the workers as they were when it was made.
     """
 
-    __slots__ = ("_reason", "_scores", "cached_tokens", "full_holders", "worker_id")
+    __slots__ = ("_reason", "_scores", "cached_tokens", "full_holders", "is_restricted", "worker_id")
 
     def __init__(
         self,
@@ -198,13 +202,16 @@ class RoutingDecision:
         scores: tuple[Score, ...] | Callable[[], tuple[Score, ...]],
         cached_tokens: int = 0,
         full_holders: Sequence[FullHolder] = (),
+        is_restricted: bool = False,
     ) -> None:
         """`reason`: None if the reason follows from the scores. `scores`: the scores, or a function that computes them.
         `cached_tokens`: number of leading tokens of the call that the chosen worker holds in its KV cache.
-        `full_holders`: workers that would cost less than the chosen worker but have no room for the call."""
+        `full_holders`: workers that would cost less than the chosen worker but have no room for the call.
+        `is_restricted`: whether some workers are of a build on which the call may not run."""
         self.worker_id = worker_id
         self.cached_tokens = cached_tokens
         self.full_holders = full_holders
+        self.is_restricted = is_restricted
         self._reason = reason
         self._scores = scores
 
@@ -317,7 +324,7 @@ FILTERS = (
     Filter("unhealthy", lambda _, c: c.healthy),
     Filter("draining", lambda _, c: not c.draining),
     Filter("retired", lambda call, c: not c.retired or call.compatibility_key is not None),
-    Filter("other_version", lambda call, c: not call.versions or c.version in call.versions),
+    Filter("other_version", lambda call, c: c.build.is_one_of(call.versions, call.bundle_digest, call.weight_digest)),
     Filter("other_weights", is_compatible),
     Filter("no_tool_parser", lambda call, c: c.parses_tools or not call.needs_tools),
     Filter("no_adapter", lambda call, c: not call.adapter or call.adapter in c.adapters),

@@ -12,9 +12,30 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
 from cluster.api.frozen import frozen_dataclass
+from cluster.api.types import WorkerIdentity
+
+
+class Build(NamedTuple):
+    """What a worker serves: the name of its model's version, and the digests of its tokenizer bundle and weights.
+
+    Workers of one version may differ in both digests while a changed entry of the catalog, with the same version name,
+    replaces the replicas."""
+
+    version: str = ""
+    bundle_digest: str = ""
+    weight_digest: str = ""
+
+    def is_one_of(self, versions: Collection[str], bundle_digest: str, weight_digest: str) -> bool:
+        """Return whether the build has one of these versions, and these digests. An empty argument allows all."""
+        return (
+            (not versions or self.version in versions)
+            and (not bundle_digest or bundle_digest == self.bundle_digest)
+            and (not weight_digest or weight_digest == self.weight_digest)
+        )
 
 
 @frozen_dataclass
@@ -23,15 +44,25 @@ class Versions:
 
     The call begins on `first` if that version has capacity, else on another version of `all`. If both fields are empty,
     the call may begin on any version. `has_begun`: whether a sequence of the call has begun, so that the others must
-    begin on the same version, even while that version is being replaced.
+    begin on the same version, even while that version is being replaced. `bundle_digest`: the tokenizer bundle with
+    which the prompt is encoded; only workers with this bundle may get the call. `weight_digest`: the weights on which
+    the call has begun. Empty digests allow all.
     """
 
     first: str = ""
     all: frozenset[str] = frozenset()
     has_begun: bool = False
+    bundle_digest: str = ""
+    weight_digest: str = ""
 
 
 ANY_VERSION = Versions()
+
+
+def begun_on(worker: WorkerIdentity) -> Versions:
+    """Return the versions for the other sequences of a call that has begun on a worker."""
+    names = frozenset((worker.version,)) if worker.version else frozenset[str]()
+    return Versions(worker.version, names, True, worker.bundle_digest, worker.weight_digest)
 
 
 def choose_version(call_id: str, weights: Iterable[tuple[str, float]]) -> str:

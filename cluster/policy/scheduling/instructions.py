@@ -56,7 +56,7 @@ class Ending(enum.Enum):
     NO_ADAPTER = "no_adapter"
     """Too many new sequences wait for adapters that no worker with room has loaded."""
     NO_VERSION = "no_version"
-    """Too many new sequences wait for versions that no worker serves."""
+    """Too many new sequences wait for versions that no worker with room serves."""
     NOT_RESUMED = "not_resumed"
     """A sequence that resumes waited too long."""
     REPLACED = "replaced"

@@ -54,7 +54,7 @@ class NewAssignment:
                 cached = self._workers.cached_tokens(entry.model, entry.call_id)
                 call = self._call(entry, cached or {})
                 decision = self._route(call, entry, now)
-                if decision.worker_id is None and (call.adapter or call.versions):
+                if decision.worker_id is None and (call.adapter or decision.is_restricted):  # another may have room
                     need = self._unmet_need(call, entry, now)
             except Exception as error:
                 decision = error
@@ -71,7 +71,8 @@ class NewAssignment:
                     self._queues.forget_versions(entry.call_id)
                     self._room.put_back(entry, now)  # so that its charge is given back
                     self._room.cancel(entry.call_id)
-                    yield End(entry.call_id, Ending.NO_VERSION if need.versions else Ending.NO_ADAPTER)
+                    is_of_version = need.versions or not need.adapter
+                    yield End(entry.call_id, Ending.NO_VERSION if is_of_version else Ending.NO_ADAPTER)
                 continue
             if decision is not None and call is not None and (holder := self._awaited(decision, entry)):
                 self._aside.add(entry, call, holder, now)
@@ -120,21 +121,12 @@ class NewAssignment:
 
     def _unmet_need(self, call: RouteCall, entry: WaitingSequence, now: float) -> Need | None:
         """Return what all workers with room lack for a sequence that no worker can take: its adapter, or one of its
-        versions if no worker of these takes calls. Returns None if no worker has room, or if workers of its versions
-        take calls and are only full. Such a sequence stays in its queue."""
+        versions. Returns None if no worker has room. Such a sequence stays in its queue."""
         versions = self._versions.get(entry.call_id, ANY_VERSION)
-        is_gone = bool(versions.all) and not self._workers.has_version(
-            entry.model, versions.all, has_begun=versions.has_begun
-        )
-        if is_gone:
-            need = Need(call.adapter, versions.all, versions.has_begun)
-            decision = self._workers.route(replace(call, adapter="", versions=frozenset()), now)
-        elif call.adapter:
-            need = Need(call.adapter)
-            decision = self._route(replace(call, adapter=""), entry, now)
-        else:
+        any_worker = replace(call, adapter="", versions=frozenset(), bundle_digest="", weight_digest="")
+        if self._workers.route(any_worker, now).worker_id is None:
             return None
-        return need if decision.worker_id is not None else None
+        return Need(call.adapter, versions.all, versions.has_begun, versions.bundle_digest, versions.weight_digest)
 
     def _assign_waits(self, model: str, now: float) -> Iterator[Instruction]:
         """Yield the instructions for sequences that wait for a worker which can serve them. If no such worker has room
@@ -144,8 +136,6 @@ class NewAssignment:
                 continue
             for wait in self._worker_waits.in_order(model, need):
                 entry, key = wait.entry, wait.entry.call_id
-                if key not in self._worker_waits:  # an earlier instruction has ended its call
-                    continue
                 try:
                     cached = self._workers.cached_tokens(model, key)
                     decision = self._route(replace(wait.call, cached=cached or {}), entry, now)
@@ -165,7 +155,7 @@ class NewAssignment:
         """Return whether some worker takes calls with this need. This check is cheap."""
         if need.adapter and not self._workers.has_adapter(model, need.adapter):
             return False
-        return not need.versions or self._workers.has_version(model, need.versions, has_begun=need.has_begun)
+        return self._workers.has_version(model, need)
 
     def _leave_aside(self, key: str) -> None:
         self._aside.pop(key)
@@ -174,13 +164,17 @@ class NewAssignment:
     def _call(self, entry: WaitingSequence, cached: Mapping[str, int]) -> RouteCall:
         """Return the routing request of a new sequence. `cached`: how many leading tokens of its prompt each worker
         holds in its KV cache, by worker id."""
-        keep_free, versions = self._room.slots_to_keep_free(entry), self._versions.get(entry.call_id, ANY_VERSION)
+        beside = self._aside.count(entry.model) + self._worker_waits.count(entry.model)
+        keep_free = self._room.slots_to_keep_free(entry, beside)
+        versions = self._versions.get(entry.call_id, ANY_VERSION)
         first = frozenset((versions.first,)) if versions.first else versions.all
         return RouteCall(
             entry.model,
             entry.tokens,
             keep_free,
             versions=first,
+            bundle_digest=versions.bundle_digest,
+            weight_digest=versions.weight_digest,
             has_begun=versions.has_begun,
             needs_tools=entry.needs_tools,
             cached=cached,

@@ -52,14 +52,20 @@ class NewSequences:
         self.room.put_back(entry, now)
         self.set_versions(entry.call_id, versions)
 
+    def replace(self, entry: WaitingSequence) -> bool:
+        """Replace the entry of a queued sequence, which keeps its place in the waiting room. Returns False if the
+        sequence is not queued. `entry`: an entry that differs from the old one only in its adapter."""
+        self._return_to_room(entry.call_id)
+        return self.room.replace(entry)
+
     def set_versions(self, key: str, versions: Versions) -> None:
         """Set the versions on which a queued sequence may begin. Once one sequence of a call has begun, the other
         sequences of the call may begin only on the same version."""
         self._return_to_room(key)
-        if versions.all:
-            self._versions[key] = versions
-        else:
+        if versions == ANY_VERSION:
             self._versions.pop(key, None)
+        else:
+            self._versions[key] = versions
 
     def forget_versions(self, key: str) -> None:
         """Forget the versions of a sequence that leaves the queues."""

@@ -97,9 +97,19 @@ class ResumedAssignment:
 
     def movable(self, sequences: Iterable[ResumingSequence], worker_id: str, now: float) -> Iterator[str]:
         """Yield the keys of the sequences for which another worker has capacity. `sequences`: sequences on the draining
-        worker `worker_id`. The caller must move each sequence before it takes the next key."""
+        worker `worker_id`. The caller must move each sequence before it takes the next key.
+
+        A look at all workers takes milliseconds. Where a sequence has found no room, those with the same needs and at
+        least as many tokens find none either, and are passed over.
+        """
+        view: WorkersView | None = None
+        least: dict[object, int] = {}
+        """Tokens of the shortest sequence that has found no room, by what it needs."""
         for sequence in sequences:
-            view = WorkersView(self._workers, sequence.model, now)
+            needs = (sequence.compatibility, sequence.entry.needs_tools, sequence.entry.adapter)
+            if sequence.tokens >= least.get(needs, sequence.tokens + 1):
+                continue
+            view = view or WorkersView(self._workers, sequence.model, now)
             request = RouteCall(
                 sequence.model,
                 sequence.tokens,
@@ -107,7 +117,19 @@ class ResumedAssignment:
                 needs_tools=sequence.entry.needs_tools,
                 adapter=sequence.entry.adapter,
             )
-            for candidates in (view.sample(sequence, now) if len(view) > FEW else (), view.all()):
-                if pick(request, [one for one in candidates if one.worker_id != worker_id]).worker_id is not None:
-                    yield sequence.key
-                    break
+            worker = self._first_with_room(request, sequence, view, worker_id, now)
+            if worker is None:
+                least[needs] = sequence.tokens
+                continue
+            yield sequence.key
+            view.refresh(worker, False)
+
+    def _first_with_room(
+        self, request: RouteCall, sequence: ResumingSequence, view: WorkersView, without: str, now: float
+    ) -> Candidate | None:
+        """Return a worker with room for a sequence; None if no worker but `without` has room."""
+        for candidates in (view.sample(sequence, now) if len(view) > FEW else (), view.all()):
+            others = [one for one in candidates if one.worker_id != without]
+            if (worker_id := pick(request, others).worker_id) is not None:
+                return next(one for one in others if one.worker_id == worker_id)
+        return None

@@ -56,6 +56,11 @@ class SchedulingPolicy:
         were never sent. `versions`: versions of the model on which it may begin."""
         self._new.put_back(entry, now, versions)
 
+    def replace(self, entry: WaitingSequence) -> bool:
+        """Replace the entry of a queued new sequence, which keeps its turn. Returns False if no such sequence is
+        queued. `entry`: an entry that differs from the old one only in its adapter."""
+        return self._new.replace(entry)
+
     def set_versions(self, key: str, versions: Versions) -> None:
         """Set on which versions of its model a queued sequence may begin. Once one sequence of a call has begun, the
         other sequences of the call may begin only on the same version. `key`: id of the sequence."""

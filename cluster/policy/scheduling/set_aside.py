@@ -22,7 +22,8 @@ Source: delay scheduling (Zaharia et al., EuroSys 2010). Here the wait is bounde
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -92,10 +93,18 @@ class SetAside:
         asides = self._by_model.get(model, {}).values()
         return len(asides), sum(aside.entry.tokens for aside in asides)
 
+    def count(self, model: str) -> int:
+        """Return the number of a model's sequences that are set aside."""
+        return len(self._by_model.get(model, ()))
+
+    def counts(self, model: str) -> Mapping[str, int]:
+        """Return the number of a model's sequences that are set aside, by the id of the worker for which they wait."""
+        return Counter(aside.worker_id for aside in self._by_model.get(model, {}).values())
+
     def best(self, entry: WaitingSequence, holders: Iterable[FullHolder]) -> FullHolder | None:
         """Return the worker for which a sequence should wait; None if it should not wait. `holders`: workers that hold
         the sequence's prompt but have no room."""
-        if entry.holder_wait is not None or len(self._by_model.get(entry.model, ())) >= MAX_PER_MODEL:
+        if entry.holder_wait is not None or self.count(entry.model) >= MAX_PER_MODEL:
             return None
         most, best = 0.0, None
         for holder in holders:

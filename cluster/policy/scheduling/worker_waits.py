@@ -1,13 +1,13 @@
 """New sequences that have left their queue and wait for a worker that can serve them: one that has loaded their
 adapter, or one of a version on which they may begin.
 
-Problem: an adapter may be loaded on few workers or on none, and a version may have lost its last worker, or may have
-been replaced while a part of a call still waited. At the head of its queue, such a sequence would hold back all
-sequences behind it, although other workers have room for them.
+Problem: an adapter may be loaded on few workers or on none. A version may have few workers, which are full or paused by
+their circuit breakers, or none any more. At the head of its queue, such a sequence would hold back all sequences behind
+it, although other workers have room for them.
 
 Method: when its turn comes, such a sequence leaves the queue and waits here. The fair order of tenants counts it as
-sent. Once a worker that can serve it has room, the sequences that wait here are sent in the order of their turns,
-before those in the queue.
+sent. Once a worker that can serve it has room, the sequences that wait here are sent before those in the queue. Among
+sequences with the same need, the tenants take turns.
 
 Invariants: a sequence comes here only if a worker without its adapter, or of another version, has room for it. If no
 worker has room, it stays in the queue. A sequence that waits here holds back no sequence of the queue. At most
@@ -18,12 +18,13 @@ on a version without workers. A sequence waits here only once, and no longer tha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.routing.router import RouteCall
+from cluster.policy.routing.version_split import Build
 
 MAX_PER_MODEL: Final = 1024
 MAX_PER_TENANT: Final = 256
@@ -33,11 +34,18 @@ MAX_PER_TENANT: Final = 256
 class Need:
     """What a worker must have to serve a sequence. `adapter`: the adapter that it must have loaded; "" for none.
     `versions`: the versions of which it must be one; empty for any. `has_begun`: whether a part of the call has begun,
-    so that a worker that is being replaced may serve it too."""
+    so that a worker that is being replaced may serve it too. `bundle_digest` and `weight_digest`: its tokenizer bundle
+    and its weights; "" for any."""
 
     adapter: str = ""
     versions: frozenset[str] = frozenset()
     has_begun: bool = False
+    bundle_digest: str = ""
+    weight_digest: str = ""
+
+    def allows(self, build: Build) -> bool:
+        """Return whether workers of a build may serve the sequence, if they have its adapter."""
+        return build.is_one_of(self.versions, self.bundle_digest, self.weight_digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +66,8 @@ class WorkerWaits:
 
     def __init__(self) -> None:
         self._by_key: dict[str, WorkerWait] = {}
-        self._by_model: dict[str, dict[Need, dict[str, WorkerWait]]] = {}
-        """The sequences that wait, by model, need and key."""
+        self._by_model: dict[str, dict[Need, dict[str, dict[str, WorkerWait]]]] = {}
+        """The sequences that wait, by model, need, tenant and key. The tenant whose turn is next comes first."""
         self._counts: dict[tuple[str, str], int] = {}
         """Number of sequences that count against the bounds, by model and tenant; the tenant "" has the number of all
         tenants."""
@@ -80,8 +88,20 @@ class WorkerWaits:
 
     def waiting(self, model: str) -> tuple[int, int]:
         """Return the number of a model's sequences that wait here, and the sum of their prompt tokens."""
-        waits = [wait for of_need in self._by_model.get(model, {}).values() for wait in of_need.values()]
-        return len(waits), sum(wait.entry.tokens for wait in waits)
+        return self.count(model), sum(wait.entry.tokens for waits in self._tenants(model) for wait in waits.values())
+
+    def count(self, model: str) -> int:
+        """Return the number of a model's sequences that wait here."""
+        return sum(map(len, self._tenants(model))) if self._by_key else 0
+
+    def counts(self, model: str) -> Mapping[Need, int]:
+        """Return the number of a model's sequences that wait here, by their need."""
+        of_model = self._by_model.get(model, {})
+        return {need: sum(map(len, tenants.values())) for need, tenants in of_model.items()}
+
+    def _tenants(self, model: str) -> Iterator[Mapping[str, WorkerWait]]:
+        for tenants in self._by_model.get(model, {}).values():
+            yield from tenants.values()
 
     def add(self, entry: WaitingSequence, call: RouteCall, need: Need, now: float, until: float) -> bool:
         """Add a sequence, which may wait until the time `until`. Returns False if too many sequences wait already."""
@@ -91,20 +111,25 @@ class WorkerWaits:
             return False
         wait = WorkerWait(entry, call, need, now, until)
         self._by_key[entry.call_id] = wait
-        self._by_model.setdefault(model, {}).setdefault(need, {})[entry.call_id] = wait
+        tenants = self._by_model.setdefault(model, {}).setdefault(need, {})
+        tenants.setdefault(entry.tenant, {})[entry.call_id] = wait
         for place in places:
             counts[place] = counts.get(place, 0) + 1
         return True
 
     def pop(self, key: str) -> WorkerWait | None:
-        """Remove a waiting sequence and return its wait; None if the sequence does not wait here. `key`: the sequence's
-        key."""
+        """Remove a waiting sequence and return its wait; None if the sequence does not wait here. The next turn is
+        another tenant's. `key`: the sequence's key."""
         wait = self._by_key.pop(key, None)
         if wait is None:
             return None
         model, of_model = wait.entry.model, self._by_model[wait.entry.model]
-        del of_model[wait.need][key]
-        if not of_model[wait.need]:
+        tenants = of_model[wait.need]
+        of_tenant = tenants.pop(wait.entry.tenant)
+        del of_tenant[key]
+        if of_tenant:
+            tenants[wait.entry.tenant] = of_tenant
+        elif not tenants:
             del of_model[wait.need]
         if not of_model:
             del self._by_model[model]
@@ -119,9 +144,12 @@ class WorkerWaits:
         return tuple(self._by_model.get(model, ()))
 
     def in_order(self, model: str, need: Need) -> Iterator[WorkerWait]:
-        """Yield the sequences of a model with this need, in the order in which they were added. The caller may remove
-        each yielded sequence."""
-        yield from list(self._by_model.get(model, {}).get(need, {}).values())
+        """Yield the sequences of a model with this need: of each tenant in turn the one that was added first. The
+        caller must remove each yielded sequence before it takes the next one; otherwise there is no next one."""
+        wait: WorkerWait | None = None
+        while (tenants := self._by_model.get(model, {}).get(need)) and (wait is None or wait.entry.call_id not in self):
+            wait = next(iter(next(iter(tenants.values())).values()))
+            yield wait
 
     def expired(self, now: float) -> list[WorkerWait]:
         """Return the sequences that have waited too long. They are not removed."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from cluster.api.types import CompatibilityKey
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
+from cluster.policy.scheduling.worker_waits import Need
 
 
 class Workers(Protocol):
@@ -40,9 +41,9 @@ class Workers(Protocol):
         """Return whether any worker of a model takes calls for an adapter. `adapter`: the adapter's name in the form of
         RouteCall.adapter. This check is cheap."""
 
-    def has_version(self, model: str, versions: Collection[str], has_begun: bool) -> bool:
-        """Return whether any worker of a model takes calls that may begin on these versions. `has_begun`: whether
-        workers that are being replaced count too (RouteCall.has_begun)."""
+    def has_version(self, model: str, need: Need) -> bool:
+        """Return whether any worker of a model has a version, tokenizer and weights that `need` allows. The adapter and
+        the worker's state do not matter. This check is cheap."""
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
         """Return whether a worker runs a suspect sequence (worker_losses.py) that has got no token from this worker

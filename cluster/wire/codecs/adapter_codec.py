@@ -78,6 +78,7 @@ def adapter_report_to_pb(statuses: Iterable[AdapterStatus]) -> pb.AdapterReport:
                 state=_STATES[status.state],
                 reason=status.reason[:MAX_REASON].encode("utf-8", "replace").decode(),
                 resident=status.resident,
+                load_number=status.load_number,
             )
             for status in statuses
         ]
@@ -106,6 +107,7 @@ def _without_tenants(spec: AdapterSpec) -> pb.Adapter:
         pinned=spec.pinned,
         license=spec.license,
         version=spec.version,
+        load_number=spec.load_number,
     )
 
 
@@ -125,6 +127,7 @@ def _from_pb(m: pb.Adapter) -> AdapterSpec:
         pinned=m.pinned,
         license=m.license,
         version=m.version,
+        load_number=m.load_number,
     )
 
 
@@ -135,7 +138,7 @@ def _status_from_pb(m: pb.AdapterStatus) -> AdapterStatus:
     state = _STATE_OF.get(m.state, AdapterState.LOADING)
     if state is AdapterState.READY and not m.digest:
         raise ValueError(f"adapters.digest: {m.name!r} is ready and has no digest")
-    return AdapterStatus(m.name, m.digest, state, m.reason, m.resident)
+    return AdapterStatus(m.name, m.digest, state, m.reason, m.resident, m.load_number)
 
 
 def _check_name(name: str) -> None:

@@ -17,4 +17,5 @@ def admin_adapter(model: str, spec: AdapterSpec) -> pb.Adapter:
         pinned=spec.pinned,
         license=spec.license,
         version=spec.version,
+        load_number=spec.load_number,
     )

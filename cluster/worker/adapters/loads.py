@@ -6,7 +6,8 @@ adapter is removed first. The request waits at most HOLD_S seconds. If the load 
 Further requests for the adapter then wait at the gateways until the load ends; they delay no other requests there.
 
 If every adapter in memory is in use, the least recently used one takes no new requests until it is removed. Otherwise
-steady requests for the adapters in memory could delay a load forever.
+steady requests for the adapters in memory could delay a load forever. An adapter whose requests wait at the gateways
+stays in memory for a moment after its load, so that these requests arrive before it makes room for the next one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ log = structlog.get_logger("worker")
 
 HOLD_S: Final = 2.0
 """Longest time in seconds for which a request waits here until its adapter is in the engine's memory."""
+SPARED_PART: Final = 0.5
+"""Part of HOLD_S for which an adapter stays in memory after its load, if its requests wait at the gateways."""
 
 
 class AdapterLoads:
@@ -69,6 +72,8 @@ class AdapterLoads:
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._overdue: set[str] = set()
         """Adapters whose load takes longer than a request may wait for it."""
+        self._spared: set[str] = set()
+        """Adapters in memory whose requests are on their way back from the gateways."""
         self._closing = ""
         """The adapter in memory that takes no further requests, so that it can be replaced."""
         self._unused = asyncio.Event()
@@ -117,7 +122,7 @@ class AdapterLoads:
             if digest in self._loads:
                 self._overdue.add(digest)
                 self._unused.set()  # the load closes an adapter
-                self._reports.mark_changed()
+            self._reports.mark_changed()  # a gateway sends no calls for a refused adapter until the next report
             raise adapter_refused(self._all_in_use) from None
         except BaseException:
             self.release(digest)
@@ -178,6 +183,8 @@ class AdapterLoads:
                 await engine.load_adapter(digest, folder, pinned=digest in self.memory.pinned)
                 self.memory.add(digest)
                 self._reports.mark_moved()
+                if digest in self._overdue:
+                    self._spare(digest)
         except EngineCorrupt as corrupt:
             await asyncio.to_thread(self._mark_corrupting, digest, str(corrupt))
             self._report_dead(corrupt)
@@ -198,10 +205,10 @@ class AdapterLoads:
             while self.memory.is_full:
                 self._wanted_folder(digest)
                 self.check_place(digest)
-                victim = self.memory.victim()
+                victim = self.memory.victim(self._spared)
                 if victim is None:
-                    if digest in self._overdue and not self._closing:
-                        self._close(self.memory.oldest() or "")
+                    if digest in self._overdue and not self._closing and (oldest := self.memory.oldest(self._spared)):
+                        self._close(oldest)
                     self._unused.clear()
                     await self._unused.wait()
                     continue
@@ -210,6 +217,15 @@ class AdapterLoads:
         finally:
             if self._closing:
                 self._close("")
+
+    def _spare(self, digest: str) -> None:
+        """Keep an adapter in memory until the requests that wait for it at the gateways can have arrived."""
+        self._spared.add(digest)
+        asyncio.get_running_loop().call_later(SPARED_PART * self._hold_s, self._end_spare, digest)
+
+    def _end_spare(self, digest: str) -> None:
+        self._spared.discard(digest)
+        self._unused.set()
 
     def _wanted_folder(self, digest: str) -> str:
         """Return the adapter's folder. Raises EngineRefused if the adapter is no longer wanted."""

@@ -1,17 +1,16 @@
 """The adapters that a worker's gateways want. The worker prepares and loads these adapters, and reports their states.
 
-Each adapter is prepared in its own task. A thread fetches and checks the adapter's files. Then the engine loads the
-adapter, if the engine's memory has room. If it has no room, the checked adapter is reported as ready too, and is loaded
-for the next request that names it (loads.py). A failed adapter is reported with the reason, and is tried again after a
-while. An adapter that is no longer wanted takes no new requests, and is removed from the engine when its last request
-has ended.
+Each adapter is prepared in its own task. A thread fetches and checks the adapter's files (fetches.py). Then the engine
+loads the adapter, if the engine's memory has room. If it has no room, the checked adapter is reported as ready too, and
+is loaded for the next request that names it (loads.py). A failed adapter is reported with the reason, and is tried
+again after a while, or at once if it is loaded again. An adapter that is no longer wanted takes no new requests, and is
+removed from the engine when its last request has ended.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -22,8 +21,10 @@ from cluster.api.ports import AdapterEngine, EngineDead, EngineRefused
 from cluster.api.types import EngineInfo
 from cluster.policy.adapters.desired import DesiredSet
 from cluster.policy.adapters.memory import AdapterMemory
+from cluster.policy.catalog.source_texts import without_credentials
 from cluster.wire.codecs.adapter_codec import AdapterSet
 from cluster.wire.outbox import Outbox
+from cluster.worker.adapters.fetches import SILENCE_S, AdapterFetches
 from cluster.worker.adapters.loads import HOLD_S, AdapterLoads
 from cluster.worker.adapters.port import AdapterFiles
 from cluster.worker.adapters.reports import REPORT_S, AdapterReports
@@ -34,8 +35,6 @@ log = structlog.get_logger("worker")
 RETRY_S: Final = 5.0
 """Seconds before a failed adapter is tried again. Doubled after each failure, up to MAX_RETRY_S."""
 MAX_RETRY_S: Final = 300.0
-PARALLEL_FETCHES: Final = 2
-"""Number of threads that fetch adapters, and so the maximum number of fetches at a time."""
 
 
 @dataclass(eq=False, slots=True)
@@ -56,12 +55,16 @@ class WantedAdapter:
     def is_same(self, spec: AdapterSpec) -> bool:
         """Return whether the files of this adapter can also serve `spec`.
 
-        They can if `spec` differs from this adapter's own spec at most in `pinned` and `tenants`, and if the
-        digest in `spec` is empty or equal to the digest of the files.
+        They can if `spec` differs from this adapter's own spec at most in `pinned`, `tenants` and `load_number`, and if
+        the digest in `spec` is empty or equal to the digest of the files.
         """
-        plain = {"pinned": False, "tenants": (), "digest": ""}
+        plain = {"pinned": False, "tenants": (), "digest": "", "load_number": 0}
         is_other = replace(self.spec, **plain) != replace(spec, **plain)  # type: ignore[arg-type]
         return not is_other and spec.digest in ("", self.digest or self.spec.digest)
+
+    def is_retried_by(self, spec: AdapterSpec) -> bool:
+        """Return whether this adapter has failed and `spec` comes from another request to load it."""
+        return self.state is AdapterState.FAILED and self.spec.load_number != spec.load_number
 
 
 class WorkerAdapters:
@@ -81,11 +84,12 @@ class WorkerAdapters:
         retry_s: float = RETRY_S,
         report_s: float = REPORT_S,
         hold_s: float = HOLD_S,
+        silence_s: float = SILENCE_S,
     ) -> None:
         """Create the object without adapters; gateways send the adapters that they want.
 
         `report_dead`: is called if the engine must be replaced. `version`: the version of the model that this worker
-        runs.
+        runs. `silence_s`: seconds without progress after which the fetch of an adapter has failed.
         """
         has_adapters = bool(info.adapter_slots) and engine is not None and files is not None
         self._files = files if has_adapters else None
@@ -93,8 +97,7 @@ class WorkerAdapters:
         self._retry_s = retry_s
         self._desired: DesiredSet[tuple[AdapterSpec, ...]] = DesiredSet(())
         self._wanted: dict[str, WantedAdapter] = {}
-        # Cancelling a fetch does not end its thread. Fetches that hang must not occupy the event loop's own threads.
-        self._fetches = ThreadPoolExecutor(PARALLEL_FETCHES, thread_name_prefix="adapter-fetch")
+        self._fetches = None if self._files is None else AdapterFetches(self._files, silence_s)
         self._tasks = AdapterTasks()
         self._reports = AdapterReports(self.statuses, report_s)
         self.loads = AdapterLoads(
@@ -133,10 +136,11 @@ class WorkerAdapters:
         return [self._status(name, adapter, residents) for name, adapter in self._wanted.items()]
 
     def _status(self, name: str, adapter: WantedAdapter, residents: Collection[str]) -> AdapterStatus:
-        digest, is_ready = adapter.digest or adapter.spec.digest, adapter.state is AdapterState.READY
+        spec, is_ready = adapter.spec, adapter.state is AdapterState.READY
+        digest, number = adapter.digest or spec.digest, spec.load_number
         if is_ready and (why := self.loads.why_waiting(digest)):
-            return AdapterStatus(name, digest, AdapterState.LOADING, why)
-        return AdapterStatus(name, digest, adapter.state, adapter.reason, is_ready and digest in residents)
+            return AdapterStatus(name, digest, AdapterState.LOADING, why, load_number=number)
+        return AdapterStatus(name, digest, adapter.state, adapter.reason, is_ready and digest in residents, number)
 
     async def run(self) -> None:
         """Report changes of the adapters' states to all links until cancelled. Then end all work on adapters, without
@@ -144,14 +148,16 @@ class WorkerAdapters:
         try:
             await self._reports.run()
         finally:
-            self._fetches.shutdown(wait=False, cancel_futures=True)
             await self._tasks.cancel()
+            if self._fetches is not None:
+                await self._fetches.close()
 
     def _apply(self, specs: Sequence[AdapterSpec]) -> None:
         wanted = {spec.name: spec for spec in specs if spec.version in ("", self._version)}
         for name, adapter in list(self._wanted.items()):
-            if name in wanted and adapter.is_same(wanted[name]):
-                adapter.spec = wanted[name]
+            spec = wanted.get(name)
+            if spec is not None and adapter.is_same(spec) and not adapter.is_retried_by(spec):
+                adapter.spec = spec
             else:
                 del self._wanted[name]
                 if adapter.work is not None:
@@ -178,13 +184,12 @@ class WorkerAdapters:
 
     async def _prepare(self, adapter: WantedAdapter, delay_s: float = 0.0) -> None:
         """Fetch, check and load an adapter, and try again after each failure."""
-        files = self._files
-        assert files is not None
+        fetches = self._fetches
+        assert fetches is not None
         while True:
             await asyncio.sleep(delay_s)
             try:
-                loop = asyncio.get_running_loop()
-                stored = await loop.run_in_executor(self._fetches, files.fetch, adapter.spec)
+                stored = await fetches.fetch(adapter.spec)
                 adapter.digest, adapter.folder = stored.digest, str(stored.folder)
                 self._index()
                 self.loads.check_place(stored.digest)
@@ -207,6 +212,7 @@ class WorkerAdapters:
 
     def _fail(self, adapter: WantedAdapter, reason: str) -> float:
         """Record why an adapter is not served; return the seconds until the next try."""
+        reason = without_credentials(reason)
         delay_s = min(self._retry_s * 2.0 ** min(adapter.failures, 20), MAX_RETRY_S)
         adapter.state, adapter.reason, adapter.folder = AdapterState.FAILED, reason, ""
         adapter.failures += 1

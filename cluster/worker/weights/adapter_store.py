@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,13 +74,14 @@ class AdapterStore:
         """The folder that contains the folders of all adapters."""
         return self.rules.cache_dir / "adapters"
 
-    def fetch(self, spec: AdapterSpec) -> StoredAdapter:
-        """Fetch an adapter if it is not on this node's disk yet, and check it.
+    def fetch(self, spec: AdapterSpec, progress: Callable[[], None] = lambda: None) -> StoredAdapter:
+        """Fetch an adapter if it is not on this node's disk yet, and check it. Calls `progress` when a part has been
+        downloaded or copied.
 
         Blocks. Raises AdapterError, SourceError or OSError.
         """
         if not is_allowed_source(spec.source, self.rules.allowed_sources):
-            raise AdapterError(f"adapters[{spec.name}].source: {spec.source!r} is not among weights.allow.sources")
+            raise AdapterError(f"adapters[{spec.name}].source is not among weights.allow.sources")
         if self.base is not None and not self._shapes:
             self._shapes = base_shapes(self.base)
         make_private_folder(self.root)
@@ -90,8 +91,9 @@ class AdapterStore:
             return StoredAdapter(spec.digest, self.root / spec.digest)
         part = Path(tempfile.mkdtemp(prefix=_PART, dir=self.root))
         try:
-            with self._source_folder(spec, part) as source:
-                self._copy(source, part)
+            with self._source_folder(spec, part, progress) as source:
+                self._copy(source, part, progress)
+            progress()
             digest = self._check(spec, part)
             if not self._is_whole(digest):
                 try:
@@ -148,11 +150,16 @@ class AdapterStore:
         return digest
 
     @contextmanager
-    def _source_folder(self, spec: AdapterSpec, part: Path) -> Iterator[Path]:
+    def _source_folder(self, spec: AdapterSpec, part: Path, progress: Callable[[], None]) -> Iterator[Path]:
         """Yield a folder with the adapter's files from its source.
 
         `part`: folder below which files may be downloaded.
         """
+        most_bytes = self._most_bytes()
+
+        def report(fetched: int, total: int, what: str) -> None:
+            progress()
+
         where = f"adapters[{spec.name}].source"
         scheme, separator, rest = spec.source.partition("://")
         if not separator:
@@ -162,26 +169,26 @@ class AdapterStore:
             yield folder
         elif scheme == "hf":
             name, _, revision = rest.partition("@")
-            yield from_hub(where, name, revision, (*FILES, CARD), self.rules, most_bytes=self._most_bytes())
+            yield from_hub(where, name, revision, (*FILES, CARD), self.rules, report, most_bytes)
         elif scheme in SCHEMES:
             names = (*FILES, CARD)
             fetched = part / "fetched"
             try:
-                yield fetch(spec.source, fetched, names, needed=CONFIG, web_names=names, most_bytes=self._most_bytes())
+                yield fetch(spec.source, fetched, names, report, needed=CONFIG, web_names=names, most_bytes=most_bytes)
             except FetchError as error:
-                raise AdapterError(f"{where}: {spec.source}: {error}") from error
+                raise AdapterError(f"{where}: {error}") from error
             finally:
                 shutil.rmtree(fetched, ignore_errors=True)
         else:
             known = ", ".join(f"{name}://" for name in SCHEMES)
-            raise AdapterError(f"{where}: {spec.source!r} is unknown; use a folder, hf://org/name or {known}")
+            raise AdapterError(f"{where} is unknown; use a folder, hf://org/name or {known}")
 
     def _most_bytes(self) -> Mapping[str, int]:
         """Return the largest allowed size, in bytes, of each file that is copied."""
         weights = most_weight_bytes(self._shapes, self.max_rank) if self._shapes else 1 << 30
         return {CONFIG: MAX_CONFIG_BYTES, WEIGHTS: weights, CARD: MAX_CARD_BYTES}
 
-    def _copy(self, source: Path, target: Path) -> None:
+    def _copy(self, source: Path, target: Path, progress: Callable[[], None]) -> None:
         """Copy the adapter's two files and its model card, and nothing else.
 
         Only links in the hub's cache are followed. Without a licence rule, a card that cannot be opened is left out.
@@ -200,9 +207,9 @@ class AdapterStore:
                     if name == CARD and not self.rules.allowed_licenses:
                         continue
                     raise
-                self._write(stream, target / name)
+                self._write(stream, target / name, progress)
 
-    def _write(self, stream: BinaryIO, target: Path) -> None:
+    def _write(self, stream: BinaryIO, target: Path, progress: Callable[[], None]) -> None:
         size = os.fstat(stream.fileno()).st_size
         if (free := shutil.disk_usage(target.parent).free) < size:
             raise AdapterError(f"the disk is full: {size} bytes are needed at {target.parent} and {free} are free")
@@ -212,6 +219,7 @@ class AdapterStore:
             while left > 0 and (piece := stream.read(min(left, PIECE_BYTES))):
                 out.write(piece)
                 left -= len(piece)
+                progress()
 
     def _remove_abandoned(self) -> None:
         for folder in self.root.glob(f"{_PART}*"):

@@ -43,6 +43,8 @@ WEB_NAMES = (
 )
 """Files to try on a web server, whose files cannot be listed. Weights are the files in the index, or a single file."""
 TRIES = 3
+CONNECT_S, READ_S = 30.0, 60.0
+"""Longest time in seconds for a connection to a web server, and between two reads from it."""
 
 Progress = Callable[[int, int, str], None]
 """Callback with the arguments (bytes fetched, bytes in all, file name)."""
@@ -127,11 +129,9 @@ def _files_of(
     try:
         import fsspec
 
-        system, path = fsspec.core.url_to_fs(source.rstrip("/"))
-        if scheme in ("http", "https"):
-            names = _list_web(system, path, web_names or _web_names(system, path))
-        else:
-            names = _list_store(system, path)
+        is_web = scheme in ("http", "https")
+        system, path = fsspec.core.url_to_fs(source.rstrip("/"), **(_web_options() if is_web else {}))
+        names = _list_web(system, path, web_names or _web_names(system, path)) if is_web else _list_store(system, path)
         files = {
             name: (system, where, size)
             for name, where, size in names
@@ -148,6 +148,13 @@ def _files_of(
             f"there is no {needed} at this address; it is no folder of a model or adapter, or access is refused"
         )
     return files
+
+
+def _web_options() -> Mapping[str, Any]:
+    """Return fsspec's options for a web server: time limits for each connection and for each pause between bytes."""
+    import aiohttp
+
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=READ_S)}}
 
 
 def _list_store(system: Any, path: str) -> Iterator[tuple[str, str, int]]:

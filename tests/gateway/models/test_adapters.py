@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import structlog
@@ -14,8 +15,10 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, EngineInfo, ModelState, WorkerIdentity
 from cluster.gateway.apis.grpc.inference import _model_pb
 from cluster.gateway.links.liveness import LinkLiveness
+from cluster.gateway.links.slots import Sink
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models.directory import ModelDirectory
+from cluster.gateway.scheduling import queue_errors
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
@@ -206,13 +209,13 @@ class Listener(NoListener):
 
 
 def linked(
-    directory: ModelDirectory, *names: str, version: str = "", capabilities: tuple[str, ...] = (ADAPTERS,)
+    directory: ModelDirectory, *names: str, capabilities: tuple[str, ...] = (ADAPTERS,), **fields: str
 ) -> list[WorkerLink]:
-    """Link workers of the model `m` to the directory, and return the links."""
+    """Link workers of the model `m` to the directory, and return the links. `fields`: fields of their identities."""
     info = EngineInfo("class", "sim", "0", 16, 100, 4, 2048, 2048, 100, capabilities=capabilities)
     links = []
     for name in names:
-        identity = WorkerIdentity(name, f"{name}-1", "m", version)
+        identity = WorkerIdentity(name, f"{name}-1", "m", **fields)
         links.append(WorkerLink(identity, info, 1, Listener(directory), LinkLiveness(0.0, 1.0, 1.0)))
         directory.add_link(links[-1])
     return links
@@ -280,9 +283,26 @@ async def test_the_state_of_an_adapter(tmp_path: Path) -> None:
     assert adapters.view("a").state is AdapterState.FAILED
 
 
-async def test_the_digest_is_learned_from_the_first_ready_worker(tmp_path: Path) -> None:
-    """If the catalog has no digest, the digest of the first ready worker is valid for as long as any worker has it. A
-    worker with another digest is logged and gets no calls."""
+async def test_replaced_workers_serve_an_adapter_until_others_have_it(tmp_path: Path) -> None:
+    """While the workers that replace others have not loaded an adapter, or cannot, the adapter is ready on the replaced
+    workers that have it."""
+    directory = directory_with(tmp_path, AdapterSpec("a", "/a", A))
+    adapters = directory.models[0].adapters
+    (old,), (new,) = linked(directory, "old", generation="g1"), linked(directory, "new", generation="g2")
+    report(old, AdapterStatus("a", A, AdapterState.READY))
+    entry = CatalogEntry("m", state=ModelState.READY, adapters=(AdapterSpec("a", "/a", A),), retired=("g1",))
+    directory.apply_catalog([entry], 8)
+    assert (adapters.view("a").state, adapters.view("a").ready) == (AdapterState.READY, 1)
+    report(new, AdapterStatus("a", "", AdapterState.FAILED, "no space left"))
+    assert (adapters.view("a").state, adapters.view("a").reason) == (AdapterState.READY, "no space left")
+    assert adapters.refusal_of("m", "a") is None
+    directory.remove_link(old)
+    assert adapters.view("a").state is AdapterState.FAILED
+
+
+async def test_the_digest_is_learned_from_ready_workers(tmp_path: Path) -> None:
+    """If the catalog has no digest, the smallest of the digests that most ready workers have is valid. A worker with
+    another digest is logged and gets no calls."""
     directory = directory_with(tmp_path, AdapterSpec("a", "/a"))
     adapters = directory.models[0].adapters
     one, two = linked(directory, "one", "two")
@@ -301,6 +321,90 @@ async def test_the_digest_is_learned_from_the_first_ready_worker(tmp_path: Path)
     )
     directory.remove_link(two)
     assert (adapters.key("a"), adapters.view("a").ready) == (B, 1)
+
+
+async def test_gateways_choose_the_same_digest(tmp_path: Path) -> None:
+    """Gateways that see the same workers choose the same digest, in whatever order the workers have reported."""
+    chosen = []
+    for names in (("one", "two", "three"), ("three", "two", "one")):
+        directory = directory_with(tmp_path, AdapterSpec("a", "/a"))
+        for link in linked(directory, *names):
+            digest = A if link.identity.worker_id == "one" else B
+            report(link, AdapterStatus("a", digest, AdapterState.READY))
+        chosen.append(directory.models[0].adapters.digest("a"))
+    assert chosen == [B, B]
+
+
+async def test_states_of_an_earlier_load_do_not_count(tmp_path: Path) -> None:
+    """After an adapter is loaded again, a worker's last state does not count until the worker has received the new
+    load: neither the digest of the earlier files nor the reason why they failed."""
+    directory = directory_with(tmp_path, AdapterSpec("a", "/a", load_number=1))
+    adapters = directory.models[0].adapters
+    one, two = linked(directory, "one", "two")
+    report(one, AdapterStatus("a", A, AdapterState.READY, load_number=1))
+    report(two, AdapterStatus("a", "", AdapterState.FAILED, "no space left", load_number=1))
+    assert (adapters.view("a").ready, len(adapters.view("a").failures)) == (1, 1)
+    entry = CatalogEntry("m", ("x",), state=ModelState.READY, adapters=(AdapterSpec("a", "/b", load_number=2),))
+    directory.apply_catalog([entry], 8)
+    assert (adapters.digest("a"), adapters.view("a").ready, adapters.view("a").failures) == ("", 0, ())
+    report(one, AdapterStatus("a", B, AdapterState.READY, load_number=2))
+    report(two, AdapterStatus("a", B, AdapterState.READY))
+    assert (adapters.digest("a"), adapters.view("a").ready) == (B, 2), "older workers report no number"
+
+
+async def test_tenants_see_no_source(tmp_path: Path) -> None:
+    """The reason of a failed adapter has the source for operators, and not for tenants."""
+    directory = directory_with(tmp_path, AdapterSpec("a", "s3://bucket/secret"), AdapterSpec("b", "/node/secret"))
+    adapters = directory.models[0].adapters
+    (link,) = linked(directory, "one")
+    reasons = {
+        "a": "cannot read s3://bucket/secret/adapter_config.json",
+        "b": "there is no folder /node/secret; mend it",
+    }
+    report(link, *(AdapterStatus(name, "", AdapterState.FAILED, reason) for name, reason in reasons.items()))
+    for name, reason in reasons.items():
+        refused = adapters.refusal_of("m", name)
+        assert refused is not None
+        shown = [refused.message, directory.lookup.target(f"m:{name}").state_reason, too_late_message(directory, name)]
+        assert not any("secret" in text for text in shown), shown
+        assert adapters.view(name).reason == reason
+
+
+def too_late_message(directory: ModelDirectory, adapter: str) -> str:
+    """Return the error of a call that has waited too long for an adapter."""
+    return queue_errors.too_late("m", directory.models[0], False, adapter).message
+
+
+class Refusing:
+    """A sink whose refusal loses the adapter A, as that of a sequence does."""
+
+    last_token_at = 0.0
+
+    def __init__(self, link: WorkerLink) -> None:
+        self._link = link
+
+    def refused(self, reason: str, message: str, field: str) -> None:
+        self._link.adapters.lose(A)
+
+
+async def test_a_report_with_a_refusal_is_newer(tmp_path: Path) -> None:
+    """A refused call marks the adapter as LOADING on the worker. A report in the same message as the refusal takes
+    precedence, since no other report may follow. A failed adapter stays failed."""
+    directory = directory_with(tmp_path, AdapterSpec("a", "/a", A))
+    (link,) = linked(directory, "one")
+    for state, with_report, expected in (
+        (AdapterState.READY, False, AdapterState.LOADING),
+        (AdapterState.READY, True, AdapterState.READY),
+        (AdapterState.FAILED, False, AdapterState.FAILED),
+    ):
+        status = AdapterStatus("a", A, state)
+        report(link, status)
+        link.slots.add(1, cast(Sink, Refusing(link)), 1, 1, False)
+        turn = pb.WorkerTurn(refused=[pb.Refused(slot=1, reason="ADAPTER_INVALID")])
+        if with_report:
+            turn.adapters.CopyFrom(adapter_report_to_pb([status]))
+        link.apply(turn)
+        assert link.adapters.statuses["a"].state is expected
 
 
 reports = st.dictionaries(st.sampled_from("ab"), st.tuples(st.sampled_from([A, B]), st.sampled_from(AdapterState)))

@@ -462,6 +462,18 @@ async def test_a_batch_keeps_its_version(cluster: TestCluster, checkpoint: Path,
     assert np.array_equal(found, await embedded(cluster, BATCH, "sim"))
 
 
+async def test_a_batch_keeps_its_weights(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """While replicas with other weights replace those of a version that keeps its name, all vectors of a call come from
+    the weights of its first."""
+    for number, digest in enumerate(("old", "new")):
+        engine = sim_engine(checkpoint, **SLOW, seed=number)
+        await cluster.add_worker(engine, bundle, version="v1", weight_digest=digest)
+    answer = await asyncio.wait_for(cluster.stub.Embed(embed(BATCH)), 60)
+    assert len(answer.embeddings) == len(BATCH)
+    assert sum(bool(worker.engine.load().steps) for worker in cluster.workers) == 1
+    await cluster.until_idle()
+
+
 async def test_a_fallback_has_the_same_task(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """While a model has no worker, its calls go to the first fallback model with the same task. Fallback models without
     the task are skipped."""

@@ -4,6 +4,7 @@ also tested."""
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 from cluster.client import AsyncClient
 from cluster.gateway.calls.pooling.pooling_request import MAX_INPUTS
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
 from tests.support.calls import chat, refused
 from tests.support.cluster import TestCluster
 from tests.support.http import Reply, chat_body, client, fetch
-from tests.support.pooling import DIMENSIONS, Vectors, embedded, vectors_of
+from tests.support.pooling import DIMENSIONS, Vectors, embedded, pooling_cluster, vectors_of
 
 pytestmark = pytest.mark.slow
 
@@ -115,6 +117,19 @@ async def test_long_inputs_are_refused_or_cut(pooling: TestCluster) -> None:
     assert np.array_equal(
         await embedded(pooling, [LONG], truncate=True), (await embeddings(pooling, input=[ids[:64]]))[0]
     )
+
+
+async def test_token_ids_are_cut_like_texts(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """If the model's tokenizer cuts on the left, token ids keep their end, as texts do beside their special tokens."""
+    config = json.loads(bundle.files["tokenizer_config.json"]) | {"truncation_side": "left"}
+    left = Bundle({**bundle.files, "tokenizer_config.json": json.dumps(config).encode()})
+    async with pooling_cluster(tmp_path, checkpoint, left) as cluster:
+        text = f"{LONG} end"
+        ids = list((await cluster.stub.Tokenize(pb.TokenizeRequest(model="sim", text=text))).token_ids)
+        for given, kept in ((ids, ids[-5:]), (text, [ids[0], *ids[-4:]]), (ids[:3], ids[:3])):
+            cut, _ = await embeddings(cluster, input=[given], truncate_prompt_tokens=5)
+            assert np.array_equal(cut, (await embeddings(cluster, input=[kept]))[0])
+        await cluster.until_idle()
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [

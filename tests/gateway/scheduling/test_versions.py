@@ -132,6 +132,36 @@ async def test_several_outputs_of_a_call_come_from_one_version(
         await ask(cluster, f"n{i}", n=4)
 
 
+async def test_several_outputs_of_a_call_come_from_the_same_weights(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """While replicas with other weights replace those of a version that keeps its name, all outputs of a call come from
+    workers with the weights of the first."""
+    for digest in ("one", "two"):
+        engine = sim_engine(checkpoint, decode_ms=1, max_num_seqs=2)
+        await cluster.add_worker(engine, bundle, version="v1", weight_digest=digest)
+    apply_catalog(cluster, entry(versions=(VersionShare("v1"),)))
+    for i in range(12):
+        await ask(cluster, f"n{i}", n=4)
+
+
+async def test_a_prompt_runs_on_a_worker_with_its_tokenizer(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """While replicas with another tokenizer replace those of a version that keeps its name, each call runs on a worker
+    with the tokenizer that has encoded its prompt."""
+    name = "tokenizer_config.json"
+    other = Bundle({**bundle.files, name: bundle.files[name] + b"\n"})
+    digests = {}
+    for of_worker in (bundle, other):
+        worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), of_worker, version="v1")
+        digests[worker.identity.worker_id] = of_worker.digest
+    (model,) = cluster.gateway.directory.models
+    ran = [digests[await ask(cluster, f"r{i}")] for i in range(16)]
+    assert ran == [model.versions.choose(f"r{i}").bundle_digest for i in range(16)]
+    assert set(ran) == set(digests.values())
+
+
 async def test_what_is_replaced_gets_no_new_call_and_keeps_what_it_has(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:

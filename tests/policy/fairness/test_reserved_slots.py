@@ -43,6 +43,7 @@ def test_places_are_kept_from_who_always_waits() -> None:
     Once no other tenant has sent a call for GUEST_S seconds, it may use all slots."""
     order, head = flooded()
     assert order.slots_to_keep_free(head) == RUNNING // KEPT_OF
+    assert order.slots_to_keep_free(head, beside=RUNNING) == 0, "what waits beside the queue fills no slot"
     order.sweep(5.0 + IDLE_S + GUEST_S + 1)
     assert order.slots_to_keep_free(head) == 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -88,6 +90,22 @@ def test_put_back_goes_to_the_head_in_order_of_arrival() -> None:
     assert [r.position(call_id) for call_id in "abcde"] == [0, 1, 2, 3, 4]
     taken = [r.pop_next("m", fits) for _ in range(5)]
     assert [w.call_id for w in taken if w is not None] == list("abcde")
+
+
+def test_what_was_put_back_is_not_shed() -> None:
+    """A full room sheds the last sequence of the longest queue, but none that had its turn before."""
+    r = room(max_requests=4)
+    for call_id in "abcd":
+        r.admit(waiting(call_id), 0.0)
+    lost = r.pop_next("m", fits)
+    assert lost is not None
+    r.put_back(lost, 1.0)
+    shed = r.admit(dataclasses.replace(waiting("new"), tenant="another"), 2.0).shed
+    assert [w.call_id for w in shed] == ["d"]
+    assert r.cancel("a")
+    for call_id in "bc":
+        r.cancel(call_id)
+    assert r.statistics().requests == 1
 
 
 def test_expiry_by_deadline_and_by_wait() -> None:

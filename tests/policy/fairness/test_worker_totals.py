@@ -26,6 +26,11 @@ def test_only_what_others_served_is_added_and_only_once() -> None:
     assert flow.counter == 350.0
     workers.apply("w", "i2", [ServedTotal(0, "a", 80.0, 30.0)], 3.0)
     assert flow.counter == 400.0
+    workers.link_ended("w")  # the worker gives back what it had predicted for this gateway's calls, as the gateway does
+    workers.apply("w", "i2", [ServedTotal(0, "a", 20.0, 0.0)], 4.0)
+    assert flow.counter == 400.0
+    workers.apply("w", "i2", [ServedTotal(0, "a", 30.0, 0.0)], 5.0)
+    assert flow.counter == 410.0
 
 
 def test_a_forgotten_worker_starts_again() -> None:

@@ -20,6 +20,7 @@ from cluster.policy.routing.fleet import Fleet, choose
 from cluster.policy.routing.hot_prefixes import MAX_PREFIXES, HotPrefixes
 from cluster.policy.routing.rendezvous import hash64
 from cluster.policy.routing.router import FILTERS, Candidate, RouteCall, needs_parser
+from cluster.policy.routing.version_split import Build
 
 assert np.__name__ == "numpy", "a fleet uses numpy only if it is imported"
 
@@ -30,7 +31,7 @@ NAMES = [f"w{number}" for number in range(12)]
 def worker(worker_id: str, **fields: object) -> Candidate:
     """Return a worker of model m with 64 free slots. `fields`: fields with other values."""
     known: dict[str, object] = {
-        "worker_id": worker_id, "model": "m", "version": "v1", "free_sequences": 64, "free_tokens": 1_000_000,
+        "worker_id": worker_id, "model": "m", "build": Build("v1"), "free_sequences": 64, "free_tokens": 1_000_000,
         "running": 0, "waiting": 0, "kv_usage": 0.0, "healthy": True, "draining": False,
         "incarnation": f"{worker_id}-0",
     }  # fmt: skip
@@ -42,7 +43,7 @@ workers = st.builds(
     lambda name, restarted, **fields: worker(name, incarnation=f"{name}-{restarted:d}", **fields),
     st.sampled_from(NAMES),
     st.booleans(),
-    version=st.sampled_from(["v1", "v2"]),
+    build=st.sampled_from([Build("v1", "b1"), Build("v2", "b1"), Build("v1", "b2", "w2")]),
     free_sequences=st.integers(0, 3),
     free_tokens=st.sampled_from([0, 1000, 50_000]),
     running=st.integers(0, 2),
@@ -71,6 +72,8 @@ calls = st.builds(
     reserved_slots=st.sampled_from([0, 0, 3]),
     excluded=st.sampled_from([frozenset(), frozenset({"w1-0", "w2-1"})]),
     versions=st.sampled_from([frozenset(), frozenset({"v1"}), frozenset({"v1", "v2"})]),
+    bundle_digest=st.sampled_from(["", "b1", "b2"]),
+    weight_digest=st.sampled_from(["", "", "w2"]),
     needs_tools=st.booleans(),
     cached=st.dictionaries(st.sampled_from([*NAMES, "gone"]), st.sampled_from([16, 800, 30_000]), max_size=6),
     sharing=st.sampled_from([0.0, 0.0, 0.3, 60.0]),
@@ -117,6 +120,14 @@ def test_the_worker_passes_and_is_the_cheapest(
     healthy = [dataclasses.replace(c, healthy=c.healthy and c.incarnation not in rejecting) for c in candidates]
     needed = dataclasses.replace(call, needs_tools=needs_parser(call.needs_tools, healthy))
     may = {c.worker_id for c in healthy if all(f.passes(needed, c) for f in FILTERS)}
+    if not may and decision.worker_id is not None:
+        (replaced,) = (c for c in healthy if c.worker_id == decision.worker_id)
+        assert replaced.retired
+        assert all(f.passes(needed, dataclasses.replace(replaced, retired=False)) for f in FILTERS)
+        stay = [c for c in candidates if c.healthy and not c.draining and not c.retired]
+        runs = [c for c in stay if c.build.is_one_of(call.versions, call.bundle_digest, call.weight_digest)]
+        assert not any(not call.adapter or call.adapter in c.adapters for c in runs)
+        return
     scores = {score.worker_id: score for score in decision.scores}
     assert scores.keys() == {c.worker_id for c in candidates}
     assert {name for name, score in scores.items() if not score.dropped} == may
@@ -317,6 +328,15 @@ def test_full_holders_are_those_that_cost_less() -> None:
         assert not choose(call, [worker("a"), worker("b", free_sequences=0, slots=64, **state)]).full_holders
 
 
+def test_the_fullest_holder_is_found_among_many() -> None:
+    """A full worker that holds most of a prompt is named, however many other workers hold its beginning."""
+    workers = [worker(f"w{number:02}") for number in range(30)]
+    workers[17] = worker("w17", free_sequences=0, slots=64)
+    cached = {each.worker_id: 1000 for each in workers if each.worker_id != "w17"} | {"w17": 30_000}
+    decision = choose(RouteCall("m", 31_000, cached=cached), workers)
+    assert [holder.worker_id for holder in decision.full_holders] == ["w17"]
+
+
 def test_a_key_prefers_one_worker_until_load_says_otherwise() -> None:
     """While the workers are equal, all calls with the same affinity key go to one worker, and different keys are
     spread over all workers.
@@ -380,6 +400,18 @@ def test_each_kind_of_load_counts(load: dict[str, object], part: str) -> None:
     best, other = (dict(score.parts) for score in decision.scores)
     assert {name for name in best if best[name] != other[name]} == {part}
     assert best[part] < other[part]
+
+
+def test_replaced_workers_serve_an_adapter_until_others_have_it() -> None:
+    """A worker that is being replaced gets a call for an adapter only while no worker that takes calls has loaded it,
+    full or not."""
+    call, has = RouteCall("m", 100, adapter="x"), frozenset("x")
+    old, new = worker("old", adapters=has, retired=True), worker("new")
+    assert choose(call, [old, new]).worker_id == "old"
+    assert choose(call, [old]).worker_id is None
+    assert choose(call, [dataclasses.replace(old, quarantined=True), new]).worker_id is None
+    full = dataclasses.replace(new, adapters=has, free_sequences=0)
+    assert choose(call, [old, full]).worker_id is None
 
 
 def test_a_worker_with_the_adapter_in_a_slot_is_preferred() -> None:

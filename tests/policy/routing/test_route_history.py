@@ -19,6 +19,7 @@ from cluster.policy.routing.route_history import (
     RouteHistory,
 )
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision, Score, pick
+from cluster.policy.routing.version_split import Build
 
 PARTS = ("free_places", "free_memory", "short_queue", "short_prefill", "cached_prefix")
 
@@ -116,7 +117,7 @@ def test_a_small_fleet_reads_scores_when_asked() -> None:
                 Lazy.reads += 1
             return super().__getattribute__(name)
 
-    known = pick(RouteCall("m", 10), [Candidate("w", "m", "", 1, 99, 0, 0, 0.0, healthy=True, draining=False)])
+    known = pick(RouteCall("m", 10), [Candidate("w", "m", Build(), 1, 99, 0, 0, 0.0, healthy=True, draining=False)])
     made = Route(0, 0.0, "w", known.reason, 10, Lazy(known.worker_id, known.reason, known.scores))
     history = RouteHistory()
     history.add(call(0), made, 1)

@@ -22,9 +22,10 @@ from cluster.policy.routing.router import (
     needs_parser,
     pick,
 )
+from cluster.policy.routing.version_split import Build
 
 CALL = RouteCall("m", 100)
-FREE = Candidate("w", "m", "v1", 4, 1000, 0, 0, 0.0, healthy=True, draining=False)
+FREE = Candidate("w", "m", Build("v1"), 4, 1000, 0, 0, 0.0, healthy=True, draining=False)
 
 
 def worker(worker_id: str, **changes: object) -> Candidate:
@@ -37,7 +38,7 @@ candidates = st.lists(
         Candidate,
         worker_id=st.sampled_from("abcdefgh"),
         model=st.sampled_from(["m", "m", "n"]),
-        version=st.just("v1"),
+        build=st.just(Build("v1")),
         free_sequences=st.integers(0, 3),
         free_tokens=st.sampled_from([0, 99, 100, 500]),
         running=st.integers(0, 5),

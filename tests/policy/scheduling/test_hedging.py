@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from cluster.policy.routing.cost import RoutingSettings
 from cluster.policy.routing.fleet import choose
 from cluster.policy.routing.router import Candidate, RouteCall
+from cluster.policy.routing.version_split import Build
 from cluster.policy.scheduling.first_token_times import (
     GROUPS,
     MIN_COUNT,
@@ -37,7 +38,7 @@ durations = st.floats(2 * SKETCH_SHORTEST_S, LONGEST_S / 2)
 
 def worker(name: str, free: int = 8, running: int = 0, waiting: int = 0, healthy: bool = True) -> Candidate:
     """Return a worker as a candidate. Its incarnation is its name."""
-    return Candidate(name, "m", "v1", free, 10**6, running, waiting, 0.0, healthy, False, incarnation=name)
+    return Candidate(name, "m", Build("v1"), free, 10**6, running, waiting, 0.0, healthy, False, incarnation=name)
 
 
 # ---- the sketch

@@ -4,7 +4,7 @@ its wait, capacity is never exceeded, and no capacity stays idle."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -18,11 +18,11 @@ from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.routing.fleet import choose
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
-from cluster.policy.routing.version_split import Versions
+from cluster.policy.routing.version_split import Build, Versions
 from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, ResumingSequence, Send
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.worker_losses import SETTLE_S, WorkerLosses
-from cluster.policy.scheduling.worker_waits import MAX_PER_TENANT
+from cluster.policy.scheduling.worker_waits import MAX_PER_TENANT, Need
 
 MAX_WAIT_S = 10.0
 KEYS = [CompatibilityKey(f"weights {name}", "bundle", "class") for name in "ab"]
@@ -45,8 +45,8 @@ class Fleet:
         """Add a worker. `free`: number of sequences that it can take. `adapters`: one letter for each adapter that it
         has."""
         self.workers[name] = Candidate(
-            name, "m", version, free, 1000 * free, 0, 0, 0.0, True, False, incarnation=name, compatibility_key=key,
-            prefill_budget=8192, block_size=16, adapters=frozenset(adapters),
+            name, "m", Build(version), free, 1000 * free, 0, 0, 0.0, True, False, incarnation=name,
+            compatibility_key=key, prefill_budget=8192, block_size=16, adapters=frozenset(adapters),
         )  # fmt: skip
 
     def grant(self, name: str, free: int) -> None:
@@ -88,12 +88,9 @@ class Fleet:
         """Implements `Workers.has_adapter`."""
         return any(adapter in worker.adapters for worker in self.workers.values())
 
-    def has_version(self, model: str, versions: Collection[str], has_begun: bool) -> bool:
+    def has_version(self, model: str, need: Need) -> bool:
         """Implements `Workers.has_version`."""
-        return any(
-            worker.version in versions and not worker.quarantined and (has_begun or not worker.retired)
-            for worker in self.workers.values()
-        )
+        return any(need.allows(worker.build) for worker in self.workers.values())
 
     def runs_suspect(self, model: str, incarnation: str) -> bool:
         """Implements `Workers.runs_suspect`."""
@@ -277,19 +274,58 @@ def test_a_free_worker_gets_the_sequence_whose_prompt_it_holds() -> None:
     assert sorted(sent(carry_out(policy, fleet, 1.0))) == [("c", "v"), ("y", "v")]
 
 
-def test_the_chosen_head_holds_back_the_others() -> None:
-    """A worker's cached prompts decide which sequence goes first. If all workers on which this sequence may run are
-    full, all other sequences wait too."""
+@pytest.mark.parametrize("healthy", [True, False])
+def test_a_sequence_whose_version_is_full_holds_back_nobody(healthy: bool) -> None:
+    """While the workers of a version are full or paused, sequences that must run on it wait beside the queue. Once a
+    worker has room, the tenants that wait for it take turns, whoever came first."""
     fleet = Fleet()
-    fleet.add("old", free=1, version="1")
-    fleet.add("new", free=0, version="2")
-    fleet.cached = {"b": {"old": 8}}
+    fleet.add("old", free=2, version="1")
+    fleet.add("new", free=0 if healthy else 1, version="2")
+    fleet.workers["new"] = replace(fleet.workers["new"], healthy=healthy)
+    policy, pinned = policy_of(fleet), Versions("2", frozenset(("2",)))
+    for key in ("a1", "a2", "a3"):
+        policy.admit(entry(key), 0.0, versions=pinned)
+    policy.admit(entry("b", "other"), 0.0, versions=pinned)
+    policy.admit(entry("c", "third"), 0.0)
+    policy.admit(entry("a4"), 0.0)
+    assert sorted(sent(carry_out(policy, fleet, 0.0))) == [("a4", "old"), ("c", "old")]
+    assert policy.waiting("m") == (4, 40)
+    order = []
+    for _ in range(4):
+        fleet.workers["new"] = replace(fleet.workers["new"], healthy=True, free_sequences=1, free_tokens=100)
+        order += sent(carry_out(policy, fleet, 1.0))
+    assert order == [("a1", "new"), ("b", "new"), ("a2", "new"), ("a3", "new")]
+
+
+def test_a_head_that_fits_nowhere_holds_back_the_others() -> None:
+    """If no worker has room for the first sequence, shorter sequences behind it do not overtake it."""
+    fleet = Fleet()
+    fleet.add("w", free=5)
+    fleet.workers["w"] = replace(fleet.workers["w"], free_tokens=50)
     policy = policy_of(fleet)
-    policy.admit(entry("a"), 0.0)
-    policy.admit(entry("b"), 0.0, versions=Versions("2", frozenset(("2",))))
+    policy.admit(replace(entry("long"), tokens=60), 0.0, versions=Versions("2", frozenset(("2",))))
+    policy.admit(entry("short", "other"), 0.0)
     assert carry_out(policy, fleet, 0.0) == []
-    fleet.grant("new", 1)
-    assert sent(carry_out(policy, fleet, 0.0)) == [("b", "new"), ("a", "old")]
+
+
+def test_a_sequence_with_another_adapter_keeps_its_place() -> None:
+    """When a queued sequence's adapter gets another key, no sequence is sent earlier or later for it."""
+    fleet = Fleet()
+    fleet.add("w", free=0)
+    policy = policy_of(fleet)
+    for key in ("a", "b", "c"):
+        policy.admit(entry(key, "flood", adapter="old"), 0.0)
+    policy.admit(entry("d", "other"), 0.0)
+    for key in ("b", "c"):
+        assert policy.replace(entry(key, "flood", adapter="new"))
+    assert not policy.replace(entry("gone", "flood", adapter="new"))
+    fleet.workers["w"] = replace(
+        fleet.workers["w"], free_sequences=4, free_tokens=100, adapters=frozenset(("old", "new"))
+    )
+    instructions = carry_out(policy, fleet, 1.0)
+    assert [key for key, _ in sent(instructions)] == ["a", "b", "c", "d"]
+    adapters = {one.entry.call_id: one.entry.adapter for one in instructions if isinstance(one, Send)}
+    assert adapters == {"a": "old", "b": "new", "c": "new", "d": ""}
 
 
 @pytest.mark.parametrize("has_begun", [False, True])
@@ -329,6 +365,37 @@ def test_a_batch_that_has_begun_waits_for_its_version_as_a_whole() -> None:
     assert len(sent(carry_out(policy, fleet, 1.0))) == count
 
 
+def test_a_prompt_goes_only_to_workers_with_its_tokenizer() -> None:
+    """While replicas are replaced and the version keeps its name, a sequence gets a worker with the tokenizer that has
+    encoded its prompt. If only workers that are being replaced have that tokenizer, one of them gets the sequence."""
+    fleet = Fleet()
+    for name, bundle, free in (("old", "b1", 1), ("new", "b2", 3)):
+        fleet.add(name, free)
+        fleet.workers[name] = replace(fleet.workers[name], build=Build("v1", bundle, name))
+    policy = policy_of(fleet)
+    for key, bundle in (("a", "b1"), ("b", "b1"), ("c", "b2")):
+        policy.admit(entry(key), 0.0, versions=Versions(bundle_digest=bundle))
+    assert sorted(sent(carry_out(policy, fleet, 0.0))) == [("a", "old"), ("c", "new")]
+    fleet.grant("old", 1)
+    fleet.workers["old"] = replace(fleet.workers["old"], retired=True)
+    assert sent(carry_out(policy, fleet, 1.0)) == [("b", "old")]
+
+
+def test_the_rest_of_a_call_gets_the_weights_on_which_it_began() -> None:
+    """While replicas are replaced and the version keeps its name, further sequences of a call get only workers with the
+    weights of the first."""
+    fleet = Fleet()
+    for name in ("old", "new"):
+        fleet.add(name, 2)
+        fleet.workers[name] = replace(fleet.workers[name], build=Build("v1", "b1", name))
+    policy, begun = policy_of(fleet), Versions("v1", frozenset({"v1"}), True, "b1", "old")
+    for key in "abc":
+        policy.admit(entry(key), 0.0, versions=begun)
+    policy.admit(entry("other"), 0.0, versions=Versions(bundle_digest="b1"))
+    assert sent(carry_out(policy, fleet, 0.0)) == [("a", "old"), ("b", "old"), ("other", "new")]
+    assert policy.waiting("m") == (1, 10)
+
+
 def test_a_quarantined_version_finishes_no_call() -> None:
     """A call that has begun on a version that is now quarantined waits until the end of its wait, and then ends."""
     fleet = Fleet()
@@ -365,6 +432,28 @@ def test_no_more_is_moved_than_fits(free: int) -> None:
         moved.append(key)
         fleet.spend("stays")
     assert moved == list("abc")[:free]
+
+
+def test_sequences_that_cannot_be_moved_are_not_looked_at_one_by_one() -> None:
+    """If a sequence on a draining worker finds no room on the others, sequences with the same needs and as many tokens
+    are passed over. A shorter one is still moved."""
+    fleet = Fleet()
+    fleet.add("leaves", free=9)
+    fleet.add("stays", free=9)
+    fleet.workers["stays"] = replace(fleet.workers["stays"], free_tokens=20)
+    policy, looks = policy_of(fleet), 0
+    route = fleet.candidates
+
+    def counted(model: str, now: float, resumed: bool) -> Sequence[Candidate]:
+        nonlocal looks
+        looks += 1
+        return route(model, now, resumed)
+
+    fleet.candidates = counted  # type: ignore[method-assign]
+    tokens = [30] * 50 + [12]
+    running = [ResumingSequence(entry(str(at)), count, KEYS[0]) for at, count in enumerate(tokens)]
+    assert list(policy.movable(running, "leaves", 0.0)) == ["50"]
+    assert looks == 1
 
 
 def test_a_sequence_that_waits_for_its_adapter_holds_back_nobody() -> None:

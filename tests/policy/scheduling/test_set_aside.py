@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.policy.fairness.order import HolderWait, WaitingSequence
 from cluster.policy.routing.router import FullHolder, RouteCall
-from cluster.policy.routing.version_split import Versions
+from cluster.policy.routing.version_split import Build, Versions
 from cluster.policy.scheduling.instructions import Send
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.set_aside import MAX_PER_MODEL, MAX_WAIT_S, SetAside
@@ -108,7 +108,7 @@ def test_it_keeps_its_version() -> None:
     for name, version in (("holder", "v1"), ("other", "v1"), ("new", "v2")):
         if name == "new":
             fleet.add(name)
-        fleet.workers[name] = replace(fleet.workers[name], version=version)
+        fleet.workers[name] = replace(fleet.workers[name], build=Build(version))
     fleet.grant("new", 0)
     policy.admit(entry("warm"), 0.0, versions=Versions("v1", frozenset({"v1"})))
     assert not carry_out(policy, fleet, 0.0)

@@ -29,8 +29,11 @@ DIGEST = "ab" * 32
 DIGESTS = st.sampled_from(("", DIGEST, "0" * 64))
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
-SPECS = st.builds(AdapterSpec, NAMES, TEXT, DIGESTS, st.lists(TEXT, max_size=3).map(tuple), st.booleans(), TEXT, TEXT)
-STATUSES = st.builds(AdapterStatus, NAMES, st.just(DIGEST), st.sampled_from(AdapterState), TEXT, st.booleans())
+NUMBERS = st.integers(0, 2**64 - 1)
+SPECS = st.builds(
+    AdapterSpec, NAMES, TEXT, DIGESTS, st.lists(TEXT, max_size=3).map(tuple), st.booleans(), TEXT, TEXT, NUMBERS
+)
+STATUSES = st.builds(AdapterStatus, NAMES, st.just(DIGEST), st.sampled_from(AdapterState), TEXT, st.booleans(), NUMBERS)
 
 
 @given(st.lists(SPECS, max_size=5, unique_by=lambda spec: spec.name), st.integers(0, 2**64 - 1))

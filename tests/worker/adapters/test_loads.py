@@ -68,3 +68,27 @@ async def test_an_unwanted_adapter_no_longer_takes_the_place_of_another() -> Non
     loads.release("a")
     assert engine.loaded == {"a"}
     await tasks.cancel()
+
+
+@pytest.mark.timeout(60)
+async def test_an_overdue_adapter_stays_until_its_requests_arrive() -> None:
+    """Two adapters are overdue. The first to be loaded stays in memory until its requests can have arrived, although
+    none uses it yet, and takes requests meanwhile."""
+    engine, tasks = Engine(1), AdapterTasks()
+    loads = loads_of(engine, tasks, mark_refused=lambda digest, reason: None, hold_s=0.01)
+    loads.set_wanted({digest: f"/{digest}" for digest in "abc"}, frozenset(), set("abc"))
+    await loads.hold("a")
+    for digest in "bc":
+        with pytest.raises(EngineRefused, match="in use"):
+            await loads.hold(digest)
+    load, loads._hold_s = loads.load("b"), 60.0
+    loads.release("a")
+    await load
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert engine.loaded == {"b"}
+    await loads.hold("b")
+    loads.release("b")
+    loads._end_spare("b")
+    await until(lambda: engine.loaded == {"c"}, "the other adapter gets its turn")
+    await tasks.cancel()

@@ -25,7 +25,8 @@ from cluster.wire.codecs import codec
 from cluster.wire.codecs.adapter_codec import AdapterSet, adapter_report_from_pb, adapter_set_to_pb
 from cluster.wire.dial import read
 from cluster.wire.outbox import Outbox
-from cluster.worker.adapters.worker_adapters import PARALLEL_FETCHES, WorkerAdapters
+from cluster.worker.adapters.fetches import PARALLEL_FETCHES
+from cluster.worker.adapters.worker_adapters import WorkerAdapters
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 from cluster.worker.session import WorkerSession
 from cluster.worker.weights.adapter_store import StoredAdapter
@@ -48,7 +49,7 @@ class Files:
         self.fetched: list[str] = []
         self.refused: dict[str, str] = {}
 
-    def fetch(self, spec: AdapterSpec) -> StoredAdapter:
+    def fetch(self, spec: AdapterSpec, progress: Callable[[], None]) -> StoredAdapter:
         self.fetched.append(spec.source)
         if (fault := self.faults.get(spec.source)) is not None:
             raise fault
@@ -174,6 +175,28 @@ async def test_a_failure_is_told_with_its_reason_and_tried_again() -> None:
         subject.files.faults.clear()
         await until(lambda: subject.status("a").state is AdapterState.READY, "a is ready")
         assert subject.status("a").reason == ""
+
+
+async def test_a_failed_adapter_that_is_loaded_again_is_tried_at_once() -> None:
+    """If the adapter is loaded again, a worker on which it has failed does not wait for the end of its pause. A ready
+    adapter stays as it is. Reports have the number of the load, and no credentials of the source."""
+    async with Subject() as subject:
+        subject.adapters._retry_s = 60.0
+        subject.files.faults = {"a": ValueError("403: https://user:word@host/a?key=secret")}
+
+        def load(number: int) -> None:
+            subject.adapters.receive(1, AdapterSet(number, (AdapterSpec("a", "a", load_number=number),)))
+
+        load(1)
+        await until(lambda: subject.status("a").state is AdapterState.FAILED, "it has failed")
+        assert (subject.status("a").load_number, subject.status("a").reason) == (1, "403: https://host/a")
+        subject.files.faults.clear()
+        load(2)
+        assert (subject.status("a").load_number, subject.status("a").state) == (2, AdapterState.LOADING)
+        await subject.all_ready()
+        load(3)
+        assert (subject.status("a").load_number, subject.status("a").state) == (3, AdapterState.READY)
+        assert subject.files.fetched == ["a", "a"]
 
 
 async def test_a_slow_load_holds_nobody_up() -> None:
@@ -303,10 +326,10 @@ async def test_fetches_that_hang_occupy_only_their_own_threads() -> None:
     names, gate = list[str](), threading.Event()
 
     class HangingFiles(Files):
-        def fetch(self, spec: AdapterSpec) -> StoredAdapter:
+        def fetch(self, spec: AdapterSpec, progress: Callable[[], None]) -> StoredAdapter:
             names.append(threading.current_thread().name)
             gate.wait()
-            return super().fetch(spec)
+            return super().fetch(spec, progress)
 
     subject = Subject()
     subject.adapters = WorkerAdapters(

@@ -124,8 +124,8 @@ def load(
 def _wait(api: Admin, wanted: pb.Adapter, timeout_s: float) -> pb.Adapter:
     """Wait, at most `timeout_s`, until each worker has loaded the adapter or failed. Returns the adapter's state.
 
-    If `wanted` has a digest, states of an adapter with another digest do not count. `wanted` itself is returned if no
-    state of it is known at the end.
+    States of an earlier load do not count and, if `wanted` has a digest, neither do states of an adapter with another
+    digest. `wanted` itself is returned if no state of it is known at the end.
     """
     until = time.monotonic() + timeout_s
     while True:
@@ -138,7 +138,10 @@ def _wait(api: Admin, wanted: pb.Adapter, timeout_s: float) -> pb.Adapter:
 
 
 def _is_same(shown: pb.Adapter, wanted: pb.Adapter) -> bool:
-    """Return whether a listed adapter is the wanted one: it has the same name, source and, if one is wanted, digest."""
+    """Return whether a listed adapter is the wanted one: it has the same name and source, the same load number unless
+    the gateway's release shows none, and the wanted digest if there is one."""
+    if shown.load_number not in (0, wanted.load_number):
+        return False
     return (shown.name, shown.source) == (wanted.name, wanted.source) and wanted.digest in ("", shown.digest)
 
 

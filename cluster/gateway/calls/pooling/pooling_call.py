@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from cluster.api.pooling import PoolingTask
-from cluster.api.types import TokenOutput, WorkerIdentity
+from cluster.api.types import TokenOutput
 from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.calls.pooling.pooled_sequence import PooledSequence
 from cluster.gateway.calls.pooling.pooling_request import PoolingInputs
-from cluster.policy.routing.version_split import Versions
 
 
 @dataclass(eq=False, slots=True)
@@ -33,13 +32,6 @@ class PoolingCall(Call):
             own: Any = sequence
             self.sequences.append(own)
             self.usage.prompt_tokens += len(sequence.request.prompt_token_ids)
-
-    def submitted(self, sequence: CallSequence, identity: WorkerIdentity, now: float) -> None:
-        """Record that a sequence was sent to the worker `identity`. The first worker's model version becomes the only
-        version for all sequences of the call, since vectors of two versions cannot be compared."""
-        Call.submitted(self, sequence, identity, now)
-        if identity.version:
-            self.versions = Versions(identity.version, frozenset((identity.version,)), has_begun=True)
 
     def began(self, sequence: CallSequence, output: TokenOutput) -> None:
         """Handle the first output that a worker sends for a sequence."""

@@ -129,7 +129,7 @@ class PoolingOpening(CallOpening):
 
     async def encode(self, directory: ModelDirectory) -> None:
         """Encode the inputs."""
-        self.text = await directory.text_model(self.model, self.versions.first)
+        self.text = await directory.text_model(self.model, self.bundle_digest)
         await self._encode()
 
     async def _encode(self) -> None:
@@ -143,7 +143,7 @@ class PoolingOpening(CallOpening):
             keep = most if keep == WHOLE_CONTEXT else keep
         inputs = self.inputs
         if isinstance(inputs, IdsInputs):
-            self.ids = ids_of_inputs(inputs, most, keep, self.text.vocab_size)
+            self.ids = ids_of_inputs(inputs, most, keep, self.text.vocab_size, cuts_left=self.text.cuts_left)
             self.second_text = lambda i: 0
             return
         if isinstance(inputs, PairInputs) and self.task is PoolingTask.SCORE:

@@ -36,25 +36,24 @@ class LinkedSequence(RoutedSequence[Owner]):
         self.admitted = True
 
     def refused(self, reason: str, message: str, field: str) -> None:
-        """Handle a refusal by the engine. If the engine had no room, the sequence continues on its second worker if it
-        has one, else it is queued again. If the engine no longer has the adapter, another worker may continue. Any
-        other refusal means that the request is invalid, and the call ends."""
+        """Handle a refusal by the worker. If the worker has no room, or cannot serve the adapter now, the sequence
+        continues on its second worker if it has one, else it is queued again. Neither counts as a failure of the
+        worker. Any other refusal means that the request is invalid, and the call ends."""
         link, self.link = self.link, None
         self.life.submission_refused(len(self.emitted))
         self.call.events.submission_refused(self)
-        if reason == "NO_ROOM" and self.hedge is not None:
+        lacks_adapter = reason == Outcome.ADAPTER_INVALID.name and bool(self.request.adapter)
+        if lacks_adapter and link is not None:
+            link.adapters.lose(self.request.adapter)
+        if reason != "NO_ROOM" and not lacks_adapter:
+            self.end_attempt("refused")
+            self._reject(reason, message, field)
+        elif self.hedge is not None:
             self.hedge.keep("", has_failed=False, why="refused")
-            return
-        self.end_attempt("refused")
-        if reason == "NO_ROOM":
+        else:
+            self.end_attempt("refused")
             self.life.wait(len(self.emitted))
             self.call.events.requeue(self)
-        elif reason == Outcome.ADAPTER_INVALID.name and self.request.adapter:  # it has dropped the adapter just now
-            if link is not None:
-                link.adapters.lose(self.request.adapter)
-            self._retry_or_fail(CallError(Outcome.ADAPTER_INVALID, message), "error")
-        else:
-            self._reject(reason, message, field)
 
     def _reject(self, reason: str, message: str, field: str) -> None:
         """End the call, because the engine has refused the request as invalid."""

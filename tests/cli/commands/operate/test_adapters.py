@@ -33,7 +33,9 @@ class Catalog(ScriptedCatalog):
 
     def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Any) -> pb.LoadAdapterResponse:
         return pb.LoadAdapterResponse(
-            adapter=pb.Adapter(model=request.name, name=request.adapter, source=request.source, digest=request.digest)
+            adapter=pb.Adapter(
+                model=request.name, name=request.adapter, source=request.source, digest=request.digest, load_number=2
+            )
         )
 
     def ListAdapters(self, request: pb.ListAdaptersRequest, context: Any) -> pb.ListAdaptersResponse:
@@ -53,11 +55,18 @@ def catalog(*states: pb.Adapter) -> Iterator[str]:
         server.stop(None).wait(60)
 
 
-def state(digest: str, ready: int, *failures: str) -> pb.Adapter:
+def state(digest: str, ready: int, *failures: str, load_number: int = 2) -> pb.Adapter:
     """Return the state of the adapter on one worker."""
     failed = [pb.AdapterFailure(worker_id="w", reason=reason) for reason in failures]
     return pb.Adapter(
-        model="m", name="a", source="s3://b/a", digest=digest, ready_workers=ready, workers=1, failures=failed
+        model="m",
+        name="a",
+        source="s3://b/a",
+        digest=digest,
+        ready_workers=ready,
+        workers=1,
+        failures=failed,
+        load_number=load_number,
     )
 
 
@@ -90,6 +99,17 @@ def test_a_new_digest_is_waited_for(run: Run) -> None:
         assert done.exit_code == 0, done.output
         (shown,) = json.loads(done.stdout)
         assert (shown["digest"], shown["ready_workers"]) == (NEW, 1)
+
+
+@pytest.mark.slow
+def test_an_earlier_load_is_not_waited_for(run: Run) -> None:
+    """`load --wait` of an adapter that was loaded before waits for the new load, whether the earlier load has succeeded
+    or failed."""
+    for earlier in (state(OLD, 1, load_number=1), state("", 0, "no space left", load_number=1)):
+        with catalog(earlier, state(NEW, 1)) as endpoint:
+            done = run("adapters", "load", "m", "a", "s3://b/a", "--admin", endpoint, "--wait", "--json")
+            assert done.exit_code == 0, done.output
+            assert json.loads(done.stdout)[0]["digest"] == NEW
 
 
 @pytest.mark.parametrize("shown", [state(OLD, 1), state(NEW, 0, "it has other files: digest"), state(NEW, 0, "bad")])
