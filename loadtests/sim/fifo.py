@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from cluster.policy.fairness.order import WaitingSequence
 
@@ -38,8 +38,13 @@ class FifoOrder:
             place = self._place(waiting.call_id)
             self._returned[place] = (*self._returned[place][:2], waiting)
 
-    def head(self, loss_of: Callable[[WaitingSequence], float] | None = None) -> WaitingSequence | None:
-        """Return the first sequence that was put back, else the first sequence in the queue; None if nothing waits."""
+    def head(
+        self, loss_of: Callable[[WaitingSequence], float] | None = None, passed: Collection[tuple[int, str]] = ()
+    ) -> WaitingSequence | None:
+        """Return the first sequence that was put back, else the first sequence in the queue; None if nothing waits, or
+        if a tenant is passed over, since this order does not distinguish tenants."""
+        if passed:
+            return None
         return self._returned[0][2] if self._returned else next(iter(self._line.values()), None)
 
     def remove(self, call_id: str) -> None:

@@ -77,11 +77,15 @@ class LinkAdapters:
         return self.supported and self._set(adapter_report_from_pb(report))
 
     def _set(self, statuses: Iterable[AdapterStatus]) -> bool:
-        before = {name: (status.digest, status.state) for name, status in self.statuses.items()}
+        before = self._known()
         self.statuses, self._has_reported = {status.name: status for status in statuses}, True
         self.ready_count = sum(status.state is AdapterState.READY for status in self.statuses.values())
         self._mark_changed()
-        if {name: (status.digest, status.state) for name, status in self.statuses.items()} == before:
+        if self._known() == before:
             return False
         self._states_changed()
         return True
+
+    def _known(self) -> Mapping[str, tuple[str, AdapterState, int]]:
+        """What a gateway learns from the statuses, by the name of the adapter."""
+        return {name: (status.digest, status.state, status.load_number) for name, status in self.statuses.items()}

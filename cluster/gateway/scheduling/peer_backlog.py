@@ -3,8 +3,8 @@ get the backlogs of the gateway's tenants.
 
 A claim is this gateway's share of the sequences that would be sent next if all gateways had one queue
 (ModelBacklogs.claimed_turns). Sequences that had their turn and wait for certain workers are added to the claims on
-these workers. Each worker divides its capacity among the gateways in proportion to their claims. A queue that becomes
-empty or non-empty is therefore reported at once, and other changes a few times a second.
+these workers, twice a second. Each worker divides its capacity among the gateways in proportion to their claims. A
+queue that becomes empty or non-empty is therefore reported at once, and other changes a few times a second.
 
 Workers forward the backlogs to the other gateways. Two forwarding workers suffice, because the next report replaces a
 lost report. If workers connect to some gateways only, each report is forwarded by more workers, and the next report is
@@ -46,6 +46,7 @@ class _Reported:
     claim: int = 0
     cached: Mapping[str, int] = field(default_factory=dict)
     beside: Mapping[str, int] = field(default_factory=dict)
+    beside_at: float = float("-inf")
     flows: dict[FlowKey, Backlog] = field(default_factory=dict)
     flows_at: float = float("-inf")
 
@@ -109,7 +110,9 @@ class BacklogReports:
         reported.waits = count > 0
         order = self._charges.fair.order(model)
         claim = order.backlogs.claimed_turns() + self._resumed.waiting(model)[0] if count else 0
-        cached, beside = dict(self._resumed.cached_counts(model)), self._beside(model)
+        cached, beside = dict(self._resumed.cached_counts(model)), reported.beside
+        if now - reported.beside_at >= REPEAT_S or not count:
+            beside, reported.beside_at = self._beside(model) if count else {}, now
         flows: list[WeightedValue[FlowBacklog]] | None = None
         if now - reported.flows_at >= REPORT_S * len(reported.flows) / FLOWS_A_REPORT or not count:
             own = order.backlogs.own() if count else {}

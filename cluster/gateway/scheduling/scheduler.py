@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("dispatch")
 
+CLAIMED_NEEDS = 4
+"""Number of needs for which capacity is claimed at a time, since each costs a look at all workers of the model."""
 SLICE = 64
 """Number of sequences of one call that are queued at once, which takes about 3 ms."""
 
@@ -82,9 +84,10 @@ class SchedulerHost(Protocol):
 
 def _beside(policy: SchedulingPolicy, workers: LinkedWorkers, model: str) -> Mapping[str, int]:
     """Return how many of a model's new sequences had their turn and wait for each worker, by worker id. A sequence that
-    any of several workers can serve counts for each of them."""
+    any of several workers can serve counts for each of them. Of the needs for which sequences wait, the next
+    CLAIMED_NEEDS count."""
     counts = Counter(policy.aside.counts(model))
-    for need, count in policy.worker_waits.counts(model).items():
+    for need, count in policy.worker_waits.counts(model, CLAIMED_NEEDS).items():
         for worker_id in workers.serving(model, need):
             counts[worker_id] += count
     return counts

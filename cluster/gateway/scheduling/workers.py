@@ -186,7 +186,9 @@ class LinkedWorkers:
     def serving(self, model: str, need: Need) -> Iterator[str]:
         """Yield the ids of a model's workers that take calls with a need, with or without room for one now."""
         known = self._owner.directory.find(model)
-        if known is None:
+        if known is None or not any(map(need.allows, known.builds)):
+            return
+        if need.adapter and not known.adapters.is_ready(need.adapter):
             return
         for worker_id, link in known.links.items():
             takes_calls = known.takes_calls(link) or (need.has_begun and known.may_finish_calls(link))

@@ -20,7 +20,7 @@ def without_credentials(text: str) -> str:
 
 def without_places(text: str, source: str) -> str:
     """Return a text that shows neither the `source` nor a path, for tenants."""
-    plain = without_credentials(source)
+    text, plain = without_credentials(text), without_credentials(source)
     _, _, address = plain.partition("://")  # "" for a folder, whose path is hidden below
     for place in (plain, address, address.partition("@")[0]):
         if address and "/" in place:

@@ -20,7 +20,7 @@ Sequences of one tenant are served first come, first served, or in the order of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from cluster.policy.fairness.backlogs import ModelBacklogs
@@ -125,14 +125,14 @@ class FairOrder:
         else:
             flow.replace(serial, waiting)
 
-    def head(self, loss_of: LossOf | None = None) -> WaitingSequence | None:
+    def head(self, loss_of: LossOf | None = None, passed: Collection[tuple[int, str]] = ()) -> WaitingSequence | None:
         """Return the next sequence, or None if nothing waits.
 
         Sequences that were put back come first. After them, it is the turn of the tenant with the least counter in the
         highest waiting class. The tenant's first sequence is returned, or with `loss_of` the one that warm_order.py
-        chooses.
+        chooses. `passed`: flows that are passed over.
         """
-        return (self._put_back.head() if self._put_back else None) or self._flows.head(loss_of)
+        return (self._put_back.head(passed) if self._put_back else None) or self._flows.head(loss_of, passed)
 
     def remove(self, call_id: str) -> None:
         """Remove a sequence that will not be sent. If it was charged and then put back, the unused charge is

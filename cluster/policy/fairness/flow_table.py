@@ -72,15 +72,16 @@ class FlowTable:
         tokens."""
         return sum(flow.here_service for r, turns in self._classes.items() if r < rank for flow in turns.here.flows())
 
-    def head(self, loss_of: LossOf | None = None) -> WaitingSequence | None:
+    def head(self, loss_of: LossOf | None = None, passed: Collection[tuple[int, str]] = ()) -> WaitingSequence | None:
         """Return the sequence whose turn is next, or None if nothing waits.
 
         The turn goes to the highest waiting class, and in this class to the flow with the lowest counter. Without
         `loss_of`, the flow's first sequence is returned. With `loss_of`, warm_order.py chooses among the flow's
-        sequences.
+        sequences. `passed`: flows that are passed over.
         """
         for rank in self._ranks:
-            flow = self._classes[rank].here.least()
+            here = self._classes[rank].here
+            flow = here.least() if not passed else here.least_without(passed)
             if flow is not None:
                 return flow.head() if loss_of is None else next_of(flow, loss_of)
         return None

@@ -12,7 +12,7 @@ served.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,10 +71,12 @@ class Order(Protocol):
         """Replace the entry of a waiting sequence by another with the same call id, class, tenant and tokens. It keeps
         its place. Raises KeyError for an unknown id."""
 
-    def head(self, loss_of: Callable[[WaitingSequence], float] | None = None) -> WaitingSequence | None:
+    def head(
+        self, loss_of: Callable[[WaitingSequence], float] | None = None, passed: Collection[tuple[int, str]] = ()
+    ) -> WaitingSequence | None:
         """Return the next sequence, or None if nothing waits. `loss_of(sequence)`: expected number of cached prompt
         tokens that must be computed again if the sequence is not sent now (warm_order.py). An order may prefer
-        sequences with a greater loss."""
+        sequences with a greater loss. `passed`: ranks and tenants whose sequences are passed over."""
 
     def remove(self, call_id: str) -> None:
         """Remove a waiting sequence that will not be sent, such as a cancelled one. Raises KeyError for an unknown

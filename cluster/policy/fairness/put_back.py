@@ -7,6 +7,7 @@ same time are in the order in which they were added here.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Collection
 
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.service_counters import FlowKey
@@ -35,9 +36,9 @@ class PutBackSequences:
         key = self._keys[waiting.call_id]
         self._entries[bisect_left(self._entries, key)] = (*key, waiting)
 
-    def head(self) -> WaitingSequence | None:
-        """Return the first sequence, or None if there is none."""
-        return self._entries[0][3] if self._entries else None
+    def head(self, passed: Collection[tuple[int, str]] = ()) -> WaitingSequence | None:
+        """Return the first sequence that belongs to none of the flows in `passed`, or None if there is none."""
+        return next((each[3] for each in self._entries if (each[0], each[3].tenant) not in passed), None)
 
     def remove(self, call_id: str) -> None:
         """Remove a sequence. Raises KeyError for an unknown id."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Collection
 from typing import NamedTuple
 
 from cluster.policy.fairness.order import WaitingSequence
@@ -241,6 +242,10 @@ class LeastFirst:
             heapq.heappop(order)
             del self._buckets[number]
         return None
+
+    def least_without(self, keys: Collection[tuple[int, str]]) -> Flow | None:
+        """Return the flow with the lowest service counter of those whose keys are not in `keys`. O(flows)."""
+        return min((flow for flow in self._at if flow.key not in keys), key=lambda flow: flow.counter, default=None)
 
     def flows(self) -> list[Flow]:
         """Return all flows."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from cluster.api.outcomes import Outcome
@@ -153,16 +153,18 @@ class WaitingRoom:
         fits: Callable[[WaitingSequence], bool],
         now: float | None = None,
         loss_of: LossOf | None = None,
+        passed: Collection[tuple[int, str]] = (),
     ) -> WaitingSequence | None:
         """Remove and return the next sequence of a model, to be sent to a worker. Returns None if nothing waits, or if
         the next sequence does not fit.
 
         `fits(sequence)`: whether a worker can take the sequence. `now` None: the latest time that was passed to the
         room. `loss_of(sequence)`: expected number of cached prompt tokens that must be computed again if the sequence
-        is not sent now; the room's order may prefer sequences with a greater loss.
+        is not sent now; the room's order may prefer sequences with a greater loss. `passed`: ranks and tenants whose
+        sequences are passed over.
         """
         queue = self._queues.get(model)
-        head = queue.order.head(loss_of) if queue is not None else None
+        head = queue.order.head(loss_of, passed) if queue is not None else None
         if head is None or not fits(head):
             return None
         if now is not None and now > self._now:

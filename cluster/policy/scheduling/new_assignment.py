@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Final
 
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.routing.router import FullHolder, RouteCall, RoutingDecision
@@ -20,6 +21,9 @@ from cluster.policy.scheduling.set_aside import Aside
 from cluster.policy.scheduling.warm_sequences import WarmSequences
 from cluster.policy.scheduling.worker_waits import Need
 from cluster.policy.scheduling.workers import Workers
+
+MAX_PASSED: Final = 16
+"""Largest number of tenants' queues that are passed over in one assignment."""
 
 
 class NewAssignment:
@@ -38,7 +42,8 @@ class NewAssignment:
     def assign(self, model: str, now: float) -> Iterator[Instruction]:
         """Yield the instructions for a model's new sequences. Sequences that were set aside come first, then sequences
         that wait for a worker which can serve them, then the waiting room. If no worker has room for the first sequence
-        of the waiting room, all sequences behind it wait too."""
+        of the waiting room, all sequences behind it wait too. A sequence that must not wait beside the queue, because
+        too many do, holds back only its own tenant."""
         for aside in self._aside.in_order(model):
             yield from self._assign_aside(aside, now)
         yield from self._assign_waits(model, now)
@@ -46,6 +51,8 @@ class NewAssignment:
         cached: Mapping[str, int] | None = None
         call: RouteCall | None = None
         need: Need | None = None
+        passed: set[tuple[int, str]] = set()
+        """The flows that are passed over: ranks and tenants of the queues."""
 
         def fits(entry: WaitingSequence) -> bool:
             nonlocal decision, cached, call, need
@@ -56,18 +63,29 @@ class NewAssignment:
                 decision = self._route(call, entry, now)
                 if decision.worker_id is None and (call.adapter or decision.is_restricted):  # another may have room
                     need = self._unmet_need(call, entry, now)
+                    if need is not None and not self._may_wait_beside(entry, need):
+                        passed.add((entry.rank, entry.tenant))
+                        return False
             except Exception as error:
                 decision = error
                 return True
             return decision.worker_id is not None or need is not None
 
-        while (entry := self._room.pop_next(model, fits, now, self._warm.loss_of(model, now))) is not None:
+        while True:
+            before = len(passed)
+            entry = self._room.pop_next(model, fits, now, self._warm.loss_of(model, now), passed)
+            if entry is None:
+                if before < len(passed) <= MAX_PASSED:
+                    continue
+                return
             if isinstance(decision, Exception):
                 self._queues.forget_versions(entry.call_id)
                 yield Fail(entry.call_id, decision)
                 continue
             if need is not None and call is not None:
-                if not self._worker_waits.add(entry, call, need, now, self._room.latest(entry, now)):
+                if need.has_begun or self._worker_waits.has_room(entry):
+                    self._worker_waits.add(entry, call, need, now, self._room.latest(entry, now))
+                else:
                     self._queues.forget_versions(entry.call_id)
                     self._room.put_back(entry, now)  # so that its charge is given back
                     self._room.cancel(entry.call_id)
@@ -127,6 +145,11 @@ class NewAssignment:
         if self._workers.route(any_worker, now).worker_id is None:
             return None
         return Need(call.adapter, versions.all, versions.has_begun, versions.bundle_digest, versions.weight_digest)
+
+    def _may_wait_beside(self, entry: WaitingSequence, need: Need) -> bool:
+        """Return whether a sequence may leave its queue to wait for a worker that can serve it. A sequence for which
+        there is no such worker leaves its queue in any case."""
+        return self._worker_waits.has_room(entry) or not self._can_be_met(entry.model, need)
 
     def _assign_waits(self, model: str, now: float) -> Iterator[Instruction]:
         """Yield the instructions for sequences that wait for a worker which can serve them. If no such worker has room

@@ -11,15 +11,17 @@ sequences with the same need, the tenants take turns.
 
 Invariants: a sequence comes here only if a worker without its adapter, or of another version, has room for it. If no
 worker has room, it stays in the queue. A sequence that waits here holds back no sequence of the queue. At most
-MAX_PER_MODEL sequences of a model wait here, and at most MAX_PER_TENANT of these belong to one tenant; the call of a
-sequence beyond these bounds is ended. Sequences of calls that have begun do not count, since no further call can begin
-on a version without workers. A sequence waits here only once, and no longer than it may wait in a queue.
+MAX_PER_MODEL sequences of a model wait here, and at most MAX_PER_TENANT of these belong to one tenant. Beyond these
+bounds, a sequence that some workers can serve stays in its queue. If there is no such worker, its call is ended, except
+if a part of the call has begun: such sequences wait here in any number, since no further call can begin on a version
+without workers. A sequence waits here only once, and no longer than it may wait in a queue.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from cluster.policy.fairness.order import WaitingSequence
@@ -69,8 +71,10 @@ class WorkerWaits:
         self._by_model: dict[str, dict[Need, dict[str, dict[str, WorkerWait]]]] = {}
         """The sequences that wait, by model, need, tenant and key. The tenant whose turn is next comes first."""
         self._counts: dict[tuple[str, str], int] = {}
-        """Number of sequences that count against the bounds, by model and tenant; the tenant "" has the number of all
-        tenants."""
+        """Number of sequences by model and tenant. The tenant "" has the number of all tenants, without the sequences
+        of calls that have begun."""
+        self._totals: dict[str, int] = {}
+        """Number of sequences by model."""
 
     def __contains__(self, key: str) -> bool:
         return key in self._by_key
@@ -92,55 +96,60 @@ class WorkerWaits:
 
     def count(self, model: str) -> int:
         """Return the number of a model's sequences that wait here."""
-        return sum(map(len, self._tenants(model))) if self._by_key else 0
+        return self._totals.get(model, 0)
 
-    def counts(self, model: str) -> Mapping[Need, int]:
-        """Return the number of a model's sequences that wait here, by their need."""
-        of_model = self._by_model.get(model, {})
-        return {need: sum(map(len, tenants.values())) for need, tenants in of_model.items()}
+    def counts(self, model: str, at_most: int) -> Mapping[Need, int]:
+        """Return the number of a model's sequences that wait here, for the next `at_most` needs."""
+        of_model = islice(self._by_model.get(model, {}).items(), at_most)
+        return {need: sum(map(len, tenants.values())) for need, tenants in of_model}
 
     def _tenants(self, model: str) -> Iterator[Mapping[str, WorkerWait]]:
         for tenants in self._by_model.get(model, {}).values():
             yield from tenants.values()
 
-    def add(self, entry: WaitingSequence, call: RouteCall, need: Need, now: float, until: float) -> bool:
-        """Add a sequence, which may wait until the time `until`. Returns False if too many sequences wait already."""
+    def has_room(self, entry: WaitingSequence) -> bool:
+        """Return whether the number of waiting sequences is within the bounds with one more."""
+        of_tenant = self._counts.get((entry.model, entry.tenant), 0)
+        return self._counts.get((entry.model, ""), 0) < MAX_PER_MODEL and of_tenant < MAX_PER_TENANT
+
+    def add(self, entry: WaitingSequence, call: RouteCall, need: Need, now: float, until: float) -> None:
+        """Add a sequence, which may wait until the time `until`."""
         counts, model = self._counts, entry.model
-        places = () if need.has_begun else ((model, ""), (model, entry.tenant))
-        if places and (counts.get(places[0], 0) >= MAX_PER_MODEL or counts.get(places[1], 0) >= MAX_PER_TENANT):
-            return False
         wait = WorkerWait(entry, call, need, now, until)
         self._by_key[entry.call_id] = wait
         tenants = self._by_model.setdefault(model, {}).setdefault(need, {})
         tenants.setdefault(entry.tenant, {})[entry.call_id] = wait
-        for place in places:
+        self._totals[model] = self.count(model) + 1
+        for place in _places(wait):
             counts[place] = counts.get(place, 0) + 1
-        return True
 
     def pop(self, key: str) -> WorkerWait | None:
-        """Remove a waiting sequence and return its wait; None if the sequence does not wait here. The next turn is
-        another tenant's. `key`: the sequence's key."""
+        """Remove a waiting sequence and return its wait; None if the sequence does not wait here. The next turn is that
+        of another need, and of another tenant. `key`: the sequence's key."""
         wait = self._by_key.pop(key, None)
         if wait is None:
             return None
         model, of_model = wait.entry.model, self._by_model[wait.entry.model]
-        tenants = of_model[wait.need]
+        tenants = of_model.pop(wait.need)
         of_tenant = tenants.pop(wait.entry.tenant)
         del of_tenant[key]
         if of_tenant:
             tenants[wait.entry.tenant] = of_tenant
-        elif not tenants:
-            del of_model[wait.need]
+        if tenants:
+            of_model[wait.need] = tenants
         if not of_model:
             del self._by_model[model]
-        for place in () if wait.need.has_begun else ((model, ""), (model, wait.entry.tenant)):
+        self._totals[model] -= 1
+        if not self._totals[model]:
+            del self._totals[model]
+        for place in _places(wait):
             self._counts[place] -= 1
             if not self._counts[place]:
                 del self._counts[place]
         return wait
 
     def needs(self, model: str) -> Collection[Need]:
-        """Return the needs for which sequences of a model wait."""
+        """Return the needs for which sequences of a model wait; the one whose turn is next comes first."""
         return tuple(self._by_model.get(model, ()))
 
     def in_order(self, model: str, need: Need) -> Iterator[WorkerWait]:
@@ -154,3 +163,10 @@ class WorkerWaits:
     def expired(self, now: float) -> list[WorkerWait]:
         """Return the sequences that have waited too long. They are not removed."""
         return [wait for wait in self._by_key.values() if wait.until <= now]
+
+
+def _places(wait: WorkerWait) -> Collection[tuple[str, str]]:
+    """Return the keys of the numbers in which a sequence counts."""
+    entry = wait.entry
+    own = (entry.model, entry.tenant)
+    return (own,) if wait.need.has_begun else (own, (entry.model, ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import cast
 
@@ -350,6 +351,10 @@ async def test_states_of_an_earlier_load_do_not_count(tmp_path: Path) -> None:
     report(one, AdapterStatus("a", B, AdapterState.READY, load_number=2))
     report(two, AdapterStatus("a", B, AdapterState.READY))
     assert (adapters.digest("a"), adapters.view("a").ready) == (B, 2), "older workers report no number"
+    entry = dataclasses.replace(entry, adapters=(AdapterSpec("a", "/b", load_number=3),))
+    directory.apply_catalog([entry], 9)
+    report(one, AdapterStatus("a", B, AdapterState.READY, load_number=3))
+    assert (adapters.digest("a"), adapters.view("a").ready) == (B, 2), "loaded again, with the same files"
 
 
 async def test_tenants_see_no_source(tmp_path: Path) -> None:

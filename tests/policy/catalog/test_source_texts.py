@@ -28,6 +28,7 @@ def test_credentials_are_removed(text: str, expected: str) -> None:
         ("no s3://b/x/f.json", "s3://user:word@b/x", "no the source/f.json"),
         ("org/name cannot be fetched", "hf://org/name@main", "the source cannot be fetched"),
         ("adapters[a]/adapter_model.safetensors has 1 byte", "/a", "adapters[a]/adapter_model.safetensors has 1 byte"),
+        ("https://user:pw@host/a?sig=S 403", "https://user:pw@host/a?sig=S", "the source 403"),
         ("[Errno 13] Permission denied: '/mnt/x/y'", "/mnt/x", "[Errno 13] Permission denied: 'a path'"),
     ],
 )

@@ -297,6 +297,42 @@ def test_a_sequence_whose_version_is_full_holds_back_nobody(healthy: bool) -> No
     assert order == [("a1", "new"), ("b", "new"), ("a2", "new"), ("a3", "new")]
 
 
+def test_beyond_the_bound_a_tenant_holds_back_only_itself() -> None:
+    """A tenant with many sequences that must run on a full version keeps those beyond the bound in its queue. None is
+    ended, and other tenants go on."""
+    fleet = Fleet()
+    fleet.add("old", free=1, version="1")
+    fleet.add("new", free=0, version="2")
+    policy = policy_of(fleet, max_tokens=10**6)
+    for number in range(MAX_PER_TENANT + 5):
+        for key, has_begun in ((f"a{number}", False), (f"b{number}", True)):
+            policy.admit(entry(key, key[0]), 0.0, versions=Versions("2", frozenset(("2",)), has_begun))
+            assert carry_out(policy, fleet, 0.0) == []
+    for key in ("c", "d"):
+        policy.admit(entry(key, key), 1.0)
+        fleet.grant("old", 1)
+        assert sent(carry_out(policy, fleet, 1.0)) == [(key, "old")]
+    assert policy.waiting("m") == (2 * (MAX_PER_TENANT + 5), 20 * (MAX_PER_TENANT + 5))
+    assert policy.worker_waits.count("m") == 2 * MAX_PER_TENANT
+
+
+def test_needs_take_turns() -> None:
+    """Sequences with different needs that the same worker can serve take turns."""
+    fleet = Fleet()
+    fleet.add("old", free=1, version="1")
+    fleet.add("new", free=0, version="2", adapters="x")
+    policy, pinned = policy_of(fleet), Versions("2", frozenset(("2",)))
+    for number in range(4):
+        policy.admit(entry(f"a{number}", "flood"), 0.0, versions=pinned)
+    policy.admit(entry("b", "other", adapter="x"), 0.0, versions=pinned)
+    assert carry_out(policy, fleet, 0.0) == []
+    order = []
+    for _ in range(2):
+        fleet.grant("new", 1)
+        order += sent(carry_out(policy, fleet, 1.0))
+    assert order == [("a0", "new"), ("b", "new")]
+
+
 def test_a_head_that_fits_nowhere_holds_back_the_others() -> None:
     """If no worker has room for the first sequence, shorter sequences behind it do not overtake it."""
     fleet = Fleet()
