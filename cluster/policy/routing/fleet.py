@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
@@ -243,12 +243,13 @@ class Fleet:
         if self.settings.policy != "cost":
             return ()
         here = call.cached.get(chosen.worker_id, 0)
-        holders = (each for each in reversed(list(call.cached)) if each != chosen.worker_id)
+        fullest_first = takewhile(lambda each: call.cached[each] >= here, reversed(list(call.cached)))
+        holders = (each for each in fullest_first if each != chosen.worker_id)
         settings, cost_here = self.settings, cost_of(call, chosen, self.settings)
         if call.affinity:  # the chosen worker may be the preferred one, whose cost is lower by this
             cost_here -= settings.weights.affinity
         limit, out = -1.0, list[FullHolder]()
-        for worker_id in islice((each for each in holders if call.cached[each] >= here), MAX_HOLDERS):
+        for worker_id in islice(holders, MAX_HOLDERS):
             at = self._position(worker_id)
             if at is None:
                 continue

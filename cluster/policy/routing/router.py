@@ -89,11 +89,11 @@ class RouteCall:
 
     Fields of new calls. `call_id`: the call's id, the seed of policies that choose at random. `versions`: versions on
     which the call may begin; empty means any version. `bundle_digest` and `weight_digest`: the tokenizer bundle and the
-    weights that the worker must have; "" for any. `has_begun`: whether other sequences of the call have begun on such
-    a version; then a worker that is being replaced may finish the call if no other can. `cached`: number of leading
-    prompt tokens that each worker holds in its KV cache, by worker id. `sharing`: number of recent calls that had the
-    same longest cached prefix as this call. `affinity`: hash of the affinity key, in [1, 2**64), or 0 for none.
-    `prefix`: hash of the beginning of the prompt, in [0, 2**64).
+    weights that the worker must have; "" for any. `has_begun`: whether other sequences of the call have begun on such a
+    version; then a worker that is being replaced may finish the call if no other can. `cached`: number of leading
+    prompt tokens that each worker holds in its KV cache, by worker id, in ascending order of the numbers. `sharing`:
+    number of recent calls that had the same longest cached prefix as this call. `affinity`: hash of the affinity key,
+    in [1, 2**64), or 0 for none. `prefix`: hash of the beginning of the prompt, in [0, 2**64).
 
     Fields of resumed calls. `compatibility_key`: key of the worker that began the call; None for a new call.
     `uncached_tokens`: how many of `tokens` a worker must probably compute; 0 means all. `cached_on`: incarnation that
