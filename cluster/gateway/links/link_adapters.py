@@ -87,5 +87,5 @@ class LinkAdapters:
         return True
 
     def _known(self) -> Mapping[str, tuple[str, AdapterState, int]]:
-        """What a gateway learns from the statuses, by the name of the adapter."""
+        """Return, by adapter name, the parts of the statuses on whose change the gateway acts."""
         return {name: (status.digest, status.state, status.load_number) for name, status in self.statuses.items()}
