@@ -59,6 +59,8 @@ class _Run:
         self.records: list[Record] = []
         self.begin = time.perf_counter()
         self.dead = 0
+        self.dead_begun = 0
+        """How many of the `dead` calls had received a part of their answer."""
         self.answered = False
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -99,7 +101,7 @@ class _Run:
             record.tokens = answer.completion_tokens if answer.completion_tokens is not None else len(pieces)
             record.prompt_tokens, record.cached_tokens = answer.prompt_tokens, answer.cached_tokens
             record.finish_reason = answer.finish_reason
-            self.dead, self.answered = 0, True
+            self.dead, self.dead_begun, self.answered = 0, 0, True
         finally:
             record.ended_s = self.now()
             record.pieces = len(pieces)
@@ -111,9 +113,11 @@ class _Run:
         record.error, record.message = error.kind, error.message
         self.progress.failed += 1
         self.dead = self.dead + 1 if error.fatal else 0
+        self.dead_begun = self.dead_begun + (record.first_s is not None) if error.fatal else 0
         if self.dead >= DEAD_AFTER_FAILURES and not self.over.done():
             what = "the server died" if self.answered else "nobody answers"
-            self.over.set_exception(_Ended(f"{what}: {self.dead} calls in a row ended with {error}"))
+            begun = f"{self.dead_begun} of them after the first token"
+            self.over.set_exception(_Ended(f"{what}: {self.dead} calls in a row ended ({begun}): {error}"))
 
     async def open_loop(self, plan: Sequence[tuple[float, Request]]) -> None:
         async with asyncio.TaskGroup() as group:

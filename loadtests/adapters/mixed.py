@@ -22,7 +22,7 @@ from loadtests.report import Round
 from loadtests.scenarios.common import Contestant, Stage, first_call, per_round, rounds_of, run_round
 from loadtests.serving import ours as serving
 
-ADAPTERS, CALLERS, CALLS, TOKENS, PROMPT_CHARS = 8, 32, 96, 64, 120
+ADAPTERS, CALLERS, CALLS, TOKENS, PROMPT_CHARS = 8, 32, 384, 64, 120
 TITLE = "throughput of 8 adapters mixed against one, as a share of that of vLLM's server"
 BOUND = Bound(">=", 0.95)
 ROWS: Mapping[str, Bound | None] = {TITLE: BOUND}
@@ -89,7 +89,8 @@ def throughput(round_: Round) -> float | None:
 def figure(arms: Mapping[tuple[str, int], Contestant]) -> Figure:
     """Return the report's row, which compares one ratio: the throughput with mixed adapters divided by the throughput
     with one adapter. The row's value is our ratio divided by the ratio of vLLM's server."""
-    if problem := next((arm.arm.problem for arm in arms.values() if arm.arm.problem), ""):
+    problems = (f"{arm.arm.name}: {arm.arm.problem}" for arm in arms.values() if arm.arm.problem)
+    if problem := next(problems, ""):
         return missing(TITLE, BOUND, problem)
     ours, theirs = (
         [mixed / one for mixed, one in zip(*per_round(arms[side, ADAPTERS], arms[side, 1], throughput), strict=True)]

@@ -13,9 +13,9 @@ from loadtests.faces.base import Answer, CallFailed, OnText, Request
 from loadtests.faces.http1 import Connection
 
 MAX_ERROR_BYTES = 4096
-REUSE_S = 3.0
+REUSE_S = 1.0
 """Seconds for which an idle connection is used again. Servers close theirs after five seconds, and a call that is sent
-at that moment fails."""
+at that moment fails. The rest of the five seconds is for a server that stalls before it reads the call."""
 
 
 class _Events:

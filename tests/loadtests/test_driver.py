@@ -105,6 +105,7 @@ async def test_a_server_that_dies_ends_the_run_with_what_came_before() -> None:
     run = await drive(face, fixed(500, 4, 5, seed=2), concurrency=2)
     assert run.problem.startswith("the server died")
     assert "connection refused" in run.problem
+    assert "(0 of them after the first token)" in run.problem
     assert len(run.good) == 10
     assert face.calls < 30
 
