@@ -8,7 +8,7 @@ from cluster.policy.routing.router import RouteCall
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.scheduling.new_sequences import NewSequences
 from cluster.policy.scheduling.worker_waits import Need
-from tests.policy.scheduling.test_scheduling_policy import MAX_WAIT_S, entry
+from tests.policy.scheduling.policy_cases import MAX_WAIT_S, entry
 
 ONE_VERSION = Versions("v1", frozenset({"v1"}))
 

@@ -4,8 +4,8 @@ its wait, capacity is never exceeded, and no capacity stays idle."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,126 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cluster.api.types import CompatibilityKey
-from cluster.policy.fairness.fair_queue import FairOrder
 from cluster.policy.fairness.order import WaitingSequence
-from cluster.policy.fairness.waiting_room import WaitingRoom
-from cluster.policy.routing.fleet import choose
-from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
-from cluster.policy.routing.version_split import Build, Versions
-from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, ResumingSequence, Send
-from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
-from cluster.policy.scheduling.worker_losses import SETTLE_S, WorkerLosses
-from cluster.policy.scheduling.worker_waits import MAX_PER_TENANT, Need
-
-MAX_WAIT_S = 10.0
-KEYS = [CompatibilityKey(f"weights {name}", "bundle", "class") for name in "ab"]
-
-
-@dataclass
-class Fleet:
-    """A set of workers for tests, all of the model "m". `workers` holds them by incarnation. Implements the protocol
-    Workers."""
-
-    workers: dict[str, Candidate] = field(default_factory=dict)
-    replaced: set[CompatibilityKey | None] = field(default_factory=set)
-    cached: dict[str, dict[str, int]] = field(default_factory=dict)
-    with_suspect: set[str] = field(default_factory=set)
-    broken: bool = False
-
-    def add(
-        self, name: str, free: int = 1, key: CompatibilityKey = KEYS[0], version: str = "", adapters: str = ""
-    ) -> None:
-        """Add a worker. `free`: number of sequences that it can take. `adapters`: one letter for each adapter that it
-        has."""
-        self.workers[name] = Candidate(
-            name, "m", Build(version), free, 1000 * free, 0, 0, 0.0, True, False, incarnation=name,
-            compatibility_key=key, prefill_budget=8192, block_size=16, adapters=frozenset(adapters),
-        )  # fmt: skip
-
-    def grant(self, name: str, free: int) -> None:
-        """Set the number of further sequences that a worker can take."""
-        self.workers[name] = replace(self.workers[name], free_sequences=free, free_tokens=1000 * free)
-
-    def spend(self, name: str) -> None:
-        """Lower by one the number of sequences that a worker can still take."""
-        self.grant(name, self.workers[name].free_sequences - 1)
-
-    def route(self, call: RouteCall, now: float) -> RoutingDecision:
-        """Implements `Workers.route`."""
-        return choose(call, self.candidates(call.model, now, False))
-
-    def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
-        """Implements `Workers.candidates`."""
-        if self.broken:
-            raise ValueError("broken")
-        return list(self.workers.values())
-
-    def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
-        """Implements `Workers.candidate`."""
-        return self.workers.get(incarnation)
-
-    def cached_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Implements `Workers.cached_tokens`."""
-        return self.cached.get(key, {})
-
-    def held_tokens(self, model: str, key: str) -> Mapping[str, int]:
-        """Implements `Workers.held_tokens`."""
-        return self.cached.get(key, {})
-
-    def free_tokens(self, model: str, worker_id: str) -> int | None:
-        """Implements `Workers.free_tokens`."""
-        worker = self.workers.get(worker_id)
-        return None if worker is None else worker.free_tokens if worker.free_sequences > 0 else 0
-
-    def has_adapter(self, model: str, adapter: str) -> bool:
-        """Implements `Workers.has_adapter`."""
-        return any(adapter in worker.adapters for worker in self.workers.values())
-
-    def has_version(self, model: str, need: Need) -> bool:
-        """Implements `Workers.has_version`."""
-        return any(need.allows(worker.build) for worker in self.workers.values())
-
-    def runs_suspect(self, model: str, incarnation: str) -> bool:
-        """Implements `Workers.runs_suspect`."""
-        return incarnation in self.with_suspect
-
-    def is_replaced(self, model: str, compatibility: CompatibilityKey | None) -> bool:
-        """Implements `Workers.is_replaced`."""
-        return compatibility in self.replaced
-
-
-def policy_of(fleet: Fleet, max_silent_losses: int = 2, max_tokens: int = 10_000) -> SchedulingPolicy:
-    """Return a policy with a fair order and a large waiting room."""
-    orders: dict[str, FairOrder] = {}
-    room = WaitingRoom(
-        max_requests=100,
-        max_tokens=max_tokens,
-        max_wait_s=MAX_WAIT_S,
-        order_of=lambda model: orders.setdefault(model, FairOrder()),
-    )
-    return SchedulingPolicy(room, fleet, MAX_WAIT_S, WorkerLosses(max_silent_losses))
-
-
-def entry(
-    key: str, tenant: str = "t", deadline: float | None = None, rank: int = 0, adapter: str = ""
-) -> WaitingSequence:
-    """Return the entry of a sequence of ten tokens."""
-    return WaitingSequence(key, "m", tenant, 10, deadline, "standard", 0.0, rank, adapter=adapter)
-
-
-def carry_out(policy: SchedulingPolicy, fleet: Fleet, now: float) -> list[Instruction]:
-    """Carry out all instructions as a gateway does, and return the instructions."""
-    done = []
-    for instruction in policy.assign("m", now):
-        done.append(instruction)
-        if isinstance(instruction, Send):
-            fleet.spend(instruction.worker_id)
-    return done
-
-
-def sent(instructions: Sequence[Instruction]) -> list[tuple[str, str]]:
-    """Return (sequence, worker) for each Send instruction."""
-    return [(one.entry.call_id, one.worker_id) for one in instructions if isinstance(one, Send)]
+from cluster.policy.routing.router import Candidate
+from cluster.policy.routing.version_split import Versions
+from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, ResumingSequence, Send
+from cluster.policy.scheduling.worker_losses import SETTLE_S
+from tests.policy.scheduling.policy_cases import KEYS, Fleet, carry_out, entry, policy_of, sent
 
 
 def test_sequences_that_resume_go_first_and_only_to_compatible_workers() -> None:
@@ -274,76 +160,6 @@ def test_a_free_worker_gets_the_sequence_whose_prompt_it_holds() -> None:
     assert sorted(sent(carry_out(policy, fleet, 1.0))) == [("c", "v"), ("y", "v")]
 
 
-@pytest.mark.parametrize("healthy", [True, False])
-def test_a_sequence_whose_version_is_full_holds_back_nobody(healthy: bool) -> None:
-    """While the workers of a version are full or paused, sequences that must run on it wait beside the queue. Once a
-    worker has room, the tenants that wait for it take turns, whoever came first."""
-    fleet = Fleet()
-    fleet.add("old", free=2, version="1")
-    fleet.add("new", free=0 if healthy else 1, version="2")
-    fleet.workers["new"] = replace(fleet.workers["new"], healthy=healthy)
-    policy, pinned = policy_of(fleet), Versions("2", frozenset(("2",)))
-    for key in ("a1", "a2", "a3"):
-        policy.admit(entry(key), 0.0, versions=pinned)
-    policy.admit(entry("b", "other"), 0.0, versions=pinned)
-    policy.admit(entry("c", "third"), 0.0)
-    policy.admit(entry("a4"), 0.0)
-    assert sorted(sent(carry_out(policy, fleet, 0.0))) == [("a4", "old"), ("c", "old")]
-    assert policy.waiting("m") == (4, 40)
-    order = []
-    for _ in range(4):
-        fleet.workers["new"] = replace(fleet.workers["new"], healthy=True, free_sequences=1, free_tokens=100)
-        order += sent(carry_out(policy, fleet, 1.0))
-    assert order == [("a1", "new"), ("b", "new"), ("a2", "new"), ("a3", "new")]
-
-
-def test_beyond_the_bound_a_tenant_holds_back_only_itself() -> None:
-    """A tenant with many sequences that must run on a full version keeps those beyond the bound in its queue. None is
-    ended, and other tenants go on."""
-    fleet = Fleet()
-    fleet.add("old", free=1, version="1")
-    fleet.add("new", free=0, version="2")
-    policy = policy_of(fleet, max_tokens=10**6)
-    for number in range(MAX_PER_TENANT + 5):
-        for key, has_begun in ((f"a{number}", False), (f"b{number}", True)):
-            policy.admit(entry(key, key[0]), 0.0, versions=Versions("2", frozenset(("2",)), has_begun))
-            assert carry_out(policy, fleet, 0.0) == []
-    for key in ("c", "d"):
-        policy.admit(entry(key, key), 1.0)
-        fleet.grant("old", 1)
-        assert sent(carry_out(policy, fleet, 1.0)) == [(key, "old")]
-    assert policy.waiting("m") == (2 * (MAX_PER_TENANT + 5), 20 * (MAX_PER_TENANT + 5))
-    assert policy.worker_waits.count("m") == 2 * MAX_PER_TENANT
-
-
-def test_needs_take_turns() -> None:
-    """Sequences with different needs that the same worker can serve take turns."""
-    fleet = Fleet()
-    fleet.add("old", free=1, version="1")
-    fleet.add("new", free=0, version="2", adapters="x")
-    policy, pinned = policy_of(fleet), Versions("2", frozenset(("2",)))
-    for number in range(4):
-        policy.admit(entry(f"a{number}", "flood"), 0.0, versions=pinned)
-    policy.admit(entry("b", "other", adapter="x"), 0.0, versions=pinned)
-    assert carry_out(policy, fleet, 0.0) == []
-    order = []
-    for _ in range(2):
-        fleet.grant("new", 1)
-        order += sent(carry_out(policy, fleet, 1.0))
-    assert order == [("a0", "new"), ("b", "new")]
-
-
-def test_a_head_that_fits_nowhere_holds_back_the_others() -> None:
-    """If no worker has room for the first sequence, shorter sequences behind it do not overtake it."""
-    fleet = Fleet()
-    fleet.add("w", free=5)
-    fleet.workers["w"] = replace(fleet.workers["w"], free_tokens=50)
-    policy = policy_of(fleet)
-    policy.admit(replace(entry("long"), tokens=60), 0.0, versions=Versions("2", frozenset(("2",))))
-    policy.admit(entry("short", "other"), 0.0)
-    assert carry_out(policy, fleet, 0.0) == []
-
-
 def test_a_sequence_with_another_adapter_keeps_its_place() -> None:
     """When a queued sequence's adapter gets another key, no sequence is sent earlier or later for it."""
     fleet = Fleet()
@@ -362,86 +178,6 @@ def test_a_sequence_with_another_adapter_keeps_its_place() -> None:
     assert [key for key, _ in sent(instructions)] == ["a", "b", "c", "d"]
     adapters = {one.entry.call_id: one.entry.adapter for one in instructions if isinstance(one, Send)}
     assert adapters == {"a": "old", "b": "new", "c": "new", "d": ""}
-
-
-@pytest.mark.parametrize("has_begun", [False, True])
-@pytest.mark.parametrize("adapter", ["", "x"])
-def test_a_sequence_whose_version_is_gone_holds_back_nobody(has_begun: bool, adapter: str) -> None:
-    """While no worker takes calls of a version, sequences that must run on it wait, and the sequences behind them are
-    sent. Once a worker of the version is there, they go first. A worker that is being replaced may finish a call that
-    has begun on its version, and gets no other call."""
-    fleet = Fleet()
-    fleet.add("new", free=3, version="2")
-    policy, versions = policy_of(fleet), Versions("1", frozenset("1"), has_begun)
-    policy.admit(entry("a", adapter=adapter), 0.0, versions=versions)
-    policy.admit(entry("b", "other"), 0.0)
-    assert sent(carry_out(policy, fleet, 0.0)) == [("b", "new")]
-    assert policy.waiting("m") == (1, 10)
-    fleet.add("old", free=1, version="1")
-    fleet.workers["old"] = replace(fleet.workers["old"], retired=True, adapters=frozenset({adapter} - {""}))
-    assert sent(carry_out(policy, fleet, 1.0)) == ([("a", "old")] if has_begun else [])
-    if not has_begun:
-        fleet.workers["old"] = replace(fleet.workers["old"], retired=False)
-        assert sent(carry_out(policy, fleet, 2.0)) == [("a", "old")]
-    assert policy.waiting("m") == (0, 0)
-
-
-def test_a_batch_that_has_begun_waits_for_its_version_as_a_whole() -> None:
-    """However many sequences of a call have not begun when its version loses its workers, none of them is ended."""
-    fleet = Fleet()
-    fleet.add("new", free=1, version="2")
-    policy = policy_of(fleet, max_tokens=10**6)
-    ended, count = [], 2 * MAX_PER_TENANT
-    for number in range(count):
-        versions = Versions("1", frozenset("1"), has_begun=True)
-        policy.put_back(entry(str(number)), 0.0, versions)
-        ended += carry_out(policy, fleet, 0.0)
-    assert (ended, policy.waiting("m")[0]) == ([], count)
-    fleet.add("old", free=count, version="1")
-    assert len(sent(carry_out(policy, fleet, 1.0))) == count
-
-
-def test_a_prompt_goes_only_to_workers_with_its_tokenizer() -> None:
-    """While replicas are replaced and the version keeps its name, a sequence gets a worker with the tokenizer that has
-    encoded its prompt. If only workers that are being replaced have that tokenizer, one of them gets the sequence."""
-    fleet = Fleet()
-    for name, bundle, free in (("old", "b1", 1), ("new", "b2", 3)):
-        fleet.add(name, free)
-        fleet.workers[name] = replace(fleet.workers[name], build=Build("v1", bundle, name))
-    policy = policy_of(fleet)
-    for key, bundle in (("a", "b1"), ("b", "b1"), ("c", "b2")):
-        policy.admit(entry(key), 0.0, versions=Versions(bundle_digest=bundle))
-    assert sorted(sent(carry_out(policy, fleet, 0.0))) == [("a", "old"), ("c", "new")]
-    fleet.grant("old", 1)
-    fleet.workers["old"] = replace(fleet.workers["old"], retired=True)
-    assert sent(carry_out(policy, fleet, 1.0)) == [("b", "old")]
-
-
-def test_the_rest_of_a_call_gets_the_weights_on_which_it_began() -> None:
-    """While replicas are replaced and the version keeps its name, further sequences of a call get only workers with the
-    weights of the first."""
-    fleet = Fleet()
-    for name in ("old", "new"):
-        fleet.add(name, 2)
-        fleet.workers[name] = replace(fleet.workers[name], build=Build("v1", "b1", name))
-    policy, begun = policy_of(fleet), Versions("v1", frozenset({"v1"}), True, "b1", "old")
-    for key in "abc":
-        policy.admit(entry(key), 0.0, versions=begun)
-    policy.admit(entry("other"), 0.0, versions=Versions(bundle_digest="b1"))
-    assert sent(carry_out(policy, fleet, 0.0)) == [("a", "old"), ("b", "old"), ("other", "new")]
-    assert policy.waiting("m") == (1, 10)
-
-
-def test_a_quarantined_version_finishes_no_call() -> None:
-    """A call that has begun on a version that is now quarantined waits until the end of its wait, and then ends."""
-    fleet = Fleet()
-    fleet.add("old", free=1, version="1")
-    fleet.add("new", free=1, version="2")
-    fleet.workers["old"] = replace(fleet.workers["old"], retired=True, quarantined=True)
-    policy = policy_of(fleet)
-    policy.admit(entry("a"), 0.0, versions=Versions("1", frozenset("1"), has_begun=True))
-    assert carry_out(policy, fleet, 0.0) == []
-    assert policy.expire(MAX_WAIT_S, lambda model: 0.0) == [End("a", Ending.TOO_LATE)]
 
 
 def test_a_sequence_that_cannot_be_routed_fails_alone() -> None:
@@ -490,43 +226,6 @@ def test_sequences_that_cannot_be_moved_are_not_looked_at_one_by_one() -> None:
     running = [ResumingSequence(entry(str(at)), count, KEYS[0]) for at, count in enumerate(tokens)]
     assert list(policy.movable(running, "leaves", 0.0)) == ["50"]
     assert looks == 1
-
-
-def test_a_sequence_that_waits_for_its_adapter_holds_back_nobody() -> None:
-    """While no worker has loaded an adapter, the sequences that need it wait, and the sequences behind them are sent.
-    Once a worker has loaded the adapter, the sequences that need it go first, in their order. A sequence whose adapter
-    is still missing after MAX_WAIT_S ends."""
-    fleet = Fleet()
-    fleet.add("w", free=3)
-    policy = policy_of(fleet)
-    for key in ("a1", "a2"):
-        policy.admit(entry(key, adapter="x"), 0.0)
-    policy.admit(entry("late", adapter="y"), 0.0)
-    policy.admit(entry("base"), 0.0)
-    assert sent(carry_out(policy, fleet, 0.0)) == [("base", "w")]
-    assert (policy.waiting("m"), policy.position("a2")) == ((3, 30), 0)
-    policy.admit(entry("base2"), 1.0)
-    fleet.workers["w"] = replace(fleet.workers["w"], adapters=frozenset("x"))
-    assert sent(carry_out(policy, fleet, 1.0)) == [("a1", "w"), ("a2", "w")]
-    assert policy.remove("base2")
-    assert policy.expire(MAX_WAIT_S, lambda model: 0.0) == [End("late", Ending.TOO_LATE)]
-    assert policy.waiting("m") == (0, 0)
-
-
-def test_the_sequences_that_wait_for_adapters_are_bounded() -> None:
-    """Only a limited number of a tenant's sequences may wait for adapters. Above this number, further sequences of the
-    tenant end at once, but sequences of other tenants still wait."""
-    fleet = Fleet()
-    fleet.add("w", free=1)
-    policy = policy_of(fleet, max_tokens=10**6)
-    ended = []
-    for number in range(MAX_PER_TENANT + 1):
-        policy.admit(entry(str(number), adapter=str(number)), 0.0)
-        ended += carry_out(policy, fleet, 0.0)
-    policy.admit(entry("other", "another tenant", adapter="z"), 0.0)
-    ended += carry_out(policy, fleet, 0.0)
-    assert ended == [End(str(MAX_PER_TENANT), Ending.NO_ADAPTER)]
-    assert policy.waiting("m")[0] == MAX_PER_TENANT + 1
 
 
 class PolicyMachine(RuleBasedStateMachine):

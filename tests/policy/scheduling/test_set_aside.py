@@ -15,7 +15,7 @@ from cluster.policy.routing.version_split import Build, Versions
 from cluster.policy.scheduling.instructions import Send
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.set_aside import MAX_PER_MODEL, MAX_WAIT_S, SetAside
-from tests.policy.scheduling.test_scheduling_policy import Fleet, carry_out, policy_of, sent
+from tests.policy.scheduling.policy_cases import Fleet, carry_out, policy_of, sent
 
 TOKENS = 5_000
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster.policy.scheduling.instructions import ResumingSequence
 from cluster.policy.scheduling.workers_view import MAX_SAMPLE, WorkersView
-from tests.policy.scheduling.test_scheduling_policy import KEYS, Fleet, entry
+from tests.policy.scheduling.policy_cases import KEYS, Fleet, entry
 
 
 def test_only_a_refreshed_worker_is_read_again() -> None:
