@@ -94,7 +94,8 @@ class RoutedCall:
     pooled: int = 0
     in_pool: int = 0
     generated: int = 0
-    ends: int = 0
+    answered_by: set[int] = field(default_factory=set)
+    """The workers whose first token the gateway has used. If there are two, both would be billed."""
     was_hedged: bool = False
     prefix: int | None = None
     """Hash of the longest prefix that a worker held when the call was last looked up."""

@@ -238,6 +238,7 @@ class RoutingGateway:
     def first_output(self, worker: int, call_id: str, cached: int, now: float) -> None:
         """Record the first token of a call."""
         call = self.calls[call_id]
+        call.answered_by.add(worker)
         if call.second >= 0:
             self._settle(call, worker, now)
         self._hedger.answered(call_id, call.prompt.prompt_tokens - cached, now)
@@ -252,7 +253,6 @@ class RoutingGateway:
         call = self.calls.pop(call_id)
         self._links[call.worker].running -= 1
         call.ended = now
-        call.ends += 1
         self._outputs.observe(call.prompt.tenant, MODEL, call.prompt.output_tokens)
         call.generated = call.prompt.output_tokens
         return call

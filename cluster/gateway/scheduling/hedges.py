@@ -135,44 +135,51 @@ class Hedges:
     def send_late(self) -> None:
         """Handle the sequences whose first token is late now. Record their workers, so that routing picks these workers
         less often. Also send the sequences to second workers, as far as the policy allows."""
-        now = self._clock()
+        now, in_vain = self._clock(), set[tuple[str, str, str]]()
         for key in self.policy.late(now):
             sequence = self._sequences[key]
             try:
                 if sequence.state is State.SENT:
-                    self._fleets.record_late(sequence.call.model, self.policy.worker_of(key), now)
-                    self._hedge(sequence, now)
+                    model, worker_id = sequence.call.model, self.policy.worker_of(key)
+                    self._fleets.record_late(model, worker_id, now)
+                    alike = model, worker_id, sequence.request.adapter
+                    # When a worker hangs, many sequences are late at once; the others are not compared for each.
+                    if alike not in in_vain and not self._hedge(sequence, now):
+                        in_vain.add(alike)
             except Exception as error:
                 sequence.call.fail_unexpectedly(error)
 
-    def _hedge(self, sequence: CallSequence, now: float) -> None:
-        """Send a sequence whose first token is late to a second worker too, if the policy allows it."""
+    def _hedge(self, sequence: CallSequence, now: float) -> bool:
+        """Send a sequence whose first token is late to a second worker too, if the policy allows it. Return False if
+        no other worker can take it now."""
         model, place = sequence.call.model, self._place(sequence)
         waiting = self._queues.waiting(model)[0]
         if place is None or not self.policy.may_hedge(sequence.key, waiting):
-            return
+            return True
         candidates = self._candidates(sequence, now)
+        cached = self._caches.cached_tokens(model, sequence.key, sequence.request)
         call = RouteCall(
             model,
             sequence.tokens,
             excluded=sequence.life.excluded | {sequence.life.last_worker},
             versions=sequence.call.versions.all,
             needs_tools=needs_parser(place.needs_tools, candidates),
-            cached=self._caches.cached_tokens(model, sequence.key, sequence.request) or {},
+            cached=cached or {},
             adapter=sequence.request.adapter,
         )
         decision = self.policy.second_worker(call, candidates)
         link = None if decision.worker_id is None else self._workers.link(model, decision.worker_id)
         if link is None:
-            return
-        route = self._routes.create_hedge(decision, call.cached, sequence, link, now)
-        if not submit_hedge(sequence, link, route, place, self._accounts()):
-            return
+            return False
+        route = self._routes.create_hedge(decision, cached, sequence, link, now)
+        if not submit_hedge(sequence, link, route, place, self._accounts(), decision.cached_tokens):
+            return True
         self._routes.sent(sequence.call, route)
         uncached = sequence.tokens - decision.cached_tokens
         self.policy.hedged(sequence.key, link.identity.worker_id, uncached, now)
         self._breakers.record_sent(link.identity.incarnation, now)
         self._caches.expect(link, sequence.key, sequence.request, now)
+        return True
 
     def _candidates(self, sequence: CallSequence, now: float) -> list[Candidate]:
         """Return the workers to which a late sequence may be sent too, because they would give the same answer as its

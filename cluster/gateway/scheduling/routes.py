@@ -44,10 +44,15 @@ class Routes:
 
     @staticmethod
     def create_hedge(
-        decision: RoutingDecision, cached: Mapping[str, int], sequence: CallSequence, link: WorkerLink, now: float
+        decision: RoutingDecision,
+        cached: Mapping[str, int] | None,
+        sequence: CallSequence,
+        link: WorkerLink,
+        now: float,
     ) -> Route:
         """Return the route by which a sequence whose first token is late is also sent to a second worker. `cached`:
-        number of leading tokens of the prompt that each worker holds in its KV cache, by worker id."""
+        number of leading tokens of the prompt that each worker holds in its KV cache, by worker id; None if it was not
+        looked up."""
         return _route(sequence, link, decision.reason, decision, cached, "late", now)
 
     def sent(self, call: Call, route: Route) -> None:

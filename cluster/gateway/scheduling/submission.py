@@ -89,11 +89,17 @@ def submit(
 
 
 def submit_hedge(
-    sequence: CallSequence, link: WorkerLink, route: Route, waiting: WaitingSequence, accounts: OpenAccounts | None
+    sequence: CallSequence,
+    link: WorkerLink,
+    route: Route,
+    waiting: WaitingSequence,
+    accounts: OpenAccounts | None,
+    cached_tokens: int,
 ) -> bool:
     """Send a sequence that has no output yet to a second worker too. `route`: the decision for the second worker.
-    Returns False if the sequence could not be sent; then it stays on its first worker only. The service charge does not
-    increase, because the prompt is already charged for the first worker."""
+    `cached_tokens`: number of the sequence's tokens that are expected in this worker's cache. Returns False if the
+    sequence could not be sent; then it stays on its first worker only. The service charge does not increase, because
+    the prompt is already charged for the first worker."""
     call, traced = sequence.call, _traced(sequence, route, link, is_hedge=True)
     hedge = Hedge(sequence, link, route, traced)
     weighted = WeightedValue(replace(waiting, output_tokens=0), call.policy.weight)
@@ -102,7 +108,10 @@ def submit_hedge(
     try:
         # Of an attempt with a number above 1, the worker counts only changes of the charge.
         request = _with_context(sequence.submission(), traced)
-        slot = link.submit(SubmittedRequest(request, sequence.life.attempt + 1, sealed, weighted, stream=stream), hedge)
+        submitted = SubmittedRequest(
+            request, sequence.life.attempt + 1, sealed, weighted, stream=stream, cached_tokens=cached_tokens
+        )
+        slot = link.submit(submitted, hedge)
     except BaseException as error:
         if accounts is not None:
             accounts.refused(sequence)

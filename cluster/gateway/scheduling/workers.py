@@ -138,7 +138,8 @@ class LinkedWorkers:
         known = self._owner.directory.find(model)
         if known is None:
             return ()
-        return _Candidates(known.links.values(), lambda link: self._candidate(known, link, now, resumed))
+        fleet = None if resumed else self._fleets.fleet(known, now)
+        return _Candidates(known.links.values(), lambda link: self._candidate(known, link, now, fleet))
 
     def candidate(self, model: str, incarnation: str, now: float) -> Candidate | None:
         """Return one worker of a model as candidate for a sequence that must be resumed; None if the worker is not
@@ -147,7 +148,7 @@ class LinkedWorkers:
         if known is None:
             return None
         link = known.by_incarnation.get(incarnation)
-        return None if link is None else self._candidate(known, link, now, resumed=True)
+        return None if link is None else self._candidate(known, link, now, None)
 
     def cached_tokens(self, model: str, key: str) -> Mapping[str, int] | None:
         """Return, by worker id, how many leading tokens of a waiting sequence's prompt each worker of a model holds.
@@ -227,12 +228,12 @@ class LinkedWorkers:
         known = self._owner.directory.find(model)
         return [] if known is None else [known.links[worker] for worker in sorted(known.links)]
 
-    def _candidate(self, known: KnownModel, link: WorkerLink, now: float, resumed: bool) -> Candidate:
-        """Return the present state of a worker, including its circuit breaker. `resumed`: whether the state is for a
-        resumed sequence. If so, the worker's slowdown is not read and stays 1."""
-        row = None if resumed else self._fleets.fleet(known, now).find(link.identity.worker_id)
+    def _candidate(self, known: KnownModel, link: WorkerLink, now: float, fleet: Fleet | None) -> Candidate:
+        """Return the present state of a worker, including its circuit breaker. `fleet`: the model's workers, which know
+        the worker's slowdown. None if the candidate is for a resumed sequence, for which the slowdown stays 1."""
+        row = None if fleet is None else fleet.find(link.identity.worker_id)
         healthy = self._breakers.allows(link.identity.incarnation, now)
-        return _read_candidate(known, link, 1.0 if row is None else row.slowdown, healthy, resumed)
+        return _read_candidate(known, link, 1.0 if row is None else row.slowdown, healthy, fleet is None)
 
 
 class _Candidates(Sequence[Candidate]):

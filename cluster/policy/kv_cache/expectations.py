@@ -56,7 +56,7 @@ class ExpectedBlocks:
 
     def pop_due(self, now: float, at_most: int) -> Mapping[int, list[Hashes]]:
         """Forget the expected blocks of up to `at_most` expired prompts. Returns the blocks that are no longer
-        expected, by worker number."""
+        expected, by worker number. A block may be in the answer more than once."""
         ended: dict[int, list[Hashes]] = {}
         while at_most and self.is_due(now):
             at_most -= 1

@@ -133,7 +133,8 @@ class CacheIndex:
         """Drop expired expectations, and remove departed workers from up to `segments` segments of the table. Returns
         whether there is more to do now."""
         for worker, hashes in self._expected.pop_due(now, _EXPIRED_AT_ONCE).items():
-            self._remove(worker, np.concatenate(hashes), only_expected=True)
+            # Equal prompts that expire together return the same blocks. The table takes each block once.
+            self._remove(worker, np.unique(np.concatenate(hashes)), only_expected=True)
         for _ in range(segments):
             self._sweep()
         return self._expected.is_due(now) or self._next_segment is not None or bool(self._departed)

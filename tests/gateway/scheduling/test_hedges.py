@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from cluster.observe import semantic_conventions as names
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.routing.route_history import Route
+from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
 from cluster.policy.scheduling.first_token_times import MIN_COUNT, RELEARNT_S
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.wire.bundle import Bundle
@@ -289,6 +290,30 @@ class Gateway(RuleBasedStateMachine):
 
 Gateway.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestGateway = Gateway.TestCase
+
+
+def test_late_sequences_of_one_worker_are_not_compared_one_by_one() -> None:
+    """If no other worker can take a late sequence, the workers are not compared again for the other late sequences of
+    the same worker."""
+    gateway, looks = Gateway(), 0
+    gateway.learn()
+    for _ in range(8):
+        gateway.enter()
+    for link in gateway.links.values():
+        link.apply(pb.WorkerTurn(seq=next(gateway.serial), credit=pb.Credit(grant_id=next(gateway.serial))))
+        gateway.events.link_changed(link)
+    second_worker = gateway.scheduler.hedges.policy.second_worker
+
+    def counted(call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
+        nonlocal looks
+        looks += 1
+        return second_worker(call, candidates)
+
+    gateway.scheduler.hedges.policy.second_worker = counted  # type: ignore[method-assign]
+    before = gateway.hedges
+    gateway.time_passes(2 * TTFT_S)
+    assert (looks, gateway.hedges) == (2, before)  # the sequences of each of the two workers
+    gateway.teardown()
 
 
 # ---- usage

@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from cluster.policy.kv_cache.expectations import COMPARED
 from cluster.policy.kv_cache.holder_sets import MAX_WORKER
 from cluster.policy.kv_cache.index import CacheIndex
 from cluster.policy.kv_cache.prefix_hashes import Hashes, prefix_hashes
@@ -134,6 +135,28 @@ def test_a_worker_that_has_left_leaves_nothing_behind() -> None:
     while index.maintain(2.0):
         pass
     assert len(index) == 0
+
+
+def test_equal_prompts_that_expire_together_are_removed_once() -> None:
+    """When equal prompts expire in one pass, each of their blocks loses its expected holder once. So other blocks with
+    the same holders keep them."""
+    index = CacheIndex(1000, MULTIPLIER)
+    hashes = prefix_hashes(range(30), 1, 0)
+    holders = [f"w{number}" for number in range(6)]
+    for name in holders:
+        index.add_worker(name)
+        index.store(name, hashes[: 4 if name != "w0" else 1])
+    for _ in range(2):
+        index.expect("w0", hashes[:2], 1.0)
+    for tail in range(COMPARED):  # newer prompts with the same beginning, with which the equal ones are compared
+        index.expect("w0", hashes[[0, 4 + tail]], 9.0)
+    for other in (2, 3):
+        index.expect("w0", hashes[other : other + 1], 9.0)
+    while index.maintain(2.0):
+        pass
+    assert set(index.match(hashes[1:2])) == {*holders} - {"w0"}
+    index.remove("w5", hashes[3:4])
+    assert set(index.match(hashes[2:3])) == {*holders}
 
 
 def test_numbers_of_workers_are_used_again() -> None:

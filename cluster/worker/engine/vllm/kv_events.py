@@ -47,13 +47,14 @@ def capabilities(config: Any) -> tuple[str, ...]:
     has it only if all layers have full attention, because they then share one group of blocks. Layers with
     a sliding window, chunked attention or state have groups of their own, and the engine finds only blocks
     that all groups still have. An engine with speculative decoding does not have it either, because the
-    last block may be dropped.
+    last block may be dropped, nor an engine with a KV connector, because the connector may find more blocks.
     """
     model = config.model_config
     layers = getattr(model.hf_text_config, "layer_types", None)
     is_full = set(layers) <= {"full_attention", "attention"} if layers else model.get_sliding_window() is None
     others = model.is_hybrid or model.is_attention_free or model.is_encoder_decoder or model.use_mla
-    is_exact = is_full and not others and model.attention_chunk_size is None and config.speculative_config is None
+    is_full = is_full and not others and model.attention_chunk_size is None
+    is_exact = is_full and config.speculative_config is None and config.kv_transfer_config is None
     return (KV_EVENTS, PREFIX_EXACT) if is_exact else (KV_EVENTS,)
 
 
@@ -157,11 +158,13 @@ class KvEventSocket:
         return found
 
     def _decoded(self, payload: bytes) -> Iterator[KvEvent]:
-        from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+        from vllm.distributed.kv_events import MEDIUM_GPU, AllBlocksCleared, BlockRemoved, BlockStored
 
         for event in self._decoder.decode(payload).events:
             if isinstance(event, AllBlocksCleared):
                 yield BlocksCleared()
+            elif event.medium not in (None, MEDIUM_GPU):
+                continue  # a KV connector's copy in the CPU's memory or on a disk, with the hash of the engine's block
             elif isinstance(event, BlockRemoved):
                 if event.group_idx in self._groups:
                     yield BlocksRemoved(event.block_hashes)

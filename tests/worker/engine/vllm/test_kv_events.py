@@ -84,7 +84,8 @@ async def test_events_lost_for_good_clear_the_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["full_attention", "mla_attention", None])
 async def test_blocks_of_all_tokens_alone_are_reported(tmp_path: Path, kind: str | None) -> None:
-    """Blocks of layers with full attention are reported, and blocks of layers with a sliding window are not."""
+    """Blocks of layers with full attention are reported. Blocks of layers with a sliding window are not, and neither
+    are a KV connector's copies of blocks in the CPU's memory."""
     from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch, ZmqEventPublisher
 
     events = KvEventSocket(tmp_path)
@@ -95,7 +96,9 @@ async def test_blocks_of_all_tokens_alone_are_reported(tmp_path: Path, kind: str
         return BlockStored([number], None, [1], 1, None, "GPU", None, group_idx=group, kv_cache_spec_kind=kind)
 
     window = [stored(1, 1, "sliding_window"), BlockRemoved([1], "GPU", 1)]
-    batch = KVEventBatch(0.0, [*window, stored(2, 0, kind), BlockRemoved([2], "GPU", 0)])
+    copied = BlockStored([3], None, [], 0, None, "CPU", None, group_idx=0)
+    dropped = BlockRemoved([4], "CPU", 0)
+    batch = KVEventBatch(0.0, [*window, stored(2, 0, kind), copied, dropped, BlockRemoved([2], "GPU", 0)])
     try:
         seen: list[object] = []
         async with asyncio.timeout(60):

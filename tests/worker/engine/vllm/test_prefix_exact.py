@@ -23,8 +23,8 @@ def config(layers: list[str] | None = None, window: int | None = None, **model: 
         "use_mla": False,
         "attention_chunk_size": None,
     }
-    speculative = model.pop("speculative", None)
-    return SimpleNamespace(model_config=SimpleNamespace(**(fields | model)), speculative_config=speculative)
+    others = {name: model.pop(name, None) for name in ("speculative_config", "kv_transfer_config")}
+    return SimpleNamespace(model_config=SimpleNamespace(**(fields | model)), **others)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,8 @@ def config(layers: list[str] | None = None, window: int | None = None, **model: 
         (config(is_encoder_decoder=True), False),
         (config(use_mla=True), False),
         (config(attention_chunk_size=8192), False),
-        (config(speculative=object()), False),
+        (config(speculative_config=object()), False),
+        (config(kv_transfer_config=object()), False),
     ],
 )
 def test_predictions_are_exact_for_full_attention_alone(given: Any, is_exact: bool) -> None:
