@@ -156,8 +156,9 @@ class Connection:
             call.update_full()
 
     def resume(self) -> None:
-        """Wake the writers of all calls, because the client reads again."""
+        """Send more of the waiting answers and wake the writers of all calls, because the client reads again."""
         self.core.output.pause(False)
+        self.core.blocked.push_unread()
         for call in list(self.calls.by_stream.values()):
             call.wake_writers()
 

@@ -68,11 +68,11 @@ class ServerLimits:
     empty frame costs a fifth of a reset. A connection whose bucket is empty is closed (rapid reset). A connection
     without an admitted call has a tenth of the rate and size."""
     max_unsent_bytes: int = 64 << 20
-    """Maximum number of bytes that a client has not read: the bytes in the socket's buffer, and apart from them the
-    bytes that its flow-control windows do not allow. A client beyond it loses its connection."""
+    """Maximum number of bytes that wait for a client that reads nothing. A client beyond it loses its connection. The
+    bytes in the socket's buffer are limited to as many, whether the client reads or not."""
     unread_s: float = 60.0
-    """Time in which a client must read UNREAD_STEP bytes of an answer that waits for its flow-control windows, or all
-    of it. Otherwise the call is reset."""
+    """Time in which a client must read UNREAD_STEP bytes of an answer that waits for it, or all of it. Otherwise the
+    call is reset."""
     age_s: float = 0.0
     """Age in seconds at which the server asks the client to reconnect; 0: never."""
     age_grace_s: float = 300.0

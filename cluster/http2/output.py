@@ -161,15 +161,22 @@ class ConnectionOutput:
 
 
 class BlockedAnswers:
-    """The answers of one connection that wait until the client enlarges a flow-control window."""
+    """The answers of one connection that wait until the client enlarges a flow-control window or reads more."""
 
-    __slots__ = ("_by_connection", "_by_stream", "_h2")
+    __slots__ = ("_by_connection", "_by_reader", "_by_stream", "_h2")
 
     def __init__(self, h2: ServerState) -> None:
         self._h2 = h2
         self._by_connection: dict[int, Callable[[], None]] = {}
         """Answers that wait for the connection's window, in the order in which they will be pushed."""
         self._by_stream: dict[int, Callable[[], None]] = {}
+        self._by_reader: dict[int, Callable[[], None]] = {}
+        """Answers that wait until the socket takes more bytes."""
+
+    def add_unread(self, stream_id: int, push: Callable[[], None]) -> None:
+        """Add an answer that waits until the client has read what was sent before. `push`: function that sends more of
+        the answer."""
+        self._by_reader[stream_id] = push
 
     def add(self, stream_id: int, push: Callable[[], None], *, of_stream: bool) -> None:
         """Add an answer that waits until a flow-control window grows. `push`: function that sends more of the answer.
@@ -179,13 +186,13 @@ class BlockedAnswers:
 
     def discard(self, stream_id: int) -> None:
         """Remove the answer of a stream that has ended."""
-        self._by_connection.pop(stream_id, None)
-        self._by_stream.pop(stream_id, None)
+        for waiting in (self._by_connection, self._by_stream, self._by_reader):
+            waiting.pop(stream_id, None)
 
     def clear(self) -> None:
         """Remove all answers after the connection was lost."""
-        self._by_connection.clear()
-        self._by_stream.clear()
+        for waiting in (self._by_connection, self._by_stream, self._by_reader):
+            waiting.clear()
 
     def push_stream(self, stream_id: int) -> None:
         """Send more of the answer that waits for the window of this stream."""
@@ -199,6 +206,12 @@ class BlockedAnswers:
         blocked = self._by_connection
         while blocked and self._h2.outbound_flow_control_window > 0:
             blocked.pop(next(iter(blocked)))()
+
+    def push_unread(self) -> None:
+        """Send more of the answers that wait until the client reads."""
+        waiting, self._by_reader = self._by_reader, {}
+        for push in waiting.values():
+            push()
 
     def push_all(self) -> None:
         """Continue to send all waiting answers, because the client has changed the size of the streams' windows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from h2.exceptions import H2Error
 from h2.stream import StreamInputs
@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from h2.stream import H2Stream
 
 _OK_HEAD = b"\x88" + frames.literal(b"content-type", b"application/grpc")  # \x88: `:status: 200` in the static table
+MOST_AT_ONCE: Final = 256 << 10
+"""Number of bytes of an answer that are sent in one event-loop pass. So the socket's buffer holds little of answers
+that the client does not read, however large its flow-control windows are."""
 _ANONYMOUS_PATHS = ("/grpc.health.", "/grpc.reflection.")
 """Path prefixes of methods that need no credential. Their answers do not show that the client is authenticated."""
 
 
 class ResponseWriter:
-    """The answer to one call. `send` accepts a message at once, and buffers the bytes that the client's windows do not
-    allow yet."""
+    """The answer to one call. `send` accepts a message at once, and buffers the bytes that the client's windows or the
+    socket do not allow yet."""
 
     def __init__(
         self, core: ConnectionCore, stream: H2Stream, path: str, request: RequestStream, on_end: Callable[[int], None]
@@ -93,11 +96,19 @@ class ResponseWriter:
             await waiter
 
     def push(self) -> None:
-        """Send pending bytes as far as the flow-control windows allow. After the last pending byte, send the status."""
+        """Send pending bytes as far as the flow-control windows and the socket allow. After the last pending byte, send
+        the status."""
         pending, stream, h2 = self._pending, self.stream, self._h2
         if self.closed:
             pending.clear()
+        until = len(pending) - MOST_AT_ONCE
         while pending:
+            if self._output.paused or len(pending) <= until:
+                self.update_full()
+                self.connection.blocked.add_unread(self.stream_id, self.push)
+                if not self._output.paused:  # the next pass knows whether the socket has taken all
+                    self._output.call_before_flush(self.connection.blocked.push_unread)
+                return
             size = min(
                 len(pending), stream.outbound_flow_control_window, h2.outbound_flow_control_window,
                 h2.max_outbound_frame_size,
@@ -119,7 +130,7 @@ class ResponseWriter:
 
     @property
     def pending_bytes(self) -> int:
-        """Number of bytes that the client's flow-control windows do not allow yet."""
+        """Number of bytes that wait for the client, which has not read enough yet."""
         return len(self._pending)
 
     def unread_s(self, now: float) -> float:

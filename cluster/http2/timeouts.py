@@ -11,6 +11,7 @@ from h2.exceptions import H2Error
 from cluster.http2.call import OpenStreams
 from cluster.http2.frame_intake import FrameIntake
 from cluster.http2.lifetime import ConnectionLifetime
+from cluster.http2.limits import UNREAD_STEP
 from cluster.http2.messages import BadMessage
 from cluster.http2.output import ConnectionCore
 
@@ -33,6 +34,8 @@ class ConnectionTimeouts:
         self._intake = intake
         self._calls = calls
         self._answered = True
+        self._sent_bytes = 0
+        """Value of `payload_bytes` at the last check."""
         self._check_s = min(limits.hello_s, limits.frame_s, limits.idle_s, limits.request_s, limits.unread_s) / CHECKS
         lifetime.call_later(limits.hello_s, self._expect_hello)
         lifetime.call_later(limits.ping_s, self._ping)
@@ -61,7 +64,9 @@ class ConnectionTimeouts:
                 calls.end_early(call, BadMessage("a message was not complete in time", too_large=True))
             elif call.unread_s(now) > limits.unread_s:
                 calls.end_unread(call)
-        if sum(call.pending_bytes for call in running) > limits.max_unsent_bytes:
+        sent, sent_before = self._core.output.payload_bytes, self._sent_bytes
+        self._sent_bytes = sent
+        if sum(call.pending_bytes for call in running) > limits.max_unsent_bytes and sent - sent_before < UNREAD_STEP:
             self._lifetime.abort("the client does not read what it is sent")
             return
         self._lifetime.call_later(self._check_s, self._check)

@@ -12,6 +12,7 @@ from hyperframe.frame import ContinuationFrame, DataFrame, HeadersFrame
 
 from cluster import http2
 from cluster.http2.limits import UNREAD_STEP
+from cluster.http2.response import MOST_AT_ONCE
 from tests.http2.conftest import Serve
 from tests.http2.raw import Raw, raw_client
 from tests.http2.test_server import unary_stream, unary_unary
@@ -144,3 +145,20 @@ async def test_a_client_with_too_many_unread_bytes_loses_its_connection(serve: S
             await raw.call("Many", b"1x10000")
         await ended(raw)
         assert not echo.server.connections
+
+
+async def test_a_client_that_reads_many_large_answers_slowly_keeps_its_connection(serve: Serve) -> None:
+    """The bytes that wait for a client may exceed the limit as long as the client reads. However large the client's
+    windows are, the socket's buffer holds few of these bytes."""
+    limits, size = http2.ServerLimits(max_unsent_bytes=16 * MOST_AT_ONCE, frame_s=0.2), 64 * MOST_AT_ONCE
+    async with serve(limits) as echo, raw_client(echo.port, window=2**31 - 1) as raw:
+        raw.h2.increment_flow_control_window(2**31 - 1 - 65_535)
+        streams = [await raw.call("Many", b"1x%d" % size) for _ in range(2)]
+        await until(lambda: len(echo.server.connections) == 1, "the connection is open")
+        (connection,) = echo.server.connections
+        await until(lambda: connection.core.output.paused, "the socket takes no more bytes")
+        assert sum(call.pending_bytes for call in connection.calls.by_stream.values()) > limits.max_unsent_bytes
+        while any(len(raw.data.get(stream, b"")) < size for stream in streams):
+            await raw.receive()
+        for stream in streams:
+            assert (await raw.until_ended(stream))["grpc-status"] == "0"
