@@ -189,7 +189,8 @@ class CallService:
             requests.check_metadata(opening.request.metadata)
         opening.choose_model(self.directory)
         await opening.encode(self.directory)
-        opening.meta.release_body()
+        if not opening.keeps_cut_texts:  # otherwise the text counts in the budget of request bytes until the call ends
+            opening.meta.release_body()
         if opening.meta.principal.tenant.guards:
             await self._guard_prompt(opening, cleanup)
         if (suspended := self.authenticator.tenant_error(opening.meta.tenant)) is not None:  # since the call arrived

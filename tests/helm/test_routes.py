@@ -21,27 +21,32 @@ from tests.support.network_policies import Peer
 
 pytestmark = pytest.mark.slow
 
+RANKINGS = ("/v2/rerank", "/rerank", "/score")
+"""Paths of rankings and scores beside those below /v1."""
 CA = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 
 
 @pytest.mark.parametrize("is_routed", [False, True])
 def test_the_console_is_routed_if_wanted(is_routed: bool) -> None:
-    """Routes and Ingresses expose /v1, and the console only if `gateway.consoleRoutes` is set."""
+    """Routes and Ingresses expose /v1 and the other paths of rankings and scores. They expose the console only if
+    `gateway.consoleRoutes` is set."""
     values = gateway_api(caConfigMap="llm-ca")
     values["gateway"] |= {"ingress": {"enabled": True, "host": "llm.example.com"}, "consoleRoutes": is_routed}
     release = helm.template(values)
     console = {"/", "/console"} if is_routed else set()
     (rule,) = release.only("HTTPRoute")["spec"]["rules"]
-    assert {match["path"]["value"] for match in rule["matches"]} == {"/v1"} | console
-    assert {match["path"]["type"] for match in rule["matches"] if match["path"]["value"] == "/"} <= {"Exact"}
+    assert {match["path"]["value"] for match in rule["matches"]} == {"/v1", *RANKINGS} | console
+    assert {match["path"]["type"] for match in rule["matches"] if match["path"]["value"] in {"/", *RANKINGS}} == {
+        "Exact"
+    }
     paths = {
         path["path"]: path["pathType"]
         for ingress in release.all("Ingress")
         if ingress["metadata"]["name"].endswith("-http")
         for path in ingress["spec"]["rules"][0]["http"]["paths"]
     }
-    assert set(paths) == {"/v1"} | console
-    assert paths.get("/", "Exact") == "Exact"
+    assert set(paths) == {"/v1", *RANKINGS} | console
+    assert {paths.get(path, "Exact") for path in {"/", *RANKINGS}} == {"Exact"}
 
 
 def preset_file(name: str) -> Path:
@@ -123,8 +128,9 @@ def test_each_protocol_has_an_ingress_with_annotations_of_its_own() -> None:
         item = release.only("Ingress", f"headrace-{name}")
         assert item["metadata"]["annotations"] == {"cert-manager.io/cluster-issuer": "public", protocol: word}
         (rule,) = item["spec"]["rules"]
-        (route,) = rule["http"]["paths"]
-        assert (route["path"], route["backend"]["service"]["port"]["name"]) == (path, name)
+        routes = rule["http"]["paths"]
+        assert [route["path"] for route in routes] == [path, *(() if name == "grpc" else RANKINGS)]
+        assert {route["backend"]["service"]["port"]["name"] for route in routes} == {name}
     assert len(release.all("Ingress")) == 2
 
 

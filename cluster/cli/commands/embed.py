@@ -25,6 +25,8 @@ from cluster.cli.target.target_options import with_target
 
 SHOWN_VALUES = 6
 SHOWN_CHARS = 60
+TEXTS_A_CALL = 256
+"""Number of texts in one call of `embed`. Their vectors of 4,096 values fit into the largest message of a client."""
 TruncateOption = Annotated[bool, typer.Option("--truncate", help="Cut longer texts instead of refusing them.")]
 
 
@@ -43,13 +45,18 @@ def embed(
     """Print the vectors of texts."""
     texts = _texts(texts)
     with make_client(target, timeout_s) as client, target_errors(target):
-        answer = client.embed(model, texts, dimensions=dimensions, truncate=truncate)
+        answers = [
+            client.embed(model, texts[at : at + TEXTS_A_CALL], dimensions=dimensions, truncate=truncate)
+            for at in range(0, len(texts), TEXTS_A_CALL)
+        ]
+    vectors = [vector for answer in answers for vector in answer]
     if as_json:
-        vectors = [[float(f"{value:.9g}") for value in vector] for vector in answer]
-        print_json({"model": answer.model, "embeddings": vectors, "prompt_tokens": answer.usage.prompt_tokens})
+        rounded = [[float(f"{value:.9g}") for value in vector] for vector in vectors]
+        prompt_tokens = sum(answer.usage.prompt_tokens for answer in answers)
+        print_json({"model": answers[0].model, "embeddings": rounded, "prompt_tokens": prompt_tokens})
         return
     table = Table("text", "values", "vector", box=None, pad_edge=False)
-    for text, vector in zip(texts, answer, strict=True):
+    for text, vector in zip(texts, vectors, strict=True):
         shown = " ".join(f"{value:+.4f}" for value in vector[:SHOWN_VALUES])
         more = " ..." if len(vector) > SHOWN_VALUES else ""
         table.add_row(escape(_short(text)), str(len(vector)), shown + more)
@@ -87,12 +94,14 @@ def rerank(
 
 
 def _texts(given: list[str]) -> list[str]:
-    """Return the texts of the arguments. If the only argument is `-`, return the lines of standard input instead."""
+    """Return the texts of the arguments. If the only argument is `-`, return the lines of standard input instead. The
+    n-th answer belongs to the n-th line, so an empty line is an error."""
     if given != ["-"]:
         return given
-    lines = [line for line in sys.stdin.read().splitlines() if line]
-    if not lines:
-        fail("standard input has no text: give one text a line", USAGE)
+    lines = [line.removesuffix("\r") for line in sys.stdin.read().removesuffix("\n").split("\n")]
+    for number, line in enumerate(lines, 1):
+        if not line:
+            fail(f"line {number} of standard input is empty: give one text a line, and remove empty lines", USAGE)
     return lines
 
 

@@ -33,7 +33,8 @@ class CallMeta:
     """Whether the call is already counted as a request of the call's tenant (`CallService.count`)."""
     release_body: Callable[[], None] = do_nothing
     """Returns the bytes of the call's body to the budget of request bytes. Called once the prompt is encoded, so that
-    the budget also bounds the prompts that wait for the tokenizer. Idempotent."""
+    the budget also bounds the prompts that wait for the tokenizer; at the end of a call that keeps long texts of which
+    few tokens are left. Idempotent."""
 
     @property
     def tenant(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from google.rpc import code_pb2
 from typer.testing import Result
 
+from cluster.cli.commands.embed import TEXTS_A_CALL
 from cluster.v1 import inference_pb2 as pb
 from tests.support.scripted_gateway import ScriptedGateway, refusal
 
@@ -31,11 +32,25 @@ def test_embed_prints_a_row_for_each_text(run: Run, gateway: ScriptedGateway) ->
 def test_embed_reads_lines(run: Run, gateway: ScriptedGateway) -> None:
     """With `-`, `embed` reads one text per line from standard input, and `--json` prints all values.
 
-    If there is no text, `embed` exits with code 2.
+    If a line is empty, `embed` exits with code 2 and names the line.
     """
-    done = run("embed", "tiny", "-", "--json", "--endpoint", gateway.endpoint, input="one\n\nthree\n")
+    done = run("embed", "tiny", "-", "--json", "--endpoint", gateway.endpoint, input="one\r\nthree\n")
     assert json.loads(done.stdout) == {"model": "tiny", "embeddings": [[3.0, 0.0], [5.0, 1.0]], "prompt_tokens": 7}
-    assert run("embed", "tiny", "-", "--endpoint", gateway.endpoint, input="\n").exit_code == 2
+    for given, number in (("\n", 1), ("", 1), ("one\n\nthree\n", 2)):
+        done = run("embed", "tiny", "-", "--endpoint", gateway.endpoint, input=given)
+        assert done.exit_code == 2
+        assert f"line {number} of standard input" in done.stderr
+
+
+def test_embed_sends_many_lines_in_several_calls(run: Run, gateway: ScriptedGateway) -> None:
+    """More texts than one call takes are sent in several calls. The vectors are in the order of the lines, and the
+    tokens of all calls are added."""
+    gateway.script.requests.clear()
+    given = ["x" * (1 + number % 7) for number in range(TEXTS_A_CALL + 3)]
+    done = run("embed", "tiny", "-", "--json", "--endpoint", gateway.endpoint, input="\n".join(given))
+    answer = json.loads(done.stdout)
+    assert [vector[0] for vector in answer["embeddings"]] == [len(text) for text in given]
+    assert [len(request.texts) for request in gateway.script.requests] == [TEXTS_A_CALL, 3]
 
 
 def test_rerank_prints_the_best_first(run: Run, gateway: ScriptedGateway) -> None:

@@ -16,6 +16,8 @@ import pytest
 from cluster.api.pooling import PoolingTask
 from cluster.api.types import CatalogEntry, ModelState, TokenOutput, VersionShare
 from cluster.gateway.apis.unread_answers import UnreadAnswers
+from cluster.gateway.calls.meta import CallMeta
+from cluster.gateway.calls.pooling.pooling_request import InputField, PoolingRequest, TextInputs
 from cluster.ledger.rows import UsageQuery
 from cluster.ledger.store import Ledger
 from cluster.v1 import inference_pb2 as pb
@@ -289,6 +291,21 @@ async def test_answers_that_nobody_reads_are_bounded(
     await cluster.until_idle()
 
 
+@pytest.mark.parametrize(("chars", "keep", "is_released"), [(1000, 1, True), (1 << 18, 1, False), (1000, None, True)])
+async def test_a_long_text_that_is_cut_counts_until_its_call_ends(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, chars: int, keep: int | None, is_released: bool
+) -> None:
+    """A call keeps its texts until its end. If little is left of a long text, which the bounds of the queue do not
+    count then, its bytes stay in the budget of request bytes."""
+    await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle)
+    released: list[None] = []
+    meta = CallMeta("id", "http", release_body=lambda: released.append(None))
+    inputs = TextInputs(["a" * chars], InputField("input"))
+    async with cluster.gateway.service.open_pooling(PoolingRequest("sim", inputs, truncate_tokens=keep), meta) as call:
+        assert bool(released) is is_released
+        assert len(await call.vectors()) == 1
+
+
 # ---- tenants
 
 
@@ -484,6 +501,11 @@ async def test_a_fallback_has_the_same_task(cluster: TestCluster, checkpoint: Pa
     await cluster.add_worker(sim_engine(checkpoint), bundle)
     await cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle, model="spare")
     reply = await fetch(cluster, "/v1/embeddings", {"model": "lost", "input": "a"})
+    assert (reply.status, reply.headers["x-headrace-model"]) == (200, "spare")
+    unknown = CatalogEntry("fresh", state=ModelState.READY, fallback=("new", "spare"))  # their tasks are not known yet
+    entries = [unknown, CatalogEntry("new", state=ModelState.LOADING), CatalogEntry("sim"), CatalogEntry("spare")]
+    cluster.gateway.worker_events.apply_catalog(entries)
+    reply = await fetch(cluster, "/rerank", {"model": "fresh", "query": "q", "documents": ["a"]})
     assert (reply.status, reply.headers["x-headrace-model"]) == (200, "spare")
 
 

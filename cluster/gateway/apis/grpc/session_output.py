@@ -64,10 +64,10 @@ class SessionOutput:
         self.wake()
 
     async def send_whole(self, event: bytes) -> None:
-        """Send a serialized event that is not part of a stream. For a large event, wait until the client reads, send
-        the event, and wait until the client has read most of it."""
+        """Send a serialized event that is not part of a stream, once the client reads. After a large event, also wait
+        until the client has read most of it."""
         is_large = len(event) > MAX_UNREAD_CHARS // 4
-        while is_large and self.halted:
+        while self.halted:
             await self.client_reads.wait()
         self.parts.append(event)
         self.wake()

@@ -23,6 +23,7 @@ from cluster.gateway.calls.pooling.pooling_request import (
     PoolingInputs,
     PoolingRequest,
     check_chars,
+    text_lengths,
 )
 from cluster.gateway.calls.sequences.life import Life
 from cluster.gateway.calls.tokenization import ids_of_inputs
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 
 SLICE: Final = 128
 """Number of sequences that are created at once, which takes about 2 ms."""
+MAX_UNCOUNTED_CHARS: Final = 64 << 10
+"""Number of characters, or token ids, that a call may keep however few tokens are left of them."""
+CHARS_PER_TOKEN: Final = 16
+"""Number of characters a token up to which the tokens stand for the text's memory."""
 SHOWN_LENGTHS: Final = 32
 """Maximum number of vector lengths that an error message lists."""
 
@@ -64,13 +69,15 @@ class PoolingOpening(CallOpening):
         requested = model = target.model
         self.model_name = model.name
         task = self._task_of(model)
-        if task is None:
+        if task is None and model.capabilities.tasks is not None:
             raise self._no_task(model)
         if target.adapter:
             raise _no_adapter(target)
         if model.entry.fallback and not model.served:
             model = directory.lookup.fallback_of(model, self.meta.principal, suits=self._suits) or model
             task = self._task_of(model) or task
+        if task is None:
+            raise not_prepared(model)
         self.requested, self.model, self.model_name, self.task = requested, model, model.name, task
         self.versions = model.versions.choose(self.meta.request_id)
         inputs = self.request.inputs
@@ -83,13 +90,11 @@ class PoolingOpening(CallOpening):
 
     def _task_of(self, model: KnownModel) -> PoolingTask | None:
         """Return the task with which a model answers the request: `embed` or `score`. Returns None if the model has no
-        suitable task. While the tasks of the model are unknown, texts get the task EMBED. Pairs then raise CallError,
-        because their encoding depends on the task."""
+        suitable task. While the tasks of the model are unknown, texts get the task EMBED. Pairs then get None, because
+        their encoding depends on the task."""
         tasks, is_pairs = model.capabilities.tasks, isinstance(self.request.inputs, PairInputs)
         if tasks is None:
-            if is_pairs:
-                raise not_prepared(model)
-            return PoolingTask.EMBED
+            return None if is_pairs else PoolingTask.EMBED
         if is_pairs and PoolingTask.SCORE in tasks:
             return PoolingTask.SCORE
         return PoolingTask.EMBED if PoolingTask.EMBED in tasks else None
@@ -150,6 +155,18 @@ class PoolingOpening(CallOpening):
             check_chars(inputs)
         encoded = await self.text.encode_inputs_async(self.meta.tenant, inputs, most, keep)
         self.ids, self.second_text = encoded.ids, encoded.second_text
+
+    @property
+    def keeps_cut_texts(self) -> bool:
+        """Whether the call keeps much text that was cut. The queue's bounds count only the tokens that are left."""
+        if self.request.truncate_tokens is None:
+            return False
+        inputs = self.request.inputs
+        if isinstance(inputs, IdsInputs):
+            size = sum(map(len, inputs.token_ids))
+        else:
+            size = sum(sum(text_lengths(texts)) for texts in inputs.given)
+        return size > MAX_UNCOUNTED_CHARS and size > CHARS_PER_TOKEN * sum(map(len, self.ids))
 
     def create_guards(self, guards: Guards) -> CallGuards:
         """Create the guards of the call."""

@@ -157,6 +157,11 @@ class TextInputs:
         return self.field.name
 
     @property
+    def given(self) -> Sequence[Sequence[str]]:
+        """The texts that the caller has written, in lists."""
+        return (self.texts,)
+
+    @property
     def chars(self) -> int:
         """Approximate number of characters to encode."""
         return _chars(self.texts)
@@ -221,6 +226,11 @@ class PairInputs:
     def fields(self) -> str:
         """Name of the field that holds the second texts."""
         return self.second_field.name
+
+    @property
+    def given(self) -> Sequence[Sequence[str]]:
+        """The texts that the caller has written, in lists."""
+        return self.first, self.second
 
     @property
     def chars(self) -> int:

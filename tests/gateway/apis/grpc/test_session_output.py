@@ -11,6 +11,7 @@ from cluster.gateway.apis.grpc.session_output import SessionOutput, SessionWrite
 from cluster.gateway.calls.call_output import CallOutput
 from cluster.http2.h2_state import EndedStreams, ServerState
 from cluster.http2.output import ConnectionOutput
+from tests.support.cluster import until
 from tests.support.transports import Sink
 
 
@@ -61,3 +62,30 @@ async def test_a_call_whose_encoder_fails_delays_no_other_call() -> None:
             await asyncio.sleep(0)
             assert b"[sound]" in b"".join(sink.writes)
         writing[1].cancel()
+
+
+async def test_whole_answers_wait_until_the_client_reads() -> None:
+    """While the client does not read, answers of calls that do not stream wait, however small they are. They do not
+    count as output that gathers, for which a session is closed."""
+    reads, sent = asyncio.Event(), list[bytes]()
+    context = SimpleNamespace(
+        call_before_flush=asyncio.get_running_loop().call_soon,
+        send=sent.append,
+        full=True,
+        unread_requests=False,
+        wait_until_writable=reads.wait,
+    )
+    output = SessionOutput(context, asyncio.get_running_loop().create_future())
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(output.send_whole(b"first"))
+        await until(lambda: output.halted, "the client does not read")
+        others = [tasks.create_task(output.send_whole(b"%d" % number)) for number in range(9)]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert (sent, output.parts) == ([b"first"], [])
+        assert not any(other.done() for other in others)
+        context.full = False
+        reads.set()
+    await until(lambda: not output.pass_scheduled, "the last answers are sent")
+    assert b"".join(sent) == b"first" + b"".join(b"%d" % number for number in range(9))
+    await output.close()
