@@ -24,6 +24,7 @@ from cluster.api.types import EngineRequest
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.console.overview import parts
+from cluster.gateway.links import hub
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
 from cluster.worker.link_runner import LinkRunner
@@ -47,6 +48,8 @@ seconds."""
 
 READER = LinkRunner._read.__qualname__
 """Name of the task that every complete link has in the worker."""
+BULK = hub._write_blobs.__qualname__
+"""Name of the task that every complete link has in the gateway for its large blobs."""
 LAZY = ("asyncio.events.TimerHandle", "_contextvars.Context", "cluster.api.demand.ComputedWork")
 """Names of types that are not counted. The event loop frees cancelled timers and their contexts late; live timers are
 counted separately. The outbox of each link keeps the last report of work until its next message, so their number varies
@@ -154,6 +157,8 @@ async def settled(cluster: TestCluster) -> Held:
             return False
         count = Held.now()
         if not count.tasks[READER]:  # the worker has lost the link, and the gateway does not know it yet
+            return False
+        if count.tasks[BULK] < count.tasks[READER]:  # the connection for large blobs comes after that of the link
             return False
         held.append(count)
         return len(held) > STILL and not any(held[-1].grown(earlier, 1) for earlier in held[-STILL:])

@@ -9,7 +9,7 @@ from cluster.gateway.models.known_model import KnownModel
 
 _REFUSED = {
     Outcome.QUEUE_FULL: "the cluster's queue is full; retry after the given delay",
-    Outcome.RATE_LIMITED: "too many of your own calls are waiting already; wait until some of them have ended",
+    Outcome.RATE_LIMITED: "too many of your own calls wait; wait until some have ended, or send fewer inputs in a call",
     Outcome.DEADLINE_UNREACHABLE: "the queue ahead is longer than the call's deadline; use a later one, or retry later",
 }
 

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
 
+import pytest
+
+from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.apis.unread_answers import UnreadAnswers
+from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.call_output import CallOutput
 
 
-async def held(answers: UnreadAnswers, tenant: str, size: int, read: asyncio.Event, log: list[str]) -> None:
-    """Wait until the bound allows an answer of `size` bytes, log the tenant, and hold the answer until `read` is
-    set."""
+def call_with(output: CallOutput) -> Call:
+    """Return the part of a call that is needed."""
+    return cast(Call, SimpleNamespace(output=output))
+
+
+async def held(
+    answers: UnreadAnswers,
+    tenant: str,
+    size: int,
+    read: asyncio.Event,
+    log: list[str],
+    output: CallOutput | None = None,
+) -> None:
+    """Wait until the bound allows an answer of `size` bytes, log the tenant, and hold the answer until `read` is set.
+    `output`: output of the answer's call."""
     with answers.answer(tenant) as answer:
-        await answer.hold(size)
+        await answer.hold(size, call_with(output or CallOutput([], cast(Any, None), 0.0)))
         log.append(tenant)
         await read.wait()
 
@@ -44,3 +63,26 @@ async def test_a_tenants_unread_answers_are_bounded() -> None:
         read.set()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert not answers._held
+
+
+async def test_an_answer_whose_call_ends_waits_no_longer() -> None:
+    """If a call ends with an error while its answer waits for room, the wait raises this error, and the answer behind
+    it gets its turn."""
+    answers, log, read = UnreadAnswers(100), list[str](), asyncio.Event()
+    output = CallOutput([], cast(Any, None), 0.0)
+    first = asyncio.create_task(held(answers, "t", 60, read, log))
+    await settle()
+    ended = asyncio.create_task(held(answers, "t", 50, read, log, output))
+    small = asyncio.create_task(held(answers, "t", 40, read, log))
+    await settle()
+    assert len(log) == 1, "the small answer does not overtake the one before it"
+    output.fail(CallError(Outcome.CANCELLED, "suspended"))
+    output.wake()
+    with pytest.raises(CallError, match="suspended"):
+        await ended
+    await settle()
+    assert len(log) == 2
+    read.set()
+    await asyncio.gather(first, small)
+    assert not answers._held
+    assert not answers._waiting

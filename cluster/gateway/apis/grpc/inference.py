@@ -218,7 +218,7 @@ class InferenceApi:
             async with self._service.open(request, meta) as call:
                 whole = WholeAnswer(call, codec.MessageLogprobs)
                 await whole.gather()
-                await unread.hold(whole.size)
+                await unread.hold(whole.size, call)
                 await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
                 return codec.response_with_logprobs(kind.response(call, whole.pieces), whole.logprobs)
 
@@ -226,7 +226,7 @@ class InferenceApi:
         with self._service.unread_answers.answer(meta.tenant) as unread:
             async with self._service.open_pooling(parsed.request, meta) as call:
                 vectors = await call.vectors()
-                await unread.hold(answer_bytes(vectors, parsed))
+                await unread.hold(answer_bytes(vectors, parsed), call)
                 await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
             # The call has released its slots by now, so a client that reads slowly holds no slot.
             await context.write(await pooling_response(call, vectors, parsed))

@@ -213,7 +213,7 @@ class SessionStream:
         with self._service.unread_answers.answer(meta.tenant) as unread:
             async with self._service.open_pooling(parsed.request, meta) as call:
                 vectors = await call.vectors()
-                await unread.hold(answer_bytes(vectors, parsed))
+                await unread.hold(answer_bytes(vectors, parsed), call)
             answer = await pooling_response(call, vectors, parsed)
             is_embed = not isinstance(parsed.request.inputs, PairInputs)
             await self._output.send_whole(event_answer(call_id, is_embed, answer))

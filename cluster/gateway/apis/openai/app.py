@@ -170,7 +170,7 @@ class OpenAiApi:
                     await _run_all([whole.gather() for whole in wholes])
                 except CallError as error:
                     raise with_caller_names(error, parsed.names) from None
-                await unread.hold(sum(whole.size for whole in wholes))
+                await unread.hold(sum(whole.size for whole in wholes), *calls)
             # The calls have released their slots by now, so a client that reads slowly holds no slot.
             pieces: list[Piece] = []
             for i, whole in enumerate(wholes):

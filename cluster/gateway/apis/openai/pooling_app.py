@@ -46,7 +46,7 @@ class PoolingEndpoints:
                 async with self._service.open_pooling(parsed.request, meta) as call:
                     exchange.limit_headers = as_headers(call.headers)
                     vectors = await call.vectors()
-                    await unread.hold(answer_bytes(vectors, parsed))
+                    await unread.hold(answer_bytes(vectors, parsed), call)
                 # The call has released its slots by now, so a client that reads slowly holds no slot.
                 await exchange.respond_in_parts(200, await answer(call, vectors, parsed), exchange.limit_headers)
 
