@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cluster.api.outcomes import CallError
-from cluster.api.types import DrainState, EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
+from cluster.api.types import KV_EVENTS, DrainState, EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.sequences.hedge import Hedge
 from cluster.gateway.calls.sequences.life import State
@@ -313,6 +314,23 @@ def test_late_sequences_of_one_worker_are_not_compared_one_by_one() -> None:
     before = gateway.hedges
     gateway.time_passes(2 * TTFT_S)
     assert (looks, gateway.hedges) == (2, before)  # the sequences of each of the two workers
+    gateway.teardown()
+
+
+def test_a_hedge_of_a_short_prompt_has_no_prediction() -> None:
+    """Cached tokens are predicted for long prompts only. The route of a hedge has no prediction for a short prompt,
+    like the route to the first worker."""
+    gateway = Gateway()
+    gateway.learn()
+    for link in gateway.links.values():
+        link.info = replace(link.info, capabilities=(KV_EVENTS,))
+    gateway.enter()
+    gateway.time_passes(2 * TTFT_S)
+    (sequence,) = gateway.calls[-1].sequences
+    assert sequence.hedge is not None
+    assert sequence.route is not None
+    assert sequence.route.predicted_cached_tokens is None
+    assert sequence.hedge.route.predicted_cached_tokens is None
     gateway.teardown()
 
 
