@@ -86,8 +86,8 @@ class UnreadAnswer:
 
     async def hold(self, size: int, *calls: Call) -> None:
         """Wait until the tenant's limit on unread answers leaves room for `size` bytes. Then count the answer as `size`
-        bytes until the context ends. `calls`: the calls that the answer answers. Raises the error with which one of
-        them ends meanwhile, for example because its tenant was suspended."""
+        bytes until the context ends. `calls`: the calls to which the answer belongs. Raises the error with which one
+        of them ends meanwhile, for example because its tenant was suspended."""
         outputs = [call.output for call in calls]
         for output in outputs:
             output.listen(self._answers.recheck)

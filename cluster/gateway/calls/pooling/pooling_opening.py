@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 SLICE: Final = 128
 """Number of sequences that are created at once, which takes about 2 ms."""
 MAX_UNCOUNTED_CHARS: Final = 64 << 10
-"""Number of characters, or token ids, that a call may keep however few tokens are left of them."""
+"""Number of characters, or of token ids, in texts that may be cut without counting in the budget of request bytes."""
 CHARS_PER_TOKEN: Final = 16
-"""Number of characters a token up to which the tokens stand for the text's memory."""
+"""Largest ratio of characters to tokens at which the queue's bound on tokens also bounds the memory of the texts."""
 SHOWN_LENGTHS: Final = 32
 """Maximum number of vector lengths that an error message lists."""
 
