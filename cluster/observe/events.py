@@ -89,6 +89,7 @@ EVENTS: Mapping[str, str] = {
     "ledger.unavailable": "An admin request failed because the database is unavailable.",
     "limits.store_lost": "The store of shared limits is unavailable; this gateway keeps to its share.",
     "limits.store_recovered": "The store of shared limits is available again.",
+    "link.beat_failed": "The worker could not build a heartbeat, which is left out.",
     "link.connected": "The worker has a link to a gateway.",
     "link.disconnected": "A link to a gateway has ended or could not be opened; it is dialed again.",
     "link.gateway_removed": "The worker or controller no longer dials a gateway.",

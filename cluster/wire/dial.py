@@ -147,9 +147,10 @@ async def keep_dialing(
 
 class HeartbeatSender:
     """Heartbeats of one link. Separate threads send them, so that a blocked event loop or a long engine step does not
-    delay them.
+    delay them. If the stream of heartbeats breaks, another one is opened, and the link goes on.
 
-    `beat(seq)`: builds a heartbeat. It runs in one of these threads and must not block.
+    `beat(seq)`: builds a heartbeat. It runs in one of these threads and must not block. A heartbeat that it fails to
+    build is left out.
     """
 
     def __init__(
@@ -170,18 +171,25 @@ class HeartbeatSender:
         seq = 0
         while not self._stop.is_set():
             seq += 1
-            yield self._beat(seq)
+            try:
+                beat = self._beat(seq)
+            except Exception:  # it would end the stream, and so the link
+                log.exception("link.beat_failed")
+            else:
+                yield beat
             self._stop.wait(self._interval_s)
 
     def _run(self) -> None:
         stub = pb_grpc.LinkStub(self._channel)
-        try:
-            for _ in stub.Beat(self._beats()):
-                self.last_heard = time.monotonic()
-        except grpc.RpcError:
-            pass  # the turn stream checks `silent_s` and ends the link
-        except ValueError:
-            pass  # the channel was closed before the first beat
+        while not self._stop.is_set():
+            try:
+                for _ in stub.Beat(self._beats()):
+                    self.last_heard = time.monotonic()
+            except grpc.RpcError:
+                pass  # if no gateway answers any more, the worker sees it by `silent_s` and ends the link
+            except ValueError:
+                return  # the channel is closed
+            self._stop.wait(self._interval_s)
 
     @property
     def silent_s(self) -> float:

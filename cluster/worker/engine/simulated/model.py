@@ -199,11 +199,11 @@ class SimModel:
         sequence.alive = False
         if sequence.first:
             self._prompt_tokens_left -= sequence.submitted_tokens
+        if was_running := sequence in self._running:  # first, since other threads call `load`
+            self._running.remove(sequence)
         del self._live[sequence.request.request_id]
         sequence.drop_blocks()
-        if sequence in self._running:
-            self._running.remove(sequence)
-        elif len(self._queue) > 64 and len(self._queue) > 2 * self._waiting:
+        if not was_running and len(self._queue) > 64 and len(self._queue) > 2 * self._waiting:
             self._queue = [entry for entry in self._queue if entry[1].alive]
             heapq.heapify(self._queue)
 
@@ -211,10 +211,10 @@ class SimModel:
 
     @property
     def _waiting(self) -> int:
-        return len(self._live) - len(self._running)
+        return max(len(self._live) - len(self._running), 0)  # another thread may ask between two changes
 
     def load(self, busy: str = "", age_s: float = 0.0, p99_s: float = 0.0) -> EngineLoad:
-        """Return the current load.
+        """Return the current load. Any thread may call this.
 
         `busy`: the work that explains a long step, or "". `age_s`: age of the current step. `p99_s`: p99 of step
         durations.

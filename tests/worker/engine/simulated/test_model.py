@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import FrameType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.api.types import EngineRequest, Sampling, TokenOutput
+from cluster.wire.codecs.codec import load_to_pb
 from cluster.worker.engine.simulated.config import SimConfig
 from cluster.worker.engine.simulated.kv import KvCache, chain
 from cluster.worker.engine.simulated.model import SimModel
@@ -344,3 +347,32 @@ def test_a_salt_shapes_content_only_where_it_is_wanted(one: str, other: str) -> 
     salted = {content_key(7, request) for request in requests}
     assert len(plain) == 1
     assert len(salted) == len({one, other})
+
+
+def test_the_load_is_valid_between_any_two_lines() -> None:
+    """Another thread may read the load at any moment, even while a sequence ends or is aborted: the load can be encoded
+    before each line of the model."""
+    model, looks = SimModel(dataclasses.replace(TIGHT, max_num_seqs=2)), 0
+
+    def look(frame: FrameType, event: str, _: object) -> object:
+        nonlocal looks
+        if frame.f_globals["__name__"] != SimModel.__module__:
+            return None
+        if event == "line":
+            sys.settrace(None)
+            load_to_pb(model.load())
+            looks += 1
+            sys.settrace(look)
+        return look
+
+    for number in range(4):
+        model.submit(ask(f"r{number}", [100 + number] * 6, max_tokens=2 + number))
+    sys.settrace(look)
+    try:
+        step(model)
+        model.abort("r1")
+        while model.has_work():
+            step(model)
+    finally:
+        sys.settrace(None)
+    assert looks > 100
