@@ -44,7 +44,7 @@ class _Gateway(pb_grpc.LinkServicer):
 def _serving(gateway: _Gateway) -> Iterator[str]:
     with ThreadPoolExecutor(8) as threads:
         server = grpc.server(threads)
-        pb_grpc.add_LinkServicer_to_server(gateway, server)  # type: ignore[no-untyped-call]
+        pb_grpc.add_LinkServicer_to_server(gateway, server)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         try:
@@ -55,7 +55,7 @@ def _serving(gateway: _Gateway) -> Iterator[str]:
 
 def test_heartbeats_go_on_after_a_broken_stream() -> None:
     """If the stream of heartbeats breaks, the sender opens another one; the gateway's beats are heard again."""
-    gateway = _Gateway()
+    gateway = _Gateway()  # type: ignore[abstract]
     with _serving(gateway) as address:
         sender = HeartbeatSender(address, None, lambda seq: pb.WorkerBeat(seq=seq), 0.005)
         try:
@@ -75,7 +75,7 @@ def test_a_heartbeat_that_fails_is_left_out() -> None:
             raise ValueError("Value out of range: -1")
         return pb.WorkerBeat(seq=seq)
 
-    gateway = _Gateway()
+    gateway = _Gateway()  # type: ignore[abstract]
     with _serving(gateway) as address:
         sender = HeartbeatSender(address, None, beat, 0.005)
         try:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -354,7 +355,7 @@ def test_the_load_is_valid_between_any_two_lines() -> None:
     before each line of the model."""
     model, looks = SimModel(dataclasses.replace(TIGHT, max_num_seqs=2)), 0
 
-    def look(frame: FrameType, event: str, _: object) -> object:
+    def look(frame: FrameType, event: str, _: object) -> Any:
         nonlocal looks
         if frame.f_globals["__name__"] != SimModel.__module__:
             return None
