@@ -37,6 +37,7 @@ EVENTS: Mapping[str, str] = {
     "call.expiry_failed": "The search for calls past their deadline failed; it is repeated.",
     "call.failed": "A call failed with an unexpected error.",
     "call.hedge_failed": "A second worker for a late call could not be asked; the first one goes on.",
+    "call.move_not_prepared": "Another worker could not be asked to compute a sequence before it moves there.",
     "call.not_notified": "The end of a call could not be reported to its API.",
     "call.sequence_not_settled": "The accounts of a sequence could not be settled.",
     "catalog.applied": "The controller has taken over a new catalog.",

@@ -15,7 +15,7 @@ from cluster.policy.fairness.waiting_room import RoomAdmission, WaitingRoom
 from cluster.policy.routing.fleet import choose
 from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision
 from cluster.policy.routing.version_split import ANY_VERSION, Versions
-from cluster.policy.scheduling.instructions import End, Instruction, ResumingSequence
+from cluster.policy.scheduling.instructions import End, Instruction, Move, ResumingSequence
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.worker_losses import WorkerLosses
 from cluster.policy.scheduling.worker_waits import Need
@@ -282,13 +282,13 @@ class RecordedPolicy(SchedulingPolicy):
             yield instruction
         self._say("end")
 
-    def movable(self, sequences: Iterable[ResumingSequence], worker_id: str, now: float) -> Iterator[str]:
+    def movable(self, sequences: Iterable[ResumingSequence], worker_id: str, now: float) -> Iterator[Move]:
         """Implements `SchedulingPolicy.movable`."""
         sequences = list(sequences)
         self._say("movable", sequences, worker_id, now)
-        for key in super().movable(sequences, worker_id, now):
-            self._say("instruction", key)
-            yield key
+        for move in super().movable(sequences, worker_id, now):
+            self._say("instruction", move)
+            yield move
         self._say("end")
 
 

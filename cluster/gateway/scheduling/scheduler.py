@@ -25,6 +25,7 @@ from cluster.gateway.scheduling.canary_statistics import CanaryStatistics
 from cluster.gateway.scheduling.chat_renders import ChatRenders, small_room
 from cluster.gateway.scheduling.executor import Executor
 from cluster.gateway.scheduling.hedges import Hedges
+from cluster.gateway.scheduling.moves import Moves
 from cluster.gateway.scheduling.peer_backlog import BacklogReports
 from cluster.gateway.scheduling.pump import SequencePump, UnservedModels
 from cluster.gateway.scheduling.queues import Queues
@@ -160,6 +161,7 @@ class Scheduler:
             accounts,
             clock,
         )
+        self.moves = Moves(workers)
         executor = Executor(
             self.queues,
             workers,
@@ -212,6 +214,7 @@ class Scheduler:
             self.breakers,
             charges,
             self.hedges,
+            self.moves,
             self.renders,
             clock,
         )
@@ -295,6 +298,7 @@ class Scheduler:
             except Exception:  # settle the other sequences' accounts all the same
                 log.exception("call.sequence_not_settled", **call.log_fields)
             self.hedges.forget(sequence)
+            self.moves.forget(sequence)
             self.charges.forget(sequence)
         if any(waited):  # others may have waited behind this call
             self.pump.send_waiting(call.model)

@@ -13,6 +13,7 @@ from cluster.gateway.scheduling.adapter_checks import AdapterChecks
 from cluster.gateway.scheduling.chat_renders import ChatRenders
 from cluster.gateway.scheduling.executor import Executor
 from cluster.gateway.scheduling.hedges import Hedges
+from cluster.gateway.scheduling.moves import Moves
 from cluster.gateway.scheduling.pump import SequencePump, UnservedModels
 from cluster.gateway.scheduling.queues import Queues
 from cluster.gateway.scheduling.service_charges import ServiceCharges
@@ -41,6 +42,7 @@ class Upkeep:
         breakers: Breakers,
         charges: ServiceCharges,
         hedges: Hedges,
+        moves: Moves,
         renders: ChatRenders,
         clock: Callable[[], float],
     ) -> None:
@@ -57,6 +59,7 @@ class Upkeep:
         self._breakers = breakers
         self._charges = charges
         self._hedges = hedges
+        self._moves = moves
         self._renders = renders
         self._clock = clock
         self._swept = clock()
@@ -97,16 +100,18 @@ class Upkeep:
         self._breakers.retain(linked, now)
         for model in models:
             for link in list(model.links.values()):
-                if now >= link.move_requests_at or model.versions.is_quarantined(link):
-                    self._move(link, now)
+                is_bad = model.versions.is_quarantined(link)
+                if is_bad or now >= link.move_requests_at:
+                    self._move(link, now, at_once=is_bad)
 
-    def _move(self, link: WorkerLink, now: float) -> None:
+    def _move(self, link: WorkerLink, now: float, *, at_once: bool) -> None:
         """Move sequences from a worker to other workers, as many as the others have capacity for now. Later calls move
-        the remaining sequences."""
-        sequences = {sink.key: sink for sink in link.slots.sinks if isinstance(sink, LinkedSequence)}
+        the remaining sequences. `at_once`: whether the sequences must not go on at the worker meanwhile."""
+        sinks = (sink for sink in link.slots.sinks if isinstance(sink, LinkedSequence))
+        sequences = {sink.key: sink for sink in sinks if at_once or not self._moves.is_computing(sink)}
         running = [self._queues.resuming(sequence) for sequence in sequences.values()]
-        for key in self._policy.movable(running, link.identity.worker_id, now):
+        for key, worker_id in self._policy.movable(running, link.identity.worker_id, now):
             try:
-                sequences[key].move()
+                self._moves.move(sequences[key], worker_id, at_once=at_once)
             except Exception as error:
                 sequences[key].call.fail_unexpectedly(error)

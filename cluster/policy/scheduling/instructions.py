@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cluster.api.frozen import frozen_dataclass
 from cluster.api.types import CompatibilityKey
@@ -63,6 +64,13 @@ class Ending(enum.Enum):
     """The workers that could resume the sequence have been replaced by incompatible workers."""
     BLAMED = "blamed"
     """The sequence lost several workers in a row and may be the cause."""
+
+
+class Move(NamedTuple):
+    """A sequence that may leave its draining worker. `worker_id`: a worker that has room for the sequence."""
+
+    key: str
+    worker_id: str
 
 
 @frozen_dataclass

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from cluster.policy.routing.router import Candidate, RouteCall, may_take_resumed, pick, uncached_tokens_at
-from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, ResumingSequence, Send
+from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, Move, ResumingSequence, Send
 from cluster.policy.scheduling.resume_queue import ResumeQueue
 from cluster.policy.scheduling.resume_route import resumed_request
 from cluster.policy.scheduling.worker_losses import LossVerdict, WorkerLosses
@@ -95,9 +95,9 @@ class ResumedAssignment:
             yield others if holder is None else [holder, *others]
         yield view.all()
 
-    def movable(self, sequences: Iterable[ResumingSequence], worker_id: str, now: float) -> Iterator[str]:
-        """Yield the keys of the sequences for which another worker has capacity. `sequences`: sequences on the draining
-        worker `worker_id`. The caller must move each sequence before it takes the next key.
+    def movable(self, sequences: Iterable[ResumingSequence], worker_id: str, now: float) -> Iterator[Move]:
+        """Yield the sequences for which another worker has capacity. `sequences`: sequences on the draining worker
+        `worker_id`. The caller must send each sequence to its new worker before it takes the next one.
 
         A look at all workers takes milliseconds. Where a sequence has found no room, those with the same needs and at
         least as many tokens find none either, and are passed over.
@@ -121,7 +121,7 @@ class ResumedAssignment:
             if worker is None:
                 least[needs] = sequence.tokens
                 continue
-            yield sequence.key
+            yield Move(sequence.key, worker.worker_id)
             view.refresh(worker, False)
 
     def _first_with_room(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.waiting_room import RoomAdmission, WaitingRoom
 from cluster.policy.routing.version_split import ANY_VERSION, Versions
-from cluster.policy.scheduling.instructions import End, Ending, Instruction, ResumingSequence
+from cluster.policy.scheduling.instructions import End, Ending, Instruction, Move, ResumingSequence
 from cluster.policy.scheduling.new_assignment import NewAssignment
 from cluster.policy.scheduling.new_sequences import NewSequences
 from cluster.policy.scheduling.resume_queue import ResumeQueue
@@ -110,10 +110,10 @@ class SchedulingPolicy:
         sequences."""
         return self._resumed_assignment.assign(model, sequences, now)
 
-    def movable(self, sequences: Iterable[ResumingSequence], worker_id: str, now: float) -> Iterator[str]:
-        """Yield the keys of the sequences that may leave the draining worker `worker_id`, because another worker has
-        capacity. `sequences`: sequences on the draining worker. The caller must move each sequence before it takes the
-        next key."""
+    def movable(self, sequences: Iterable[ResumingSequence], worker_id: str, now: float) -> Iterator[Move]:
+        """Yield the sequences that may leave the draining worker `worker_id`, because another worker has capacity.
+        `sequences`: sequences on the draining worker. The caller must send each sequence to its new worker before it
+        takes the next one."""
         return self._resumed_assignment.movable(sequences, worker_id, now)
 
     def __repr__(self) -> str:

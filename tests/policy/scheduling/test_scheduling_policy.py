@@ -200,10 +200,10 @@ def test_no_more_is_moved_than_fits(free: int) -> None:
     fleet.add("stays", free=free)
     policy = policy_of(fleet)
     moved = []
-    for key in policy.movable([ResumingSequence(entry(key), 12, KEYS[0]) for key in "abc"], "leaves", 0.0):
-        moved.append(key)
+    for move in policy.movable([ResumingSequence(entry(key), 12, KEYS[0]) for key in "abc"], "leaves", 0.0):
+        moved.append(move)
         fleet.spend("stays")
-    assert moved == list("abc")[:free]
+    assert moved == [(key, "stays") for key in "abc"][:free]
 
 
 def test_sequences_that_cannot_be_moved_are_not_looked_at_one_by_one() -> None:
@@ -224,7 +224,7 @@ def test_sequences_that_cannot_be_moved_are_not_looked_at_one_by_one() -> None:
     fleet.candidates = counted  # type: ignore[method-assign]
     tokens = [30] * 50 + [12]
     running = [ResumingSequence(entry(str(at)), count, KEYS[0]) for at, count in enumerate(tokens)]
-    assert list(policy.movable(running, "leaves", 0.0)) == ["50"]
+    assert list(policy.movable(running, "leaves", 0.0)) == [("50", "stays")]
     assert looks == 1
 
 

@@ -127,6 +127,8 @@ class Life:
     first worker."""
     reason: str = ""
     """Reason of the current resume: lost, error, moved or gateway. "" once the next worker has sent output."""
+    moves_to: str = ""
+    """Incarnation of the worker that has computed the sequence's KV blocks, because the sequence moves there."""
     computed: bool = False
     """Whether the sequence has emitted tokens, or was sent to a worker that has not refused the sequence."""
 
@@ -140,9 +142,9 @@ class Life:
 
     @property
     def cached_on(self) -> str:
-        """Incarnation of the worker that still holds the sequence's KV blocks. It is known only if the sequence left
-        its worker because a gateway was lost; otherwise ""."""
-        return self.last_worker if self.reason == "gateway" else ""
+        """Incarnation of the worker that holds the sequence's KV blocks. It is known only if the sequence left its
+        worker because a gateway was lost, or if another worker has computed the blocks for its move; otherwise ""."""
+        return self.last_worker if self.reason == "gateway" else self.moves_to
 
     def exclude(self, incarnation: str) -> None:
         """Exclude a worker: the sequence is never sent to this worker again."""
@@ -182,7 +184,7 @@ class Life:
         """Record the first output of the current worker. Returns why the sequence was resumed on this worker; "" if it
         was not resumed."""
         self.apply(Event.ANSWERED)
-        reason, self.reason = self.reason, ""
+        reason, self.reason, self.moves_to = self.reason, "", ""
         return reason
 
     def submission_refused(self, tokens: int) -> None:
@@ -218,10 +220,12 @@ class Life:
             self.leave(reason, tokens)
         return self.failures < self.max_attempts
 
-    def leave(self, reason: str, tokens: int) -> None:
+    def leave(self, reason: str, tokens: int, moves_to: str = "") -> None:
         """Record that the sequence has left its worker, and let it wait for another worker. `reason`: the reason of the
-        resume. `tokens`: number of tokens emitted so far."""
+        resume. `tokens`: number of tokens emitted so far. `moves_to`: incarnation of the worker that has computed the
+        sequence's KV blocks; "" for none."""
         self.attempt += 1
+        self.moves_to = moves_to
         if tokens:
             self.reason = reason
         self.wait(tokens)

@@ -120,14 +120,16 @@ class LinkedSequence(RoutedSequence[Owner]):
 
     # ---- the scheduler
 
-    def move(self) -> None:
-        """Leave the worker, which is draining. Another worker continues after the tokens emitted so far."""
+    def move(self, cached_on: str = "") -> None:
+        """Leave the worker, which is draining. Another worker continues after the tokens emitted so far. `cached_on`:
+        incarnation of a worker that has computed the KV blocks of the sequence, and that should continue; "" for
+        none."""
         if self.hedge is not None:
             self.hedge.keep(self.life.last_worker, has_failed=False, why="moved")
         elif self.link is not None and not self.finish_reason:
             self.end_attempt("moved")
             self.leave_engine()
-            self.life.leave("moved", len(self.emitted))
+            self.life.leave("moved", len(self.emitted), cached_on)
             self.call.events.requeue(self)
 
     def cut(self) -> None:
