@@ -76,11 +76,17 @@ class PrefillSample(NamedTuple):
 
 class _Prompt(NamedTuple):
     """A prompt that has no output yet. `to_compute`: number of its tokens that the engine is likely to compute.
-    `sent_at`: monotonic time."""
+    `sent_at`: monotonic time. `holds_output`: whether the engine is expected to hold emitted tokens too, which its
+    count of cached tokens leaves out."""
 
     tokens: int
     to_compute: int
     sent_at: float
+    holds_output: bool = False
+
+    def computed(self, cached_tokens: int) -> int:
+        """Return how many tokens the engine has computed. `cached_tokens`: its count of cached prompt tokens."""
+        return self.to_compute if self.holds_output else max(self.tokens - cached_tokens, 1)
 
 
 class SlotTable:
@@ -122,16 +128,26 @@ class SlotTable:
         return len(self._prefilling)
 
     def add(
-        self, slot: int, sink: Sink, tokens: int, paced: int, resumed: bool, to_compute: int = 0, now: float = 0.0
+        self,
+        slot: int,
+        sink: Sink,
+        tokens: int,
+        paced: int,
+        resumed: bool,
+        to_compute: int = 0,
+        now: float = 0.0,
+        *,
+        holds_output: bool = False,
     ) -> None:
         """Add a request that is being sent.
 
         `sink`: receives the request's outputs. `tokens`: number of tokens of the prompt and the emitted tokens.
         `resumed`: whether the request resumes a sequence. `paced`: number of tokens that count toward the
         worker's limit on resumed prompts in one step (prefill pacing). `to_compute`: number of tokens that the
-        engine is likely to compute; 0 means as many as `paced`. `now`: monotonic time.
+        engine is likely to compute; 0 means as many as `paced`. `now`: monotonic time. `holds_output`: whether the
+        engine is expected to hold emitted tokens in its cache.
         """
-        prompt = _Prompt(tokens, to_compute or paced, now)
+        prompt = _Prompt(tokens, to_compute or paced, now, holds_output)
         self._sinks[slot], self._prefilling[slot] = sink, prompt
         self.prefill_tokens += prompt.to_compute
         self._pacing.add(slot, paced, resumed)
@@ -217,8 +233,9 @@ class SlotTable:
                 self._pacing.record_step(
                     step_s,
                     sum(
-                        (prompt.tokens if (prompt := prompts.get(first.slot)) is not None else 0) - first.cached_tokens
+                        prompt.computed(first.cached_tokens)
                         for first in step.firsts
+                        if (prompt := prompts.get(first.slot)) is not None
                     ),
                 )
             if not more:
@@ -245,7 +262,7 @@ class SlotTable:
         computed, since = 0, math.inf
         for first in firsts:
             if (prompt := self._prefilling.get(first.slot)) is not None:
-                computed += max(prompt.tokens - first.cached_tokens, 1)
+                computed += prompt.computed(first.cached_tokens)
                 since = min(since, prompt.sent_at)
         if computed:
             self._samples.append(PrefillSample(computed, max(now - max(since, self._first_at), 0.0), now))

@@ -179,6 +179,9 @@ class WorkerLink:
         self.drain_state = DrainState.SERVING
         self.move_requests_at = float("inf")
         """Monotonic time at which the requests on a draining worker must move to other workers; else infinity."""
+        self.prepares_until = float("inf")
+        """Monotonic time until which another worker may compute a request before the request moves; after that, the
+        time left of the drain is for the moves themselves."""
         self.box = CommandBox()
         self.bulk = BulkSender()
         self.adapters = LinkAdapters(
@@ -263,6 +266,7 @@ class WorkerLink:
             bool(submitted.request.emitted_token_ids),
             submitted.tokens_to_compute,
             self.last_sent,
+            holds_output=0 < submitted.fresh_tokens < len(submitted.request.emitted_token_ids),
         )
         self._credit.spend(tokens)
         self.mark_changed()
@@ -334,6 +338,7 @@ class WorkerLink:
             self.drain_state = codec.drain_state_from_pb(message.standing)
             stays_s = message.standing.stay_ms / 1000
             self.move_requests_at = now + stays_s if self.drain_state is DrainState.DRAINING else float("inf")
+            self.prepares_until = self.move_requests_at + stays_s / 2  # the drain goes on for as long as they may stay
             self._listener.drain_state_changed(self)
             changed = True
         if changed or len(self.slots) != running or self.slots.prefill_tokens != prefill_tokens:

@@ -4,13 +4,16 @@ Problem: another worker must compute all tokens of a sequence before it can gene
 that takes many times as long as a token. So the other worker first computes these tokens into its prefix cache, by a
 request of its own, while the sequence goes on at the draining worker. Then the sequence moves, and the other worker
 computes only the tokens that were generated meanwhile. Such a request is called a preparation. It generates one token,
-which nobody sees; it belongs to no account, since the moved sequence is charged for its tokens.
+which nobody gets, and belongs to no account.
+
+A preparation only saves time: if it fails, takes too long or is too old, the sequence moves without. Whether and where
+a sequence moves is decided again after its preparation, by the policy, as for sequences that are not prepared.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -22,7 +25,10 @@ from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.sequences.engine_errors import FAILED
 from cluster.gateway.calls.sequences.linked_sequence import LinkedSequence
 from cluster.gateway.links.worker_link import SubmittedRequest, WorkerLink
+from cluster.gateway.scheduling.queues import Queues
 from cluster.gateway.scheduling.workers import LinkedWorkers
+from cluster.policy.scheduling.instructions import ResumingSequence
+from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.process.call_errors import is_call_failure
 
 log = structlog.get_logger("dispatch")
@@ -30,10 +36,14 @@ log = structlog.get_logger("dispatch")
 LEAST_TOKENS: Final = 256
 """Number of tokens from which on a sequence is prepared. A shorter one is computed in one step."""
 MOST_ATTEMPTS: Final = 2
-"""Number of preparations of a sequence, after which it moves without."""
+"""Number of preparations of a sequence at one worker, after which it moves without."""
+FRESH_S: Final = 5.0
+"""Seconds for which the blocks of a preparation are expected in the other worker's cache."""
 
 
-class _State(enum.Enum):
+class State(enum.Enum):
+    """State of a preparation."""
+
     COMPUTING = enum.auto()
     DONE = enum.auto()
     FAILED = enum.auto()
@@ -50,15 +60,23 @@ class Preparation:
     link: WorkerLink
     """The link to the other worker."""
     attempts: int
+    """Number of this preparation among those of the sequence at its draining worker."""
+    on_done: Callable[[Preparation], None]
+    """Called when the other worker has computed the tokens."""
     slot: int = field(init=False, default=0)
-    state: _State = field(init=False, default=_State.COMPUTING)
+    state: State = field(init=False, default=State.COMPUTING)
+    tokens: int = field(init=False)
+    """Number of tokens that are computed."""
     last_token_at: float = field(init=False, default=0.0)
 
-    @property
-    def has_room(self) -> bool:
-        """Whether the other worker takes the sequence now."""
-        free = self.link.free
-        return self.link.takes_new_requests and free.sequences > 0 and free.tokens >= self.sequence.tokens
+    def __post_init__(self) -> None:
+        self.tokens = self.sequence.tokens
+
+    def abort(self) -> None:
+        """End the preparation, if it still runs."""
+        if self.state is State.COMPUTING:
+            self.state = State.FAILED
+            self.link.abort(self.slot)
 
     # ---- Sink
 
@@ -67,7 +85,7 @@ class Preparation:
 
     def refused(self, reason: str, message: str, field: str) -> None:
         """End the preparation, which the engine has refused. Implements Sink."""
-        self.state = _State.FAILED
+        self.state = State.FAILED
 
     def token(self, token_id: int, now: float) -> None:
         """Never called, since the first output ends the preparation."""
@@ -78,70 +96,134 @@ class Preparation:
         raise AssertionError("a token came after the only one")
 
     def output(self, output: TokenOutput) -> None:
-        """Move the sequence, whose tokens are computed now, if the other worker has room. Otherwise the next look at
-        the draining worker moves it. Implements Sink."""
-        self.state = _State.FAILED if output.finish in FAILED else _State.DONE
+        """End the preparation. Implements Sink."""
+        self.state = State.FAILED if output.finish in FAILED else State.DONE
         if output.finish is None:  # not the only output after all
             self.link.abort(self.slot)
-        if self.state is _State.DONE and self.sequence.link is self.origin and self.has_room:
-            try:
-                self.sequence.move(self.link.identity.incarnation)
-            except Exception as error:
-                self.sequence.call.fail_unexpectedly(error)
+        if self.state is State.DONE:
+            self.on_done(self)
 
     def lost(self, why: str) -> None:
-        """End the preparation, whose worker is lost. Implements Sink."""
-        self.state = _State.FAILED
+        """End the preparation, whose worker is lost. The sequence may be the cause, so it is not prepared again.
+        Implements Sink."""
+        self.state, self.attempts = State.FAILED, MOST_ATTEMPTS
+        sequence, link = self.sequence, self.link
+        if not link.draining and not sequence.finish_reason:
+            sequence.life.lost(link.name, link.identity.node, len(sequence.emitted), sequence.call.clock())
 
     def failed(self, error: BaseException) -> None:
         """End the preparation, since the handling of a message raised `error`. Implements Sink."""
-        self.state = _State.FAILED
+        self.state = State.FAILED
         log.error("call.move_not_prepared", **self.sequence.call.log_fields, exc_info=error)
 
 
 class Moves:
-    """The moves of one gateway's sequences, for all models."""
+    """The moves of one gateway's sequences from draining workers, for all models."""
 
-    def __init__(self, workers: LinkedWorkers) -> None:
+    def __init__(
+        self, policy: SchedulingPolicy, queues: Queues, workers: LinkedWorkers, clock: Callable[[], float]
+    ) -> None:
+        self._policy = policy
+        self._queues = queues
         self._workers = workers
+        self._clock = clock
         self._preparations: dict[str, Preparation] = {}
+        self._done: dict[Preparation, float] = {}
+        """The preparations whose sequences have not moved yet, with the time at which they were done."""
 
     def __len__(self) -> int:
         return len(self._preparations)
 
-    def is_computing(self, sequence: LinkedSequence[Call]) -> bool:
-        """Return whether a preparation of the sequence runs, so that the sequence stays where it is for now."""
-        preparation = self._preparations.get(sequence.key)
-        return preparation is not None and preparation.state is _State.COMPUTING
+    def move_all(self, origin: WorkerLink, *, at_once: bool) -> None:
+        """Move sequences from a worker to other workers, as many as the others have capacity for now, or prepare their
+        moves. Later calls move the remaining sequences. `at_once`: whether the sequences must not go on at the worker
+        meanwhile."""
+        now = self._clock()
+        may_prepare = not at_once and now < origin.prepares_until
+        sequences = []
+        for sink in origin.slots.sinks:
+            if isinstance(sink, LinkedSequence):
+                earlier = self._of(sink)
+                if earlier is not None and earlier.state is State.COMPUTING:
+                    if may_prepare:
+                        continue
+                    earlier.abort()
+                sequences.append(sink)
+        self._move(origin, sequences, now, may_prepare=may_prepare)
 
-    def move(self, sequence: LinkedSequence[Call], worker_id: str, *, at_once: bool) -> None:
-        """Move a sequence to another worker, which is expected to be `worker_id`, or begin to prepare that.
-
-        `at_once`: whether the sequence must leave its worker now.
-        """
-        target, earlier = self._workers.link(sequence.call.model, worker_id), self._preparations.get(sequence.key)
-        if earlier is not None and earlier.origin is not sequence.link:  # it has moved since
-            earlier = None
-        if earlier is not None and earlier.state is _State.DONE and earlier.link is target:
-            sequence.move(earlier.link.identity.incarnation)
-            return
-        attempts = 0 if earlier is None else earlier.attempts
-        may_prepare = not at_once and attempts < MOST_ATTEMPTS
-        if not (target is not None and may_prepare and self._prepare(sequence, target, attempts + 1)):
-            sequence.move()
+    def move_prepared(self) -> None:
+        """Move the sequences that other workers have computed, as far as these have capacity now. Called after a change
+        of a worker's credit, before new sequences are sent, and a few times a second."""
+        now = self._clock()
+        for preparation, done_at in list(self._done.items()):
+            sequence, origin = preparation.sequence, preparation.origin
+            if sequence.link is not origin or now - done_at > FRESH_S:
+                self._done.pop(preparation, None)
+            elif now >= origin.move_requests_at:  # else the drain was undone
+                self._move(origin, [sequence], now, may_prepare=False, only_to=preparation.link)
 
     def forget(self, sequence: LinkedSequence[Call]) -> None:
         """End the preparation of a sequence whose call has ended."""
         preparation = self._preparations.pop(sequence.key, None)
-        if preparation is not None and preparation.state is _State.COMPUTING:
-            preparation.link.abort(preparation.slot)
+        if preparation is not None:
+            preparation.abort()
+            self._done.pop(preparation, None)
 
-    def _prepare(self, sequence: LinkedSequence[Call], target: WorkerLink, attempts: int) -> bool:
-        """Begin a preparation; return False if it is not worthwhile or could not be sent."""
-        origin = sequence.link
-        if origin is None or not _is_worthwhile(sequence, target):
+    def _of(self, sequence: LinkedSequence[Call]) -> Preparation | None:
+        """Return the preparation of a sequence at its worker; None if there is none."""
+        preparation = self._preparations.get(sequence.key)
+        return preparation if preparation is not None and preparation.origin is sequence.link else None
+
+    def _move(
+        self,
+        origin: WorkerLink,
+        sequences: Iterable[LinkedSequence[Call]],
+        now: float,
+        *,
+        may_prepare: bool,
+        only_to: WorkerLink | None = None,
+    ) -> None:
+        """Move those of the sequences for which the policy finds another worker. `may_prepare`: whether a sequence may
+        stay until that worker has computed it. `only_to`: the only worker to which to move; None for any."""
+        by_key = {sequence.key: sequence for sequence in sequences}
+        running = [self._resuming(sequence, now) for sequence in by_key.values()]
+        for key, worker_id in self._policy.movable(running, origin.identity.worker_id, now):
+            sequence = by_key[key]
+            target = self._workers.link(sequence.call.model, worker_id)
+            if only_to is not None and target is not only_to:
+                return
+            try:
+                if not (target is not None and may_prepare and self._prepare(sequence, target, now)):
+                    cached_on = self._cached_on(sequence, now)
+                    if (earlier := self._of(sequence)) is not None:
+                        self._done.pop(earlier, None)
+                    sequence.move(cached_on)
+            except Exception as error:
+                sequence.call.fail_unexpectedly(error)
+
+    def _resuming(self, sequence: LinkedSequence[Call], now: float) -> ResumingSequence:
+        """Return the policy's view of a running sequence."""
+        return replace(self._queues.resuming(sequence), cached_on=self._cached_on(sequence, now))
+
+    def _cached_on(self, sequence: LinkedSequence[Call], now: float) -> str:
+        """Return the incarnation of the worker that has computed a sequence for its move; "" if there is none, or if
+        the sequence has grown since by so much that the worker would compute it almost as long."""
+        preparation = self._of(sequence)
+        if preparation is None or now - self._done.get(preparation, -FRESH_S) > FRESH_S:
+            return ""
+        is_close = sequence.tokens - preparation.tokens < LEAST_TOKENS
+        return preparation.link.identity.incarnation if is_close and not preparation.link.ended else ""
+
+    def _prepare(self, sequence: LinkedSequence[Call], target: WorkerLink, now: float) -> bool:
+        """Begin a preparation. Return False if it is not worthwhile, if the worker has computed the sequence already,
+        or if the request could not be sent."""
+        origin, earlier = sequence.link, self._of(sequence)
+        attempts = 0 if earlier is None else earlier.attempts
+        if origin is None or attempts >= MOST_ATTEMPTS or not _is_worthwhile(sequence, target):
             return False
-        preparation = Preparation(sequence, origin, target, attempts)
+        if self._cached_on(sequence, now) == target.identity.incarnation:
+            return False
+        preparation = Preparation(sequence, origin, target, attempts + 1, self._record_done)
         try:
             preparation.slot = target.submit(SubmittedRequest(preparing_request(sequence)), preparation)
         except BaseException as error:
@@ -149,8 +231,16 @@ class Moves:
                 raise
             log.warning("call.move_not_prepared", **sequence.call.log_fields, exc_info=error)
             return False
+        if earlier is not None:
+            self._done.pop(earlier, None)
         self._preparations[sequence.key] = preparation
         return True
+
+    def _record_done(self, preparation: Preparation) -> None:
+        """Record that a worker has computed a sequence. The sequence moves when the worker's message is applied, since
+        the message may also hold the credit that the preparation gives back."""
+        if self._preparations.get(preparation.sequence.key) is preparation:
+            self._done[preparation] = self._clock()
 
 
 def preparing_request(sequence: LinkedSequence[Call]) -> EngineRequest:
@@ -163,7 +253,9 @@ def preparing_request(sequence: LinkedSequence[Call]) -> EngineRequest:
 
 def _is_worthwhile(sequence: LinkedSequence[Call], target: WorkerLink) -> bool:
     """Return whether a preparation would shorten the pause: the sequence has output and many tokens, it is on one
-    worker only, and the other worker keeps KV blocks of ended requests."""
+    worker only and has lost none since its last token, and the other worker keeps KV blocks of ended requests."""
     if sequence.hedge is not None or not sequence.emitted or sequence.finish_reason:
+        return False
+    if sequence.silent_since is not None:
         return False
     return sequence.tokens >= LEAST_TOKENS and KV_EVENTS in target.info.capabilities

@@ -161,7 +161,7 @@ class Scheduler:
             accounts,
             clock,
         )
-        self.moves = Moves(workers)
+        self.moves = Moves(self.policy, self.queues, workers, clock)
         executor = Executor(
             self.queues,
             workers,

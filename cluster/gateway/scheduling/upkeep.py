@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from cluster.gateway.calls.sequences.linked_sequence import LinkedSequence
-from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.scheduling.adapter_checks import AdapterChecks
 from cluster.gateway.scheduling.chat_renders import ChatRenders
@@ -73,6 +71,7 @@ class Upkeep:
             self._sweep(now)
         self._caches.maintain(now)
         self._adapter_checks.go_on()
+        self._moves.move_prepared()
         ends = self._policy.expire(now, directory.starts_in_s)
         late = {self._queues.sequence(end.key).call.model for end in ends}
         self._executor.carry_out(ends)
@@ -102,16 +101,4 @@ class Upkeep:
             for link in list(model.links.values()):
                 is_bad = model.versions.is_quarantined(link)
                 if is_bad or now >= link.move_requests_at:
-                    self._move(link, now, at_once=is_bad)
-
-    def _move(self, link: WorkerLink, now: float, *, at_once: bool) -> None:
-        """Move sequences from a worker to other workers, as many as the others have capacity for now. Later calls move
-        the remaining sequences. `at_once`: whether the sequences must not go on at the worker meanwhile."""
-        sinks = (sink for sink in link.slots.sinks if isinstance(sink, LinkedSequence))
-        sequences = {sink.key: sink for sink in sinks if at_once or not self._moves.is_computing(sink)}
-        running = [self._queues.resuming(sequence) for sequence in sequences.values()]
-        for key, worker_id in self._policy.movable(running, link.identity.worker_id, now):
-            try:
-                self._moves.move(sequences[key], worker_id, at_once=at_once)
-            except Exception as error:
-                sequences[key].call.fail_unexpectedly(error)
+                    self._moves.move_all(link, at_once=is_bad)

@@ -81,7 +81,8 @@ class WorkerEvents:
         self._host.state_changed()
 
     def link_changed(self, link: WorkerLink) -> None:
-        """Handle a change of a worker's credit or drain state: send waiting sequences."""
+        """Handle a change of a worker's credit or drain state: send waiting sequences, first those that move."""
+        self._scheduler.moves.move_prepared()
         self._scheduler.pump.send_waiting(link.identity.model)
         self._scheduler.renders.pump(link.identity.model)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from cluster.policy.routing.router import Candidate, RouteCall, may_take_resumed, pick, uncached_tokens_at
 from cluster.policy.scheduling.instructions import Acquit, End, Ending, Fail, Instruction, Move, ResumingSequence, Send
 from cluster.policy.scheduling.resume_queue import ResumeQueue
-from cluster.policy.scheduling.resume_route import resumed_request
+from cluster.policy.scheduling.resume_route import resumed_request, tokens_to_recompute
 from cluster.policy.scheduling.worker_losses import LossVerdict, WorkerLosses
 from cluster.policy.scheduling.workers import Workers
 from cluster.policy.scheduling.workers_view import WorkersView
@@ -110,14 +110,17 @@ class ResumedAssignment:
             if sequence.tokens >= least.get(needs, sequence.tokens + 1):
                 continue
             view = view or WorkersView(self._workers, sequence.model, now)
+            holder = view.one(sequence.cached_on) if sequence.cached_on else None
             request = RouteCall(
                 sequence.model,
                 sequence.tokens,
                 compatibility_key=sequence.compatibility,
+                cached_on=sequence.cached_on,
+                uncached_there=0 if holder is None else tokens_to_recompute(sequence.tokens, holder.block_size),
                 needs_tools=sequence.entry.needs_tools,
                 adapter=sequence.entry.adapter,
             )
-            worker = self._first_with_room(request, sequence, view, worker_id, now)
+            worker = self._first_with_room(request, sequence, view, holder, worker_id, now)
             if worker is None:
                 least[needs] = sequence.tokens
                 continue
@@ -125,10 +128,18 @@ class ResumedAssignment:
             view.refresh(worker, False)
 
     def _first_with_room(
-        self, request: RouteCall, sequence: ResumingSequence, view: WorkersView, without: str, now: float
+        self,
+        request: RouteCall,
+        sequence: ResumingSequence,
+        view: WorkersView,
+        holder: Candidate | None,
+        without: str,
+        now: float,
     ) -> Candidate | None:
-        """Return a worker with room for a sequence; None if no worker but `without` has room."""
-        for candidates in (view.sample(sequence, now) if len(view) > FEW else (), view.all()):
+        """Return a worker with room for a sequence; None if no worker but `without` has room. `holder`: the worker that
+        holds the sequence's KV blocks, which is preferred."""
+        sample = view.sample(sequence, now) if len(view) > FEW else ()
+        for candidates in (() if holder is None else (holder,), sample, view.all()):
             others = [one for one in candidates if one.worker_id != without]
             if (worker_id := pick(request, others).worker_id) is not None:
                 return next(one for one in others if one.worker_id == worker_id)

@@ -96,3 +96,15 @@ def test_a_vector_comes_with_the_end_of_its_request() -> None:
     table.apply_step(columns.to_pb(), 1.0)
     assert {slot: sink.vector for slot, sink in sinks.items()} == {1: None, 2: bytes(8), 3: bytes(12)}
     assert (sinks[1].tokens, len(table)) == ([7], 1)
+
+
+def test_cached_output_does_not_count_as_computed() -> None:
+    """An engine's count of cached tokens leaves out emitted tokens. If the engine is expected to hold them, they do not
+    count as computed, so that the worker does not look fast."""
+    for holds_output, computed in ((True, 20), (False, 400)):
+        table = SlotTable("w", PrefillPacing(1000), lambda slots: None, lambda gap_s, count: None)
+        table.add(1, Received([""] * 9), 500, 20, True, 20, 0.5, holds_output=holds_output)
+        columns = codec.StepColumns()
+        columns.add(1, TokenOutput("", [7], prompt_tokens=100, cached_tokens=100))
+        table.apply_step(columns.to_pb(), 1.0)
+        assert [sample.tokens for sample in table.pop_prefill_samples()] == [computed]

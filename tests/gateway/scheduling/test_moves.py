@@ -3,7 +3,9 @@ worker, so that its stream does not pause. Whatever happens meanwhile, no state 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,15 +150,22 @@ class Gateway(RuleBasedStateMachine):
         """End a preparation. If it is done and its worker has room, the sequence has moved there."""
         each = self.preparations()
         preparation = each[number % len(each)]
-        link, sequence = preparation.link, preparation.sequence
-        moves = what in ("done", "more") and sequence.link is preparation.origin and preparation.has_room
+        link, origin, sequence = preparation.link, preparation.origin, preparation.sequence
+        free, tokens = link.free, sequence.tokens
+        has_room = link.takes_new_requests and free.sequences > 0 and free.tokens >= tokens
+        moves = what in ("done", "more") and sequence.link is origin and has_room
+        moves = moves and tokens - preparation.tokens < LEAST_TOKENS
         if what == "refused":
             link.apply(pb.WorkerTurn(seq=1, refused=[pb.Refused(slot=preparation.slot, reason="NO_ROOM")]))
         else:
             finish = {"done": FinishReason.LENGTH, "error": FinishReason.ERROR}.get(what)
             self.answer(link, preparation.slot, sequence.tokens, finish)
         assert preparation not in self.preparations()
-        if moves:
+        paced = bool(link.pacing.resumed_tokens)
+        self.events.link_changed(link)
+        if moves and self.now < origin.move_requests_at:
+            assert sequence.link is origin, "the drain was undone"
+        elif moves and not paced:
             assert sequence.link is link
             assert sequence.life.reason == "moved"
 
@@ -228,6 +237,8 @@ def test_a_long_sequence_is_prepared_and_a_short_one_is_not() -> None:
     gateway.answer(gateway.links["w0"], sequence.slot, None)
     assert len(sequence.emitted) == 2, "the stream goes on"
     gateway.answer(gateway.links["w1"], preparation.slot, LEAST_TOKENS + 1, FinishReason.LENGTH)
+    assert sequence.link is gateway.links["w0"], "the message may hold credit that is not applied yet"
+    gateway.events.link_changed(gateway.links["w1"])
     assert sequence.link is gateway.links["w1"]
     assert gateway.links["w1"].slots.prefill_tokens <= BLOCK
     gateway.teardown()
@@ -249,6 +260,60 @@ def test_a_sequence_is_not_prepared_for_ever() -> None:
     gateway.teardown()
 
 
+def test_a_sequence_waits_for_room_where_it_was_computed() -> None:
+    """If the worker that has computed a sequence is full at that moment, the sequence moves there once it has room,
+    although another worker has room earlier on and less load."""
+    gateway, sequence = drained(700)
+    (preparation,) = gateway.preparations()
+    first, second = gateway.links["w0"], gateway.links["w1"]
+    gateway.grant(second, 0)
+    gateway.answer(second, preparation.slot, sequence.tokens, FinishReason.LENGTH)
+    gateway.time_passes(0.3)
+    assert sequence.link is first
+    gateway.link_up("w2")
+    gateway.grant(second, 50)
+    assert sequence.link is second
+    gateway.teardown()
+
+
+def test_a_sequence_stays_if_the_drain_is_undone() -> None:
+    """If the drain is undone while another worker computes a sequence, the sequence stays. If the worker drains again
+    much later, the sequence is computed again."""
+    gateway, sequence = drained(700)
+    (preparation,) = gateway.preparations()
+    gateway.drain("w0", drains=False)
+    gateway.answer(gateway.links["w1"], preparation.slot, sequence.tokens, FinishReason.LENGTH)
+    gateway.events.link_changed(gateway.links["w1"])
+    gateway.time_passes(60.0)
+    assert sequence.link is gateway.links["w0"]
+    gateway.drain("w0", drains=True)
+    gateway.time_passes(2.0)
+    assert sequence.link is gateway.links["w0"]
+    assert len(gateway.preparations()) == 1
+    gateway.teardown()
+
+
+def test_a_preparation_ends_when_the_drain_is_about_to_end() -> None:
+    """In the last part of a drain, sequences move without waiting for their preparation."""
+    gateway, sequence = drained(700)
+    assert len(gateway.preparations()) == 1
+    gateway.links["w0"].prepares_until = gateway.now + 1.0
+    gateway.time_passes(2.0)
+    assert (sequence.link, gateway.preparations()) == (gateway.links["w1"], [])
+    gateway.teardown()
+
+
+def test_a_worker_that_is_lost_with_a_preparation_counts() -> None:
+    """A sequence may be the cause if the worker that computes it is lost. It is not prepared a second time."""
+    gateway, sequence = drained(700)
+    gateway.link_up("w2")
+    gateway.lose(1)
+    assert sequence.life.loss.links
+    gateway.time_passes(2.0)
+    assert (sequence.link, gateway.preparations()) == (gateway.links["w2"], [])
+    gateway.teardown()
+
+
 async def test_a_stream_moves_without_computing_its_prompt_again(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
@@ -261,11 +326,15 @@ async def test_a_stream_moves_without_computing_its_prompt_again(
     text = (await read(stream)).choices[0].text
     second = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     engine: Any = second.engine
-    await first.end.drain(0.2)
+    draining = asyncio.create_task(first.end.drain(60.0))
+    link = next(link for link in cluster.gateway.hub.links if link.identity.worker_id == first.identity.worker_id)
+    await until(lambda: link.draining, "the gateway knows of the drain")
+    link.move_requests_at = time.monotonic()  # as after half of the drain time
     await until(lambda: engine.statistics().finished == 1, "the other worker has computed the stream")
     while (chunk := await read(stream)) is not None:
         text += "".join(choice.text for choice in chunk.choices)
     assert text == whole
     assert engine.statistics().submitted == 2, "a preparation and the stream"
     assert engine.statistics().cached_tokens > LEAST_TOKENS
+    await draining
     await cluster.until_idle()
