@@ -36,6 +36,7 @@ def message_of(request: Request, model: str, resumable: bool = False) -> pb.Chat
         "top_p": 1.0,
         "ignore_eos": True,
         "resumable": resumable or None,
+        "cache_salt": request.salt or None,
     }
     if request.chat:
         return pb.ChatRequest(messages=[pb.Message(role="user", content=request.prompt)], **options)

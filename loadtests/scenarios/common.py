@@ -193,6 +193,7 @@ async def alternate(
     cooldown_s: float = 0.0,
     first_number: int = 1,
     check: bool = True,
+    share_engines: bool = False,
 ) -> None:
     """Warm up each contestant (a server to measure), then run all contestants in turn, `rounds` times.
 
@@ -201,6 +202,8 @@ async def alternate(
 
     `cooldown_s`: pause after each run, in which the processes finish the work that follows their last call.
     `first_number`: number of the first round. `check`: whether to check the answers after the last round.
+    `share_engines`: whether several contestants run on one engine. Then each has a salt of its own, so that it does not
+    find in the prefix cache what another one has computed in this round.
     """
     for contestant in contestants:
         await run_round(contestant, stage.screen, 0, requests_of(0), concurrency=concurrency, limits=limits, keep=False)
@@ -212,11 +215,16 @@ async def alternate(
         requests = requests_of(number)
         for contestant in contestants if number % 2 else reversed(contestants):
             if not contestant.arm.problem:
-                await run_round(contestant, stage.screen, number, requests, concurrency=concurrency, limits=limits)
+                asked = _salted(requests, contestant.arm.name) if share_engines else requests
+                await run_round(contestant, stage.screen, number, asked, concurrency=concurrency, limits=limits)
                 await asyncio.sleep(cooldown_s)
     setup = stage.options.setup
     if check:
         check_answers(stage.report, contestants, exact=setup is None or setup.exact)
+
+
+def _salted(requests: Sequence[Request], salt: str) -> Sequence[Request]:
+    return [replace(request, salt=salt) for request in requests]
 
 
 def check_answers(report: Report, contestants: Sequence[Contestant], *, exact: bool = True) -> None:

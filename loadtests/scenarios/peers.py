@@ -345,7 +345,7 @@ async def _rounds(bed: TestBed, part: str = "") -> None:
         await alternate(
             stage.with_share_of_time(SINGLES_SHARE), singles,
             lambda number: bed.requests(ONE_CALLS, ONE_TOKENS, options.seed * 2000 + number),
-            rounds=rounds, concurrency=1, limits=LIMITS, cooldown_s=COOLDOWN_S,
+            rounds=rounds, concurrency=1, limits=LIMITS, cooldown_s=COOLDOWN_S, share_engines=True,
         )  # fmt: skip
     turns = bed.arms
     if part:
@@ -354,7 +354,10 @@ async def _rounds(bed: TestBed, part: str = "") -> None:
     def requests_of(number: int) -> list[Request]:
         return bed.requests(CALLS, options.tokens or TOKENS, options.seed * 1000 + number)
 
-    await alternate(stage, turns, requests_of, rounds=rounds, concurrency=streams, limits=LIMITS, cooldown_s=COOLDOWN_S)
+    await alternate(
+        stage, turns, requests_of,
+        rounds=rounds, concurrency=streams, limits=LIMITS, cooldown_s=COOLDOWN_S, share_engines=True,
+    )  # fmt: skip
     if not part:
         stage.report.figures += figures({arm.arm.name: arm for arm in (*bed.arms, *singles)}, stage)
 
