@@ -26,8 +26,6 @@ class Request:
     """Group of the dataset that the request belongs to (a tenant, a shared prefix), for the report."""
     model: str = ""
     """Name of the model or adapter; "" for the client's model."""
-    salt: str = ""
-    """Salt of the prefix cache: a prompt is found there only under its own salt. "" for no salt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,6 @@ def message_of(request: Request, model: str, resumable: bool = False) -> pb.Chat
         "top_p": 1.0,
         "ignore_eos": True,
         "resumable": resumable or None,
-        "cache_salt": request.salt or None,
     }
     if request.chat:
         return pb.ChatRequest(messages=[pb.Message(role="user", content=request.prompt)], **options)

@@ -133,8 +133,6 @@ class OpenAiSse:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        if request.salt:
-            body["cache_salt"] = request.salt
         if request.chat:
             body["messages"] = [{"role": "user", "content": request.prompt}]
         else:

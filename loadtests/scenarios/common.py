@@ -202,11 +202,17 @@ async def alternate(
 
     `cooldown_s`: pause after each run, in which the processes finish the work that follows their last call.
     `first_number`: number of the first round. `check`: whether to check the answers after the last round.
-    `share_engines`: whether several contestants run on one engine. Then each has a salt of its own, so that it does not
-    find in the prefix cache what another one has computed in this round.
+    `share_engines`: whether several contestants run on one engine. Then the prompts of each begin with a number of its
+    own, so that it does not find in the prefix cache what another one has computed in this round. Only the answers of
+    the warm-up are compared.
     """
+    warm_ups: list[list[Run]] = []
     for contestant in contestants:
-        await run_round(contestant, stage.screen, 0, requests_of(0), concurrency=concurrency, limits=limits, keep=False)
+        run = await run_round(
+            contestant, stage.screen, 0, requests_of(0), concurrency=concurrency, limits=limits, keep=False
+        )
+        warm_ups.append([run])
+    numbers = {id(contestant): number for number, contestant in enumerate(contestants)}
     for number in range(first_number, first_number + rounds):
         if stage.options.ends_at is not None and time.monotonic() > stage.options.ends_at:
             done = f"{number - first_number} of {rounds}"
@@ -215,38 +221,48 @@ async def alternate(
         requests = requests_of(number)
         for contestant in contestants if number % 2 else reversed(contestants):
             if not contestant.arm.problem:
-                asked = _salted(requests, contestant.arm.name) if share_engines else requests
+                asked = _apart(requests, numbers[id(contestant)]) if share_engines else requests
                 await run_round(contestant, stage.screen, number, asked, concurrency=concurrency, limits=limits)
                 await asyncio.sleep(cooldown_s)
     setup = stage.options.setup
     if check:
-        check_answers(stage.report, contestants, exact=setup is None or setup.exact)
+        exact = setup is None or setup.exact
+        check_answers(stage.report, contestants, exact=exact, compared=warm_ups if share_engines else None)
 
 
-def _salted(requests: Sequence[Request], salt: str) -> Sequence[Request]:
-    return [replace(request, salt=salt) for request in requests]
+def _apart(requests: Sequence[Request], number: int) -> Sequence[Request]:
+    """Return the requests with other beginnings, which no other contestant has. `number`: the contestant's number."""
+    return [
+        replace(request, key=f"{request.key}/{number}", prompt=f"{number} {request.prompt}") for request in requests
+    ]
 
 
-def check_answers(report: Report, contestants: Sequence[Contestant], *, exact: bool = True) -> None:
+def check_answers(
+    report: Report,
+    contestants: Sequence[Contestant],
+    *,
+    exact: bool = True,
+    compared: Sequence[Sequence[Run]] | None = None,
+) -> None:
     """Check that every answer has the requested number of tokens, and that all arms (measured servers) gave the same
     text for the same request. Failed checks are added to the report's problems.
 
-    If `exact` is False, texts that differ between arms are counted, but are not added to the problems.
+    If `exact` is False, texts that differ between arms are counted, but are not added to the problems. `compared`: the
+    runs of each contestant whose texts are compared; None for its rounds.
     """
     for contestant in contestants:
         short = sum(1 for run in contestant.runs for r in run.good if r.tokens != r.asked_tokens)
         if short:
             report.problems.append(f"{contestant.arm.name}: {short} answers do not have the requested number of tokens")
-    ran = [contestant for contestant in contestants if contestant.runs]
-    for other in ran[1:]:
-        reference = ran[0]
-        pairs = [same_texts(a, b) for a, b in zip(reference.runs, other.runs, strict=False)]
-        equal, compared = sum(e for e, _ in pairs), sum(c for _, c in pairs)
-        report.settings[f"equal texts: {other.arm.name} and {reference.arm.name}"] = f"{equal} of {compared}"
-        if exact and equal != compared:
-            report.problems.append(
-                f"{other.arm.name} and {reference.arm.name} gave different texts in {compared - equal} of {compared}"
-            )
+    texts = [contestant.runs for contestant in contestants] if compared is None else compared
+    ran = [(contestant.arm.name, runs) for contestant, runs in zip(contestants, texts, strict=True) if contestant.runs]
+    for name, runs in ran[1:]:
+        reference, expected = ran[0]
+        pairs = [same_texts(a, b) for a, b in zip(expected, runs, strict=False)]
+        equal, count = sum(e for e, _ in pairs), sum(c for _, c in pairs)
+        report.settings[f"equal texts: {name} and {reference}"] = f"{equal} of {count}"
+        if exact and equal != count:
+            report.problems.append(f"{name} and {reference} gave different texts in {count - equal} of {count}")
 
 
 def per_round(
