@@ -13,6 +13,7 @@ a sequence moves is decided again after its preparation, by the policy, as for s
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -61,12 +62,12 @@ class Preparation:
     """The link to the other worker."""
     attempts: int
     """Number of this preparation among those of the sequence at its draining worker."""
-    on_done: Callable[[Preparation], None]
-    """Called when the other worker has computed the tokens."""
     slot: int = field(init=False, default=0)
     state: State = field(init=False, default=State.COMPUTING)
     tokens: int = field(init=False)
     """Number of tokens that are computed."""
+    done_at: float = field(init=False, default=-math.inf)
+    """Time at which the other worker had computed the tokens."""
     last_token_at: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
@@ -96,12 +97,12 @@ class Preparation:
         raise AssertionError("a token came after the only one")
 
     def output(self, output: TokenOutput) -> None:
-        """End the preparation. Implements Sink."""
+        """End the preparation. The sequence moves later, when the whole message is applied: the message may also hold
+        the credit that the preparation gives back. Implements Sink."""
         self.state = State.FAILED if output.finish in FAILED else State.DONE
         if output.finish is None:  # not the only output after all
             self.link.abort(self.slot)
-        if self.state is State.DONE:
-            self.on_done(self)
+        self.done_at = self.sequence.call.clock()
 
     def lost(self, why: str) -> None:
         """End the preparation, whose worker is lost. The sequence may be the cause, so it is not prepared again.
@@ -128,8 +129,7 @@ class Moves:
         self._workers = workers
         self._clock = clock
         self._preparations: dict[str, Preparation] = {}
-        self._done: dict[Preparation, float] = {}
-        """The preparations whose sequences have not moved yet, with the time at which they were done."""
+        """The newest preparation of each sequence that has not moved yet, by the sequence's key."""
 
     def __len__(self) -> int:
         return len(self._preparations)
@@ -155,19 +155,18 @@ class Moves:
         """Move the sequences that other workers have computed, as far as these have capacity now. Called after a change
         of a worker's credit, before new sequences are sent, and a few times a second."""
         now = self._clock()
-        for preparation, done_at in list(self._done.items()):
+        for preparation in list(self._preparations.values()):
             sequence, origin = preparation.sequence, preparation.origin
-            if sequence.link is not origin or now - done_at > FRESH_S:
-                self._done.pop(preparation, None)
-            elif now >= origin.move_requests_at:  # else the drain was undone
+            if sequence.link is not origin:  # it was lost there
+                self.forget(sequence)
+            elif self._cached_on(sequence, now) and now >= origin.move_requests_at:  # else the drain was undone
                 self._move(origin, [sequence], now, may_prepare=False, only_to=preparation.link)
 
     def forget(self, sequence: LinkedSequence[Call]) -> None:
-        """End the preparation of a sequence whose call has ended."""
+        """End the preparation of a sequence that has left its worker, or whose call has ended."""
         preparation = self._preparations.pop(sequence.key, None)
         if preparation is not None:
             preparation.abort()
-            self._done.pop(preparation, None)
 
     def _of(self, sequence: LinkedSequence[Call]) -> Preparation | None:
         """Return the preparation of a sequence at its worker; None if there is none."""
@@ -195,8 +194,7 @@ class Moves:
             try:
                 if not (target is not None and may_prepare and self._prepare(sequence, target, now)):
                     cached_on = self._cached_on(sequence, now)
-                    if (earlier := self._of(sequence)) is not None:
-                        self._done.pop(earlier, None)
+                    self.forget(sequence)
                     sequence.move(cached_on)
             except Exception as error:
                 sequence.call.fail_unexpectedly(error)
@@ -209,7 +207,7 @@ class Moves:
         """Return the incarnation of the worker that has computed a sequence for its move; "" if there is none, or if
         the sequence has grown since by so much that the worker would compute it almost as long."""
         preparation = self._of(sequence)
-        if preparation is None or now - self._done.get(preparation, -FRESH_S) > FRESH_S:
+        if preparation is None or preparation.state is not State.DONE or now - preparation.done_at > FRESH_S:
             return ""
         is_close = sequence.tokens - preparation.tokens < LEAST_TOKENS
         return preparation.link.identity.incarnation if is_close and not preparation.link.ended else ""
@@ -223,7 +221,7 @@ class Moves:
             return False
         if self._cached_on(sequence, now) == target.identity.incarnation:
             return False
-        preparation = Preparation(sequence, origin, target, attempts + 1, self._record_done)
+        preparation = Preparation(sequence, origin, target, attempts + 1)
         try:
             preparation.slot = target.submit(SubmittedRequest(preparing_request(sequence)), preparation)
         except BaseException as error:
@@ -231,16 +229,8 @@ class Moves:
                 raise
             log.warning("call.move_not_prepared", **sequence.call.log_fields, exc_info=error)
             return False
-        if earlier is not None:
-            self._done.pop(earlier, None)
         self._preparations[sequence.key] = preparation
         return True
-
-    def _record_done(self, preparation: Preparation) -> None:
-        """Record that a worker has computed a sequence. The sequence moves when the worker's message is applied, since
-        the message may also hold the credit that the preparation gives back."""
-        if self._preparations.get(preparation.sequence.key) is preparation:
-            self._done[preparation] = self._clock()
 
 
 def preparing_request(sequence: LinkedSequence[Call]) -> EngineRequest:
