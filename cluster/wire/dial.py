@@ -169,12 +169,15 @@ class HeartbeatSender:
 
     def _beats(self) -> Iterator[pb.WorkerBeat]:
         seq = 0
+        failed = False
         while not self._stop.is_set():
             seq += 1
             try:
                 beat = self._beat(seq)
             except Exception:  # it would end the stream, and so the link
-                log.exception("link.beat_failed")
+                if not failed:  # once for each stream, not ten times a second
+                    log.exception("link.beat_failed")
+                failed = True
             else:
                 yield beat
             self._stop.wait(self._interval_s)
