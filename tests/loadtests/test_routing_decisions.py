@@ -37,7 +37,7 @@ from cluster.wire.codecs.kv_codec import kv_blocks_to_pb
 from cluster.wire.credit import Grant
 from loadtests.routing.calls import BLOCK_TOKENS, Prompt, RoutedCall
 from loadtests.routing.gateway import RoutingGateway
-from tests.gateway.scheduling.test_differential import Host, PlainText
+from tests.support.linked_scheduler import Host, PlainText
 
 WORKERS, SLOTS, MAX_TOKENS = 3, 4, 64
 INFO = EngineInfo(

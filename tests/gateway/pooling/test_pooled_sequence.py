@@ -9,12 +9,11 @@ import itertools
 from typing import Any, cast
 
 from cluster.api.pooling import PoolingOptions, PoolingTask
-from cluster.api.types import DrainState, EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
+from cluster.api.types import DrainState, EngineRequest, FinishReason, Sampling, TokenOutput
 from cluster.gateway.calls.pooling.pooled_sequence import PooledSequence
 from cluster.gateway.calls.pooling.pooling_call import PoolingCall
 from cluster.gateway.calls.pooling.pooling_request import PoolingInputs
 from cluster.gateway.calls.sequences.life import State
-from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.service_charges import ServiceCharges
@@ -23,7 +22,7 @@ from cluster.link.v1 import link_pb2 as pb
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.tenants.policy import TenantPolicy
-from tests.gateway.scheduling.test_differential import INFO, Host
+from tests.support.linked_scheduler import Host, linked_worker
 
 NOW = 1000.0
 
@@ -38,9 +37,7 @@ def test_a_draining_worker_hands_its_pooled_sequences_over() -> None:
     events = WorkerEvents(scheduler, metrics, lambda: times[-1])
 
     def link_up(name: str) -> WorkerLink:
-        identity = WorkerIdentity(name, f"{name}-1", "m", weight_digest="weights", node=name)
-        link = WorkerLink(identity, INFO, next(serial), events, LinkLiveness(0.0, 1.0, 1.0))
-        events.link_up(link)
+        link = linked_worker(events, name, serial)
         credit = pb.Credit(grant_id=next(serial), sequences=50, tokens=100_000)
         link.apply(pb.WorkerTurn(seq=next(serial), credit=credit))
         events.link_changed(link)

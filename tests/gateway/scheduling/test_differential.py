@@ -4,22 +4,16 @@ the policy."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from cluster.api.outcomes import CallError
-from cluster.api.types import EngineInfo, EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
+from cluster.api.types import EngineRequest, FinishReason, Sampling, TokenOutput
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.sequences.sequence import OutputSequence
-from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.gateway.scheduling.worker_events import WorkerEvents
@@ -30,75 +24,13 @@ from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.scheduling.scheduling_policy import SchedulingPolicy
 from cluster.policy.scheduling.worker_losses import WorkerLosses
 from cluster.policy.tenants.policy import TenantPolicy
-from cluster.wire.bundle import Bundle
 from cluster.wire.codecs.codec import StepColumns
+from tests.support.linked_scheduler import Host, PlainText, enters, linked_worker
 from tests.support.policy_journal import Journal, RecordedOrder, RecordedPolicy, replay
 
-INFO = EngineInfo("float32", "sim", "0", 16, 1000, 8, 2048, 4096, 32_000)
 TOKENS = 30
 """Number of tokens after which a sequence ends."""
 WEIGHTS = {"a": 1.0, "b": 2.0}
-
-
-@dataclass
-class PlainText:
-    """A stand-in for a text source. It records token ids and makes no text."""
-
-    token_ids: list[int] = field(default_factory=list)
-    searches_text: bool = False
-    refused: bool = False
-    pending_chars: int = 0
-
-    def pending_tokens(self) -> int:
-        """Return 0, since this text source never holds tokens back."""
-        return 0
-
-    def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """Record the tokens."""
-        self.token_ids.extend(token_ids)
-        return None
-
-    def text_of(self, token_id: int) -> str:
-        """Record the token and return no text."""
-        self.token_ids.append(token_id)
-        return ""
-
-    def push_back(self, text: str) -> None:
-        """Do nothing."""
-
-    def pop_text(self, finished: bool) -> str:
-        """Return no text."""
-        return ""
-
-    def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """Keep the tokens."""
-        self.token_ids.extend(token_ids)
-
-
-class Host:
-    """The scheduler's view of a gateway. Implements SchedulerHost."""
-
-    accounting = None
-
-    def __init__(self) -> None:
-        self.directory = ModelDirectory(Path("/nonexistent"), self._fetch)
-
-    async def _fetch(self, digest: str) -> Bundle:
-        raise NotImplementedError
-
-    def gateway_count(self) -> int:
-        """Return the number of gateways, which is unknown here."""
-        return 0
-
-    def model_unserved(self) -> None:
-        """Do nothing."""
-
-    def state_changed(self) -> None:
-        """Do nothing."""
-
-    def claimed_calls(self, model: str) -> Sequence[tuple[str, int]]:
-        """Return no calls, since none was resumed here."""
-        return ()
 
 
 class Gateway(RuleBasedStateMachine):
@@ -145,11 +77,7 @@ class Gateway(RuleBasedStateMachine):
         """Connect a worker, or grant further credit to a connected worker."""
         link = self.links.get(name)
         if link is None:
-            identity = WorkerIdentity(name, f"{name}-{next(self.serial)}", "m", weight_digest=weights, node=name)
-            link = self.links[name] = WorkerLink(
-                identity, INFO, next(self.serial), self.events, LinkLiveness(0.0, 1.0, 1.0)
-            )
-            self.events.link_up(link)
+            link = self.links[name] = linked_worker(self.events, name, self.serial, weights=weights)
         if free:
             credit = pb.Credit(grant_id=next(self.serial), sequences=free, tokens=1000 * free)
             link.apply(pb.WorkerTurn(seq=next(self.serial), credit=credit))
@@ -177,13 +105,8 @@ class Gateway(RuleBasedStateMachine):
         call = Call(f"c{next(self.serial)}", "m", policy, rank, self.now, deadline, self.clock, self.scheduler.events)
         request = EngineRequest("", [1] * 20, Sampling(max_tokens=TOKENS))
         call.sequences += [OutputSequence(call, index, request, PlainText()) for index in range(outputs)]
-        model = self.scheduler.host.directory.find("m")
-        assert model is not None
-        try:
-            self.scheduler.enter(call, model)
-        except CallError:  # the waiting room is full
-            return
-        self.calls.append(call)
+        if enters(self.scheduler, call):
+            self.calls.append(call)
 
     @precondition(lambda self: any(link.running for link in self.links.values()))
     @rule(number=st.integers(0, 2), ends=st.integers(0, 9).map(lambda one: one == 0))

@@ -18,13 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cluster.api.outcomes import CallError
 from cluster.api.types import KV_EVENTS, DrainState, EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.sequences.hedge import Hedge
 from cluster.gateway.calls.sequences.life import State
 from cluster.gateway.calls.sequences.sequence import OutputSequence
-from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.service_charges import ServiceCharges
@@ -46,11 +44,11 @@ from cluster.policy.tenants.policy import TenantPolicy
 from cluster.wire.bundle import Bundle
 from cluster.wire.codecs.codec import StepColumns
 from cluster.wire.ended_requests import EndedUsage
-from tests.gateway.scheduling.test_differential import INFO, Host, PlainText
 from tests.gateway.tracing.test_call_spans import check_tree, facts
 from tests.support.accounts import accounting_cluster, records, start_worker
 from tests.support.calls import complete
 from tests.support.cluster import LOOPBACK, sim_engine, until
+from tests.support.linked_scheduler import Host, PlainText, enters, linked_worker
 
 PROMPT = 20
 TTFT_S = 0.2
@@ -110,10 +108,7 @@ class Gateway(RuleBasedStateMachine):
         """Connect a worker if it is not connected."""
         if name in self.links:
             return
-        identity = WorkerIdentity(name, f"{name}-{next(self.serial)}", "m", weight_digest="weights", node=name)
-        liveness = LinkLiveness(0.0, 1.0, 1.0)
-        link = self.links[name] = WorkerLink(identity, INFO, next(self.serial), self.events, liveness)
-        self.events.link_up(link)
+        link = self.links[name] = linked_worker(self.events, name, self.serial)
         credit = pb.Credit(grant_id=next(self.serial), sequences=50, tokens=100_000)
         link.apply(pb.WorkerTurn(seq=next(self.serial), credit=credit))
         self.events.link_changed(link)
@@ -129,13 +124,8 @@ class Gateway(RuleBasedStateMachine):
         call.sequences.append(
             OutputSequence(call, 0, EngineRequest("", [1] * PROMPT, Sampling(max_tokens=9)), PlainText())
         )
-        model = self.scheduler.host.directory.find("m")
-        assert model is not None
-        try:
-            self.scheduler.enter(call, model)
-        except CallError:  # the waiting room is full
-            return
-        self.calls.append(call)
+        if enters(self.scheduler, call):
+            self.calls.append(call)
 
     @rule(seconds=st.sampled_from([0.01, 2 * TTFT_S, 2.0]))
     def time_passes(self, seconds: float) -> None:

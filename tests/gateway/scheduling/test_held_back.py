@@ -22,7 +22,7 @@ from cluster.link.v1 import link_pb2 as pb
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.tenants.policy import TenantPolicy
-from tests.gateway.scheduling.test_differential import INFO, Host
+from tests.support.linked_scheduler import INFO, Host
 
 NOW = 1000.0
 MAX_WAIT_S = 9.0

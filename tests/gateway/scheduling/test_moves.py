@@ -14,12 +14,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cluster.api.outcomes import CallError
-from cluster.api.types import KV_EVENTS, DrainState, EngineRequest, FinishReason, Sampling, TokenOutput, WorkerIdentity
+from cluster.api.types import KV_EVENTS, DrainState, EngineRequest, FinishReason, Sampling, TokenOutput
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.sequences.life import State
 from cluster.gateway.calls.sequences.sequence import OutputSequence
-from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.scheduling.moves import LEAST_TOKENS, Preparation
 from cluster.gateway.scheduling.scheduler import Scheduler
@@ -32,9 +30,9 @@ from cluster.policy.tenants.policy import TenantPolicy
 from cluster.wire.bundle import Bundle
 from cluster.wire.codecs.codec import StepColumns
 from cluster.wire.dial import read
-from tests.gateway.scheduling.test_differential import INFO, Host, PlainText
 from tests.support.calls import complete
 from tests.support.cluster import TestCluster, sim_engine, until
+from tests.support.linked_scheduler import INFO, Host, PlainText, enters, linked_worker
 
 RUNS = (State.SENT, State.RUNNING, State.RESENT)
 BLOCK = INFO.block_size
@@ -66,12 +64,9 @@ class Gateway(RuleBasedStateMachine):
         """Connect a worker if it is not connected. `caches`: whether it reports the blocks of its prefix cache."""
         if name in self.links:
             return
-        identity = WorkerIdentity(name, f"{name}-{next(self.serial)}", "m", weight_digest="weights", node=name)
         info = replace(INFO, capabilities=(KV_EVENTS,) if caches else ())
-        link = WorkerLink(identity, info, next(self.serial), self.events, LinkLiveness(0.0, 1.0, 1.0))
-        self.links[name] = link
-        self.events.link_up(link)
-        self.grant(link, 50)
+        self.links[name] = linked_worker(self.events, name, self.serial, info=info)
+        self.grant(self.links[name], 50)
 
     def grant(self, link: WorkerLink, sequences: int) -> None:
         """Set the number of requests that the worker has ever accepted to at most `sequences`."""
@@ -86,13 +81,8 @@ class Gateway(RuleBasedStateMachine):
         call = Call(f"c{next(self.serial)}", "m", policy, 0, self.now, None, lambda: self.now, self.scheduler.events)
         request = EngineRequest("", [1] * tokens, Sampling(max_tokens=900))
         call.sequences.append(OutputSequence(call, 0, request, PlainText()))
-        model = self.scheduler.host.directory.find("m")
-        assert model is not None
-        try:
-            self.scheduler.enter(call, model)
-        except CallError:  # the waiting room is full
-            return
-        self.calls.append(call)
+        if enters(self.scheduler, call):
+            self.calls.append(call)
 
     @rule(name=st.sampled_from(["w0", "w1", "w2"]), sequences=st.sampled_from([0, 50]))
     def capacity(self, name: str, sequences: int) -> None:
