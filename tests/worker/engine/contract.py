@@ -483,6 +483,29 @@ class EngineContract:
             seen.append((answer.outputs[0].prompt_tokens, answer.outputs[0].cached_tokens, len(answer.token_ids)))
         assert seen == [(2 * size, 0, 3), (2 * size, 2 * size, 3)]
 
+    async def test_a_sequence_goes_on_where_another_request_has_computed_it(self, engine: Subject) -> None:
+        """A greedy request for one token computes a resumed sequence into the prefix cache: the sequence itself, whose
+        sampling and number of tokens differ, then finds its prompt and its emitted tokens there. Its tokens are those
+        that it gets without the cache."""
+        size, driver = engine.info.block_size, Driver(engine)
+        counted: Any = getattr(engine.engine, "_engine", engine.engine)
+        prompt, emitted = engine.prompt(46, tokens=2 * size), engine.prompt(47, tokens=2 * size + 1)
+        sampled = {"max_tokens": 3 * size, "temperature": 1.0, "seed": 7}
+        (alone,) = await driver.run(
+            request(prompt, emitted_token_ids=emitted, cache_salt="cold", **sampled)  # type: ignore[arg-type]
+        )
+        await driver.run(request(prompt, emitted_token_ids=emitted, max_tokens=len(emitted) + 1, cache_salt="prepared"))
+        before: EngineCounts = counted.counts()
+        (moved,) = await driver.run(
+            request(prompt, emitted_token_ids=emitted, cache_salt="prepared", **sampled)  # type: ignore[arg-type]
+        )
+        found = counted.counts().prefix_hit_tokens - before.prefix_hit_tokens
+        if engine.info.engine_class == "sim":  # counts prompts only, and its tokens depend on the salt
+            assert found == 2 * size
+        else:
+            assert found == 4 * size
+            assert moved.token_ids == alone.token_ids
+
     async def test_a_call_at_its_end_is_not_continued(self, engine: Subject) -> None:
         """A resumed request whose emitted tokens reach max_tokens or include a stop token is refused."""
         stop = engine.token_lo + 5
