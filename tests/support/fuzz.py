@@ -63,7 +63,7 @@ async def nothing_unexpected() -> AsyncIterator[None]:
     before = loop.get_exception_handler()
     loop.set_exception_handler(lambda _, context: failures.append(repr(context)))
     try:
-        with structlog.testing.capture_logs() as logs:
+        with structlog.testing.capture_logs(processors=[structlog.processors.format_exc_info]) as logs:
             yield
             gc.collect()
             await asyncio.sleep(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from cluster.api.types import (
 )
 from cluster.link.v1 import link_pb2 as pb
 from cluster.wire.codecs.adapter_codec import adapter_to_pb, adapters_from_pb
+from cluster.wire.codecs.numbers import MAX_S, bounded
 from cluster.wire.codecs.pooling_codec import (
     pooler_from_pb,
     pooler_to_pb,
@@ -481,7 +481,8 @@ def usage_to_pb(u: EndedUsage) -> pb.Usage:
 
 
 def usage_from_pb(m: pb.Usage) -> EndedUsage:
-    """Decode the usage of an ended request, the inverse of `usage_to_pb`."""
+    """Decode the usage of an ended request, the inverse of `usage_to_pb`. An impossible number of GPU-seconds is
+    replaced, since it would spoil every sum over records."""
     return EndedUsage(
         sealed=m.sealed_record,
         prompt_tokens=m.prompt_tokens,
@@ -489,7 +490,7 @@ def usage_from_pb(m: pb.Usage) -> EndedUsage:
         generated_tokens=m.generated_tokens,
         written_tokens=m.written_tokens,
         earlier_tokens=m.earlier_tokens,
-        gpu_seconds=m.gpu_seconds,
+        gpu_seconds=bounded(m.gpu_seconds, MAX_S),
         gpu=m.gpu,
         outcome=m.outcome,
         duration_s=m.duration_ms / 1000,
@@ -520,19 +521,14 @@ def load_from_pb(m: pb.Load) -> EngineLoad:
     return EngineLoad(
         running=m.running,
         waiting=m.waiting,
-        kv_usage=min(_finite(m.kv_usage, 1.0), 1.0),
+        kv_usage=bounded(m.kv_usage, most=1.0, otherwise=1.0),
         steps=m.steps,
-        step_s=_finite(m.step_ms) / 1000,
+        step_s=bounded(m.step_ms) / 1000,
         busy=m.busy,
-        step_age_s=_finite(m.step_age_ms) / 1000,
-        step_p99_s=_finite(m.step_p99_ms) / 1000,
+        step_age_s=bounded(m.step_age_ms) / 1000,
+        step_p99_s=bounded(m.step_p99_ms) / 1000,
         prefill_tokens=m.prefill_tokens,
     )
-
-
-def _finite(value: float, otherwise: float = 0.0) -> float:
-    """Return a value that is at least 0 and finite: `otherwise` for NaN and infinity, and 0 for a negative value."""
-    return max(value, 0.0) if math.isfinite(value) else otherwise
 
 
 def hello_to_pb(identity: WorkerIdentity, info: EngineInfo, epoch: int) -> pb.Hello:

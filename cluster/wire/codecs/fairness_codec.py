@@ -5,7 +5,6 @@ of cluster.api.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import isfinite
 from typing import Generic, NamedTuple, TypeVar
 
 from cluster.api.frozen import frozen_dataclass
@@ -13,8 +12,11 @@ from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.order import WaitingSequence
 from cluster.policy.fairness.peer_backlog import Backlog, ServedTotal
 from cluster.policy.fairness.service_counters import FlowKey
+from cluster.policy.tenants.policy import MAX_WEIGHT, MIN_WEIGHT
 
 T = TypeVar("T")
+MAX_SERVICE = 2.0**53
+"""Largest number of weighted tokens in a report."""
 
 
 @frozen_dataclass
@@ -114,13 +116,13 @@ def served_from_pb(m: pb.Served) -> list[WeightedValue[ServedTotal]]:
 
 
 def _weight(weight: float) -> float:
-    """Return a valid weight: `weight` if it is positive and finite, else 1."""
-    return weight if 0 < weight < float("inf") else 1.0
+    """Return a valid weight: `weight` if a tenant may have it, else 1."""
+    return weight if MIN_WEIGHT <= weight <= MAX_WEIGHT else 1.0
 
 
 def _amount(value: float) -> float:
-    """Return `value`, a number of weighted tokens. Raises ValueError if it is infinite or NaN, which would spoil every
-    sum."""
-    if not isfinite(value):
-        raise ValueError(f"weighted tokens must be a finite number, got {value}")
+    """Return `value`, a number of weighted tokens. Raises ValueError if it is NaN or if its absolute value is larger
+    than any sum that is counted exactly: it would spoil every sum."""
+    if not abs(value) <= MAX_SERVICE:
+        raise ValueError(f"weighted tokens must lie between {-MAX_SERVICE:g} and {MAX_SERVICE:g}, got {value}")
     return value
