@@ -91,6 +91,10 @@ ROWS: tuple[tuple[str, str, str, str, Bound | None], ...] = (
     (f"the second of these against {SERVER_LONE}", ONE + LEAN, ONE + SERVER_LONE, "p50", None),
     (f"TTFT p50 at 64 streams, {_A} {_B}", GRPC, ROUTER, "p50", Bound("<=", 0.75)),
     (f"TTFT p99 at 64 streams, {_A} {_B}", GRPC, ROUTER, "p99", Bound("<=", 0.75)),
+    (f"TTFT p50 at 64 streams, ours HTTP {_B}, by the same client", HTTP, ROUTER, "p50", None),
+    (f"TTFT p99 at 64 streams, ours HTTP {_B}, by the same client", HTTP, ROUTER, "p99", None),
+    (f"TTFT p50 at 64 streams, {SERVER} without a router {_B}", SERVER, ROUTER, "p50", None),
+    (f"TTFT p99 at 64 streams, {SERVER} without a router {_B}", SERVER, ROUTER, "p99", None),
     (f"tokens per CPU-second at 64 streams, {_A} {_B}", GRPC, ROUTER, "yield", Bound(">=", 1.15)),
     (f"front-end CPU per token, ours HTTP {_B}", HTTP, ROUTER, "front", Bound("<=", 0.70)),
 )
