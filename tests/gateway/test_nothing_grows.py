@@ -33,7 +33,7 @@ from tests.support.cluster import TestCluster, sim_engine, until
 
 pytestmark = pytest.mark.slow
 
-CALLS, AT_ONCE, LINKS = 400, 20, 8
+CALLS, AT_ONCE, LINKS = 400, 20, 30
 ROUNDS, KEPT = 2, 0.2
 REST_S = 30.0
 """Seconds within which everything that has ended must be freed. One count of all objects takes seconds, and more on a
