@@ -14,6 +14,9 @@ from cluster.api.output_parts import OutputParsing, ParsedOutput
 from cluster.api.pooling import PoolingInfo, PoolingOptions, PoolingTask
 from cluster.api.request_times import RequestTimes
 
+MAX_INT32: Final = 2**31 - 1
+"""Largest number that an int32 field of a message can hold: for example the length of a model's context."""
+
 
 class FinishReason(enum.IntEnum):
     """Reason why the engine ended a request. The numbers are those of link.v1 Finish.Reason."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cluster.api.adapters import AdapterSpec
-from cluster.api.types import ModelSpec
+from cluster.api.types import MAX_INT32, ModelSpec
 from cluster.config import checks
 from cluster.config.adapters import Adapter, as_list, duplicates, engine_with_lora
 from cluster.config.problems import Path as KeyPath
@@ -96,7 +96,7 @@ class Canary(Section):
     """GPUs of one tensor-parallel group. None: the model's."""
     pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
     """Pipeline stages. None: the model's."""
-    max_model_len: Annotated[int, Field(ge=1)] | None = None
+    max_model_len: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None
     """Longest context in tokens. None: the model's."""
     engine: Mapping[str, Any] | None = None
     """Engine arguments, instead of the model's. None: the model's."""
@@ -161,7 +161,7 @@ class Model(Section):
     """GPUs of one tensor-parallel group."""
     pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
     """Pipeline stages."""
-    max_model_len: Annotated[int, Field(ge=1)] | None = None
+    max_model_len: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None
     """Longest context in tokens. None: the engine's default."""
     replicas: Replicas = Replicas()
     gpu: str | tuple[Gpu, ...] = ""

@@ -18,6 +18,7 @@ from typing import Any
 
 import structlog
 
+from cluster.api.types import MAX_INT32
 from cluster.policy.catalog.lifecycle import SourceFacts
 from cluster.wire.bundle import Bundle, sampling_defaults
 from cluster.worker import settings as replica_settings
@@ -56,7 +57,10 @@ async def build(settings: ReplicaSettings, folder: Path) -> tuple[Bundle | None,
     if "error" in answer:
         return None, SourceFacts(trouble=str(answer["error"]))
     bundle = Bundle.load(folder / _folder_name(answer["digest"]))
-    about = describe(bundle)
+    try:
+        about = describe(bundle)
+    except (ValueError, TypeError, AttributeError) as error:  # the files are a stranger's: must not end the controller
+        return None, SourceFacts(trouble=f"config.json or generation_config.json cannot be read: {error}")
     return bundle, replace(about, license=str(answer.get("license", "")), card=dict(answer.get("card", {})))
 
 
@@ -103,9 +107,11 @@ class BundleBuilder:
 def describe(bundle: Bundle) -> SourceFacts:
     """Return the properties of a model that are stored in the model's bundle."""
     config = json.loads(bundle.files.get("config.json", b"{}"))
+    length = config.get("max_position_embeddings")
+    is_length = isinstance(length, int) and 0 < length <= MAX_INT32
     return SourceFacts(
         bundle_digest=bundle.digest,
-        max_model_len=int(config.get("max_position_embeddings") or 0),
+        max_model_len=length if is_length else 0,
         family=str(config.get("model_type") or ""),
         default_sampling=sampling_defaults(json.loads(bundle.files.get("generation_config.json", b"{}"))),
     )

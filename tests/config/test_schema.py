@@ -36,6 +36,7 @@ def test_shipped_files_load(file: Path) -> None:
         (HEAD + "models: [{name: M, source: s}]", "models[0].name"),
         (HEAD + "models: [{name: m, source: ''}]", "models[0].source"),
         (HEAD + "models: [{name: m, source: s, tensor_parallel_size: 0}]", "models[0].tensor_parallel_size"),
+        (HEAD + "models: [{name: m, source: s, max_model_len: 3000000000}]", "models[0].max_model_len"),
         (HEAD + "models: [{name: m, source: s, dtype: int3}]", "models[0].dtype"),
         (HEAD + "models: [{name: m, source: s, replicas: {min: 3, max: 2}}]", "max (2) is below min (3)"),
         (HEAD + "models: [{name: m, source: s, replicas: {min: 1, idle_s: 60}}]", "needs min: 0"),

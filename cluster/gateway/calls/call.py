@@ -180,12 +180,12 @@ class Call:
 
     def began(self, sequence: CallSequence, output: TokenOutput) -> None:
         """Handle the first output that a worker sends for a sequence."""
-        cached = output.cached_tokens or 0
+        cached = sequence.cached_at_worker(output)
         if sequence.route is not None:
             sequence.route.begin(cached, self.clock())
         if not sequence.emitted:
             if sequence.index == 0:
-                self.usage.prompt_tokens, self.usage.cached_tokens = output.prompt_tokens or 0, cached
+                self.usage.cached_tokens = cached
             self.events.began(sequence, cached)
         if sequence.link is not None:
             self.events.answered(sequence, sequence.link)

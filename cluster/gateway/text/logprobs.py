@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Final, Protocol
 
 from cluster.api.types import PositionLogprobs
 
 LEAST_LOGPROB: Final = -9999.0
-"""The log probability that is reported instead of minus infinity, which JSON cannot represent."""
+"""The log probability that is reported instead of minus infinity and of NaN, which JSON cannot represent."""
 CONTEXT_TOKENS: Final = 4
 REPLACEMENT: Final = "\ufffd"
 
@@ -88,7 +89,8 @@ class LogprobTexts:
         text = self._texts.token_text(token_id)
         if text.endswith(REPLACEMENT):
             text = self._completed(token_id, context)
-        return TokenLogprob(token_id, text, text.encode(errors="replace"), max(logprob, LEAST_LOGPROB))
+        known = max(logprob, LEAST_LOGPROB) if isfinite(logprob) else LEAST_LOGPROB
+        return TokenLogprob(token_id, text, text.encode(errors="replace"), known)
 
     def _completed(self, token_id: int, context: Sequence[int]) -> str:
         """Return the character that the token completes; "" if the token completes no character.

@@ -173,7 +173,11 @@ class Accounting:
     def _close(self, account: CallAccount) -> None:
         self.accounts.remove(account)
         self._news.set()
-        record = account.close()
+        try:
+            record = account.close()
+        except RecordError as error:  # the accounts after it are closed all the same
+            log.error("usage.record_refused", record=account.record.record_id, reason=str(error))
+            return
         if record is not None:
             self._delivery.write(record)
             if self.on_record is not None:
@@ -229,7 +233,7 @@ def _idle_record(worker: WorkerIdentity, report: EndedUsage) -> UsageRecord:
         opened_at_s=report.idle_since_s,
         outcome=Outcome.OK.value,
         duration_s=report.duration_s,
-        gpu=report.gpu,
+        gpu=fit_text(report.gpu),
         gpu_seconds=report.gpu_seconds,
         **worker_fields(worker),
     )
@@ -239,12 +243,12 @@ def _estimated_record(opened: OpenRecord, worker: WorkerIdentity, report: EndedU
     """Return the record of a call whose gateway was lost. Tokens that its workers sent to the lost gateway count as
     delivered. The number of reasoning tokens among them is not known."""
     return opened.to_usage_record(
-        outcome=report.outcome,
-        cached_tokens=report.cached_tokens if counts_prompt(opened) else 0,
+        outcome=fit_text(report.outcome),
+        cached_tokens=min(report.cached_tokens, opened.prompt_tokens) if counts_prompt(opened) else 0,
         completion_tokens=report.earlier_tokens + report.written_tokens,
         generated_tokens=report.earlier_tokens + report.generated_tokens,
         duration_s=opened.queue_s + report.duration_s,
-        gpu=report.gpu,
+        gpu=fit_text(report.gpu),
         gpu_seconds=report.gpu_seconds,
         delivered_unknown=True,
         **worker_fields(worker),

@@ -70,7 +70,7 @@ class CallAccount:
         if not self.continued:
             self.cached_tokens = report.cached_tokens
         self.generated_tokens += report.generated_tokens
-        self.gpu = report.gpu
+        self.gpu = fit_text(report.gpu)
         self.gpu_seconds += report.gpu_seconds
         return True
 
@@ -108,7 +108,8 @@ class CallAccount:
         """Return the record's fields for cached tokens. Empty for a record that counts no prompt."""
         if not counts_prompt(self.record):
             return {}
-        return {"cached_tokens": self.cached_tokens, "predicted_cached_tokens": self.predicted_cached_tokens}
+        cached_tokens = min(self.cached_tokens, self.record.prompt_tokens)
+        return {"cached_tokens": cached_tokens, "predicted_cached_tokens": self.predicted_cached_tokens}
 
 
 def counts_prompt(record: OpenRecord) -> bool:

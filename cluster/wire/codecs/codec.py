@@ -568,9 +568,16 @@ def hello_to_pb(identity: WorkerIdentity, info: EngineInfo, epoch: int) -> pb.He
     )
 
 
+_SIZES = (
+    *("block_size", "kv_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "vocab_size"),
+    *("adapter_slots", "adapter_capacity"),
+)
+"""Fields of a Hello that must not be negative."""
+
+
 def hello_from_pb(m: pb.Hello) -> tuple[WorkerIdentity, EngineInfo]:
     """Decode a worker's Hello, the inverse of `hello_to_pb`. Raises ValueError if the sampling defaults are not a JSON
-    object, if the length of vectors or a number of adapters is out of range, or if a worker that reports KV blocks
+    object, if the length of vectors or another size is out of range, or if a worker that reports KV blocks
     gives no size of a block."""
     if KV_EVENTS in m.capabilities and m.block_size < 1:
         raise ValueError(f"block_size is {m.block_size}: a worker that reports KV blocks must have 1 or more")
@@ -605,8 +612,9 @@ def hello_from_pb(m: pb.Hello) -> tuple[WorkerIdentity, EngineInfo]:
         adapter_slots=m.adapter_slots,
         adapter_capacity=m.adapter_capacity,
     )
-    if info.adapter_slots < 0 or info.adapter_capacity < 0:
-        raise ValueError("adapter_slots and adapter_capacity must be 0 or more")
+    for name in _SIZES:
+        if getattr(info, name) < 0:
+            raise ValueError(f"{name} must be 0 or more, not {getattr(info, name)}")
     return identity, info
 
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.api.types import PositionLogprobs
-from cluster.gateway.text.logprobs import LogprobTexts
+from cluster.gateway.text.logprobs import LEAST_LOGPROB, LogprobTexts
 from tests.gateway.text.kinds import Kind, token_ids
 
 pytestmark = pytest.mark.slow
@@ -76,6 +76,14 @@ def test_equals_vllm(kind: Kind, data: st.DataObject) -> None:
     assert [[(a.token, list(a.token_bytes), a.logprob) for a in t.top] for t in told] == [
         [(a.token, a.bytes, a.logprob) for a in t.top_logprobs] for t in theirs
     ]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf"), -1e300])
+def test_numbers_that_json_cannot_have(kinds: dict[str, Kind], number: float) -> None:
+    """If a worker reports a log probability that is not finite, or less than any that is shown, the least one is
+    shown."""
+    (told,) = LogprobTexts(kinds["mistral"].ours, 1).push([PositionLogprobs([65, 66], [number, number])])
+    assert (told.logprob, told.top[0].logprob) == (LEAST_LOGPROB, LEAST_LOGPROB)
 
 
 def test_the_token_that_completes_a_character_has_it_whole(kinds: dict[str, Kind]) -> None:

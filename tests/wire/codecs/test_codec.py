@@ -89,6 +89,15 @@ def test_an_introduction_round_trip(identity: WorkerIdentity) -> None:
     assert codec.hello_from_pb(hello)[0] == replace(identity, pod="", host="", gpu="")
 
 
+@pytest.mark.parametrize("field", ["max_model_len", "max_num_seqs", "kv_blocks", "vocab_size", "adapter_slots"])
+def test_an_introduction_with_a_negative_size_is_refused(field: str) -> None:
+    """A Hello with a negative size is refused: one such worker would make every prompt of its model too long."""
+    hello = codec.hello_to_pb(WorkerIdentity("w", "i", "m"), EngineInfo("sim", "sim", "1", 16, 10, 4, 64, 64, 100), 1)
+    setattr(hello, field, -1)
+    with pytest.raises(ValueError, match=field):
+        codec.hello_from_pb(hello)
+
+
 @given(requests)
 def test_request_round_trip(request: EngineRequest) -> None:
     """Every field of a request is the same after encoding and decoding."""

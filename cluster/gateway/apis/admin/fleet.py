@@ -15,7 +15,7 @@ from cluster.admin.v1 import adapters_pb2, catalog_pb2, routing_pb2
 from cluster.admin.v1 import admin_pb2 as pb
 from cluster.api.adapters import AdapterSpec, full_name
 from cluster.api.outcomes import CallError, Outcome, invalid
-from cluster.api.types import VersionShare
+from cluster.api.types import MAX_INT32, VersionShare
 from cluster.gateway.apis.admin.authorization import AdminAuthorizer, AdminCaller
 from cluster.gateway.apis.grpc.inference import paginate
 from cluster.gateway.call_service import CallService
@@ -259,8 +259,8 @@ def _worker(link: WorkerLink) -> pb.Worker:
         node=link.identity.node,
         ray_cluster=link.identity.ray_cluster,
         state=worker_state(link),
-        running=link.load.running,
-        waiting=link.load.waiting,
+        running=min(link.load.running, MAX_INT32),
+        waiting=min(link.load.waiting, MAX_INT32),
         kv_usage=link.load.kv_usage,
         step_ms=link.load.step_s * 1000,
         max_num_seqs=link.info.max_num_seqs,
@@ -268,7 +268,7 @@ def _worker(link: WorkerLink) -> pb.Worker:
         engine_path_reason=link.info.engine_path_reason,
         engine_version=link.info.engine_version,
         engine_class=link.info.engine_class,
-        free_sequences=link.free.sequences,
+        free_sequences=min(link.free.sequences, MAX_INT32),
         kv_tokens=link.info.kv_tokens,
         pod=link.identity.pod,
         host=link.identity.host,

@@ -35,7 +35,7 @@ class PoolingCall(Call):
 
     def began(self, sequence: CallSequence, output: TokenOutput) -> None:
         """Handle the first output that a worker sends for a sequence."""
-        cached = output.cached_tokens or 0
+        cached = sequence.cached_at_worker(output)
         if sequence.route is not None:
             sequence.route.begin(cached, self.clock())
         self.usage.cached_tokens += cached

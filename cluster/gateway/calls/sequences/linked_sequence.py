@@ -77,15 +77,18 @@ class LinkedSequence(RoutedSequence[Owner]):
 
     def _record_first_output(self, output: TokenOutput) -> None:
         """Record the first output that a worker sends for the sequence."""
-        cached = output.cached_tokens or 0
-        if not self.emitted:
-            self.cached_tokens = cached
-        elif self.restored == len(self.emitted):
+        cached = self.cached_at_worker(output)
+        if not self.emitted or self.restored == len(self.emitted):
             self.cached_tokens = min(cached, len(self.request.prompt_token_ids))
         reason = self.life.answered()
         self.call.began(self, output)
         if reason:
             self.call.resumed(self, reason)
+
+    def cached_at_worker(self, output: TokenOutput) -> int:
+        """Return how many of the sequence's tokens the worker found in its cache, as its first output says: at most all
+        of them."""
+        return min(output.cached_tokens or 0, len(self.request.prompt_token_ids) + len(self.emitted))
 
     def _engine_ended(self, finish: FinishReason, link: WorkerLink | None) -> None:
         """Handle an output that ends with ERROR or ABORT. If it ended because no token fits the requested output

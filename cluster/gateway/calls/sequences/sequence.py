@@ -157,8 +157,9 @@ class OutputSequence(LinkedSequence[Owner]):
         ends = output.finish is FinishReason.STOP
         stop = parsed_text.push_parsed(output.token_ids, output.parsed, ends, output.prompt_tokens is not None)
         if output.parsed is not None and output.parsed.reasoning_tokens:
-            self.reasoning_tokens = output.parsed.reasoning_tokens
-            self.call.reasoned(self.reasoning_tokens)
+            reasoning_tokens = min(output.parsed.reasoning_tokens, len(self.emitted))
+            self.call.reasoned(reasoning_tokens - self.reasoning_tokens)
+            self.reasoning_tokens = reasoning_tokens
         if self.finish_reason == "stop" and parsed_text.has_tool_call:
             self.finish("tool_calls")
         return stop

@@ -46,7 +46,9 @@ def number_problem(value: object, is_whole: bool) -> str:
 
     `value`: the value of a JSON Schema keyword such as `maximum`. `is_whole`: whether the keyword bounds integers.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "must be a number"
+    if isinstance(value, float) and not math.isfinite(value):
         return "must be a number"
     if is_whole and value != int(value):
         return "must be a whole number where it bounds integers"

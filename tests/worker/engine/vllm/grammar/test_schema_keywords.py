@@ -75,6 +75,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"type": "integer", "minimum": 1.5}, "must be a whole number"),
     ({"type": "integer", "exclusiveMinimum": True}, "must be a number"),
     ({"type": "number", "maximum": 1e30}, "must be between"),
+    ({"type": "integer", "maximum": 10**400}, "must be between"),
+    ({"type": "number", "minimum": -(10**400)}, "must be between"),
     *(({"type": name, "multipleOf": 2}, "`multipleOf` at /multipleOf") for name in ("integer", "number")),
     *(({"type": "array", word: {}}, f"`{word}` at /{word}") for word in ("contains", "additionalItems", "uniqueItems")),
     *(({"type": "array", word: 1}, f"`{word}` at /{word}") for word in ("minContains", "maxContains")),
