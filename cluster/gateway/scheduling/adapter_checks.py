@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from cluster.api.outcomes import CallError
 from cluster.gateway.calls.call import CallSequence
 from cluster.gateway.calls.sequences.life import State
+from cluster.gateway.models.adapters import name_of
 from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.scheduling import queue_errors
 from cluster.gateway.scheduling.queues import Queues
@@ -68,8 +70,8 @@ class QueuedAdapters:
         self._find = find
 
     def check(self, sequence: CallSequence) -> None:
-        """End the call of a sequence if its adapter was removed or no worker could load it. Otherwise update the
-        adapter's key in the sequence."""
+        """End the call of a sequence if its adapter was removed, if no worker could load it, or if it was replaced
+        after another sequence of the call had begun. Otherwise update the adapter's key in the sequence."""
         call, model = sequence.call, self._find(sequence.call.model)
         if model is None:
             return
@@ -79,6 +81,8 @@ class QueuedAdapters:
             elif (key := current_adapter(sequence, model)) is not None:
                 self._queues.set_adapter(sequence, key)
                 self._caches.forget_prompt(sequence.key)
+        except CallError as error:
+            call.fail(error)
         except Exception as error:
             call.fail_unexpectedly(error)
 
@@ -86,7 +90,26 @@ class QueuedAdapters:
 def current_adapter(sequence: CallSequence, model: KnownModel) -> str | None:
     """Return the key that a queued sequence's adapter now has; None if the sequence keeps its old key. A sequence keeps
     its key in four cases: the adapter's key has not changed, the sequence has output, a worker takes calls for the old
-    key, or the adapter was removed."""
-    now, key = sequence.request.adapter, model.adapters.key(sequence.call.adapter)
-    is_stale = bool(now) and now != key and not sequence.emitted and not model.adapters.is_ready(now)
-    return key if is_stale and model.adapters.find(sequence.call.adapter) is not None else None
+    key, or the adapter was removed.
+
+    Raises CallError if another sequence of the call has begun with a key for which no worker takes calls any longer:
+    outputs of different weights must not be mixed.
+    """
+    now, adapters, name = sequence.request.adapter, model.adapters, sequence.call.adapter
+    key = adapters.key(name)
+    if not now or now == key or sequence.emitted or adapters.is_ready(now) or adapters.find(name) is None:
+        return None
+    begun = begun_adapter(sequence)
+    if begun in ("", key) or name_of(begun):  # the digest of its files was not known
+        return key
+    if begun != now and adapters.is_ready(begun):
+        return begun
+    raise queue_errors.adapter_replaced(sequence.call.shown_model)
+
+
+def begun_adapter(sequence: CallSequence) -> str:
+    """Return the key of the adapter with which another sequence of the same call has begun; "" if none has begun."""
+    for other in sequence.call.sequences:
+        if other is not sequence and (other.emitted or other.link is not None or other.finish_reason):
+            return other.request.adapter
+    return ""

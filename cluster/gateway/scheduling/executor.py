@@ -13,6 +13,7 @@ from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.models.adapters import name_of
 from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.scheduling import queue_errors
+from cluster.gateway.scheduling.adapter_checks import begun_adapter
 from cluster.gateway.scheduling.hedges import Hedges
 from cluster.gateway.scheduling.queues import Queues
 from cluster.gateway.scheduling.routes import Routes
@@ -106,7 +107,8 @@ class Executor:
         if not (name := name_of(sequence.request.adapter)):
             return
         known = self._directory().find(sequence.call.model)
-        digest = "" if known is None else known.adapters.digest(name)
+        begun = begun_adapter(sequence)  # the outputs of a call must not come from different files
+        digest = begun if begun and not name_of(begun) else "" if known is None else known.adapters.digest(name)
         if digest:
             sequence.call.set_adapter(sequence, digest)
             self._caches.forget_prompt(sequence.key)

@@ -72,6 +72,15 @@ def replaced(tokens: int) -> CallError:
     return CallError(Outcome.WORKER_LOST, f"{_lost(tokens)}, and {why}; retry the call")
 
 
+def adapter_replaced(name: str) -> CallError:
+    """Return the error for a call of which some outputs have begun with an adapter that was replaced, and others have
+    not. `name`: full name of the adapter."""
+    why = "its files were replaced while the call ran, and the outputs of one call must not come from different files"
+    return CallError(
+        Outcome.WORKER_LOST, f"no worker has the adapter {name} of this call any longer: {why}; retry the call"
+    )
+
+
 def blamed(tokens: int, workers: int) -> CallError:
     """Return the error for a call that lost several workers in a row and may have caused the losses."""
     why = f"the call lost {workers} workers in a row without a token between, so it is sent to no other worker"

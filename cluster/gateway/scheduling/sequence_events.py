@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from cluster.api.outcomes import CallError
 from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.calls.sequences.life import WAITING, State
 from cluster.gateway.links.worker_link import WorkerLink
@@ -83,6 +84,9 @@ class SequenceEvents:
                     if (key := current_adapter(sequence, model)) is not None:
                         call.set_adapter(sequence, key)
                         self._caches.forget_prompt(sequence.key)
+            except CallError as error:
+                call.fail(error)
+                return
             except Exception as error:
                 call.fail_unexpectedly(error)
                 return
