@@ -346,7 +346,7 @@ def test_one_worker_of_a_hedged_sequence_is_counted(
     assert account.complete
     record = account.close()
     assert record is not None
-    assert (record.prompt_tokens, record.generated_tokens, record.cached_tokens) == (PROMPT, kept, kept)
+    assert (record.prompt_tokens, record.generated_tokens, record.cached_tokens) == (PROMPT, kept, min(kept, PROMPT))
     assert record.gpu_seconds == kept_s
 
 
