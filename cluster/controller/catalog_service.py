@@ -7,7 +7,7 @@ Rolling back a canary and quarantining a version are allowed on every cluster, s
 overrides of a version, which end when the version's entry changes.
 
 Adapters that are loaded at run time are allowed on every cluster too. They are stored by model, separate from the
-entries, so neither Apply nor a change of the file removes them.
+entries, so they stay when Apply or the file changes the entry of their model. They are removed with their model.
 """
 
 from __future__ import annotations

@@ -38,14 +38,16 @@ class EditableCatalog:
         *,
         by_file: bool,
         held: Collection[str] = (),
+        is_whole: bool = True,
         on_want: Callable[[Sequence[ReplicaSettings]], None] = lambda settings: None,
     ) -> None:
         """Restore the stored changes, and set the resulting catalog in `models`.
 
         `config`: the configuration from the file. `settings_of`: function that returns the replica settings of a
         configuration. `by_file`: whether the models of the file can be changed only in the file. `held`: names of
-        models whose entries in the file are invalid. `on_want`: function that is called with the replica settings of
-        each new catalog.
+        models whose entries in the file are invalid. `is_whole`: False if parts of the file are invalid, so that it may
+        have models that are neither in `config` nor in `held`; then no stored adapters are dropped. `on_want`: function
+        that is called with the replica settings of each new catalog.
         """
         self._file_models = {*(model.name for model in config.models), *held} if by_file else set()
         self._held = frozenset(held)
@@ -54,7 +56,8 @@ class EditableCatalog:
         self._settings_of = settings_of
         self._on_want = on_want
         stored = file.read()
-        self._config = self._restored(config, stored) if stored is not None else config
+        restored = self._restored(config, stored) if stored is not None else None
+        self._config = config if restored is None else restored
         self._loaded = dict(stored.adapters) if stored is not None else {}
         """Adapters that were loaded at run time, by the model's name."""
         self._left_out: Mapping[str, Sequence[str]] = {}
@@ -62,13 +65,14 @@ class EditableCatalog:
         self._want()
         if stored is not None:
             models.restore(stored.overrides)
+        if restored is not None and is_whole:
+            self._drop_removed()
 
-    def _restored(self, config: Config, overlay: CatalogOverlay) -> Config:
+    def _restored(self, config: Config, overlay: CatalogOverlay) -> Config | None:
         """Return `config` with the models that operators have stored (`overlay`).
 
         The stored models replace the models of `config`. But models that can be changed only in the configuration
-        file are kept, and the stored models are added to them. Returns `config` unchanged if the result would be
-        invalid.
+        file are kept, and the stored models are added to them. Returns None if the result would be invalid.
         """
         stored = [entry for entry in overlay.models if entry.get("name") not in self._file_models]
         entries = [entry_of(model) for model in config.models if model.name in self._file_models]
@@ -76,7 +80,22 @@ class EditableCatalog:
             return with_models(config, [*entries, *stored], self._held)
         except CallError as error:  # stored by another release, or the file has changed meanwhile
             log.warning("catalog.copy_refused", reason=error.message)
-            return config
+            return None
+
+    def _drop_removed(self) -> None:
+        """Drop the loaded adapters of models that are neither configured nor held, and store the catalog without them.
+        Otherwise these adapters would return with a later model of the same name."""
+        names = {model.name for model in self._config.models} | self._held
+        removed = {name: adapters for name, adapters in self._loaded.items() if name not in names}
+        if not removed:
+            return
+        self._loaded = {name: adapters for name, adapters in self._loaded.items() if name in names}
+        for name, adapters in removed.items():
+            log.info("adapter.model_removed", model=name, adapters=[adapter.name for adapter in adapters])
+        try:
+            self.store()
+        except OSError as error:  # the next change stores it, or the next start drops them again
+            log.warning("catalog.copy_not_written", reason=str(error))
 
     def _want(self) -> None:
         """Write the replica settings and the adapters of the catalog to the desired models."""
@@ -195,7 +214,8 @@ class EditableCatalog:
     def adopt(self, config: Config) -> None:
         """Replace the configuration by `config`. Raises CallError and changes nothing if `config` cannot be stored."""
         names = {model.name for model in config.models} | self._held
-        self._replace(config, {name: adapters for name, adapters in self._loaded.items() if name in names})
+        removed = {model.name for model in self._config.models} - names
+        self._replace(config, {name: adapters for name, adapters in self._loaded.items() if name not in removed})
         log.info("catalog.applied", models=[model.name for model in config.models])
 
     def set_loaded(self, model: Model, adapters: tuple[AdapterSpec, ...]) -> None:

@@ -113,20 +113,25 @@ def _parts(
     models.hold(
         [ModelSpec(model.name, "", model.aliases, fallback=model.fallback) for model in found.held], found.all_held
     )
+    links: ControllerLinks | None = None
+
+    def on_stored() -> None:
+        message = state.record_change()
+        if links is not None:  # else the catalog is being restored, and the new links get the message
+            links.set_operator_state(message)
+
     catalog = EditableCatalog(
         config,
         models,
-        CatalogOverlayFile(run_folder / CATALOG_FILE, instance if local else "", lambda: on_stored()),
+        CatalogOverlayFile(run_folder / CATALOG_FILE, instance if local else "", on_stored),
         lambda config: settings_of(config, gateways=gateways, local=local),
         by_file=not local,
         held=held_names(found.held),
+        is_whole=not found.problems,
         on_want=builder.want,
     )
     requests_file = scaling.OperatorRequestFile(run_folder / SCALING_FILE)
     scaler = Scaler(scaling.settings_of(config), time.monotonic(), requests_file.read())
-
-    def on_stored() -> None:
-        links.set_operator_state(state.record_change())
 
     def on_scaling_request() -> None:
         requests_file.keep(scaler.operator_requests)

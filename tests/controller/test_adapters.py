@@ -13,7 +13,12 @@ from structlog.testing import capture_logs
 
 from cluster.admin.v1 import adapters_pb2 as pb
 from cluster.api.outcomes import Outcome
+from cluster.config.document import parse
 from cluster.controller import links
+from cluster.controller.catalog_overlay import CatalogOverlayFile
+from cluster.controller.desired_models import DesiredModels
+from cluster.controller.editable_catalog import EditableCatalog
+from cluster.controller.replica_settings import settings_of
 from cluster.wire.codecs.adapter_codec import adapter_to_pb, adapters_from_pb
 from tests.controller.test_catalog_service import FILE, CatalogBed, refused
 
@@ -119,6 +124,63 @@ async def test_adapters_of_the_files_models_can_be_loaded(tmp_path: Path) -> Non
     without = CatalogBed(tmp_path, by_file=True, ray=bed.ray)
     assert await published(without, "n") == [], "the file has switched LoRA off"
     assert bed.ray.journal == ["deploy n"], "which replaces the replicas"
+
+
+N_IN_FILE = "  - {name: n, source: /n}\n"
+WITH_LORA = FILE.replace(N_IN_FILE, "  - {name: n, source: /n, adapters: []}\n")
+WITHOUT_N = FILE.replace(N_IN_FILE, "")
+
+
+async def test_loaded_adapters_are_dropped_when_their_model_leaves_the_file(tmp_path: Path) -> None:
+    """A controller that starts with a file without a model drops the adapters that were loaded for this model. A later
+    model of the same name does not get them. Adapters of a model that operators have applied stay."""
+    bed = CatalogBed(tmp_path, by_file=True, text=WITH_LORA)
+    await bed.apply({"name": "o", "source": "/o", "adapters": []})
+    for name in ("n", "o"):
+        await load(bed, name)
+    with capture_logs() as logs:
+        CatalogBed(tmp_path, by_file=True, text=WITHOUT_N)
+    assert [(line["model"], line["adapters"]) for line in logs if line["event"] == "adapter.model_removed"] == [
+        ("n", ["a"])
+    ]
+    later = CatalogBed(tmp_path, by_file=True, text=WITH_LORA.replace("source: /n", "source: /other"))
+    assert await published(later, "n") == []
+    assert await published(later, "o") == [("a", "/a")]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_whole"),
+    [(WITHOUT_N, False), (WITHOUT_N.replace("aliases: [default]", "aliases: [o]"), True)],
+    ids=["a part of the file is invalid", "the stored models are invalid beside the file"],
+)
+async def test_an_invalid_catalog_drops_no_loaded_adapter(tmp_path: Path, text: str, is_whole: bool) -> None:
+    """A controller that starts with a partly invalid file keeps all adapters that were loaded at run time, since the
+    invalid part may have their models. So does one that cannot use the stored models. A later apply keeps them too."""
+    bed = CatalogBed(tmp_path, by_file=True, text=WITH_LORA)
+    await bed.apply({"name": "o", "source": "/o", "adapters": []})
+    await load(bed, "n")
+    partly = CatalogBed(tmp_path, by_file=True, text=text, is_whole=is_whole)
+    await partly.apply({"name": "p", "source": "/p"})
+    assert await published(CatalogBed(tmp_path, by_file=True, text=WITH_LORA), "n") == [("a", "/a")]
+
+
+async def test_a_catalog_that_cannot_be_stored_starts_without_the_dropped_adapters(tmp_path: Path) -> None:
+    """A controller starts even if it cannot store the catalog without the adapters of a removed model."""
+    await load(CatalogBed(tmp_path, by_file=True, text=WITH_LORA), "n")
+
+    def fail() -> None:
+        raise OSError("no space left")
+
+    with capture_logs() as logs:
+        later = EditableCatalog(
+            parse(WITHOUT_N),
+            DesiredModels(),
+            CatalogOverlayFile(tmp_path / "catalog.json", "one", fail),
+            lambda config: settings_of(config, gateways=["g:1"], local=True),
+            by_file=True,
+        )
+    assert [model.name for model in later.config.models] == ["m"]
+    assert [line["reason"] for line in logs if line["event"] == "catalog.copy_not_written"] == ["no space left"]
 
 
 @pytest.mark.parametrize(

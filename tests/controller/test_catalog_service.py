@@ -36,10 +36,18 @@ CANARY = {"version": "v2", "revision": "b", "weight": 0.25}
 
 class CatalogBed:
     """A catalog service with a controller and a fake Ray, for tests. `life`: instance id of the local cluster; "" for
-    other clusters. `by_file`: whether the models of the file can be changed only in the file."""
+    other clusters. `by_file`: whether the models of the file can be changed only in the file. `is_whole`: whether no
+    part of the file is invalid."""
 
     def __init__(
-        self, folder: Path, *, life: str = "one", by_file: bool = False, ray: FakeRay | None = None, text: str = FILE
+        self,
+        folder: Path,
+        *,
+        life: str = "one",
+        by_file: bool = False,
+        is_whole: bool = True,
+        ray: FakeRay | None = None,
+        text: str = FILE,
     ) -> None:
         self.ray = ray or FakeRay()
         self.gateways = FakeGateways(linked=0)
@@ -50,6 +58,7 @@ class CatalogBed:
             CatalogOverlayFile(folder / "catalog.json", life),
             lambda config: settings_of(config, gateways=["g:1"], local=True),
             by_file=by_file,
+            is_whole=is_whole,
         )
         self.controller = Controller(
             self.ray, self.gateways, models, published, keep_overrides=self.catalog.store, wall_s=lambda: 0.0

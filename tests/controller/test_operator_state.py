@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from cluster.admin.v1.catalog_pb2 import QuarantineRequest
 from cluster.admin.v1.scaling_pb2 import FreezeRequest
+from cluster.api.adapters import AdapterSpec
 from cluster.api.types import CatalogEntry
 from cluster.config.document import parse
 from cluster.config.lenient import PartialConfig
-from cluster.controller.catalog_overlay import CatalogOverlayFile
+from cluster.controller.catalog_overlay import CatalogOverlay, CatalogOverlayFile
 from cluster.controller.links import ControllerLinks
 from cluster.controller.operator_state import CATALOG_FILE, FILES, SCALING_FILE, OperatorState, recover
 from cluster.controller.process import _parts
@@ -206,6 +207,27 @@ async def test_a_request_of_an_operator_reaches_the_gateways(tmp_path: Path) -> 
         stored = CatalogOverlayFile(second / CATALOG_FILE, "").read()
         assert stored is not None
         assert stored.overrides["m"]["v2"].quarantined
+
+
+def test_gateways_get_the_state_without_adapters_of_a_removed_model(tmp_path: Path) -> None:
+    """A controller that starts without a model drops the adapters that were loaded for the model, and sends the changed
+    state to the gateways. If a part of its file is invalid, it drops nothing."""
+    overlay = CatalogOverlay(adapters={"gone": (AdapterSpec("a", "/a"),)})
+    CatalogOverlayFile(tmp_path / CATALOG_FILE, "").keep(overlay)
+    before = OperatorState(tmp_path).record_change()
+    assert before is not None
+
+    def start(*problems: str) -> pb.OperatorState | None:
+        found = PartialConfig(parse(CONFIG), problems)
+        return _parts(found, FakeRay(), "i", ["g:1"], tmp_path, None, local=False)[0]._operator_state
+
+    assert start("models[1].source: required") == before
+    after = start()
+    assert after is not None
+    assert after.revision > before.revision
+    stored = CatalogOverlayFile(tmp_path / CATALOG_FILE, "").read()
+    assert stored is not None
+    assert stored.adapters == {}
 
 
 async def _nobody(name: str) -> tuple[str, ...]:

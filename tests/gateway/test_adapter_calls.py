@@ -233,6 +233,22 @@ async def test_an_adapter_of_one_version_is_called_there(bed: Bed) -> None:
     await asyncio.gather(*(bed.text(f"sim:{name}") for name in ("a", "two") for _ in range(15)))
 
 
+async def test_an_adapter_of_a_removed_version_is_refused_at_once(bed: Bed) -> None:
+    """Once the model no longer has the version of an adapter, waiting and new calls for the adapter are refused with
+    the reason. The adapter can be called after it is loaded for another version."""
+    await bed.worker(version="v2")
+    old = AdapterSpec("old", "/old", version="v1")
+    bed.catalog(old, versions=(VersionShare("v1"),))
+    waiting = asyncio.create_task(refused(bed.cluster.stub.Chat(chat(model="sim:old"), timeout=20)))
+    await until(lambda: bed.cluster.gateway.scheduler.queues.waiting("sim")[0] == 1, "it waits")
+    bed.catalog(old, versions=(VersionShare("v2"),))
+    for answer in (await waiting, await refused(bed.cluster.stub.Chat(chat(model="sim:old"), timeout=20))):
+        assert (answer.reason, "belongs to version v1" in answer.message) == ("ADAPTER_INVALID", True)
+    bed.catalog(dataclasses.replace(old, version="v2"), versions=(VersionShare("v2"),))
+    await bed.until_ready(1, "old")
+    assert await bed.text("sim:old")
+
+
 async def test_an_unloaded_adapter_is_gone_for_new_calls_only(bed: Bed) -> None:
     """A new call for a removed adapter is refused as unknown. A stream that already runs ends normally."""
     await bed.worker(decode_ms=5)

@@ -36,21 +36,26 @@ MODEL_STATES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class AdapterView:
-    """State of an adapter over all workers that should have it. FAILED if none of them could load the adapter. Workers
-    that are being replaced count only if they have the adapter and no other worker has it.
+    """State of an adapter over all workers that should have it. FAILED if none of them could load the adapter, or if
+    the adapter belongs to a version that the model no longer has. Workers that are being replaced count only if they
+    have the adapter and no other worker has it.
 
     `ready`: number of workers that take the adapter's calls. `workers`: number of workers that should have the adapter.
     `failures`: (worker id, reason) for each worker that could not load the adapter, or has loaded other files.
+    `mismatch`: reason why no worker may load the adapter, or "".
     """
 
     state: AdapterState
     ready: int = 0
     workers: int = 0
     failures: tuple[tuple[str, str], ...] = ()
+    mismatch: str = ""
 
     @property
     def reason(self) -> str:
         """Reason why the adapter is not ready everywhere; "" if no reason is known."""
+        if self.mismatch:
+            return self.mismatch
         if not self.workers:
             return NO_WORKER
         reasons = list(dict.fromkeys(reason for _, reason in self.failures))
@@ -90,6 +95,8 @@ class ModelAdapters:
         self._takes_calls = takes_calls
         self._may_finish_calls = may_finish_calls
         self._catalog: tuple[AdapterSpec, ...] = ()
+        self._versions: tuple[str, ...] = ()
+        """The model's versions in the catalog; empty if the catalog does not have all of them."""
         self._specs: dict[str, AdapterSpec] = {}
         self._of_version: dict[str, tuple[AdapterSpec, ...]] = {}
         self._digests: dict[str, str] = {}
@@ -120,8 +127,11 @@ class ModelAdapters:
         """Return the adapter with this name; None if the catalog has none."""
         return self._specs.get(name)
 
-    def replace(self, specs: tuple[AdapterSpec, ...]) -> None:
-        """Apply the adapters of a new catalog."""
+    def replace(self, specs: tuple[AdapterSpec, ...], versions: tuple[str, ...] = ()) -> None:
+        """Apply the adapters of a new catalog. `versions`: the model's versions in the catalog; empty if the catalog
+        does not have all of them."""
+        if versions != self._versions:
+            self._versions, self._views = versions, {}
         if specs == self._catalog:
             return
         self._catalog, self._of_version = specs, {}
@@ -228,6 +238,8 @@ class ModelAdapters:
                 failures.append((worker_id, status.reason or "no reason reported"))
             elif status.state is AdapterState.READY:
                 failures.append((worker_id, f"{OTHER_FILES}: digest {status.digest}, not {digest}"))
+        if not workers and (mismatch := self._mismatch(spec)):
+            return AdapterView(AdapterState.FAILED, mismatch=mismatch)
         if workers and not ready:
             replaced = [link for link in self._links.values() if not self._takes_calls(link)]
             ready = sum(map(self.readiness(spec.name), filter(self._may_finish_calls, replaced)))
@@ -236,6 +248,18 @@ class ModelAdapters:
         if workers and failed == workers:
             state = AdapterState.FAILED
         return AdapterView(state, ready, workers, tuple(failures))
+
+    def _mismatch(self, spec: AdapterSpec) -> str:
+        """Return why no worker may load an adapter: its version is not among those of the model, and no worker of this
+        version is left that may serve calls. Return "" otherwise."""
+        if not spec.version or not self._versions or spec.version in self._versions:
+            return ""
+        if any(_belongs(spec, link) and self._may_finish_calls(link) for link in self._links.values()):
+            return ""  # until the workers of the next version are ready
+        return (
+            f"it belongs to version {spec.version}, which the model no longer has: load it for one of "
+            f"{', '.join(self._versions)}"
+        )
 
     def is_ready(self, key: str) -> bool:
         """Return whether any linked worker takes calls for an adapter. `key`: the adapter's digest, or the placeholder
@@ -294,8 +318,8 @@ class ModelAdapters:
         return without_places(view.reason, spec.source) if view.failures and spec is not None else view.reason
 
     def refusal_of(self, model: str, name: str) -> CallError | None:
-        """Return the error for a call that names this adapter. There is an error if the adapter was removed or if no
-        worker could load it; otherwise None."""
+        """Return the error for a call that names this adapter. There is an error if the adapter was removed, if no
+        worker could load it, or if the model no longer has the adapter's version; otherwise None."""
         if name not in self._specs:
             return CallError(Outcome.MODEL_NOT_FOUND, f"adapter {model}:{name} has been removed")
         if self.view(name).state is not AdapterState.FAILED:

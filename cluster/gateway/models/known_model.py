@@ -29,7 +29,7 @@ class KnownModel:
         self.builds: Counter[Build] = Counter()
         """Number of workers by their build: version, tokenizer bundle and weights."""
         self.adapters = ModelAdapters(self.links, self.takes_calls, self.may_finish_calls)
-        self.adapters.replace(entry.adapters)
+        self.adapters.replace(entry.adapters, _all_versions(entry))
         self.access = ModelAccess(entry, self.adapters)
         self.capabilities = ModelCapabilities(entry, self.links)
         self.versions = ModelVersions(entry, self.links, self.builds, self.takes_calls, self.capabilities)
@@ -91,7 +91,7 @@ class KnownModel:
         """Apply a new catalog entry."""
         self.in_catalog = True
         self._set_entry(entry)
-        self.adapters.replace(entry.adapters)
+        self.adapters.replace(entry.adapters, _all_versions(entry))
         self.adapters.refresh()
         self.changed_workers.update(self.links)  # a version may be quarantined, a generation retired
         self._retired.update(entry.retired, self.links.values())
@@ -144,3 +144,14 @@ class KnownModel:
         if key is None or not self.served or not self._retired.had_compatible(key):
             return False
         return not any(link.compatibility_key.can_resume(key) for link in self.links.values())
+
+
+def _all_versions(entry: CatalogEntry) -> tuple[str, ...]:
+    """Return the versions of a model; empty if its catalog entry may lack some.
+
+    A controller that has not read the state of Ray yet publishes no versions. For a model that is being removed, it
+    publishes one version, although workers of other versions may still serve. A version "" stands for replicas whose
+    version the controller does not know.
+    """
+    versions = tuple(share.version for share in entry.versions)
+    return () if entry.state is ModelState.DRAINING or "" in versions else versions

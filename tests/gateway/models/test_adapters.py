@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import structlog
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.api.adapters import ADAPTERS, AdapterSpec, AdapterState, AdapterStatus
 from cluster.api.outcomes import CallError, Outcome
-from cluster.api.types import CatalogEntry, EngineInfo, ModelState, WorkerIdentity
+from cluster.api.types import CatalogEntry, EngineInfo, ModelState, VersionShare, WorkerIdentity
 from cluster.gateway.apis.grpc.inference import _model_pb
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.slots import Sink
@@ -299,6 +299,52 @@ async def test_replaced_workers_serve_an_adapter_until_others_have_it(tmp_path: 
     assert adapters.refusal_of("m", "a") is None
     directory.remove_link(old)
     assert adapters.view("a").state is AdapterState.FAILED
+
+
+def publish(directory: ModelDirectory, spec: AdapterSpec, *versions: str, **fields: Any) -> None:
+    """Apply a catalog in which the model `m` has one adapter and these versions."""
+    entry = CatalogEntry("m", adapters=(spec,), versions=tuple(map(VersionShare, versions)))
+    directory.apply_catalog([dataclasses.replace(entry, **{"state": ModelState.READY, **fields})], 8)
+
+
+async def test_an_adapter_of_a_removed_version_is_refused(tmp_path: Path) -> None:
+    """An adapter of a version that the model no longer has is FAILED, and its calls are refused with the reason, once
+    no worker of this version may serve them. When the version returns, calls wait for the adapter again."""
+    spec = AdapterSpec("a", "/a", A, version="v1")
+    directory = directory_with(tmp_path, spec)
+    adapters = directory.models[0].adapters
+    (old,), _ = linked(directory, "old", version="v1", generation="g1"), linked(directory, "new", version="v2")
+    report(old, AdapterStatus("a", A, AdapterState.READY))
+    publish(directory, spec, "v2", "v3")
+    assert (adapters.view("a").state, adapters.refusal_of("m", "a")) == (AdapterState.READY, None), "v1 still serves"
+    publish(directory, spec, "v2", "v3", retired=("g1",))
+    assert adapters.refusal_of("m", "a") is None, "the replaced worker has it"
+    directory.remove_link(old)
+    refused = adapters.refusal_of("m", "a")
+    assert refused is not None
+    assert refused.outcome is Outcome.ADAPTER_INVALID
+    reason = "it belongs to version v1, which the model no longer has: load it for one of v2, v3"
+    assert refused.message.endswith(f": {reason}")
+    target = directory.lookup.target("m:a")
+    assert (target.state, target.state_reason) == (ModelState.FAILED, reason)
+    publish(directory, spec, "v2", "v1")
+    assert (adapters.view("a").state, adapters.refusal_of("m", "a")) == (AdapterState.LOADING, None)
+
+
+@pytest.mark.parametrize(
+    ("versions", "state"),
+    [((), ModelState.READY), (("v2",), ModelState.DRAINING), (("v2", ""), ModelState.READY)],
+)
+async def test_an_entry_that_may_lack_versions_refuses_no_adapter(
+    tmp_path: Path, versions: tuple[str, ...], state: ModelState
+) -> None:
+    """An adapter is not refused because of its version if the catalog may not have all versions of the model: before
+    the controller has read the state of Ray, while the model is removed, and for replicas of an unknown version."""
+    spec = AdapterSpec("a", "/a", version="v1")
+    directory = directory_with(tmp_path, spec)
+    linked(directory, "new", version="v2")
+    publish(directory, spec, *versions, state=state)
+    assert directory.models[0].adapters.refusal_of("m", "a") is None
 
 
 async def test_the_digest_is_learned_from_ready_workers(tmp_path: Path) -> None:
