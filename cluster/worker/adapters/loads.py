@@ -5,9 +5,12 @@ The first request for an adapter that is not in memory starts its load. If the m
 adapter is removed first. The request waits at most HOLD_S seconds. If the load takes longer, the request is refused.
 Further requests for the adapter then wait at the gateways until the load ends; they delay no other requests there.
 
-If every adapter in memory is in use, the least recently used one takes no new requests until it is removed. Otherwise
-steady requests for the adapters in memory could delay a load forever. An adapter whose requests wait at the gateways
-stays in memory for a moment after its load, so that these requests arrive before it makes room for the next one.
+If every adapter in memory is in use and any load takes longer than HOLD_S, the least recently used adapter takes no new
+requests until it is removed. Otherwise steady requests for the adapters in memory could delay a load forever, and with
+it all others, since one load at a time changes the memory. This also holds for a load that no request waits for.
+
+An adapter whose load took longer than HOLD_S stays in memory for a moment after it, so that the requests that wait at
+the gateways arrive before it makes room for the next one.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ log = structlog.get_logger("worker")
 HOLD_S: Final = 2.0
 """Longest time in seconds for which a request waits here until its adapter is in the engine's memory."""
 SPARED_PART: Final = 0.5
-"""Part of HOLD_S for which an adapter stays in memory after its load, if its requests wait at the gateways."""
+"""Part of HOLD_S for which an adapter stays in memory after an overdue load, so that its requests can arrive."""
 
 
 class AdapterLoads:
@@ -71,9 +74,9 @@ class AdapterLoads:
         self._changing = asyncio.Lock()  # held while the engine's memory changes
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._overdue: set[str] = set()
-        """Adapters whose load takes longer than a request may wait for it."""
+        """Adapters whose load takes longer than a request may wait for it, whether or not requests wait."""
         self._spared: set[str] = set()
-        """Adapters in memory whose requests are on their way back from the gateways."""
+        """Adapters in memory whose requests may be on their way back from the gateways."""
         self._closing = ""
         """The adapter in memory that takes no further requests, so that it can be replaced."""
         self._unused = asyncio.Event()
@@ -120,8 +123,7 @@ class AdapterLoads:
         except TimeoutError:
             self.release(digest)
             if digest in self._loads:
-                self._overdue.add(digest)
-                self._unused.set()  # the load closes an adapter
+                self._mark_overdue(digest)
             self._reports.mark_changed()  # a gateway sends no calls for a refused adapter until the next report
             raise adapter_refused(self._all_in_use) from None
         except BaseException:
@@ -160,10 +162,18 @@ class AdapterLoads:
         # a request would wait for ever if the adapter was dropped meanwhile.
         if task is None or task.done():
             self._loads[digest] = task = self._tasks.spawn(self._load(digest))
-            task.add_done_callback(lambda ended: self._load_ended(digest, ended))
+            timer = asyncio.get_running_loop().call_later(self._hold_s, self._mark_overdue, digest)
+            task.add_done_callback(lambda ended: self._load_ended(digest, ended, timer))
         return task
 
-    def _load_ended(self, digest: str, task: asyncio.Task[None]) -> None:
+    def _mark_overdue(self, digest: str) -> None:
+        """Record that the load of an adapter takes longer than a request may wait for it."""
+        self._overdue.add(digest)
+        self._unused.set()  # the load that waits for memory closes an adapter
+        self._reports.mark_changed()
+
+    def _load_ended(self, digest: str, task: asyncio.Task[None], timer: asyncio.TimerHandle) -> None:
+        timer.cancel()
         if self._loads.get(digest) is not task:  # the adapter is loaded again
             return
         del self._loads[digest]
@@ -207,7 +217,10 @@ class AdapterLoads:
                 self.check_place(digest)
                 victim = self.memory.victim(self._spared)
                 if victim is None:
-                    if digest in self._overdue and not self._closing and (oldest := self.memory.oldest(self._spared)):
+                    # Any overdue load, since the others wait until this one ends. A closed adapter that has been
+                    # pinned since makes no room.
+                    is_closing = bool(self._closing) and self._closing not in self.memory.pinned
+                    if self._overdue and not is_closing and (oldest := self.memory.oldest(self._spared)):
                         self._close(oldest)
                     self._unused.clear()
                     await self._unused.wait()

@@ -53,12 +53,16 @@ class WantedAdapter:
     work: asyncio.Task[None] | None = None
 
     def is_same(self, spec: AdapterSpec) -> bool:
-        """Return whether the files of this adapter can also serve `spec`.
+        """Return whether the files of this adapter can also serve `spec`, whose version this worker serves.
 
-        They can if `spec` differs from this adapter's own spec at most in `pinned`, `tenants` and `load_number`, and if
-        the digest in `spec` is empty or equal to the digest of the files.
+        They can if `spec` differs from this adapter's own spec at most in `pinned`, `tenants`, `version` and
+        `load_number`, and if the digest in `spec` is empty or equal to the digest of the files. If the adapter is
+        ready, `license` may differ too: as for a model, it is checked when the files are next fetched. If the adapter
+        is not ready, it may need the new license for that.
         """
-        plain = {"pinned": False, "tenants": (), "digest": "", "load_number": 0}
+        plain = {"pinned": False, "tenants": (), "version": "", "digest": "", "load_number": 0}
+        if self.state is AdapterState.READY:
+            plain["license"] = ""
         is_other = replace(self.spec, **plain) != replace(spec, **plain)  # type: ignore[arg-type]
         return not is_other and spec.digest in ("", self.digest or self.spec.digest)
 

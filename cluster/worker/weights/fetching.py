@@ -42,6 +42,9 @@ WEB_NAMES = (
     *sentence_modules.SETTINGS,
 )
 """Files to try on a web server, whose files cannot be listed. Weights are the files in the index, or a single file."""
+STORE_OPTIONS: Mapping[str, Any] = {"use_listings_cache": False}
+"""fsspec's options for an object store. fsspec keeps one file system per process, and those of s3:// and gs:// would
+keep each listing for ever: files that are uploaded or replaced later would be missing, or have their old sizes."""
 TRIES = 3
 CONNECT_S, READ_S = 30.0, 60.0
 """Longest time in seconds for a connection to a web server, and between two reads from it."""
@@ -130,7 +133,7 @@ def _files_of(
         import fsspec
 
         is_web = scheme in ("http", "https")
-        system, path = fsspec.core.url_to_fs(source.rstrip("/"), **(_web_options() if is_web else {}))
+        system, path = fsspec.core.url_to_fs(source.rstrip("/"), **(_web_options() if is_web else STORE_OPTIONS))
         names = _list_web(system, path, web_names or _web_names(system, path)) if is_web else _list_store(system, path)
         files = {
             name: (system, where, size)

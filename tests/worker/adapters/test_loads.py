@@ -16,15 +16,15 @@ from tests.support.cluster import until
 from tests.worker.adapters.test_worker_adapters import Engine
 
 
-def loads_of(engine: Engine, tasks: AdapterTasks, **changes: Any) -> AdapterLoads:
-    """Return the loads of an engine whose memory holds one adapter. `changes`: further arguments of AdapterLoads. The
-    test fails if the engine dies, or if an adapter corrupts it or is refused."""
+def loads_of(engine: Engine, tasks: AdapterTasks, capacity: int = 1, **changes: Any) -> AdapterLoads:
+    """Return the loads of an engine whose memory holds `capacity` adapters. `changes`: further arguments of
+    AdapterLoads. The test fails if the engine dies, or if an adapter corrupts it or is refused."""
 
     def fail(*what: object) -> None:
         pytest.fail(f"unexpected: {what}")
 
     reports = {"report_dead": fail, "mark_corrupting": fail, "mark_refused": fail}
-    return AdapterLoads(engine, AdapterMemory(1, 1), AdapterReports(list), tasks, **(reports | changes))
+    return AdapterLoads(engine, AdapterMemory(1, capacity), AdapterReports(list), tasks, **(reports | changes))
 
 
 @pytest.mark.timeout(60)  # not asyncio's: a request that waits for an ended load blocks the event loop
@@ -91,4 +91,67 @@ async def test_an_overdue_adapter_stays_until_its_requests_arrive() -> None:
     loads.release("b")
     loads._end_spare("b")
     await until(lambda: engine.loaded == {"c"}, "the other adapter gets its turn")
+    await tasks.cancel()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("pinned", [frozenset[str](), frozenset({"b"})])
+async def test_a_load_without_requests_gets_its_turn(pinned: frozenset[str]) -> None:
+    """A load that no request waits for closes an adapter that is in use once it has waited as long as a request may
+    wait, whether or not its own adapter is pinned."""
+    engine, tasks = Engine(1), AdapterTasks()
+    loads = loads_of(engine, tasks, hold_s=0.01)
+    loads.set_wanted({"a": "/a", "b": "/b"}, pinned, {"a", "b"})
+    await loads.hold("a")
+    engine.in_use.append("a")
+    load = loads.load("b")
+    await until(lambda: bool(loads.why_waiting("a")), "a is closed")
+    with pytest.raises(EngineRefused, match="in use"):
+        await loads.hold("a")
+    assert engine.loaded == {"a"}, "what is in use is not dropped"
+    engine.in_use.clear()
+    loads.release("a")
+    await load
+    assert engine.loaded == {"b"}
+    await until(lambda: not any(map(loads.why_waiting, "ab")), "both take requests again")
+    await tasks.cancel()
+
+
+@pytest.mark.timeout(60)
+async def test_a_load_makes_room_if_a_load_behind_it_is_overdue() -> None:
+    """A load that waits for memory closes an adapter if another load, which waits for this one, is overdue."""
+    engine, tasks = Engine(1), AdapterTasks()
+    loads = loads_of(engine, tasks, hold_s=60.0)
+    loads.set_wanted({digest: f"/{digest}" for digest in "abc"}, frozenset(), set("abc"))
+    await loads.hold("a")
+    first, loads._hold_s = loads.load("b"), 0.01
+    with pytest.raises(EngineRefused, match="in use"):
+        await loads.hold("c")
+    await until(lambda: bool(loads.why_waiting("a")), "a is closed")
+    loads.release("a")
+    await first
+    await until(lambda: engine.loaded == {"c"}, "the overdue adapter gets its turn")
+    await tasks.cancel()
+
+
+@pytest.mark.timeout(60)
+async def test_a_closed_adapter_that_is_pinned_takes_requests_again() -> None:
+    """An adapter is closed to make room for an overdue one, and is then pinned. It takes requests again, and another
+    adapter makes room instead."""
+    engine, tasks = Engine(2), AdapterTasks()
+    loads = loads_of(engine, tasks, 2, hold_s=0.01)
+    folders = {digest: f"/{digest}" for digest in "abc"}
+    loads.set_wanted(folders, frozenset(), set("abc"))
+    for digest in "ab":
+        await loads.hold(digest)
+    with pytest.raises(EngineRefused, match="in use"):
+        await loads.hold("c")
+    load = loads.load("c")
+    await until(lambda: bool(loads.why_waiting("a")), "a is closed")
+    loads.set_wanted(folders, frozenset({"a"}), set("abc"))
+    await until(lambda: bool(loads.why_waiting("b")), "b is closed instead")
+    await loads.hold("a")
+    loads.release("b")
+    await load
+    assert engine.loaded == {"a", "c"}
     await tasks.cancel()

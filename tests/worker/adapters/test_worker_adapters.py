@@ -272,6 +272,41 @@ async def test_a_digest_that_the_catalog_learns_changes_nothing() -> None:
         assert subject.status("a").state is AdapterState.LOADING, "another digest is another adapter"
 
 
+async def test_a_change_that_needs_no_other_files_keeps_an_adapter_in_service() -> None:
+    """A ready adapter whose license or version changes is neither fetched nor loaded again, also while its source is
+    down, and the report has the number of the new load. It ends if it no longer belongs to the version that the worker
+    runs."""
+    async with Subject(version="v2") as subject:
+        subject.want("a")
+        await subject.all_ready()
+        await subject.adapters.loads.hold(digest_of("a"))
+        subject.files.faults["a"] = OSError("the source is down")
+        for number, (named, version) in enumerate((("mit", ""), ("mit", "v2"), ("", "")), 2):
+            spec = AdapterSpec("a", "a", license=named, version=version, load_number=number)
+            subject.adapters.receive(1, AdapterSet(number, (spec,)))
+            status = subject.status("a")
+            assert (status.state, status.load_number, status.resident) == (AdapterState.READY, number, True)
+            await subject.adapters.loads.hold(digest_of("a"))
+            assert subject.adapters._wanted["a"].spec == spec
+        assert subject.files.fetched == ["a"]
+        subject.adapters.receive(1, AdapterSet(9, (AdapterSpec("a", "a", license="mit", version="v1"),)))
+        assert subject.adapters.statuses() == []
+        with pytest.raises(EngineRefused, match="is not ready on this worker"):
+            await subject.adapters.loads.hold(digest_of("a"))
+
+
+async def test_a_failed_adapter_is_tried_at_once_under_a_new_license() -> None:
+    """An adapter that failed, perhaps because of its license, is prepared at once when its license changes."""
+    async with Subject() as subject:
+        subject.adapters._retry_s = 60.0
+        subject.files.faults["a"] = ValueError("license: 'x' is not among weights.allow.licenses")
+        subject.adapters.receive(1, AdapterSet(1, (AdapterSpec("a", "a", license="x"),)))
+        await until(lambda: subject.status("a").state is AdapterState.FAILED, "it has failed")
+        subject.files.faults.clear()
+        subject.adapters.receive(1, AdapterSet(2, (AdapterSpec("a", "a", license="mit"),)))
+        await subject.all_ready()
+
+
 async def test_only_adapters_of_this_version_are_loaded() -> None:
     async with Subject(version="v2") as subject:
         specs = [AdapterSpec(name, name, version=version) for name, version in (("a", ""), ("b", "v1"), ("c", "v2"))]
@@ -460,6 +495,38 @@ async def test_steady_requests_for_one_adapter_do_not_keep_another_out() -> None
             await asyncio.gather(steady("a"), steady("b"))
         await subject.all_ready()
         assert not subject.adapters.loads._closing
+
+
+async def test_a_new_pinned_adapter_gets_its_place_under_steady_requests() -> None:
+    """Although requests for the adapters in memory overlap without end, an adapter that is loaded as pinned, for which
+    no request waits, becomes ready, and so does an adapter that is not in memory."""
+    async with Subject(capacity=2, hold_s=0.01) as subject:
+        subject.want("a", "b")
+        await subject.all_ready()
+        is_over = False
+
+        async def call(name: str) -> None:
+            if subject.status(name).state is not AdapterState.READY:  # the gateway would not send it
+                return
+            with suppress(EngineRefused):
+                await subject.adapters.loads.hold(digest_of(name))
+                await asyncio.sleep(0.005)
+                subject.adapters.loads.release(digest_of(name))
+
+        async def steady(name: str) -> None:
+            async with asyncio.TaskGroup() as calls:
+                while not is_over:
+                    calls.create_task(call(name))
+                    await asyncio.sleep(0.001)
+
+        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+            for name in "ab":
+                tasks.create_task(steady(name))
+            subject.want("a", "b", "c", "p", pinned="p")
+            await until(lambda: subject.status("p").state is AdapterState.READY, "the pinned adapter is ready")
+            await until(lambda: subject.status("c").state is AdapterState.READY, "the other adapter is ready")
+            is_over = True
+        assert digest_of("p") in subject.engine.loaded
 
 
 @pytest.mark.slow

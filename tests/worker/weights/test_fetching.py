@@ -10,11 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec.registry import _registry as file_systems
 
+from cluster.api.adapters import AdapterSpec
 from cluster.api.types import ModelSpec
 from cluster.worker.weights import fetching
+from cluster.worker.weights.adapter import CONFIG, WEIGHTS, AdapterError
+from cluster.worker.weights.adapter_store import AdapterStore
 from cluster.worker.weights.fetching import FetchError, fetch
 from cluster.worker.weights.sources import SourceError, SourceRules, resolve
 
@@ -200,8 +206,6 @@ MODULES: dict[str, bytes] = {
 
 def test_the_settings_of_an_embedding_model_are_fetched(server: Server, tmp_path: Path) -> None:
     """The files in the module folders of an embedding model are fetched from a web server and from an object store."""
-    import fsspec
-
     server.files = dict(MODULES)
     store = fsspec.filesystem("memory")
     for name, content in MODULES.items():
@@ -224,3 +228,86 @@ def test_a_module_outside_the_folder_is_refused(server: Server, tmp_path: Path, 
     server.files = MODULES | {"modules.json": modules}
     with pytest.raises(FetchError, match=r"modules\.json names the folder"):
         fetch(server.address, tmp_path, PATTERNS)
+
+
+class Bucket(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """An object store whose file system keeps each listing for ever by default, as those of s3fs and gcsfs do. `files`:
+    contents by path."""
+
+    files: dict[str, bytes]
+
+    def ls(self, path: str, detail: bool = True, refresh: bool = False, **_: object) -> list[Any]:
+        """Return the files directly below a path. Raises FileNotFoundError."""
+        path = self._strip_protocol(path)
+        if refresh or path not in self.dircache:
+            below = {name: content for name, content in self.files.items() if name.rpartition("/")[0] == path}
+            if not below:
+                raise FileNotFoundError(path)
+            entries = [{"name": name, "size": len(content), "type": "file"} for name, content in below.items()]
+            self.dircache[path] = entries
+        else:
+            entries = self.dircache[path]
+        return entries if detail else [entry["name"] for entry in entries]
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        """Forget the listing of a path, or all listings."""
+        if path is None:
+            self.dircache.clear()
+        else:
+            self.dircache.pop(self._strip_protocol(path), None)
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: object) -> bytes:
+        """Return a part of a file. Raises FileNotFoundError."""
+        try:
+            return self.files[self._strip_protocol(path)][start:end]
+        except KeyError:
+            raise FileNotFoundError(path) from None
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
+    """The contents, by path, of the object store that serves s3:// addresses."""
+
+    class Store(Bucket):
+        protocol = "s3"
+        files: dict[str, bytes] = {}  # noqa: RUF012 - all instances have the same files
+
+    monkeypatch.setitem(file_systems, "s3", Store)
+    yield Store.files
+    Store.clear_instance_cache()
+
+
+def test_a_model_that_is_uploaded_again_is_listed_again(bucket: dict[str, bytes], tmp_path: Path) -> None:
+    """Replaced files of a model in an object store are fetched with their new sizes, also by a process that has listed
+    the old ones. The same holds for the folders of an embedding model's modules."""
+    source, new_shard, new_settings = "s3://bucket/m", SHARD[1:], b'{"pooling_mode_mean_tokens": true}'
+    bucket.update({f"bucket/m/{name}": content for name, content in MODULES.items()})
+    resolve(ModelSpec("m", source), SourceRules(tmp_path / "a"))
+    bucket["bucket/m/model.safetensors"] = new_shard
+    bucket["bucket/m/1_Pooling/config.json"] = new_settings
+    folder = resolve(ModelSpec("m", source), SourceRules(tmp_path / "b"))
+    assert (folder / "model.safetensors").read_bytes() == new_shard
+    assert (folder / "1_Pooling/config.json").read_bytes() == new_settings
+
+
+def test_a_model_that_is_not_uploaded_yet_can_be_fetched_later(bucket: dict[str, bytes], tmp_path: Path) -> None:
+    """A model of which only the weights were in the object store is fetched by the same process once its config.json is
+    there."""
+    bucket["bucket/m/model.safetensors"] = SHARD
+    with pytest.raises(SourceError, match=r"there is no config\.json"):
+        resolve(ModelSpec("m", "s3://bucket/m"), SourceRules(tmp_path))
+    bucket["bucket/m/config.json"] = b"{}"
+    folder = resolve(ModelSpec("m", "s3://bucket/m"), SourceRules(tmp_path))
+    assert (folder / "model.safetensors").read_bytes() == SHARD
+
+
+def test_an_adapter_is_fetched_once_its_upload_is_complete(bucket: dict[str, bytes], tmp_path: Path) -> None:
+    """An adapter whose load failed because its weights were not in the object store yet is fetched by the same process
+    once they are there, and again after they were replaced by a file of another size."""
+    store, spec = AdapterStore(SourceRules(tmp_path), None, 16), AdapterSpec("a", "s3://bucket/a")
+    bucket[f"bucket/a/{CONFIG}"] = b"{}"
+    with pytest.raises(AdapterError, match=WEIGHTS):
+        store.fetch(spec)
+    for weights in (SHARD, SHARD[1:]):
+        bucket[f"bucket/a/{WEIGHTS}"] = weights
+        assert (store.fetch(spec).folder / WEIGHTS).read_bytes() == weights
