@@ -21,6 +21,7 @@ from cluster.wire.dial import Timing, read
 from tests.support.calls import chat
 from tests.support.cluster import TestCluster, running_cluster, sim_engine, until
 from tests.support.fuzz import batches, messages, nothing_unexpected
+from tests.support.links import played_hello
 from tests.support.serving import Door
 
 pytestmark = pytest.mark.slow
@@ -79,18 +80,7 @@ async def test_a_mad_workers_turns(cluster: TestCluster, bundle: Bundle) -> None
             for sequence in batch:
                 number += 1
                 call: Any = pb_grpc.LinkStub(channel).Turn(timeout=5)
-                hello = pb.Hello(
-                    protocol_min=1,
-                    protocol_max=1,
-                    worker_id="mad",
-                    incarnation=f"{number}",
-                    model="mad",
-                    epoch=1,
-                    bundle_digest=bundle.digest,
-                    max_model_len=2048,
-                    max_num_seqs=8,
-                    vocab_size=300,
-                )
+                hello = played_hello(bundle, f"{number}")
                 await call.write(pb.WorkerTurn(hello=hello))
                 await read(call)
                 request = chat(model="mad", max_tokens=4)

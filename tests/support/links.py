@@ -1,4 +1,4 @@
-"""A link listener that ignores all reports, for tests that do not read them."""
+"""Parts of links for tests: a listener that ignores all reports, and the Hello of a worker that a test plays."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.peer_backlog import ServedTotal
+from cluster.wire.bundle import Bundle
 from cluster.wire.codecs.fairness_codec import FlowBacklog, WeightedValue
 from cluster.wire.ended_requests import EndedUsage
 
@@ -38,3 +39,19 @@ class NoListener:
 
     def adapters_changed(self, link: WorkerLink) -> None:
         """Implements `LinkListener.adapters_changed`."""
+
+
+def played_hello(bundle: Bundle, incarnation: str) -> pb.Hello:
+    """Return the Hello of a worker of the model `mad` that a test plays by itself."""
+    return pb.Hello(
+        protocol_min=1,
+        protocol_max=1,
+        worker_id="mad",
+        incarnation=incarnation,
+        model="mad",
+        epoch=1,
+        bundle_digest=bundle.digest,
+        max_model_len=2048,
+        max_num_seqs=8,
+        vocab_size=300,
+    )

@@ -103,13 +103,15 @@ class Executor:
                 self._queues.versions_changed(sequence.call)
 
     def _resolve_adapter(self, sequence: CallSequence) -> None:
-        """Set the digest of the adapter in a request that was made before the digest was known."""
+        """Set the digest of the adapter in a request that was made before the digest was known. If another sequence of
+        the call has begun, its digest is used, since the outputs of a call must not come from different files."""
         if not (name := name_of(sequence.request.adapter)):
             return
+        digest = begun_adapter(sequence)
         known = self._directory().find(sequence.call.model)
-        begun = begun_adapter(sequence)  # the outputs of a call must not come from different files
-        digest = begun if begun and not name_of(begun) else "" if known is None else known.adapters.digest(name)
-        if digest:
+        if (not digest or name_of(digest)) and known is not None:
+            digest = known.adapters.digest(name)
+        if digest and not name_of(digest):
             sequence.call.set_adapter(sequence, digest)
             self._caches.forget_prompt(sequence.key)
 

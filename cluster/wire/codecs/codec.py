@@ -28,7 +28,7 @@ from cluster.api.types import (
 )
 from cluster.link.v1 import link_pb2 as pb
 from cluster.wire.codecs.adapter_codec import adapter_to_pb, adapters_from_pb
-from cluster.wire.codecs.numbers import MAX_S, bounded
+from cluster.wire.codecs.numbers import MAX_TOTAL_S, bounded
 from cluster.wire.codecs.pooling_codec import (
     pooler_from_pb,
     pooler_to_pb,
@@ -490,7 +490,7 @@ def usage_from_pb(m: pb.Usage) -> EndedUsage:
         generated_tokens=m.generated_tokens,
         written_tokens=m.written_tokens,
         earlier_tokens=m.earlier_tokens,
-        gpu_seconds=bounded(m.gpu_seconds, MAX_S),
+        gpu_seconds=bounded(m.gpu_seconds, MAX_TOTAL_S),
         gpu=m.gpu,
         outcome=m.outcome,
         duration_s=m.duration_ms / 1000,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from cluster.api.demand import ClassCounts, ComputedWork, ModelDemand
 from cluster.link.v1 import link_pb2 as pb
-from cluster.wire.codecs.numbers import MAX_S, bounded
+from cluster.wire.codecs.numbers import MAX_TOTAL_S, bounded
 
 
 def demand_to_pb(demand: Iterable[ModelDemand], counting_s: float) -> pb.Demand:
@@ -95,7 +95,7 @@ def work_from_pb(work: pb.Work) -> ComputedWork:
     """Decode the work that an engine has done, the inverse of `work_to_pb`."""
     return ComputedWork(
         work.steps,
-        bounded(work.busy_s, MAX_S),
+        bounded(work.busy_s, MAX_TOTAL_S),
         work.prefill_tokens,
         work.decode_tokens,
         work.preemptions,

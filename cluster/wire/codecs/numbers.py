@@ -1,13 +1,14 @@
-"""Bounds on the numbers that a peer reports."""
+"""Bounds on the numbers in messages of workers."""
 
 from __future__ import annotations
 
 import math
 
-MAX_S = 1e9
-"""Upper bound on a reported number of seconds, about 30 years. Sums and prices of such numbers stay finite."""
+MAX_TOTAL_S = 1e9
+"""Largest number of seconds, about 30 years, that the total time of an engine or a request may have. Sums and prices of
+such numbers stay finite."""
 
 
 def bounded(value: float, most: float = math.inf, otherwise: float = 0.0) -> float:
-    """Return a value between 0 and `most` that is finite: `otherwise` for NaN and infinity, and else the nearest."""
+    """Return the number between 0 and `most` that is nearest to `value`; `otherwise` if `value` is NaN or infinite."""
     return min(max(value, 0.0), most) if math.isfinite(value) else otherwise

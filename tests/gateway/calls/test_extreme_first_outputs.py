@@ -15,6 +15,7 @@ from cluster.wire.bundle import Bundle
 from cluster.wire.dial import read
 from tests.support.calls import chat
 from tests.support.cluster import running_cluster, sim_engine, until
+from tests.support.links import played_hello
 
 pytestmark = pytest.mark.slow
 MOST = 2**32 - 1
@@ -28,18 +29,7 @@ async def test_a_worker_cannot_set_the_size_of_a_prompt(tmp_path: Path, checkpoi
         true = await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True))
         async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
             call: Any = pb_grpc.LinkStub(channel).Turn(timeout=20)
-            hello = pb.Hello(
-                protocol_min=1,
-                protocol_max=1,
-                worker_id="mad",
-                incarnation="1",
-                model="mad",
-                epoch=1,
-                bundle_digest=bundle.digest,
-                max_model_len=2048,
-                max_num_seqs=8,
-                vocab_size=300,
-            )
+            hello = played_hello(bundle, "1")
             await call.write(pb.WorkerTurn(hello=hello))
             await read(call)
             await until(lambda: any(x.identity.model == "mad" for x in cluster.gateway.hub.links), "it is linked")
