@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -38,14 +37,6 @@ KILLED_S = 60.0
 
 class DidNotStart(Exception):
     """Raised for a child that ended, or was not ready in time. The message holds the end of the child's log."""
-
-
-def free_port() -> int:
-    """Return a loopback port that is free at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass(eq=False)

@@ -12,7 +12,8 @@ from getpass import getuser
 from pathlib import Path
 from tempfile import gettempdir
 
-from loadtests.children import Child, Children, free_port
+from cluster.process.ports import free_port
+from loadtests.children import Child, Children
 
 ROUTER = "vllm-router"
 READY_S = 120.0

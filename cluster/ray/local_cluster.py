@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.process.ports import free_ports
 from cluster.process.private_files import make_private_folder
 from cluster.ray import reaper
 from cluster.ray.drain_time import TIMEOUT_ENV, ray_timeout_s
@@ -219,15 +219,6 @@ def end_remains(instance: str, run_folder: Path) -> int:
 def has_gpus() -> bool:
     """Return whether this machine has GPUs that Ray detects."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
-
-
-def free_ports(count: int) -> list[int]:
-    """Return `count` distinct ports that are free now."""
-    with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listeners:
-            listener.bind(("0.0.0.0", 0))  # noqa: S104 - Ray's own listeners are on all interfaces
-        return [int(listener.getsockname()[1]) for listener in listeners]
 
 
 def _without_other_ray(environment: Mapping[str, str]) -> dict[str, str]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
+from cluster.process.ports import free_port
 from loadtests.agents.compare import Server
-from loadtests.children import Child, Children, free_port
+from loadtests.children import Child, Children
 from loadtests.serving import ours, tenants
 
 READY_S = 300.0

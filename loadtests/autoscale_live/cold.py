@@ -27,12 +27,12 @@ from typing import Any
 import httpx
 
 from cluster.api.types import ModelSpec
+from cluster.process.ports import free_port
 from cluster.worker.engine.vllm.arguments import CPU_KV_CACHE_BYTES
 from loadtests import machine
 from loadtests.autoscale_live.calls import MODEL, prompt
 from loadtests.autoscale_live.rig import Live, running_test_bed
 from loadtests.autoscale_live.traffic import PlannedCall
-from loadtests.children import free_port
 from tests.support.checkpoints import build_checkpoint
 
 TOKENS, START_S, LOOK_S = 8, 180.0, 0.02

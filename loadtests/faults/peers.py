@@ -22,8 +22,9 @@ from typing import Any
 
 import psutil
 
+from cluster.process.ports import free_port
 from loadtests import peers
-from loadtests.children import Child, Children, free_port
+from loadtests.children import Child, Children
 from loadtests.faces.base import CallFailed, Request
 from loadtests.faces.openai_sse import OpenAiSse
 from loadtests.faults.calls import Caller, CallResult, FaultRequest, make_request

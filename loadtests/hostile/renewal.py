@@ -26,7 +26,8 @@ from cluster.client import Client
 from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
 from cluster.policy.tenants.policy import TenantPolicy
-from loadtests.children import ROOT, Child, Children, free_port
+from cluster.process.ports import free_port
+from loadtests.children import ROOT, Child, Children
 from loadtests.figures import Bound, Figure
 from loadtests.scenarios.common import Stage
 

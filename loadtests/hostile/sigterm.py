@@ -23,11 +23,12 @@ import yaml
 from cluster.api.types import ModelSpec
 from cluster.controller.controller import Controller
 from cluster.controller.links import ControllerLinks
+from cluster.process.ports import free_port
 from cluster.ray.backend import ChildBackend
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from cluster.worker.settings import ReplicaSettings
-from loadtests.children import ROOT, Children, free_port
+from loadtests.children import ROOT, Children
 from loadtests.figures import Bound, Figure
 from loadtests.scenarios.common import Stage
 from tests.support.checkpoints import build_checkpoint

@@ -26,9 +26,9 @@ import grpc
 
 from cluster.config.schema import Observe
 from cluster.observe.exposition import samples
+from cluster.process.ports import free_port
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
-from loadtests.children import free_port
 from loadtests.datasets import fixed
 from loadtests.driver import Limits
 from loadtests.faces.grpc_stream import GrpcStream

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.config.gateway import Listen
+from cluster.process.ports import free_port
 from loadtests import peers
-from loadtests.children import Child, DidNotStart, free_port
+from loadtests.children import Child, DidNotStart
 from loadtests.datasets import fixed
 from loadtests.driver import Limits
 from loadtests.faces import Request

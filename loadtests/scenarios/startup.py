@@ -15,7 +15,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from loadtests.children import Children, DidNotStart, free_port
+from cluster.process.ports import free_port
+from loadtests.children import Children, DidNotStart
 from loadtests.faces import CallFailed, Request
 from loadtests.faces.grpc_stream import GrpcStream
 from loadtests.figures import Bound, mean, plain_figure

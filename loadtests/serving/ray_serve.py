@@ -18,8 +18,9 @@ from pathlib import Path
 
 import grpc
 
+from cluster.process.ports import free_port
 from cluster.ray.local_cluster import LocalRay, LocalRaySettings, RayDidNotStart
-from loadtests.children import Child, Children, DidNotStart, free_port
+from loadtests.children import Child, Children, DidNotStart
 
 READY_S = 240.0
 APPLICATION = "bench"

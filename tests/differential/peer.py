@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from cluster.process.ports import free_port
 from tests.differential.answers import Answer, of_peer
 from tests.differential.cases import MODEL, Case
 
@@ -80,9 +80,7 @@ class Peer:
 async def running_peer(folder: Path, arguments: Mapping[str, object], log: Path) -> AsyncIterator[Peer]:
     """Run vLLM's own server for the model in `folder` while the context is open. `arguments`: vLLM's arguments, by
     their names in Python."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = ["bash", "-c", _GUARD, "guard", sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(folder), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
     for name, value in arguments.items():

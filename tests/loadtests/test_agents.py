@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, FinishReason, Sampling
+from cluster.process.ports import free_port
 from cluster.worker.parsing.kit import load_kit
 from loadtests.agents import bfcl, cases, compare, formats, prepare, scripted, servers, worker
 from loadtests.agents.compare import Answer, ToolCall, differences, read_answer
 from loadtests.agents.trials import Trial, plan, texts
-from loadtests.children import free_port
 from loadtests.traces import NoData
 from tests.loadtests.agent_cases import FUNCTION, made_cases
 from tests.support.cluster import LOOPBACK, running_cluster

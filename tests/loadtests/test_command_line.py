@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.children import ROOT, free_port
+from cluster.process.ports import free_port
+from loadtests.children import ROOT
 from tests.loadtests.conftest import MODEL, SseServer
 from tests.support.cluster import until
 

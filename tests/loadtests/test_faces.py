@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.process.ports import free_port
 from cluster.wire.bundle import Bundle
-from loadtests.children import free_port
 from loadtests.datasets import fixed
 from loadtests.driver import Limits, drive
 from loadtests.faces import CallFailed, Face

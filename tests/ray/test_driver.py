@@ -11,10 +11,10 @@ import pytest
 
 from cluster.api.types import ModelSpec
 from cluster.controller import bundling
+from cluster.process.ports import free_ports
 from cluster.ray.backend import ChildBackend, RayAway
 from cluster.ray.driver import answer_all
 from cluster.ray.jobs import JobBackend
-from cluster.ray.local_cluster import free_ports
 from cluster.wire.bundle import Bundle
 from cluster.worker.settings import ReplicaSettings
 from tests.support.checkpoints import build_tokenizer

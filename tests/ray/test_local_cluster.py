@@ -13,7 +13,7 @@ import pytest
 from cluster.api.types import ModelSpec
 from cluster.ray import reaper
 from cluster.ray.backend import ChildBackend, RayAway
-from cluster.ray.local_cluster import LocalRay, LocalRaySettings, RayDidNotStart, end_remains, free_ports
+from cluster.ray.local_cluster import LocalRay, LocalRaySettings, RayDidNotStart, end_remains
 from cluster.worker.engine.processes import sockets
 from cluster.worker.settings import ReplicaSettings
 from tests.ray.conftest import end_local_ray, new_local_ray
@@ -95,11 +95,6 @@ def test_reaper_finds_by_output(tmp_path: Path) -> None:
         for each in (process, reader):
             each.kill()
             each.wait()
-
-
-def test_free_ports_differ() -> None:
-    """The ports that one call of free_ports returns are all different."""
-    assert len(set(free_ports(20))) == 20
 
 
 @pytest.mark.ray

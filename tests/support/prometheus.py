@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from cluster.cli.commands import doctor
-from loadtests.children import free_port
+from cluster.process.ports import free_port
 from tests.support.keyed import eventually
 
 

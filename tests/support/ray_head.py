@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli.commands import doctor
-from cluster.ray.local_cluster import free_ports
+from cluster.process.ports import free_ports
 from tests.support.netns import Host, Network, network
 
 GCS_PORT, DASHBOARD_PORT = 6379, 8265  # default ports, since the namespaces are separate

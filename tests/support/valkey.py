@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from cluster.cli.commands import doctor
+from cluster.process.ports import free_port
 from tests.support.keyed import eventually
 
 SERVER = doctor.find_tool("valkey-server") or doctor.find_tool("redis-server")
@@ -22,9 +22,7 @@ class Server:
     """A store that listens on a free loopback port."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self._folder = folder
         self._process: asyncio.subprocess.Process | None = None
 

@@ -4,21 +4,14 @@ checked before any process starts."""
 from __future__ import annotations
 
 import contextlib
-import secrets
 import socket
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from cluster.config.gateway import MAX_PORT, Listen
 from cluster.config.schema import Config
-
-TRIES = 50
-PORTS, MIN_PORT = 12_000, 10_000
-"""A free port is chosen among the PORTS ports below the kernel's range for outgoing connections. If these ports would
-reach down to MIN_PORT, the kernel chooses a port instead."""
-EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+from cluster.process.ports import TRIES, candidate_ports
 
 
 class PortTaken(Exception):
@@ -74,25 +67,12 @@ def split(address: str) -> tuple[str, int]:
 
 
 def _bind_any(name: str, address: str) -> socket.socket:
-    """Bind an address and return the socket. For port 0, a free port is chosen.
-
-    If possible, the chosen port is below the kernel's range for outgoing connections. An outgoing connection could take
-    a port of that range before the listener's process binds the port.
-    """
+    """Bind an address and return the socket. For port 0, a free port is chosen."""
     host, port = address.rsplit(":", 1)
-    high = _first_ephemeral_port()
-    if int(port) == 0 and high - PORTS > MIN_PORT:
-        for _ in range(TRIES):
-            with contextlib.suppress(PortTaken):
-                return _bind(name, f"{host}:{high - PORTS + secrets.randbelow(PORTS)}")
+    for candidate in candidate_ports() if int(port) == 0 else ():
+        with contextlib.suppress(PortTaken):
+            return _bind(name, f"{host}:{candidate}")
     return _bind(name, address)
-
-
-def _first_ephemeral_port() -> int:
-    """Return the lowest port that the kernel uses for outgoing connections; 0 if it is unknown."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return int(EPHEMERAL.read_text().split()[0])
-    return 0
 
 
 def _bind(name: str, address: str) -> socket.socket:

@@ -8,9 +8,10 @@ import socket
 
 import pytest
 
-from cluster.cli.local.ports import EPHEMERAL, PortTaken, choose_ports
+from cluster.cli.local.ports import PortTaken, choose_ports
 from cluster.config.document import ConfigError, parse
 from cluster.config.schema import Config
+from cluster.process.ports import EPHEMERAL
 
 
 def config(processes: int = 1, **listen: str) -> Config:

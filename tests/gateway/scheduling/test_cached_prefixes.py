@@ -11,12 +11,12 @@ from cluster.api.types import KV_EVENTS, EngineInfo, EngineRequest, Sampling, Wo
 from cluster.gateway.scheduling.worker_caches import WorkerCaches
 from cluster.policy.kv_cache.changes import KvChange
 from cluster.policy.kv_cache.prefix_hashes import prefix_hashes, seed_of
+from cluster.process.ports import free_port
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
 from cluster.wire.codecs.kv_codec import BLOCKS_PER_MESSAGE, kv_blocks_to_pb
 from tests.support.calls import complete
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
-from tests.support.postgres import free_port
 
 BLOCK, TOKENS, TURNS = 16, 24, 4
 

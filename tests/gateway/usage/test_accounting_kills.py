@@ -21,10 +21,11 @@ import yaml
 from cluster.ledger.store import Ledger
 from cluster.ledger.usage.sealed_records import Sealer
 from cluster.policy.tenants.policy import TenantPolicy
+from cluster.process.ports import free_port
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
-from loadtests.children import Child, Children, free_port
+from loadtests.children import Child, Children
 from loadtests.serving.ours import LISTENERS, exec_gateway
 from tests.support import postgres
 from tests.support.accounts import SECRET, AccountedWorker, records, start_worker

@@ -35,8 +35,8 @@ from cluster.controller.controller_metrics import controller_metrics
 from cluster.gateway.links.peer_identity import ANY_MODEL, CONTROLLER
 from cluster.kube.api import KubeLease
 from cluster.observe.exposition import samples
+from cluster.process.ports import free_port
 from tests.support.kube_api import kube_api
-from tests.support.postgres import free_port
 
 pytestmark = pytest.mark.slow
 

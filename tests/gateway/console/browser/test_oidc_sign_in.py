@@ -13,7 +13,7 @@ from playwright.async_api import Browser, Page, expect
 
 from cluster.ledger.store import Ledger
 from cluster.policy.tenants.policy import TenantPolicy
-from loadtests.children import free_port
+from cluster.process.ports import free_port
 from tests.support.cluster import running_cluster, until
 from tests.support.keyed import PEPPER, keyed_text
 

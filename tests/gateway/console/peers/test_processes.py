@@ -11,7 +11,7 @@ import pytest
 from cluster.config.document import parse
 from cluster.gateway.server import Gateway
 from cluster.http2 import listening_socket
-from cluster.ray.local_cluster import free_ports
+from cluster.process.ports import free_ports
 from cluster.wire.bundle import Bundle
 from tests.support.cluster import LOOPBACK, PATIENT, TestCluster, sim_engine
 from tests.support.console import Browser
