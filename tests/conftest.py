@@ -15,6 +15,7 @@ import structlog
 from hypothesis import settings
 
 from cluster.cli.commands import doctor
+from tests.support import alone
 
 if TYPE_CHECKING:
     from tests.support.parallel import Scheduler
@@ -52,12 +53,21 @@ NAMESPACES = ("ip", "namespaces")
 """Requirements of the tests that are marked `root`."""
 
 
-_PLUGINS: list[pytest.PytestPluginManager] = []
+_CONFIGS: list[pytest.Config] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the plugin manager, which pytest_runtest_logreport uses to print a failed test at once."""
-    _PLUGINS.append(config.pluginmanager)
+    """Keep the configuration, whose plugins pytest_runtest_logreport uses."""
+    _CONFIGS.append(config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """Run a test that is marked `alone` in a process of its own."""
+    if alone.REPORTS in os.environ or not item.get_closest_marker("alone"):
+        return None
+    alone.run_alone(item)
+    return True
 
 
 @functools.cache
@@ -85,7 +95,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Record a skipped test and its reason. Print the name of a failed test at once, since a run that is killed prints
     no summary."""
-    if report.failed and (terminal := _PLUGINS[-1].get_plugin("terminalreporter")) is not None:
+    if alone.REPORTS in os.environ:
+        alone.write_report(_CONFIGS[-1], report)
+    if report.failed and (terminal := _CONFIGS[-1].pluginmanager.get_plugin("terminalreporter")) is not None:
         crash = getattr(report.longrepr, "reprcrash", None)
         why = crash.message if crash is not None else str(report.longrepr)
         terminal.write_line(f"\nfailed ({report.when}): {report.nodeid}: {' '.join(why.split())[:400]}")

@@ -7,6 +7,8 @@ import gzip
 import threading
 from collections.abc import Iterator
 
+import pytest
+
 from cluster.gateway.metrics_page import metrics_served
 from cluster.observe.exposition import samples
 from cluster.observe.metrics import Metrics, Sample
@@ -44,6 +46,7 @@ async def test_scrapers_get_the_form_that_they_ask_for() -> None:
         assert head.startswith("HTTP/1.1 200 ")
 
 
+@pytest.mark.alone
 async def test_idle_connections_take_no_thread_and_scrapes_at_once_share_a_page() -> None:
     """Idle connections need no thread, and simultaneous scrapes share one page. Formerly 300 idle connections had 300
     threads."""
