@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import os
 import tempfile
 from collections import Counter
@@ -26,6 +27,8 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 _CONFIGURATION = tempfile.TemporaryDirectory(prefix="headrace-tests-")
 os.environ["XDG_CONFIG_HOME"] = _CONFIGURATION.name
 """Commands that tests run do not read the contexts of the user, which may name a real cluster."""
+
+importlib.import_module("authlib.deprecate")  # puts a filter of warnings first, so before pytest puts its own there
 
 # One thread an engine: the threads of several engines on the same processors wait for one another in loops. vLLM's own
 # choice of processors would bind the engines of all test processes to the same one.

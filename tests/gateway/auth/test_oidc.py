@@ -324,6 +324,7 @@ async def test_a_truncated_signature(verifier: OidcVerifier) -> None:
     assert (await verifier.verify(sign())).tenant == "acme"
 
 
+@pytest.mark.filterwarnings("ignore:The RSA key is 1024 bits long")
 async def test_keys_that_may_not_sign(verifier: OidcVerifier, scripted: Scripted, clock: Clock) -> None:
     """Weak keys, encryption keys, shared secrets and invalid entries of a key set are skipped."""
     secret = {"kty": "oct", "k": "AAAA", "kid": "k3"}
