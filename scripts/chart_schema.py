@@ -4,7 +4,8 @@
 - cluster/cli/chart_values.json gets a part of helm/values.yaml. `headrace config check` merges an operator's values
   into this part.
 - helm/values.yaml gets the descriptions in helm/values.schema.json as comments; helm/README.md gets them as a table.
-- deploy/alerts gets the chart's rules for Prometheus with the default values.
+- deploy/alerts gets the chart's rules for Prometheus with the default values, deploy/monitoring the routes of these
+  alerts for Alertmanager.
 """
 
 from __future__ import annotations
@@ -37,6 +38,15 @@ RULES_HEADER = f"""\
 # Rules for Prometheus without Helm: helm/files/alerts/headrace.yaml with the chart's default values, for a cluster with
 # the name headrace. Replace the name, the namespace and the limits by yours. `{COMMAND}` writes this file.
 """
+ALERTMANAGER = ROOT / "deploy" / "monitoring" / "alertmanager.yaml"
+ALERTMANAGER_HEADER = f"""\
+# Alertmanager routes for helm/files/alerts: `severity` page, ticket, info. Fill in the receivers. An alert mutes only
+# others of its own cluster. `{COMMAND}` writes this file.
+"""
+MUTED_BY = {"HeadraceGatewaysGone": ("headrace_cluster",), "HeadraceModelWithoutWorkers": ("headrace_cluster", "model")}
+"""Alerts beside which other alerts with the same values of these labels say nothing new: all others of a cluster
+without gateways, and those about the calls of a model without workers."""
+CALL_ALERTS = re.compile("Headrace(Error|Latency)Budget.*|HeadraceFewerReplicas")
 WIDTH = 120
 
 
@@ -175,6 +185,38 @@ def plain_rules(rules: str, values: Mapping[str, Any]) -> str:
     return RULES_HEADER + rules[rules.index("groups:") :]
 
 
+def alertmanager(rules: str) -> str:
+    """Return a configuration of Alertmanager for the alerts in `rules`."""
+    names = re.findall(r"- alert: (\w+)", rules)
+    inhibitions = []
+    for source, labels in MUTED_BY.items():
+        targets = [name for name in names if name != source and ("model" not in labels or CALL_ALERTS.fullmatch(name))]
+        inhibitions.append(
+            {
+                "source_matchers": [f'alertname="{source}"'],
+                "target_matchers": [f'alertname=~"{"|".join(targets)}"'],
+                "equal": list(labels),
+            }
+        )
+    routes: list[dict[str, Any]] = [
+        {"receiver": "pager", "matchers": ['severity="page"'], "repeat_interval": "1h"},
+        {"receiver": "nobody", "matchers": ['severity="info"']},
+    ]
+    config = {
+        "route": {
+            "receiver": "tickets",
+            "group_by": ["headrace_cluster", "namespace", "alertname", "model", "kind"],
+            "group_wait": "30s",
+            "group_interval": "5m",
+            "repeat_interval": "12h",
+            "routes": routes,
+        },
+        "inhibit_rules": inhibitions,
+        "receivers": [{"name": name} for name in ("pager", "tickets", "nobody")],
+    }
+    return ALERTMANAGER_HEADER + yaml.safe_dump(config, sort_keys=False, width=WIDTH)
+
+
 def generated() -> dict[Path, str]:
     """Return the text that every generated file should have."""
     schema = with_config(json.loads(SCHEMA.read_text()), config_schema())
@@ -187,6 +229,7 @@ def generated() -> dict[Path, str]:
         README: with_table(README.read_text(), schema, values),
         COPY: json.dumps(checked_part(values), indent=1) + "\n",
         PLAIN_RULES: plain_rules(RULES.read_text(), values),
+        ALERTMANAGER: alertmanager(RULES.read_text()),
     }
 
 

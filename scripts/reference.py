@@ -26,6 +26,7 @@ from cluster.config.schema import Config
 from cluster.config.tenants import Tenant, TenantDefaults
 from cluster.observe.definitions import DEFINITIONS, ENGINE_DEFINITIONS, ENGINE_HISTOGRAMS, Definition
 from cluster.observe.events import EVENTS
+from cluster.policy.problems import ANY_ALERT, KINDS
 from scripts.log_events import MORE, logged_events
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
@@ -229,7 +230,29 @@ def cli() -> str:
     return page("Commands", introduction, "cluster/cli", *commands(typer.main.get_command(app), "headrace"))
 
 
-PAGES = {"cli": cli, "configuration": configuration, "errors": errors, "events": events, "metrics": metrics}
+def problems() -> str:
+    """Return the page about the problems that a cluster lists."""
+    rows = [
+        (f"`{name}`", kind.hurts.value, kind.summary.format(object="*object*"), kind.remedy, kind.alert or ANY_ALERT)
+        for name, kind in KINDS.items()
+    ]
+    introduction = (
+        "Every kind of problem that `headrace status`, `headrace top`, the console and the metric `headrace_problem` "
+        "list while it lasts, for operators. `headrace status` ends with exit code 4 while one hurts callers. Each "
+        "raises an alert, whose page in docs/runbooks says more."
+    )
+    head = ("kind", "hurts", "problem", "what to do first", "alert")
+    return page("Problems", introduction, "cluster/policy/problems.py", table(head, rows))
+
+
+PAGES = {
+    "cli": cli,
+    "configuration": configuration,
+    "errors": errors,
+    "events": events,
+    "metrics": metrics,
+    "problems": problems,
+}
 
 
 def main(arguments: Sequence[str], folder: Path = FOLDER) -> int:

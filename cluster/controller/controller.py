@@ -26,14 +26,18 @@ from cluster.controller.retired_apps import RetiredApps
 from cluster.policy.catalog import reconcile
 from cluster.policy.catalog.canary import CanaryTally, judge
 from cluster.policy.catalog.versions import replicas_of
+from cluster.policy.problems import Finding, Problem, ProblemList
 from cluster.policy.scaling.scaler import Scaler
 from cluster.ray.backend import Backend, RayAway, RaySnapshot
+from cluster.ray.several_clusters import MultiClusterBackend
 from cluster.wire.lost_engines import LostEngine
 from cluster.worker.settings import ReplicaSettings
 
 log = structlog.get_logger("controller")
 
 PERIOD_S = 1.0
+LOCAL_RAY = "local"
+"""Name of the Ray that `headrace up` starts, in metrics and problems."""
 
 
 class GatewayPort(Protocol):
@@ -41,6 +45,12 @@ class GatewayPort(Protocol):
 
     def publish(self, entries: Sequence[CatalogEntry]) -> None:
         """Send the catalog to every gateway."""
+
+    def set_problems(self, problems: Sequence[Problem]) -> None:
+        """Send the faults that the controller sees to every gateway."""
+
+    def unreachable_gateways(self, now: float) -> Sequence[tuple[str, str]]:
+        """Return the gateways that have gone without a word or are frozen, each with the reason."""
 
     def fleet(self) -> Sequence[FleetWorker]:
         """Return the workers that are linked to at least one gateway."""
@@ -79,6 +89,9 @@ class Controller:
     ray_answers: bool | None = None
     """Whether at least one Ray cluster answered in the last pass; None before the first pass."""
     _away: str = ""
+    _problems: ProblemList = field(default_factory=ProblemList)
+    _short_of: Sequence[Finding] = ()
+    """The models for whose replicas no node had room in the last pass."""
 
     def __repr__(self) -> str:
         return f"Controller({self.catalog}{f'; Ray is away: {self._away}' if self._away else ''})"
@@ -95,6 +108,7 @@ class Controller:
                 self.ray_answers = True
             except RayAway as error:
                 self._record_ray_away(str(error))
+            self.report_problems()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PERIOD_S):  # wait_for (3.11) loses a cancellation that comes with the event
                     await self.models.changed.wait()
@@ -107,6 +121,13 @@ class Controller:
         self._roll_back_bad_canaries()
         self._run_scaler(snapshot, fleet)
         wanted = [app for model in self.models.variants for app in self._wanted_apps(model, snapshot, fleet)]
+        self._short_of = [
+            Finding(
+                "no_capacity", app.model, f"it wants {app.replicas} replicas, and the nodes have room for {running}"
+            )
+            for app in wanted
+            if app.replicas > (running := getattr(snapshot.apps.get(app.app), "running", 0)) and not app.has_room
+        ]
         held = self.models.held({seen.model for seen in snapshot.apps.values()})
         awaited = {demand.model for demand in self.gateways.demand() if demand.waiting} - self.models.variants.keys()
         plan = reconcile.reconcile(
@@ -222,6 +243,23 @@ class Controller:
         out."""
         requests = self.scaler.operator_requests
         return frozenset(self.models.variants) if requests.all_frozen else requests.frozen
+
+    def report_problems(self) -> None:
+        """Send the faults that this pass has found to the gateways, if they have lasted."""
+        self._problems.update(self.findings(), self.wall_s())
+        self.gateways.set_problems(self._problems.current)
+
+    def findings(self) -> Iterator[Finding]:
+        """Yield the faults that the controller sees now, however short they have lasted."""
+        answers = self.backend.answers() if isinstance(self.backend, MultiClusterBackend) else {}
+        away = [name for name, answering in answers.items() if not answering]
+        if self.ray_answers is False and not away:
+            away = [LOCAL_RAY]
+        for name in away:
+            yield Finding("ray_away", name, self._away)
+        for address, why in self.gateways.unreachable_gateways(self.now()):
+            yield Finding("gateway_gone", address, why)
+        yield from self._short_of
 
     def _record_ray_away(self, reason: str) -> None:
         if reason != self._away:

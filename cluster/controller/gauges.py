@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cluster.controller.controller import Controller
+from cluster.controller.controller import LOCAL_RAY, Controller
 from cluster.observe.metrics import Sample
 from cluster.ray.backend import Backend
 from cluster.ray.several_clusters import MultiClusterBackend
-
-LOCAL = "local"
-"""Value of the label `ray_cluster` for the Ray that `headrace up` starts."""
 
 
 def ray_samples(backend: Backend, controller: Controller) -> Iterator[Sample]:
@@ -20,4 +17,4 @@ def ray_samples(backend: Backend, controller: Controller) -> Iterator[Sample]:
         for name, answers in backend.answers().items():
             yield "ray_up", (name,), float(answers)
     elif controller.ray_answers is not None:
-        yield "ray_up", (LOCAL,), float(controller.ray_answers)
+        yield "ray_up", (LOCAL_RAY,), float(controller.ray_answers)

@@ -16,15 +16,19 @@ from cluster.api.pooling import PoolingTask, known_tasks
 from cluster.api.types import CatalogEntry, DrainState, VersionTally
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
+from cluster.policy.problems import Problem
 from cluster.wire import admin_forwarding, lost_engines
 from cluster.wire.addresses import GatewayAddresses
 from cluster.wire.bulk import Prompts, send_bundle, serve_bulk
 from cluster.wire.bundle import Bundle
 from cluster.wire.codecs import codec
-from cluster.wire.codecs.demand_codec import demand_from_pb, work_from_pb
+from cluster.wire.codecs.demand_codec import demand_from_pb, problems_to_pb, work_from_pb
 from cluster.wire.dial import LinkEnded, Timing, open_channel, read
 from cluster.wire.lost_engines import LostEngine
 from cluster.wire.tls import TlsFiles
+
+IDLE_S = 2.0
+GONE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,7 @@ class ControllerLinks:
         verbs: Mapping[str, admin_forwarding.Verb] | None = None,
         timing: Timing | None = None,
         wall_s: Callable[[], float] = time.time,
-        idle_s: float = 10.0,
+        idle_s: float = IDLE_S,
     ) -> None:
         """`bundles`: function that returns a tokenizer bundle by digest. `verbs`: handlers of the admin verbs that the
         controller answers, by names such as `Catalog.Scale`. `wall_s` returns seconds since the epoch. After `idle_s`
@@ -119,9 +123,12 @@ class ControllerLinks:
         self._catalog: tuple[CatalogEntry, ...] = ()
         self._revision = 0
         self._operator_state: pb.OperatorState | None = None
+        self._problems: Sequence[Problem] = ()
         self._wall_s = wall_s
         self._changed: set[asyncio.Event] = set()
         self._reports: dict[str, _GatewayReports] = {}
+        self._heard_at: dict[str, float] = {}
+        """Monotonic time of the last frame of each gateway, by its address."""
         self._answers: set[asyncio.Task[None]] = set()
 
     def publish(self, entries: Sequence[CatalogEntry]) -> None:
@@ -140,6 +147,21 @@ class ControllerLinks:
         """
         self._operator_state = state
         self._notify_all()
+
+    def set_problems(self, problems: Sequence[Problem]) -> None:
+        """Send the faults that the controller sees to every gateway, if they have changed."""
+        if problems != self._problems:
+            self._problems = problems
+            self._notify_all()
+
+    def unreachable_gateways(self, now: float) -> Sequence[tuple[str, str]]:
+        """Return the addresses of the gateways that were linked and have sent nothing for GONE_S, each with the reason.
+        A gateway whose address is no longer configured, or in DNS, has left. `now`: monotonic seconds."""
+        return [
+            (address, "it has ended, or cannot be reached" if address not in self._reports else "it is frozen")
+            for address, heard_at in self._heard_at.items()
+            if address in self._gateways.addresses and now - heard_at > GONE_S
+        ]
 
     def _notify_all(self) -> None:
         """Wake the task of each link. The task then sends the catalog to the gateway of the link."""
@@ -199,7 +221,7 @@ class ControllerLinks:
             tasks = [
                 asyncio.create_task(self._send_catalog(call, changed, write_lock)),
                 asyncio.create_task(self._send_replies(call, replies, write_lock)),
-                asyncio.create_task(self._receive(reports, gateway, call, blobs, replies)),
+                asyncio.create_task(self._receive(address, reports, gateway, call, blobs, replies)),
                 asyncio.create_task(
                     serve_bulk(pb_grpc.LinkStub(bulk_channel).Bulk(), self._blob_hello(), Prompts(), blobs)
                 ),
@@ -230,7 +252,7 @@ class ControllerLinks:
                     await changed.wait()
             except TimeoutError:
                 async with write_lock:
-                    await call.write(pb.ControllerFrame())
+                    await call.write(pb.ControllerFrame(sent_at_s=self._wall_s()))
                 continue
             changed.clear()
             if not self._revision:
@@ -240,9 +262,10 @@ class ControllerLinks:
                 models=[codec.entry_to_pb(e) for e in self._catalog],
                 gateways=self.linked,
                 operator_state=self._operator_state,
+                problems=problems_to_pb(self._problems),
             )
             async with write_lock:
-                await call.write(pb.ControllerFrame(catalog=catalog))
+                await call.write(pb.ControllerFrame(catalog=catalog, sent_at_s=self._wall_s()))
 
     async def _send_replies(self, call: Any, replies: asyncio.Queue[pb.AdminReply], write_lock: asyncio.Lock) -> None:
         while True:
@@ -252,6 +275,7 @@ class ControllerLinks:
 
     async def _receive(
         self,
+        address: str,
         reports: _GatewayReports,
         gateway: str,
         call: Any,
@@ -260,6 +284,7 @@ class ControllerLinks:
     ) -> None:
         while (frame := await read(call)) is not None:
             reports.apply(frame)
+            self._heard_at[address] = time.monotonic()
             if frame.HasField("demand") and self._listener is not None:
                 self._listener.record_demand(gateway, reports.demand, frame.demand.counting_s)
             if frame.HasField("fetch_bundle"):

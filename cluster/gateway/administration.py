@@ -19,6 +19,7 @@ from cluster.gateway.foundation import Foundation
 from cluster.gateway.listeners import ledger_services
 from cluster.policy.limits.budgets import BudgetUse
 from cluster.policy.limits.request_bytes import RequestBytes
+from cluster.policy.problems import Problem
 
 if TYPE_CHECKING:
     from cluster.gateway.apis.admin.siblings import Siblings
@@ -37,9 +38,11 @@ class Administration:
         request_bytes: RequestBytes,
         utilization: Callable[[], Iterator[tuple[str, str, float]]],
         budgets: Callable[[], Sequence[BudgetUse]],
+        problems: Callable[[], Sequence[Problem]],
     ) -> None:
         """`utilization`: yields how much of each limit each tenant has used. `budgets`: returns how much of each budget
-        each tenant has used. Raises ValueError if a file of the console cannot be used."""
+        each tenant has used. `problems`: returns the present problems. Raises ValueError if a file of
+        the console cannot be used."""
         config, tenants = foundation.config, foundation.tenants
         remembered = RememberedRoutes(dispatch.scheduler.routes.history, foundation.gateway_id)
         self.siblings: Siblings | None = optional_parts.siblings(
@@ -59,6 +62,7 @@ class Administration:
                 dispatch.accounting,
                 utilization,
                 budgets,
+                problems,
                 self.siblings,
             )
         )

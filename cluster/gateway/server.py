@@ -29,6 +29,7 @@ from cluster.gateway.links.hub import Hub
 from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.ports import GatewayPorts
 from cluster.gateway.probes import ModelHealth
+from cluster.gateway.problems import ProblemFinder
 from cluster.gateway.quotas.reservations import QuotaReservations
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.worker_events import WorkerEvents
@@ -109,7 +110,9 @@ class Gateway:
         self._guards: Guards | None = optional_parts.guards(config, self.metrics, self.tenants)
         self.service: CallService = self._call_service()
 
-        # The admin API, the console and the servers at the ports.
+        # The problems, the admin API, the console and the servers at the ports.
+        certificates = CertificateExpiry.of_gateway(config.gateway.tls, config.gateway.link_tls)
+        self.problems = ProblemFinder(self.foundation, self.dispatch, self._config_state, certificates)
         self.request_bytes = RequestBytes(ByteBounds.for_messages(config.gateway.max_message_bytes), time.monotonic)
         self._administration = Administration(
             self.foundation,
@@ -118,6 +121,7 @@ class Gateway:
             self.request_bytes,
             self.reservations.utilization,
             lambda: () if budgets is None else budgets.uses,
+            lambda: self.problems.current,
         )
         self.live: LiveOverview = self._administration.live
         self.console: ConsoleApp | None = self._administration.console
@@ -184,14 +188,16 @@ class Gateway:
             self.reservations,
             self.dispatch.accounting,
             self._config_state,
-            CertificateExpiry.of_gateway(settings.tls, settings.link_tls),
+            self.problems.certificates,
         )
         self.metrics.add_process_metrics()
         self.metrics.add_gauges(gauges.samples)
+        self.metrics.add_gauges(self.problems.gauges)
         files = (revoked_file(settings.tls, "gateway.tls"), revoked_file(settings.link_tls, "gateway.link_tls"))
         lists = [file for file in files if file is not None]
         work = [
             self.live.run(),
+            self.problems.run(),
             self._config_state.watch(),
             self.hub.workers.watch(),
             self.service.send_keepalives(settings.keepalive_s),

@@ -147,6 +147,11 @@ DEFINITIONS: Mapping[str, Definition] = {
         "collector was away or refused them).",
         ("outcome",),
     ),
+    "problem": Definition(
+        "gauge",
+        "1 while a problem is present, by its kind, what has it, and whom it hurts: callers or operators.",
+        ("kind", "object", "hurts"),
+    ),
     "config_valid": Definition(
         "gauge", "1 while the configuration file is valid; 0 if a restart would refuse a part of it.", ()
     ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
@@ -135,6 +135,10 @@ class Metrics(Collector):
         """Return the count of each bucket of a histogram series; empty if the series has no value yet."""
         series = self._histograms.get(name, {}).get(labels)
         return () if series is None else tuple(series.counts)
+
+    def counts(self, name: str) -> Sequence[tuple[tuple[str, ...], float]]:
+        """Return the series of a counter: label values, in the order of DEFINITIONS, and the value."""
+        return list(self._counters.get(name, {}).items())
 
     def add_gauges(self, gauges: Callable[[], Iterable[Sample]]) -> None:
         """Register a function that returns values of gauges and counters. The function runs in the scraping thread and

@@ -5,6 +5,7 @@ of Ray.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionTally
 from cluster.controller.controller import Controller
 from cluster.controller.links import FleetWorker
 from cluster.controller.retired_apps import QUIET_S
+from cluster.policy.problems import Problem
 from cluster.policy.scaling.inputs import OperatorRequest
 from cluster.ray.backend import Backend, RayAway
 from cluster.ray.several_clusters import MultiClusterBackend
@@ -35,6 +37,16 @@ class FakeGateways:
     waiting: list[ModelDemand] = field(default_factory=list)
     counted: list[VersionTally] = field(default_factory=list)
     ends: list[LostEngine] = field(default_factory=list)
+    problems: Sequence[Problem] = ()
+    gone: Sequence[tuple[str, str]] = ()
+
+    def set_problems(self, problems: Sequence[Problem]) -> None:
+        """Record the problems."""
+        self.problems = problems
+
+    def unreachable_gateways(self, now: float) -> Sequence[tuple[str, str]]:
+        """Return the gateways that a test has set."""
+        return self.gone
 
     def publish(self, entries: Sequence[CatalogEntry]) -> None:
         """Record the entries."""
@@ -213,7 +225,7 @@ async def test_unplaceable_model_fails_and_recovers() -> None:
 async def test_ray_away_keeps_the_catalog_and_is_taken_up_again() -> None:
     """The catalog stays published while Ray is unreachable. Everything is deployed again if Ray comes back empty."""
     ray, gateways = FakeRay(away="gone fishing"), FakeGateways(linked=0)
-    loop = controller(ray, gateways, settings("m"))
+    loop = controller(ray, gateways, settings("m", slo_ttft_s=0.5))
     with pytest.raises(RayAway):
         await loop.step()
     running = asyncio.create_task(loop.run())
@@ -221,6 +233,7 @@ async def test_ray_away_keeps_the_catalog_and_is_taken_up_again() -> None:
         await eventually(lambda: gateways.published.get("m"), "the model is published although Ray is away")
         assert gateways.state("m") is ModelState.DECLARED
         assert gateways.published["m"].state_reason == "gone fishing"
+        assert gateways.published["m"].slo_ttft_s == 0.5, "without it no call is late, and no alert fires"
         ray.away = ""
         await eventually(lambda: ray.apps, "it is deployed")
         ray.change("m", running=1)
@@ -510,6 +523,31 @@ async def test_two_ray_clusters_are_driven_side_by_side() -> None:
     green.away = blue.away = "both"
     with pytest.raises(RayAway, match="blue: both; green: both"):
         await loop.step()
+
+
+async def test_problems_are_reported_while_they_last() -> None:
+    """A Ray cluster that does not answer, a gateway that is gone, and replicas without room are reported to the
+    gateways after some seconds, and no longer once they are over."""
+    ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
+    loop = controller(ray, gateways, settings("m", min_replicas=9, max_replicas=9), clock=clock)
+
+    async def reported() -> list[tuple[str, str]]:
+        for _ in range(2):
+            with contextlib.suppress(RayAway):
+                await loop.step()
+            loop.report_problems()
+            clock.now_s += 10
+        return [(problem.kind, problem.object) for problem in gateways.problems]
+
+    assert await reported() == []
+    ray.change("m", running=8)
+    assert await reported() == [("no_capacity", "m")]
+    ray.nodes = ({"CPU": 16.0, "GPU": 16.0},)
+    gateways.gone = [("10.0.0.1:50052", "it is frozen")]
+    assert await reported() == [("gateway_gone", "10.0.0.1:50052")]
+    gateways.gone = []
+    ray.change("m", running=9)
+    assert await reported() == []
 
 
 @pytest.mark.parametrize("turns", range(5))

@@ -5,8 +5,10 @@ cluster/observe/definitions.py.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from cluster.api.outcomes import Outcome
 from cluster.api.types import ModelState
 from cluster.cli.commands import doctor
 from cluster.observe.definitions import DEFINITIONS, ENGINE_DEFINITIONS
-from scripts.chart_schema import PLAIN_RULES
+from cluster.policy.problems import ANY_ALERT, KINDS
+from cluster.process.ports import free_port
+from scripts.chart_schema import MUTED_BY, PLAIN_RULES
 from tests.support import helm
 from tests.support.helm import ROOT
 
@@ -28,6 +32,7 @@ SCRAPED = {"headrace_cluster", "instance", "job", "pod", "namespace", "le", "ray
 """Labels that every series may carry: our labels, and the labels that scraping adds."""
 FOREIGN = {
     "ALERTS": {"alertname", "alertstate", "severity", "headrace_cluster", "model"},
+    "up": {"instance", "job"},
     "kube_pod_container_status_restarts_total": {"namespace", "pod", "container"},
     "kube_cronjob_status_last_successful_time": {"namespace", "cronjob"},
     "kube_cronjob_created": {"namespace", "cronjob"},
@@ -192,6 +197,59 @@ def test_alerts_reach_somebody() -> None:
         command = [amtool, "config", "routes", "test", f"--config.file={config}", f"severity={severity}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.stdout.strip() == receiver, done.stdout + done.stderr
+
+
+@pytest.mark.needs("amtool")
+@pytest.mark.slow
+def test_no_alert_mutes_another_cluster(tmp_path: Path) -> None:
+    """With the alerts of two clusters at once, a real Alertmanager suppresses none of a cluster whose gateways and
+    models serve. Of the other cluster it suppresses all but the alert about its gateways."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    config = ROOT / "deploy" / "monitoring" / "alertmanager.yaml"
+    server = doctor.find_tool("prometheus-alertmanager") or doctor.find_tool("alertmanager")
+    assert server is not None, "it comes with amtool"
+    command = [server, f"--config.file={config}", f"--storage.path={tmp_path}"]
+    command += [f"--web.listen-address=127.0.0.1:{port}", "--cluster.listen-address="]
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            amtool = [program("amtool"), f"--alertmanager.url={url}"]
+            wait_for(lambda: subprocess.run([*amtool, "alert"], capture_output=True, check=False).returncode == 0)
+            names = [rule["alert"] for rule in rules() if "alert" in rule]
+            sources = set(MUTED_BY)
+            for cluster, sent in (("broken", names), ("sound", [name for name in names if name not in sources])):
+                for name in sent:
+                    labels = [name, f"headrace_cluster={cluster}", "model=m", "severity=page"]
+                    subprocess.run([*amtool, "alert", "add", *labels], check=True, capture_output=True)
+
+            def listed(*flags: str) -> list[dict[str, Any]]:
+                query = [*amtool, "alert", "query", "-o", "json", *flags]
+                return list(json.loads(subprocess.run(query, check=True, capture_output=True).stdout))
+
+            wait_for(lambda: len(listed("--inhibited")) == len(names) - 1)
+            muted = listed("--inhibited")
+            assert {alert["labels"]["headrace_cluster"] for alert in muted} == {"broken"}
+            assert "HeadraceGatewaysGone" not in {alert["labels"]["alertname"] for alert in muted}
+        finally:
+            process.kill()
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    """Wait until `holds` returns true, at most a minute."""
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_each_problem_raises_an_alert() -> None:
+    """Each kind of problem names an alert of the rules, and those without an alert of their own are in the expression
+    of the common one."""
+    by_name = {rule["alert"]: rule for rule in rules() if "alert" in rule}
+    assert {kind.alert or ANY_ALERT for kind in KINDS.values()} <= by_name.keys()
+    common = re.search(r'kind=~"([^"]*)"', by_name[ANY_ALERT]["expr"])
+    assert common is not None
+    assert set(common[1].split("|")) == {name for name, kind in KINDS.items() if not kind.alert}
 
 
 def test_dashboards_travel_whole() -> None:

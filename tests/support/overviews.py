@@ -13,6 +13,7 @@ def overview(workers: int = 3, calls: int = 5, tenants: int = 2) -> dict[str, An
         "version": "0.1.0",
         "step_s": 1.0,
         "controller": {"age_s": 0.4},
+        "problems": [],
         "gateways": [
             {"id": "gw-0", "age_s": 0.2, "streams": 4, "queued": 1, "lag_ms": 1.5, "tokens_per_s": 90.0, "process": 0}
         ],

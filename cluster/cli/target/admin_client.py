@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 from urllib.parse import quote
 
+import grpc
 from google.protobuf.json_format import MessageToDict
 
 from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
@@ -85,6 +86,18 @@ class Admin:
         if not isinstance(document, dict):
             raise ValueError("the overview is not a JSON object")
         return document
+
+    def problems(self) -> list[dict[str, Any]] | None:
+        """Return the present problems, the worst first; None if the gateway's release does not list them.
+
+        Raises grpc.RpcError.
+        """
+        try:
+            return self.overview(with_calls=False).get("problems")
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                return None
+            raise
 
     def abort(self, request_id: str, tenant: str, reason: str) -> int:
         """Abort all calls with a request id on this gateway. Returns the number of aborted calls.

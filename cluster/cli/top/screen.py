@@ -27,7 +27,6 @@ from cluster.cli.top.views import (
 )
 
 HEAD_LINES = 3
-STALE_S = 10.0
 STYLES = {
     "READY": "green",
     "UP": "green",
@@ -101,17 +100,12 @@ def _state_line(picture: Picture, state: TopState) -> Text:
         return line
     if state.is_paused:
         line.append("paused  ", "bold yellow")
-    controller = document.get("controller")
-    age_s = controller.get("age_s") if isinstance(controller, dict) else None
-    if age_s is None:
-        line.append("no controller  ", "yellow")
-    elif age_s > STALE_S:
-        line.append(f"controller silent for {seconds(age_s)}  ", "bold red")
+    if problems := items_of(document, "problems"):
+        worst = problems[0]
+        style = "bold red" if worst.get("hurts") == "callers" else "yellow"
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        line.append(f"{text_of(worst.get('summary'))}{more} (`headrace status`)  ", style)
     gateways = items_of(document, "gateways")
-    silent = [row for row in gateways if isinstance(row.get("age_s"), int | float) and row["age_s"] > STALE_S]
-    if silent:
-        names = ", ".join(text_of(row.get("id")) for row in silent)
-        line.append(f"silent gateways: {names}  ", "bold red")
     if gateways:
         lags = [row["lag_ms"] for row in gateways if isinstance(row.get("lag_ms"), int | float)]
         lag = f", lag {number(max(lags), 1, ' ms')}" if lags else ""

@@ -31,7 +31,7 @@ from cluster.ledger.audit.audit import AuditEvent, AuditLog
 from cluster.ledger.audit.writer import AuditWriter
 from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
-from cluster.ledger.tenants.watch import Watcher
+from cluster.ledger.tenants.watch import Watcher, WatchStatistics
 from cluster.observe.metrics import Metrics
 from cluster.policy.tenants.identity import (
     BAD_KEY,
@@ -123,6 +123,10 @@ class TenantAuthenticator:
                     await asyncio.to_thread(self._watcher.poll)
         self._watcher.start()
         self.prompts.start()
+
+    def database_polls(self) -> WatchStatistics:
+        """Return the state of the polls for tenants and keys."""
+        return self._watcher.statistics()
 
     async def stop(self) -> None:
         """Write the pending audit events and prompts, then stop the threads."""

@@ -25,6 +25,7 @@ from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.worker_events import WorkerEvents
 from cluster.observe.metrics import Metrics
 from cluster.policy.limits.budgets import BudgetUse
+from cluster.policy.problems import Problem
 from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
 
@@ -50,6 +51,7 @@ class Sources:
     accounting: Accounting | None
     utilization: Callable[[], Iterator[tuple[str, str, float]]]
     budgets: Callable[[], Sequence[BudgetUse]]
+    problems: Callable[[], Sequence[Problem]]
     siblings: Siblings | None = None
     """The other processes of this host, if any."""
 
@@ -76,6 +78,7 @@ def live_overview(sources: Sources) -> LiveOverview:
         sources.utilization,
         dict if tenants is None else lambda: _policies(tenants),
         sources.budgets,
+        sources.problems,
     )
     console = config.gateway.console
     live = LiveOverview(

@@ -16,9 +16,10 @@ from cluster.api.pooling import pooling_tasks
 from cluster.api.types import CatalogEntry, VersionTally
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.link.v1 import link_pb2 as pb
+from cluster.policy.problems import Problem
 from cluster.wire.admin_forwarding import ANSWER_S, NO_CONTROLLER_LINK, AdminRequests
 from cluster.wire.codecs import codec
-from cluster.wire.codecs.demand_codec import work_to_pb
+from cluster.wire.codecs.demand_codec import problems_from_pb, work_to_pb
 from cluster.wire.dial import read
 
 log = structlog.get_logger("hub")
@@ -55,6 +56,11 @@ class CurrentController:
         self._stream: _Stream | None = None
         self.heard_at: float | None = None
         """Monotonic time of a controller's last frame; None before the first catalog."""
+        self.problems: Sequence[Problem] = ()
+        """The faults that the controller sees; none while no controller is connected."""
+        self.clock_skew_s = 0.0
+        """How far the controller's clock was ahead of this host's at its last frame. A frame that waited makes it
+        smaller."""
         self.gateways = 0
         """Number of gateways to which the controller has links, this gateway included; 0 until the controller reports
         the number."""
@@ -73,8 +79,11 @@ class CurrentController:
             while (frame := await read(context)) is not None:
                 if self.heard_at is not None or frame.HasField("catalog"):
                     self.heard_at = time.monotonic()
+                if frame.sent_at_s:
+                    self.clock_skew_s = frame.sent_at_s - time.time()
                 if frame.HasField("catalog"):
                     self.gateways = frame.catalog.gateways
+                    self.problems = problems_from_pb(frame.catalog.problems)
                     if frame.catalog.HasField("operator_state"):
                         self._keep_operator_state(frame.catalog.operator_state)
                     self._apply_catalog(_entries(frame.catalog), frame.catalog.revision)
@@ -85,6 +94,7 @@ class CurrentController:
             stream.requests.fail_all()
             if self._stream is stream:
                 self._stream = None
+                self.problems = ()
                 log.info("controller.disconnected", controller=stream.controller_id)
 
     async def _write(self, stream: _Stream, context: Any) -> None:

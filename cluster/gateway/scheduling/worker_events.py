@@ -68,7 +68,8 @@ class WorkerEvents:
         self._host.directory.remove_link(link)
         self._scheduler.worker_caches.forget(link)
         self._charges.left(identity, now)
-        self._metrics.count("worker_detected_total", identity.model, link.reason)
+        left = link.draining and link.reason == "lost"
+        self._metrics.count("worker_detected_total", identity.model, "drained" if left else link.reason)
         if not link.draining:
             unreachable = "" if link.reason == "hung" else identity.incarnation
             self._scheduler.policy.losses.lost(link.name, now, unreachable)

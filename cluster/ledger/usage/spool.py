@@ -64,8 +64,8 @@ class SpoolStatistics:
 
     `written` is the number of records appended since the spool was opened. `durable` is how many of the written
     records are fsynced. `pending` is the number of records that are not in the database yet.
-    `oldest_at_s` is the modification time of the oldest segment file in seconds since the epoch, or None if the spool
-    has no segment file. `error` is the last failure.
+    `oldest_at_s` is the modification time of the oldest segment file, or the time since which no record could be
+    written if that is earlier, in seconds since the epoch; None without either. `error` is the last failure.
     """
 
     written: int
@@ -111,6 +111,8 @@ class Spool:
         self._rejected = _count(folder / REJECTED)
         self._written = self._durable = 0
         self._error = ""
+        self._unwritten_since_s: float | None = None
+        """When the first of the writes that have failed since the last good one failed, since the epoch."""
         self._closing = False
         self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="ledger-spool", daemon=True)
@@ -143,7 +145,10 @@ class Spool:
             in_open_segment = self._segment.records if self._segment else 0
             pending = sum(self._closed_segments.values()) + in_open_segment + self._in_write + len(self._waiting)
             paths = [*self._closed_segments, *([self._segment.path] if self._segment else [])]
-            oldest = min((_modified_at(path) for path in paths), default=None)
+            times = [_modified_at(path) for path in paths]
+            oldest = min(
+                [*times, *([] if self._unwritten_since_s is None else [self._unwritten_since_s])], default=None
+            )
             return SpoolStatistics(self._written, self._durable, pending, self._rejected, oldest, self._error)
 
     def close(self) -> None:
@@ -217,7 +222,7 @@ class Spool:
                     segment.records += len(batch)
                     self._in_write = 0
                     self._durable += len(batch)
-                    self._error = ""
+                    self._error, self._unwritten_since_s = "", None
                     position = self._durable
                     self._changed.notify_all()
         except OSError as error:
@@ -240,7 +245,7 @@ class Spool:
         """Close the segment after a failed write. The last line may be torn, so no line may be appended."""
         log.error("usage.spool_not_written", error=error)
         with self._writing, self._changed:
-            self._error = error
+            self._error, self._unwritten_since_s = error, self._unwritten_since_s or time.time()
             segment, self._segment = self._segment, None
             if segment is not None:
                 segment.close()

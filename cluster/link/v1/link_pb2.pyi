@@ -2072,6 +2072,9 @@ class ControllerFrame(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     CATALOG_FIELD_NUMBER: _builtins.int
     ADMIN_REPLY_FIELD_NUMBER: _builtins.int
+    SENT_AT_S_FIELD_NUMBER: _builtins.int
+    sent_at_s: _builtins.float
+    """Since the epoch, by the controller's clock; 0: a controller of an older release."""
     @_builtins.property
     def hello(self) -> Global___ControllerHello: ...
     @_builtins.property
@@ -2084,14 +2087,46 @@ class ControllerFrame(_message.Message):
         hello: Global___ControllerHello | None = ...,
         catalog: Global___Catalog | None = ...,
         admin_reply: Global___AdminReply | None = ...,
+        sent_at_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["admin_reply", b"admin_reply", "catalog", b"catalog", "hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin_reply", b"admin_reply", "catalog", b"catalog", "hello", b"hello"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin_reply", b"admin_reply", "catalog", b"catalog", "hello", b"hello", "sent_at_s", b"sent_at_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ControllerFrame: _TypeAlias = ControllerFrame  # noqa: Y015
+
+@_typing.final
+class Problem(_message.Message):
+    """A fault that the controller sees. Kinds are those of cluster/policy/problems.py; a gateway ignores others."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    OBJECT_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    SINCE_S_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    object: _builtins.str
+    cause: _builtins.str
+    since_s: _builtins.float
+    """since the epoch"""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        object: _builtins.str = ...,
+        cause: _builtins.str = ...,
+        since_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "kind", b"kind", "object", b"object", "since_s", b"since_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Problem: _TypeAlias = Problem  # noqa: Y015
 
 @_typing.final
 class ControllerHello(_message.Message):
@@ -2198,6 +2233,7 @@ class Catalog(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     GATEWAYS_FIELD_NUMBER: _builtins.int
     OPERATOR_STATE_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     gateways: _builtins.int
     """that the controller has links to, this one among them"""
@@ -2207,6 +2243,8 @@ class Catalog(_message.Message):
     def operator_state(self) -> Global___OperatorState:
         """For the next controller. Absent as long as operators have changed nothing."""
 
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedCompositeFieldContainer[Global___Problem]: ...
     def __init__(
         self,
         *,
@@ -2214,10 +2252,11 @@ class Catalog(_message.Message):
         models: _abc.Iterable[Global___CatalogModel] | None = ...,
         gateways: _builtins.int = ...,
         operator_state: Global___OperatorState | None = ...,
+        problems: _abc.Iterable[Global___Problem] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["operator_state", b"operator_state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateways", b"gateways", "models", b"models", "operator_state", b"operator_state", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateways", b"gateways", "models", b"models", "operator_state", b"operator_state", "problems", b"problems", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -258,6 +258,9 @@ def entry(
         fallback=spec.fallback,
         card=about.card,
         tasks=first.tasks if first else (),
+        slo_ttft_s=spec.slo_ttft_s,
+        slo_itl_s=spec.slo_itl_s,
+        slo_target=spec.slo_target,
     )
 
 

@@ -38,6 +38,10 @@ class OperatorRequest:
         """Return whether a model is frozen, by its name or because all models are."""
         return self.all_frozen or model in self.frozen
 
+    def decided_by(self, model: str) -> str:
+        """Return what decides the model's number of replicas: frozen, manual or demand."""
+        return "frozen" if self.is_frozen(model) else "manual" if model in self.manual else "demand"
+
 
 @dataclass(frozen=True, slots=True)
 class RayReplicas:

@@ -53,7 +53,8 @@ class ScalingRequests:
         else:
             self._ask(dataclasses.replace(asked, all_frozen=frozen))
             names = list(self._scaler.names)
-        return [self._scaler.scaling_of(model) for model in names]
+        now = self._scaler.operator_requests
+        return [dataclasses.replace(self._scaler.scaling_of(model), by=now.decided_by(model)) for model in names]
 
     def explain(self, name: str, limit: int) -> ScalingExplanation:
         """Implements `ScalingService.explain`."""

@@ -156,7 +156,7 @@ class ScaledModel:
             min_replicas=spec.min_replicas,
             max_replicas=max(spec.max_replicas, spec.min_replicas),
             idle_s=spec.idle_s,
-            by="frozen" if requests.is_frozen(spec.name) else "manual" if spec.name in requests.manual else "demand",
+            by=requests.decided_by(spec.name),
             why=self._log.why,
             cold_start_s=self._states.cold_start_s,
         )
@@ -179,14 +179,10 @@ class ScaledModel:
 
     def with_scaling_fields(self, entry: CatalogEntry) -> CatalogEntry:
         """Return the model's catalog entry with its scaling fields set."""
-        spec = self._spec
         return dataclasses.replace(
             entry,
             replicas_desired=sum(self.replicas(of_type) for of_type in self._inputs.types),
             cold_start_s=round(self._states.cold_start_s, 1) or entry.cold_start_s or self._assumed_cold_start_s,
-            slo_ttft_s=spec.slo_ttft_s,
-            slo_itl_s=spec.slo_itl_s,
-            slo_target=spec.slo_target,
             starting_since_s=self._states.starting_since_s,
         )
 

@@ -1,13 +1,15 @@
-"""Conversion of gateways' demand reports, and of the work that engines have computed, between cluster.api and
-link.v1.
+"""Conversion between cluster.api and link.v1 of what gateways and the controller report to each other: demand, the work
+that engines have computed, and problems.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from cluster.api.demand import ClassCounts, ComputedWork, ModelDemand
 from cluster.link.v1 import link_pb2 as pb
+from cluster.policy.problems import MAX_PROBLEMS, Finding, Problem
 from cluster.wire.codecs.numbers import MAX_TOTAL_S, bounded
 
 
@@ -102,3 +104,17 @@ def work_from_pb(work: pb.Work) -> ComputedWork:
         work.prefix_query_tokens,
         work.prefix_hit_tokens,
     )
+
+
+def problems_to_pb(problems: Sequence[Problem]) -> Iterable[pb.Problem]:
+    """Encode problems."""
+    return [pb.Problem(kind=p.kind, object=p.object, cause=p.cause, since_s=p.since_s) for p in problems]
+
+
+def problems_from_pb(messages: Sequence[pb.Problem]) -> Sequence[Problem]:
+    """Decode problems, at most MAX_PROBLEMS, each text cut to its bound."""
+    return [
+        Problem.of(Finding(message.kind, message.object, message.cause), message.since_s)
+        for message in messages[:MAX_PROBLEMS]
+        if math.isfinite(message.since_s)
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -18,6 +19,10 @@ from cluster.cli.target.admin_client import open_admin, plain
 from cluster.cli.target.contexts import ClusterTarget
 from cluster.cli.target.target_options import with_admin_target, with_target
 from cluster.client.errors import from_rpc
+from cluster.policy.problems import Hurts
+
+HURTS_CALLERS = 4
+"""Exit code of `status` while a problem hurts callers."""
 
 
 def gather(target: ClusterTarget) -> dict[str, Any]:
@@ -27,6 +32,7 @@ def gather(target: ClusterTarget) -> dict[str, Any]:
     with open_admin(access) as admin:
         entries, age_s = admin.catalog()
         workers = admin.workers()
+        problems = admin.problems()
     run = local_run()
     is_local = run is not None and run.endpoints().get("admin") == address
     endpoints = (
@@ -44,6 +50,7 @@ def gather(target: ClusterTarget) -> dict[str, Any]:
         "context": target.context,
         "endpoints": endpoints,
         "gateways": gateways,
+        "problems": problems,
         "catalog_age_s": age_s,
         "models": models,
         "workers": [plain(worker) for worker in workers],
@@ -52,22 +59,29 @@ def gather(target: ClusterTarget) -> dict[str, Any]:
 
 @with_admin_target
 def status(target: ClusterTarget, as_json: JsonOption = False) -> None:
-    """Show the cluster's endpoints, models and workers."""
+    """Show problems, endpoints, models and workers. The exit code is 4 while a problem hurts callers."""
     state = gather(target)
     if as_json:
         print_json(state)
-        return
+    else:
+        _print(state, target)
+    if any(problem["hurts"] == Hurts.CALLERS for problem in state["problems"] or ()):
+        raise typer.Exit(HURTS_CALLERS)
+
+
+def _print(state: dict[str, Any], target: ClusterTarget) -> None:
     head = f"cluster {state['name']}   " if state["name"] else ""
     head = f"context {target.context}   " if target.context else head
     places = "   ".join(f"{name} {address}" for name, address in state["endpoints"].items())
     out.print(head + places, markup=False)
-    age_s = state["catalog_age_s"]
-    if age_s < 0:
-        out.print("[yellow]no controller has connected to this gateway yet[/yellow]")
-    elif age_s > 30:
-        out.print(
-            f"[yellow]the controller has been silent for {age_s:.0f} s: models are served, but not scaled[/yellow]"
-        )
+    for problem in state["problems"] or ():
+        color = "bold red" if problem["hurts"] == Hurts.CALLERS else "yellow"
+        since = time.strftime("%H:%M:%S", time.localtime(problem["since_s"]))
+        cause = f": {problem['cause']}" if problem["cause"] else ""
+        out.print(f"[{color}]{escape(problem['summary'])}[/{color}] since {since}{escape(cause)}")
+        out.print(f"  {escape(problem['remedy'])} (runbook {problem['runbook']})")
+    if not state["problems"]:
+        out.print("no problem is known" if state["problems"] is not None else "the gateway's release lists no problems")
     if state["gateways"]:
         out.print(_gateway_table(state["gateways"]))
     out.print(_model_table(state["models"]))

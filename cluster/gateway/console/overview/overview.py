@@ -22,10 +22,11 @@ from cluster.gateway.apis.slices import in_slices
 from cluster.gateway.console.overview.parts import FORMAT, MAX_CALLS, Part
 from cluster.gateway.console.overview.rows import LOST, Row
 from cluster.observe.definitions import TTFT_BUCKETS
+from cluster.policy.problems import Problem, ordered
 
 Document = dict[str, Any]
 
-LISTS: Final = ("gateways", "models", "workers", "calls", "tenants", "scaling")
+LISTS: Final = ("problems", "gateways", "models", "workers", "calls", "tenants", "scaling")
 """The lists of a document, whose rows have an `id`."""
 _OWN_CALL: Final = (
     "id", "request_id", "tenant", "model", "api", "state", "outcome", "arrived_s", "queue_s", "ttft_s", "tokens",
@@ -63,6 +64,9 @@ async def merge(parts: Iterable[Part], at: float, has_cost: bool = True) -> Docu
             "age_s": round(min(ages), 1) if ages else None,
             "gateways": max((n for part in chosen if (n := part["controller_gateways"])), default=None),
         },
+        "problems": [
+            problem.row for problem in ordered(Problem(*one) for part in chosen for one in part.get("problems", ()))
+        ],
         "gateways": [part["gateway"] | {"age_s": round(max(at - part["at"], 0.0), 1)} for part in chosen],
         "models": await in_slices(_models(chosen)),
         "workers": await in_slices(_workers(chosen)),
@@ -257,6 +261,7 @@ async def view_of(document: Document, tenant: str, models: Callable[[], Mapping[
         "version": document["version"],
         "step_s": document["step_s"],
         "controller": {"age_s": None, "gateways": None},
+        "problems": nothing,
         "gateways": nothing,
         "models": [_open_model(row, open_models[row["id"]]) for row in document["models"] if row["id"] in open_models],
         "workers": nothing,

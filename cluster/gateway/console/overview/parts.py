@@ -142,6 +142,7 @@ class PartMaker:
                 "tokens_per_s": round(rate, 1),
                 "process": self._process,
             },
+            "problems": [[one.kind, one.object, one.cause, one.since_s] for one in shot.problems],
             "workers": shot.workers,
             "models": models,
             "tenants": tenants,

@@ -25,6 +25,7 @@ from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.observe.metrics import Metrics
 from cluster.policy.limits.budgets import BudgetUse
+from cluster.policy.problems import Problem
 from cluster.policy.tenants.policy import TenantPolicy
 
 TTFT: Final = "time_to_first_token_seconds"
@@ -76,6 +77,7 @@ class Snapshot:
     controller_gateways: int | None = None
     """Number of gateway processes to which the controller has links."""
     policies: Mapping[str, TenantPolicy] = field(default_factory=dict)
+    problems: Sequence[Problem] = ()
     lag: tuple[float, int] = (0.0, 0)
     """Sum of the delays of the event loop in seconds, and number of measurements, since the start."""
 
@@ -95,6 +97,7 @@ class GatewayParts:
     utilization: Callable[[], Iterator[tuple[str, str, float]]]
     policies: Callable[[], Mapping[str, TenantPolicy]] = dict
     budgets: Callable[[], Sequence[BudgetUse]] = tuple
+    problems: Callable[[], Sequence[Problem]] = tuple
     wall: Callable[[], float] = time.time
 
 
@@ -121,6 +124,7 @@ class Survey:
         heard = parts.hub.controller.heard_at
         shot.controller_age_s = None if heard is None else max(time.monotonic() - heard, 0.0)
         shot.controller_gateways = parts.hub.controller.gateways or None
+        shot.problems = parts.problems()
         lag = parts.metrics.histogram(LAG)
         shot.lag = (lag.sum, sum(lag.counts))
         return shot

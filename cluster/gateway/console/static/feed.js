@@ -4,7 +4,7 @@
  * Events are merged into maps by id as they come; subscribers get the changed ids once a frame.
  */
 
-const LISTS = ["gateways", "models", "workers", "calls", "tenants", "scaling"];
+const LISTS = ["problems", "gateways", "models", "workers", "calls", "tenants", "scaling"];
 const STALE_MS = 4000;
 const DOWN_MS = 8000;
 const MAX_WAIT_MS = 8000;

@@ -2,7 +2,7 @@
 
 import { isScoped } from "./api.js";
 import { announce, h, replace, setHidden, setText } from "./dom.js";
-import { compact, count, plural } from "./format.js";
+import { compact, count, plural, timeOfDay } from "./format.js";
 import { modelColumns, modelRows } from "./models_table.js";
 import { gatewayColumns } from "./gateways_table.js";
 import { overviewCharts } from "./overview.js";
@@ -125,7 +125,7 @@ class FleetPage {
   }
 
   _showFailures(models) {
-    const words = failures(models);
+    const words = this._isScoped ? failures(models) : this._feed.rows("problems").map(sentence);
     setHidden(this._failures, !words.length);
     if (words.join("\n") === this._shownFailures) return;
     this._shownFailures = words.join("\n");
@@ -181,6 +181,13 @@ class FleetPage {
       full.length ? `Overloaded: ${full.join(", ")}. All sequences of the workers are in use, and calls wait.` : "",
     );
   }
+}
+
+/** Return what is wrong, why, since when, and what helps. */
+function sentence({ summary, cause, since_s: since, remedy, hurts }) {
+  const what = summary.charAt(0).toUpperCase() + summary.slice(1);
+  const whom = hurts === "callers" ? "Callers notice. " : "";
+  return `${what}${cause ? ` (${cause})` : ""}, since ${timeOfDay(since)}. ${whom}${remedy.charAt(0).toUpperCase()}${remedy.slice(1)}.`;
 }
 
 /** Return a sentence for each model or version that has failed. */
