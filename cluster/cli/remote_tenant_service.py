@@ -118,6 +118,11 @@ class RemoteTenantService:
         request = pb.DeleteTenantRequest(name=f"tenants/{name}", erase=erase, reason=reason)
         return int(self._connection.call(self._tenants.Delete, request).erased_rows)
 
+    def undelete_tenant(self, name: str, *, reason: str = "") -> StoredTenant:
+        """Implements `TenantService.undelete_tenant`."""
+        request = pb.UndeleteTenantRequest(name=f"tenants/{name}", reason=reason)
+        return codec.stored_tenant(self._connection.call(self._tenants.Undelete, request))
+
     def create_key(
         self, tenant: str, name: str = "", *, expires_at: float | None = None, role: str = "caller", reason: str = ""
     ) -> NewKey:

@@ -132,7 +132,13 @@ def script(name: str) -> Iterator[tuple[str, Callable[[LedgerServices, list[Any]
         "some audit",
         lambda d, _: len(list(d.reports.audit(tenant=name, equal={"action": "keys.create"}, since_s=1.0))),
     )
+    yield "not deleted", lambda d, _: d.tenants.undelete_tenant(name)
     yield "delete", lambda d, _: d.tenants.delete_tenant(name, reason="x")
+    yield "undelete", lambda d, _: d.tenants.undelete_tenant(name, reason="a mistake")
+    yield "keys again", lambda d, _: d.tenants.keys(name)
+    yield "undelete nobody", lambda d, _: d.tenants.undelete_tenant("missing")
+    yield "undelete fixed", lambda d, _: d.tenants.undelete_tenant("fixed")
+    yield "delete again", lambda d, _: d.tenants.delete_tenant(name, reason="x")
     yield "erase", lambda d, _: d.tenants.delete_tenant(name, erase=True, reason="x") > 0
     yield "erase again", lambda d, _: d.tenants.delete_tenant(name, erase=True, reason="x")
 

@@ -573,6 +573,28 @@ class ResumeTenantRequest(_message.Message):
 Global___ResumeTenantRequest: _TypeAlias = ResumeTenantRequest  # noqa: Y015
 
 @_typing.final
+class UndeleteTenantRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndeleteTenantRequest: _TypeAlias = UndeleteTenantRequest  # noqa: Y015
+
+@_typing.final
 class Key(_message.Message):
     """Key is a key as it rests: what callers show is kept nowhere."""
 

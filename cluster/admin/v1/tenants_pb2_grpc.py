@@ -60,6 +60,11 @@ class TenantsStub:
                 request_serializer=cluster_dot_admin_dot_v1_dot_tenants__pb2.DeleteTenantRequest.SerializeToString,
                 response_deserializer=cluster_dot_admin_dot_v1_dot_tenants__pb2.DeleteTenantResponse.FromString,
                 _registered_method=True)
+        self.Undelete = channel.unary_unary(
+                '/cluster.admin.v1.Tenants/Undelete',
+                request_serializer=cluster_dot_admin_dot_v1_dot_tenants__pb2.UndeleteTenantRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_tenants__pb2.Tenant.FromString,
+                _registered_method=True)
         self.Suspend = channel.unary_unary(
                 '/cluster.admin.v1.Tenants/Suspend',
                 request_serializer=cluster_dot_admin_dot_v1_dot_tenants__pb2.SuspendTenantRequest.SerializeToString,
@@ -111,6 +116,13 @@ class TenantsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Undelete(self, request, context):
+        """Undelete brings a deleted tenant back, with its limits and keys; NOT_FOUND if it was erased.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Suspend(self, request, context):
         """Suspend ends a tenant's calls and refuses new ones.
         """
@@ -152,6 +164,11 @@ def add_TenantsServicer_to_server(servicer, server):
                     servicer.Delete,
                     request_deserializer=cluster_dot_admin_dot_v1_dot_tenants__pb2.DeleteTenantRequest.FromString,
                     response_serializer=cluster_dot_admin_dot_v1_dot_tenants__pb2.DeleteTenantResponse.SerializeToString,
+            ),
+            'Undelete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undelete,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_tenants__pb2.UndeleteTenantRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_tenants__pb2.Tenant.SerializeToString,
             ),
             'Suspend': grpc.unary_unary_rpc_method_handler(
                     servicer.Suspend,
@@ -300,6 +317,33 @@ class Tenants:
             '/cluster.admin.v1.Tenants/Delete',
             cluster_dot_admin_dot_v1_dot_tenants__pb2.DeleteTenantRequest.SerializeToString,
             cluster_dot_admin_dot_v1_dot_tenants__pb2.DeleteTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undelete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Tenants/Undelete',
+            cluster_dot_admin_dot_v1_dot_tenants__pb2.UndeleteTenantRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_tenants__pb2.Tenant.FromString,
             options,
             channel_credentials,
             insecure,

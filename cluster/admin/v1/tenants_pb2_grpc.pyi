@@ -45,6 +45,8 @@ class TenantsStub:
     """Update changes what the mask names."""
     Delete: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.DeleteTenantRequest, _tenants_pb2.DeleteTenantResponse]
     """Delete takes a tenant away: its calls end and its keys stop. Its usage stays unless it is erased."""
+    Undelete: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.UndeleteTenantRequest, _tenants_pb2.Tenant]
+    """Undelete brings a deleted tenant back, with its limits and keys; NOT_FOUND if it was erased."""
     Suspend: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.SuspendTenantRequest, _tenants_pb2.Tenant]
     """Suspend ends a tenant's calls and refuses new ones."""
     Resume: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.ResumeTenantRequest, _tenants_pb2.Tenant]
@@ -65,6 +67,8 @@ class TenantsAsyncStub(TenantsStub):
     """Update changes what the mask names."""
     Delete: _aio.UnaryUnaryMultiCallable[_tenants_pb2.DeleteTenantRequest, _tenants_pb2.DeleteTenantResponse]  # type: ignore[assignment]
     """Delete takes a tenant away: its calls end and its keys stop. Its usage stays unless it is erased."""
+    Undelete: _aio.UnaryUnaryMultiCallable[_tenants_pb2.UndeleteTenantRequest, _tenants_pb2.Tenant]  # type: ignore[assignment]
+    """Undelete brings a deleted tenant back, with its limits and keys; NOT_FOUND if it was erased."""
     Suspend: _aio.UnaryUnaryMultiCallable[_tenants_pb2.SuspendTenantRequest, _tenants_pb2.Tenant]  # type: ignore[assignment]
     """Suspend ends a tenant's calls and refuses new ones."""
     Resume: _aio.UnaryUnaryMultiCallable[_tenants_pb2.ResumeTenantRequest, _tenants_pb2.Tenant]  # type: ignore[assignment]
@@ -112,6 +116,14 @@ class TenantsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tenants_pb2.DeleteTenantResponse, _abc.Awaitable[_tenants_pb2.DeleteTenantResponse]]:
         """Delete takes a tenant away: its calls end and its keys stop. Its usage stays unless it is erased."""
+
+    @_abc_1.abstractmethod
+    def Undelete(
+        self,
+        request: _tenants_pb2.UndeleteTenantRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tenants_pb2.Tenant, _abc.Awaitable[_tenants_pb2.Tenant]]:
+        """Undelete brings a deleted tenant back, with its limits and keys; NOT_FOUND if it was erased."""
 
     @_abc_1.abstractmethod
     def Suspend(

@@ -53,6 +53,9 @@ class TenantService(Protocol):
     def delete_tenant(self, name: str, *, erase: bool = False, reason: str = "") -> int:
         """Delete a tenant. With `erase`, erase all rows that name the tenant. Returns the number of erased rows."""
 
+    def undelete_tenant(self, name: str, *, reason: str = "") -> StoredTenant:
+        """Bring a deleted tenant back with its policy and keys, unless it was erased."""
+
     def create_key(
         self, tenant: str, name: str = "", *, expires_at: float | None = None, role: str = "caller", reason: str = ""
     ) -> NewKey:
@@ -266,6 +269,12 @@ class LedgerTenantService:
             return 0
 
         return self._audit.run("tenants.delete", f"tenants/{name}", name, reason, operation, quiet=validate_only)
+
+    def undelete_tenant(self, name: str, *, reason: str = "") -> StoredTenant:
+        """Implements `TenantService.undelete_tenant`."""
+        return self._audit.run(
+            "tenants.undelete", f"tenants/{name}", name, reason, lambda: self._ledger.tenants.undelete(name)
+        )
 
     # ---- keys
 

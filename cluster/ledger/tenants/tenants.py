@@ -52,8 +52,8 @@ class Tenants:
             existing = _row(connection, policy.name)
             if existing is not None and existing.removed_at is not None:
                 raise AlreadyExists(
-                    f"tenants/{policy.name} was deleted and its usage is still kept: "
-                    "choose another name, or erase it first (`tenants delete NAME --erase`)"
+                    f"tenants/{policy.name} was deleted and its usage is still kept: bring it back "
+                    "(`tenants undelete NAME`), choose another name, or erase it first (`tenants delete NAME --erase`)"
                 )
             if existing is not None:
                 raise AlreadyExists(f"tenants/{policy.name} exists already; update it instead")
@@ -151,7 +151,8 @@ class Tenants:
         return replace(before, policy=policy, model_aliases=aliases, updated_at=now)
 
     def delete(self, name: str, *, validate_only: bool = False) -> None:
-        """Delete a tenant and revoke the tenant's keys. The tenant's usage stays. Raises NotFound, ManagedByFile."""
+        """Delete a tenant and revoke the tenant's keys. The tenant's usage stays, and `undelete` undoes it. Raises
+        NotFound, ManagedByFile."""
         now = self._clock()
         with writing(self._engine) as connection:
             number = next_change(connection)
@@ -163,6 +164,27 @@ class Tenants:
             revoked = {"revoked_at": now, "changed": number}
             mine = (keys.c.tenant == name) & keys.c.revoked_at.is_(None)
             connection.execute(update(keys).where(mine).values(revoked))
+
+    def undelete(self, name: str) -> StoredTenant:
+        """Bring a deleted tenant back, with its policy and with the keys that its deletion has revoked.
+
+        Raises NotFound if it was erased or never existed, ManagedByFile, AlreadyExists if it is not deleted.
+        """
+        now = self._clock()
+        with writing(self._engine) as connection:
+            number = next_change(connection)
+            row = _row(connection, name)
+            if row is None:
+                raise NotFound(f"tenants/{name} does not exist; an erased tenant cannot come back")
+            if row.removed_at is None:
+                raise AlreadyExists(f"tenants/{name} is not deleted")
+            if row.origin == "file":
+                raise ManagedByFile(f"tenants/{name} was declared in a file: declare it there again and apply the file")
+            values = {"removed_at": None, "updated_at": now, "changed": number}
+            connection.execute(update(tenants).where(tenants.c.name == name).values(values))
+            of_deletion = (keys.c.tenant == name) & (keys.c.revoked_at == row.removed_at)
+            connection.execute(update(keys).where(of_deletion).values({"revoked_at": None, "changed": number}))
+        return self.get(name)
 
     def erase(self, name: str, *, validate_only: bool = False) -> int:
         """Remove every row that names a tenant. Returns the number of rows removed. Raises NotFound, ManagedByFile.

@@ -236,6 +236,26 @@ def test_a_change_that_commits_late_is_not_missed(ledger: Ledger) -> None:
     assert len(ledger.snapshots.read(snapshot).tenants) == 45
 
 
+def test_a_deleted_tenant_comes_back(ledger: Ledger) -> None:
+    """An undeleted tenant has the policy and the keys that it had when it was deleted. A key that was revoked before
+    stays revoked. An erased tenant does not come back."""
+    ledger.tenants.create(ACME)
+    kept, revoked = ledger.keys.create("acme"), ledger.keys.create("acme")
+    ledger.keys.revoke("acme", revoked.stored.id)
+    snapshot = ledger.snapshots.read(None)
+    ledger.tenants.delete("acme")
+    snapshot = ledger.snapshots.read(snapshot)
+    assert reason(snapshot, kept.secret) == "unknown"
+    assert ledger.tenants.undelete("acme").policy == ACME
+    snapshot = ledger.snapshots.read(snapshot)
+    assert [reason(snapshot, key.secret) for key in (kept, revoked)] == ["ok", "revoked"]
+    with pytest.raises(errors.AlreadyExists, match="not deleted"):
+        ledger.tenants.undelete("acme")
+    ledger.tenants.erase("acme")
+    with pytest.raises(errors.NotFound, match="erased"):
+        ledger.tenants.undelete("acme")
+
+
 def test_a_deleted_name_passes_to_nobody_until_erased(ledger: Ledger) -> None:
     """Deleting a tenant revokes the tenant's keys and keeps the tenant's usage and name.
 

@@ -146,13 +146,22 @@ def delete_tenant(
     ] = False,
     yes: YesOption = False,
 ) -> None:
-    """Delete a tenant: its keys stop working at once. Its usage stays unless --erase is given."""
+    """Delete a tenant: its keys stop working at once. Undo with `tenants undelete`, unless --erase is given."""
     if erase:
         confirm(f"Erase every record of {name}? This cannot be undone.", yes, required=True)
     else:
         confirm(f"Delete the tenant {name} and all its keys?", yes)
     rows = service.delete_tenant(name, erase=erase, reason=reason)
     out.print(f"erased {name}: {rows} rows" if erase else f"deleted {name}", markup=False)
+
+
+@tenants_app.command("undelete")
+@with_tenant_service()
+def undelete_tenant(
+    service: TenantService, name: NameArgument, reason: ReasonOption = "", as_json: JsonOption = False
+) -> None:
+    """Bring a deleted tenant back with its limits and keys."""
+    _show_tenants([service.undelete_tenant(name, reason=reason)], as_json, single=True)
 
 
 @keys_app.command("create")

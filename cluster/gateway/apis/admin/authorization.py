@@ -90,6 +90,7 @@ VERBS: Mapping[str, Verb] = {
     "Tenants.List": Verb("read"),
     "Tenants.Update": Verb("tenants", "tenant.name"),
     "Tenants.Delete": Verb("tenants", "name"),
+    "Tenants.Undelete": Verb("tenants", "name"),
     "Tenants.Suspend": Verb("tenants", "name"),
     "Tenants.Resume": Verb("tenants", "name"),
     "Keys.Create": Verb("keys", "parent"),

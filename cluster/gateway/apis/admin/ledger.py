@@ -152,6 +152,12 @@ class TenantsAdmin:
         )
         return pb.DeleteTenantResponse(erased_rows=rows)
 
+    async def Undelete(self, request: pb.UndeleteTenantRequest, caller: AdminCaller) -> pb.Tenant:
+        """Bring a deleted tenant back."""
+        name = codec.tenant_name(request.name, "name")
+        back = await self._services.run(caller, lambda service: service.undelete_tenant(name, reason=request.reason))
+        return codec.tenant_pb(back)
+
     async def Suspend(self, request: pb.SuspendTenantRequest, caller: AdminCaller) -> pb.Tenant:
         """Suspend a tenant."""
         return await self._suspend(request, True, caller)
