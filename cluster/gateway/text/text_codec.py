@@ -51,7 +51,7 @@ class TextCodec:
             control_tokens=self._control_tokens,
             now=now,
         )
-        self._inputs = InputEncoder(tokenizer, files.config, layout.get("pre_tokenizer"))
+        self._inputs = InputEncoder(tokenizer, files.config, layout)
         self._lengths = LengthCheck(tokenizer, layout)
         blocks = BlockEncoder.of(tokenizer, layout, salt=files.salt)
         self.prompts = PromptEncoder(tokenizer, blocks, memory or PromptMemory())

@@ -22,7 +22,6 @@ from cluster.gateway.calls.pooling.pooling_request import (
     PairInputs,
     PoolingInputs,
     PoolingRequest,
-    check_chars,
     text_lengths,
 )
 from cluster.gateway.calls.sequences.life import Life
@@ -151,8 +150,6 @@ class PoolingOpening(CallOpening):
             self.ids = ids_of_inputs(inputs, most, keep, self.text.vocab_size, cuts_left=self.text.cuts_left)
             self.second_text = lambda i: 0
             return
-        if isinstance(inputs, PairInputs) and self.task is PoolingTask.SCORE:
-            check_chars(inputs)
         encoded = await self.text.encode_inputs_async(self.meta.tenant, inputs, most, keep)
         self.ids, self.second_text = encoded.ids, encoded.second_text
 

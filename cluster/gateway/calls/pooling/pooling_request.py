@@ -19,9 +19,6 @@ from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 
 MAX_INPUTS = 2048
 """Maximum number of inputs, documents or pairs in a request; OpenAI's limit for embeddings."""
-MAX_PAIR_CHARS = 64 << 20
-"""Maximum number of characters of all pairs in a request. A text counts once for each of its pairs, since each pair is
-tokenized by itself."""
 WHOLE_CONTEXT = -1
 """Value of `truncate_tokens` that keeps as many tokens as the model's context holds."""
 
@@ -234,16 +231,16 @@ class PairInputs:
 
     @property
     def chars(self) -> int:
-        """Approximate number of characters to encode."""
-        first = _chars(self.first)
-        return (first * len(self.second) if len(self.first) == 1 else first) + _chars(self.second)
+        """Approximate number of characters to encode. A text that all pairs share is encoded once."""
+        return _chars(self.first) + _chars(self.second)
 
     @property
     def lengths(self) -> Sequence[int]:
-        """Approximate number of characters of each input."""
-        first, second = text_lengths(self.first), text_lengths(self.second)
-        whole = first * len(second) if len(first) == 1 else first
-        return [sum(pair) for pair in zip(whole, second, strict=True)]
+        """Approximate number of characters of each input, without a text that all pairs share."""
+        second = text_lengths(self.second)
+        if len(self.first) == 1:
+            return second
+        return [sum(pair) for pair in zip(text_lengths(self.first), second, strict=True)]
 
     @property
     def all_texts(self) -> Sequence[str]:
@@ -272,11 +269,6 @@ class SingleTexts(PairInputs):
 
     def __len__(self) -> int:
         return len(self.first) + len(self.second)
-
-    @property
-    def chars(self) -> int:
-        """Approximate number of characters to encode."""
-        return _chars(self.first) + _chars(self.second)
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -390,17 +382,6 @@ def check_pairs(inputs: PairInputs) -> None:
             inputs.first_field.name,
             f"must hold one text or as many as {inputs.second_field.name} ({len(inputs.second)}); "
             f"holds {len(inputs.first)}",
-        )
-
-
-def check_chars(inputs: PairInputs) -> None:
-    """Raise CallError for pairs with too many characters in all."""
-    if (chars := inputs.chars) > MAX_PAIR_CHARS:
-        first, second = inputs.first_field.name, inputs.second_field.name
-        raise invalid(
-            first,
-            f"the {len(inputs)} pairs of {first} and {second} have {chars} characters in all, where a text counts in "
-            f"each of its pairs; at most {MAX_PAIR_CHARS} are allowed: shorten the texts, or send several requests",
         )
 
 
