@@ -188,6 +188,7 @@ class CallService:
         if opening.request.metadata:
             requests.check_metadata(opening.request.metadata)
         opening.choose_model(self.directory)
+        await self._reservations.charge(opening.meta.principal.tenant, opening.prepaid_tokens)
         await opening.encode(self.directory)
         if not opening.keeps_cut_texts:  # otherwise the text counts in the budget of request bytes until the call ends
             opening.meta.release_body()

@@ -37,6 +37,8 @@ class Call:
     of `clock`."""
 
     is_pooling: ClassVar[bool] = False
+    prepaid_tokens: ClassVar[int] = 0
+    """Number of prompt tokens that were charged before the prompt was read."""
     """Whether the sequences of the call produce vectors instead of tokens (pooling_call.py)."""
     id: str
     model: str

@@ -86,7 +86,8 @@ class QuotaReservations:
         if not call.is_pooling:
             per_output = self._learnt.p95(call.policy.flow, call.model, call.sequences[0].request.sampling.max_tokens)
             output_tokens = len(call.sequences) * per_output
-        ask = ReservationRequest(call.id, call.usage.prompt_tokens, output_tokens, requests=int(not call.counted))
+        prompt_tokens = max(call.usage.prompt_tokens - call.prepaid_tokens, 0)
+        ask = ReservationRequest(call.id, prompt_tokens, output_tokens, requests=int(not call.counted))
         result = await self._reserve(policy, ask)
         self._note(policy.name, result)
         if isinstance(result, LimitRefusal):
@@ -116,7 +117,8 @@ class QuotaReservations:
         reserved tokens. Idempotent."""
         if self._held.pop(call.id, None) is None:
             return
-        settling = self._limits.settle(call.id, call.charged_prompt_tokens, new_tokens(call))
+        prompt_tokens = max(call.charged_prompt_tokens - call.prepaid_tokens, 0)
+        settling = self._limits.settle(call.id, prompt_tokens, new_tokens(call))
         await (settling if self._limits.synchronous else asyncio.shield(self._spawn(settling)))
 
     async def watch(self) -> None:

@@ -349,6 +349,23 @@ async def test_limits_count_the_tokens_of_all_inputs(keyed: Keyed, checkpoint: P
     await keyed.cluster.until_idle()
 
 
+async def test_long_texts_are_charged_before_they_are_read(keyed: Keyed, checkpoint: Path, bundle: Bundle) -> None:
+    """A call with long texts counts at least a token for each 64 characters, however few tokens are left of them. If the
+    limit does not allow that, the texts are not tokenized."""
+    await keyed.cluster.add_worker(sim_engine(checkpoint, **EMBEDDER), bundle)
+    key = await keyed.key("some", limits={"tokens_per_minute": 2000})
+    body = {"model": "sim", "input": "a b " * 16_000, "truncate_prompt_tokens": 2}
+    reply = await keyed.fetch("/v1/embeddings", body, key=key)
+    assert (reply.status, reply.json["usage"]["prompt_tokens"]) == (200, 2)
+    await keyed.cluster.until_idle()
+    assert int(reply.headers["x-ratelimit-remaining-tokens"]) in range(1000, 1020)
+    reply = await keyed.fetch("/v1/embeddings", {**body, "input": "a b " * 48_000}, key=key)
+    assert (reply.status, reply.error["code"]) == (429, "rate_limited")
+    reply = await keyed.fetch("/v1/embeddings", {**body, "input": "a b " * 5_000}, key=key)
+    assert int(reply.headers["x-ratelimit-remaining-tokens"]) in range(990, 1100)
+    await keyed.cluster.until_idle()
+
+
 async def test_guards_read_every_input(keyed: Keyed, checkpoint: Path, bundle: Bundle) -> None:
     """For every form of input, a guard either redacts a text before it is embedded, or refuses the call. The prompt log
     holds the inputs."""

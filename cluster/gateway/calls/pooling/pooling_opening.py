@@ -42,6 +42,10 @@ MAX_UNCOUNTED_CHARS: Final = 64 << 10
 """Number of characters, or of token ids, in texts that may be cut without counting in the budget of request bytes."""
 CHARS_PER_TOKEN: Final = 16
 """Largest ratio of characters to tokens at which the queue's bound on tokens also bounds the memory of the texts."""
+READ_CHARS: Final = 32_768
+READ_CHARS_PER_TOKEN: Final = 64
+"""A request with more than READ_CHARS characters counts at least one token for each READ_CHARS_PER_TOKEN characters,
+however few tokens are left of its texts. These tokens are charged before the texts are read."""
 SHOWN_LENGTHS: Final = 32
 """Maximum number of vector lengths that an error message lists."""
 
@@ -55,6 +59,12 @@ class PoolingOpening(CallOpening):
     inputs: PoolingInputs = field(init=False)
     ids: PackedIds | Sequence[array[int]] = field(init=False, default=())
     second_text: Callable[[int], int] = field(init=False)
+
+    @property
+    def prepaid_tokens(self) -> int:
+        """Number of tokens that are charged before the inputs are read."""
+        chars = 0 if isinstance(self.inputs, IdsInputs) else self.inputs.chars
+        return chars // READ_CHARS_PER_TOKEN if chars > READ_CHARS else 0
 
     @property
     def prompt(self) -> PoolingInputs:
@@ -187,6 +197,7 @@ class PoolingOpening(CallOpening):
             **self.call_fields(kind, request.priority_class, request.metadata, scheduler, clock),
             inputs=self.inputs,
             task=self.task,
+            prepaid_tokens=self.prepaid_tokens,
         )
         call.affinity = self.affinity(request.affinity_key, call.policy.flow)
         self.call = call
