@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.apis.bodies import Bodies
-from cluster.gateway.apis.unread_answers import UnreadAnswers
 from cluster.gateway.auth.authenticator import Authenticator, NoAuthentication
 from cluster.gateway.call_undo import UndoSteps, close_guards
 from cluster.gateway.calls import request as requests
@@ -30,6 +29,7 @@ from cluster.gateway.calls.records.end_metrics import EndMetrics
 from cluster.gateway.calls.records.trace_facts import call_facts
 from cluster.gateway.calls.sequences.life import Life
 from cluster.gateway.calls.tokenization import Tokenization, worker_renderer
+from cluster.gateway.calls.unread_answers import UnreadAnswer, UnreadAnswers
 from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.quotas.reservations import QuotaReservations
 from cluster.gateway.scheduling.scheduler import Scheduler
@@ -125,17 +125,22 @@ class CallService:
             raise
         meta.counted = True
 
-    def open(self, request: requests.GenerationRequest, meta: CallMeta) -> CallContext[Opening, Call]:
+    def open(
+        self, request: requests.GenerationRequest, meta: CallMeta, unread: UnreadAnswer | None = None
+    ) -> CallContext[Opening, Call]:
         """Return the async context manager in which a call is open. Entering it raises CallError if the call cannot
-        run. An error that is raised inside it ends the call, and determines the outcome of the call."""
-        opening = Opening(meta, self.clock(), request)
+        run. An error that is raised inside it ends the call, and determines the outcome of the call. `unread`: counts
+        the answer; None if its chunks are sent at once or it has only text."""
+        opening = Opening(meta, self.clock(), request, unread)
         self._trace(opening, meta.traceparent)
         return CallContext(opening, self._begin, self._at_end, self.clock)
 
-    def open_pooling(self, request: PoolingRequest, meta: CallMeta) -> CallContext[PoolingOpening, PoolingCall]:
+    def open_pooling(
+        self, request: PoolingRequest, meta: CallMeta, unread: UnreadAnswer | None = None
+    ) -> CallContext[PoolingOpening, PoolingCall]:
         """Open a call for a pooling request, which asks for vectors or scores and not for generated tokens. The result
         is used like the result of `open`."""
-        opening = PoolingOpening(meta, self.clock(), request)
+        opening = PoolingOpening(meta, self.clock(), request, unread)
         self._trace(opening, meta.traceparent)
         return CallContext(opening, self._begin_pooling, self._at_end, self.clock)
 
@@ -165,9 +170,14 @@ class CallService:
         opening.meta.release_body()
         if opening.meta.principal.tenant.guards:
             await self._guard_prompt(opening, cleanup)
+        call = opening.create_call(self._scheduler, self.authenticator, self._metrics, self.clock, self._new_life)
+        if opening.unread is not None:
+            max_tokens = call.sequences[0].request.sampling.max_tokens
+            tokens = self._scheduler.charges.learnt.p95(call.policy.flow, call.model, max_tokens)
+            await opening.unread.hold(opening.answer_bytes(tokens))
+            self.calls.check_not_closing()
         if (suspended := self.authenticator.tenant_error(opening.meta.tenant)) is not None:  # since the call arrived
             raise suspended
-        call = opening.create_call(self._scheduler, self.authenticator, self._metrics, self.clock, self._new_life)
         self._hold_open(call, opening, cleanup)
         if (resumes := self.resumes) is not None and opening.request.resumable:
             cleanup.add(call, (resumes.give_up, lambda call, outcome: resumes.leave(call)))
@@ -188,6 +198,9 @@ class CallService:
         if opening.request.metadata:
             requests.check_metadata(opening.request.metadata)
         opening.choose_model(self.directory)
+        if opening.unread is not None:
+            await opening.unread.hold(opening.answer_bytes)
+            self.calls.check_not_closing()
         await self._reservations.charge(opening.meta.principal.tenant, opening.prepaid_tokens)
         await opening.encode(self.directory)
         if not opening.keeps_cut_texts:  # otherwise the text counts in the budget of request bytes until the call ends

@@ -19,7 +19,7 @@ from cluster.http2.limits import CLIENT_FAULT, Charges, ServerLimits
 from cluster.http2.messages import BadMessage, Metadata, RequestHead, headers_of, status_message
 from cluster.http2.output import ConnectionCore
 from cluster.http2.request_body import RequestStream
-from cluster.http2.response import ResponseWriter
+from cluster.http2.response import MOST_AT_ONCE, ResponseWriter
 
 if TYPE_CHECKING:
     from h2.stream import H2Stream
@@ -143,6 +143,17 @@ class ServerCall(ResponseWriter):
         self.send(message if self.serializer is None else self.serializer(message))
         if self.full:
             await self.wait_until_writable()
+
+    async def write_parts(self, parts: list[bytes | bytearray]) -> None:
+        """Send one message that is given in parts, as the client reads. The list is emptied."""
+        self.begin_message(sum(map(len, parts)))
+        parts.reverse()
+        while parts and not self.closed:
+            self._pending += parts.pop()
+            if len(self._pending) >= MOST_AT_ONCE or not parts:
+                self.push()
+                await asyncio.sleep(0)  # for the socket, which may take less
+                await self.wait_until_writable()
 
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: Sequence[tuple[str, str | bytes]] = ()

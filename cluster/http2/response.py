@@ -77,11 +77,15 @@ class ResponseWriter:
             h2.outbound_flow_control_window -= frame
             self._output.write(DATA_HEAD[frame] + self._id_bytes + MESSAGE_HEAD[size] + message)
             return
+        self.begin_message(size)
+        self._pending += message
+        self.push()
+
+    def begin_message(self, size: int) -> None:
+        """Queue the beginning of a message: the headers if they are not sent yet, and the size of the message."""
         if not self._head_sent:
             self.send_head()
         self._pending += b"\x00" + size.to_bytes(4, "big")
-        self._pending += message
-        self.push()
 
     def call_before_flush(self, function: Callable[[], None]) -> None:
         """Call a function, which may send messages, before the connection next sends bytes. This happens in the current

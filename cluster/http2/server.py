@@ -136,7 +136,8 @@ class CallRunner:
             else:
                 behave = handler.stream_unary if handler.request_streaming else handler.unary_unary
                 response = await behave(request, call)
-                call.send(handler.response_serializer(response))
+                if response is not None:  # otherwise the handler has written its response
+                    call.send(handler.response_serializer(response))
             call.finish()
         except grpc.aio.AbortError:
             call.finish()

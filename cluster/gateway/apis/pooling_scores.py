@@ -13,7 +13,7 @@ from typing import Final
 
 from cluster.api.pooling import PoolingTask
 from cluster.gateway.calls.pooling.pooling_call import PoolingCall
-from cluster.gateway.calls.pooling.pooling_request import PairInputs, ParsedPooling, text_lengths
+from cluster.gateway.calls.pooling.pooling_request import PairInputs, ParsedPooling
 
 ROWS_BYTES: Final = 1 << 20
 """Bytes of vectors that are multiplied before other tasks of the event loop run."""
@@ -66,10 +66,3 @@ def ranked(parsed: ParsedPooling, scores: Sequence[float]) -> list[Ranked]:
     order = sorted(range(len(scores)), key=lambda i: -scores[i])[: parsed.top_n or None]
     texts = inputs.second if parsed.returns_documents else None
     return [Ranked(i, scores[i], None if texts is None else texts[i]) for i in order]
-
-
-def answer_bytes(vectors: Sequence[bytes], parsed: ParsedPooling) -> int:
-    """Return the approximate size of an answer in bytes. A value of 4 bytes has about 12 characters in JSON."""
-    inputs = parsed.request.inputs
-    documents = sum(text_lengths(inputs.second)) if isinstance(inputs, PairInputs) and parsed.returns_documents else 0
-    return max(3 * sum(map(len, vectors)) + documents, 1)

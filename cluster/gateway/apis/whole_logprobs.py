@@ -2,7 +2,8 @@
 
 Problem: the log probabilities of one answer may take seconds to encode, which would block the event loop, and as Python
 objects they take several KB per token. So they are encoded while the model generates, in slices of time, and an open
-call keeps only the encoded bytes. MAX_LOGPROBS in calls/request.py bounds the number of log probabilities of a call.
+call keeps only the encoded bytes. MAX_LOGPROBS in calls/request.py bounds the number of log probabilities of a call,
+and the budget for answers (unread_answers.py) the memory of all calls.
 """
 
 from __future__ import annotations
@@ -14,24 +15,30 @@ from typing import Final, Protocol
 from cluster.gateway.apis.slices import in_slices
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.sequences.pieces import Piece
+from cluster.gateway.calls.unread_answers import LOGPROB_BYTES, UnreadAnswer
 from cluster.gateway.text.logprobs import TokenLogprob
 
 BLOCK_BYTES: Final = 65_536
 """Number of bytes from which a block of encoded log probabilities is not extended further."""
+COUNTED_TOKENS: Final = 64
+"""Number of encoded tokens after which the memory of the answer is counted again."""
 
 
 class EncodedList:
-    """Encoded items with a separator between them, joined in blocks of about BLOCK_BYTES."""
+    """Encoded items with a separator between them, joined in blocks of about BLOCK_BYTES. `size`: approximate number of
+    bytes."""
 
-    __slots__ = ("_separator", "blocks")
+    __slots__ = ("_separator", "blocks", "size")
 
     def __init__(self, separator: bytes = b"") -> None:
         self._separator = separator
         self.blocks: list[bytearray] = []
+        self.size = 0
 
     def add(self, item: bytes) -> None:
         """Append an item."""
         blocks = self.blocks
+        self.size += len(item) + 1
         if not blocks:
             blocks.append(bytearray(item))
             return
@@ -44,6 +51,10 @@ class EncodedList:
 class ChoiceLogprobs(Protocol):
     """Encoder of the log probabilities of one choice in the form of one API."""
 
+    @property
+    def size(self) -> int:
+        """Approximate number of encoded bytes."""
+
     def add(self, t: TokenLogprob) -> None:
         """Add the next token of the choice."""
 
@@ -54,15 +65,17 @@ class ChoiceLogprobs(Protocol):
 class WholeAnswer:
     """The answer to one call: its pieces, one for each choice, and the encoded log probabilities of each choice."""
 
-    def __init__(self, call: Call, encoder: Callable[[], ChoiceLogprobs]) -> None:
-        """`encoder`: returns a new encoder for the log probabilities of one choice."""
+    def __init__(self, call: Call, encoder: Callable[[], ChoiceLogprobs], unread: UnreadAnswer) -> None:
+        """`encoder`: returns a new encoder for the log probabilities of one choice. `unread`: counts the answer."""
         self._call = call
+        self._unread = unread
         self.logprobs = [encoder() for _ in call.sequences]
         self.pieces: list[Piece] = []
         """The pieces, without log probabilities. Empty until `gather` has returned."""
 
     async def gather(self) -> None:
-        """Wait for the end of the call, and encode the log probabilities as they arrive. Raises the call's error."""
+        """Wait for the end of the call, and encode the log probabilities as they arrive. Raises the call's error, and
+        CallError if the budget has no room for the answer."""
         output = self._call.output
         await in_slices(self._encode_arrived())
         while not output.finished and output.error is None:
@@ -74,11 +87,15 @@ class WholeAnswer:
         for piece in pieces:
             piece.logprobs = ()
         self.pieces = pieces
+        size = self.size
+        self._unread.grow(size)
+        self._unread.shrink(size)
 
     @property
     def size(self) -> int:
-        """Number of bytes of the encoded log probabilities."""
-        return sum(len(part) for choice in self.logprobs for part in choice.parts())
+        """Approximate memory of the answer in bytes."""
+        encoded = sum(choice.size for choice in self.logprobs) + sum(piece.chars for piece in self.pieces)
+        return max(encoded + self._call.output.unread_logprobs * LOGPROB_BYTES, 1)
 
     def _encode_arrived(self) -> Iterator[None]:
         """Remove the log probabilities that have arrived from the sequences, and encode them as `_encode` does."""
@@ -92,6 +109,9 @@ class WholeAnswer:
         """Encode log probabilities of a choice, one token in each step of the returned iterator. The list is emptied
         meanwhile, because freeing many tokens at once would block the event loop."""
         logprobs.reverse()
+        position_bytes = (1 + len(logprobs[0].top)) * LOGPROB_BYTES if logprobs else 0
         while logprobs:
             self.logprobs[index].add(logprobs.pop())
+            if len(logprobs) % COUNTED_TOKENS == 0:
+                self._unread.grow(self.size + len(logprobs) * position_bytes)
             yield

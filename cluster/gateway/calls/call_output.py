@@ -129,6 +129,12 @@ class CallOutput:
         return sequences[0].pieces.pop_text()
 
     @property
+    def unread_logprobs(self) -> int:
+        """Approximate number of log probabilities that the API has not fetched yet, alternatives included."""
+        buffers = [sequence.pieces.logprobs for sequence in self._sequences]
+        return sum(len(buffer) * (1 + len(buffer[0].top)) for buffer in buffers if buffer)
+
+    @property
     def finished(self) -> bool:
         """Whether every sequence has finished without an error."""
         return all(sequence.finish_reason for sequence in self._sequences)

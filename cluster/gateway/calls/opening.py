@@ -20,6 +20,7 @@ from cluster.gateway.calls.sequences.life import Life
 from cluster.gateway.calls.sequences.sequence import OutputSequence
 from cluster.gateway.calls.tokenization import RendererOf, encode
 from cluster.gateway.calls.tools import with_tools
+from cluster.gateway.calls.unread_answers import JSON_LOGPROB_BYTES, UnreadAnswer
 from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.scheduling.scheduler import Scheduler
@@ -44,6 +45,8 @@ class Opening(CallOpening):
     """A generation call that is being opened (see CallOpening)."""
 
     request: requests.GenerationRequest
+    unread: UnreadAnswer | None = None
+    """Counts the answer, if it is gathered and may be large."""
     chain: TokenChain | None = field(init=False, default=None)
     """Chain of the presented resume tokens, if the call began at another gateway."""
     renderer_of: RendererOf = field(init=False)
@@ -183,6 +186,11 @@ class Opening(CallOpening):
             call.sequences.append(self._sequence(call, index, first, life()))
         self.call = call
         return call
+
+    def answer_bytes(self, tokens: int) -> int:
+        """Return the approximate size of an answer with log probabilities and with `tokens` tokens in each output."""
+        options = self.request.options
+        return options.n * tokens * (1 + (options.logprobs or 0)) * JSON_LOGPROB_BYTES
 
     def _sampling(self) -> Sampling:
         """Return the sampling parameters of the call."""

@@ -16,9 +16,12 @@ from typing import Protocol
 
 from cluster.api.outcomes import CallError
 from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.unread_answers import LOGPROB_BYTES, UnreadAnswers
 
 MAX_WRITES_A_CALLBACK = 128
 """Number of writes, about a millisecond of work, before other callbacks of the event loop run."""
+COUNT_S = 0.25
+"""Seconds between two counts of the log probabilities that wait for a client that does not read."""
 
 
 class Transport(Protocol):
@@ -75,7 +78,7 @@ class StreamWriter:
         try:
             self.mark()
             while not await self._paused:
-                await self._transport.wait_until_writable()
+                await self._wait_for_client()
                 self._paused = self._delivery.loop.create_future()
                 self._open = True
                 self.mark()
@@ -87,6 +90,20 @@ class StreamWriter:
             self._paused.cancel()
         if self._error is not None:
             raise self._error
+
+    async def _wait_for_client(self) -> None:
+        """Wait until the client reads. Log probabilities that arrive meanwhile take far more memory than text, so they
+        count in the budget for answers. Raises CallError if it has no room for them."""
+        call = self._call
+        if call.sequences[0].logprob_texts is None:
+            return await self._transport.wait_until_writable()
+        with self._delivery.unread_answers.answer(call.tenant) as unread:
+            while True:
+                try:
+                    async with asyncio.timeout(COUNT_S):
+                        return await self._transport.wait_until_writable()
+                except TimeoutError:
+                    unread.grow(call.output.unread_logprobs * LOGPROB_BYTES)
 
     def mark(self) -> None:
         """Schedule a call of `write`, because the call has an update."""
@@ -143,8 +160,9 @@ class StreamWriter:
 class ChunkDelivery:
     """Scheduler of the writes of one API: a single callback runs all stream writers that have new output."""
 
-    def __init__(self) -> None:
+    def __init__(self, unread_answers: UnreadAnswers) -> None:
         self.loop = asyncio.get_running_loop()
+        self.unread_answers = unread_answers
         self._marked: deque[StreamWriter] = deque()
 
     def add(self, writer: StreamWriter) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from math import isfinite
 from typing import Final, Protocol
 
+from cluster.api.frozen import frozen_dataclass
 from cluster.api.types import PositionLogprobs
 
 LEAST_LOGPROB: Final = -9999.0
@@ -31,7 +31,7 @@ class TokenTexts(Protocol):
         """Return the text of several tokens."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen_dataclass
 class TokenLogprob:
     """The log probability of one token. `top`: the sampled token, followed by the most likely other tokens at the same
     position."""

@@ -18,8 +18,10 @@ from cluster.gateway.apis.grpc import answers as grpc_answers
 from cluster.gateway.apis.openai import answers
 from cluster.gateway.apis.openai.logprobs import ChatLogprobs, CompletionLogprobs, chat_logprobs
 from cluster.gateway.apis.whole_logprobs import ChoiceLogprobs, WholeAnswer
+from cluster.gateway.calls.unread_answers import LOGPROB_BYTES, AnswerBounds, UnreadAnswers
 from cluster.gateway.text.logprobs import TokenLogprob
 from cluster.v1 import inference_pb2 as pb
+from tests.support.cluster import until
 from tests.support.cpu import Steps
 from tests.support.logprobs import generate, logprob_call
 
@@ -76,7 +78,7 @@ async def gathered(
     """Return a whole answer with two choices, whose tokens arrived in several steps, with the log probabilities of each
     choice and the call. The second choice has no token."""
     call = logprob_call(outputs=2)
-    whole = WholeAnswer(call, encoder)
+    whole = WholeAnswer(call, encoder, UnreadAnswers().answer("t"))
     gathering = asyncio.create_task(whole.gather())
     first: list[TokenLogprob] = []
     for _ in range(steps):
@@ -119,7 +121,7 @@ async def test_a_grpc_response_is_the_same_message() -> None:
     builds: Sequence[Callable[..., Any]] = (grpc_answers.chat_response, grpc_answers.complete_response)
     for build in builds:
         expected = build(call, whole.pieces)
-        data = grpc_answers.response_with_logprobs(build(call, whole.pieces), whole.logprobs)
+        data = b"".join(grpc_answers.response_with_logprobs(build(call, whole.pieces), whole.logprobs))
         for choice, some in zip(expected.choices, logprobs, strict=True):
             choice.logprobs.extend(grpc_answers.logprobs_pb(some))
         parsed = (pb.ChatResponse if isinstance(expected, pb.ChatResponse) else pb.CompleteResponse).FromString(data)
@@ -133,7 +135,7 @@ async def test_the_event_loop_is_not_blocked(encoder: Callable[[], ChoiceLogprob
     """Many log probabilities that arrive together are encoded in slices: no step of the event loop takes a large share
     of the whole time, whether or not the output ends with them. The finished answer is not encoded a second time."""
     call = logprob_call()
-    whole = WholeAnswer(call, encoder)
+    whole = WholeAnswer(call, encoder, UnreadAnswers().answer("t"))
     generate(call, 3000, 20)
     if ended:
         call.sequences[0].finish("length")
@@ -157,7 +159,7 @@ async def test_the_event_loop_is_not_blocked(encoder: Callable[[], ChoiceLogprob
 async def test_an_open_call_keeps_only_bytes(encoder: Callable[[], ChoiceLogprobs]) -> None:
     """While the model generates, the log probabilities that have arrived are encoded and dropped, for every choice."""
     call = logprob_call(outputs=2)
-    whole = WholeAnswer(call, encoder)
+    whole = WholeAnswer(call, encoder, UnreadAnswers().answer("t"))
     gathering = asyncio.create_task(whole.gather())
     for _ in range(3):
         for index in range(2):
@@ -169,10 +171,30 @@ async def test_an_open_call_keeps_only_bytes(encoder: Callable[[], ChoiceLogprob
     gathering.cancel()
 
 
+@pytest.mark.parametrize("encoder", ENCODERS)
+async def test_the_memory_of_an_answer_counts(encoder: Callable[[], ChoiceLogprobs]) -> None:
+    """An answer counts the log probabilities that have arrived and those that are encoded. When the budget is full, the
+    call fails before all of them are encoded."""
+    call = logprob_call()
+    answers = UnreadAnswers(AnswerBounds(tenant=2_000_000))
+    with answers.answer("t") as other, answers.answer("t") as unread:
+        other.grow(1)
+        whole = WholeAnswer(call, encoder, unread)
+        gathering = asyncio.create_task(whole.gather())
+        generate(call, 200, 20)
+        await until(lambda: not call.output.unread_logprobs and whole.size > 200 * 20, "the tokens are encoded")
+        assert 200 * 20 * 10 < unread.size <= 200 * 21 * LOGPROB_BYTES + whole.size
+        generate(call, 1000, 20)
+        with pytest.raises(CallError, match="lower n, max_tokens or top_logprobs"):
+            await gathering
+        assert answers.held <= 2_000_000
+    assert not answers.held
+
+
 async def test_a_failed_call_has_no_answer() -> None:
     """If the call fails after some tokens, its error is raised."""
     call = logprob_call()
-    gathering = asyncio.create_task(WholeAnswer(call, ChatLogprobs).gather())
+    gathering = asyncio.create_task(WholeAnswer(call, ChatLogprobs, UnreadAnswers().answer("t")).gather())
     generate(call, 2, 2)
     await asyncio.sleep(0)
     call.fail(CallError(Outcome.WORKER_LOST, "the worker was lost"))

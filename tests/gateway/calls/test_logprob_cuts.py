@@ -13,15 +13,17 @@ import pytest
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.apis.grpc.chunk_encoders import CHAT, GrpcEncoder, encoder_for
 from cluster.gateway.apis.openai.answers import ChatStream, SseEncoder
-from cluster.gateway.calls import logprob_cuts
+from cluster.gateway.calls import logprob_cuts, stream_writer
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.logprob_cuts import MAX_CHUNK_LOGPROBS, LogprobCuts
 from cluster.gateway.calls.request import MAX_N, MAX_TOP_LOGPROBS
 from cluster.gateway.calls.sequences.pieces import Piece
 from cluster.gateway.calls.stream_writer import ChunkDelivery, StreamWriter
+from cluster.gateway.calls.unread_answers import LOGPROB_BYTES, AnswerBounds, UnreadAnswers
 from cluster.gateway.resume_tokens.token_chain import CallHead, decode
 from cluster.gateway.resume_tokens.tokens import ResumeTokens
 from cluster.v1 import inference_pb2 as pb
+from tests.support.cluster import until
 from tests.support.logprobs import generate, logprob_call
 
 HEAD = CallHead("chatcmpl-1", "r1", "acme", "key:k1", "sim", "d1", "p1")
@@ -102,7 +104,7 @@ class SlowClient:
 async def written(call: Call, encoder: Any) -> list[bytes]:
     """Return the chunks that a StreamWriter sends to a slow client until the call ends."""
     client = SlowClient()
-    await asyncio.wait_for(StreamWriter(call, encoder, client, ChunkDelivery()).run(), 10.0)
+    await asyncio.wait_for(StreamWriter(call, encoder, client, ChunkDelivery(UnreadAnswers())).run(), 10.0)
     assert encoder.ended
     return client.chunks
 
@@ -159,7 +161,9 @@ async def test_a_pass_of_the_event_loop_writes_one_cut(monkeypatch: pytest.Monke
     call.sequences[0].finish("length")
     chunks: list[bytes] = []
     transport = SimpleNamespace(full=False, send=chunks.append)
-    writer = StreamWriter(call, GrpcEncoder(CHAT, call, cast(Any, None)), cast(Any, transport), ChunkDelivery())
+    writer = StreamWriter(
+        call, GrpcEncoder(CHAT, call, cast(Any, None)), cast(Any, transport), ChunkDelivery(UnreadAnswers())
+    )
     writing = asyncio.create_task(writer.run())
     sent = [0]
     while not writing.done():
@@ -167,3 +171,29 @@ async def test_a_pass_of_the_event_loop_writes_one_cut(monkeypatch: pytest.Monke
         sent.append(len(chunks))
     assert max(after - before for before, after in itertools.pairwise(sent)) == 1
     assert len(chunks) == 50
+
+
+@pytest.mark.parametrize("tenant_bytes", [100 * 21 * LOGPROB_BYTES, 1 << 30])
+async def test_unread_log_probabilities_count_in_the_budget(monkeypatch: pytest.MonkeyPatch, tenant_bytes: int) -> None:
+    """While a client does not read its stream, the log probabilities that wait count in the budget for answers. If it
+    has no room for them, the call ends with an error that names the remedy."""
+    monkeypatch.setattr(stream_writer, "COUNT_S", 0.001)
+    answers = UnreadAnswers(AnswerBounds(tenant=tenant_bytes, guaranteed=0))
+    call, reads = logprob_call(), asyncio.Event()
+    client = SimpleNamespace(full=True, send=lambda data: None, wait_until_writable=reads.wait)
+    writer = StreamWriter(call, GrpcEncoder(CHAT, call, cast(Any, None)), cast(Any, client), ChunkDelivery(answers))
+    with answers.answer("t") as other:
+        other.grow(1)
+        writing = asyncio.create_task(writer.run())
+        generate(call, 101, 20)
+        if tenant_bytes < 1 << 30:
+            with pytest.raises(CallError, match="read answers faster"):
+                await asyncio.wait_for(writing, 60.0)
+        else:
+            await until(lambda: answers.held > 1, "the log probabilities are counted")
+            assert answers.held == 1 + 101 * 21 * LOGPROB_BYTES
+            call.sequences[0].finish("length")
+            client.full = False
+            reads.set()
+            await asyncio.wait_for(writing, 60.0)
+        assert answers.held == 1

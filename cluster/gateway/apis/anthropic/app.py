@@ -87,7 +87,7 @@ class AnthropicApi:
         except CallError as error:
             raise with_messages_names(error, parsed.names) from None
         message = answers.whole_message(answers.message_head(call), call.usage, answers.tool_ids(call), piece)
-        await exchange.respond(200, body(message), exchange.limit_headers)
+        await exchange.respond_once_read(body(message), self._service.unread_answers)
 
     async def _count_tokens(self, exchange: Exchange) -> None:
         parsed, meta = await self._calls.read("count_tokens", exchange)

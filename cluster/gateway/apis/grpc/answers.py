@@ -237,6 +237,11 @@ class MessageLogprobs:
     def __init__(self) -> None:
         self._fields = EncodedList()
 
+    @property
+    def size(self) -> int:
+        """Approximate number of encoded bytes. Implements ChoiceLogprobs."""
+        return self._fields.size
+
     def add(self, t: TokenLogprob) -> None:
         """Add the next token. Implements ChoiceLogprobs."""
         self._fields.add(pb.Choice(logprobs=logprobs_pb((t,))).SerializeToString())  # same bytes in CompleteChoice
@@ -248,15 +253,15 @@ class MessageLogprobs:
 
 def response_with_logprobs(
     response: pb.ChatResponse | pb.CompleteResponse, logprobs: Sequence[ChoiceLogprobs]
-) -> bytes:
-    """Return a serialized response whose choices have log probabilities. `response`: the response without log
+) -> list[bytes | bytearray]:
+    """Return a serialized response whose choices have log probabilities, in parts. `response`: the response without log
     probabilities. `logprobs`: the encoded log probabilities of each choice."""
     parts: list[bytes | bytearray] = []
     for choice, encoded in zip(response.choices, logprobs, strict=True):
         fields = [choice.SerializeToString(), *encoded.parts()]
         parts += [b"\x22", varint(sum(map(len, fields))), *fields]
     del response.choices[:]
-    return b"".join([response.SerializeToString(), *parts])  # the order of fields in a message is free
+    return [response.SerializeToString(), *parts]  # the order of fields in a message is free
 
 
 def complete_response(call: Call, pieces: Sequence[Piece]) -> pb.CompleteResponse:
@@ -267,15 +272,18 @@ def complete_response(call: Call, pieces: Sequence[Piece]) -> pb.CompleteRespons
     )
 
 
-def embed_response(call: PoolingCall, vectors: Sequence[bytes]) -> bytes:
-    """Return an EmbedResponse. The bytes of each vector are copied, since protobuf encodes packed floats as the same
-    little-endian float32 values."""
-    parts = [pb.EmbedResponse(id=call.id, model=call.model, created=_now()).SerializeToString()]
+def embed_response(call: PoolingCall, vectors: list[bytes]) -> list[bytes | bytearray]:
+    """Return an EmbedResponse in parts. The bytes of each vector are one, since protobuf encodes packed floats as the
+    same little-endian float32 values. The list of vectors is emptied."""
+    parts: list[bytes | bytearray] = [
+        pb.EmbedResponse(id=call.id, model=call.model, created=_now()).SerializeToString()
+    ]
     for index, vector in enumerate(vectors):
         head = (b"\x08" + varint(index) if index else b"") + b"\x12" + varint(len(vector))
-        parts += [b"\x22", varint(len(head) + len(vector)), head, vector]
+        parts += [b"\x22" + varint(len(head) + len(vector)) + head, vector]
+    vectors.clear()
     parts.append(pb.EmbedResponse(usage=usage_pb(call.usage)).SerializeToString())
-    return b"".join(parts)
+    return parts
 
 
 def rerank_response(call: PoolingCall, results: Sequence[Ranked]) -> bytes:
@@ -287,12 +295,12 @@ def rerank_response(call: PoolingCall, results: Sequence[Ranked]) -> bytes:
     return response.SerializeToString()
 
 
-def event_answer(call_id: int, is_embed: bool, answer: bytes) -> bytes:
-    """Return a SessionEvent that holds `answer`, a serialized EmbedResponse if `is_embed`, else a RerankResponse. The
-    event is serialized as an element of SessionEvents."""
-    head = b"\x08" + varint(call_id) if call_id else b""
-    head += (b"\x32" if is_embed else b"\x3a") + varint(len(answer))
-    return b"".join((b"\x0a", varint(len(head) + len(answer)), head, answer))
+def event_answer(call_id: int, is_embed: bool, answer: Sequence[bytes | bytearray]) -> bytes:
+    """Return a SessionEvent that holds `answer`, the parts of a serialized EmbedResponse if `is_embed`, else of a
+    RerankResponse. The event is serialized as an element of SessionEvents."""
+    size = sum(map(len, answer))
+    head = (b"\x08" + varint(call_id) if call_id else b"") + (b"\x32" if is_embed else b"\x3a") + varint(size)
+    return b"".join((b"\x0a", varint(len(head) + size), head, *answer))
 
 
 def _now() -> Timestamp:

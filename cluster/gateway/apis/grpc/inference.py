@@ -18,7 +18,6 @@ from cluster.gateway.apis.grpc.pooling import pooling_response
 from cluster.gateway.apis.grpc.requests import MAX_PAGE_TOKEN, DetokenizeCall, ResumedCall, TokenizeCall
 from cluster.gateway.apis.grpc.session import SessionStream
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
-from cluster.gateway.apis.pooling_scores import answer_bytes
 from cluster.gateway.apis.request_ids import random_id, request_id, trace_state, traceparent
 from cluster.gateway.apis.slices import in_slices
 from cluster.gateway.apis.whole_logprobs import WholeAnswer
@@ -40,6 +39,8 @@ SERVICE = "cluster.v1.Inference"
 UNCOUNTED = ("ListModels", "GetModel")
 """Methods whose requests do not count against the request limits of a tenant."""
 MAX_PAGE_SIZE = 1000
+LARGE_BYTES = 1 << 18
+"""Size in bytes above which an answer of text counts in the budget for unread answers."""
 RECHECK_S = 1.0
 """Seconds for which the authentication at the headers of a request also holds for its body. If the body arrives later,
 or if tenants or keys have changed since the headers came, the caller is authenticated again."""
@@ -195,7 +196,7 @@ class InferenceApi:
         async with self._service.open(request, meta) as call:
             await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
             if self._delivery is None:
-                self._delivery = ChunkDelivery()
+                self._delivery = ChunkDelivery(self._service.unread_answers)
             encoder = encoder_for(kind, call, self._service.keepalives.progress)
             if call.is_resumed:
                 context.send(encoder.begin())
@@ -203,33 +204,38 @@ class InferenceApi:
 
     async def _answer_unary(
         self, kind: Kind, request: GenerationRequest, context: Any, meta: CallMeta
-    ) -> Message | bytes:
+    ) -> Message | None:
         if request.options.logprobs is not None:
             return await self._answer_with_logprobs(kind, request, context, meta)
         async with self._service.open(request, meta) as call:
             pieces = await call.output.all_pieces()
             await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
-            return kind.response(call, pieces)
+            response = kind.response(call, pieces)
+        if (size := response.ByteSize()) <= LARGE_BYTES:
+            return response
+        with self._service.unread_answers.answer(meta.tenant, copies=2) as unread:
+            await unread.hold(size)
+            await context.write_parts([response.SerializeToString()])
+        return None
 
-    async def _answer_with_logprobs(
-        self, kind: Kind, request: GenerationRequest, context: Any, meta: CallMeta
-    ) -> bytes:
+    async def _answer_with_logprobs(self, kind: Kind, request: GenerationRequest, context: Any, meta: CallMeta) -> None:
         with self._service.unread_answers.answer(meta.tenant) as unread:
-            async with self._service.open(request, meta) as call:
-                whole = WholeAnswer(call, codec.MessageLogprobs)
+            async with self._service.open(request, meta, unread) as call:
+                whole = WholeAnswer(call, codec.MessageLogprobs, unread)
                 await whole.gather()
-                await unread.hold(whole.size, call)
                 await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
-                return codec.response_with_logprobs(kind.response(call, whole.pieces), whole.logprobs)
+            # The call has released its slots by now, so a client that reads slowly holds no slot.
+            parts = codec.response_with_logprobs(kind.response(call, whole.pieces), whole.logprobs)
+            del whole
+            await context.write_parts(parts)
 
     async def _answer_pooling(self, parsed: ParsedPooling, context: Any, meta: CallMeta) -> None:
         with self._service.unread_answers.answer(meta.tenant) as unread:
-            async with self._service.open_pooling(parsed.request, meta) as call:
+            async with self._service.open_pooling(parsed.request, meta, unread) as call:
                 vectors = await call.vectors()
-                await unread.hold(answer_bytes(vectors, parsed), call)
                 await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
             # The call has released its slots by now, so a client that reads slowly holds no slot.
-            await context.write(await pooling_response(call, vectors, parsed))
+            await context.write_parts(await pooling_response(call, vectors, parsed))
 
     # ---- tokens and models
 

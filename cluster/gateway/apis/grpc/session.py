@@ -20,7 +20,6 @@ from cluster.gateway.apis.grpc.requests import SessionStart, session_items
 from cluster.gateway.apis.grpc.session_output import SessionOutput, SessionWriter
 from cluster.gateway.apis.grpc.shared_body import SharedBody
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
-from cluster.gateway.apis.pooling_scores import answer_bytes
 from cluster.gateway.apis.request_ids import random_id
 from cluster.gateway.auth.authenticator import Caller
 from cluster.gateway.call_service import CallService
@@ -54,7 +53,8 @@ class SessionStream:
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = self._loop.create_future()
         """Future that ends the session: done once the client is done and the last call's end is sent."""
-        self._output = SessionOutput(context, self._over)
+        unread = service.unread_answers.answer(caller.principal.tenant.name)
+        self._output = SessionOutput(context, self._over, unread)
         self._calls: dict[int, asyncio.Task[None]] = {}
         """Tasks of the running calls, by call id."""
         self._slice_ends = 0.0
@@ -210,13 +210,14 @@ class SessionStream:
 
     async def _pool(self, call_id: int, parsed: ParsedPooling, meta: CallMeta) -> None:
         """Run a pooling call, and send its answer in one event."""
-        with self._service.unread_answers.answer(meta.tenant) as unread:
-            async with self._service.open_pooling(parsed.request, meta) as call:
+        with self._service.unread_answers.answer(meta.tenant, copies=2) as unread:  # the event, and its unsent bytes
+            async with self._service.open_pooling(parsed.request, meta, unread) as call:
                 vectors = await call.vectors()
-                await unread.hold(answer_bytes(vectors, parsed), call)
             answer = await pooling_response(call, vectors, parsed)
             is_embed = not isinstance(parsed.request.inputs, PairInputs)
-            await self._output.send_whole(event_answer(call_id, is_embed, answer))
+            event = event_answer(call_id, is_embed, answer)
+            del answer
+            await self._output.send_whole(event)
 
     def _end_unstarted(self, call_id: int, task: asyncio.Task[None]) -> None:
         """End a call whose task was cancelled before the first step of the task. That happens if the client sends the

@@ -16,6 +16,7 @@ from cluster.gateway.apis.grpc.answers import text_event
 from cluster.gateway.apis.grpc.chunk_encoders import GrpcEncoder, SessionEncoder
 from cluster.gateway.apis.grpc.status import details
 from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.unread_answers import LOGPROB_BYTES, UnreadAnswer
 from cluster.v1 import inference_pb2 as pb
 
 MAX_UNREAD_CHARS = 1 << 20
@@ -29,9 +30,11 @@ tenant's budget of request bytes."""
 class SessionOutput:
     """The output of one session: the serialized events of the next message, and the calls that have more to write."""
 
-    def __init__(self, context: Any, over: asyncio.Future[None]) -> None:
+    def __init__(self, context: Any, over: asyncio.Future[None], unread: UnreadAnswer) -> None:
         """`over`: a future that ends the session when it gets a result. It gets the result when everything has been
-        sent after `finish`, or when the session must be closed because the client does not read."""
+        sent after `finish`, or when the session must be closed because the client does not read. `unread`: counts the
+        log probabilities that wait for the client."""
+        self._unread_answer = unread
         self._context = context
         self._over = over
         self._loop = asyncio.get_running_loop()
@@ -85,6 +88,7 @@ class SessionOutput:
         if self._halt is not None:
             self._halt.cancel()
             await asyncio.gather(self._halt, return_exceptions=True)
+        self._unread_answer.shrink(0)
 
     def _pass(self) -> None:
         """Send the next message. The message holds the events that already wait, then at most one event for each call
@@ -116,18 +120,25 @@ class SessionOutput:
                     await self._context.wait_until_writable()
             except TimeoutError:
                 ignored = self._context.unread_requests and self._loop.time() - since > MAX_HALTED_S
-                if (ignored or self._unread() > MAX_UNREAD_CHARS) and not self._over.done():
+                if (ignored or self._is_too_much()) and not self._over.done():
                     self.stalled = True
                     self._over.set_result(None)
                     return
                 continue
+            self._unread_answer.shrink(0)
             self.halted = False
             self.client_reads.set()
             self.wake()
             return
 
-    def _unread(self) -> int:
-        return sum(map(len, self.parts)) + sum(writer.pending_chars for writer in self.dirty.values())
+    def _is_too_much(self) -> bool:
+        """Return whether more output waits for the client than may wait."""
+        chars = sum(map(len, self.parts)) + sum(writer.pending_chars for writer in self.dirty.values())
+        try:
+            self._unread_answer.grow(sum(writer.unread_logprobs for writer in self.dirty.values()) * LOGPROB_BYTES)
+        except CallError:
+            return True
+        return chars > MAX_UNREAD_CHARS
 
 
 class SessionWriter:
@@ -222,6 +233,11 @@ class SessionWriter:
         """Stop writing, and let `run` return."""
         self._open = False
         self._ended.set()
+
+    @property
+    def unread_logprobs(self) -> int:
+        """Approximate number of log probabilities of the call that are not written to the session yet."""
+        return self._call_output.unread_logprobs
 
     @property
     def pending_chars(self) -> int:

@@ -86,5 +86,5 @@ class HttpCalls:
                 if encoder.ended:
                     return
         if self._delivery is None:
-            self._delivery = ChunkDelivery()
+            self._delivery = ChunkDelivery(self.service.unread_answers)
         await StreamWriter(call, encoder, exchange.scope[CONNECTION], self._delivery).run()

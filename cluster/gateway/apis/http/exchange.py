@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMappi
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Protocol
 
 import structlog
@@ -19,9 +20,11 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.apis.http.body import Refused
 from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.request_ids import random_id, request_id, traceparent
+from cluster.gateway.apis.slices import in_slices
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL, Authenticator, Credentials, alternative_names
 from cluster.gateway.calls.meta import do_nothing
 from cluster.gateway.calls.stream_writer import Transport
+from cluster.gateway.calls.unread_answers import UnreadAnswer, UnreadAnswers
 from cluster.observe.log import CallFields, ids_of_call
 from cluster.policy.tenants.identity import Principal
 
@@ -166,19 +169,41 @@ class Exchange:
         await self.start(status, [(b"content-type", b"application/json"), length, *headers])
         await self.send({"type": "http.response.body", "body": content, "more_body": False})
 
+    async def respond_once_read(self, content: bytes, unread_answers: UnreadAnswers) -> None:
+        """Send a complete JSON response. A long one is sent as the client reads, and counts until it was read."""
+        if len(content) <= PIECE_BYTES:
+            await self.respond(200, content, self.limit_headers)
+            return
+        with unread_answers.answer(self.principal.tenant.name) as unread:
+            await unread.hold(len(content))
+            await self.respond_in_parts(200, [content], self.limit_headers, unread)
+
     async def respond_in_parts(
-        self, status: int, parts: Sequence[bytes | bytearray], headers: Sequence[tuple[bytes, bytes]] = ()
+        self,
+        status: int,
+        parts: list[bytes | bytearray] | Iterator[bytes],
+        headers: Sequence[tuple[bytes, bytes]] = (),
+        unread: UnreadAnswer | None = None,
     ) -> None:
         """Send a complete JSON response that is made of parts. The later parts of a long response are sent as the
-        client reads."""
-        size = sum(map(len, parts))
-        if size <= PIECE_BYTES:
-            await self.respond(status, b"".join(parts), headers)
+        client reads. The parts of an iterator are made only then, and the length of a long response is not told to the
+        client. `unread`: counts the bytes of a list, which is emptied."""
+        if not isinstance(parts, list) and self.scope["http_version"] == "1.0":  # which has no chunks
+            parts = list[bytes | bytearray](await in_slices(parts))
+        size = sum(map(len, parts)) if isinstance(parts, list) else None
+        pieces = _pieces(_emptied(parts) if isinstance(parts, list) else parts)
+        first, second = next(pieces, b""), next(pieces, b"")
+        if not second:
+            await self.respond(status, first, headers)
             return
-        length = (b"content-length", b"%d" % size)
-        await self.start(status, [(b"content-type", b"application/json"), length, *headers])
-        for piece in _pieces(parts):
+        length = [] if size is None else [(b"content-length", b"%d" % size)]
+        await self.start(status, [(b"content-type", b"application/json"), *length, *headers])
+        sent = 0
+        for piece in chain((first, second), pieces):
             await self.send({"type": "http.response.body", "body": piece, "more_body": True})
+            sent += len(piece)
+            if unread is not None and size is not None:
+                unread.shrink(size - sent)
             await asyncio.sleep(0)
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -203,7 +228,14 @@ def _date(second: int) -> bytes:
     return formatdate(second, usegmt=True).encode()
 
 
-def _pieces(parts: Sequence[bytes | bytearray]) -> Iterator[bytes]:
+def _emptied(parts: list[bytes | bytearray]) -> Iterator[bytes | bytearray]:
+    """Yield the parts of a list, and remove them from the list."""
+    parts.reverse()
+    while parts:
+        yield parts.pop()
+
+
+def _pieces(parts: Iterator[bytes | bytearray] | Iterator[bytes]) -> Iterator[bytes]:
     """Yield the bytes of all parts in pieces of about PIECE_BYTES."""
     some: list[memoryview] = []
     size = 0

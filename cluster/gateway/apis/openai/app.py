@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from cluster.gateway.apis.whole_logprobs import ChoiceLogprobs, WholeAnswer
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.sequences.pieces import Piece
+from cluster.gateway.calls.unread_answers import UnreadAnswer
 
 
 class OpenAiForm:
@@ -155,40 +156,48 @@ class OpenAiApi:
                     raise with_caller_names(error, parsed.names) from None
         choices = kind.choices(calls, pieces)
         answer = answers.whole_answer(kind.object, calls[0].id, calls[0].model, int(time.time()), choices, calls)
-        await exchange.respond(200, answer, exchange.limit_headers)
+        await exchange.respond_once_read(answer, self._service.unread_answers)
 
     async def _whole_with_logprobs(
         self, kind: _Kind, parsed: ParsedRequest, meta: CallMeta, exchange: Exchange
     ) -> None:
         """Answer as `_whole` does, with log probabilities. The answer may have hundreds of MB."""
-        with self._service.unread_answers.answer(meta.tenant) as unread:
+        with ExitStack() as counted:
+            unread = [
+                counted.enter_context(self._service.unread_answers.answer(meta.tenant, waits=not i))
+                for i in range(len(parsed.requests))
+            ]
             async with AsyncExitStack() as stack:
-                calls = await self._open(parsed, meta, stack)
+                calls = await self._open(parsed, meta, stack, unread)
                 exchange.limit_headers = as_headers(calls[-1].headers)
-                wholes = [WholeAnswer(call, kind.logprobs) for call in calls]
+                wholes = [WholeAnswer(call, kind.logprobs, one) for call, one in zip(calls, unread, strict=True)]
                 try:
                     await _run_all([whole.gather() for whole in wholes])
                 except CallError as error:
                     raise with_caller_names(error, parsed.names) from None
-                await unread.hold(sum(whole.size for whole in wholes), *calls)
             # The calls have released their slots by now, so a client that reads slowly holds no slot.
-            pieces: list[Piece] = []
-            for i, whole in enumerate(wholes):
-                for piece in whole.pieces:
-                    piece.index += i * parsed.requests[0].options.n
-                    pieces.append(piece)
+            pieces = [piece for whole in wholes for piece in whole.pieces]
+            for i, piece in enumerate(pieces):
+                piece.index = i
             head = {"id": calls[0].id, "object": kind.object, "created": int(time.time()), "model": calls[0].model}
             parts = await answers.answer_with_logprobs(head, kind.choices(calls, pieces), wholes, calls)
-            await exchange.respond_in_parts(200, parts, exchange.limit_headers)
+            wholes.clear()  # each part is freed once it is sent
+            await exchange.respond_in_parts(200, parts, exchange.limit_headers, unread[0] if len(unread) == 1 else None)
 
-    async def _open(self, parsed: ParsedRequest, meta: CallMeta, stack: AsyncExitStack) -> list[Call]:
+    async def _open(
+        self, parsed: ParsedRequest, meta: CallMeta, stack: AsyncExitStack, unread: Sequence[UnreadAnswer] = ()
+    ) -> list[Call]:
         """Open one call for each prompt of a request. Each call ends when `stack` is closed. Raises CallError, which
-        names the prompt."""
+        names the prompt. `unread`: counts the answer of each."""
         calls = []
         for i, request in enumerate(parsed.requests):
             try:
                 call_meta = meta if i == 0 else replace(meta, counted=False)  # each prompt counts as a request
-                calls.append(await stack.enter_async_context(self._service.open(request, call_meta)))
+                calls.append(
+                    await stack.enter_async_context(
+                        self._service.open(request, call_meta, unread[i] if unread else None)
+                    )
+                )
             except CallError as error:
                 raise with_caller_names(error, parsed.names, i if len(parsed.requests) > 1 else None) from None
         return calls

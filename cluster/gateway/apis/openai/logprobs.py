@@ -65,6 +65,11 @@ class ChatLogprobs:
     def __init__(self) -> None:
         self._positions = EncodedList(b",")
 
+    @property
+    def size(self) -> int:
+        """Approximate number of encoded bytes. Implements ChoiceLogprobs."""
+        return self._positions.size
+
     def add(self, t: TokenLogprob) -> None:
         """Add the next token. Implements ChoiceLogprobs."""
         self._positions.add(_position(t).encode("ascii"))
@@ -81,6 +86,11 @@ class CompletionLogprobs:
     def __init__(self) -> None:
         self._offsets = TextOffsets()
         self._columns: dict[str, EncodedList] = {}
+
+    @property
+    def size(self) -> int:
+        """Approximate number of encoded bytes. Implements ChoiceLogprobs."""
+        return sum(column.size for column in self._columns.values())
 
     def add(self, t: TokenLogprob) -> None:
         """Add the next token. Implements ChoiceLogprobs."""

@@ -1,6 +1,6 @@
 """Encoding of vectors, scores and rankings as the JSON of OpenAI's and vLLM's answers.
 
-An answer may have 100 MB. It is encoded in parts, and other tasks of the event loop run between the parts.
+An answer may have 100 MB. It is encoded in parts, each when the client has read those before.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Final
 
 from cluster.gateway.apis.openai.answers import body
 from cluster.gateway.apis.pooling_scores import Ranked
-from cluster.gateway.apis.slices import in_slices, with_commas
 from cluster.gateway.calls.pooling.pooling_call import PoolingCall
 
 PIECE_CHARS: Final = 1 << 16
@@ -19,28 +18,28 @@ PIECE_CHARS: Final = 1 << 16
 _escape = json.encoder.encode_basestring_ascii
 
 
-async def embeddings_answer(
-    call: PoolingCall, vectors: Sequence[bytes], created: int, is_base64: bool
-) -> list[bytes | bytearray]:
-    """Return the body of an answer of /v1/embeddings, as pieces of JSON. `created`: Unix time. `is_base64`: encode
-    vectors in base64, not as lists of numbers."""
+def embeddings_answer(call: PoolingCall, vectors: list[bytes], created: int, is_base64: bool) -> Iterator[bytes]:
+    """Yield the body of an answer of /v1/embeddings, as pieces of JSON. The list of vectors is emptied. `created`: Unix
+    time. `is_base64`: encode vectors in base64, not as lists of numbers."""
     from cluster.gateway.apis.openai.vectors import embeddings  # not at the start: deferred_imports.py
 
-    items = with_commas(await in_slices(embeddings(vectors, is_base64)))
-    return [_head(call, created) + b'"data":[', *items, b"]}"]
+    yield _head(call, created) + b'"data":['
+    for at, item in enumerate(embeddings(vectors, is_base64)):
+        yield b"," + item if at else item
+    yield b"]}"
 
 
-def score_answer(call: PoolingCall, scores: Sequence[float], created: int) -> list[bytes | bytearray]:
-    """Return the parts of the answer of /score."""
+def score_answer(call: PoolingCall, scores: Sequence[float], created: int) -> Iterator[bytes]:
+    """Yield the parts of the answer of /score."""
     data = [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores)]
-    return [_head(call, created) + b'"data":' + body(data) + b"}"]
+    yield _head(call, created) + b'"data":' + body(data) + b"}"
 
 
-async def rerank_answer(call: PoolingCall, results: Sequence[Ranked]) -> list[bytes | bytearray]:
-    """Return the parts of the answer of /rerank."""
-    head = body({"id": call.id, "model": call.model, "usage": _usage(call)})[:-1]
-    items = await in_slices(ranking_json(results))
-    return [head + b',"results":[', *items, b"]}"]
+def rerank_answer(call: PoolingCall, results: Sequence[Ranked]) -> Iterator[bytes]:
+    """Yield the parts of the answer of /rerank."""
+    yield body({"id": call.id, "model": call.model, "usage": _usage(call)})[:-1] + b',"results":['
+    yield from ranking_json(results)
+    yield b"]}"
 
 
 def ranking_json(results: Sequence[Ranked]) -> Iterator[bytes]:

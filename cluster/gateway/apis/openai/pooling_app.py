@@ -5,18 +5,17 @@ server.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 
 from cluster.gateway.apis.http.calls import HttpCalls
 from cluster.gateway.apis.http.exchange import Exchange, as_headers, while_connected
 from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.openai import pooling_answers
-from cluster.gateway.apis.pooling_scores import answer_bytes, ranked, scores_of
+from cluster.gateway.apis.pooling_scores import ranked, scores_of
 from cluster.gateway.calls.pooling.pooling_call import PoolingCall
 from cluster.gateway.calls.pooling.pooling_request import ParsedPooling
 
-Parts = list[bytes | bytearray]
-Answer = Callable[[PoolingCall, Sequence[bytes], ParsedPooling], Awaitable[Parts]]
+Answer = Callable[[PoolingCall, list[bytes], ParsedPooling], Awaitable[Iterator[bytes]]]
 
 
 class PoolingEndpoints:
@@ -43,20 +42,19 @@ class PoolingEndpoints:
 
         async def respond() -> None:
             with self._service.unread_answers.answer(meta.tenant) as unread:
-                async with self._service.open_pooling(parsed.request, meta) as call:
+                async with self._service.open_pooling(parsed.request, meta, unread) as call:
                     exchange.limit_headers = as_headers(call.headers)
                     vectors = await call.vectors()
-                    await unread.hold(answer_bytes(vectors, parsed), call)
                 # The call has released its slots by now, so a client that reads slowly holds no slot.
                 await exchange.respond_in_parts(200, await answer(call, vectors, parsed), exchange.limit_headers)
 
         await while_connected(respond(), exchange.scope[CONNECTION])
 
-    async def _embeddings(self, call: PoolingCall, vectors: Sequence[bytes], parsed: ParsedPooling) -> Parts:
-        return await pooling_answers.embeddings_answer(call, vectors, int(time.time()), parsed.is_base64)
+    async def _embeddings(self, call: PoolingCall, vectors: list[bytes], parsed: ParsedPooling) -> Iterator[bytes]:
+        return pooling_answers.embeddings_answer(call, vectors, int(time.time()), parsed.is_base64)
 
-    async def _rerank(self, call: PoolingCall, vectors: Sequence[bytes], parsed: ParsedPooling) -> Parts:
-        return await pooling_answers.rerank_answer(call, ranked(parsed, await scores_of(call, vectors)))
+    async def _rerank(self, call: PoolingCall, vectors: list[bytes], parsed: ParsedPooling) -> Iterator[bytes]:
+        return pooling_answers.rerank_answer(call, ranked(parsed, await scores_of(call, vectors)))
 
-    async def _score(self, call: PoolingCall, vectors: Sequence[bytes], parsed: ParsedPooling) -> Parts:
+    async def _score(self, call: PoolingCall, vectors: list[bytes], parsed: ParsedPooling) -> Iterator[bytes]:
         return pooling_answers.score_answer(call, await scores_of(call, vectors), int(time.time()))

@@ -47,11 +47,6 @@ class PooledSequence(LinkedSequence[Owner]):
     vector: bytes = field(init=False, default=b"")
     """Little-endian float32 values; b"" until the sequence has finished."""
 
-    @property
-    def answered(self) -> bool:
-        """Whether the vector has arrived."""
-        return bool(self.vector)
-
     def output(self, output: TokenOutput) -> None:
         """Handle the vector, or an error of the engine."""
         call = self.call

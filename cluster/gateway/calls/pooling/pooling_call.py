@@ -69,10 +69,13 @@ class PoolingCall(Call):
 
     async def vectors(self) -> list[bytes]:
         """Wait for the end of the call and return the vectors in the order of the inputs, each as little-endian float32
-        values. Raises the call's error."""
+        values. The call keeps none of them. Raises the call's error."""
         while self._answered < len(self.sequences) and self.error is None:
             await self.output.news()
         if self.error is not None:
             raise self.error
         sequences: list[Any] = self.sequences
-        return [sequence.vector for sequence in sequences]
+        vectors = [sequence.vector for sequence in sequences]
+        for sequence in sequences:
+            sequence.vector = b""
+        return vectors

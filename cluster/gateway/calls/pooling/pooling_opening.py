@@ -13,7 +13,7 @@ from cluster.api.pooling import POOLS, PoolingInfo, PoolingOptions, PoolingTask
 from cluster.api.types import POOLING_SAMPLING, EngineRequest
 from cluster.gateway.auth.authenticator import Authenticator
 from cluster.gateway.calls.call_opening import CallOpening, not_prepared
-from cluster.gateway.calls.pooling.pooled_sequence import PooledSequence
+from cluster.gateway.calls.pooling.pooled_sequence import FLOAT_BYTES, PooledSequence
 from cluster.gateway.calls.pooling.pooling_call import PoolingCall
 from cluster.gateway.calls.pooling.pooling_request import (
     WHOLE_CONTEXT,
@@ -26,6 +26,7 @@ from cluster.gateway.calls.pooling.pooling_request import (
 )
 from cluster.gateway.calls.sequences.life import Life
 from cluster.gateway.calls.tokenization import ids_of_inputs
+from cluster.gateway.calls.unread_answers import UnreadAnswer
 from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.models.known_model import KnownModel
 from cluster.gateway.models.target import Target
@@ -46,6 +47,8 @@ READ_CHARS: Final = 32_768
 READ_CHARS_PER_TOKEN: Final = 64
 """A request with more than READ_CHARS characters counts at least one token for each READ_CHARS_PER_TOKEN characters,
 however few tokens are left of its texts. These tokens are charged before the texts are read."""
+UNKNOWN_LENGTH: Final = 4096
+"""Length of a vector that is assumed for a model whose worker does not report it."""
 SHOWN_LENGTHS: Final = 32
 """Maximum number of vector lengths that an error message lists."""
 
@@ -55,6 +58,8 @@ class PoolingOpening(CallOpening):
     """A pooling call that is being opened (see CallOpening)."""
 
     request: PoolingRequest
+    unread: UnreadAnswer | None = None
+    """Counts the vectors until the answer was read."""
     task: PoolingTask = field(init=False)
     inputs: PoolingInputs = field(init=False)
     ids: PackedIds | Sequence[array[int]] = field(init=False, default=())
@@ -65,6 +70,14 @@ class PoolingOpening(CallOpening):
         """Number of tokens that are charged before the inputs are read."""
         chars = 0 if isinstance(self.inputs, IdsInputs) else self.inputs.chars
         return chars // READ_CHARS_PER_TOKEN if chars > READ_CHARS else 0
+
+    @property
+    def answer_bytes(self) -> int:
+        """Approximate memory of the answer in bytes: the vectors, and the documents, which it may repeat."""
+        info = self.model.capabilities.pooling
+        length = self.request.dimensions or (UNKNOWN_LENGTH if info is None else info.dimensions)
+        documents = sum(text_lengths(self.inputs.second)) if isinstance(self.inputs, PairInputs) else 0
+        return len(self.inputs) * FLOAT_BYTES * (1 if self.task is PoolingTask.SCORE else length) + documents
 
     @property
     def prompt(self) -> PoolingInputs:

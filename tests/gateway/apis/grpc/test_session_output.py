@@ -7,11 +7,14 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.apis.grpc.chunk_encoders import CHAT, GrpcEncoder
 from cluster.gateway.apis.grpc.session_output import SessionOutput, SessionWriter
 from cluster.gateway.calls.call_output import CallOutput
+from cluster.gateway.calls.unread_answers import LOGPROB_BYTES, AnswerBounds, UnreadAnswers
 from cluster.http2.h2_state import EndedStreams, ServerState
 from cluster.http2.output import ConnectionOutput
 from tests.support.cluster import until
+from tests.support.logprobs import generate, logprob_call
 from tests.support.transports import Sink
 
 
@@ -43,7 +46,7 @@ async def test_a_call_whose_encoder_fails_delays_no_other_call() -> None:
     sink, h2 = Sink(), ServerState(EndedStreams(1))
     connection = ConnectionOutput(sink, h2)
     context = SimpleNamespace(call_before_flush=connection.call_before_flush, send=connection.write, full=False)
-    output = SessionOutput(context, asyncio.get_running_loop().create_future())
+    output = SessionOutput(context, asyncio.get_running_loop().create_future(), UnreadAnswers().answer("t"))
 
     async def write(call_id: int, call: WrittenCall) -> None:
         try:
@@ -75,7 +78,7 @@ async def test_whole_answers_wait_until_the_client_reads() -> None:
         unread_requests=False,
         wait_until_writable=reads.wait,
     )
-    output = SessionOutput(context, asyncio.get_running_loop().create_future())
+    output = SessionOutput(context, asyncio.get_running_loop().create_future(), UnreadAnswers().answer("t"))
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(output.send_whole(b"first"))
         await until(lambda: output.halted, "the client does not read")
@@ -89,3 +92,22 @@ async def test_whole_answers_wait_until_the_client_reads() -> None:
     await until(lambda: not output.pass_scheduled, "the last answers are sent")
     assert b"".join(sent) == b"first" + b"".join(b"%d" % number for number in range(9))
     await output.close()
+
+
+async def test_unread_log_probabilities_close_a_session() -> None:
+    """The log probabilities that wait for a client that does not read count in the budget for answers. If it has no
+    room for them, the session is closed."""
+    context = SimpleNamespace(call_before_flush=lambda function: None, unread_requests=False, full=True)
+    answers = UnreadAnswers(AnswerBounds(tenant=99 * 21 * LOGPROB_BYTES, guaranteed=0))
+    with answers.answer("t") as other, answers.answer("t") as unread:
+        other.grow(1)
+        output = SessionOutput(context, asyncio.get_running_loop().create_future(), unread)
+        call = logprob_call()
+        writing = asyncio.create_task(SessionWriter(output, 1, call, GrpcEncoder(CHAT, call, cast(Any, None))).run())
+        for tokens, is_too_much in ((98, False), (1, True)):
+            generate(call, tokens, 20)
+            await asyncio.sleep(0)
+            assert output._is_too_much() is is_too_much
+        await output.close()
+        assert answers.held == 1
+        writing.cancel()
