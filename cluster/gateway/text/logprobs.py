@@ -96,8 +96,10 @@ class LogprobTexts:
         """Return the character that the token completes; "" if the token completes no character.
 
         The token is decoded together with sampled tokens before it, as few as are needed for a complete character. So
-        each of these tokens is a part of that character.
+        each of these tokens is a part of that character. After a token that ends with a whole character, there is none.
         """
+        if not context or not self._texts.token_text(context[-1]).endswith(REPLACEMENT):
+            return ""
         for length in range(1, len(context) + 1):
             text = self._texts.decode([*context[-length:], token_id], skip_special_tokens=False)
             if not text.endswith(REPLACEMENT):
