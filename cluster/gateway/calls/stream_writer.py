@@ -103,7 +103,12 @@ class StreamWriter:
                     async with asyncio.timeout(COUNT_S):
                         return await self._transport.wait_until_writable()
                 except TimeoutError:
-                    unread.grow(call.output.unread_logprobs * LOGPROB_BYTES)
+                    try:
+                        unread.grow(call.output.unread_logprobs * LOGPROB_BYTES)
+                    except CallError:  # sent only after what waits for the client, and holds the call until then
+                        for sequence in call.sequences:
+                            sequence.pieces.logprobs = []
+                        raise
 
     def mark(self) -> None:
         """Schedule a call of `write`, because the call has an update."""

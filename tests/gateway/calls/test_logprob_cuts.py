@@ -189,6 +189,7 @@ async def test_unread_log_probabilities_count_in_the_budget(monkeypatch: pytest.
         if tenant_bytes < 1 << 30:
             with pytest.raises(CallError, match="read answers faster"):
                 await asyncio.wait_for(writing, 60.0)
+            assert not call.output.unread_logprobs
         else:
             await until(lambda: answers.held > 1, "the log probabilities are counted")
             assert answers.held == 1 + 101 * 21 * LOGPROB_BYTES

@@ -175,7 +175,7 @@ class InputEncoder:
             for text in texts:  # the longer one keeps a token more
                 self._read_whole(inputs, text)
         sizes = [len(text.ids) for text in texts]
-        counts = longest_first(*sizes, room) if len(sizes) == 2 else (min(sizes[0], room),)
+        counts = longest_first(sizes[0], sizes[1], room) if len(sizes) == 2 else (min(sizes[0], room),)
         return [
             text.ids[size - count :] if self._cuts_left else text.ids[:count]
             for text, size, count in zip(texts, sizes, counts, strict=True)
@@ -196,8 +196,8 @@ class InputEncoder:
         sizes = [_beginning(text, CHARS_PER_TOKEN * keep) for text in texts]
         begun = self._encoded([text[:size] for text, size in zip(texts, sizes, strict=True)])
         read = list(map(Text, numbers, begun, texts))
-        for text, size in zip(read, sizes, strict=True):
-            self._read_enough(inputs, text, size, keep)
+        for one, size in zip(read, sizes, strict=True):
+            self._read_enough(inputs, one, size, keep)
         return read
 
     def _read_enough(self, inputs: TextInputs | PairInputs, text: Text, size: int, keep: int) -> None:
