@@ -37,8 +37,6 @@ class Call:
     of `clock`."""
 
     is_pooling: ClassVar[bool] = False
-    prepaid_tokens: ClassVar[int] = 0
-    """Number of prompt tokens that were charged before the prompt was read."""
     """Whether the sequences of the call produce vectors instead of tokens (pooling_call.py)."""
     id: str
     model: str
@@ -63,6 +61,8 @@ class Call:
     """Digest of the tokenizer bundle with which the prompt was encoded."""
     counted: bool = False
     """Whether the call is already counted as a request of the call's tenant."""
+    prepaid_tokens: int = 0
+    """Number of prompt tokens that were charged before the prompt was read."""
     tool_calls_before: int = 0
     """Number of tool calls in the chat's history."""
     adapter: str = ""

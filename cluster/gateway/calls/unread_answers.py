@@ -34,7 +34,7 @@ class AnswerBounds:
 
     tenant: int = 256 << 20
     process: int = 512 << 20
-    guaranteed: int = 16 << 20
+    guaranteed: int = 32 << 20
     waiting: int = 128
     wait_s: float = 60.0
 

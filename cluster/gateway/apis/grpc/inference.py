@@ -206,7 +206,8 @@ class InferenceApi:
         self, kind: Kind, request: GenerationRequest, context: Any, meta: CallMeta
     ) -> Message | None:
         if request.options.logprobs is not None:
-            return await self._answer_with_logprobs(kind, request, context, meta)
+            await self._answer_with_logprobs(kind, request, context, meta)
+            return None
         async with self._service.open(request, meta) as call:
             pieces = await call.output.all_pieces()
             await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))

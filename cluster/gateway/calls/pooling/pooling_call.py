@@ -20,7 +20,6 @@ class PoolingCall(Call):
     is_pooling: ClassVar[bool] = True
     inputs: PoolingInputs = field(kw_only=True)
     task: PoolingTask = field(kw_only=True)
-    prepaid_tokens: int = field(kw_only=True, default=0)  # type: ignore[misc] - a constant of other calls
     _answered: int = field(init=False, default=0)
 
     def path(self, index: int) -> str:
