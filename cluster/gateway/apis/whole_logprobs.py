@@ -28,24 +28,29 @@ class EncodedList:
     """Encoded items with a separator between them, joined in blocks of about BLOCK_BYTES. `size`: approximate number of
     bytes."""
 
-    __slots__ = ("_separator", "blocks", "size")
+    __slots__ = ("_last", "_separator", "blocks", "size")
 
     def __init__(self, separator: bytes = b"") -> None:
         self._separator = separator
-        self.blocks: list[bytearray] = []
+        self.blocks: list[bytes | bytearray] = []
+        self._last = bytearray()
         self.size = 0
 
     def add(self, item: bytes) -> None:
         """Append an item."""
         blocks = self.blocks
         self.size += len(item) + 1
-        if not blocks:
-            blocks.append(bytearray(item))
+        last = self._last
+        if len(last) >= BLOCK_BYTES:
+            blocks[-1] = bytes(last)  # without the memory into which it could grow
+            self._last = last = bytearray()
+            blocks.append(last)
+        elif not blocks:
+            last += item
+            blocks.append(last)
             return
-        if len(blocks[-1]) >= BLOCK_BYTES:
-            blocks.append(bytearray())
-        blocks[-1] += self._separator
-        blocks[-1] += item
+        last += self._separator
+        last += item
 
 
 class ChoiceLogprobs(Protocol):
