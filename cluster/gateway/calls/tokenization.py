@@ -23,6 +23,10 @@ from cluster.policy.tenants.identity import Principal
 
 FEW_IDS = 4096
 """Maximum number of token ids that are checked without numpy. Longer prompts are checked as a numpy array."""
+READ_CHARS = 32_768
+READ_CHARS_PER_TOKEN = 64
+"""A request with more than READ_CHARS characters counts at least one token for each READ_CHARS_PER_TOKEN characters,
+however few tokens are left of its texts. These tokens are charged before the texts are read."""
 
 
 RenderChat = Callable[[bytes, int], Awaitable[RenderedPrompt]]
@@ -97,8 +101,10 @@ class Tokenization:
         model = self._directory.lookup.resolve(name, meta.principal)
         text = await self._directory.text_model(model)
         render = self._renderer_of(model, text, meta, model.versions.bundle_digest(), "")
+        prepaid = tokens_to_read(_chars(prompt))
+        await self._reservations.charge(meta.principal.tenant, prepaid)
         ids = await encode(prompt, text, meta.tenant, model.capabilities.max_model_len, render=render)
-        await self._reservations.charge(meta.principal.tenant, len(ids))
+        await self._reservations.charge(meta.principal.tenant, max(len(ids) - prepaid, 0))
         return ids, model.capabilities.max_model_len
 
     async def detokenize(self, name: str, token_ids: Sequence[int], meta: CallMeta) -> str:
@@ -112,6 +118,18 @@ class Tokenization:
         ids = _in_vocabulary(token_ids, text.vocab_size, "token_ids") if len(token_ids) else array("I")
         await self._reservations.charge(meta.principal.tenant, len(ids))
         return await text.decode_async(meta.tenant, ids, "token_ids")
+
+
+def tokens_to_read(chars: int) -> int:
+    """Return the number of tokens that are charged before so many characters are read."""
+    return chars // READ_CHARS_PER_TOKEN if chars > READ_CHARS else 0
+
+
+def _chars(prompt: requests.Prompt) -> int:
+    """Return the approximate number of characters of a prompt, if it is long and not given as token ids."""
+    if isinstance(prompt, requests.PackedPrompt):
+        return memoryview(prompt.packed).nbytes
+    return len(prompt.text) if isinstance(prompt, requests.TextPrompt) else 0
 
 
 async def encode(

@@ -253,7 +253,8 @@ async def test_a_prompt_of_several_is_a_request_each(tmp_path: Path, checkpoint:
 
 
 async def test_tokens_that_no_call_has_count_too(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Tokenize and Detokenize use up tokens_per_minute. They refuse more ids than the model's context holds."""
+    """Tokenize and Detokenize use up tokens_per_minute, a long text before it is read. They refuse more ids than the
+    model's context holds."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, max_model_len=256), bundle)
         stub = keyed.cluster.stub
@@ -265,6 +266,9 @@ async def test_tokens_that_no_call_has_count_too(tmp_path: Path, checkpoint: Pat
         text = pb.TokenizeRequest(model="sim", text="hello there " * 10)
         assert (await refused(stub.Tokenize(text, metadata=bearer(key)))).reason == "RATE_LIMITED"
         free = await keyed.key("free")
+        long = pb.TokenizeRequest(model="sim", text="hello there " * 4000)
+        for some, reason in ((key, "RATE_LIMITED"), (free, "CONTEXT_LENGTH_EXCEEDED")):
+            assert (await refused(stub.Tokenize(long, metadata=bearer(some)))).reason == reason
         many = pb.DetokenizeRequest(model="sim", token_ids=[5] * 257)
         answer = await refused(stub.Detokenize(many, metadata=bearer(free)))
         assert (answer.code, answer.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["token_ids"])

@@ -25,7 +25,7 @@ from cluster.gateway.calls.pooling.pooling_request import (
     text_lengths,
 )
 from cluster.gateway.calls.sequences.life import Life
-from cluster.gateway.calls.tokenization import ids_of_inputs
+from cluster.gateway.calls.tokenization import ids_of_inputs, tokens_to_read
 from cluster.gateway.calls.unread_answers import UnreadAnswer
 from cluster.gateway.models.directory import ModelDirectory
 from cluster.gateway.models.known_model import KnownModel
@@ -43,10 +43,6 @@ MAX_UNCOUNTED_CHARS: Final = 64 << 10
 """Number of characters, or of token ids, in texts that may be cut without counting in the budget of request bytes."""
 CHARS_PER_TOKEN: Final = 16
 """Largest ratio of characters to tokens at which the queue's bound on tokens also bounds the memory of the texts."""
-READ_CHARS: Final = 32_768
-READ_CHARS_PER_TOKEN: Final = 64
-"""A request with more than READ_CHARS characters counts at least one token for each READ_CHARS_PER_TOKEN characters,
-however few tokens are left of its texts. These tokens are charged before the texts are read."""
 UNKNOWN_LENGTH: Final = 4096
 """Length of a vector that is assumed for a model whose worker does not report it."""
 SHOWN_LENGTHS: Final = 32
@@ -68,8 +64,7 @@ class PoolingOpening(CallOpening):
     @property
     def prepaid_tokens(self) -> int:
         """Number of tokens that are charged before the inputs are read."""
-        chars = 0 if isinstance(self.inputs, IdsInputs) else self.inputs.chars
-        return chars // READ_CHARS_PER_TOKEN if chars > READ_CHARS else 0
+        return 0 if isinstance(self.inputs, IdsInputs) else tokens_to_read(self.inputs.chars)
 
     @property
     def answer_bytes(self) -> int:
