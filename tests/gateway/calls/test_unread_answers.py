@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import MutableMapping
+from typing import Any
 
 import pytest
 
 from cluster.api.outcomes import OUTCOME_STATUS, CallError
+from cluster.gateway.apis.http.exchange import PIECE_BYTES, Exchange
+from cluster.gateway.apis.openai.app import FORM
 from cluster.gateway.calls.unread_answers import AnswerBounds, UnreadAnswers
 
 BOUNDS = AnswerBounds(tenant=100, process=150, guaranteed=20, waiting=2, wait_s=3600.0)
@@ -103,3 +107,25 @@ async def test_waiting_is_bounded() -> None:
         with pytest.raises(CallError, match="fill the gateway's memory"):
             await held(hasty, "t", 100, read, log)
     assert not hasty._waiting
+
+
+@pytest.mark.parametrize("size", [PIECE_BYTES, 4 * PIECE_BYTES])
+async def test_a_text_counts_while_it_is_read(size: int) -> None:
+    """A long answer over HTTP is sent in pieces, and what the client has read is given back. A short one is sent at
+    once and does not count."""
+    answers, held, sent = UnreadAnswers(), list[int](), list[bytes]()
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            held.append(answers.held)
+            sent.append(message["body"])
+
+    async def receive() -> MutableMapping[str, Any]:
+        raise AssertionError
+
+    content = bytes(i % 251 for i in range(size))
+    exchange = Exchange(FORM, {"headers": [], "http_version": "1.1"}, receive, send)
+    await exchange.respond_once_read(content, answers)
+    assert b"".join(sent) == content
+    assert held == ([0] if size == PIECE_BYTES else [size - i * PIECE_BYTES for i in range(5)])
+    assert not answers.held

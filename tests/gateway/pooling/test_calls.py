@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
@@ -289,6 +290,28 @@ async def test_answers_that_nobody_reads_are_bounded(
         assert (await other).shape == (1, 65_536)
     assert not unread.held
     await cluster.until_idle()
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+async def test_large_answers_are_sent_while_they_are_encoded(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, version: str
+) -> None:
+    """A large answer over HTTP is encoded while the client reads, without a content-length. A client of HTTP/1.0, which
+    has no chunks, gets one. The vectors are the same."""
+    await cluster.add_worker(sim_engine(checkpoint, embed_dimensions=20_000), bundle)
+    wire = await Wire.open(cluster)
+    body = json.dumps({"model": "sim", "input": ["a", "b", "c"]}).encode()
+    head = f"POST /v1/embeddings HTTP/{version}\r\nhost: t\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    wire.writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+    status, headers = await wire.head()
+    content = await wire.reader.read()
+    assert (status, "content-length" in headers) == (200, version == "1.0")
+    if version == "1.1":
+        content = b"".join(content.split(b"\r\n")[1::2])
+    found = vectors_of([item["embedding"] for item in json.loads(content)["data"]])
+    assert np.array_equal(found, await embedded(cluster, ["a", "b", "c"], "sim"))
+    assert not cluster.gateway.service.unread_answers.held
+    await wire.close()
 
 
 @pytest.mark.parametrize(("chars", "keep", "is_released"), [(1000, 1, True), (1 << 18, 1, False), (1000, None, True)])
