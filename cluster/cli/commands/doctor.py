@@ -224,6 +224,7 @@ CHECKS: Sequence[Callable[[], DoctorFinding]] = (
     check_shared_memory,
     check_processor,
     lambda: _tool("git", "a clone", "apt-get install -y git", "git"),
+    lambda: _tool("curl", "tests of the HTTP port", "apt-get install -y curl", "curl"),
     lambda: _tool("make", "make demo, make test", "apt-get install -y make", "make"),
     lambda: _tool("buf", "make check", f"{SETUP} (it brings buf)"),
     check_ip,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from types import SimpleNamespace
 from typing import Any, Final, cast
 
 import httptools
@@ -29,11 +30,17 @@ CONNECTION: Final = "headrace.connection"
 MAX_HEAD_BYTES: Final = 65_536
 MAX_HEADERS: Final = 256
 _HOST = re.compile(rb"[!-~]*")
+_ABSOLUTE = re.compile(rb"https?://([^/?#]+)", re.IGNORECASE)
+_FRAMING: Final = (b"content-length", b"transfer-encoding")
 _VERSIONS: Final = ("1.0", "1.1")
 
 
 class _Refused(Exception):
     """Raised for an invalid request head."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class _Flow(FlowControl):
@@ -151,14 +158,40 @@ class HttpProtocol(HttpToolsProtocol):
         it."""
         try:
             self.parser.feed_data(piece)
-        except httptools.HttpParserUpgrade:  # upgrades are not supported: the request is answered as plain HTTP
-            self._end.stop_reading()
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade()
+            if not self._end.ignores_input:
+                self._feed(piece[upgrade.args[0] :])
+            return
         except httptools.HttpParserError as error:
+            if self._end.ignores_input:
+                return
             cause = error.__context__
-            self._end.refuse(400, str(cause) if isinstance(cause, _Refused) else "Invalid HTTP request received.")
+            if not isinstance(cause, _Refused):
+                cause = _Refused("Invalid HTTP request received.")
+            self._end.refuse(cause.status, str(cause))
             return
         if self.received.count_head(len(piece)) > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._end.refuse(400, f"The request's head is larger than {MAX_HEAD_BYTES} bytes.")
+
+    def _ignore_upgrade(self) -> None:
+        """Answer a request with the header Upgrade as plain HTTP, and close the connection after it. llhttp ends such a
+        request at its head, so a second parser, which gets only the headers that frame the body, reads the body."""
+
+        def on_body(body: bytes) -> None:
+            if not self._end.ignores_input:
+                self.on_body(body)
+
+        def on_message_complete() -> None:
+            if not self._end.ignores_input:
+                self.on_message_complete()
+                self._end.stop_reading()
+
+        framing = [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name in _FRAMING]
+        self.parser = httptools.HttpRequestParser(
+            SimpleNamespace(on_body=on_body, on_message_complete=on_message_complete)
+        )
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(framing) + b"\r\n")
 
     # ---- the parser's callbacks
 
@@ -178,7 +211,11 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self.received.end_head()
-        _check_head(self.parser.get_http_version(), self.headers)
+        if target := _ABSOLUTE.match(self.url):  # its host is the one that counts (RFC 9112, section 3.2.2)
+            self.headers[:] = [(name, target[1] if name == b"host" else value) for name, value in self.headers]
+            rest = self.url[target.end() :]
+            self.url = rest if rest.startswith(b"/") else b"/" + rest
+        self.expect_100_continue = _check_head(self.parser.get_http_version(), self.headers)
         self.requests += 1
         super().on_headers_complete()
         cycle: Any = self.cycle
@@ -188,12 +225,17 @@ class HttpProtocol(HttpToolsProtocol):
         self.received.begin_body(body_length(self.headers))
         self.timeouts.ended_head()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        super()._start_asgi_task(cycle, _without_body(cycle, app) if cycle.waiting_for_100_continue else app)
+
     def on_body(self, body: bytes) -> None:
         self.received.count_body(len(body))
         self.timeouts.body(len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():  # see _ignore_upgrade
+            return
         self.received.end_request()
         if self.cycle.response_complete:
             self.timeouts.answered(self.loop.time(), complete=True)
@@ -234,10 +276,37 @@ def _must_wait(newest: RequestResponseCycle | None, pipeline: deque[tuple[Reques
     return bool(pipeline) or len(newest.body) > HIGH_WATER_LIMIT
 
 
-def _check_head(version: str, headers: list[tuple[bytes, bytes]]) -> None:
-    """Raise _Refused if the version is unsupported, or the request has no valid Host header or more than one."""
+def _without_body(cycle: RequestResponseCycle, app: Any) -> Any:
+    """Return an application whose answer closes the connection if it is sent before the client was asked for the body
+    (100 Continue). The server could not tell whether the client's next bytes are this body or another request."""
+
+    async def closing(scope: Any, receive: Any, send: Any) -> None:
+        async def send_last(message: Any) -> None:
+            if cycle.waiting_for_100_continue and cycle.more_body and not cycle.body:
+                cycle.keep_alive = False
+            await send(message)
+
+        await app(scope, receive, send_last)
+
+    return closing
+
+
+def _check_head(version: str, headers: list[tuple[bytes, bytes]]) -> bool:
+    """Return whether the client waits for 100 Continue before it sends the body, which HTTP/1.0 does not have. Raises
+    _Refused if the version is unsupported, the request has no valid Host header or more than one, or the client expects
+    anything else."""
     if version not in _VERSIONS:
         raise _Refused("This port supports HTTP/1.1 and HTTP/1.0 only.")
-    hosts = [value for name, value in headers if name == b"host"]
+    hosts, expected = [], set[bytes]()
+    for name, value in headers:
+        if name == b"host":
+            hosts.append(value)
+        elif name == b"expect":
+            expected.update(part.strip().lower() for part in value.split(b","))
     if len(hosts) != 1 or _HOST.fullmatch(hosts[0]) is None:
         raise _Refused("A request must have exactly one valid Host header.")
+    if not expected or version == "1.0":
+        return False
+    if not expected <= {b"", b"100-continue"}:
+        raise _Refused("The Expect header may only be 100-continue; remove it, or send this value.", 417)
+    return b"100-continue" in expected

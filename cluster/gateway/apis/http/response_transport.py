@@ -20,8 +20,9 @@ class Response(Protocol):
 
 
 class ResponseTransport:
-    """The part of a transport's interface that uvicorn's RequestResponseCycle uses. The head of a response is held back
-    until the first part of the body is written. The application must therefore write that part without delay."""
+    """The part of a transport's interface that uvicorn's RequestResponseCycle uses (a test compares them). The head of
+    a response is held back until the first part of the body is written. The application must therefore write that part
+    without delay."""
 
     __slots__ = ("_head", "_response", "_transport")
 
@@ -45,6 +46,10 @@ class ResponseTransport:
             else:
                 self._transport.write(head)
         self._transport.write(data)
+
+    def is_closing(self) -> bool:
+        """Return whether the connection is closed or being closed."""
+        return self._transport.is_closing()
 
     def close(self) -> None:
         """Send what was written and close the connection."""
