@@ -19,7 +19,7 @@ from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.openai.app import OpenAiApi
 from cluster.gateway.call_service import CallService
 from cluster.gateway.console.access.access import ConsoleAccess, Viewer
-from cluster.gateway.console.access.sign_in import MAX_BODY_BYTES, OIDC_CALLBACK, OIDC_START, FailureLimits, KeySignIn
+from cluster.gateway.console.access.sign_in import MAX_BODY_BYTES, OIDC_CALLBACK, OIDC_START, KeySignIn
 from cluster.gateway.console.bridge import AdminBridge
 from cluster.gateway.console.csp_reports import CspReports
 from cluster.gateway.console.errors import FORM, JSON_HEADERS
@@ -63,8 +63,8 @@ class ConsoleParts:
 def build_console(parts: ConsoleParts, secrets: Callable[[], Sequence[bytes]]) -> ConsoleApp:
     """Return the console of a gateway process. `secrets`: returns the cluster's secrets. Raises ValueError if a
     configured file cannot be used."""
-    access, limits, clock = ConsoleAccess(parts.config.gateway, parts.tenants, secrets), FailureLimits(), time.monotonic
-    keys = KeySignIn(access, parts.tenants, parts.bodies(MAX_BODY_BYTES), parts.authorizer, limits, clock)
+    access = ConsoleAccess(parts.config.gateway, parts.tenants, secrets)
+    keys = KeySignIn(access, parts.tenants, parts.bodies(MAX_BODY_BYTES), parts.authorizer, time.monotonic)
     settings, auth = parts.config.gateway.console, parts.config.auth
     if settings.oidc is None or parts.tenants is None or auth is None:
         return ConsoleApp(parts, access, keys)
@@ -75,7 +75,7 @@ def build_console(parts: ConsoleParts, secrets: Callable[[], Sequence[bytes]]) -
     (issuer,) = (entry for entry in auth.oidc if entry.issuer == settings.oidc.issuer)  # the configuration is checked
     claims = issuer.tenant_claim, issuer.role_claim, frozenset(issuer.algorithms)
     flow = OidcFlow(settings.oidc, Issuer(issuer.issuer, settings.oidc.client_id, *claims), settings.public_url)
-    return ConsoleApp(parts, access, keys, OidcSignIn(flow, access, parts.tenants, keys, limits, secrets))
+    return ConsoleApp(parts, access, keys, OidcSignIn(flow, access, parts.tenants, keys, secrets))
 
 
 class ConsoleApp:

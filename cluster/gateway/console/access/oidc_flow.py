@@ -16,7 +16,10 @@ import secrets as randomness
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import astuple, dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -40,8 +43,16 @@ TIMEOUT_S: Final = 5.0
 METADATA_S: Final = 300.0
 """Seconds for which the issuer's addresses are used before they are fetched again."""
 MAX_ANSWER_BYTES: Final = 256 * 1024
-MAX_EXCHANGES: Final = 8
-"""Maximum number of codes that are exchanged at the same time; further sign-ins are refused."""
+FAILURE_S: Final = 5.0
+"""Seconds for which a failed fetch of the issuer's addresses fails all sign-ins, instead of another fetch for each."""
+MAX_EXCHANGES: Final = 16
+"""Maximum number of codes that are exchanged at the same time; further sign-ins wait."""
+SOURCE_EXCHANGES: Final = 8
+"""Maximum number of codes from one source that are exchanged at the same time."""
+SOURCE_WAITING: Final = 64
+"""Maximum number of sign-ins of one source that wait. With a further one, the oldest fails as `busy`."""
+FAILED_EXCHANGE_S: Final = 1.0
+"""Seconds for which a failed exchange goes on to count, which bounds the requests to the issuer."""
 
 Post = Callable[[str, Mapping[str, str], Mapping[str, str]], Awaitable[Mapping[str, Any]]]
 """Function that sends a form (address, fields, headers) and returns the JSON object of the answer. Raises OSError,
@@ -90,6 +101,62 @@ class FlowState:
         return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
+class ExchangeSlots:
+    """The slots for code exchanges with the issuer. Nobody can tell a stranger's code from a person's. So the next free
+    slot goes to the source with the fewest exchanges, and within it to the newest sign-in: it waits for one exchange,
+    not for all of a burst before it."""
+
+    def __init__(self) -> None:
+        self._running: Counter[str] = Counter()
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+
+    @asynccontextmanager
+    async def slot(self, source: str) -> AsyncIterator[None]:
+        """Wait for a slot and hold it. Raises FlowError."""
+        if self._has_slot(source):
+            self._running[source] += 1
+        else:
+            await self._wait(source)
+        held_s = 0.0
+        try:
+            yield
+        except FlowError:
+            held_s = FAILED_EXCHANGE_S
+            raise
+        finally:
+            asyncio.get_running_loop().call_later(held_s, self._release, source)
+
+    def _has_slot(self, source: str) -> bool:
+        return self._running.total() < MAX_EXCHANGES and self._running[source] < SOURCE_EXCHANGES
+
+    async def _wait(self, source: str) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        waiting = self._waiting.setdefault(source, deque())
+        waiting.append(waiter)
+        if len(waiting) > SOURCE_WAITING and not (oldest := waiting.popleft()).done():
+            oldest.set_exception(FlowError("busy"))
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if not waiter.cancelled():
+                self._release(source)
+            elif waiter in waiting:
+                waiting.remove(waiter)
+            raise
+
+    def _release(self, source: str) -> None:
+        self._running[source] -= 1
+        self._running += Counter()  # forgets sources without exchanges
+        while sources := [source for source in self._waiting if self._has_slot(source)]:
+            source = min(sources, key=self._running.__getitem__)
+            waiting = self._waiting[source]
+            if waiting and not (waiter := waiting.pop()).done():
+                self._running[source] += 1
+                waiter.set_result(None)
+            if not waiting:
+                del self._waiting[source]
+
+
 class OidcFlow:
     """The authorization code flow with one issuer."""
 
@@ -110,11 +177,15 @@ class OidcFlow:
         self._redirect_uri = public_url + OIDC_CALLBACK
         self._verifier = OidcVerifier([issuer], fetch=fetch)
         self._fetch = fetch
-        self._post = post or _post_form
+        self._post = post or self._post_form
+        self._threads = ThreadPoolExecutor(MAX_EXCHANGES, thread_name_prefix="oidc")
+        """Threads of their own: while the issuer is slow, exchanges must not hold those of other work."""
         self._clock = clock
         self._metadata: tuple[float, Mapping[str, Any]] | None = None
+        self._failure: tuple[float, FlowError] | None = None
+        """The last failed fetch, and the time until which it counts."""
         self._fetching = asyncio.Lock()
-        self._exchanges = asyncio.Semaphore(MAX_EXCHANGES)
+        self._slots = ExchangeSlots()
         if settings.client_secret_file is not None:
             _secret_in(settings.client_secret_file)
 
@@ -134,9 +205,10 @@ class OidcFlow:
         separator = "&" if urllib.parse.urlsplit(endpoint).query else "?"
         return f"{endpoint}{separator}{urllib.parse.urlencode(query)}"
 
-    async def finish(self, flow: FlowState, answer: Mapping[str, str], now_s: float) -> TokenClaims:
+    async def finish(self, flow: FlowState, answer: Mapping[str, str], now_s: float, source: str = "") -> TokenClaims:
         """Exchange the code in the issuer's answer for an ID token, and return the token's claims. `answer`: the query
-        parameters with which the issuer has redirected the browser back. Raises FlowError."""
+        parameters with which the issuer has redirected the browser back. `source`: where the browser is, see
+        ExchangeSlots. Raises FlowError."""
         if now_s >= flow.expires_at_s:
             raise FlowError("expired")
         if not hmac.compare_digest(answer.get("state", "").encode(), flow.state.encode()):
@@ -147,15 +219,14 @@ class OidcFlow:
             raise FlowError("denied", answer["error"])
         if not answer.get("code"):
             raise FlowError("no_code")
-        if self._exchanges.locked():
-            raise FlowError("busy")
-        async with self._exchanges:
+        async with self._slots.slot(source):
             token = await self._id_token(flow, answer["code"])
             return await self._claims(flow, token)
 
     async def close(self) -> None:
         """Cancel all running fetches."""
         await self._verifier.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _id_token(self, flow: FlowState, code: str) -> str:
         metadata = await self._known_metadata()
@@ -218,16 +289,29 @@ class OidcFlow:
             now = self._clock()
             if self._metadata is not None and now < self._metadata[0] + METADATA_S:
                 return self._metadata[1]
-            url = self._settings.issuer.rstrip("/") + "/.well-known/openid-configuration"
+            if self._failure is not None and now < self._failure[0]:
+                raise FlowError(self._failure[1].reason, str(self._failure[1]))
             try:
-                async with asyncio.timeout(2 * TIMEOUT_S):
-                    metadata = await self._fetch(url)
-            except (OSError, ValueError, HTTPException, TimeoutError) as error:
-                raise FlowError("unavailable", str(error)) from None
-            if metadata.get("issuer") != self._settings.issuer:
-                raise FlowError("unavailable", "the discovery document names another issuer")
+                metadata = await self._fetched_metadata()
+            except FlowError as error:
+                self._failure = self._clock() + FAILURE_S, error
+                raise
             self._metadata = now, metadata
             return metadata
+
+    async def _fetched_metadata(self) -> Mapping[str, Any]:
+        url = self._settings.issuer.rstrip("/") + "/.well-known/openid-configuration"
+        try:
+            async with asyncio.timeout(2 * TIMEOUT_S):
+                metadata = await self._fetch(url)
+        except (OSError, ValueError, HTTPException, TimeoutError) as error:
+            raise FlowError("unavailable", str(error)) from None
+        if metadata.get("issuer") != self._settings.issuer:
+            raise FlowError("unavailable", "the discovery document names another issuer")
+        return metadata
+
+    async def _post_form(self, url: str, form: Mapping[str, str], headers: Mapping[str, str]) -> Mapping[str, Any]:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, _send_form, url, form, headers)
 
     @staticmethod
     def _endpoint(metadata: Mapping[str, Any], name: str) -> str:
@@ -247,10 +331,6 @@ def _secret_in(file: Path) -> str:
     if not secret:
         raise ValueError(f"{setting}: {file} is empty; write the client secret into it, or remove the setting")
     return secret
-
-
-async def _post_form(url: str, form: Mapping[str, str], headers: Mapping[str, str]) -> Mapping[str, Any]:
-    return await asyncio.to_thread(_send_form, url, form, headers)
 
 
 def _send_form(url: str, form: Mapping[str, str], headers: Mapping[str, str]) -> Mapping[str, Any]:

@@ -12,10 +12,11 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.apis.http.body import Refused
 from cluster.gateway.apis.http.exchange import Exchange
+from cluster.gateway.calls.records.access_log import LineBudget
 from cluster.gateway.console.access.access import ConsoleAccess
 from cluster.gateway.console.access.oidc_flow import FLOW_S, FlowError, FlowState, OidcFlow
 from cluster.gateway.console.access.sessions import SealedCookie, cookie_in, cookie_name, set_cookie
-from cluster.gateway.console.access.sign_in import FailureLimits, KeySignIn, address_of
+from cluster.gateway.console.access.sign_in import KeySignIn, source_of
 from cluster.gateway.console.errors import NO_STORE
 from cluster.policy.tenants.identity import identify
 
@@ -26,6 +27,7 @@ log = structlog.get_logger("console")
 
 MAX_QUERY_BYTES: Final = 8192
 MAX_DETAIL: Final = 200
+LINES_PER_S: Final = 5
 
 
 class OidcSignIn:
@@ -37,7 +39,6 @@ class OidcSignIn:
         access: ConsoleAccess,
         tenants: TenantAuthenticator,
         keys: KeySignIn,
-        limits: FailureLimits,
         secrets: Callable[[], Sequence[bytes]],
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -48,15 +49,15 @@ class OidcSignIn:
         self._access = access
         self._tenants = tenants
         self._keys = keys
-        self._limits = limits
+        self._lines = LineBudget(LINES_PER_S)
         self._cookie = SealedCookie(secrets, "console-oidc")
         self._name = cookie_name(access.is_secure, "-oidc")
         self._clock = clock
         self._wall = wall
 
     async def start(self, exchange: Exchange) -> None:
-        """Redirect the browser to the issuer's sign-in page."""
-        self._limits.check(address_of(exchange), self._clock())
+        """Redirect the browser to the issuer's sign-in page. Beginnings are not counted by address, so that none keeps
+        another out: each costs no more than another page, since the issuer's addresses are fetched for all at once."""
         state = FlowState.begin(self._wall())
         try:
             url = await self.flow.authorization_url(state)
@@ -68,11 +69,9 @@ class OidcSignIn:
     async def finish(self, exchange: Exchange) -> None:
         """Begin a session for the person who has signed in at the issuer, and redirect the browser to the console's
         page."""
-        self._limits.check(address_of(exchange), self._clock())
         try:
             session_cookie = await self._session_cookie(exchange)
         except FlowError as error:
-            self._limits.count(address_of(exchange), self._clock())
             await self._failed(exchange, error)
             return
         await _redirect(exchange, "/", self._flow_cookie("", 0), session_cookie)
@@ -83,7 +82,7 @@ class OidcSignIn:
         state = FlowState.from_json(self._cookie.open(text))
         if state is None:
             raise FlowError("expired", "the browser sent no cookie of a sign-in")
-        claims = await self.flow.finish(state, _query(exchange), self._wall())
+        claims = await self.flow.finish(state, _query(exchange), self._wall(), source_of(exchange))
         try:
             verdict = identify(self._tenants.snapshot(), claims.tenant, "jwt", claims.subject, claims.role)
             principal = self._tenants.derived.with_handle(verdict.require())
@@ -96,7 +95,10 @@ class OidcSignIn:
 
     async def _failed(self, exchange: Exchange, error: FlowError) -> None:
         detail = "".join(filter(str.isprintable, str(error)))[:MAX_DETAIL]
-        log.warning("console.sign_in_failed", reason=error.reason, error=detail, **exchange.log_fields)
+        left_out = self._lines.take(self._clock())
+        if left_out is not None:
+            fields = {"reason": error.reason, "error": detail, "not_logged_before": left_out}
+            log.warning("console.sign_in_failed", **fields, **exchange.log_fields)
         await _redirect(exchange, f"/?sign_in_failed={error.reason}", self._flow_cookie("", 0))
 
     def _flow_cookie(self, value: str, max_age_s: float) -> tuple[bytes, bytes]:

@@ -1,13 +1,14 @@
 """Sign-in with a key, and sign-out.
 
-Failed sign-ins are limited for each source address; the limit is checked before the key is looked up. Each failure is
-recorded in the audit log, as on the other ports. The limit bounds the work and the size of the audit log. Keys need no
-protection against guessing, because they have 256 random bits.
+A valid key always signs in, whatever its address did before: other people may have the same address, and keys need no
+protection against guessing, because they have 256 random bits. Failures are limited for each source address, and
+sign-ins for each key or subject. So both write a bounded number of lines into the audit log.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -24,7 +25,7 @@ from cluster.gateway.console.access.access import ConsoleAccess
 from cluster.gateway.console.access.sessions import ConsoleSession
 from cluster.gateway.console.errors import NO_STORE
 from cluster.http2.limits import Bucket
-from cluster.policy.tenants.identity import BAD_KEY, Principal, key_of
+from cluster.policy.tenants.identity import BAD_KEY, Principal, authenticate, key_of
 
 if TYPE_CHECKING:
     from cluster.gateway.auth.tenants import TenantAuthenticator
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 FAILURES_PER_S: Final = 0.2
 FAILURES: Final = 10.0
 """Number of failed sign-ins that an address may make at once, refilled at FAILURES_PER_S."""
+SIGN_INS_PER_S: Final = 0.2
+SIGN_INS: Final = 60.0
+"""Number of sign-ins that a key or subject may make at once, refilled at SIGN_INS_PER_S."""
 MAX_SOURCES: Final = 4096
 IPV6_PREFIX: Final = 64
 MAX_BODY_BYTES: Final = 4096
@@ -39,35 +43,34 @@ OIDC_START: Final = "/console/sign-in/oidc"
 OIDC_CALLBACK: Final = f"{OIDC_START}/callback"
 
 
-class FailureLimits:
-    """The limits of failed sign-ins, one for each source. A source is an IPv4 address, or the network of an IPv6
-    address. All times are monotonic seconds."""
+class SourceLimits:
+    """A token bucket for each source. A bucket never holds less than nothing, so the wait is bounded, too. Times are
+    monotonic seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, per_s: float, at_once: float, message: str) -> None:
+        """`message`: the text of the error."""
+        self._per_s, self._at_once, self._message = per_s, at_once, message
         self._buckets: dict[str, Bucket] = {}
 
-    def check(self, address: str, now: float) -> None:
-        """Raise CallError RATE_LIMITED if too many sign-ins from the source of `address` have failed."""
-        bucket = self._buckets.get(_source(address))
-        if bucket is not None and (left := bucket.charge(0, now)) < 1:
-            delay_s = (1 - left) / FAILURES_PER_S
-            raise CallError(
-                Outcome.RATE_LIMITED, "too many failed sign-ins from this address; wait", retry_after_s=delay_s
-            )
-
-    def count(self, address: str, now: float) -> None:
-        """Count a failed sign-in from `address`. The count belongs to the source of the address: the IPv4 address
-        itself, or the network of an IPv6 address. If there are more than MAX_SOURCES sources, the source whose last
-        failure is the oldest is forgotten."""
-        source = _source(address)
-        bucket = self._buckets.pop(source, None) or Bucket(FAILURES_PER_S, FAILURES, now)
-        bucket.charge(1, now)
+    def charge(self, source: str, now: float) -> None:
+        """Charge one attempt to a source. Raises CallError RATE_LIMITED, and charges nothing, if the source has made
+        too many. If there are more than MAX_SOURCES sources, the one that was charged least recently is forgotten."""
+        bucket = self._buckets.pop(source, None) or Bucket(self._per_s, self._at_once, now)
         self._buckets[source] = bucket
         if len(self._buckets) > MAX_SOURCES:
             del self._buckets[next(iter(self._buckets))]
+        if (left := bucket.charge(0, now)) < 1:
+            raise CallError(Outcome.RATE_LIMITED, self._message, retry_after_s=(1 - left) / self._per_s)
+        bucket.charge(1, now)
 
 
-def _source(address: str) -> str:
+def source_of(exchange: Exchange) -> str:
+    """Return the source of a request: the client's IPv4 address, or the network of its IPv6 address."""
+    return source_of_address(str((exchange.scope.get("client") or ("", 0))[0]))
+
+
+def source_of_address(address: str) -> str:
+    """Return the source to which an address belongs."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -86,16 +89,15 @@ class KeySignIn:
         tenants: TenantAuthenticator | None,
         bodies: RequestBodies,
         authorizer: AdminAuthorizer,
-        limits: FailureLimits,
         clock: Callable[[], float],
     ) -> None:
-        """Create the endpoints. `limits`: limits on failed sign-ins, which are shared with the other ways to sign in.
-        `clock`: returns monotonic seconds."""
+        """`clock`: returns monotonic seconds."""
         self._access = access
         self._tenants = tenants
         self._bodies = bodies
         self._authorizer = authorizer
-        self._limits = limits
+        self._failures = SourceLimits(FAILURES_PER_S, FAILURES, "too many wrong keys from this address; wait")
+        self._sign_ins = SourceLimits(SIGN_INS_PER_S, SIGN_INS, "too many sign-ins; keep the session's cookie, or wait")
         self._clock = clock
 
     async def sign_in(self, exchange: Exchange) -> None:
@@ -103,16 +105,11 @@ class KeySignIn:
         self._access.check_site(exchange)
         if self._tenants is None:
             raise Refused(409, "no_auth", "this gateway has no `auth`, so there is nothing to sign in with")
-        address = address_of(exchange)
-        self._limits.check(address, self._clock())
         key = await self._key(exchange)
-        try:
-            principal, digest = await self._principal(self._tenants, key, exchange)
-            self._access.check_role(principal.role)
-        except CallError as error:
-            if error.outcome is not Outcome.STORE_UNAVAILABLE:
-                self._limits.count(address, self._clock())
-            raise
+        if authenticate(self._tenants.snapshot(), key, self._tenants.peppers, time.time()).principal is None:
+            self._failures.charge(source_of(exchange), self._clock())
+        principal, digest = await self._principal(self._tenants, key, exchange)
+        self._access.check_role(principal.role)
         self.record(principal, exchange)
         await no_content(exchange, self._access.cookie(self._access.begin("key", principal, digest)))
 
@@ -144,7 +141,8 @@ class KeySignIn:
         return principal, entry.digest
 
     def record(self, principal: Principal, exchange: Exchange) -> None:
-        """Record a sign-in in the audit log."""
+        """Record a sign-in in the audit log. Raises CallError if the key or subject has signed in too often."""
+        self._sign_ins.charge(f"{principal.by}:{principal.tenant.name}:{principal.subject}", self._clock())
         exchange.scope[CONNECTION].mark_authenticated()
         caller = AdminCaller(principal, exchange.credentials(False).peer, "")
         name = principal.tenant.name
@@ -158,11 +156,6 @@ class KeySignIn:
         if session is not None:
             self._access.check_token(exchange, session)
         await no_content(exchange, self._access.cookie(None))
-
-
-def address_of(exchange: Exchange) -> str:
-    """Return the IP address of the client."""
-    return str((exchange.scope.get("client") or ("", 0))[0])
 
 
 async def no_content(exchange: Exchange, *headers: tuple[bytes, bytes]) -> None:

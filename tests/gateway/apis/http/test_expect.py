@@ -183,7 +183,7 @@ async def curl(*arguments: str) -> tuple[str, str]:
     """Run curl with its usual headers, which include Expect for a large body. Returns the answers and curl's log of
     headers."""
     process = await asyncio.create_subprocess_exec(
-        *("curl", "--silent", "--verbose", "--max-time", "60", "--expect100-timeout", "50", *arguments),
+        *("curl", "--silent", "--verbose", "--max-time", "300", "--expect100-timeout", "250", *arguments),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )

@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -27,11 +28,22 @@ from cluster.config.console import ConsoleOidc
 from cluster.gateway.auth.no_redirect import open_no_redirect
 from cluster.gateway.auth.oidc import Issuer
 from cluster.gateway.console.access import oidc_flow, oidc_sign_in
-from cluster.gateway.console.access.oidc_flow import FLOW_S, FlowError, FlowState, OidcFlow
+from cluster.gateway.console.access.oidc_flow import (
+    FAILURE_S,
+    FLOW_S,
+    MAX_EXCHANGES,
+    SOURCE_EXCHANGES,
+    SOURCE_WAITING,
+    ExchangeSlots,
+    FlowError,
+    FlowState,
+    OidcFlow,
+)
 from cluster.gateway.console.access.sessions import SealedCookie
 from cluster.gateway.console.access.sign_in import OIDC_CALLBACK, OIDC_START
 from cluster.gateway.console.pages import FOLDER
 from cluster.policy.tenants.policy import TenantPolicy
+from tests.support.cluster import until
 from tests.support.console import HOST, Browser
 from tests.support.http import Reply
 from tests.support.keyed import SECRET, Keyed, eventually, keyed_cluster
@@ -380,6 +392,111 @@ async def test_a_sign_in_expires() -> None:
     """A sign-in that takes longer than ten minutes is refused."""
     scripted, flow = Scripted(), FlowState.begin(time.time())
     assert await reason(scripted, flow, answer_of(flow), FLOW_S) == "expired"
+
+
+# ---- floods
+
+
+class Slow(Scripted):
+    """A simulated issuer that answers when the test lets it. Codes other than `good` are refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = asyncio.Event()
+        self.fetches = self.most = self.now = 0
+        self._open = 0
+        self._clock = lambda: self.now
+
+    async def fetch(self, url: str) -> Mapping[str, Any]:
+        """Fail to return the discovery document until the test lets the issuer answer."""
+        if not url.endswith("/keys"):
+            self.fetches += 1
+            if not self.answers.is_set():
+                await asyncio.sleep(0)
+                raise OSError("no route")
+        return await super().fetch(url)
+
+    async def post(self, url: str, form: Mapping[str, str], headers: Mapping[str, str]) -> Mapping[str, Any]:
+        """Wait, then refuse the code or return the token."""
+        self._open += 1
+        self.most = max(self.most, self._open)
+        try:
+            await self.answers.wait()
+        finally:
+            self._open -= 1
+        if form["code"] != "good":
+            raise ValueError("invalid_grant")
+        return {"id_token": self.token}
+
+    async def come_back(self, code: str, source: str) -> str:
+        """Return how a sign-in from a source ends: the subject, or the reason of its failure."""
+        flow = FlowState.begin(time.time())
+        if code == "good":
+            self.token = self.sign(flow)
+        try:
+            return (await self.finish(flow, answer_of(flow, code=code), time.time(), source)).subject
+        except FlowError as error:
+            return error.reason
+
+
+async def test_a_failing_issuer_is_asked_once_for_all() -> None:
+    """Beginnings that find the issuer away share one fetch, and further ones fail at once for some seconds."""
+    scripted = Slow()
+
+    async def begin() -> str:
+        try:
+            return await scripted.authorization_url(FlowState.begin(time.time()))
+        except FlowError as error:
+            return error.reason
+
+    assert set(await asyncio.gather(*(begin() for _ in range(60)))) == {"unavailable"}
+    scripted.answers.set()
+    scripted.now = int(FAILURE_S) - 1
+    assert (await begin(), scripted.fetches) == ("unavailable", 1)
+    scripted.now = int(FAILURE_S)
+    assert (await begin()).startswith(ISSUER)
+    assert scripted.fetches == 2
+
+
+@pytest.mark.parametrize("source", ["a", "c"])
+async def test_junk_codes_keep_nobody_out(source: str) -> None:
+    """While strangers of two addresses hold all exchanges and hundreds wait, a person waits, too, and is the next, even
+    at the address of a stranger. Each address has bounded exchanges and bounded sign-ins that wait."""
+    scripted = Slow()
+    scripted._metadata = 0, await Scripted().fetch(ISSUER)
+    junk = [asyncio.create_task(scripted.come_back("junk", stranger)) for _ in range(200) for stranger in "ab"]
+    await asyncio.sleep(0)
+    person = asyncio.create_task(scripted.come_back("good", source))
+    await until(lambda: scripted.most > 0, "the issuer is asked")
+    assert not person.done()
+    scripted.answers.set()
+    assert await person == "ada"
+    assert scripted.most == MAX_EXCHANGES
+    endings = Counter(task.result() for task in junk if task.done())
+    assert endings["busy"] >= len(junk) - MAX_EXCHANGES - 2 * SOURCE_WAITING - 1
+    assert endings["exchange"] <= 2 * MAX_EXCHANGES  # the second time together with the person
+    for task in junk:
+        task.cancel()
+    await asyncio.gather(*junk, return_exceptions=True)
+    assert [await scripted.come_back("good", each) for each in "ad"] == ["ada", "ada"]
+
+
+async def test_a_gone_sign_in_leaves_its_slot() -> None:
+    """A sign-in that is cancelled while it waits, or in its exchange, holds no slot."""
+    slots = ExchangeSlots()
+
+    async def hold() -> None:
+        async with slots.slot("a"):
+            await asyncio.Event().wait()
+
+    for _ in range(3):
+        tasks = [asyncio.create_task(hold()) for _ in range(3 * SOURCE_EXCHANGES)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)
+    await until(lambda: not slots._running and not slots._waiting, "nothing is left")
 
 
 async def test_the_clients_secret(tmp_path: Path) -> None:
