@@ -123,6 +123,8 @@ class ConsoleApp:
         """End all event streams, because the gateway stops."""
         if self._streams is not None:
             self._streams.close()
+        if self._long_history is not None:
+            self._long_history.close()
         if self._oidc is not None:
             await self._oidc.flow.close()
 

@@ -14,7 +14,8 @@ from cluster.gateway.apis.http.server import HttpServer
 from cluster.gateway.console.access.access import ConsoleAccess, Viewer
 from cluster.gateway.console.access.sessions import ConsoleSession
 from cluster.gateway.console.errors import FORM
-from cluster.gateway.console.streams import ViewerStreams
+from cluster.gateway.console.overview.live import MAX_SUBSCRIBERS
+from cluster.gateway.console.streams import SESSION_STREAMS, TENANT_STREAMS, TENANTS_STREAMS, ViewerStreams
 from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
 from tests.support.cluster import LOOPBACK, until
@@ -61,9 +62,10 @@ class Page:
         self.streams = ViewerStreams(self.access, self.feed, self.changes)
         self.viewer = self.viewer_for(60)
         self.port = 0
+        self.writers: list[asyncio.StreamWriter] = []  # kept: a forgotten one is closed
 
     def viewer_for(self, seconds: float, role: str = "operator", tenant: str = "ops") -> Viewer:
-        """Return a viewer whose session lasts for `seconds`."""
+        """Return a viewer with a new session that lasts for `seconds`."""
         session = ConsoleSession.begin("nobody", "", tenant, role, expires_at_s=self.wall + seconds)
         principal = Principal(TenantPolicy(tenant), role)
         return Viewer(session, principal, principal)
@@ -79,6 +81,7 @@ class Page:
     async def get(self, path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Send a request and return the connection."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.writers.append(writer)
         writer.write(f"GET {path} HTTP/1.1\r\nhost: a\r\n\r\n".encode())
         return reader, writer
 
@@ -133,10 +136,57 @@ async def test_a_stream_ends_when_its_session_expires(page: Page) -> None:
     assert (await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 60)).endswith(b"0\r\n\r\n")
 
 
+async def places(page: Page, role: str, tenant: str, count: int, *, new_sessions: bool) -> list[asyncio.StreamReader]:
+    """Open streams of a tenant's viewer, one after the other. Returns their connections, each read up to its first
+    event."""
+    readers = []
+    for at in range(count):
+        if new_sessions or not at:
+            page.viewer = page.viewer_for(60, role, tenant)
+        reader, _ = await page.get("/events")
+        await reader.readuntil(b"data: {}\n\n")
+        readers.append(reader)
+    return readers
+
+
+async def replaced(reader: asyncio.StreamReader) -> bool:
+    """Return whether a stream ends because another has its place."""
+    return b'event: end\ndata: {"reason":"replaced"}' in await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 60)
+
+
+@pytest.mark.parametrize("role", ["caller", "operator"])
+async def test_a_session_has_few_streams(page: Page, role: str) -> None:
+    """A further stream of a session ends its oldest one, for every role."""
+    readers = await places(page, role, "acme", SESSION_STREAMS + 2, new_sessions=False)
+    assert [await replaced(reader) for reader in readers[:2]] == [True, True]
+    await until(lambda: page.feed.open == SESSION_STREAMS, "the others go on")
+
+
+async def test_tenants_leave_places_to_operators_and_to_each_other(page: Page) -> None:
+    """A tenant's callers have bounded streams over all sessions, and all tenants together have, too. A tenant without a
+    stream gets the place of the tenant with the most. Operators' streams are not counted to these bounds."""
+    operators = await places(page, "operator", "acme", MAX_SUBSCRIBERS - TENANTS_STREAMS, new_sessions=True)
+    first = await places(page, "caller", "acme", 32, new_sessions=True)
+    assert all([await replaced(reader) for reader in first[: 32 - TENANT_STREAMS]])
+    assert page.feed.open == len(operators) + TENANT_STREAMS
+    await places(page, "tenant_admin", "beta", 20, new_sessions=True)
+    assert page.feed.open == len(operators) + TENANTS_STREAMS
+    await places(page, "caller", "gamma", 1, new_sessions=True)
+    assert await replaced(first[32 - TENANT_STREAMS])
+    for number in range(TENANTS_STREAMS):
+        await places(page, "caller", f"t{number}", 1, new_sessions=True) if number < TENANTS_STREAMS - 3 else None
+    page.viewer = page.viewer_for(60, "caller", "one-more")
+    reader, _ = await page.get("/events")
+    assert b" 503 " in await reader.readuntil(b"\r\n")
+    assert page.feed.open == len(operators) + TENANTS_STREAMS
+    for task in list(page.streams._open)[: len(operators)]:
+        assert not task.done()
+
+
 async def test_streams_end_with_the_gateway(page: Page) -> None:
     """All streams end when the gateway stops, so the gateway need not wait for them. No stream is accepted
     afterwards."""
-    connections = [await page.get("/events") for _ in range(3)]
+    connections = [await page.get("/events") for _ in range(3)]  # of one session
     await until(lambda: page.feed.open == 3, "the streams have begun")
     page.streams.close()
     for reader, writer in connections:

@@ -13,7 +13,10 @@ import json
 import math
 import time
 import urllib.parse
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any, Final
@@ -39,6 +42,11 @@ MAX_ANSWER_BYTES: Final = 1 << 20
 MAX_QUERIES: Final = 4
 """Maximum number of concurrent queries of one gateway process."""
 MAX_WAITING: Final = 32
+TENANT_QUERIES: Final = 2
+"""Maximum number of concurrent queries for the tenants' own viewers, of MAX_QUERIES."""
+TENANT_WAITING: Final = 12
+TENANTS_WAITING: Final = 20
+"""Maximum number of running and waiting queries of one tenant, and of all tenants, of MAX_WAITING."""
 MAX_QUERY_BYTES: Final = 4096
 
 Fetch = Callable[[str], Awaitable[Any]]
@@ -122,10 +130,18 @@ class LongHistory:
         """`cluster`: name of the cluster, which is a label of all metrics. `wall`: returns seconds since the epoch."""
         self._url = url
         self._cluster = cluster
-        self._fetch = fetch or _fetch
+        self._fetch = fetch or self._fetch_in_thread
+        self._threads = ThreadPoolExecutor(MAX_QUERIES, thread_name_prefix="prometheus")
+        """Threads of their own: while Prometheus is slow, queries must not hold those of other work."""
         self._wall = wall
         self._queries = asyncio.Semaphore(MAX_QUERIES)
-        self._waiting = 0
+        self._tenant_queries = asyncio.Semaphore(TENANT_QUERIES)
+        self._waiting: Counter[str] = Counter()
+        """Number of running and waiting queries by the scope of the viewer: a tenant, "" for operators and viewers."""
+
+    def close(self) -> None:
+        """Drop the queries that wait for a thread."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     @staticmethod
     def covers(exchange: Exchange) -> bool:
@@ -148,22 +164,26 @@ class LongHistory:
             raise CallError(Outcome.NOT_FOUND, f"tenants/{quoted(tenant)} does not exist")
         times = Range.of(seconds, self._wall())
         names = list(dict.fromkeys(names))
-        series = await asyncio.gather(*(self._values(name, model, tenant, times) for name in names))
+        series = await asyncio.gather(*(self._values(name, model, tenant, times, viewer.scope) for name in names))
         answer = {"step_s": times.step_s, "from_s": times.first_s, "series": dict(zip(names, series, strict=True))}
         await exchange.respond(200, orjson.dumps(answer), JSON_HEADERS)
 
-    async def _values(self, name: str, model: str, tenant: str, times: Range) -> list[float | None]:
+    async def _values(self, name: str, model: str, tenant: str, times: Range, scope: str) -> list[float | None]:
         plot = PLOTS.get(name)
         if plot is None or (tenant and not plot.of_tenants):
             return [None] * times.points
         expression = expression_of(plot, {"headrace_cluster": self._cluster, "model": model, "tenant": tenant}, times)
         query = {"query": expression, "start": times.first_s, "end": times.last_s, "step": times.step_s}
         url = f"{self._url}/api/v1/query_range?{urllib.parse.urlencode(query)}"
-        if self._waiting >= MAX_WAITING:
+        waiting = self._waiting
+        of_tenants = waiting.total() - waiting[""]
+        is_full = bool(scope) and (waiting[scope] >= TENANT_WAITING or of_tenants >= TENANTS_WAITING)
+        if is_full or waiting.total() >= MAX_WAITING:
             raise CallError(Outcome.QUEUE_FULL, "too many plots are being fetched; wait a moment")
-        self._waiting += 1
+        waiting[scope] += 1
         try:
-            async with self._queries, asyncio.timeout(2 * TIMEOUT_S):
+            share = self._tenant_queries if scope else nullcontext()
+            async with share, self._queries, asyncio.timeout(2 * TIMEOUT_S):
                 result = (await self._fetch(url))["data"]["result"]
             return times.values(result[0]["values"]) if result else [None] * times.points
         except (OSError, HTTPException, ValueError, TypeError, LookupError, TimeoutError) as error:
@@ -171,7 +191,11 @@ class LongHistory:
             text = "the Prometheus of gateway.console.prometheus_url does not answer; at most 3600 seconds are here"
             raise CallError(Outcome.STORE_UNAVAILABLE, text) from None
         finally:
-            self._waiting -= 1
+            waiting[scope] -= 1
+            waiting += Counter()  # forgets scopes without queries
+
+    async def _fetch_in_thread(self, url: str) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, _get, url)
 
 
 def expression_of(plot: Plot, labels: Mapping[str, str], times: Range) -> str:
@@ -195,10 +219,6 @@ def _fields(exchange: Exchange) -> Mapping[str, str]:
         return dict(urllib.parse.parse_qsl(query.decode("latin-1"), max_num_fields=16))
     except ValueError:
         raise invalid("query", "has more than 16 parameters") from None
-
-
-async def _fetch(url: str) -> Any:
-    return await asyncio.to_thread(_get, url)
 
 
 def _get(url: str) -> Any:

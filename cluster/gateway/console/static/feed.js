@@ -107,6 +107,13 @@ export class Feed {
     this._isPaused = true;
   }
 
+  /** Stop: a newer window has the place of this one. Reconnecting by itself would take the place of the next. */
+  _replaced() {
+    this._pause();
+    this.problem = "too many windows show this console. This one goes on when you come back to it or load it again.";
+    this._setConnection("stale");
+  }
+
   _connect() {
     this._source?.close();
     const source = new EventSource("/console/events");
@@ -115,7 +122,7 @@ export class Feed {
     on("state", (event) => this._apply(JSON.parse(event.data), true));
     on("delta", (event) => this._apply(JSON.parse(event.data), false));
     on("ping", () => this._markReceived());
-    on("end", () => this._failed());
+    on("end", (event) => (JSON.parse(event.data).reason === "replaced" ? this._replaced() : this._failed()));
     on("error", () => this._failed());
   }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import urllib.parse
 from pathlib import Path
@@ -21,9 +22,13 @@ from cluster.gateway.console.errors import FORM
 from cluster.gateway.console.history.history import SERIES
 from cluster.gateway.console.history.long_history import (
     LEAST_STEP_S,
+    MAX_QUERIES,
     MAX_SECONDS,
     PLOTS,
     POINTS,
+    TENANT_QUERIES,
+    TENANT_WAITING,
+    TENANTS_WAITING,
     UNKNOWN,
     LongHistory,
     Range,
@@ -32,7 +37,7 @@ from cluster.gateway.console.history.long_history import (
 from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.wire.bundle import Bundle
-from tests.support.cluster import LOOPBACK, running_cluster, sim_engine
+from tests.support.cluster import LOOPBACK, running_cluster, sim_engine, until
 from tests.support.console import Browser
 from tests.support.keyed import eventually
 from tests.support.prometheus import prometheus
@@ -251,3 +256,34 @@ async def test_with_a_real_prometheus(tmp_path: Path, checkpoint: Path, bundle: 
 
                 assert (await browser.fetch("/console/history?series=tokens&seconds=600")).json["step_s"] == 5
                 await eventually(has_value, "Prometheus has scraped the gateway")
+
+
+async def test_a_tenants_queries_leave_room_for_operators() -> None:
+    """While Prometheus is slow, the viewers of tenants hold a part of the queries and of the places to wait only, and
+    an operator's query is sent at once."""
+    release, urls = asyncio.Event(), list[str]()
+
+    async def fetch(url: str) -> Any:
+        urls.append(url)
+        await release.wait()
+        return {"data": {"result": []}}
+
+    server = Server()
+    history = LongHistory("http://prometheus", "demo", fetch, lambda: NOW)
+
+    def ask(role: str, tenant: str) -> asyncio.Task[None]:
+        query = "seconds=7200&series=tokens,requests,cache_hits"
+        return asyncio.create_task(history.answer(server.exchange(query), viewer(role, tenant)))
+
+    asked = [ask("caller", tenant) for tenant in ("acme", "beta", "gamma") for _ in range(20)]
+    await until(lambda: sum(task.done() for task in asked) >= 60 - TENANTS_WAITING, "the others are refused")
+    assert len(urls) == TENANT_QUERIES
+    assert history._waiting["acme"] == TENANT_WAITING
+    operator = ask("operator", "ops")
+    await until(lambda: len(urls) == MAX_QUERIES, "the operator's queries are sent")
+    release.set()
+    await operator
+    ended = await asyncio.gather(*asked, return_exceptions=True)
+    assert {error.outcome for error in ended if isinstance(error, CallError)} == {Outcome.QUEUE_FULL}
+    await until(lambda: not history._waiting, "nothing is left")
+    await ask("caller", "acme")
