@@ -74,6 +74,11 @@ class Console(Section):
     prometheus_url: str = ""
     """URL of the Prometheus from which plots of more than an hour come; empty: the last hour only."""
 
+    @property
+    def public_host(self) -> str:
+        """The host of `public_url`, without its port; "" without a URL."""
+        return (url_parts(self.public_url).hostname or "").lower()
+
     @field_validator("public_url")
     @classmethod
     def _origin(cls, value: str) -> str:

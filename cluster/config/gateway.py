@@ -45,6 +45,7 @@ def check_address(value: str, least: int = 0) -> str:
     return value
 
 
+HostName = Annotated[str, Field(pattern=r"^[a-z0-9_]([a-z0-9._-]{0,252}[a-z0-9_])?$")]
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):[0-9]{1,5}$"), AfterValidator(check_address)]
 # Process i > 0 listens on the configured port plus this offset plus i: by default on 50060+i and 9410+i.
 LINK_PORT_OFFSET, METRICS_PORT_OFFSET = 8, 10
@@ -159,6 +160,9 @@ class GatewaySettings(Section):
     """Settings of a gateway."""
 
     listen: Listen = Listen()
+    host_names: Annotated[tuple[HostName, ...], Field(max_length=256)] = ()
+    """Further host names, without ports, at which a gateway without `auth` answers over HTTP. It refuses names that a
+    web page could have, and answers at addresses, `localhost`, names without a dot and names of services anyway."""
     tls: ClientTls | None = None
     link_tls: LinkTls | None = None
     processes: Annotated[int, Field(ge=1, le=64)] = 1

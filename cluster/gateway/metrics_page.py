@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from cluster import http2
+from cluster.gateway.apis.http.body import Refused
+from cluster.gateway.apis.http.host_names import HostNames
 from cluster.gateway.apis.http.server import HttpServer
 from cluster.observe.metrics import OPEN_METRICS, Metrics
 from cluster.process.descriptors import raise_descriptor_limit
@@ -23,8 +25,10 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 class MetricsPage:
     """ASGI application that serves the metrics page."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, names: HostNames | None = None) -> None:
+        """`names`: the names at which the page is served; None for any."""
         self._metrics = metrics
+        self._names = names
         self._making: dict[tuple[str, bool], asyncio.Task[tuple[str, bytes]]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -32,6 +36,13 @@ class MetricsPage:
         if scope["method"] not in ("GET", "HEAD"):
             await _answer(send, 405, [(b"allow", b"GET, HEAD")], b"")
             return
+        if self._names is not None:
+            try:
+                self._names.check(scope["headers"])
+            except Refused as refused:
+                kind = (b"content-type", b"text/plain; charset=utf-8")
+                await _answer(send, refused.status, [kind], str(refused).encode())
+                return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         accept = OPEN_METRICS if OPEN_METRICS in headers.get(b"accept", "") else ""
         zipped = "gzip" in headers.get(b"accept-encoding", "")

@@ -9,6 +9,7 @@ from cluster.config.schema import Config
 from cluster.gateway.administration import Administration
 from cluster.gateway.apis.grpc.inference import SERVICE
 from cluster.gateway.apis.http.body import RequestBodies
+from cluster.gateway.apis.http.host_names import HostNames
 from cluster.gateway.apis.http.server import HttpServer
 from cluster.gateway.apis.http_application import http_application
 from cluster.gateway.auth.tls import NewestContext
@@ -37,7 +38,12 @@ class GatewayPorts:
         settings, console = foundation.config.gateway, administration.console
         self._config: Config = foundation.config
         self._process = foundation.process
-        self._metrics_page = MetricsPage(foundation.metrics)
+        names = (
+            None
+            if foundation.config.auth is not None
+            else HostNames((*settings.host_names, settings.console.public_host))
+        )
+        self._metrics_page = MetricsPage(foundation.metrics, names)
         self._health = health
         self._administration = administration
         self.listeners = Listeners()
@@ -50,7 +56,7 @@ class GatewayPorts:
             self.links.add_generic_rpc_handlers((administration.siblings.handler(),))
         bodies = RequestBodies(settings.max_message_bytes, request_bytes)
         endpoints = {} if console is None else console.endpoints()
-        self.http = HttpServer(http_application(service, bodies, endpoints), admission(http2.Port.CLIENT))
+        self.http = HttpServer(http_application(service, bodies, endpoints, names), admission(http2.Port.CLIENT))
 
     async def open_internal(self, probes: str, link: socket.socket | None) -> None:
         """Open the ports for the cluster and its operators: health probes, links, admin (process 0 only) and metrics.

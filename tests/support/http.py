@@ -79,9 +79,9 @@ class Wire:
         self.writer = writer
 
     @classmethod
-    async def open(cls, cluster: TestCluster, limit: int = 1 << 26) -> Wire:
-        """Connect to the HTTP API and return the connection."""
-        host, port = cluster.gateway.endpoints["http"].rsplit(":", 1)
+    async def open(cls, cluster: TestCluster, limit: int = 1 << 26, port: str = "http") -> Wire:
+        """Connect to the HTTP API, or to another port by its name, and return the connection."""
+        host, port = cluster.gateway.endpoints[port].rsplit(":", 1)
         return cls(*await asyncio.open_connection(host, int(port), limit=limit))
 
     def ask(self, path: str, body: Any = None, *, method: str = "", **headers: str) -> None:

@@ -4,14 +4,13 @@ may do.
 Every request is checked anew against the current tenants and keys. A request from another site is refused because of
 its headers `origin` and `sec-fetch-site`, before its session is looked up. A POST must also hold the CSRF token of its
 session. Without `auth` the console serves everybody who reaches the port. The header `host` must then be an IP address,
-`localhost` or the host of `public_url`, because an attacker's DNS server can resolve any other name to this gateway's
-address.
+`localhost`, one of `gateway.host_names` or the host of `public_url`, because an attacker's DNS server can resolve any
+other name to this gateway's address (apis/http/host_names.py).
 """
 
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from cluster.config.gateway import GatewaySettings, is_loopback
 from cluster.gateway.apis.admin.authorization import LOOPBACK_OPERATOR
 from cluster.gateway.apis.http.body import Refused
 from cluster.gateway.apis.http.exchange import Exchange
+from cluster.gateway.apis.http.host_names import host_name, is_local, misdirected
 from cluster.gateway.auth.authenticator import DEFAULT_PRINCIPAL
 from cluster.gateway.console.access.sessions import ConsoleSession, SessionCookie, cookie_in, cookie_name, set_cookie
 from cluster.policy.tenants.identity import Principal, authenticate_again, identify, is_allowed
@@ -66,6 +66,7 @@ class ConsoleAccess:
         self._tenants = tenants
         self._wall = wall
         self._public_host = urllib.parse.urlsplit(settings.console.public_url).netloc.lower()
+        self._host_names = settings.host_names
         self.has_auth = tenants is not None
         self.is_secure = settings.tls is not None or settings.console.public_url.startswith("https:")
         self._cookie = SessionCookie(secrets, cookie_name(self.is_secure))
@@ -77,10 +78,10 @@ class ConsoleAccess:
         """Raise Refused for a request that another site has caused. If the configuration has no section `auth`, also
         raise Refused for a header `host` that is not allowed."""
         host = exchange.header(b"host").lower()
-        if not self.has_auth and host != self._public_host and not _is_address(host):
-            raise Refused(
-                421, "misdirected", "without `auth` the console answers at an address or localhost only, not at a name"
-            )
+        if not self.has_auth and host != self._public_host:
+            name = host_name(host)
+            if not is_local(name) and name not in self._host_names:
+                raise misdirected(host)
         if exchange.header(b"sec-fetch-site") not in ("", "same-origin", "none"):
             raise Refused(403, "cross_site", "the request comes from another site; use the console's own page")
         origin = exchange.header(b"origin").lower()
@@ -164,13 +165,3 @@ class ConsoleAccess:
         value = self._cookie.seal(session) if session is not None else ""
         max_age_s = self.seconds_left(session) if session is not None else 0.0
         return b"set-cookie", set_cookie(self._cookie.name, value, max_age_s=max_age_s, is_secure=self.is_secure)
-
-
-def _is_address(host: str) -> bool:
-    """Return whether the header `host` holds an IP address, or a name that every resolver resolves to this host."""
-    name = host.rpartition("]")[0].strip("[") if host.startswith("[") else host.partition(":")[0]
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return name == "localhost" or name.endswith(".localhost")
-    return True

@@ -97,8 +97,13 @@ class OidcSignIn:
         detail = "".join(filter(str.isprintable, str(error)))[:MAX_DETAIL]
         left_out = self._lines.take(self._clock())
         if left_out is not None:
-            fields = {"reason": error.reason, "error": detail, "not_logged_before": left_out}
-            log.warning("console.sign_in_failed", **fields, **exchange.log_fields)
+            log.warning(
+                "console.sign_in_failed",
+                reason=error.reason,
+                error=detail,
+                not_logged_before=left_out,
+                **exchange.log_fields,
+            )
         await _redirect(exchange, f"/?sign_in_failed={error.reason}", self._flow_cookie("", 0))
 
     def _flow_cookie(self, value: str, max_age_s: float) -> tuple[bytes, bytes]:
