@@ -40,8 +40,8 @@ class MetricsPage:
             try:
                 self._names.check(scope["headers"])
             except Refused as refused:
-                kind = (b"content-type", b"text/plain; charset=utf-8")
-                await _answer(send, refused.status, [kind], str(refused).encode())
+                text = (b"content-type", b"text/plain; charset=utf-8")
+                await _answer(send, refused.status, [text], str(refused).encode())
                 return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         accept = OPEN_METRICS if OPEN_METRICS in headers.get(b"accept", "") else ""
