@@ -107,6 +107,8 @@ class EngineRequest:
     parsing: OutputParsing | None = None
     pooling: PoolingOptions | None = None
     """Set for a pooling request, which ignores `sampling` and ends with its first output."""
+    tenant: str = ""
+    """At a worker: the tenant's handle. "" if the gateway sends none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,13 @@ class PositionLogprobs:
 
     token_ids: Sequence[int]
     logprobs: Sequence[float]
+
+
+SLOW_GRAMMAR = (
+    "the engine needs too long to check each token against this format; nest fewer loops and optional parts, and let "
+    "alternatives begin differently"
+)
+"""Message of an output that ends with ERROR because its grammar slows the engine's steps."""
 
 
 @dataclass(slots=True)

@@ -126,7 +126,7 @@ class Submits:
         new gateway; otherwise submit it to the engine. Raises EngineRefused and EngineDead."""
         if submit.generation:
             await self.take_over(call_of(submit.stream), submit.generation)
-        if request.parsing is not None:
+        if request.parsing is not None or request.sampling.grammar is not None:
             request = await self.runner.parser.open(request)
         running = await self._new_request(link, submit, request, received_at)
         reattached, to_abort = self.requests.reattach(running, submit)

@@ -61,16 +61,23 @@ def big_tokenizer(folder: Path, vocab_size: int = 128_000) -> Path:
     return folder
 
 
+def big_vocabulary_checkpoint(folder: Path, vocab_size: int) -> Path:
+    """Write a tiny Llama checkpoint with a vocabulary of `vocab_size` tokens, of which most are three bytes long."""
+    big_tokenizer(folder, vocab_size)
+    _save_model("llama", folder, 0, vocab_size)
+    return folder
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _save_model(family: str, folder: Path, seed: int) -> None:
+def _save_model(family: str, folder: Path, seed: int, vocab_size: int = 0) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = _config(family, folder)
+    config = _config(family, folder, vocab_size or VOCAB_SIZES[family])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -78,14 +85,14 @@ def _save_model(family: str, folder: Path, seed: int) -> None:
     model.save_pretrained(folder, safe_serialization=True)
 
 
-def _config(family: str, folder: Path) -> Any:
+def _config(family: str, folder: Path, vocab_size: int) -> Any:
     from tokenizers import Tokenizer
     from transformers import FalconConfig, LlamaConfig, MistralConfig
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     names = json.loads((folder / "tokenizer_config.json").read_text())
     common: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZES[family],
+        "vocab_size": vocab_size,
         "hidden_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,

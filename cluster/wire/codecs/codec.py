@@ -210,6 +210,7 @@ def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRe
         traceparent=m.traceparent,
         parsing=_parsing_from_pb(m.parsing) if m.HasField("parsing") else None,
         pooling=pooling_from_pb(m.pooling) if m.HasField("pooling") else None,
+        tenant=m.tenant_handle,
     )
 
 

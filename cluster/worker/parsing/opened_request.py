@@ -24,6 +24,15 @@ def refused(field: str, reason: str) -> EngineRefused:
     return EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {reason}", field)
 
 
+def constrained_from_start(request: EngineRequest) -> EngineRequest:
+    """Return a request whose output is not parsed, such as a text completion. Its grammar applies from the first token:
+    it has no reasoning whose end the engine could wait for."""
+    grammar = request.sampling.grammar
+    if grammar is None:
+        return request
+    return replace(request, sampling=replace(request.sampling, grammar=replace(grammar, reasoning_ended=True)))
+
+
 def with_grammar(request: EngineRequest, opened: wire.Opened) -> EngineRequest:
     """Return the request with the grammar that its session's reply `opened` contains.
 

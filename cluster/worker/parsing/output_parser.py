@@ -18,7 +18,7 @@ from cluster.api.types import EngineRequest, TokenOutput
 from cluster.worker.parsing import wire
 from cluster.worker.parsing.connection import ParserConnection
 from cluster.worker.parsing.hangs import HangWatch
-from cluster.worker.parsing.opened_request import refused, with_grammar
+from cluster.worker.parsing.opened_request import constrained_from_start, refused, with_grammar
 from cluster.worker.parsing.parser_process import ParserHost
 from cluster.worker.parsing.port import ParserNames, refuse_tools
 from cluster.worker.parsing.replaced_process import ReplacedProcess
@@ -67,7 +67,7 @@ class OutputParser(ReplacedProcess):
         parser refuses the request."""
         parsing = request.parsing
         if parsing is None:
-            return request
+            return constrained_from_start(request)
         if not self.names.tools:
             refuse_tools(request)
         if not parsing.needs_tools and self.names.leave_text_unchanged:

@@ -79,6 +79,7 @@ class OutputParsers(Protocol):
 
     async def open(self, request: EngineRequest) -> EngineRequest:
         """Open a session for a request with `parsing`; return the request with the grammar that its tools require.
+        The grammar of a request without `parsing` applies from the first token.
 
         If nothing needs to be parsed, no session is opened, and the returned request has no `parsing`. Raises
         EngineRefused if the request cannot be parsed.

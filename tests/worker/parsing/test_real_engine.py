@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cluster.api.output_parts import PartKind
-from cluster.api.types import FinishReason, Sampling
-from tests.worker.parsing.formats import FORMATS, encode
+from cluster.api.types import EngineRequest, FinishReason, Grammar, Sampling
+from tests.worker.parsing.formats import FORMATS, encode, tokenizer_of
 from tests.worker.parsing.hosts import parser_of, request_of
 from tests.worker.parsing.real_engines import parsed, started
 from tests.worker.parsing.test_output_parser import running
@@ -70,3 +70,31 @@ async def test_forced_calls_are_valid_after_the_reasoning_and_resume_exactly(fol
                 (rest,) = await driver.run(again)
                 assert (*emitted, *rest.token_ids) == whole.token_ids
                 assert await parsed(parser, asked, rest, emitted) == parts
+
+
+CONSTRAINTS = {
+    Grammar("regex", "[0-9]{5}"): r"[0-9]{5}",
+    Grammar("choice", ("yes", "no")): r"yes|no",
+    Grammar("json_schema", '{"type": "boolean"}'): r"true|false",
+    Grammar("json_object", ""): r"\{.*",
+    Grammar("grammar", 'root ::= "a" "b"+'): r"ab*",
+    Grammar("grammar", 'start: "c" /[de]+/'): r"c[de]*",
+}
+
+
+async def test_the_grammar_of_a_completion_applies_from_the_first_token(folder: Path, checkpoint: Path) -> None:
+    """On a model with a reasoning parser, a request whose output is not parsed follows its grammar from the first token,
+    in every form, and so it does when it is cut and resumed."""
+    parser, _ = parser_of(folder, HERMES)
+    tokenizer = tokenizer_of(folder)
+    prompt = encode(folder, "What is 12345?")
+    async with started(checkpoint, HERMES.reasoning) as driver:
+        for number, (grammar, expression) in enumerate(CONSTRAINTS.items()):
+            sampling = Sampling(max_tokens=8, temperature=0.0, grammar=grammar)
+            request = await parser.open(EngineRequest(f"c{number}", prompt, sampling))
+            (whole,) = await driver.run(request)
+            assert re.fullmatch(expression, tokenizer.decode(list(whole.token_ids)), re.DOTALL), grammar
+            again = dataclasses.replace(request, request_id=f"again{number}", emitted_token_ids=whole.token_ids[:1])
+            (rest,) = await driver.run(again)
+            assert (*whole.token_ids[:1], *rest.token_ids) == whole.token_ids
+    assert parser.open_sessions == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
-from cluster.api.types import EngineRequest, FinishReason
+from cluster.api.types import SLOW_GRAMMAR, EngineRequest, FinishReason
 
 FAILED = (FinishReason.ERROR, FinishReason.ABORT)
 """Finish reasons of an engine after which another engine may continue the sequence."""
@@ -22,13 +22,16 @@ def refusal_of(reason: str, message: str, field: str) -> CallError:
     return CallError(outcome, f"{name}: {message}", violations=[Violation(name, message)])
 
 
-def format_error(request: EngineRequest, finish: FinishReason) -> CallError | None:
-    """Return the error for the caller if an output has ended because its required format allows no further token. The
-    engine ends such an output with ERROR. Returns None if the output has ended for another reason."""
+def format_error(request: EngineRequest, finish: FinishReason, message: str = "") -> CallError | None:
+    """Return the error for the caller if an output has ended because its required format allows no further token, or
+    slows the engine. The engine ends such an output with ERROR and `message`. Returns None if the output has ended for
+    another reason."""
     parsing = request.parsing
     field = "tools" if parsing is not None and parsing.needs_tools else "response_format"
     if finish is not FinishReason.ERROR or (request.sampling.grammar is None and field != "tools"):
         return None
+    if message == SLOW_GRAMMAR:
+        return invalid(field, message)
     return invalid(
         field,
         "no further token fits this format together with the call's other fields "

@@ -90,10 +90,10 @@ class LinkedSequence(RoutedSequence[Owner]):
         of them."""
         return min(output.cached_tokens or 0, len(self.request.prompt_token_ids) + len(self.emitted))
 
-    def _engine_ended(self, finish: FinishReason, link: WorkerLink | None) -> None:
-        """Handle an output that ends with ERROR or ABORT. If it ended because no token fits the requested output
+    def _engine_ended(self, finish: FinishReason, link: WorkerLink | None, message: str = "") -> None:
+        """Handle an output that ends with ERROR or ABORT. If it ended because of the requested output
         format, the call ends. Otherwise the engine is at fault, and another engine may continue the sequence."""
-        if (error := format_error(self.request, finish)) is not None:
+        if (error := format_error(self.request, finish, message)) is not None:
             self.call.fail(error)
             return
         if link is not None:

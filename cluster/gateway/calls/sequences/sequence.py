@@ -102,7 +102,7 @@ class OutputSequence(LinkedSequence[Owner]):
             link = self.link
             self.link = None
             if output.finish in FAILED:
-                self._engine_ended(output.finish, link)
+                self._engine_ended(output.finish, link, output.message)
                 return
             self.finish(_FINISH_WORDS[output.finish])
         emitted = self.emitted

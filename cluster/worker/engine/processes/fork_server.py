@@ -71,8 +71,9 @@ def server_pids() -> set[int]:
 
 
 def new_process(name: str, target: Callable[..., object], args: tuple[object, ...]) -> BaseProcess:
-    """Return a process that becomes a fork of the server when it is started. The server must be running."""
-    return _Process(name=name, target=target, args=args, daemon=True)
+    """Return a process that becomes a fork of the server when it is started; without a server, a spawned process."""
+    make = _Process if is_running() else _SpawnedProcess
+    return make(name=name, target=target, args=args, daemon=True)
 
 
 def install(*, rank_in_core: bool = False) -> None:
@@ -113,6 +114,13 @@ class _Process(context.ForkServerProcess):
         if "vllm" in sys.modules:
             install()
         super().run()
+
+
+class _SpawnedProcess(context.SpawnProcess):
+    def start(self) -> None:
+        """Start the process. Hide this process's main program, which the new process would run again."""
+        with _hidden_main():
+            super().start()
 
 
 class _Context(context.ForkServerContext):

@@ -138,6 +138,8 @@ def prepare_environment(spec: ModelSpec, executor: str) -> None:
     """
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # A trial bounds the CPU time (grammar/probe_process.py); vLLM's 5 s of wall time would refuse on a busy host.
+    os.environ.setdefault("VLLM_REGEX_COMPILATION_TIMEOUT_S", "60")
     # Without SPT_NOENV a new process title overwrites the environment, by which an instance's processes are found.
     os.environ.setdefault("SPT_NOENV", "1")
     os.environ[repairs.ACTIVE] = "1"

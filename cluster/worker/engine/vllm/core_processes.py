@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Set
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,11 @@ class CoreProcesses:
         self.kv_events: kv_events.KvEventSocket | None = None
         """The socket of the engine's KV events; None before `start` and for an engine without events."""
 
-    def start(self, stats: StepStats, *, fast: bool) -> tuple[Any, EnginePath]:
+    def start(self, stats: StepStats, *, fast: bool, configured: Callable[[Any], None]) -> tuple[Any, EnginePath]:
         """Start the engine core and its ranks; return vLLM's VllmConfig and the EnginePath that drives the core.
         Blocks the thread.
 
-        `fast`: whether to use the fast path. Raises ValueError for an invalid catalog entry, EngineDead if the
+        `fast`: whether to use the fast path. `configured`: called with the VllmConfig before the core starts. Raises ValueError for an invalid catalog entry, EngineDead if the
         core does not start.
         """
         self._others = watchdog.children() - fork_server.server_pids()
@@ -67,6 +67,7 @@ class CoreProcesses:
         config = self._config()
         in_core = lone_rank.settle(config)
         fork_server.install(rank_in_core=in_core)
+        configured(config)
         try:
             with (
                 end_causes.name_engine() as self._notes_name,

@@ -22,6 +22,7 @@ from cluster.worker.engine.processes.starvation import Starvation, read_tasks
 from cluster.worker.engine.vllm.adapters import EngineAdapters
 from cluster.worker.engine.vllm.core_processes import CoreProcesses, why_not_fast
 from cluster.worker.engine.vllm.engine_info import engine_properties
+from cluster.worker.engine.vllm.grammar.probe import GrammarProbe
 from cluster.worker.engine.vllm.live_requests import LiveRequests
 from cluster.worker.engine.vllm.paths import EnginePath, LiveRequest, StepStats
 from cluster.worker.engine.vllm.requests import RequestBounds, check, prepare, refused
@@ -59,6 +60,9 @@ class VllmEngine:
         self._adapters = EngineAdapters()
         self._stats = StepStats()
         self._live = LiveRequests(self._stats)
+        self._grammars = GrammarProbe()
+        self._trying: set[str] = set()
+        """Ids of the requests whose grammar is tried."""
         self._validating = 0
         self._closed = False
         self._starvation: Starvation | None = None
@@ -72,6 +76,7 @@ class VllmEngine:
         try:
             return await self._start()
         except BaseException:  # a cancelled start must not leave its sockets' folder behind either
+            self._grammars.close()
             self._core.release_sockets()
             raise
 
@@ -104,9 +109,10 @@ class VllmEngine:
         return properties.info
 
     def _start_core(self, fast: bool) -> tuple[Any, EnginePath]:
-        config, path = self._core.start(self._stats, fast=fast)
+        config, path = self._core.start(self._stats, fast=fast, configured=self._grammars.start)
         if self._closed:
             path.close()
+            self._grammars.close()
             self._core.release_sockets()  # the cancelled start may have released the sockets before they were acquired
             raise EngineDead("the engine was closed while it started")
         return config, path
@@ -116,8 +122,10 @@ class VllmEngine:
         path = self._require_path()
         check(request, self._limits)
         key = request.request_id
-        if self._live.was_used(key):
+        if self._live.was_used(key) or key in self._trying:
             raise refused("request_id", f"{key!r} was used before; every request needs its own")
+        if request.sampling.grammar is not None and not await self._try_grammar(request):
+            return
         record = LiveRequest.from_request(request)
         self._adapters.began(record.adapter)
         self._live.add(key, record)
@@ -137,9 +145,23 @@ class VllmEngine:
             self._remove(key, remember=False)
             raise
 
+    async def _try_grammar(self, request: EngineRequest) -> bool:
+        """Return whether a request is still wanted once its grammar was tried. Raises EngineRefused.
+
+        The request is not live meanwhile: an engine that waits for a trial does no step, and does not hang.
+        """
+        key = request.request_id
+        self._trying.add(key)
+        try:
+            await self._grammars.check(request, lambda: key in self._trying)
+            return key in self._trying
+        finally:
+            self._trying.discard(key)
+
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Abort requests; unknown ids are ignored."""
         path = self._require_path()
+        self._trying.difference_update(request_ids)
         known = [key for key in request_ids if key in self._live]
         for key in known:
             self._remove(key)
@@ -237,4 +259,5 @@ class VllmEngine:
         if path is not None:
             with contextlib.suppress(Exception):
                 await asyncio.to_thread(path.close)
+        await asyncio.to_thread(self._grammars.close)
         self._core.release_sockets()

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.api.ports import EngineDead
-from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
+from cluster.api.types import SLOW_GRAMMAR, FinishReason, PositionLogprobs, TokenOutput
+from cluster.worker.engine.vllm.grammar.mask_times import SLOW
 from cluster.worker.engine.vllm.packed_ids import packed, takes_packed
 from cluster.worker.engine.vllm.paths import LiveRequest, StepStats, core_exit, end
 from cluster.worker.engine.vllm.pooling import set_vector
@@ -248,6 +249,8 @@ def _complete(output: TokenOutput, given: Any, record: LiveRequest) -> None:
         if output.finish is FinishReason.ERROR:
             refused = record.grammar and record.emitted_tokens and first
             output.message = NOT_ITS_GRAMMAR if refused else "the engine failed on this request"
+            if given.stop_reason == SLOW:
+                output.message = SLOW_GRAMMAR
         elif record.pooling and output.finish is FinishReason.STOP:
             set_vector(output, given.pooling_output)
     if given.new_logprobs is not None and record.logprobs is not None:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.api.ports import EngineDead
-from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
+from cluster.api.types import SLOW_GRAMMAR, FinishReason, PositionLogprobs, TokenOutput
+from cluster.worker.engine.vllm.grammar.mask_times import SLOW
 from cluster.worker.engine.vllm.paths import LiveRequest, StepStats, core_exit, end
 from cluster.worker.engine.vllm.pooling import set_vector
 from cluster.worker.engine.vllm.request_times import stats_times
@@ -195,6 +196,8 @@ def _output(request_id: str, given: Any, record: LiveRequest) -> TokenOutput:
         output.finish = _FINISH[completion.finish_reason]
         if completion.stop_reason in record.stop_token_ids:
             output.stop_token_id = completion.stop_reason
+        elif completion.stop_reason == SLOW:
+            output.message = SLOW_GRAMMAR
     if completion.logprobs is not None and record.logprobs is not None:
         output.logprobs = _flat(completion.logprobs, record.logprobs + 1)
     return output

@@ -32,6 +32,9 @@ index. A row without an adapter has the index -1, which in PyTorch selects the l
 adapter, the base model's rows are computed with the adapter of the last slot. The repair gives such rows the first
 adapter and an input of zeros, to which every adapter adds nothing.
 
+**Masks of grammars (vLLM 0.32.0).** One request's grammar can slow the steps of all requests without bound. The repair
+measures the masks, and ends such a request (grammar/mask_times.py).
+
 **Strings that are not JSON (xgrammar 0.2.8).** A grammar allows control characters in strings with a length bound, and
 unknown escapes in e-mail addresses. The repair excludes both (json_strings.py).
 """
@@ -322,6 +325,14 @@ def _repair_strings() -> None:
     json_strings.install()
 
 
+def _time_masks() -> None:
+    from cluster.worker.engine.vllm.grammar import mask_times
+
+    if lacking := missing(mask_times.SYMBOLS):
+        raise NotImplementedError(f"this vLLM lacks {', '.join(lacking)}")
+    mask_times.install()
+
+
 REPAIRS = (
     Repair("seeds", _repair_seeds, _on_cpu),
     Repair("shared memory", _repair_shared_memory, _on_cpu),
@@ -330,6 +341,7 @@ REPAIRS = (
     Repair("resume", _install_resume, lambda: True),
     Repair("queues", _repair_queues, lambda: True),
     Repair("strings", _repair_strings, lambda: True),
+    Repair("masks", _time_masks, lambda: True),
     Repair("meeting", _repair_rendezvous, lambda: True),
     Repair("node", _repair_node, lambda: _has_node() and os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND") == "1"),
 )

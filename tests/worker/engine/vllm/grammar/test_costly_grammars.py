@@ -1,0 +1,113 @@
+"""Costly grammars on a real engine: refused after a trial, or ended while they run."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from cluster.api.ports import EngineRefused
+from cluster.api.types import SLOW_GRAMMAR, FinishReason, Grammar
+from cluster.worker.engine.vllm.engine import VllmEngine
+from tests.support.checkpoints import big_vocabulary_checkpoint
+from tests.support.hostile_grammars import hostile_grammars
+from tests.worker.engine.conftest import TOKEN_HI, TOKEN_LO, tiny_spec
+from tests.worker.engine.contract import Driver, Subject, request
+
+pytestmark = pytest.mark.engine
+
+NESTED = "(" * 120 + "[a-y ]" + "*)" * 120
+COSTLY = (
+    Grammar("regex", NESTED),
+    Grammar("grammar", "root ::= " + "[a-z]? " * 400),
+    Grammar("grammar", "start: " + "W? " * 300 + "\nW: /[a-z ]+/"),
+    Grammar("json_schema", '{"type": "object", "properties": {"a": {"type": "string", "pattern": "^%s$"}}}' % NESTED),
+)
+
+
+async def test_a_costly_grammar_is_refused_before_the_engine_has_it(fast_subject: Subject) -> None:
+    """Each form is refused by the name of its field, at once when it is sent again, and a cheap one is not."""
+    driver = Driver(fast_subject)
+    for grammar in COSTLY:
+        for _ in range(2):
+            with pytest.raises(EngineRefused) as refused:
+                await driver.submit(request(fast_subject.prompt(5), grammar=grammar))
+            assert (refused.value.field, refused.value.reason) == ("response_format", "INVALID_FIELD")
+    steps = fast_subject.engine.load().steps
+    (answer,) = await driver.run(request(fast_subject.prompt(5), grammar=Grammar("regex", "[a-f]{40}")))
+    assert len(answer.token_ids) == 6
+    assert fast_subject.engine.load().steps > steps
+
+
+@pytest.mark.parametrize("path", ["fast", "public"])
+async def test_a_grammar_that_becomes_costly_ends_its_request_alone(
+    request: pytest.FixtureRequest, llama_folder: Path, path: str
+) -> None:
+    """A costly part that a trial does not find ends the request with the message of slow grammars; a request beside it
+    runs to its end."""
+    from tests.worker.engine.contract import request as made
+
+    subject: Subject = request.getfixturevalue(f"{path}_subject")
+    (start,) = AutoTokenizer.from_pretrained(llama_folder).encode("~", add_special_tokens=False)
+    hidden = f'root ::= "~" heavy | [ -}}]+\nheavy ::= {NESTED.replace("[a-y ]", "[!-}]")}'
+    driver = Driver(subject)
+    costly, other = await driver.run(
+        made(
+            subject.prompt(6),
+            max_tokens=900,
+            min_tokens=900,
+            logit_bias={start: 100.0},
+            grammar=Grammar("grammar", hidden),
+        ),
+        made(subject.prompt(7), max_tokens=300),
+    )
+    assert (costly.finish, costly.outputs[-1].message) == (FinishReason.ERROR, SLOW_GRAMMAR)
+    assert (other.finish, len(other.token_ids)) == (FinishReason.LENGTH, 300)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("vocabulary", [49_000, 128_000])
+async def test_200_hostile_grammars_slow_no_step(tmp_path: Path, vocabulary: int) -> None:
+    """While 200 hostile grammars of all forms are sent, each is refused by its field's name or runs, and no step of the
+    engine takes a second."""
+    engine = VllmEngine(tiny_spec(), big_vocabulary_checkpoint(tmp_path, vocabulary))
+    subject = Subject(engine, await engine.start(), TOKEN_LO, TOKEN_HI, 600.0)
+    driver, longest, gaps, outcomes = Driver(subject), 0.0, [], []
+    waiting = asyncio.Semaphore(4)
+
+    async def send(grammar: Grammar, at: int) -> None:
+        async with waiting:
+            hostile = request(
+                subject.prompt(at), max_tokens=60, min_tokens=60, grammar=grammar, tenant="hostile", temperature=1.0
+            )
+            try:
+                await driver.submit(hostile)
+                outcomes.append("runs")
+            except EngineRefused as refused:
+                assert refused.field == grammar.field
+                outcomes.append("refused")
+
+    try:
+        sending = [asyncio.create_task(send(g, at)) for at, (_, g) in enumerate(hostile_grammars(41, 200))]
+        while not all(task.done() for task in sending):
+            quiet = await driver.submit(request(subject.prompt(1), max_tokens=500))
+            last = time.monotonic()
+            while driver.answers[quiet].finish is None:
+                await driver.step()
+                now = time.monotonic()
+                gaps.append(now - last)
+                last, longest = now, max(longest, engine.load().step_s)
+        await asyncio.gather(*sending)
+        await driver.until(lambda: all(answer.finish is not None for answer in driver.answers.values()))
+    finally:
+        await engine.close()
+    gaps.sort()
+    slow = sum(a.outputs[-1].message == SLOW_GRAMMAR for a in driver.answers.values())
+    print(f"{outcomes.count('refused')} refused, {outcomes.count('runs')} ran, of these {slow} ended as slow;", end=" ")
+    print(f"longest step {longest:.3f} s, p99 gap {gaps[len(gaps) * 99 // 100]:.4f} s, median {gaps[len(gaps) // 2]:.4f}")
+    assert len(outcomes) == 200
+    assert longest < 1.0
