@@ -71,7 +71,7 @@ EVENTS: Mapping[str, str] = {
     "engine.abort_failed": "Requests could not be aborted in the engine.",
     "engine.kv_events_lost": "Events of the engine's prefix cache were lost; the worker reports its blocks anew.",
     "gateway.started": "The gateway listens; the fields are the addresses of its ports.",
-    "grammar.not_tried": "Grammars reach the engine without a trial of their cost, since a private name of vLLM is gone.",
+    "grammar.not_tried": "Grammars reach the engine untried, since this vLLM lacks a private name.",
     "grammar.refused": "A grammar costs too much: in its trial, or in the engine's steps.",
     "grammar.trial_not_started": "The process that tries grammars has ended; it is started again.",
     "guard.failed": "A guard could not check a text; its rule decides whether the call goes on.",

@@ -160,7 +160,10 @@ def _schema_recursion(draw: random.Random) -> dict[str, object]:
 
 def _schema_optional(draw: random.Random) -> dict[str, object]:
     count = draw.randint(200, 1500)
-    return {"type": "object", "properties": {f"p{at}": {"type": draw.choice(["string", "integer"])} for at in range(count)}}
+    return {
+        "type": "object",
+        "properties": {f"p{at}": {"type": draw.choice(["string", "integer"])} for at in range(count)},
+    }
 
 
 SCHEMAS = (_schema_patterns, _schema_lengths, _schema_items, _schema_enums, _schema_recursion, _schema_optional)
@@ -175,7 +178,9 @@ def _tools(draw: random.Random) -> str:
         }
         for at in range(draw.randint(1, 8))
     ]
-    return json.dumps({"type": "structural_tag", "format": {"type": "triggered_tags", "triggers": ["<function="], "tags": tags}})
+    return json.dumps(
+        {"type": "structural_tag", "format": {"type": "triggered_tags", "triggers": ["<function="], "tags": tags}}
+    )
 
 
 FORMS: dict[str, Callable[[random.Random], str]] = {

@@ -83,8 +83,8 @@ CONSTRAINTS = {
 
 
 async def test_the_grammar_of_a_completion_applies_from_the_first_token(folder: Path, checkpoint: Path) -> None:
-    """On a model with a reasoning parser, a request whose output is not parsed follows its grammar from the first token,
-    in every form, and so it does when it is cut and resumed."""
+    """On a model with a reasoning parser, a request whose output is not parsed follows its grammar from the first
+    token, in every form, and so it does when it is cut and resumed."""
     parser, _ = parser_of(folder, HERMES)
     tokenizer = tokenizer_of(folder)
     prompt = encode(folder, "What is 12345?")

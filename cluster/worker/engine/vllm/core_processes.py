@@ -56,8 +56,8 @@ class CoreProcesses:
         """Start the engine core and its ranks; return vLLM's VllmConfig and the EnginePath that drives the core.
         Blocks the thread.
 
-        `fast`: whether to use the fast path. `configured`: called with the VllmConfig before the core starts. Raises ValueError for an invalid catalog entry, EngineDead if the
-        core does not start.
+        `fast`: whether to use the fast path. `configured`: called with the VllmConfig before the core starts. Raises
+        ValueError for an invalid catalog entry, EngineDead if the core does not start.
         """
         self._others = watchdog.children() - fork_server.server_pids()
         arguments.prepare_environment(self._spec, self._executor)

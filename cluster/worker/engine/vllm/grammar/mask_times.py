@@ -1,8 +1,8 @@
 """The time that each request's grammar takes in the engine core, and the end of requests whose grammar takes too much.
 
 Problem: the core computes the masks of all requests with a grammar one after another, before each step's sampling, and
-every request of the engine waits. A trial before (probe_process.py) cannot see all states of a grammar, and an ambiguous
-grammar becomes slower with each token.
+every request of the engine waits. A trial before (probe_process.py) cannot see all states of a grammar, and an
+ambiguous grammar becomes slower with each token.
 
 The core's thread has the masks computed by a second thread, and waits. CPU time of that thread is measured, so a busy
 host counts for nothing. A request whose masks take too long ends with ERROR at its next token, and its stop reason is
@@ -27,7 +27,7 @@ SLOW = "headrace:slow-grammar"
 """Stop reason of a request whose grammar takes too long."""
 MAX_MASK_S = 0.1
 """CPU seconds of one mask."""
-MAX_MEAN_S = 0.01
+MAX_MEAN_S = 0.005
 """CPU seconds of a mask on average over the last MEAN_OVER masks."""
 MEAN_OVER = 16
 CHECK_S = 0.02
@@ -166,17 +166,16 @@ def install() -> None:
     def grammar_bitmask(self: Any, requests: Any, ids: Any, *arguments: Any) -> Any:
         if not ids:
             return None
+
+        def work(thread: MaskThread) -> Any:
+            threads.current = thread
+            return bitmask(self, requests, ids, *arguments)
+
         while True:
             if self.headrace_thread is None:
                 self.headrace_thread = MaskThread()
-            thread = self.headrace_thread
-
-            def work() -> Any:
-                threads.current = thread
-                return bitmask(self, requests, ids, *arguments)
-
             try:
-                return thread.run(work)
+                return self.headrace_thread.run(functools.partial(work, self.headrace_thread))
             except TimeoutError:
                 self.headrace_thread = self._grammar_bitmask = None  # the abandoned thread still writes into the masks
 

@@ -46,7 +46,7 @@ REMEMBERED = 4096
 """Number of grammars whose result is remembered."""
 TOO_COSTLY = (
     f"compiling and trying it takes more than {probe_process.MAX_CPU_S:g} s of CPU time, or more than "
-    f"{probe_process.MAX_NEW_BYTES >> 30} GiB of memory; nest fewer loops, counts and optional parts, and make it smaller"
+    f"{probe_process.MAX_NEW_BYTES >> 30} GiB of memory; nest fewer loops, counts and optional parts"
 )
 _KINDS = ("json", "regex", "choice", "grammar", "structural_tag")
 

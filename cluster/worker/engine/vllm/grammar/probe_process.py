@@ -23,7 +23,8 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,8 +40,11 @@ MAX_COMPILED_BYTES = 128 << 20
 """Size of a compiled grammar. A string with a length bound has up to 60 MB with a vocabulary of 128,000."""
 MAX_MASK_S, MAX_MEAN_MASK_S = 0.01, 0.002
 """CPU seconds of one mask, and of a mask on average. Ordinary schemas and expressions stay below a millisecond."""
-STEPS = 40
-"""Number of tokens in each trial output. In an ambiguous grammar, masks become slower with each token."""
+STEPS, RULE_STEPS = 40, 10
+"""Number of tokens in a trial output of the whole grammar, and of one of its rules. In an ambiguous grammar, masks
+become slower with each token."""
+RULES_S = 0.05
+"""CPU seconds for the trials of rules."""
 
 SYMBOLS: dict[str, tuple[str, ...]] = {
     "vllm.v1.structured_output.StructuredOutputManager": ("vllm_config",),
@@ -76,9 +80,11 @@ class GrammarTrial:
         tokenizer = self._manager.tokenizer
         ends = getattr(config.model_config.hf_config, "eos_token_id", None)
         self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self._blank = {token for text, token in tokenizer.get_vocab().items() if not str(text).strip("ĠĊĉč▁ \n\r\t")}
         for piece in _PIECES:
             with contextlib.suppress(Exception):  # another backend may refuse one
                 self._compile({"json": json.dumps({"type": "object", "properties": {"a": piece}})})
+        self._bitmask = self._manager.backend.allocate_token_bitmask(1)
 
     def problem(self, arguments: Mapping[str, Any]) -> str:
         """Return why a grammar costs too much, with the remedy; empty if it does not, or if it does not compile.
@@ -94,7 +100,7 @@ class GrammarTrial:
         size = getattr(getattr(grammar, "ctx", None), "memory_size_bytes", 0)
         if size > MAX_COMPILED_BYTES:
             return f"it compiles to {size >> 20} MiB, at most {MAX_COMPILED_BYTES >> 20}; make it smaller"
-        return self._mask_problem(arguments, grammar)
+        return self._mask_problem(grammar)
 
     def _compile(self, arguments: Mapping[str, Any]) -> Any:
         from vllm import SamplingParams
@@ -113,26 +119,54 @@ class GrammarTrial:
             self._manager.grammar_init(request)
         return self._manager._create_grammar(request)
 
-    def _mask_problem(self, arguments: Mapping[str, Any], grammar: Any) -> str:
-        draw, masks, spent_s = random.Random(0), 0, 0.0
-        bitmask = self._manager.backend.allocate_token_bitmask(1)
-        words = bitmask[0].numpy().view("uint32")
+    def _mask_problem(self, grammar: Any) -> str:
+        """Try outputs of the whole grammar, then of single rules: a costly rule may stand where no trial gets to."""
         for repeats in (False, True):
-            last = -1
-            for _ in range(STEPS):
-                took_s = _fill_s(grammar, bitmask)
-                if took_s > MAX_MASK_S:  # once more, without cold caches
-                    took_s = min(took_s, _fill_s(grammar, bitmask))
-                masks, spent_s = masks + 1, spent_s + took_s
-                if took_s > MAX_MASK_S:
-                    return _too_slow(took_s, MAX_MASK_S)
-                if not (repeats and last >= 0 and words[last >> 5] >> (last & 31) & 1):
-                    last = self._drawn(words, draw)
-                if last < 0 or not grammar.accept_tokens("trial", [last]) or grammar.is_terminated():
-                    break
-            if masks and spent_s / masks > MAX_MEAN_MASK_S:
-                return _too_slow(spent_s / masks, MAX_MEAN_MASK_S)
+            if problem := self._walk_problem(grammar, STEPS, repeats):
+                return problem
             grammar.reset()
+        ends_at = time.process_time() + RULES_S
+        for rule in self._rules(grammar):
+            if problem := self._walk_problem(rule, RULE_STEPS, True):
+                return problem
+            if time.process_time() > ends_at:
+                break
+        return ""
+
+    def _rules(self, grammar: Any) -> Iterator[Any]:
+        """Yield a grammar for each rule of xgrammar's grammar, in random order."""
+        if (compiled := getattr(grammar, "ctx", None)) is None:
+            return
+        import xgrammar
+
+        text = str(compiled.grammar)
+        names = re.findall(r"^(\w+) ::= ", text, re.MULTILINE)
+        random.Random(0).shuffle(names)  # noqa: S311
+        for name in names:
+            with contextlib.suppress(Exception):  # a rule with no output
+                part = self._manager.backend.compiler.compile_grammar(
+                    xgrammar.Grammar.from_ebnf(text, root_rule_name=name)
+                )
+                yield replace(grammar, matcher=xgrammar.GrammarMatcher(part), ctx=part)
+
+    def _walk_problem(self, grammar: Any, steps: int, repeats: bool) -> str:
+        """Return why the masks along a random output are too slow; empty if they are not. `repeats`: whether a token is
+        repeated as often as the grammar allows it."""
+        draw, spent_s, last = random.Random(0), 0.0, -1  # noqa: S311
+        words = self._bitmask[0].numpy().view("uint32")
+        for masks in range(1, steps + 1):
+            took_s = _fill_s(grammar, self._bitmask)
+            if took_s > MAX_MASK_S:  # once more, without cold caches
+                took_s = min(took_s, _fill_s(grammar, self._bitmask))
+            spent_s += took_s
+            if took_s > MAX_MASK_S:
+                return _too_slow(took_s, MAX_MASK_S)
+            if masks >= RULE_STEPS and spent_s / masks > MAX_MEAN_MASK_S:
+                return _too_slow(spent_s / masks, MAX_MEAN_MASK_S)
+            if not (repeats and last >= 0 and words[last >> 5] >> (last & 31) & 1):
+                last = self._drawn(words, draw)
+            if last < 0 or not grammar.accept_tokens("trial", [last]) or grammar.is_terminated():
+                break
         return ""
 
     def _drawn(self, words: Any, draw: random.Random) -> int:
@@ -144,9 +178,12 @@ class GrammarTrial:
         places = np.flatnonzero(words)
         if not len(places):
             return -1
-        place = int(places[draw.randrange(len(places))])
-        bits = [bit for bit in range(32) if int(words[place]) >> bit & 1]
-        return place * 32 + draw.choice(bits)
+        for _ in range(8):  # white space leads nowhere
+            place = int(places[draw.randrange(len(places))])
+            token = place * 32 + draw.choice([bit for bit in range(32) if int(words[place]) >> bit & 1])
+            if token not in self._blank:
+                break
+        return token
 
 
 def _too_slow(took_s: float, most_s: float) -> str:

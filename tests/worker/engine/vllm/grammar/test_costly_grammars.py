@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from cluster.api.ports import EngineRefused
 from cluster.api.types import SLOW_GRAMMAR, FinishReason, Grammar
 from cluster.worker.engine.vllm.engine import VllmEngine
+from cluster.worker.engine.vllm.grammar.probe import GrammarProbe
 from tests.support.checkpoints import big_vocabulary_checkpoint
 from tests.support.hostile_grammars import hostile_grammars
 from tests.worker.engine.conftest import TOKEN_HI, TOKEN_LO, tiny_spec
@@ -20,11 +22,17 @@ from tests.worker.engine.contract import Driver, Subject, request
 pytestmark = pytest.mark.engine
 
 NESTED = "(" * 120 + "[a-y ]" + "*)" * 120
+TAG = json.dumps(
+    {
+        "type": "structural_tag",
+        "format": {"type": "tag", "begin": "<f>", "content": {"type": "regex", "pattern": NESTED}, "end": "</f>"},
+    }
+)
 COSTLY = (
     Grammar("regex", NESTED),
     Grammar("grammar", "root ::= " + "[a-z]? " * 400),
     Grammar("grammar", "start: " + "W? " * 300 + "\nW: /[a-z ]+/"),
-    Grammar("json_schema", '{"type": "object", "properties": {"a": {"type": "string", "pattern": "^%s$"}}}' % NESTED),
+    Grammar("structural_tag", TAG, field="tools"),
 )
 
 
@@ -35,37 +43,37 @@ async def test_a_costly_grammar_is_refused_before_the_engine_has_it(fast_subject
         for _ in range(2):
             with pytest.raises(EngineRefused) as refused:
                 await driver.submit(request(fast_subject.prompt(5), grammar=grammar))
-            assert (refused.value.field, refused.value.reason) == ("response_format", "INVALID_FIELD")
+            assert (refused.value.field, refused.value.reason) == (grammar.field, "INVALID_FIELD")
     steps = fast_subject.engine.load().steps
     (answer,) = await driver.run(request(fast_subject.prompt(5), grammar=Grammar("regex", "[a-f]{40}")))
     assert len(answer.token_ids) == 6
     assert fast_subject.engine.load().steps > steps
 
 
-@pytest.mark.parametrize("path", ["fast", "public"])
-async def test_a_grammar_that_becomes_costly_ends_its_request_alone(
-    request: pytest.FixtureRequest, llama_folder: Path, path: str
-) -> None:
-    """A costly part that a trial does not find ends the request with the message of slow grammars; a request beside it
-    runs to its end."""
-    from tests.worker.engine.contract import request as made
-
-    subject: Subject = request.getfixturevalue(f"{path}_subject")
-    (start,) = AutoTokenizer.from_pretrained(llama_folder).encode("~", add_special_tokens=False)
-    hidden = f'root ::= "~" heavy | [ -}}]+\nheavy ::= {NESTED.replace("[a-y ]", "[!-}]")}'
-    driver = Driver(subject)
-    costly, other = await driver.run(
-        made(
-            subject.prompt(6),
-            max_tokens=900,
-            min_tokens=900,
-            logit_bias={start: 100.0},
-            grammar=Grammar("grammar", hidden),
-        ),
-        made(subject.prompt(7), max_tokens=300),
-    )
+async def _ends_alone(subject: Subject) -> None:
+    engine: Any = subject.engine
+    driver, trials = Driver(subject), engine._grammars
+    engine._grammars = GrammarProbe()  # not started: it finds no grammar costly
+    try:
+        costly, other = await driver.run(
+            request(subject.prompt(6), max_tokens=900, min_tokens=900, grammar=Grammar("regex", NESTED)),
+            request(subject.prompt(7), max_tokens=200),
+        )
+    finally:
+        engine._grammars = trials
     assert (costly.finish, costly.outputs[-1].message) == (FinishReason.ERROR, SLOW_GRAMMAR)
-    assert (other.finish, len(other.token_ids)) == (FinishReason.LENGTH, 300)
+    assert (other.finish, len(other.token_ids)) == (FinishReason.LENGTH, 200)
+
+
+async def test_a_grammar_that_slows_the_steps_ends_its_request_alone(fast_subject: Subject) -> None:
+    """A costly grammar that no trial has found ends its request with the message of slow grammars, and a request beside
+    it runs to its end."""
+    await _ends_alone(fast_subject)
+
+
+async def test_the_public_path_reports_a_slow_grammar_too(public_subject: Subject) -> None:
+    """On the public path, a request that ends because of its grammar has the same message."""
+    await _ends_alone(public_subject)
 
 
 @pytest.mark.long
@@ -88,8 +96,7 @@ async def test_200_hostile_grammars_slow_no_step(tmp_path: Path, vocabulary: int
                 await driver.submit(hostile)
                 outcomes.append("runs")
             except EngineRefused as refused:
-                assert refused.field == grammar.field
-                outcomes.append("refused")
+                outcomes.append("refused" if refused.field == grammar.field else refused.message)
 
     try:
         sending = [asyncio.create_task(send(g, at)) for at, (_, g) in enumerate(hostile_grammars(41, 200))]
@@ -108,6 +115,9 @@ async def test_200_hostile_grammars_slow_no_step(tmp_path: Path, vocabulary: int
     gaps.sort()
     slow = sum(a.outputs[-1].message == SLOW_GRAMMAR for a in driver.answers.values())
     print(f"{outcomes.count('refused')} refused, {outcomes.count('runs')} ran, of these {slow} ended as slow;", end=" ")
-    print(f"longest step {longest:.3f} s, p99 gap {gaps[len(gaps) * 99 // 100]:.4f} s, median {gaps[len(gaps) // 2]:.4f}")
+    print(
+        f"longest step {longest:.3f} s, p99 gap {gaps[len(gaps) * 99 // 100]:.4f} s, median {gaps[len(gaps) // 2]:.4f}"
+    )
     assert len(outcomes) == 200
+    assert set(outcomes) <= {"refused", "runs"}
     assert longest < 1.0
