@@ -27,7 +27,7 @@ SLOW = "headrace:slow-grammar"
 """Stop reason of a request whose grammar takes too long."""
 MAX_MASK_S = 0.1
 """CPU seconds of one mask."""
-MAX_MEAN_S = 0.005
+MAX_MEAN_S = 0.01
 """CPU seconds of a mask on average over the last MEAN_OVER masks."""
 MEAN_OVER = 16
 CHECK_S = 0.02
@@ -124,7 +124,7 @@ def _times(grammar: Any) -> MaskTimes:
     return times
 
 
-def _lower_priority() -> None:
+def lower_priority() -> None:
     """Lower the priority of this thread, which the threads that it starts inherit."""
     tid = threading.get_native_id()
     os.setpriority(os.PRIO_PROCESS, tid, os.getpriority(os.PRIO_PROCESS, tid) + _NICENESS)
@@ -145,7 +145,7 @@ def install() -> None:
     def __init__(self: Any, vllm_config: Any) -> None:
         create(self, vllm_config)
         if (executor := getattr(self, "executor", None)) is not None:
-            self.executor = ThreadPoolExecutor(executor._max_workers, initializer=_lower_priority)
+            self.executor = ThreadPoolExecutor(executor._max_workers, initializer=lower_priority)
         self.headrace_thread = None
 
     def _fill_bitmasks(self: Any, batch: Any) -> None:

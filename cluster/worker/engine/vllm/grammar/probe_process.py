@@ -24,6 +24,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +32,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from cluster.worker.engine.vllm import repairs
+from cluster.worker.engine.vllm.grammar.mask_times import lower_priority
 
 MAX_CPU_S = 2.0
 """CPU seconds within which a grammar must be validated, compiled and tried."""
@@ -38,7 +40,7 @@ MAX_NEW_BYTES = 1 << 30
 """Memory that a child may allocate in addition to what it shares with its parent."""
 MAX_COMPILED_BYTES = 128 << 20
 """Size of a compiled grammar. A string with a length bound has up to 60 MB with a vocabulary of 128,000."""
-MAX_MASK_S, MAX_MEAN_MASK_S = 0.03, 0.003
+MAX_MASK_S, MAX_MEAN_MASK_S = 0.03, 0.005
 """CPU seconds of one mask, and of a mask on average. Ordinary schemas and expressions stay below a millisecond, but a
 counted `.{1,200}` has single masks of 12 ms."""
 STEPS, RULE_STEPS = 40, 10
@@ -61,12 +63,11 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
 """Private names of vLLM that a trial uses."""
 
 _PIECES = (
-    *({"type": "string", "maxLength": most} for most in (128, 1000)),
-    {"type": "string", "pattern": "^.{0,1000}$"},
+    *({"type": "string", "maxLength": most} for most in (128, 200, 255, 500, 1000, 2000)),
     *({"type": "string", "format": form} for form in ("date-time", "email", "uri")),
     {"type": "object", "additionalProperties": True},
 )
-"""Schemas whose parts most other schemas contain. Compiled once in the parent, they are in each child's cache."""
+"""Schemas whose parts many other schemas contain. Compiled once in the parent, they are in each child's cache."""
 
 
 class GrammarTrial:
@@ -83,9 +84,12 @@ class GrammarTrial:
         ends = getattr(config.model_config.hf_config, "eos_token_id", None)
         self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self._blank = {token for text, token in tokenizer.get_vocab().items() if not str(text).strip("ĠĊĉč▁ \n\r\t")}
-        for piece in _PIECES:
-            with contextlib.suppress(Exception):  # another backend may refuse one
-                self._compile({"json": json.dumps({"type": "object", "properties": {"a": piece}})})
+        self._compile({"json_object": True})  # creates the backend
+        with ThreadPoolExecutor(1, initializer=lower_priority) as beside_the_engines_start:
+            for piece in _PIECES:
+                schema = json.dumps({"type": "object", "properties": {"a": piece}})
+                beside_the_engines_start.submit(self._compile, {"json": schema})  # another backend may refuse one
+            beside_the_engines_start.submit(self._compile, {"regex": ".{0,200}"})
         self._bitmask = self._manager.backend.allocate_token_bitmask(1)
 
     def problem(self, arguments: Mapping[str, Any]) -> str:
