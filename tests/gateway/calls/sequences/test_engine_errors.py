@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cluster.api.outcomes import Outcome
-from cluster.api.types import SLOW_GRAMMAR, EngineRequest, FinishReason, Grammar, OutputParsing, Sampling
+from cluster.api.output_parts import OutputParsing
+from cluster.api.types import SLOW_GRAMMAR, EngineRequest, FinishReason, Grammar, Sampling
 from cluster.gateway.calls.sequences.engine_errors import format_error
 
 FORMAT = EngineRequest("r", (1,), Sampling(max_tokens=4, grammar=Grammar("regex", "a")))

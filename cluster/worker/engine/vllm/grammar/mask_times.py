@@ -94,7 +94,7 @@ class MaskThread:
                 raise error
             return result
 
-    def fill(self, times: MaskTimes, began: float, fill: Callable[[], None]) -> None:
+    def fill(self, times: MaskTimes, began: float, fill: Callable[[], object]) -> None:
         """Compute one mask. Called by `work`. `began`: CPU seconds of this thread."""
         self.current = times, began
         fill()

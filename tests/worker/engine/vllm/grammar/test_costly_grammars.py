@@ -84,8 +84,8 @@ async def test_200_hostile_grammars_slow_no_step(tmp_path: Path, vocabulary: int
     engine takes a second."""
     engine = VllmEngine(tiny_spec(), big_vocabulary_checkpoint(tmp_path, vocabulary))
     subject = Subject(engine, await engine.start(), TOKEN_LO, TOKEN_HI, 600.0)
-    driver, longest, gaps, outcomes = Driver(subject), 0.0, [], []
-    waiting = asyncio.Semaphore(4)
+    driver, outcomes, waiting = Driver(subject), [], asyncio.Semaphore(4)
+    longest = 0.0
 
     async def send(grammar: Grammar, at: int) -> None:
         async with waiting:
@@ -96,28 +96,33 @@ async def test_200_hostile_grammars_slow_no_step(tmp_path: Path, vocabulary: int
                 await driver.submit(hostile)
                 outcomes.append("runs")
             except EngineRefused as refused:
-                outcomes.append("refused" if refused.field == grammar.field else refused.message)
+                outcomes.append("refused" if refused.field.startswith(grammar.field) else refused.message)
+
+    async def quiet_gaps() -> list[float]:
+        nonlocal longest
+        quiet, last, gaps = await driver.submit(request(subject.prompt(1), max_tokens=500)), time.monotonic(), []
+        while driver.answers[quiet].finish is None:
+            await driver.step()
+            now = time.monotonic()
+            gaps.append(now - last)
+            last, longest = now, max(longest, engine.load().step_s)
+        return gaps
 
     try:
+        alone = [gap for _ in range(10) for gap in await quiet_gaps()]
+        beside: list[float] = []
         sending = [asyncio.create_task(send(g, at)) for at, (_, g) in enumerate(hostile_grammars(41, 200))]
         while not all(task.done() for task in sending):
-            quiet = await driver.submit(request(subject.prompt(1), max_tokens=500))
-            last = time.monotonic()
-            while driver.answers[quiet].finish is None:
-                await driver.step()
-                now = time.monotonic()
-                gaps.append(now - last)
-                last, longest = now, max(longest, engine.load().step_s)
+            beside += await quiet_gaps()
         await asyncio.gather(*sending)
         await driver.until(lambda: all(answer.finish is not None for answer in driver.answers.values()))
     finally:
         await engine.close()
-    gaps.sort()
     slow = sum(a.outputs[-1].message == SLOW_GRAMMAR for a in driver.answers.values())
-    print(f"{outcomes.count('refused')} refused, {outcomes.count('runs')} ran, of these {slow} ended as slow;", end=" ")
-    print(
-        f"longest step {longest:.3f} s, p99 gap {gaps[len(gaps) * 99 // 100]:.4f} s, median {gaps[len(gaps) // 2]:.4f}"
-    )
+    print(f"{outcomes.count('refused')} refused, {outcomes.count('runs')} ran, of these {slow} ended as slow")
+    for name, gaps in (("alone", sorted(alone)), ("beside", sorted(beside))):
+        print(f"quiet {name}: median {gaps[len(gaps) // 2]:.4f} s, p99 {gaps[len(gaps) * 99 // 100]:.4f} s")
+    print(f"longest step {longest:.3f} s")
     assert len(outcomes) == 200
     assert set(outcomes) <= {"refused", "runs"}
     assert longest < 1.0

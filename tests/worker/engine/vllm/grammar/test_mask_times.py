@@ -57,5 +57,5 @@ def test_a_mask_that_computes_for_too_long_is_left_behind() -> None:
 def test_a_mask_that_waits_is_waited_for() -> None:
     """A mask that gets no CPU time for ten times the bound is not too slow, as on a busy host."""
     thread, times, pause = MaskThread(), MaskTimes(), threading.Event()
-    thread.run(lambda: thread.fill(times, 0.0, lambda: pause.wait(10 * MAX_MASK_S) and None))
+    thread.run(lambda: thread.fill(times, 0.0, lambda: pause.wait(10 * MAX_MASK_S)))
     assert not times.is_slow
