@@ -25,7 +25,7 @@ RENDERER = "renderer"
 TRUNCATION_SIDE, INPUT_NAMES = "truncation_side", "model_input_names"
 """Keys in the bundle's tokenizer_config.json, with transformers' names: the side on which a long input of a pooling
 model is cut (absent: `right`), and the tokenizer's outputs (absent: token types are among them)."""
-_PLAIN_SAMPLING = {
+PLAIN_SAMPLING = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
@@ -34,6 +34,9 @@ _PLAIN_SAMPLING = {
     "top_p": 1.0,
     "min_p": 0.0,
 }
+"""The sampling values that a model's generation config can set, each with the value that changes nothing."""
+MAX_TOKENS_LIMIT = "max_tokens_limit"
+"""Key in an engine's sampling defaults: the number of tokens beyond which no call generates, whatever it asks for."""
 
 
 def sampling_defaults(generation_config: Mapping[str, object]) -> dict[str, object]:
@@ -42,7 +45,7 @@ def sampling_defaults(generation_config: Mapping[str, object]) -> dict[str, obje
 
     An engine applies a default value to each call that does not set the field.
     """
-    values = {k: generation_config.get(k) for k, plain in _PLAIN_SAMPLING.items() if generation_config.get(k) != plain}
+    values = {k: generation_config.get(k) for k, plain in PLAIN_SAMPLING.items() if generation_config.get(k) != plain}
     values = {k: value for k, value in values.items() if isinstance(value, (int, float))}
     max_new_tokens = generation_config.get("max_new_tokens")
     return values | ({"max_tokens": max_new_tokens} if isinstance(max_new_tokens, int) else {})

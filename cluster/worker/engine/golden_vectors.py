@@ -34,8 +34,9 @@ def why_vector_wrong(reference: bytes, vector: bytes, info: EngineInfo) -> str:
     `reference`, `vector`: little-endian float32 values.
     """
     expected, actual = floats(reference), floats(vector)
-    if len(actual) != len(expected) or not actual:
-        return f"a vector of {len(actual)} numbers instead of {len(expected)}"
+    length = info.pooling.dimensions if info.pooling is not None else len(expected)
+    if len(actual) != length or not actual:
+        return f"a vector of {len(actual)} numbers, and the model's settings promise {length}"
     if not all(map(math.isfinite, actual)):
         return "a vector with NaN or infinite numbers"
     distance = math.dist(expected, actual)

@@ -200,7 +200,7 @@ def check_folder(spec: ModelSpec, folder: Path, *, allow_remote_code: bool = Fal
             f"if you trust it, set models[{spec.name}].trust_remote_code and weights.allow.remote_code"
         )
     try:
-        check_modules(folder)
+        check_modules(folder, pickled="*.bin" in patterns)
     except ValueError as error:
         raise SourceError(f"{where}: {error}") from error
 

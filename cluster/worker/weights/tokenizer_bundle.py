@@ -17,6 +17,7 @@ from typing import Any
 
 from cluster.wire.bundle import ESCAPE_SEPARATOR, ESCAPED_TOKENS, INPUT_NAMES, RENDERER, TRUNCATION_SIDE, Bundle
 from cluster.worker.rendering.families import renderer_of
+from cluster.worker.weights import sentence_modules
 from cluster.worker.weights.tekken import TEKKEN_FILE
 from cluster.worker.weights.vocabulary import check_vocabulary, load_tokenizer, read_json
 
@@ -57,7 +58,7 @@ def build_bundle(
     )
     rendered = {RENDERER: renderer} if renderer else {}
     files = {
-        "tokenizer.json": _backend_json(tokenizer, beyond, lowers=_lowers(folder)).encode(),
+        "tokenizer.json": _backend_json(tokenizer, beyond, lowers=sentence_modules.lowers(folder)).encode(),
         "tokenizer_config.json": _dump(
             _tokenizer_config(tokenizer, beyond) | _input_settings(folder, tokenizer) | escapes | rendered
         ),
@@ -88,12 +89,6 @@ def escaping(added: Iterable[Any]) -> dict[str, Any]:
     if not free:
         raise ValueError("control_tokens_in_content: every separator is part of a control token: use keep")
     return {ESCAPED_TOKENS: texts, ESCAPE_SEPARATOR: free[0]}
-
-
-def _lowers(folder: Path) -> bool:
-    """Return whether an embedding model's texts must be converted to lower case before they are tokenized. The setting
-    is sentence-transformers' `do_lower_case`, which vLLM's server follows too."""
-    return read_json(folder / "sentence_bert_config.json").get("do_lower_case") is True
 
 
 def _backend_json(tokenizer: Any, beyond: frozenset[int], *, lowers: bool = False) -> str:

@@ -282,10 +282,10 @@ def test_a_model_that_is_uploaded_again_is_listed_again(bucket: dict[str, bytes]
     the old ones. The same holds for the folders of an embedding model's modules."""
     source, new_shard, new_settings = "s3://bucket/m", SHARD[1:], b'{"pooling_mode_mean_tokens": true}'
     bucket.update({f"bucket/m/{name}": content for name, content in MODULES.items()})
-    resolve(ModelSpec("m", source), SourceRules(tmp_path / "a"))
+    fetch(source, tmp_path / "a", PATTERNS)
     bucket["bucket/m/model.safetensors"] = new_shard
     bucket["bucket/m/1_Pooling/config.json"] = new_settings
-    folder = resolve(ModelSpec("m", source), SourceRules(tmp_path / "b"))
+    folder = fetch(source, tmp_path / "b", PATTERNS)
     assert (folder / "model.safetensors").read_bytes() == new_shard
     assert (folder / "1_Pooling/config.json").read_bytes() == new_settings
 

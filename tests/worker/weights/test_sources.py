@@ -18,7 +18,7 @@ from cluster.worker.weights.digests import weight_digest
 from cluster.worker.weights.fetching import Progress
 from cluster.worker.weights.sentence_modules import MAX_MODULES
 from cluster.worker.weights.sources import SourceError, SourceRules, resolve
-from tests.support.pooling_models import minilm
+from tests.support.pooling_models import NORMALIZE, SIZE, PoolingForm, build_form, dense, minilm
 
 
 def checkpoint(folder: Path, files: Sequence[str] = ("model.safetensors",), **config: object) -> Path:
@@ -169,28 +169,31 @@ def test_the_default_model_is_made_once(tmp_path: Path) -> None:
     assert [path.name for path in folders[0].parent.iterdir() if "making" in path.name] == []
 
 
-def embedding_model(folder: Path, pooling: str = "cls", kind: str = "Pooling") -> Path:
+def embedding_model(folder: Path, mode: str = "cls") -> Path:
     """Create a folder with the files of an embedding model; return the folder."""
-    checkpoint(folder)
-    modules = [{"type": f"sentence_transformers.models.{kind}", "path": "1_Module"}]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "1_Module").mkdir()
-    (folder / "1_Module" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}_token": True}))
+    build_form(
+        folder,
+        PoolingForm("m", [("Pooling", {"pooling_mode": mode, "embedding_dimension": SIZE}), dense(), NORMALIZE]),
+        weights=False,
+    )
+    (folder / "model.safetensors").touch()
     return folder
 
 
-@pytest.mark.parametrize("kind", ["Pooling", "Dense"])
-def test_an_embedding_model_without_its_settings_is_refused(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("file", ["1_Pooling/config.json", "2_Dense/config.json", "3_Normalize/config.json"])
+def test_an_embedding_model_without_its_settings_is_refused(tmp_path: Path, file: str) -> None:
     """A folder without the settings that a module in modules.json needs is refused, since its vectors would be wrong. A
     module that needs no settings is accepted."""
-    folder = embedding_model(tmp_path / "m", kind=kind)
-    assert resolve(ModelSpec("m", str(folder)), SourceRules(tmp_path)) == folder
-    (folder / "1_Module" / "config.json").unlink()
-    with pytest.raises(SourceError, match=r"models\[m\].*lacks 1_Module/config\.json"):
+    folder = embedding_model(tmp_path / "m")
+    (folder / file).unlink()
+    if "Normalize" in file:
+        assert resolve(ModelSpec("m", str(folder)), SourceRules(tmp_path)) == folder
+        return
+    with pytest.raises(SourceError, match=rf"models\[m\].*lacks {file}"):
         resolve(ModelSpec("m", str(folder)), SourceRules(tmp_path))
-    modules = [{"type": "sentence_transformers.models.Normalize", "path": "1_Module"}]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    assert resolve(ModelSpec("m", str(folder)), SourceRules(tmp_path)) == folder
+
+
+TRANSFORMER = {"type": "sentence_transformers.models.Transformer", "path": ""}
 
 
 @pytest.mark.parametrize(
@@ -200,7 +203,10 @@ def test_an_embedding_model_without_its_settings_is_refused(tmp_path: Path, kind
         ("3", "is not a list of modules"),
         ('[{"path": "x"}]', "is not a list of modules"),
         ('[{"type": "Pooling", "path": "../x"}]', "names the folder"),
-        (json.dumps([{"type": "x", "path": "x"}] * (MAX_MODULES + 1)), "at most"),
+        ('[{"type": ["Pooling"], "path": "x"}]', "the module type .* is not served"),
+        (json.dumps([TRANSFORMER] * (MAX_MODULES + 1)), "it must have 1 to 16"),
+        ("[]", "has 0 modules"),
+        (json.dumps([TRANSFORMER | {"name": "0"}] * 2), "a name occurs twice"),
     ],
 )
 def test_a_wrong_list_of_modules_is_refused(tmp_path: Path, content: str, says: str) -> None:
@@ -214,7 +220,7 @@ def test_a_wrong_list_of_modules_is_refused(tmp_path: Path, content: str, says: 
 def test_the_digest_covers_how_a_model_pools(tmp_path: Path) -> None:
     """Equal weights with different pooling settings have different digests, since their vectors differ."""
     one, other, same = (
-        embedding_model(tmp_path / name, pooling) for name, pooling in (("a", "cls"), ("b", "last"), ("c", "cls"))
+        embedding_model(tmp_path / name, pooling) for name, pooling in (("a", "cls"), ("b", "mean"), ("c", "cls"))
     )
     digests = [weight_digest(folder, tmp_path / "cache") for folder in (one, other, same)]
     assert digests[0] == digests[2] != digests[1]

@@ -11,8 +11,10 @@ from typing import Any
 
 from cluster.api.types import ModelSpec
 from cluster.config.engine import PARSER_KEYS
+from cluster.wire.bundle import MAX_TOKENS_LIMIT
 from cluster.worker.engine.vllm import repairs, resume
 from cluster.worker.rendering.families import MISTRAL
+from cluster.worker.weights.sentence_modules import config_overrides
 from cluster.worker.weights.tekken import TEKKEN_FILE
 
 CPU_KV_CACHE_BYTES = 1 << 30
@@ -76,6 +78,9 @@ def engine_arguments(
         **_platform_defaults(spec),
         **{name: value for name, value in spec.engine.items() if name != "structured_outputs_config"},
     }
+    own = spec.engine.get("hf_overrides")
+    if (overrides := config_overrides(folder)) and isinstance(own, Mapping | None):
+        chosen["hf_overrides"] = {**overrides, **(own or {})}
     if world_size(spec) > 1:
         chosen["distributed_executor_backend"] = executor
     if why := _why_not_on_cpu(spec) if on_cpu() else "":
@@ -186,6 +191,15 @@ def is_batch_invariant(dtype: str) -> bool:
     return (dtype == "float32" and on_cpu()) or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
 
 
-def plain_defaults(values: Mapping[str, Any]) -> dict[str, object]:
-    """Return the sampling defaults whose values are numbers. Only these are sent to the gateways."""
+def sampling_defaults(model: Any) -> dict[str, object]:
+    """Return the sampling defaults of a model that are numbers. Only these are sent to the gateways.
+
+    `model`: vLLM's ModelConfig. As in vLLM's server (entrypoints/openai/chat_completion/serving.py), the operator's
+    own `max_new_tokens` also limits calls that ask for more.
+    """
+    values = dict(model.get_diff_sampling_param())
+    if model.generation_config not in ("auto", "vllm"):
+        values[MAX_TOKENS_LIMIT] = values.get("max_tokens")
+    else:
+        values[MAX_TOKENS_LIMIT] = model.override_generation_config.get("max_new_tokens")
     return {name: value for name, value in values.items() if isinstance(value, (int, float))}

@@ -71,7 +71,7 @@ def _generating(
         engine_class=arguments.engine_class(dtype, model.quantization, spec, resume.noise(config)),
         kv_blocks=kv_blocks_of(config),
         vocab_size=bounds.vocab_size,
-        default_sampling=arguments.plain_defaults(model.get_diff_sampling_param()),
+        default_sampling=arguments.sampling_defaults(model),
         capabilities=(
             *("chat", "complete", "logprobs", "response_format"),
             _resume_capability(installs, arguments.is_batch_invariant(dtype)),
@@ -92,12 +92,14 @@ def _pooling(
     Such an engine resumes no requests and has no sampling defaults.
     """
     model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
-    request_bounds = RequestBounds(model.max_model_len, model.get_vocab_size(), max_logprobs=0, pooling=bounds)
+    pooling.check_settings(spec, model, bounds)
+    longest = pooling.longest_input(model)
+    request_bounds = RequestBounds(longest, model.get_vocab_size(), max_logprobs=0, pooling=bounds)
     blocks = pooling.kv_blocks(
         cache.num_gpu_blocks or 0, block_size_of(config), scheduler.max_num_batched_tokens, model.max_model_len
     )
     info = EngineInfo(
-        **_sizes(config, why_public),
+        **(_sizes(config, why_public) | {"max_model_len": longest}),
         engine_class=arguments.engine_class(_dtype(config), model.quantization, spec),
         kv_blocks=blocks,
         vocab_size=request_bounds.vocab_size,

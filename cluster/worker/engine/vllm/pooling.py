@@ -10,12 +10,14 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from cluster.api.outcomes import Outcome
 from cluster.api.pooling import MAX_DIMENSIONS, PoolingInfo, PoolingOptions, PoolingTask
 from cluster.api.ports import EngineRefused
-from cluster.api.types import FinishReason, TokenOutput
+from cluster.api.types import FinishReason, ModelSpec, TokenOutput
+from cluster.worker.weights.sentence_modules import pooling_type
 
 TASKS = {PoolingTask.EMBED: "embed", PoolingTask.SCORE: "classify"}
 """vLLM's names of the pooling tasks."""
@@ -73,6 +75,46 @@ def pooling_bounds(config: Any, tasks: Sequence[str], name: str) -> PoolingBound
         any_shorter=bool(model.is_matryoshka) and not declared and PoolingTask.EMBED in known,
     )
     return PoolingBounds(info, PoolingTask.SCORE in known and _has_token_types(model))
+
+
+def check_settings(spec: ModelSpec, model: Any, bounds: PoolingBounds) -> None:
+    """Raise ValueError if vLLM would pool in another way than sentence-transformers.
+
+    `model`: vLLM's ModelConfig. For a model without such settings, sentence-transformers takes the mean of all tokens,
+    or the last token if the model generates text. vLLM may take another one, which the catalog entry must then choose.
+    """
+    chosen: Any = spec.engine.get("pooler_config")
+    if PoolingTask.EMBED not in bounds.info.tasks or (
+        chosen and ("seq_pooling_type" in chosen or "pooling_type" in chosen)
+    ):
+        return
+    saved, used = pooling_type(Path(model.model)), str(model.pooler_config.seq_pooling_type)
+    generates = str(model.architectures[0]).endswith("ForCausalLM")
+    if used != (saved or ("LAST" if generates else "MEAN")):
+        what = (
+            f"its modules.json has the pooling {saved}" if saved else "it has no modules.json, which says how it pools"
+        )
+        raise ValueError(
+            f"models[{spec.name}]: {what}, and vLLM would use {used}: choose one with engine.pooler_config: "
+            "{seq_pooling_type: MEAN}, CLS or LAST"
+        )
+
+
+def longest_input(model: Any) -> int:
+    """Return the number of tokens that an input may have.
+
+    A model with a table of positions has no more than the rows of the table, whatever its other settings say: a longer
+    input would end the engine. RoBERTa's positions begin after the padding index (vLLM: models/roberta.py).
+    """
+    hf, longest = model.hf_text_config, int(model.max_model_len)
+    rows = getattr(hf, "max_position_embeddings", None)
+    is_table = getattr(hf, "position_embedding_type", "absolute") == "absolute" and not getattr(
+        hf, "rope_parameters", None
+    )
+    if not isinstance(rows, int) or rows < 1 or not is_table:
+        return longest
+    first = (hf.pad_token_id or 0) + 1 if _class_of(model).__module__.endswith(".roberta") else 0
+    return min(longest, rows - first)
 
 
 def _why_no_pairs(model: Any) -> str:

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from cluster.api.pooling import MAX_DIMENSIONS, PoolingTask
+from cluster.api.pooling import MAX_DIMENSIONS, PoolingInfo, PoolingTask
 from cluster.api.ports import EngineCorrupt, EngineRefused
-from cluster.api.types import EngineRequest, FinishReason, Sampling
+from cluster.api.types import EngineInfo, EngineRequest, FinishReason, Sampling
 from cluster.worker.engine.golden_check import CheckedEngine
-from cluster.worker.engine.golden_vectors import floats
+from cluster.worker.engine.golden_vectors import floats, why_vector_wrong
 from cluster.worker.engine.simulated.config import SimConfig
 from cluster.worker.engine.simulated.engine import SimEngine, VirtualClock
 from tests.worker.engine.contract import Driver, Subject
@@ -97,6 +97,15 @@ async def test_a_wrong_vector_is_sickness() -> None:
 
     with pytest.raises(EngineCorrupt, match="on node n1 is sick"):
         await run()
+
+
+def test_a_vector_of_another_length_than_promised_is_wrong() -> None:
+    """The golden vector has the length that the gateways see. An engine that leaves out a projection gives another
+    one, and its start fails."""
+    info = EngineInfo("float32", "sim", "1", 16, 10, 1, 64, 64, 1000, pooling=PoolingInfo((PoolingTask.EMBED,), 64))
+    vector = b"\0\0\x80\x3f" * 128
+    assert why_vector_wrong(vector, vector, info) == "a vector of 128 numbers, and the model's settings promise 64"
+    assert not why_vector_wrong(vector[:256], vector[:256], info)
 
 
 async def test_a_generating_engine_refuses_pooling() -> None:

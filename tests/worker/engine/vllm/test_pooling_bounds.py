@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,17 +13,21 @@ from hypothesis import strategies as st
 
 from cluster.api.pooling import MAX_DIMENSIONS, PoolingInfo, PoolingOptions, PoolingTask
 from cluster.api.ports import EngineRefused
-from cluster.api.types import FinishReason, TokenOutput
+from cluster.api.types import FinishReason, ModelSpec, TokenOutput
 from cluster.worker.engine.golden_vectors import floats
 from cluster.worker.engine.vllm.pooling import (
     NO_VECTOR,
     NOT_FINITE,
     STEPS_AHEAD,
+    PoolingBounds,
     check_pooling,
+    check_settings,
     kv_blocks,
+    longest_input,
     pooling_bounds,
     set_vector,
 )
+from tests.support.pooling_models import PoolingForm, build_form
 
 pytestmark = pytest.mark.engine
 
@@ -88,6 +93,62 @@ def test_vectors_of_impossible_lengths_are_refused(size: int) -> None:
     """A model does not start if its vectors have a length that a gateway would refuse."""
     with pytest.raises(ValueError, match=f"have {size} numbers"):
         pooling_bounds(config(embedding_size=size), ("embed",), "m")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "used", "pooler", "says"),
+    [
+        ("BertModel", "CLS", None, "it has no modules.json, which says how it pools, and vLLM would use CLS"),
+        ("BertModel", "MEAN", None, ""),
+        ("BertModel", "CLS", {"seq_pooling_type": "CLS"}, ""),
+        ("Qwen3ForCausalLM", "LAST", None, ""),
+        ("Qwen3ForCausalLM", "MEAN", None, "and vLLM would use MEAN"),
+    ],
+)
+def test_a_guessed_pooling_is_refused(
+    tmp_path: Path, architecture: str, used: str, pooler: dict[str, str] | None, says: str
+) -> None:
+    """A model without modules.json serves if vLLM pools as sentence-transformers would, or as the catalog entry says.
+    If a model has modules.json, vLLM must have read the same pooling from it."""
+    spec = ModelSpec("m", "unused", engine={"pooler_config": pooler} if pooler else {})
+    bounds = PoolingBounds(PoolingInfo((PoolingTask.EMBED,), 8))
+    model = SimpleNamespace(
+        model=str(tmp_path), architectures=[architecture], pooler_config=SimpleNamespace(seq_pooling_type=used)
+    )
+    if says:
+        with pytest.raises(ValueError, match=rf"models\[m\]: .*{says}: choose one with engine\.pooler_config"):
+            check_settings(spec, model, bounds)
+    else:
+        check_settings(spec, model, bounds)
+    build_form(tmp_path, PoolingForm("mean"), weights=False)
+    if used == "MEAN" or pooler:
+        check_settings(spec, model, bounds)
+    else:
+        with pytest.raises(ValueError, match=f"its modules.json has the pooling MEAN, and vLLM would use {used}"):
+            check_settings(spec, model, bounds)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "longest"),
+    [
+        ("BertModel", {}, 96),
+        ("XLMRobertaModel", {}, 94),
+        ("RobertaForSequenceClassification", {"pad_token_id": 0}, 95),
+        ("ModernBertModel", {"rope_parameters": {"rope_theta": 1e4}}, 400),
+        ("XLMRobertaModel", {"position_embedding_type": "rotary"}, 400),
+        ("BertModel", {"max_position_embeddings": None}, 400),
+    ],
+)
+def test_an_input_is_no_longer_than_the_table_of_positions(
+    architecture: str, changes: dict[str, Any], longest: int
+) -> None:
+    """A model with a table of positions accepts no longer input than the table has rows, whatever `max_seq_length`
+    says. RoBERTa's positions begin after its padding index."""
+    hf = SimpleNamespace(**({"max_position_embeddings": 96, "pad_token_id": 1} | changes))
+    assert (
+        longest_input(config(hf_text_config=hf, max_model_len=400, architectures=[architecture]).model_config)
+        == longest
+    )
 
 
 def test_declared_lengths() -> None:
