@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from cluster.api.frozen import frozen_dataclass
 from cluster.api.outcomes import MAX_VIOLATIONS, CallError, Outcome, Violation, invalid, quoted
 from cluster.api.types import Grammar, Sampling
+from cluster.wire.bundle import MAX_TOKENS_LIMIT, PLAIN_SAMPLING
 
 MAX_N = 64
 MAX_NAME_CHARS = 1024
@@ -365,7 +366,8 @@ def sampling(
     room = max_model_len - prompt_tokens
     if room < 1:
         raise too_long(prompt_tokens, max_model_len, is_chat(request.prompt))
-    room = min(room, max_output_tokens or room)
+    limit = defaults.get(MAX_TOKENS_LIMIT)
+    room = min(room, max_output_tokens or room, int(limit) if isinstance(limit, int | float) and limit >= 1 else room)
     for name, ids in (("stop_token_ids", o.stop_token_ids), ("logit_bias", tuple(o.logit_bias))):
         for token_id in ids:
             if token_id >= vocab_size:
@@ -373,12 +375,11 @@ def sampling(
                     f"{name}[{token_id}]", f"the vocabulary has {vocab_size} tokens, ids 0 to {vocab_size - 1}"
                 )
 
-    def pick(name: str, otherwise: float) -> float:
-        requested = getattr(o, name)
-        if requested is not None:
-            return float(requested)
-        default = defaults.get(name)
-        return float(default) if isinstance(default, int | float) else otherwise
+    def pick(name: str) -> float:
+        for value in (getattr(o, name), defaults.get(name)):
+            if isinstance(value, int | float):
+                return float(value)
+        return PLAIN_SAMPLING[name]
 
     requested_tokens = o.max_tokens
     if requested_tokens is None:
@@ -400,15 +401,15 @@ def sampling(
     return Sampling(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
-        temperature=pick("temperature", 1.0),
-        top_p=pick("top_p", 1.0),
-        top_k=max(int(pick("top_k", 0)), 0),
-        min_p=pick("min_p", 0.0),
+        temperature=pick("temperature"),
+        top_p=pick("top_p"),
+        top_k=max(int(pick("top_k")), 0),
+        min_p=pick("min_p"),
         seed=o.seed,
         stop_token_ids=o.stop_token_ids,
-        frequency_penalty=o.frequency_penalty or 0.0,
-        presence_penalty=o.presence_penalty or 0.0,
-        repetition_penalty=pick("repetition_penalty", 1.0),
+        frequency_penalty=pick("frequency_penalty"),
+        presence_penalty=pick("presence_penalty"),
+        repetition_penalty=pick("repetition_penalty"),
         logit_bias=dict(o.logit_bias),
         logprobs=o.logprobs,
         ignore_eos=o.ignore_eos,
