@@ -174,7 +174,16 @@ class AdapterStore:
             names = (*FILES, CARD)
             fetched = part / "fetched"
             try:
-                yield fetch(spec.source, fetched, names, report, needed=CONFIG, web_names=names, most_bytes=most_bytes)
+                yield fetch(
+                    spec.source,
+                    fetched,
+                    names,
+                    report,
+                    needed=CONFIG,
+                    web_names=names,
+                    most_bytes=most_bytes,
+                    allowed_sources=self.rules.allowed_sources,
+                )
             except FetchError as error:
                 raise AdapterError(f"{where}: {error}") from error
             finally:

@@ -18,9 +18,12 @@ from typing import Any
 
 from cluster.api.types import ModelSpec
 from cluster.worker.weights.expected_tensors import differences
-from cluster.worker.weights.vocabulary import read_json, text_config
+from cluster.worker.weights.safetensors_header import short, unique_keys
+from cluster.worker.weights.vocabulary import read_bounded, read_json, text_config
 
 INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 64 << 20
+MAX_WEIGHT_FILES = 4096
 READS_SAFETENSORS = ("safetensors", "auto", "fastsafetensors", "instanttensor", "runai_streamer")
 """Load formats that read safetensors files."""
 LONGEST_HEADER = 100 << 20
@@ -28,6 +31,7 @@ LONGEST_HEADER = 100 << 20
 MOST_NAMED = 3
 """Greatest number of tensors that an error names."""
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_WEIGHT_FILE = re.compile(r"[A-Za-z0-9_][\w.-]{0,200}\.safetensors")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 _QUANTIZED = ("quantization_config", "compression_config")
 _QUANTIZED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
@@ -53,9 +57,19 @@ class Headers:
 
 def check_weights(spec: ModelSpec, folder: Path) -> None:
     """Raise CheckpointError if weight files are damaged or incomplete, or if their shapes do not match config.json."""
+    headers = check_files(spec, folder)
+    if headers.shapes and not _is_quantized(folder) and not _overrides_config(spec):
+        where = f"models[{spec.name}].source: {folder}"
+        _check_experts(where, headers)
+        _check_tensors(where, folder, headers)
+
+
+def check_files(spec: ModelSpec, folder: Path) -> Headers:
+    """Return the headers of the weight files; empty if the load format reads no safetensors files. Raises
+    CheckpointError if a file is damaged or missing."""
     names = sorted(file.name for file in folder.glob("*.safetensors"))
     if spec.load_format not in READS_SAFETENSORS or not names:
-        return
+        return Headers()
     where = f"models[{spec.name}].source: {folder}"
     weight_map = _weight_map(where, folder)
     if weight_map is not None:
@@ -66,29 +80,40 @@ def check_weights(spec: ModelSpec, folder: Path) -> None:
     if lacking := [name for name in weight_map or () if name not in headers.shapes]:
         raise CheckpointError(
             f"{where}: {INDEX} names tensors that no file holds: "
-            f"{_listed([f'{name} (in {(weight_map or {})[name]})' for name in lacking])}; {AGAIN}"
+            f"{listed([f'{name} (in {(weight_map or {})[name]})' for name in lacking])}; {AGAIN}"
         )
-    if not _is_quantized(folder) and not _overrides_config(spec):
-        _check_experts(where, headers)
-        _check_tensors(where, folder, headers)
+    return headers
 
 
 def _weight_map(where: str, folder: Path) -> Mapping[str, str] | None:
     """Return the file of each tensor according to the checkpoint's index; None if there is no index."""
     try:
-        content = (folder / INDEX).read_text(encoding="utf-8")
+        return read_index(read_bounded(folder / INDEX, MAX_INDEX_BYTES))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise CheckpointError(f"{where}/{INDEX} cannot be read: {error}; {AGAIN}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}/{error}") from None
+
+
+def read_index(content: bytes) -> Mapping[str, str]:
+    """Return the file of each tensor according to the content of an index. Raises CheckpointError."""
     try:
-        weight_map = json.loads(content)["weight_map"]
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(
-            f"{where}/{INDEX} {_content_fault(content.encode(), 'has no JSON object weight_map')}"
-        ) from None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{where}/{INDEX}: weight_map must map tensors to file names; {AGAIN}")
+        weight_map = json.loads(content.decode(), object_pairs_hook=unique_keys)["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        fault = f"has no JSON object weight_map ({type(error).__name__}: {short(error)})"
+        raise CheckpointError(f"{INDEX} {_content_fault(content, fault)}") from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX}: weight_map must map tensors to file names; {AGAIN}")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _WEIGHT_FILE.fullmatch(name):
+            raise CheckpointError(
+                f"{INDEX}: weight_map: {short(tensor)}: {short(name)} is not the plain name of a safetensors file in "
+                f"the same folder; {AGAIN}"
+            )
+    if len(set(weight_map.values())) > MAX_WEIGHT_FILES:
+        raise CheckpointError(f"{INDEX}: weight_map names more than {MAX_WEIGHT_FILES} files; {AGAIN}")
     return weight_map
 
 
@@ -96,7 +121,7 @@ def _check_indexed_files(where: str, weight_map: Mapping[str, str], names: Seque
     wanted = sorted(set(weight_map.values()))
     if lacking := [name for name in wanted if name not in names]:
         raise CheckpointError(
-            f"{where} lacks {_listed(lacking)}, which {INDEX} names: {len(lacking)} of {len(wanted)} weight files "
+            f"{where} lacks {listed(lacking)}, which {INDEX} names: {len(lacking)} of {len(wanted)} weight files "
             f"are not there; {AGAIN}"
         )
     return wanted
@@ -110,7 +135,7 @@ def _check_shards(where: str, names: Sequence[str]) -> None:
             expected = [f"{stem}-{number:05}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
             if lacking := [file for file in expected if file not in names]:
                 raise CheckpointError(
-                    f"{where} lacks {_listed(lacking)}: {len(lacking)} of {int(total)} weight files are not there, "
+                    f"{where} lacks {listed(lacking)}: {len(lacking)} of {int(total)} weight files are not there, "
                     f"and neither is {INDEX}; {AGAIN}"
                 )
 
@@ -195,7 +220,7 @@ def _check_experts(where: str, headers: Headers) -> None:
             f"{layer}.{expert}.{name}" for name, have in tensors.items() for expert in experts if expert not in have
         ]
         if lacking:
-            raise CheckpointError(f"{where}: no file holds the tensors {_listed(lacking)}; {AGAIN}")
+            raise CheckpointError(f"{where}: no file holds the tensors {listed(lacking)}; {AGAIN}")
         for name, have in tensors.items():
             usual = Counter(have.values()).most_common(1)[0][0]
             if odd := [expert for expert in experts if have[expert] != usual]:
@@ -219,7 +244,7 @@ def _check_tensors(where: str, folder: Path, headers: Headers) -> None:
     compared = differences(folder, headers.shapes)
     if compared.missing:
         raise CheckpointError(
-            f"{where}: no file holds the tensors {_listed(compared.missing)}, which the model of config.json has "
+            f"{where}: no file holds the tensors {listed(compared.missing)}, which the model of config.json has "
             f"({len(compared.missing)} of {compared.expected}); {AGAIN}, or correct config.json. A model that needs "
             "none of them is served with engine.model_loader_extra_config: {enable_weights_track: false}"
         )
@@ -229,9 +254,10 @@ def _check_tensors(where: str, folder: Path, headers: Headers) -> None:
             f"config.json asks for {list(wanted)}"
             for name, has, wanted in compared.misshapen
         ]
-        raise CheckpointError(f"{where}: {_listed(texts)}; {AGAIN}, or correct config.json")
+        raise CheckpointError(f"{where}: {listed(texts)}; {AGAIN}, or correct config.json")
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return the first MOST_NAMED names and the number of the others."""
     more = len(names) - MOST_NAMED
     return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -31,6 +31,8 @@ TRANSFORMER_SETTINGS = tuple(
 SETTINGS = (MODULES, MODEL_SETTINGS, *TRANSFORMER_SETTINGS)
 """Files besides config.json that determine how an embedding model treats texts."""
 MAX_MODULES = 16
+MAX_BYTES = 1 << 20
+"""Maximum size of a modules.json."""
 KINDS: Mapping[str, str] = {
     f"sentence_transformers.{path}": path.rpartition(".")[2]
     for path in (

@@ -19,10 +19,12 @@ from typing import Any
 from cluster.api.types import ModelSpec
 from cluster.policy.catalog.allowed_sources import is_allowed_source
 from cluster.worker.weights import demo_model
+from cluster.worker.weights.checkpoint import CheckpointError, check_files
 from cluster.worker.weights.fetching import SCHEMES, FetchError, Progress, fetch
 from cluster.worker.weights.hub_progress import reporting_bar
 from cluster.worker.weights.model_card import read_card, why_refused
 from cluster.worker.weights.sentence_modules import check_modules
+from cluster.worker.weights.vocabulary import why_no_tokenizer
 
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md")
 """Files to fetch from the hub: weights, configuration, tokenizer, templates, the model's card; never code."""
@@ -87,7 +89,14 @@ def resolve(spec: ModelSpec, rules: SourceRules, progress: Progress | None = Non
     elif scheme in SCHEMES:
         try:
             wanted = [*HUB_FILES, *WEIGHT_PATTERNS.get(spec.load_format, ())]
-            folder = fetch(spec.source, rules.cache_dir / "fetched", wanted, progress)
+            folder = fetch(
+                spec.source,
+                rules.cache_dir / "fetched",
+                wanted,
+                progress,
+                allowed_sources=rules.allowed_sources,
+                check=partial(_check_whole, spec, rules),
+            )
         except FetchError as error:
             raise SourceError(f"{where}: {spec.source}: {error}") from error
     else:
@@ -203,6 +212,17 @@ def check_folder(spec: ModelSpec, folder: Path, *, allow_remote_code: bool = Fal
         check_modules(folder, pickled="*.bin" in patterns)
     except ValueError as error:
         raise SourceError(f"{where}: {error}") from error
+
+
+def _check_whole(spec: ModelSpec, rules: SourceRules, folder: Path) -> None:
+    """Raise SourceError if a fetched folder is no whole model, for example because its upload is not complete."""
+    check_folder(spec, folder, allow_remote_code=rules.allow_remote_code)
+    try:
+        check_files(spec, folder)
+        if why := why_no_tokenizer(folder, spec.trust_remote_code):
+            raise CheckpointError(f"models[{spec.name}].source: {folder} {why}")
+    except CheckpointError as error:
+        raise SourceError(str(error).replace(str(folder), spec.source)) from None
 
 
 def _why_no_model(folder: Path) -> str:

@@ -12,12 +12,16 @@ their strings as ordinary text.
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cluster.worker.weights.tekken import TEKKEN_FILE, load_tekken
 
+MAX_JSON_BYTES = 16 << 20
+"""Maximum size of a file with settings of a model or tokenizer."""
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 NEEDED = "tokenizer.json, tokenizer.model, tekken.json, vocab.json with merges.txt, or vocab.txt"
 TEXT_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token")
@@ -37,7 +41,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     if has_only_tekken(folder):
         return load_tekken(folder)
-    if why := _why_no_tokenizer(folder, trust_remote_code):
+    if why := why_no_tokenizer(folder, trust_remote_code):
         raise ValueError(f"{folder} {why}")
     try:
         # mistral_format=False: prefer tokenizer.json to tekken.json, whose tokenizer has no Rust backend.
@@ -70,9 +74,9 @@ def has_only_tekken(folder: Path) -> bool:
     return (folder / TEKKEN_FILE).exists() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
-def _why_no_tokenizer(folder: Path, trust_remote_code: bool) -> str:
+def why_no_tokenizer(folder: Path, trust_remote_code: bool) -> str:
     """Return why a folder has no tokenizer; empty if it may have one."""
-    if any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if has_only_tekken(folder) or any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         return ""
     if trust_remote_code and "auto_map" in read_json(folder / "tokenizer_config.json"):
         return ""
@@ -208,14 +212,35 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; empty if there is no file.
 
-    Raises ValueError for a file that has no JSON object.
+    Raises ValueError for a file that has no JSON object, or one in which a key has two values.
     """
-    if not path.exists():
-        return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        content = json.loads(read_bounded(path, MAX_JSON_BYTES).decode(), object_pairs_hook=_one_value)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {str(error)[:200]}; fetch or copy it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object")
+    return content
+
+
+def _one_value(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        for key, value in pairs:
+            if made[key] != value:
+                raise ValueError(f"the key {key[:80]!r} occurs twice with different values")
+    return made
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """Return the content of a regular file of at most `most` bytes. Raises OSError otherwise. A FIFO does not block."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("it is no regular file")
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise OSError(f"it has more than {most} bytes")
     return content

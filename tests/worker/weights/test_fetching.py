@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,37 +16,58 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy
 import pytest
 from fsspec.registry import _registry as file_systems
+from safetensors.numpy import save
 
 from cluster.api.adapters import AdapterSpec
 from cluster.api.types import ModelSpec
 from cluster.worker.weights import fetching
 from cluster.worker.weights.adapter import CONFIG, WEIGHTS, AdapterError
 from cluster.worker.weights.adapter_store import AdapterStore
+from cluster.worker.weights.checkpoint import MAX_INDEX_BYTES
 from cluster.worker.weights.fetching import FetchError, fetch
 from cluster.worker.weights.sources import SourceError, SourceRules, resolve
+from cluster.worker.weights.web import Pace
 
 pytestmark = pytest.mark.slow
 
 PATTERNS = ("*.json", "*.safetensors", "README.md")
-SHARD = bytes(range(256)) * 40
+
+
+def shard(name: str, first: int) -> bytes:
+    """Return a safetensors file of 10 KB with one tensor."""
+    return save({name: numpy.arange(first, first + 10_000, dtype=numpy.uint8)})
+
+
+SHARD, OTHER = shard("a", 0), shard("b", 7)
 FILES = {
     "config.json": b"{}",
+    "tokenizer.json": b"{}",
     "model.safetensors.index.json": json.dumps(
         {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
     ).encode(),
     "one.safetensors": SHARD,
-    "two.safetensors": SHARD[::-1],
+    "two.safetensors": OTHER,
 }
 
 
 @dataclass
 class Server:
-    """A web server that supports ranges. `breaks`: number of downloads of weights that the server will break off."""
+    """A web server that supports ranges.
+
+    `breaks`: number of downloads of weights that the server will break off. `tags`: whether it sends ETags. `hostile`:
+    writes the whole answer to a GET of a file in place of the server.
+    """
 
     files: dict[str, bytes]
     breaks: int = 0
+    tags: bool = True
+    ranges: bool = True
+    hostile: dict[str, Callable[[BaseHTTPRequestHandler], None]] = field(default_factory=dict)
+    on_get: Callable[[str], None] = lambda _: None
+    redirects: dict[str, tuple[int, str]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     sent: int = 0
     address: str = ""
@@ -65,18 +89,35 @@ class Server:
                 if content is None:
                     self.send_error(404)
                     return
+                if name in server.redirects:
+                    code, location = server.redirects[name]
+                    self.send_response(code)
+                    self.send_header("Location", location)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                if body:
+                    server.asked.append(name)
+                    server.on_get(name)
+                    content = server.files[name]
+                    if name in server.hostile:
+                        self.close_connection = True
+                        with contextlib.suppress(OSError):
+                            server.hostile[name](self)
+                        return
                 ranged = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                ranged = ranged if server.ranges else None
                 start, end = (int(ranged[1]), int(ranged[2]) + 1) if ranged else (0, len(content))
                 part = content[start:end]
                 self.send_response(206 if ranged else 200)
                 self.send_header("Content-Length", str(len(part)))
-                self.send_header("Accept-Ranges", "bytes")
+                if server.tags:
+                    self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
                 if ranged:
                     self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(content)}")
                 self.end_headers()
                 if not body:
                     return
-                server.asked.append(name)
                 if name.endswith(".safetensors") and server.breaks:
                     server.breaks -= 1
                     part = part[: len(part) // 2]
@@ -93,10 +134,16 @@ class Server:
 @pytest.fixture
 def server() -> Iterator[Server]:
     """A web server that runs on a loopback port."""
-    made = Server(dict(FILES))
+    with running(Server(dict(FILES))) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def running(made: Server) -> Iterator[Server]:
+    """Serve on a loopback port while the context is open."""
     http = ThreadingHTTPServer(("127.0.0.1", 0), made.handler())
     made.address = f"http://127.0.0.1:{http.server_address[1]}/models/m"
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread = threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield made
@@ -120,18 +167,39 @@ def test_all_of_it_once(server: Server, tmp_path: Path) -> None:
 
 def test_what_has_come_is_not_fetched_again(server: Server, tmp_path: Path) -> None:
     """A complete shard is kept, and a partial shard is continued after its last byte."""
-    server.files["two.safetensors"] = b""
-    folder = fetch(server.address, tmp_path, PATTERNS)
-    (folder / fetching.COMPLETE).unlink()
-    server.files = dict(FILES)
-    (folder / "two.safetensors").unlink()
-    (folder / "two.safetensors.part").write_bytes(FILES["two.safetensors"][:7000])
+
+    def break_two(name: str) -> None:
+        server.breaks = 3 if name == "two.safetensors" else 0
+
+    server.on_get = break_two
+    with pytest.raises(FetchError, match=r"two.safetensors broke off 3 times"):
+        fetch(server.address, tmp_path, PATTERNS)
+    server.on_get, server.breaks, server.sent = lambda _: None, 0, 0
     server.asked.clear()
-    server.sent = 0
-    fetch(server.address, tmp_path, PATTERNS, chunk_bytes=1024)
-    assert (folder / "two.safetensors").read_bytes() == FILES["two.safetensors"]
+    folder = fetch(server.address, tmp_path, PATTERNS)
+    assert (folder / "two.safetensors").read_bytes() == OTHER
     assert "one.safetensors" not in server.asked
-    assert server.sent <= len(SHARD) - 7000 + len(FILES["model.safetensors.index.json"])
+    assert server.sent <= len(OTHER) // 4 + 3 * len(FILES["model.safetensors.index.json"])
+
+
+@pytest.mark.parametrize("version", ["replaced", "not reported"])
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_part_of_another_version_is_not_continued(server: Server, tmp_path: Path, version: str, ranges: bool) -> None:
+    """A broken download is fetched from its beginning if the file was replaced by one of the same size, if the server
+    reports no version, or if it ignores ranges. Complete files of another version are fetched again, too."""
+
+    def break_two(name: str) -> None:
+        server.breaks = 3 if name == "two.safetensors" else 0
+
+    server.tags, server.ranges = version == "replaced", ranges
+    server.on_get = break_two
+    with pytest.raises(FetchError, match=r"two.safetensors broke off 3 times"):
+        fetch(server.address, tmp_path, PATTERNS)
+    server.on_get, server.breaks = lambda _: None, 0
+    new = {"one.safetensors": shard("a", 3), "two.safetensors": shard("b", 4)}
+    server.files |= new
+    folder = fetch(server.address, tmp_path, PATTERNS)
+    assert {name: (folder / name).read_bytes() for name in new} == new
 
 
 def test_a_connection_that_breaks_is_taken_up(server: Server, tmp_path: Path) -> None:
@@ -145,7 +213,7 @@ def test_a_connection_that_breaks_is_taken_up(server: Server, tmp_path: Path) ->
     with pytest.raises(FetchError, match=r"one.safetensors broke off 3 times"):
         fetch(server.address, tmp_path / "b", PATTERNS)
     server.breaks = 0
-    assert (fetch(server.address, tmp_path / "b", PATTERNS) / "two.safetensors").read_bytes() == SHARD[::-1]
+    assert (fetch(server.address, tmp_path / "b", PATTERNS) / "two.safetensors").read_bytes() == OTHER
 
 
 def test_one_process_fetches_and_the_others_wait(server: Server, tmp_path: Path) -> None:
@@ -178,7 +246,7 @@ def test_as_a_models_source(server: Server, tmp_path: Path) -> None:
     """The rules for sources also hold for a web address as a model's source."""
     spec = ModelSpec("m", server.address)
     folder = resolve(spec, SourceRules(tmp_path))
-    assert (folder / "two.safetensors").read_bytes() == SHARD[::-1]
+    assert (folder / "two.safetensors").read_bytes() == OTHER
     with pytest.raises(SourceError, match=r"not among weights.allow.sources"):
         resolve(spec, SourceRules(tmp_path, allowed_sources=("s3://*",)))
     server.files.clear()
@@ -188,6 +256,7 @@ def test_as_a_models_source(server: Server, tmp_path: Path) -> None:
 
 MODULES: dict[str, bytes] = {
     "config.json": b"{}",
+    "tokenizer.json": b"{}",
     "model.safetensors": SHARD,
     "modules.json": json.dumps(
         [
@@ -235,6 +304,7 @@ class Bucket(fsspec.AbstractFileSystem):  # type: ignore[misc]
     contents by path."""
 
     files: dict[str, bytes]
+    ignores_ranges = False
 
     def ls(self, path: str, detail: bool = True, refresh: bool = False, **_: object) -> list[Any]:
         """Return the files directly below a path. Raises FileNotFoundError."""
@@ -259,7 +329,7 @@ class Bucket(fsspec.AbstractFileSystem):  # type: ignore[misc]
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: object) -> bytes:
         """Return a part of a file. Raises FileNotFoundError."""
         try:
-            return self.files[self._strip_protocol(path)][start:end]
+            return self.files[self._strip_protocol(path)][slice(None) if self.ignores_ranges else slice(start, end)]
         except KeyError:
             raise FileNotFoundError(path) from None
 
@@ -280,7 +350,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
 def test_a_model_that_is_uploaded_again_is_listed_again(bucket: dict[str, bytes], tmp_path: Path) -> None:
     """Replaced files of a model in an object store are fetched with their new sizes, also by a process that has listed
     the old ones. The same holds for the folders of an embedding model's modules."""
-    source, new_shard, new_settings = "s3://bucket/m", SHARD[1:], b'{"pooling_mode_mean_tokens": true}'
+    source, new_shard, new_settings = "s3://bucket/m", OTHER, b'{"pooling_mode_mean_tokens": true}'
     bucket.update({f"bucket/m/{name}": content for name, content in MODULES.items()})
     fetch(source, tmp_path / "a", PATTERNS)
     bucket["bucket/m/model.safetensors"] = new_shard
@@ -293,7 +363,7 @@ def test_a_model_that_is_uploaded_again_is_listed_again(bucket: dict[str, bytes]
 def test_a_model_that_is_not_uploaded_yet_can_be_fetched_later(bucket: dict[str, bytes], tmp_path: Path) -> None:
     """A model of which only the weights were in the object store is fetched by the same process once its config.json is
     there."""
-    bucket["bucket/m/model.safetensors"] = SHARD
+    bucket |= {"bucket/m/model.safetensors": SHARD, "bucket/m/tokenizer.json": b"{}"}
     with pytest.raises(SourceError, match=r"there is no config\.json"):
         resolve(ModelSpec("m", "s3://bucket/m"), SourceRules(tmp_path))
     bucket["bucket/m/config.json"] = b"{}"
@@ -311,3 +381,182 @@ def test_an_adapter_is_fetched_once_its_upload_is_complete(bucket: dict[str, byt
     for weights in (SHARD, SHARD[1:]):
         bucket[f"bucket/a/{WEIGHTS}"] = weights
         assert (store.fetch(spec).folder / WEIGHTS).read_bytes() == weights
+
+
+@pytest.mark.parametrize("kind", ["web", "store"])
+@pytest.mark.parametrize(
+    ("lacking", "says"),
+    [
+        ("two.safetensors", r"index\.json names two\.safetensors, not there"),
+        ("tokenizer.json", "has no tokenizer"),
+        ("cut", r"one\.safetensors is cut off"),
+        ("index", "lacks model-00002-of-00002.safetensors|no weights"),
+    ],
+)
+def test_a_half_uploaded_model_is_fetched_again_when_it_is_whole(
+    server: Server, bucket: dict[str, bytes], tmp_path: Path, kind: str, lacking: str, says: str
+) -> None:
+    """A model whose shards, index or tokenizer are not all uploaded, or whose shard is still growing, is refused by
+    name, and fetched by the same node once it is whole."""
+    half = {name: content for name, content in FILES.items() if name != lacking}
+    if lacking == "cut":
+        half["one.safetensors"] = SHARD[:-1]
+    if lacking == "index":
+        half = {"config.json": b"{}", "tokenizer.json": b"{}", "model-00001-of-00002.safetensors": SHARD}
+    source = server.address if kind == "web" else "s3://bucket/half"
+
+    def upload(files: dict[str, bytes]) -> None:
+        server.files = files
+        bucket.clear()
+        bucket.update({f"bucket/half/{name}": content for name, content in files.items()})
+
+    for content in (half, half, FILES):
+        upload(dict(content))
+        spec = ModelSpec("m", source)
+        if content is half:
+            with pytest.raises(SourceError, match=rf"models\[m\].source: .*{says}"):
+                resolve(spec, SourceRules(tmp_path))
+        else:
+            folder = resolve(spec, SourceRules(tmp_path))
+            assert {name: (folder / name).read_bytes() for name in FILES} == FILES
+            assert not list(folder.glob("model-*"))
+
+
+def test_a_folder_recorded_as_complete_by_mistake_is_fetched_again(server: Server, tmp_path: Path) -> None:
+    """A folder that an earlier version recorded as complete without all shards is completed."""
+    folder = resolve(ModelSpec("m", server.address), SourceRules(tmp_path))
+    (folder / "two.safetensors").unlink()
+    record = json.loads((folder / fetching.COMPLETE).read_text())
+    del record["sizes"]["two.safetensors"]
+    (folder / fetching.COMPLETE).write_text(json.dumps(record))
+    resolve(ModelSpec("m", server.address), SourceRules(tmp_path))
+    assert (folder / "two.safetensors").read_bytes() == OTHER
+
+
+def test_a_file_that_changes_during_the_fetch_is_refused(server: Server, tmp_path: Path) -> None:
+    """If a file is replaced between the listing and the end of the fetch, the folder is not complete. The next call
+    fetches the new file."""
+
+    def replace(name: str) -> None:
+        if name == "two.safetensors":
+            server.files["one.safetensors"] = shard("a", 3)
+
+    server.on_get = replace
+    with pytest.raises(FetchError, match="changed while they were fetched"):
+        fetch(server.address, tmp_path, PATTERNS)
+    assert (fetch(server.address, tmp_path, PATTERNS) / "one.safetensors").read_bytes() == shard("a", 3)
+    server.on_get = lambda name: server.files.update({name: shard("b", 9)}) if name == "two.safetensors" else None
+    server.files["two.safetensors"] = shard("b", 8)
+    with pytest.raises(FetchError, match=r"two\.safetensors has changed since it was listed"):
+        fetch(server.address, tmp_path / "b", PATTERNS)
+
+
+def endless(handler: BaseHTTPRequestHandler, status: int = 200, head: str = "") -> None:
+    """Send a body without end, in spite of the size that was reported."""
+    handler.wfile.write(f"HTTP/1.1 {status} OK\r\n{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+    piece = b"%x\r\n%s\r\n" % (1 << 20, bytes(1 << 20))
+    for _ in range(4096):
+        handler.wfile.write(piece)
+
+
+def dripping(handler: BaseHTTPRequestHandler) -> None:
+    """Send a byte each 20 ms."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10072\r\n\r\n")
+    for _ in range(10072):
+        handler.wfile.write(b"x")
+        threading.Event().wait(0.02)
+
+
+def dripping_head(handler: BaseHTTPRequestHandler) -> None:
+    """Send a header a byte each 20 ms."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Name: ")
+    for _ in range(10072):
+        handler.wfile.write(b"x")
+        threading.Event().wait(0.02)
+
+
+def wrong_range(handler: BaseHTTPRequestHandler) -> None:
+    """Answer with the beginning of the file as another range."""
+    handler.wfile.write(
+        b"HTTP/1.1 206 OK\r\nContent-Range: bytes 0-99/10072\r\nContent-Length: 100\r\n\r\n" + SHARD[:100]
+    )
+
+
+QUICK = Pace(window_s=0.3, least_bytes=1000, head_s=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "says"),
+    [
+        ("one.safetensors", endless, r"one\.safetensors"),
+        ("model.safetensors.index.json", endless, r"model\.safetensors\.index\.json has more than \d+ bytes"),
+        ("one.safetensors", dripping, r"one\.safetensors: the server sent \d+ bytes in 0.3 s, at least 1000"),
+        ("one.safetensors", dripping_head, r"one\.safetensors: the server does not answer within 0.5 s"),
+        ("one.safetensors", wrong_range, r"one\.safetensors: the server sends another range"),
+    ],
+)
+def test_a_hostile_body_ends_the_fetch(
+    server: Server, tmp_path: Path, name: str, answer: Callable[[BaseHTTPRequestHandler], None], says: str
+) -> None:
+    """A body without end, a transfer without progress and a wrong range end the fetch with the file's name, and little
+    memory is used for it."""
+    server.tags = False
+    server.hostile[name] = answer
+    tracemalloc.start()
+    try:
+        with pytest.raises(FetchError, match=says):
+            fetch(server.address, tmp_path, PATTERNS, pace=QUICK)
+        assert tracemalloc.get_traced_memory()[1] < 3 * MAX_INDEX_BYTES
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_endless_file_of_an_adapter_is_cut_at_its_size(server: Server, tmp_path: Path) -> None:
+    """An adapter's file is read up to the reported size, and then refused."""
+    server.files = {CONFIG: b"{}", WEIGHTS: SHARD}
+    server.tags = False
+    server.hostile[WEIGHTS] = endless
+    with pytest.raises(AdapterError, match=rf"adapters\[a\].source: {WEIGHTS}"):
+        AdapterStore(SourceRules(tmp_path), None, 16).fetch(AdapterSpec("a", server.address))
+
+
+@pytest.mark.parametrize("code", [302, 308])
+def test_redirects_are_followed_only_where_sources_are_allowed(server: Server, tmp_path: Path, code: int) -> None:
+    """A redirect within the server is followed. One to another server is refused unless a pattern allows the address;
+    the other server gets no request."""
+    with running(Server(dict(FILES))) as other:
+
+        def to(location: str) -> None:
+            server.redirects = {"one.safetensors": (code, location)}
+
+        to("/models/m/two.safetensors")
+        server.files["two.safetensors"] = SHARD
+        assert (fetch(server.address, tmp_path / "a", PATTERNS) / "one.safetensors").read_bytes() == SHARD
+        for number, allowed in enumerate([("*",), (server.address + "*",), ("*", other.address + "/one*")]):
+            to(f"{other.address}/one.safetensors")
+            root = tmp_path / str(number)
+            if number < 2:
+                with pytest.raises(FetchError, match=r"one\.safetensors: redirected to .* weights\.allow\.sources"):
+                    fetch(server.address, root, PATTERNS, allowed_sources=allowed)
+                assert not other.asked
+            else:
+                fetch(server.address, root, PATTERNS, allowed_sources=allowed)
+                assert other.asked == ["one.safetensors"]
+        for location in ("file:///etc/passwd", "ftp://x/y", "//", "http://[", ""):
+            to(location)
+            with pytest.raises(FetchError, match=r"one\.safetensors: "):
+                fetch(server.address, tmp_path / "z", PATTERNS)
+    to("/models/m/one.safetensors")
+    with pytest.raises(FetchError, match=r"one\.safetensors: more than 5 redirects"):
+        fetch(server.address, tmp_path / "y", PATTERNS)
+
+
+def test_an_object_store_that_ignores_ranges_is_refused(bucket: dict[str, bytes], tmp_path: Path) -> None:
+    """An object store that answers a range with more bytes is refused, and nothing is put together from its answers."""
+    bucket |= {f"bucket/m/{name}": content for name, content in FILES.items()}
+    Bucket.ignores_ranges = True
+    try:
+        with pytest.raises(FetchError, match="the store ignores the range"):
+            fetch("s3://bucket/m", tmp_path, PATTERNS, chunk_bytes=1024)
+    finally:
+        Bucket.ignores_ranges = False
