@@ -36,6 +36,7 @@ from cluster.gateway.text.chat.template_guard import (
 )
 
 MAX_RANGE_ITEMS: Final = 1_000_000
+MAX_SOURCE_CHARS: Final = 1 << 20
 MAX_MESSAGE_CHARS: Final = 500
 RESERVED_KWARGS: Final = frozenset(
     {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
@@ -85,7 +86,7 @@ def _tojson(
 def _environment(now: Callable[[], datetime]) -> Environment:
     environment = Environment([_GenerationBlock, jinja2.ext.loopcontrols], {"tojson": _tojson})
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: now().strftime(form)
+    environment.globals["strftime_now"] = lambda form: now().strftime(form[:MAX_MESSAGE_CHARS])
     return environment
 
 
@@ -118,7 +119,9 @@ class _Compiled:
 
 
 def _compiled(environment: Environment, source: str) -> _Compiled:
-    """Compile a template. Raises TemplateSyntaxError."""
+    """Compile a template. Raises TemplateSyntaxError, or another error for a template that is nested too deeply."""
+    if len(source) > MAX_SOURCE_CHARS:
+        raise TemplateSyntaxError(f"it has {len(source)} characters, at most {MAX_SOURCE_CHARS} are allowed", 1)
     knows_developer = '"developer"' in source or "'developer'" in source  # as vLLM decides
     return _Compiled(environment.guarded(source), takes_parts(environment.parse(source)), knows_developer)
 
@@ -152,6 +155,8 @@ class ChatTemplate:
                 self._compiled[name] = _compiled(environment, source)
             except TemplateSyntaxError as e:
                 self._compiled[name] = f"line {e.lineno}: {e.message}"
+            except Exception as e:  # nested too deeply for Jinja or for Python's compiler
+                self._compiled[name] = _short(f"{type(e).__name__}: {e}")
 
     def __bool__(self) -> bool:
         return bool(self._sources)

@@ -240,6 +240,7 @@ def test_a_templates_refusal_is_the_callers() -> None:
 
 RENDER_S = 0.5
 """CPU limit of a runaway template in seconds, a quarter of the usual limit."""
+KEEP, KEPT = "{% set ns = namespace(l=[]) %}{% for i in range(9999) %}{% set ns.l = ns.l + [", "] %}{% endfor %}"
 DOUBLE = "{% set ns = namespace(x='xx') %}{% for i in range(60) %}"
 
 
@@ -265,7 +266,7 @@ DOUBLE = "{% set ns = namespace(x='xx') %}{% for i in range(60) %}"
         DOUBLE + "{% set ns.x = ns.x.join([ns.x, ns.x]) %}{% endfor %}",
         DOUBLE + "{% set ns.x = ns.x.replace('x', 'xxx') %}{% endfor %}",
         DOUBLE + "{% set ns.x = ns.x | replace('x', 'xxx') %}{% endfor %}",
-        "{% set ns = namespace(l=[]) %}{% for i in range(9999) %}{% set ns.l = ns.l + ['x' * 9999999] %}{% endfor %}",
+        KEEP + "'x' * 9999999" + KEPT,
         "{{ ([{'a': 'x' * 9999999}] * 9999999) | join(attribute='a') }}",
         "{{ '%999999999d' % 1 }}",
         "{{ '%*d' % (999999999, 1) }}",
@@ -282,6 +283,46 @@ DOUBLE = "{% set ns = namespace(x='xx') %}{% for i in range(60) %}"
         "{{ ('x' * 999999).translate({120: 'x' * 999999}) }}",
         "{{ ('x ' * 999999) | wordwrap(1, true, 'x' * 999999) }}",
         "{{ ('x' * 999999).encode().replace(''.encode(), ('x' * 999999).encode()) }}",
+        "{{ lipsum(n=10 ** 6) }}",
+        DOUBLE + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+        DOUBLE + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x | tojson }}",
+        DOUBLE + "{% set ns.x = {'a': ns.x, 'b': ns.x} %}{% endfor %}{{ ns.x ~ '' }}",
+        DOUBLE + "{% set ns.x = dict(a=ns.x, b=ns.x) %}{% endfor %}{{ ns.x | string }}",
+        DOUBLE + "{% set ns.x = namespace(a=ns.x, b=ns.x) %}{% endfor %}{{ '%s' % ns.x }}",
+        DOUBLE + "{% set ns.x = [ns.x, ns.x] | batch(1) | list %}{% endfor %}{{ '{}'.format(ns.x) }}",
+        DOUBLE + "{% set ns.x = (ns.x, ns.x) %}{% endfor %}{{ {ns.x: 1} }}",
+        DOUBLE + "{% set ns.x = (ns.x, ns.x) %}{% endfor %}{{ {}.get(ns.x) }}",
+        DOUBLE + "{% set ns.x = (ns.x, ns.x) %}{% endfor %}{{ {}[ns.x] }}",
+        DOUBLE + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ [ns.x] | join }}",
+        DOUBLE + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ [[ns.x], [ns.x]] | sort }}",
+        DOUBLE + "{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y or 0, ns.y or 0] %}{% endfor %}{{ ns.x == ns.y }}",
+        DOUBLE
+        + "{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y or 0, ns.y or 0] %}{% endfor %}{{ ns.x is eq ns.y }}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=(1,)) %}{% for i in range(60) %}{% set ns.x = ns.x * 2 %}{% endfor %}",
+        "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+        "{{ ([('x' * 999999)] * 99999) | string }}",
+        "{{ ('%(a)s' * 99999) % {'a': 'x' * 999999} }}",
+        "{{ ('%(a)s' * 99999) | format(a='x' * 999999) }}",
+        "{{ ('{0}' * 99999).format('x' * 999999) }}",
+        "{{ ('x ' * 4500000) | wordwrap(1) }}",
+        "{{ ('<' * 999999) | striptags }}",
+        "{{ ('a' * 999999) | title | wordcount }}",
+        "{{ (range(999999) | list) | groupby('x') }}",
+        "{{ range(999999) | map('string')" + " | map('upper')" * 50 + " | list | length }}",
+        "{% set r = range(999999) %}" + KEEP + "r | list" + KEPT,
+        "{% set r = range(999999) %}" + KEEP + "{}.fromkeys(r)" + KEPT,
+        "{% set r = 'x' * 9999999 %}" + KEEP + "r[1:]" + KEPT,
+        "{% set r = 'x' * 9999999 %}" + KEEP + "r.upper()" + KEPT,
+        "{% set r = 'x' * 9999999 %}" + KEEP + "r | lower" + KEPT,
+        "{% set r = 'x ' * 99999 %}" + KEEP + "r.split()" + KEPT,
+        KEEP + "'x'.ljust(999999)" + KEPT,
+        KEEP + "'1'.zfill(999999)" + KEPT,
+        KEEP + "[1] | batch(999999, 1) | list" + KEPT,
+        "{{ ('f' * 9999999) | int(base=16) // 3 }}",
+        "{{ (1).from_bytes(('x' * 9999999).encode(), 'big') // 3 }}",
+        "{{ ('%Y' * 999999) | map('string') | list }}",
+        "{{ " + "('x' | center(99999) | wordwrap(1)) ~ " * 2000 + "'' }}",
     ],
 )
 @pytest.mark.slow
@@ -328,3 +369,15 @@ def test_a_message_without_text_cannot_be_continued() -> None:
             ChatTemplate({"default": source}).render(
                 [{"role": "user", "content": content}], continue_final_message=True
             )
+
+
+@pytest.mark.parametrize(
+    "source", ["[" * 5000 + "]" * 5000, "{% for x in y %}" * 30 + "{% endfor %}" * 30, "x" * (2 << 20)]
+)
+def test_a_template_that_cannot_be_compiled_leaves_the_model_its_completions(source: str) -> None:
+    """A template that is nested too deeply, or too long, is refused when a chat is rendered, not when the model is
+    opened."""
+    template = ChatTemplate({"default": source if source[0] in "{x" else "{{ " + source + " }}"})
+    with pytest.raises(CallError, match="does not compile") as error:
+        template.render([{"role": "user", "content": "hi"}])
+    assert error.value.outcome is Outcome.UNSUPPORTED_FEATURE
