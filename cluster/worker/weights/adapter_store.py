@@ -37,9 +37,10 @@ from cluster.worker.weights.adapter import (
     most_weight_bytes,
     open_regular,
 )
-from cluster.worker.weights.fetching import SCHEMES, FetchError, fetch
+from cluster.worker.weights.fetching import SCHEMES, fetch
 from cluster.worker.weights.model_card import MAX_CARD_BYTES, read_card, why_refused
 from cluster.worker.weights.sources import SourceRules, from_hub
+from cluster.worker.weights.web import FetchError
 
 ABANDONED_S: Final = 86_400.0
 """Age in seconds after which the files of an unfinished fetch are removed."""

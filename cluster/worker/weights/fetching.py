@@ -176,7 +176,8 @@ def _opened(
         else:
             import fsspec
 
-            yield _Store(*fsspec.core.url_to_fs(source.rstrip("/"), **STORE_OPTIONS), chunk_bytes)
+            system, path = fsspec.core.url_to_fs(source.rstrip("/"), **STORE_OPTIONS)
+            yield _Store(system, path, chunk_bytes)
     except ImportError:
         raise FetchError(f"{scheme}:// needs the package {SCHEMES[scheme]}: install it on every node") from None
 

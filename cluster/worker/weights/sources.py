@@ -20,11 +20,12 @@ from cluster.api.types import ModelSpec
 from cluster.policy.catalog.allowed_sources import is_allowed_source
 from cluster.worker.weights import demo_model
 from cluster.worker.weights.checkpoint import CheckpointError, check_files
-from cluster.worker.weights.fetching import SCHEMES, FetchError, Progress, fetch
+from cluster.worker.weights.fetching import SCHEMES, Progress, fetch
 from cluster.worker.weights.hub_progress import reporting_bar
 from cluster.worker.weights.model_card import read_card, why_refused
 from cluster.worker.weights.sentence_modules import check_modules
 from cluster.worker.weights.vocabulary import why_no_tokenizer
+from cluster.worker.weights.web import FetchError
 
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md")
 """Files to fetch from the hub: weights, configuration, tokenizer, templates, the model's card; never code."""

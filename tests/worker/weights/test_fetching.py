@@ -27,9 +27,9 @@ from cluster.worker.weights import fetching
 from cluster.worker.weights.adapter import CONFIG, WEIGHTS, AdapterError
 from cluster.worker.weights.adapter_store import AdapterStore
 from cluster.worker.weights.checkpoint import MAX_INDEX_BYTES
-from cluster.worker.weights.fetching import FetchError, fetch
+from cluster.worker.weights.fetching import fetch
 from cluster.worker.weights.sources import SourceError, SourceRules, resolve
-from cluster.worker.weights.web import Pace
+from cluster.worker.weights.web import FetchError, Pace
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ PATTERNS = ("*.json", "*.safetensors", "README.md")
 
 def shard(name: str, first: int) -> bytes:
     """Return a safetensors file of 10 KB with one tensor."""
-    return save({name: numpy.arange(first, first + 10_000, dtype=numpy.uint8)})
+    return bytes(save({name: numpy.arange(first, first + 10_000, dtype=numpy.uint8)}))
 
 
 SHARD, OTHER = shard("a", 0), shard("b", 7)

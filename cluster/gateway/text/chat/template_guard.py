@@ -392,7 +392,7 @@ _COMPARING_TESTS: Final = frozenset(
 )
 
 
-def _weighing_test(test: Callable[..., Any]) -> Callable[..., Any]:
+def _weighing_test(test: Any) -> Callable[..., Any]:
     return lambda value, other: test(weighed(value), weighed(other))
 
 
