@@ -35,6 +35,10 @@ adapter and an input of zeros, to which every adapter adds nothing.
 **Masks of grammars (vLLM 0.32.0).** One request's grammar can slow the steps of all requests without bound. The repair
 measures the masks, and ends such a request (grammar/mask_times.py).
 
+**Rotation of heads on CPU (vLLM 0.32.0).** The CPU kernel of rotary embeddings takes tensors of tokens by (heads times
+head size). Of a tensor of tokens by heads by head size (LFM2 passes such tensors) it rotates other memory, so that an
+answer depends on the other requests of its step. The repair passes the kernel a view in the first form.
+
 **Strings that are not JSON (xgrammar 0.2.8).** A grammar allows control characters in strings with a length bound, and
 unknown escapes in e-mail addresses. The repair excludes both (json_strings.py).
 """
@@ -251,6 +255,32 @@ def _repair_base_rows() -> None:
         raise RuntimeError(f"a row without an adapter gets {output.tolist()}")
 
 
+def _repair_rotation() -> None:
+    import torch
+    from vllm import _custom_ops
+
+    rotate = _custom_ops.rotary_embedding
+
+    @functools.wraps(rotate)
+    def rotary_embedding(positions: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> None:
+        both = [tensor for tensor in (query, key) if tensor is not None]
+        if all(tensor.dim() <= positions.dim() + 1 for tensor in both):
+            rotate(positions, query, key, *args, **kwargs)
+            return
+        flat = [tensor.flatten(positions.dim()) for tensor in both]
+        rotate(positions, flat[0], flat[1] if len(flat) > 1 else None, *args, **kwargs)
+        for tensor, rotated in zip(both, flat, strict=True):
+            if rotated.data_ptr() != tensor.data_ptr():  # the heads do not lie side by side, so `flatten` has copied
+                tensor.copy_(rotated.view_as(tensor))
+
+    _custom_ops.rotary_embedding = rotary_embedding
+    quarter_turn = torch.tensor([[0.0] * 16 + [1.0] * 16])
+    heads = torch.ones(1, 2, 32)
+    rotary_embedding(torch.tensor([0]), heads, None, 32, quarter_turn, True)
+    if heads.tolist() != [[[-1.0] * 16 + [1.0] * 16] * 2]:
+        raise RuntimeError("the heads of a token are not all rotated")
+
+
 def _has_node() -> bool:
     """Return whether the replica has a Ray node whose address is not loopback. Only such a replica needs the repair
     `node`.
@@ -338,6 +368,7 @@ REPAIRS = (
     Repair("shared memory", _repair_shared_memory, _on_cpu),
     Repair("pipeline", _repair_pipeline, _on_cpu),
     Repair("base rows", _repair_base_rows, _on_cpu),
+    Repair("rotation", _repair_rotation, _on_cpu),
     Repair("resume", _install_resume, lambda: True),
     Repair("queues", _repair_queues, lambda: True),
     Repair("strings", _repair_strings, lambda: True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -45,8 +47,6 @@ def test_stock_generators_still_lack_an_offset() -> None:
 def test_the_runner_takes_draws_back_as_the_repair_expects() -> None:
     """When vLLM's runner discards a sample, it sets the random generator back by one draw. The runner's source code
     does this at a single place, as the repair assumes."""
-    import inspect
-
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -186,6 +186,41 @@ def test_a_row_without_an_adapter_gets_the_last_one(name: str) -> None:
     assert results[0][1].tolist() == [float("inf")] * 2
     assert results[1][1].tolist() == [0.0, 0.0]
     assert torch.equal(results[0][[0, 2]], results[1][[0, 2]])
+
+
+@pytest.mark.parametrize("side_by_side", [True, False])
+@pytest.mark.parametrize("form", ["one tensor", "with a key"])
+def test_the_heads_of_a_token_are_rotated(monkeypatch: pytest.MonkeyPatch, form: str, side_by_side: bool) -> None:
+    """vLLM's CPU kernel of rotary embeddings rotates tokens by heads by head size wrongly; with the repair, it gives
+    what it gives for tokens by (heads times head size).
+
+    If the first part fails, the repair can be removed.
+    """
+    import torch
+    from vllm import _custom_ops
+
+    stock = inspect.unwrap(_custom_ops.rotary_embedding)
+    monkeypatch.setattr(_custom_ops, "rotary_embedding", stock)
+    repairs._repair_rotation()
+    angles = torch.rand(64, 16)
+    places, cache = torch.tensor([3, 40, 7]), torch.cat([angles.cos(), angles.sin()], -1)
+
+    def heads(count: int) -> torch.Tensor:
+        """Return random heads of three tokens as a part of a larger tensor."""
+        wide = torch.randn(3, 5, 32) if side_by_side else torch.randn(3, 5, 64)
+        return wide[:, :count, :32]
+
+    def rotated(rotate: Callable[..., None], *given: torch.Tensor, flat: bool) -> list[torch.Tensor]:
+        tensors = [tensor.flatten(1).clone() if flat else tensor for tensor in given]
+        rotate(places, tensors[0], tensors[1] if len(tensors) > 1 else None, 32, cache, True)
+        return [tensor.reshape(3, -1, 32) for tensor in tensors]
+
+    given = [heads(4), heads(2)][: 1 if form == "one tensor" else 2]
+    right = rotated(stock, *given, flat=True)
+    wrong = rotated(stock, *(tensor.clone() for tensor in given), flat=False)
+    assert not all(torch.allclose(one, other) for one, other in zip(wrong, right, strict=True))
+    repaired = rotated(_custom_ops.rotary_embedding, *given, flat=False)
+    assert all(torch.equal(one, other) for one, other in zip(repaired, right, strict=True))
 
 
 def test_adapters_are_refused_where_the_repair_is_kept_out(monkeypatch: pytest.MonkeyPatch) -> None:
