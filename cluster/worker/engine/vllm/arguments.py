@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,6 +109,17 @@ def _why_not_on_cpu(spec: ModelSpec) -> str:
     return ""
 
 
+def why_no_prefix_caching(config: Any) -> str:
+    """Return why an engine with this VllmConfig cannot cache prefixes; empty if no reason is known.
+
+    With prefix caching, vLLM's CPU kernels return the state of a sequence where their caller expects the states at the
+    ends of its chunks (ops/cpu/mamba_ssm.py), which ends the engine at the first prompt longer than a block.
+    """
+    if on_cpu() and (config.model_config.is_hybrid or config.model_config.is_attention_free):
+        return "vLLM's CPU kernels cannot cache the states of a model with Mamba or convolution layers"
+    return ""
+
+
 def _grammars(spec: ModelSpec, backend: str) -> Any:
     """Return vLLM's configuration of structured outputs.
 
@@ -171,16 +184,69 @@ def _carry_to_ray_ranks(prefix: str) -> None:
         os.environ["VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"] = ",".join(filter(None, (prefixes, prefix)))
 
 
-def engine_class(dtype: str, quantization: str | None, spec: ModelSpec, noise: str = "") -> str:
+SAME_ARITHMETIC = frozenset(
+    """
+    aggregate_engine_logging async_scheduling collect_detailed_traces cpu_offload_gb cudagraph_metrics
+    custom_histogram_buckets distributed_timeout_seconds download_dir enable_chunked_prefill enable_log_requests
+    enable_logging_iteration_details enable_lora enable_mfu_metrics enable_prefix_caching enable_sleep_mode
+    gpu_memory_utilization ignore_patterns kv_cache_memory_bytes kv_cache_metrics kv_cache_metrics_sample
+    kv_offloading_backend kv_offloading_size long_prefill_token_threshold max_cpu_loras max_logprobs max_lora_rank
+    max_loras max_num_batched_tokens max_num_queued_reqs max_num_queued_tokens max_num_scheduled_tokens max_num_seqs
+    max_parallel_loading_workers num_gpu_blocks_override otlp_traces_endpoint override_generation_config
+    prefix_cache_retention_interval prefix_caching_hash_algo pt_load_map_location quantization
+    safetensors_load_strategy safetensors_prefetch_block_size safetensors_prefetch_num_threads seed shutdown_timeout
+    stream_interval tokenizer_mode use_tqdm_on_load watermark
+    """.split()  # noqa: SIM905 - a list of one name a line would be three times as long
+) | frozenset(PARSER_KEYS)
+"""Engine arguments that do not change what the model computes from given tokens: memory, batches, loading, metrics,
+and those that are sent with each request or are a part of the engine class of their own. Every other argument counts as
+arithmetic, so that one that a later vLLM adds does so until it is listed here."""
+
+
+def engine_class(dtype: str, quantization: str | None, spec: ModelSpec, noise: str = "", *, length: str = "") -> str:
     """Return the engine class: a name that two engines share if they compute in the same way.
 
-    Examples are `float32-tp2-pp1` and `bfloat16-fp8-tp8-pp1-v2`. The parts of the name are dtype, quantization, ranks
-    and noise scheme (resume.noise). The scheme CPU_32 is omitted, so that names from older releases, which had no noise
-    scheme, stay valid.
+    Examples are `float32-tp2-pp1` and `bfloat16-fp8-4e1c9a07-tp8-pp1-v2`. The parts of the name are dtype,
+    quantization, `length` (see length_class), a digest of the engine arguments that change the arithmetic, ranks and
+    noise scheme (resume.noise). Parts at their default are omitted, also the scheme CPU_32, so that names from older
+    releases stay valid.
     """
-    quantized = f"-{quantization}" if quantization else ""
-    drawn = "" if noise in ("", resume.CPU_32) else f"-{noise}"
-    return f"{dtype}{quantized}-tp{spec.tensor_parallel_size}-pp{spec.pipeline_parallel_size}{drawn}"
+    drawn = "" if noise in ("", resume.CPU_32) else noise
+    ranks = f"tp{spec.tensor_parallel_size}-pp{spec.pipeline_parallel_size}"
+    return "-".join(filter(None, (dtype, quantization, length, _arithmetic_digest(spec), ranks, drawn)))
+
+
+def _arithmetic_digest(spec: ModelSpec) -> str:
+    from vllm import AsyncEngineArgs
+
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(AsyncEngineArgs)
+    } | _platform_defaults(spec)
+    settings = {
+        name: value
+        for name, value in spec.engine.items()
+        if name not in SAME_ARITHMETIC and not (name in defaults and value == defaults[name])
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8] if settings else ""
+
+
+LLAMA_4_TUNED_TOKENS = 32_768
+
+
+def length_class(model: Any) -> str:
+    """Return "short" if vLLM computes otherwise because of a small `max_model_len`, otherwise "".
+
+    LongRoPE takes its short factors for all prompts where max_model_len is at most the original length
+    (phi3_long_rope_scaled_rope.py), and Llama 4 does not tune its attention's temperature up to 32,768 (llama4.py).
+    `model`: vLLM's ModelConfig.
+    """
+    config = model.hf_text_config
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", 0)
+    is_short = rope.get("rope_type") == "longrope" and model.max_model_len <= (original or 0)
+    is_untuned = config.model_type.startswith("llama4") and model.max_model_len <= LLAMA_4_TUNED_TOKENS
+    return "short" if is_short or is_untuned else ""
 
 
 def is_batch_invariant(dtype: str) -> bool:

@@ -92,6 +92,11 @@ class CoreProcesses:
         )
         try:
             config = args.create_engine_config()
+            if config.cache_config.enable_prefix_caching and (why := arguments.why_no_prefix_caching(config)):
+                if self._spec.engine.get("enable_prefix_caching"):
+                    raise ValueError(f"enable_prefix_caching: {why}; leave it out, or set it to false")
+                args.enable_prefix_caching = False
+                config = args.create_engine_config()
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
             raise ValueError(f"models[{self._spec.name}]: vLLM refuses this entry: {error}") from error
         repairs.apply()

@@ -68,7 +68,9 @@ def _generating(
     )
     info = EngineInfo(
         **_sizes(config, why_public),
-        engine_class=arguments.engine_class(dtype, model.quantization, spec, resume.noise(config)),
+        engine_class=arguments.engine_class(
+            dtype, model.quantization, spec, resume.noise(config), length=arguments.length_class(model)
+        ),
         kv_blocks=kv_blocks_of(config),
         vocab_size=bounds.vocab_size,
         default_sampling=arguments.sampling_defaults(model),
@@ -100,7 +102,9 @@ def _pooling(
     )
     info = EngineInfo(
         **(_sizes(config, why_public) | {"max_model_len": longest}),
-        engine_class=arguments.engine_class(_dtype(config), model.quantization, spec),
+        engine_class=arguments.engine_class(
+            _dtype(config), model.quantization, spec, length=arguments.length_class(model)
+        ),
         kv_blocks=blocks,
         vocab_size=request_bounds.vocab_size,
         capabilities=(*pooling_capabilities(bounds.info.tasks), *kv_capabilities),

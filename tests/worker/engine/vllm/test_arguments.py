@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cluster.api.ports import EngineDead
-from cluster.api.types import ModelSpec
+from cluster.api.types import ModelSpec, without_seed_noise
+from cluster.config.engine import PARSER_KEYS, TABLE
 from cluster.worker.engine.vllm import arguments
+from cluster.worker.engine.vllm.core_processes import CoreProcesses
 from cluster.worker.engine.vllm.engine import VllmEngine
+from tests.support.checkpoints import build_tokenizer
 from tests.worker.engine.contract import request
 
 pytestmark = pytest.mark.engine
@@ -131,6 +136,77 @@ def test_engine_class_is_one_word() -> None:
     """The engine class is one word, made of dtype, quantization and parallelism."""
     assert arguments.engine_class("float32", None, spec()) == "float32-tp1-pp1"
     assert arguments.engine_class("bfloat16", "fp8", spec(tensor_parallel_size=8)) == "bfloat16-fp8-tp8-pp1"
+
+
+def test_no_prefixes_of_hybrid_models_are_cached_on_cpus(tmp_path: Path) -> None:
+    """On CPUs, a model with Mamba layers runs without prefix caching, which vLLM switches on, and an entry that asks
+    for it is refused by the argument's name."""
+    from transformers import AutoConfig
+
+    build_tokenizer("llama", tmp_path)
+    layers = ["mamba", "attention"]
+    config = AutoConfig.for_model(
+        "granitemoehybrid", num_hidden_layers=2, layer_types=layers, layers_block_type=layers, vocab_size=768
+    )
+    config.architectures = ["GraniteMoeHybridForCausalLM"]
+    config.save_pretrained(tmp_path)
+
+    def made(**engine: object) -> bool:
+        entry = spec(dtype="float32", max_model_len=512, engine=engine)
+        return bool(CoreProcesses(entry, tmp_path, "mp", "", "")._config().cache_config.enable_prefix_caching)
+
+    assert not made()
+    assert not made(enable_prefix_caching=False)
+    with pytest.raises(ValueError, match=r"enable_prefix_caching: .*; leave it out, or set it to false"):
+        made(enable_prefix_caching=True)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"hf_overrides": {"rope_parameters": {"rope_theta": 5.0}}},
+        {"kv_cache_dtype": "fp8"},
+        {"disable_sliding_window": True},
+        {"an_argument_of_a_later_release": 1},
+    ],
+)
+def test_arguments_that_change_the_arithmetic_are_part_of_the_engine_class(engine: dict[str, object]) -> None:
+    """Two entries have equal engine classes only if their arguments that change what the model computes are equal. The
+    order of the arguments is without effect, and a gateway still finds the noise scheme at the end."""
+    memory = {"gpu_memory_utilization": 0.5, "max_num_seqs": 3, "kv_cache_dtype": "auto"} | engine
+    own = arguments.engine_class("float32", None, spec(engine=engine), "v2")
+    assert own != (plain := arguments.engine_class("float32", None, spec(), "v2"))
+    assert own == arguments.engine_class("float32", None, spec(engine=memory), "v2")
+    assert without_seed_noise(own) == own.removesuffix("-v2") != without_seed_noise(plain)
+    assert own.startswith("float32-")
+
+
+def test_arguments_of_the_same_arithmetic_leave_the_engine_class_as_it_was() -> None:
+    """Arguments that vLLM has and that do not change the arithmetic, and any argument at its default, are no part of
+    the engine class."""
+    known = json.loads(TABLE.read_text())["arguments"]
+    assert not arguments.SAME_ARITHMETIC - known.keys() - set(PARSER_KEYS)
+    given = dict.fromkeys(arguments.SAME_ARITHMETIC, "x") | {"kv_cache_dtype": "auto", "enforce_eager": True}
+    assert arguments.engine_class("float32", None, spec(engine=given)) == "float32-tp1-pp1"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope", "limit", "name"),
+    [
+        ("phi3", {"rope_type": "longrope", "original_max_position_embeddings": 4096}, 4096, "short"),
+        ("phi3", {"rope_type": "longrope", "original_max_position_embeddings": 4096}, 4097, ""),
+        ("llama", {"rope_type": "yarn", "original_max_position_embeddings": 4096}, 4096, ""),
+        ("llama4_text", None, 32_768, "short"),
+        ("llama4_text", None, 65_536, ""),
+        ("qwen3", None, 10, ""),
+    ],
+)
+def test_a_context_length_that_changes_the_arithmetic_is_part_of_the_engine_class(
+    model_type: str, rope: dict[str, object] | None, limit: int, name: str
+) -> None:
+    """The engine class names a small context length if vLLM computes otherwise because of it."""
+    config = SimpleNamespace(model_type=model_type, rope_parameters=rope)
+    assert arguments.length_class(SimpleNamespace(hf_text_config=config, max_model_len=limit)) == name
 
 
 async def test_an_engine_that_has_not_started_or_is_closed_is_dead(llama_folder: Path) -> None:
