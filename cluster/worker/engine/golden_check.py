@@ -8,6 +8,9 @@ For such an engine, the wrapper also cuts the answer at a few positions and lets
 lacks the resume plugin is detected before the first call arrives. If an engine with `resume:exact` continues with
 different tokens (greedy or seeded), its capability becomes `resume:state`.
 
+A second prompt is longer than two KV blocks. It is repeated with its cached blocks beside requests of other lengths,
+and cut, too. So kernels that mix up sequences, blocks or states are detected for any architecture.
+
 After the start, every request that ends in ERROR (for example by NaN logits) starts another check while other requests
 run. If the answer is wrong, `step` raises EngineCorrupt, which ends the worker like a dead engine.
 
@@ -42,6 +45,9 @@ from cluster.worker.engine.golden_vectors import golden_pooling, why_vector_wron
 PROMPT_TOKENS = 12
 ANSWER_TOKENS = 8
 """Number of tokens in the answer. Prompt and answer are shorter than a KV block, so each answer is computed anew."""
+LONG_PROMPT_BLOCKS = 2
+MAX_PROMPT_TOKENS = 4096
+"""Bound of the long prompt, since the blocks of some hybrid models have thousands of tokens."""
 TOPS: tuple[int, ...] = (20, 5, 1, 0)
 """Numbers of log probabilities to request for each position, in the order in which they are tried. The first number
 that the engine allows is used."""
@@ -50,6 +56,11 @@ FIRST_PRIORITY = -(1 << 31)
 TOLERANCES = {"float32": 0.02, "sim": 0.02}
 """Tolerance of a log probability, by the first part of the engine class."""
 TOLERANCE_16_BIT = 0.5
+CROWD_TOLERANCE_16_BIT = 1.0
+"""Tolerance between an answer and its repetition in another batch: in 16-bit numbers, another batch may choose other
+experts."""
+EXACT_TOLERANCE = 1e-3
+"""Largest difference of a log probability between two batches of an engine with `resume:exact`."""
 CUTS = (0.25, 0.5, 0.75)
 """Fractions of the answer at which the answer is cut and continued."""
 SEED = 7
@@ -132,28 +143,41 @@ def _bounds(position: PositionLogprobs, token: int) -> tuple[float, float]:
     return -math.inf, min(position.logprobs[1:] or position.logprobs)
 
 
-def golden_request(
-    info: EngineInfo, name: str, emitted: Sequence[int] = (), top: int = TOPS[0], seed: int | None = None
-) -> EngineRequest:
-    """Return the golden request, greedy or sampled with `seed`.
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """One variant of the golden request. `emitted`: tokens that count as already emitted. `seed`: None for greedy."""
 
-    `emitted`: tokens that count as already emitted. `top`: number of log probabilities per position. The ids of the
-    prompt are from the middle of the vocabulary, where every tokenizer has ordinary text.
-    """
-    room = max(2, min(PROMPT_TOKENS + ANSWER_TOKENS, info.max_model_len))
-    prompt = [info.vocab_size // 3 + i * info.vocab_size // (4 * PROMPT_TOKENS) for i in range(PROMPT_TOKENS)]
+    emitted: Sequence[int] = ()
+    seed: int | None = None
+    prompt_tokens: int = PROMPT_TOKENS
+
+
+SHORT = Golden()
+
+
+def long_prompt_tokens(info: EngineInfo) -> int:
+    """Return the length of the long prompt: over two KV blocks, or as much as the engine takes."""
+    wanted = LONG_PROMPT_BLOCKS * info.block_size + PROMPT_TOKENS
+    return max(1, min(wanted, MAX_PROMPT_TOKENS, info.max_model_len - ANSWER_TOKENS))
+
+
+def golden_request(info: EngineInfo, name: str, golden: Golden = SHORT, top: int = TOPS[0]) -> EngineRequest:
+    """Return a golden request. `top`: number of log probabilities per position. The ids of the prompt are from the
+    middle of the vocabulary, where every tokenizer has ordinary text."""
+    room = max(2, min(golden.prompt_tokens + ANSWER_TOKENS, info.max_model_len))
     length = max(1, room - ANSWER_TOKENS)
+    first, span = info.vocab_size // 3, max(1, info.vocab_size // 4)
     return EngineRequest(
         request_id=PREFIX + name,
-        prompt_token_ids=prompt[:length],
+        prompt_token_ids=[first + i * (span // PROMPT_TOKENS + 1) % span for i in range(length)],
         sampling=Sampling(
             max_tokens=room - length,
-            temperature=0.0 if seed is None else 1.0,
-            seed=seed,
+            temperature=0.0 if golden.seed is None else 1.0,
+            seed=golden.seed,
             ignore_eos=True,
             logprobs=top,
         ),
-        emitted_token_ids=emitted,
+        emitted_token_ids=golden.emitted,
         cache_salt=PREFIX,
         priority=FIRST_PRIORITY,
         pooling=golden_pooling(info),
@@ -182,55 +206,58 @@ class CheckedEngine:
         return f"CheckedEngine({self._engine!r})"
 
     async def start(self) -> EngineInfo:
-        """Start the wrapped engine, record the reference answer, and check that the engine continues a cut answer
-        correctly.
+        """Start the wrapped engine, record the reference answer, and check that the engine repeats answers in another
+        batch and continues a cut answer correctly.
 
-        Raises EngineCorrupt if the engine refuses the prompt or fails on it, or if a continued answer is wrong.
+        Raises EngineCorrupt if the engine refuses the prompt or fails on it, or if an answer is wrong.
         """
         self._info = info = await self._engine.start()
-        continues = not {RESUME_EXACT, RESUME_STATE}.isdisjoint(info.capabilities)
-        seeds = [SEED] if RESUME_EXACT in info.capabilities else []
-        self._reference, *seeded = await self._run_golden([((), seed) for seed in (None, *seeds)])
-        self._judge(self._reference, self._reference)
-        if continues:
-            difference = await self._resume_difference([(self._reference, None), *zip(seeded, seeds, strict=True)])
-            if difference and RESUME_EXACT in info.capabilities:
-                self.downgrade_reason = difference
-                words = tuple(RESUME_STATE if word == RESUME_EXACT else word for word in info.capabilities)
-                self._info = info = replace(info, capabilities=words)
-        return info
-
-    async def _resume_difference(self, wholes: Sequence[tuple[GoldenAnswer, int | None]]) -> str:
-        """Cut each complete answer, and let the engine continue it from there. Return a message about the first
-        continuation whose tokens differ from those of the complete answer; "" if there is none.
-
-        `wholes`: complete answers, each with its seed (None: greedy). A continuation that the engine refuses is not a
-        difference. Raises EngineCorrupt if a greedy continuation differs where tokens are not equally likely.
-        """
-        cuts = [
-            (whole, seed, cut)
-            for whole, seed in wholes
-            for cut in sorted({int(part * len(whole.positions)) for part in CUTS} - {0})
-        ]
-        rests = await self._run_golden([(whole.token_ids[:cut], seed) for whole, seed, cut in cuts])
-        differences = []
-        for (whole, seed, cut), rest in zip(cuts, rests, strict=True):
-            if seed is None:
+        is_exact = RESUME_EXACT in info.capabilities
+        long = Golden(prompt_tokens=long_prompt_tokens(info))
+        goldens = [SHORT, long, *([Golden(seed=SEED)] if is_exact else [])]
+        wholes = await self._run_golden(goldens)
+        self._reference = wholes[0]
+        for whole in wholes[:2]:
+            self._judge(whole, whole)
+        repeated = [long, SHORT, Golden(prompt_tokens=max(1, long.prompt_tokens // 2))]
+        cuts = []
+        if is_exact or RESUME_STATE in info.capabilities:
+            cuts = [
+                (golden, whole, cut)
+                for golden, whole in zip(goldens, wholes, strict=True)
+                for cut in sorted({int(part * len(whole.positions)) for part in CUTS} - {0})
+            ]
+        resumed = [replace(golden, emitted=whole.token_ids[:cut]) for golden, whole, cut in cuts]
+        answers = await self._run_golden([*repeated, *resumed])
+        differences = self._crowd_differences((wholes[1], answers[0]), (wholes[0], answers[1]))
+        for (golden, whole, cut), rest in zip(cuts, answers[len(repeated) :], strict=True):
+            if golden.seed is None:
                 self._judge(whole.tail(cut), rest, "continued, ")
             if not rest.refused and rest.token_ids != whole.token_ids[cut:]:
-                which = "greedy" if seed is None else "seeded"
+                which = "greedy" if golden.seed is None else "seeded"
                 differences.append(f"a {which} request resumed after {cut} tokens continued with different tokens")
-        return next(iter(differences), "")
+        if differences and is_exact:
+            self.downgrade_reason = differences[0]
+            words = tuple(RESUME_STATE if word == RESUME_EXACT else word for word in info.capabilities)
+            self._info = info = replace(info, capabilities=words)
+        return info
 
-    async def _run_golden(self, variants: Sequence[tuple[Sequence[int], int | None]]) -> list[GoldenAnswer]:
-        """Run the golden prompt for all variants at once; return the answers in the order of the variants.
+    def _crowd_differences(self, *pairs: tuple[GoldenAnswer, GoldenAnswer]) -> list[str]:
+        """Return in words how answers differ from their repetition in another batch. Raises EngineCorrupt if a
+        repetition is wrong."""
+        differences = []
+        for reference, answer in pairs:
+            self._judge(reference, answer, "beside other requests, ", CROWD_TOLERANCE_16_BIT)
+            if answer.token_ids != reference.token_ids or why_wrong(reference, answer, EXACT_TOLERANCE):
+                differences.append("a greedy request was answered differently beside other requests")
+        return differences
 
-        A variant is a pair: the tokens that count as already emitted, and the seed (None: greedy).
-        """
+    async def _run_golden(self, variants: Sequence[Golden]) -> list[GoldenAnswer]:
+        """Run all variants at once; return the answers in the order of the variants."""
         answers, waiting = [], dict[str, GoldenAnswer]()
-        for emitted, seed in variants:
+        for golden in variants:
             answers.append(answer := GoldenAnswer())
-            request_id = await self._submit_golden(emitted, seed)
+            request_id = await self._submit_golden(golden)
             answer.refused = not request_id
             if request_id:
                 waiting[request_id] = answer
@@ -242,30 +269,30 @@ class CheckedEngine:
                         del waiting[output.request_id]
         return answers
 
-    async def _submit_golden(self, emitted: Sequence[int], seed: int | None) -> str:
+    async def _submit_golden(self, golden: Golden) -> str:
         """Submit a golden request with as many log probabilities as the engine allows; return the request's id.
 
         Returns "" if the engine refuses a seeded request, since support of seeds is optional. Raises EngineCorrupt if
         the engine refuses any other golden request.
         """
         assert self._info is not None
-        golden = golden_request(self._info, uuid.uuid4().hex, emitted, self._tops[0], seed)
+        request = golden_request(self._info, uuid.uuid4().hex, golden, self._tops[0])
         try:
-            await self._engine.submit(golden)
+            await self._engine.submit(request)
         except EngineRefused as refused:
             if refused.field == "logprobs" and len(self._tops) > 1:
                 self._tops = self._tops[1:]
-                return await self._submit_golden(emitted, seed)
-            if seed is not None:
+                return await self._submit_golden(golden)
+            if golden.seed is not None:
                 return ""
             raise self._sick_error(f"it refuses the golden prompt: {refused.message}") from refused
-        return golden.request_id
+        return request.request_id
 
     async def _repeat_golden(self) -> None:
         """Submit the golden request with greedy sampling again, while other requests run. A golden request is a fixed
         request whose answer is known."""
         assert self._info is not None
-        golden = golden_request(self._info, uuid.uuid4().hex, (), self._tops[0])
+        golden = golden_request(self._info, uuid.uuid4().hex, top=self._tops[0])
         self._answer, self._check_again = GoldenAnswer(), False
         self._golden_id = golden.request_id  # before submit: outputs may arrive before submit returns
         try:
@@ -305,9 +332,11 @@ class CheckedEngine:
             self._golden_id = ""
         return [output for output in outputs if output is not golden_output]
 
-    def _judge(self, reference: GoldenAnswer, answer: GoldenAnswer, how: str = "") -> None:
+    def _judge(
+        self, reference: GoldenAnswer, answer: GoldenAnswer, how: str = "", tolerance_16_bit: float = TOLERANCE_16_BIT
+    ) -> None:
         assert self._info is not None
-        tolerance = TOLERANCES.get(self._info.engine_class.split("-")[0], TOLERANCE_16_BIT)
+        tolerance = TOLERANCES.get(self._info.engine_class.split("-")[0], tolerance_16_bit)
         reason = why_wrong(reference, answer, tolerance)
         if not reason and self._info.pooling is not None:
             reason = why_vector_wrong(reference.vector, answer.vector, self._info)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -26,9 +27,12 @@ from cluster.worker.engine.golden_check import (
     ANSWER_TOKENS,
     PREFIX,
     PROMPT_TOKENS,
+    SHORT,
     CheckedEngine,
+    Golden,
     GoldenAnswer,
     golden_request,
+    long_prompt_tokens,
     why_wrong,
 )
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine, VirtualClock
@@ -168,6 +172,43 @@ async def test_an_engine_that_goes_on_with_no_seed_shows_nothing_by_them() -> No
     assert not examined.downgrade_reason
 
 
+class Crowded(SimEngine):
+    """An engine whose log probabilities are moved by `shift` while it has more than `most` requests, or while a request
+    has cached tokens if `cached`."""
+
+    def __init__(self, shift: float, *, most: int = 1000, cached: bool = False) -> None:
+        super().__init__(SMALL, VirtualClock())
+        self._shift, self._most, self._cached = shift, most, cached
+        self._hits: set[str] = set()
+
+    async def start(self) -> EngineInfo:
+        return dataclasses.replace(await super().start(), capabilities=(RESUME_EXACT,))
+
+    async def step(self) -> Sequence[TokenOutput]:
+        load, outputs = self.load(), await super().step()
+        for output in outputs:
+            if self._cached and output.cached_tokens:
+                self._hits.add(output.request_id)
+            if load.running + load.waiting > self._most or output.request_id in self._hits:
+                for position in output.logprobs or ():
+                    position.logprobs[:] = [value - self._shift for value in position.logprobs]  # type: ignore[index]
+        return outputs
+
+
+@pytest.mark.parametrize("fault", [{"most": 3}, {"cached": True}])
+async def test_an_answer_that_depends_on_the_batch_or_the_cache_is_found(fault: dict[str, Any]) -> None:
+    """At the start, an engine whose answers depend on the other requests of a step, or on cached blocks, is wrong if
+    they differ clearly, and loses the capability RESUME_EXACT if they differ little."""
+    with pytest.raises(EngineCorrupt, match="beside other requests"):
+        await CheckedEngine(Crowded(0.1, **fault)).start()
+    little = CheckedEngine(Crowded(0.005, **fault))
+    assert (await little.start()).capabilities == (RESUME_STATE,)
+    assert "beside other requests" in little.downgrade_reason
+    same = CheckedEngine(Crowded(0.0, **fault))
+    assert (await same.start()).capabilities == (RESUME_EXACT,)
+    assert not same.downgrade_reason
+
+
 @pytest.mark.parametrize("most", [0, 2, 7])
 async def test_an_engine_that_gives_few_logprobs_is_examined_too(most: int) -> None:
     """If an engine allows only few log probabilities (max_logprobs), the golden check requests no more than these, and
@@ -198,14 +239,18 @@ async def test_an_engine_that_gives_few_logprobs_is_examined_too(most: int) -> N
 
 
 @pytest.mark.parametrize("length", [2, 8, 20, 4096])
-async def test_the_question_fits_every_engine(length: int) -> None:
-    """The golden prompt and its answer fit into any context length. Their tokens are within the vocabulary."""
-    info = EngineInfo("sim", "sim", "1", 16, 64, 4, 64, length, 9)
-    question = golden_request(info, "1")
-    assert question.request_id.startswith(PREFIX)
-    assert 2 <= len(question.prompt_token_ids) + question.sampling.max_tokens <= min(length, 20)
-    assert all(0 <= token < 9 for token in question.prompt_token_ids)
+@pytest.mark.parametrize("block", [16, 128, 9000])
+async def test_the_question_fits_every_engine(length: int, block: int) -> None:
+    """The golden prompts and their answers fit into any context length. Their tokens are within the vocabulary. Where
+    there is room, one prompt is longer than two blocks."""
+    info = EngineInfo("sim", "sim", "1", block, 64, 4, 64, length, 9)
+    for golden, bound in ((SHORT, 20), (Golden(prompt_tokens=(long := long_prompt_tokens(info))), 4104)):
+        question = golden_request(info, "1", golden)
+        assert question.request_id.startswith(PREFIX)
+        assert 2 <= len(question.prompt_token_ids) + question.sampling.max_tokens <= min(length, bound)
+        assert all(0 <= token < 9 for token in question.prompt_token_ids)
     assert PROMPT_TOKENS + ANSWER_TOKENS == 20
+    assert long > min(2 * block, length - 9, 4095)
 
 
 def softmax(logits: list[float]) -> list[float]:
