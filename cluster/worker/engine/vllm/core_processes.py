@@ -49,6 +49,7 @@ class CoreProcesses:
         self._has_sockets = False
         self._notes_name = ""
         self._end_reason = ""
+        self._architecture = ""
         self.kv_events: kv_events.KvEventSocket | None = None
         """The socket of the engine's KV events; None before `start` and for an engine without events."""
 
@@ -65,6 +66,7 @@ class CoreProcesses:
         if self._has_sockets and kv_events.has_events(self._spec):
             self.kv_events = kv_events.KvEventSocket(Path(os.environ[sockets.ENV]))
         config = self._config()
+        self._architecture = config.model_config.architecture
         in_core = lone_rank.settle(config)
         fork_server.install(rank_in_core=in_core)
         configured(config)
@@ -78,6 +80,7 @@ class CoreProcesses:
             why = end_causes.find_cause(self._notes_name) or end_causes.with_log(
                 _start_error(str(error)), end_causes.log_of("stdout")
             )
+            why = with_remedy(self._architecture, why)
             raise EngineDead(f"models[{self._spec.name}]: the engine did not come up: {why}") from error
 
     def _config(self) -> Any:
@@ -123,7 +126,7 @@ class CoreProcesses:
 
     def _find_end_reason(self, dead: EngineDead, path: EnginePath | None) -> str:
         if why := end_causes.find_cause(self._notes_name, recent=True):
-            return why
+            return with_remedy(self._architecture, why)
         code = None if path is None else path.core_exit()
         cause = (
             f"{end_causes.CORE} {exit_status.describe(code)}"
@@ -149,3 +152,17 @@ def _start_error(error: str) -> str:
     error."""
     failed = re.findall(r"'(\w+)': (-?\d+)", error.partition("Failed core proc(s):")[2])
     return " and ".join(f"{end_causes.CORE} {exit_status.describe(int(code))}" for _, code in failed) or error
+
+
+_REMEDIES = (
+    ("'_OpNamespace'", "this build of vLLM lacks a kernel that {} needs; serve it on GPUs, or serve another model"),
+    (" requires BF16", "vLLM's CPU kernels run {} in bfloat16 only; set `dtype: bfloat16`"),
+    ("expect weight to be bfloat16", "vLLM's CPU kernels run {} in 16 bits only; set `dtype: bfloat16`"),
+)
+"""Parts of errors of kernels that do not run an architecture, each with what is wrong and the remedy."""
+
+
+def with_remedy(architecture: str, why: str) -> str:
+    """Return the reason why an engine ended, preceded by the remedy if a kernel does not run its architecture."""
+    known = next((text.format(architecture) for part, text in _REMEDIES if part in why), "")
+    return f"{known} ({why})" if known else why

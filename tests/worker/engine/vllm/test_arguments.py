@@ -13,7 +13,7 @@ from cluster.api.ports import EngineDead
 from cluster.api.types import ModelSpec, without_seed_noise
 from cluster.config.engine import PARSER_KEYS, TABLE
 from cluster.worker.engine.vllm import arguments
-from cluster.worker.engine.vllm.core_processes import CoreProcesses
+from cluster.worker.engine.vllm.core_processes import CoreProcesses, with_remedy
 from cluster.worker.engine.vllm.engine import VllmEngine
 from tests.support.checkpoints import build_tokenizer
 from tests.worker.engine.contract import request
@@ -136,6 +136,24 @@ def test_engine_class_is_one_word() -> None:
     """The engine class is one word, made of dtype, quantization and parallelism."""
     assert arguments.engine_class("float32", None, spec()) == "float32-tp1-pp1"
     assert arguments.engine_class("bfloat16", "fp8", spec(tensor_parallel_size=8)) == "bfloat16-fp8-tp8-pp1"
+
+
+@pytest.mark.parametrize(
+    ("why", "text"),
+    [
+        ("AttributeError: '_OpNamespace' '_C' object has no attribute 'selective_scan_fwd'", "serve it on GPUs"),
+        ("AssertionError: CPU GDN attention requires BF16.", "set `dtype: bfloat16`"),
+        ("RuntimeError: expect weight to be bfloat16, float16, int8", "set `dtype: bfloat16`"),
+    ],
+)
+def test_a_kernel_that_does_not_run_an_architecture_is_named_with_the_remedy(why: str, text: str) -> None:
+    """If an engine ends because a kernel does not run the architecture, the reason names both and the remedy. Any other
+    reason stays as it is."""
+    reason = with_remedy("JambaForCausalLM", why)
+    assert "JambaForCausalLM" in reason
+    assert text in reason
+    assert reason.endswith(f"({why})")
+    assert with_remedy("JambaForCausalLM", "ValueError: x") == "ValueError: x"
 
 
 def test_no_prefixes_of_hybrid_models_are_cached_on_cpus(tmp_path: Path) -> None:
