@@ -139,7 +139,7 @@ SERVED: Mapping[str, Mapping[str, Any]] = {
     | _SERVED_LOCAL_EXPERTS
     | {"shared_intermediate_size": 64, "layer_types": _HYBRID, "layers_block_type": _HYBRID},
     "falcon_h1": _MAMBA2 | {"mamba_d_ssm": 256},
-    "jamba": ARCHITECTURES["jamba"] | {"mamba_d_state": 16},
+    "jamba": {**ARCHITECTURES["jamba"], "mamba_d_state": 16},
     "lfm2": _CONVOLUTIONS | {"block_dim": 128, "conv_dim": 128, "conv_dim_out": 128},
     "lfm2_moe": _CONVOLUTIONS | _SERVED_EXPERTS | {"num_dense_layers": 1},
     "cohere": {"logit_scale": 1.0, "tie_word_embeddings": True},

@@ -130,7 +130,7 @@ def usable_length(model: Any) -> int:
     config, length = model.hf_config, int(model.max_model_len)
     if config.model_type not in ROBERTA or getattr(config, "position_embedding_type", None) not in (None, "absolute"):
         return length
-    return min(length, config.max_position_embeddings - config.pad_token_id - 1)
+    return min(length, int(config.max_position_embeddings) - int(config.pad_token_id) - 1)
 
 
 def _grammars(spec: ModelSpec, backend: str) -> Any:
