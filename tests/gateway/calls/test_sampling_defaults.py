@@ -36,12 +36,13 @@ def test_each_default_applies_unless_the_caller_sets_the_field() -> None:
     the neutral value. Each is a field of Sampling."""
     assert set(PLAIN_SAMPLING) <= {field.name for field in fields(Sampling)}
     for name, plain in PLAIN_SAMPLING.items():
-        for options, defaults, expected in (
+        cases: tuple[tuple[dict[str, Any], Mapping[str, object], object], ...] = (
             ({}, {}, plain),
             ({}, SET, SET[name]),
             ({name: 0}, SET, 0),
             ({name: 1}, SET, 1),
-        ):
+        )
+        for options, defaults, expected in cases:
             request = GenerationRequest("m", TextPrompt("x"), RequestOptions(**options))
             assert getattr(applied(request, defaults), name) == expected, name
 

@@ -120,19 +120,6 @@ def why_no_prefix_caching(config: Any) -> str:
     return ""
 
 
-ROBERTA = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert"})
-
-
-def usable_length(model: Any) -> int:
-    """Return how many tokens the model takes. vLLM counts all rows of its table of positions, but the positions of
-    RoBERTa begin behind the padding's row (roberta.py), so the longest inputs would exceed the table. `model`: vLLM's
-    ModelConfig."""
-    config, length = model.hf_config, int(model.max_model_len)
-    if config.model_type not in ROBERTA or getattr(config, "position_embedding_type", None) not in (None, "absolute"):
-        return length
-    return min(length, int(config.max_position_embeddings) - int(config.pad_token_id) - 1)
-
-
 def _grammars(spec: ModelSpec, backend: str) -> Any:
     """Return vLLM's configuration of structured outputs.
 

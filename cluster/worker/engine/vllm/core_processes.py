@@ -102,7 +102,6 @@ class CoreProcesses:
                 config = args.create_engine_config()
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
             raise ValueError(f"models[{self._spec.name}]: vLLM refuses this entry: {error}") from error
-        config.model_config.max_model_len = arguments.usable_length(config.model_config)
         repairs.apply()
         if config.lora_config is not None and (why := repairs.why_no_adapters()):
             raise ValueError(f"models[{self._spec.name}].engine.enable_lora: {why}")

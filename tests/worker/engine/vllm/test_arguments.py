@@ -156,22 +156,6 @@ def test_a_kernel_that_does_not_run_an_architecture_is_named_with_the_remedy(why
     assert with_remedy("JambaForCausalLM", "ValueError: x") == "ValueError: x"
 
 
-@pytest.mark.parametrize(
-    ("model_type", "fields", "length"),
-    [
-        ("xlm-roberta", {}, 128),
-        ("roberta", {"position_embedding_type": "absolute"}, 128),
-        ("xlm-roberta", {"position_embedding_type": "rotary"}, 130),
-        ("bert", {}, 130),
-    ],
-)
-def test_positions_of_roberta_begin_behind_the_padding(model_type: str, fields: dict[str, str], length: int) -> None:
-    """A RoBERTa model takes as many tokens as its table of positions has rows behind the padding's row."""
-    config = SimpleNamespace(model_type=model_type, max_position_embeddings=130, pad_token_id=1, **fields)
-    assert arguments.usable_length(SimpleNamespace(hf_config=config, max_model_len=130)) == length
-    assert arguments.usable_length(SimpleNamespace(hf_config=config, max_model_len=64)) == 64
-
-
 def test_no_prefixes_of_hybrid_models_are_cached_on_cpus(tmp_path: Path) -> None:
     """On CPUs, a model with Mamba layers runs without prefix caching, which vLLM switches on, and an entry that asks
     for it is refused by the argument's name."""
