@@ -72,6 +72,8 @@ class Script:
     """Event that is set when the call of a stream has ended at the server, for any reason."""
     workers: list[admin_pb2.Worker] = field(default_factory=list)
     entries: list[admin_pb2.CatalogEntry] = field(default_factory=list)
+    catalog_age_s: float = 0.5
+    """Seconds since the controller's last report; negative: there is no report yet."""
     changes: list[catalog_pb2.Change] = field(default_factory=list)
     explained: list[routing_pb2.ExplainedCall] = field(default_factory=list)
     story: scaling_pb2.ExplainScalingResponse = field(default_factory=scaling_pb2.ExplainScalingResponse)
@@ -227,7 +229,7 @@ class ScriptedCatalog(admin_pb2_grpc.CatalogServicer):
         self.script = script
 
     def List(self, request: admin_pb2.ListRequest, context: Any) -> admin_pb2.ListResponse:
-        return admin_pb2.ListResponse(models=self.script.entries, age_s=0.5)
+        return admin_pb2.ListResponse(models=self.script.entries, age_s=self.script.catalog_age_s)
 
     def Get(self, request: admin_pb2.GetRequest, context: Any) -> admin_pb2.CatalogEntry:
         for entry in self.script.entries:

@@ -87,18 +87,34 @@ class LocalCluster:
         self.write_state("starting")
 
     async def wait_for_models(self, step: StepLine) -> list[admin_pb2.CatalogEntry]:
-        """Wait until each model is READY or FAILED in the gateway's catalog. Returns the catalog's entries.
+        """Wait until each model is READY, IDLE or FAILED in the gateway's catalog. Returns the catalog's entries.
 
-        Raises StartFailed if no model is READY.
+        Raises StartFailed if each model is FAILED, or if a process of the cluster ends.
         """
+
+        def show(text: str) -> None:
+            self._check_processes()
+            step.show(text)
+
         wanted = {model.name for model in self.config.models}
         with self._admin() as admin:
-            entries = await model_states.wait_until_settled(admin, wanted, step.show)
-        if wanted and not any(entry.state == "READY" for entry in entries):
+            entries = await model_states.wait_until_settled(admin, wanted, show)
+        if wanted and not any(entry.state in model_states.SERVED for entry in entries):
             reasons = "\n".join(f"  {e.name}: {e.state_reason or 'no reason given'}" for e in entries)
             ray_logs = self._ray.folder if self._ray is not None else "on the Ray cluster"
             raise StartFailed(f"no model became READY:\n{reasons}\n  logs: {self.run.path}, {ray_logs}")
         return entries
+
+    def _check_processes(self) -> None:
+        """Raise StartFailed if a process has ended. During the start, no process is restarted."""
+        for child in (*self._gateways.children, self._controller):
+            if child.pid is None:
+                raise StartFailed(
+                    f"the {child.name} ended while the models were loading:\n{child.log_tail()}\n"
+                    f"  its log: {child.log_file}"
+                )
+        if self._ray is not None and self._ray.pid is None:
+            raise StartFailed(f"ray ended while the models were loading; its logs: {self._ray.folder}")
 
     def _admin(self) -> closing[Admin]:
         return closing(Admin(local_access(self.endpoints["admin"], self.config)))

@@ -13,6 +13,8 @@ from cluster.cli.target.admin_client import Admin
 
 POLL_S = 0.1
 WATCH_S = 1.0
+SERVED = ("READY", "IDLE")
+"""States of a model that answers calls. For an IDLE model, the first call starts a replica."""
 PASSING = re.compile(r"|waiting for Ray to place it|\d+ of \d+ replicas serve|being replaced")
 """Pattern of state reasons that are not reported, since the user need not act."""
 
@@ -20,13 +22,13 @@ PASSING = re.compile(r"|waiting for Ray to place it|\d+ of \d+ replicas serve|be
 async def wait_until_settled(
     admin: Admin, models: Collection[str], show: Callable[[str], None]
 ) -> list[admin_pb2.CatalogEntry]:
-    """Wait until each model is READY or FAILED in the catalog. Returns the catalog's entries.
+    """Wait until each model is READY, IDLE or FAILED in the catalog. Returns the catalog's entries.
 
-    `show` is called with the models' states while the command waits.
+    `show` is called with the models' states while the command waits. An error of `show` ends the wait.
     """
     while True:
         entries = await _catalog(admin)
-        if set(models) <= {entry.name for entry in entries if entry.state in ("READY", "FAILED")}:
+        if set(models) <= {entry.name for entry in entries if entry.state in (*SERVED, "FAILED")}:
             return entries
         show("   ".join(f"{entry.name} {entry.state.lower()}" for entry in entries) or "waiting for the controller")
         await asyncio.sleep(POLL_S)
@@ -59,7 +61,7 @@ async def has_no_workers(admin: Admin) -> bool:
 
 async def _catalog(admin: Admin) -> list[admin_pb2.CatalogEntry]:
     try:
-        entries, _ = await asyncio.to_thread(admin.catalog)
+        entries, age_s = await asyncio.to_thread(admin.catalog)
     except grpc.RpcError:  # the gateway is restarting
         return []
-    return entries
+    return entries if age_s >= 0 else []  # before the controller's first report, the entries are those of the last run

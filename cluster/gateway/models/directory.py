@@ -34,7 +34,7 @@ class ModelDirectory:
         self.find = self.lookup.find  # without another call, since routing asks for each message of a worker
         revision, entries = self._stored.load()
         for entry in entries:
-            self._models[entry.name] = KnownModel(replace(entry, replicas=0), True)
+            self._models[entry.name] = KnownModel(_without_failures(entry), True)
         self._revision = revision
         """Revision of the catalog; 0 if it is unknown."""
         self._has_catalog = bool(self._models)
@@ -127,3 +127,16 @@ class ModelDirectory:
             return await self._texts.get(digest)
         except LookupError as error:
             raise CallError(Outcome.MODEL_LOADING, f"cannot fetch the tokenizer of {model.name}: {error}") from None
+
+
+def _without_failures(stored: CatalogEntry) -> CatalogEntry:
+    """Return a stored entry as it is before the controller has reported again: a failure of the last run is no reason
+    to refuse a call, or to give up a start, of this one."""
+    versions = tuple(
+        replace(share, replicas=0, state=_not_failed(share.state), state_reason="") for share in stored.versions
+    )
+    return replace(stored, replicas=0, state=_not_failed(stored.state), state_reason="", versions=versions)
+
+
+def _not_failed(state: ModelState) -> ModelState:
+    return ModelState.DECLARED if state is ModelState.FAILED else state

@@ -34,12 +34,12 @@ models: []
 """
 
 
-def local(reports: list[str]) -> LocalCluster:
+def local(reports: list[str], models: str = "[]") -> LocalCluster:
     """Return a local cluster with two gateway processes and no Ray process. The cluster appends its progress messages
     to `reports`."""
     run = RunFolder("local")
     make_private_folder(run.path)
-    return LocalCluster(choose_ports(parse(CONFIG)), run, reports.append)
+    return LocalCluster(choose_ports(parse(CONFIG.replace("models: []", f"models: {models}"))), run, reports.append)
 
 
 async def test_a_lost_gateway_is_started_again_and_nothing_is_left() -> None:
@@ -83,3 +83,15 @@ async def test_a_gateway_that_cannot_start_is_named() -> None:
     ):
         await cluster.start(StepLine("", "cluster"))
     assert await cluster.stop(StepLine("", "stopping")) == 0
+
+
+async def test_the_end_of_a_part_ends_the_start() -> None:
+    """If the controller ends while the models are loading, the start fails and names the controller and its log."""
+    cluster = local([], "[{name: m, source: /nowhere}]")
+    step = StepLine("", "cluster")
+    await cluster.start(step)
+    waiting = asyncio.create_task(cluster.wait_for_models(step))
+    os.kill(int(cluster.run.state()["processes"]["controller"]["pid"]), signal.SIGKILL)
+    with pytest.raises(StartFailed, match=r"the controller ended while the models were loading(.|\n)*controller.log"):
+        await waiting
+    assert await cluster.stop(step) == 0

@@ -28,15 +28,25 @@ def admin(gateway: ScriptedGateway) -> Iterator[Admin]:
         yield client
 
 
-async def test_it_waits_until_every_model_is_ready_or_failed(gateway: ScriptedGateway, admin: Admin) -> None:
-    """`wait_until_settled` shows the states of the wanted models until each of them is READY or FAILED."""
+async def test_it_waits_until_every_model_is_settled(gateway: ScriptedGateway, admin: Admin) -> None:
+    """`wait_until_settled` shows the states of the wanted models until each of them is READY, IDLE or FAILED."""
     shown: list[str] = []
     waiting = asyncio.create_task(model_states.wait_until_settled(admin, ["a", "b"], shown.append))
     await eventually(lambda: "waiting for the controller" in shown, "there is no entry yet")
     gateway.script.entries = [entry("a", "READY"), entry("b", "LOADING")]
     await eventually(lambda: "a ready   b loading" in shown, "both are shown")
-    gateway.script.entries = [entry("a", "READY"), entry("b", "FAILED", "no such file")]
-    assert [(one.name, one.state) for one in await waiting] == [("a", "READY"), ("b", "FAILED")]
+    gateway.script.entries = [entry("a", "IDLE"), entry("b", "FAILED", "no such file")]
+    assert [(one.name, one.state) for one in await waiting] == [("a", "IDLE"), ("b", "FAILED")]
+
+
+async def test_only_what_the_controller_has_reported_counts(gateway: ScriptedGateway, admin: Admin) -> None:
+    """Entries that the gateway has from an earlier run, before the controller's first report, end no wait."""
+    gateway.script.entries, gateway.script.catalog_age_s = [entry("a", "FAILED", "of the last run")], -1
+    shown: list[str] = []
+    waiting = asyncio.create_task(model_states.wait_until_settled(admin, ["a"], shown.append))
+    await eventually(lambda: "waiting for the controller" in shown, "the old entry is not shown")
+    gateway.script.entries, gateway.script.catalog_age_s = [entry("a", "READY")], 0.1
+    assert [one.state for one in await waiting] == ["READY"]
 
 
 async def test_new_reasons_are_reported_once(

@@ -34,6 +34,7 @@ from cluster.cli.local.children import StartFailed, headrace_command
 from cluster.cli.local.cluster import LocalCluster
 from cluster.cli.local.first_answer import first_answer, served_tasks
 from cluster.cli.local.ports import PortTaken, choose_ports
+from cluster.cli.local.model_states import SERVED
 from cluster.cli.local.run_folder import AlreadyUp, RunFolder
 from cluster.cli.local.step_lines import StepLine, duration, say
 from cluster.cli.target.contexts import LOCAL, ContextError, TypedOptions, contexts_file, read_contexts, select_target
@@ -222,7 +223,7 @@ async def _start(cluster: LocalCluster, *, demo: bool, background: bool) -> None
             )
         except StartFailed as error:
             raise StartFailed(f"{error}; logs: {cluster.run.path}") from None
-    ready = [entry for entry in entries if entry.state == "READY"]
+    ready = [entry for entry in entries if entry.state in SERVED]
     has_keys = cluster.config.auth is not None
     tasks = await served_tasks(cluster.endpoints["grpc"], ready[0].name) if ready and not has_keys else ()
     _say_ready(cluster, entries, tasks, background=background)
@@ -287,7 +288,7 @@ def _say_ready(
         say("        these addresses are on loopback, and no keys are needed")
     elif cluster.config.auth.api_keys is not None:
         say(f"keys    {command} keys create TENANT -f {cluster.run.config_file}")
-    ready = [entry for entry in entries if entry.state == "READY"]
+    ready = [entry for entry in entries if entry.state in SERVED]
     if ready:
         name = ready[0].aliases[0] if ready[0].aliases else ready[0].name
         for number, line in enumerate(_commands_to_try(command + _local_option(), name, where, tasks)):
