@@ -180,6 +180,7 @@ def kit_of(tokenizer: Any, settings: KitSettings) -> ParserKit:
             tool_parser_name=names.tools or None,
             reasoning_parser_name=names.reasoning or None,
             enable_auto_tools=bool(names.tools),
+            model_name=settings.folder,
             is_harmony=is_harmony,
             tokenizer=tokenizer,
         )

@@ -60,7 +60,7 @@ def test_a_parser_must_accept_the_tokenizer(tmp_path: Path) -> None:
     (plain / "config.json").write_text("{}")
     mistral = model(plain, tmp_path, "mistral", "[TOOL_CALLS]")
     assert names_of(mistral, {}) is None
-    with pytest.raises(ValueError, match=r"engine\.tool_call_parser mistral"):
+    with pytest.raises(ValueError, match=r"engine\.tool_call_parser mistral.* of '.*/model'"):
         names_of(mistral, {"tool_call_parser": "mistral"})
     with pytest.raises(ValueError, match=r"engine\.reasoning_parser deepseek_r1"):
         names_of(mistral, {"reasoning_parser": "deepseek_r1"})
