@@ -337,6 +337,8 @@ class ModelSpec:
     """Whether the texts of control tokens in contents become control tokens (`keep`) or are escaped (`escape`)."""
     digest: str = ""
     """Weight digest that every worker of the model must have; empty for any digest."""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """Sampling defaults of the entry, by the names of the request's fields."""
     license: str = ""
     """License of the weights according to the entry, as a lower-case SPDX name; empty: the license in the model's
     folder."""
@@ -444,6 +446,8 @@ class CatalogEntry:
     weight_digests: tuple[str, ...] = ()
     max_model_len: int = 0
     default_sampling: Mapping[str, object] = field(default_factory=dict)
+    """Sampling defaults of the model's generation config. The values of `sampling`, from its entry, precede them."""
+    sampling: Mapping[str, object] = field(default_factory=dict)
     cold_start_s: float = 0.0
     replicas: int = 0
     replicas_desired: int = 0

@@ -139,6 +139,32 @@ class SloSettings(Section):
     """Share of the calls that meet both times."""
 
 
+class SamplingDefaults(Section):
+    """Values for calls that do not set the field, by the request's names. A key that is left out has the value of the
+    model's generation_config.json, else vLLM's default."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Randomness; 0 takes the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the probability that the candidate tokens have together."""
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT32)] | None = None
+    """Number of candidate tokens; 0 or -1: all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Least probability of a candidate, relative to the likeliest token's."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Above 1: tokens of the prompt and the answer become less likely."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Above 0: tokens of the answer become less likely."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Above 0: tokens of the answer become less likely with each occurrence."""
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None
+    """Longest answer in tokens."""
+
+    def values(self) -> dict[str, float]:
+        """Return the values that are set, by name."""
+        return self.model_dump(exclude_none=True)
+
+
 class Model(Section):
     """A model in cluster.yaml. `engine`: vLLM's engine arguments, by vLLM's names. `gpu`: one GPU type, or a list with
     the preferred type first."""
@@ -167,6 +193,7 @@ class Model(Section):
     gpu: str | tuple[Gpu, ...] = ""
     """Ray's accelerator type, or a list of types, the preferred one first; empty: any type."""
     slo: SloSettings = SloSettings()
+    sampling: SamplingDefaults = SamplingDefaults()
     engine: Mapping[str, Any] = Field(default_factory=dict)
     """More engine arguments by vLLM's names. Arguments that have a key of their own are refused."""
     ray: str = ""
@@ -339,6 +366,7 @@ class Model(Section):
             max_replicas=self.replicas.max if self.replicas.max is not None else max(self.replicas.min, 1),
             idle_s=self.replicas.idle_s,
             gpu=self.gpu if isinstance(self.gpu, str) else "",
+            sampling=self.sampling.values(),
             slo_ttft_s=self.slo.ttft_s,
             slo_itl_s=self.slo.itl_s,
             slo_target=self.slo.target,

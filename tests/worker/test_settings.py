@@ -42,9 +42,12 @@ def test_unknown_keys_are_refused() -> None:
         from_json({**SETTINGS.to_json(), "colour": "red"})
 
 
-@pytest.mark.parametrize("change", [{"aliases": ()}, {"min_replicas": 1}, {"max_replicas": 9}, {"idle_s": 5.0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"aliases": ()}, {"min_replicas": 1}, {"max_replicas": 9}, {"idle_s": 5.0}, {"sampling": {"temperature": 0.2}}],
+)
 def test_what_replicas_never_see_restarts_none(change: dict[str, Any]) -> None:
-    """Aliases and replica counts are not part of the digest, so their change restarts no replica."""
+    """Aliases, replica counts and sampling defaults are not part of the digest, so their change restarts no replica."""
     assert dataclasses.replace(SETTINGS, spec=dataclasses.replace(SETTINGS.spec, **change)).digest == SETTINGS.digest
 
 

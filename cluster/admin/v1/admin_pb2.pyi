@@ -472,6 +472,26 @@ class CatalogEntry(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class DefaultSamplingEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
@@ -491,6 +511,7 @@ class CatalogEntry(_message.Message):
     FAMILY_FIELD_NUMBER: _builtins.int
     CARD_FIELD_NUMBER: _builtins.int
     FALLBACK_FIELD_NUMBER: _builtins.int
+    DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: _builtins.str
     state_reason: _builtins.str
@@ -518,6 +539,10 @@ class CatalogEntry(_message.Message):
 
     @_builtins.property
     def fallback(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def default_sampling(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What a call has that sets no value of its own: of the entry, else of the model's generation config."""
+
     def __init__(
         self,
         *,
@@ -540,10 +565,11 @@ class CatalogEntry(_message.Message):
         family: _builtins.str = ...,
         card: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         fallback: _abc.Iterable[_builtins.str] | None = ...,
+        default_sampling: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_digest", b"bundle_digest", "card", b"card", "fallback", b"fallback", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "note", b"note", "ready_workers", b"ready_workers", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "revision", b"revision", "state", b"state", "state_reason", b"state_reason", "version", b"version", "versions", b"versions", "waiting", b"waiting", "weight_digest", b"weight_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_digest", b"bundle_digest", "card", b"card", "default_sampling", b"default_sampling", "fallback", b"fallback", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "note", b"note", "ready_workers", b"ready_workers", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "revision", b"revision", "state", b"state", "state_reason", b"state_reason", "version", b"version", "versions", b"versions", "waiting", b"waiting", "weight_digest", b"weight_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

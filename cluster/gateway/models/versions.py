@@ -125,11 +125,13 @@ class ModelVersions:
         return share.bundle_digest if share is not None and share.bundle_digest else self._entry.bundle_digest
 
     def default_sampling(self, version: str = "") -> Mapping[str, object]:
-        """Return the sampling defaults of a version, which come from the version's generation config."""
-        link = self._link_of(version)
+        """Return the sampling defaults of a version: those of the model's catalog entry, else those of the version's
+        generation config."""
+        link, last_info = self._link_of(version), self._capabilities.last_info
         if link is not None:
-            return link.info.default_sampling
-        last_info = self._capabilities.last_info
-        if not self._entry.default_sampling and last_info is not None:
-            return last_info.default_sampling
-        return self._entry.default_sampling
+            defaults = link.info.default_sampling
+        elif not self._entry.default_sampling and last_info is not None:
+            defaults = last_info.default_sampling
+        else:
+            defaults = self._entry.default_sampling
+        return {**defaults, **self._entry.sampling} if self._entry.sampling else defaults

@@ -2296,6 +2296,7 @@ class CatalogModel(_message.Message):
     WEIGHT_DIGESTS_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     DEFAULT_SAMPLING_JSON_FIELD_NUMBER: _builtins.int
+    SAMPLING_JSON_FIELD_NUMBER: _builtins.int
     COLD_START_S_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     REPLICAS_DESIRED_FIELD_NUMBER: _builtins.int
@@ -2321,6 +2322,8 @@ class CatalogModel(_message.Message):
     bundle_digest: _builtins.str
     max_model_len: _builtins.int
     default_sampling_json: _builtins.str
+    sampling_json: _builtins.str
+    """Sampling defaults of its entry, a JSON object; they precede those of default_sampling_json."""
     cold_start_s: _builtins.float
     replicas: _builtins.int
     replicas_desired: _builtins.int
@@ -2377,6 +2380,7 @@ class CatalogModel(_message.Message):
         weight_digests: _abc.Iterable[_builtins.str] | None = ...,
         max_model_len: _builtins.int = ...,
         default_sampling_json: _builtins.str = ...,
+        sampling_json: _builtins.str = ...,
         cold_start_s: _builtins.float = ...,
         replicas: _builtins.int = ...,
         replicas_desired: _builtins.int = ...,
@@ -2397,7 +2401,7 @@ class CatalogModel(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "aliases", b"aliases", "bundle_digest", b"bundle_digest", "card", b"card", "cold_start_s", b"cold_start_s", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "fallback", b"fallback", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "retired", b"retired", "revision", b"revision", "slo_itl_s", b"slo_itl_s", "slo_target", b"slo_target", "slo_ttft_s", b"slo_ttft_s", "starting_since_s", b"starting_since_s", "state", b"state", "state_reason", b"state_reason", "tasks", b"tasks", "version", b"version", "versions", b"versions", "weight_digests", b"weight_digests", "weights_pinned", b"weights_pinned"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "aliases", b"aliases", "bundle_digest", b"bundle_digest", "card", b"card", "cold_start_s", b"cold_start_s", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "fallback", b"fallback", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "retired", b"retired", "revision", b"revision", "sampling_json", b"sampling_json", "slo_itl_s", b"slo_itl_s", "slo_target", b"slo_target", "slo_ttft_s", b"slo_ttft_s", "starting_since_s", b"starting_since_s", "state", b"state", "state_reason", b"state_reason", "tasks", b"tasks", "version", b"version", "versions", b"versions", "weight_digests", b"weight_digests", "weights_pinned", b"weights_pinned"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -249,6 +249,7 @@ def entry(
         weights_pinned=bool(spec.digest),
         max_model_len=(first.max_model_len if first else 0) or spec.max_model_len or about.max_model_len,
         default_sampling=first.default_sampling if first else about.default_sampling,
+        sampling=spec.sampling,
         cold_start_s=cold_start_s,
         replicas=seen.running if seen else 0,
         replicas_desired=spec.replicas,

@@ -32,10 +32,12 @@ _LISTS = ("aliases", "fallback")
 
 
 def to_json(spec: ModelSpec) -> dict[str, object]:
-    """Return the spec as plain JSON values; `from_json` is the inverse."""
+    """Return the spec as plain JSON values; `from_json` is the inverse, except for `sampling`, which is left out:
+    replicas do not need it, and replicas of older releases refuse it."""
     values = dataclasses.asdict(spec)
     values |= {name: list(values[name]) for name in _LISTS}
     values["engine"] = dict(spec.engine)
+    del values["sampling"]
     return values
 
 

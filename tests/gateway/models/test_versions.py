@@ -62,3 +62,15 @@ async def test_a_version_that_has_the_adapter_is_preferred(tmp_path: Path) -> No
     assert chosen() == {"v1", "v2"}
     report(first, AdapterStatus("a", A, AdapterState.READY))
     assert chosen() == {"v1"}
+
+
+async def test_the_entry_precedes_the_generation_config(tmp_path: Path) -> None:
+    """A model's sampling defaults are those of its catalog entry, else those of its generation config, with and without
+    workers, in the stored catalog too."""
+    entry = CatalogEntry("m", default_sampling={"top_k": 20, "temperature": 0.6}, sampling={"temperature": 0.2})
+    directory = ModelDirectory(tmp_path, no_bundle)
+    directory.apply_catalog([entry])
+    assert directory.models[0].versions.default_sampling() == {"top_k": 20, "temperature": 0.2}
+    linked(directory, "a")
+    assert directory.models[0].versions.default_sampling() == {"temperature": 0.2}
+    assert ModelDirectory(tmp_path, no_bundle).models[0].entry == entry

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.cli.commands.operate.scale import ModelArgument, ReasonOption
+from cluster.cli.commands.operate.status import sampling_text
 from cluster.cli.common import DIFFERS, USAGE, FileOption, JsonOption, err, fail, out, print_json, read_config
 from cluster.cli.config_inputs import cluster_yaml_data
 from cluster.cli.confirmation import YesOption, confirm, is_asked
@@ -229,8 +230,8 @@ def get(api: Admin, model: ModelArgument, as_json: JsonOption = False) -> None:
         return
     details = {
         "name": entry.name, "aliases": ", ".join(entry.aliases), "state": entry.state, "why": entry.state_reason,
-        "license": entry.license, "family": entry.family, "fallback": ", ".join(entry.fallback), "note": entry.note,
-        **dict(entry.card),
+        "sampling": sampling_text(entry.default_sampling), "license": entry.license, "family": entry.family,
+        "fallback": ", ".join(entry.fallback), "note": entry.note, **dict(entry.card),
     }  # fmt: skip
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in details.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -141,13 +142,21 @@ def _gateway_table(rows: list[dict[str, Any]]) -> Table:
 def _model_table(rows: list[dict[str, Any]]) -> Table | str:
     if not rows:
         return "no models"
-    table = Table("model", "aliases", "state", "replicas", "waiting", "note", box=None, pad_edge=False)
+    with_defaults = any(row["default_sampling"] for row in rows)
+    more = ("sampling", "note") if with_defaults else ("note",)
+    table = Table("model", "aliases", "state", "replicas", "waiting", *more, box=None, pad_edge=False)
     for row in rows:
         note = row["state_reason"] or row["note"]
         replicas = f"{row['ready_workers']} of {row['replicas_desired']}"
-        cells = (row["name"], ", ".join(row["aliases"]), row["state"], replicas, str(row["waiting"]), note)
+        defaults = (sampling_text(row["default_sampling"]),) if with_defaults else ()
+        cells = (row["name"], ", ".join(row["aliases"]), row["state"], replicas, str(row["waiting"]), *defaults, note)
         table.add_row(*map(escape, cells))
     return table
+
+
+def sampling_text(defaults: Mapping[str, float]) -> str:
+    """Return a short text of a model's sampling defaults."""
+    return ", ".join(f"{name} {value:g}" for name, value in sorted(defaults.items()))
 
 
 def worker_table(rows: list[dict[str, Any]]) -> Table | str:

@@ -222,6 +222,11 @@ class CatalogAdmin:
             family=entry.family,
             card=entry.card,
             fallback=entry.fallback,
+            default_sampling={
+                name: value
+                for name, value in model.versions.default_sampling().items()
+                if isinstance(value, int | float)
+            },
         )
 
     @staticmethod

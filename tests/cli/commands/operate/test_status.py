@@ -41,7 +41,10 @@ def test_status_json_has_endpoints_models_and_workers(run: Run, gateway: Scripte
 def test_status_for_people(run: Run, gateway: ScriptedGateway) -> None:
     """`status` prints a table of models, and a table of workers with each worker's load."""
     fill(gateway)
+    assert "sampling" not in run("status", "--admin", gateway.endpoint).stdout
+    gateway.script.entries[0].default_sampling.update(top_p=0.9, max_tokens=64)
     text = run("status", "--admin", gateway.endpoint).stdout
+    assert "max_tokens 64, top_p 0.9" in text
     assert "1 of 1" in text
     assert "3 of 8" in text
     assert "25%" in text
