@@ -59,6 +59,8 @@ class Script:
     pushback_ms: int | None = None
     break_after: int | None = None
     """Number of pieces after which a stream fails with WORKER_LOST."""
+    finish_reason: str = "stop"
+    completion_tokens: int = 3
     hold: threading.Event | None = None
     """Event that a stream waits for after its first piece."""
     overview: bytes = b"{}"
@@ -97,7 +99,8 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
             context.abort_with_status(status)
 
     def _usage(self) -> pb.Usage:
-        return pb.Usage(prompt_tokens=7, completion_tokens=3, total_tokens=10)
+        tokens = self.script.completion_tokens
+        return pb.Usage(prompt_tokens=7, completion_tokens=tokens, total_tokens=7 + tokens)
 
     def _pieces(self, context: Any) -> Iterator[tuple[str, bool]]:
         context.add_callback(self.script.ended.set)
@@ -118,7 +121,8 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
         self._enter(request, context)
         yield pb.ChatChunk(id="chat-1", model="tiny", progress=pb.Progress(state="queued", queue_position=2))
         for word, last in self._pieces(context):
-            delta = pb.ChoiceDelta(delta=pb.Message(content=word), finish_reason="stop" if last else "")
+            finish_reason = self.script.finish_reason if last else ""
+            delta = pb.ChoiceDelta(delta=pb.Message(content=word), finish_reason=finish_reason)
             yield pb.ChatChunk(id="chat-1", model="tiny", choices=[delta], usage=self._usage() if last else None)
 
     def Complete(self, request: pb.CompleteRequest, context: Any) -> pb.CompleteResponse:

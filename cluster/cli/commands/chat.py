@@ -27,8 +27,12 @@ from cluster.client import ChatParams, Client, SamplingParams, Stream
 from cluster.v1 import inference_pb2 as pb
 
 ModelArgument = Annotated[str, typer.Argument(help="A model's name or alias.", show_default=False)]
-MaxTokensOption = Annotated[
-    int | None, typer.Option("--max-tokens", help="Maximum number of tokens.", show_default="the model's")
+CHAT_TOKENS = 512
+"""Default maximum of an answer: less than a minute on the demo's CPU."""
+
+ChatTokensOption = Annotated[int, typer.Option("--max-tokens", help="Longest answer in tokens.")]
+CompleteTokensOption = Annotated[
+    int | None, typer.Option("--max-tokens", help="Longest answer in tokens.", show_default="the model's, else 16")
 ]
 TemperatureOption = Annotated[
     float | None,
@@ -45,7 +49,7 @@ def chat(
     model: ModelArgument,
     prompt: Annotated[str | None, typer.Argument(help="The question; without it, an interactive chat.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="The system message.", show_default=False)] = None,
-    max_tokens: MaxTokensOption = None,
+    max_tokens: ChatTokensOption = CHAT_TOKENS,
     temperature: TemperatureOption = None,
     seed: SeedOption = None,
     timeout_s: TimeoutOption = 600.0,
@@ -67,7 +71,7 @@ def chat(
             if as_json:
                 _print_message(client.chat(model, messages, **params).raw)
             else:
-                _print_stream(client.stream_chat(model, messages, **params))
+                _print_stream(client.stream_chat(model, messages, **params), max_tokens)
 
 
 @with_target
@@ -75,7 +79,7 @@ def complete(
     target: ClusterTarget,
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
-    max_tokens: MaxTokensOption = None,
+    max_tokens: CompleteTokensOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = None,
     timeout_s: TimeoutOption = 600.0,
@@ -98,10 +102,10 @@ def _print_message(message: pb.ChatResponse | pb.CompleteResponse) -> None:
     print_json(MessageToDict(message, preserving_proto_field_name=True))
 
 
-def _print_stream(stream: Stream[Any]) -> None:
+def _print_stream(stream: Stream[Any], max_tokens: int | None = None) -> None:
     """Print each text of a stream as soon as the text arrives.
 
-    If the answer was cut at max_tokens, a note is printed to standard error.
+    If the answer was cut, a note on standard error says where, and whether a higher `max_tokens` helps.
     """
     ended = False
     try:
@@ -114,8 +118,11 @@ def _print_stream(stream: Stream[Any]) -> None:
     finally:
         if stream.text and not stream.text.endswith("\n"):
             terminal.write("\n")
-    if ended and stream.finish_reason == "length" and sys.stderr.isatty():
-        err.print("[dim](cut at the token limit; raise it with --max-tokens)[/dim]")
+    if ended and stream.finish_reason == "length":
+        tokens = stream.usage.completion_tokens if stream.usage else 0
+        full = max_tokens is not None and 0 < tokens < max_tokens
+        remedy = "the context or the tenant's limit holds no more" if full else "--max-tokens N for more"
+        err.print(f"[dim](cut after {tokens or max_tokens} tokens; {remedy})[/dim]")
 
 
 def _converse(
@@ -137,7 +144,7 @@ def _converse(
         stream = client.stream_chat(model, messages, **params)
         try:
             with target_errors(target):
-                _print_stream(stream)
+                _print_stream(stream, params["max_tokens"])
         except typer.Exit as ended:
             if ended.exit_code != 130:
                 messages.pop()

@@ -28,6 +28,24 @@ def test_chat_prints_the_answer(run: Run, gateway: ScriptedGateway) -> None:
     assert request == wanted
 
 
+@pytest.mark.parametrize(
+    ("options", "tokens", "note"),
+    [
+        ((), 512, "(cut after 512 tokens; --max-tokens N for more)\n"),
+        (("--max-tokens", "9"), 9, "(cut after 9 tokens; --max-tokens N for more)\n"),
+        ((), 7, "(cut after 7 tokens; the context or the tenant's limit holds no more)\n"),
+    ],
+)
+def test_chat_says_where_it_cut(
+    run: Run, gateway: ScriptedGateway, options: tuple[str, ...], tokens: int, note: str
+) -> None:
+    """`chat` bounds an answer by itself. If an answer was cut, a note says where, and whether --max-tokens helps."""
+    gateway.script.finish_reason, gateway.script.completion_tokens = "length", tokens
+    done = run("chat", "tiny", "Where?", *options, "--endpoint", gateway.endpoint)
+    assert (done.stdout, done.stderr) == (TEXT + "\n", note)
+    assert gateway.script.requests[0].max_tokens == (9 if options else 512)
+
+
 def test_chat_json_is_the_message(run: Run, gateway: ScriptedGateway) -> None:
     """`chat --json` prints the whole response message."""
     done = run("chat", "tiny", "Where?", "--json", "--endpoint", gateway.endpoint)

@@ -33,8 +33,8 @@ from cluster.cli.confirmation import YesOption, confirm
 from cluster.cli.local.children import StartFailed, headrace_command
 from cluster.cli.local.cluster import LocalCluster
 from cluster.cli.local.first_answer import first_answer, served_tasks
-from cluster.cli.local.ports import PortTaken, choose_ports
 from cluster.cli.local.model_states import SERVED
+from cluster.cli.local.ports import PortTaken, choose_ports
 from cluster.cli.local.run_folder import AlreadyUp, RunFolder
 from cluster.cli.local.step_lines import StepLine, duration, say
 from cluster.cli.target.contexts import LOCAL, ContextError, TypedOptions, contexts_file, read_contexts, select_target
@@ -323,7 +323,7 @@ def _commands_to_try(command: str, name: str, where: Mapping[str, str], tasks: S
     if (Path.cwd() / "examples" / "hello.py").exists():
         yield f"{_command_to_type('python')} examples/hello.py"
     if find_tool("buf"):
-        body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hi"}]})
+        body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 100})
         yield (
             f"{_command_to_type('buf')} curl --protocol grpc --http2-prior-knowledge -d '{body}' "
             f"http://{where['grpc']}/cluster.v1.Inference/StreamChat"
