@@ -22,7 +22,7 @@ from tests.support.shell import headrace, until
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 NAME = "failedstart"
-LISTEN = {port: "127.0.0.1:0" for port in ("grpc", "http", "link", "admin", "metrics")}
+LISTEN = dict.fromkeys(("grpc", "http", "link", "admin", "metrics"), "127.0.0.1:0")
 
 
 def mended(folder: Path) -> str:
@@ -43,7 +43,12 @@ FAULTS = {
     "engine setting": (SOURCE, SOURCE.replace('l"', 'l?decode_ms=fast"'), "decode_ms"),
     "hub": (SOURCE, 'source: "hf://nobody/nothing"', "nobody/nothing"),
     "parser": ("name: m,", "name: m, engine: {{tool_call_parser: nobodys}},", "nobodys"),
-    "ledger": ("ledger.db", "model/config.json/ledger.db", "ledger.db"),
+    "secret": (
+        MODELS,
+        "\nauth: {{api_keys: {{pepper_file: {folder}/pepper}}, cluster_secret_file: {folder}/model/config.json/secret}}"
+        + MODELS,
+        "auth.cluster_secret_file",
+    ),
     "license": (MODELS, "\nweights: {{allow: {{licenses: [mit]}}}}" + MODELS, "license"),
     "source rule": (MODELS, "\nweights: {{allow: {{sources: ['hf://*']}}}}" + MODELS, "weights.allow.sources"),
     "port": ('grpc: "127.0.0.1:0"', 'grpc: "127.0.0.1:{port}"', "gateway.listen.grpc"),
@@ -90,7 +95,7 @@ def test_a_mended_file_starts(folder: Path, fault: str) -> None:
 @pytest.mark.parametrize("moment", ["preparing", "controller"])
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_a_start_that_was_ended_is_repeated(folder: Path, end: signal.Signals, moment: str) -> None:
-    """After `up` was ended in the middle of a start, by Ctrl-C or SIGKILL, the next `up` ends what is left and starts."""
+    """After Ctrl-C or SIGKILL in the middle of a start, the next `up` ends what is left, and starts."""
     command = [sys.executable, "-m", "cluster.cli.main", "up", "-f", write(folder, mended(folder))]
     run = RunFolder(NAME)
     with subprocess.Popen(command) as process:
