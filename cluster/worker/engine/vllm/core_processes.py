@@ -9,6 +9,8 @@ from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from cluster.api.ports import EngineDead
 from cluster.api.types import ModelSpec
 from cluster.worker.engine.processes import end_causes, exit_status, fork_server, sockets, watchdog
@@ -101,7 +103,7 @@ class CoreProcesses:
                 args.enable_prefix_caching = False
                 config = args.create_engine_config()
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
-            raise ValueError(f"models[{self._spec.name}]: vLLM refuses this entry: {error}") from error
+            raise ValueError(f"models[{self._spec.name}]: vLLM refuses this entry: {refusal_text(error)}") from error
         repairs.apply()
         if config.lora_config is not None and (why := repairs.why_no_adapters()):
             raise ValueError(f"models[{self._spec.name}].engine.enable_lora: {why}")
@@ -145,6 +147,16 @@ class CoreProcesses:
         has_sockets, self._has_sockets = self._has_sockets, False
         if has_sockets:
             sockets.OURS.release()
+
+
+def refusal_text(error: Exception) -> str:
+    """Return the reason in vLLM's error about an entry, without pydantic's framing and advice about installations."""
+    if isinstance(error, ValidationError):
+        details = error.errors(include_url=False, include_input=False, include_context=False)
+        texts = [": ".join([*map(str, d["loc"]), d["msg"].removeprefix("Value error, ")]) for d in details]
+    else:
+        texts = [str(error)]
+    return "; ".join(text.split("\n\n")[0].strip() for text in texts)
 
 
 def _start_error(error: str) -> str:

@@ -49,7 +49,11 @@ FAULTS = {
         + MODELS,
         "auth.cluster_secret_file",
     ),
-    "license": (MODELS, "\nweights: {{allow: {{licenses: [mit]}}}}" + MODELS, "license"),
+    "license": (
+        MODELS + " [{{name: m,",
+        "\nweights: {{allow: {{licenses: [mit]}}}}" + MODELS + " [{{name: m, license: gpl-3.0,",
+        "weights.allow.licenses",
+    ),
     "source rule": (MODELS, "\nweights: {{allow: {{sources: ['hf://*']}}}}" + MODELS, "weights.allow.sources"),
     "port": ('grpc: "127.0.0.1:0"', 'grpc: "127.0.0.1:{port}"', "gateway.listen.grpc"),
 }

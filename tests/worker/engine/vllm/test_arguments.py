@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,3 +247,13 @@ def test_the_engine_gets_the_reasoning_parser_and_no_tool_parser(llama_folder: P
     entry = spec(engine={"tool_call_parser": "hermes", "reasoning_parser": "none"})
     assert arguments.engine_arguments(entry, llama_folder, "ray").reasoning_parser == ""
     assert arguments.engine_arguments(entry, llama_folder, "ray", "qwen3").reasoning_parser == "qwen3"
+
+
+def test_a_refusal_is_one_sentence(llama_folder: Path, tmp_path: Path) -> None:
+    """If vLLM refuses an entry, the error is one line with vLLM's reason, without pydantic's framing."""
+    folder = Path(shutil.copytree(llama_folder, tmp_path / "odd"))
+    (folder / "config.json").write_text('{"model_type": "nosuch", "architectures": ["NoSuchForCausalLM"]}')
+    with pytest.raises(ValueError, match="`nosuch`") as refused:
+        CoreProcesses(spec(), folder, "mp", "", "").start(None, fast=False)  # type: ignore[arg-type]
+    assert "pydantic" not in str(refused.value)
+    assert "\n" not in str(refused.value)
