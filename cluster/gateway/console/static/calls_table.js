@@ -39,7 +39,7 @@ export function callColumns(session) {
   });
   return [
     { key: "call", label: "Call", width: 7, sort: (row) => row.id, build: idCell },
-    { key: "state", label: "State", width: 6.8, sort: (row) => callState(row).words, build: stateCell },
+    { key: "state", label: "State", width: 8, sort: (row) => callState(row).words, build: stateCell },
     {
       key: "arrived",
       label: `Arrived, ${ZONE}`,
