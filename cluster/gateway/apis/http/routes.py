@@ -26,6 +26,9 @@ def routed(endpoints: Mapping[str, Application], not_found: Application) -> Appl
     return app
 
 
+HINT = "base URLs are http://HOST:PORT/v1 for OpenAI's clients, http://HOST:PORT for Anthropic's"
+
+
 def not_found(form: ApiForm) -> Application:
     """Return the ASGI application that answers requests for unknown paths with 404."""
 
@@ -34,7 +37,7 @@ def not_found(form: ApiForm) -> Application:
             await send({"type": "websocket.close", "code": 1000})
             return
         scope[CONNECTION].charge_refusal()
-        refused = Refused(404, "not_found", f"there is nothing at {scope['path']}")
+        refused = Refused(404, "not_found", f"there is nothing at {scope['path']}; {HINT}")
         await Exchange(form, scope, receive, send).refuse(refused)
 
     return app
