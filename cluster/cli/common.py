@@ -167,11 +167,15 @@ def _how_to_reach(context: str) -> str:
     """Return a hint for the error message that is shown when no gateway answers."""
     if context:
         return f"the address is of the context {context} (`headrace context show {context}`)"
-    running = [run.path.name for run in RunFolder.running()]
+    running = RunFolder.running()
     if len(running) > 1:
-        names = ", ".join(running)
+        names = ", ".join(run.name for run in running)
         return f"{len(running)} local clusters are up ({names}): choose one by --endpoint or --admin HOST:PORT"
-    local = f"the local cluster {running[0]} is up" if running else "no local cluster is up (`headrace up -f FILE`)"
+    local = "no local cluster is up (`headrace up -f FILE`)"
+    if running:
+        addresses = running[0].endpoints()
+        ports = ", ".join(f"{name} at {addresses[name]}" for name in ("grpc", "admin") if name in addresses)
+        local = f"the local cluster {running[0].name} is up" + (f" ({ports})" if ports else "")
     return f"{local}; for a gateway elsewhere give --endpoint, --admin or --context"
 
 
@@ -190,6 +194,8 @@ def rpc_errors(endpoint: str, context: str = "") -> Iterator[None]:
     except HeadraceError as error:
         if error.reason == UNREACHABLE:
             fail(f"{error.message}; {_how_to_reach(context)}", UNREACHABLE_CODE)
+        if error.reason == "UNIMPLEMENTED":
+            error.message += f"; {endpoint} may be the wrong port: callers use gateway.listen.grpc, operators .admin"
         pause = f" (try again in {error.retry_after_s:g} s)" if error.retry_after_s else ""
         fail(f"{error.reason}: {error.message}{pause}", _CODES.get(error.reason, FAILED))
 

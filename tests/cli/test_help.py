@@ -19,7 +19,7 @@ from loadtests.children import ROOT
 
 Run = Callable[..., Result]
 COLUMNS = 80
-MARGINS = 6
+MARGINS = 8
 
 
 def _commands(command: Any, path: str = "headrace") -> Iterator[tuple[str, Any]]:

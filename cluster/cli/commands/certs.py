@@ -20,7 +20,7 @@ from cluster.policy.tenants.revocation_list import Revocation, RevocationList, s
 
 AUTHORITY_DAYS = 3650
 
-app = typer.Typer(no_args_is_help=True, help="Certificates of links (workers and controller to gateways).")
+app = typer.Typer(no_args_is_help=True, help="Certificates of the links to gateways.")
 FolderArgument = Annotated[Path, typer.Argument(help="The folder with the authority's files.", file_okay=False)]
 ListArgument = Annotated[Path, typer.Argument(help="The file with the list.", dir_okay=False)]
 DaysOption = Annotated[int, typer.Option("--days", help="Days of validity.", min=1, max=AUTHORITY_DAYS)]

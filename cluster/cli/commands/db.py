@@ -103,7 +103,7 @@ def import_litellm(
     pepper_file: PepperOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Import teams, key hashes, limits, budgets and aliases from LiteLLM. Tenants keep their keys."""
+    """Import teams, keys, limits, budgets and aliases of LiteLLM. Tenants keep their keys."""
     from cluster.ledger.tenants import import_litellm as litellm
 
     with ledger_errors():

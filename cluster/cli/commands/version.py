@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 
 
 def version(as_json: JsonOption = False) -> None:
-    """Print the versions of Headrace and of its main dependencies."""
+    """Print the versions of Headrace and its dependencies."""
     if as_json:
         print_json(versions())
     else:

@@ -93,6 +93,14 @@ def test_an_error_is_one_line_and_exit_code_one(run: Run, gateway: ScriptedGatew
     assert done.stderr == "error: QUEUE_FULL: the queue is full (try again in 2 s)\n"
 
 
+def test_a_wrong_port_is_named(run: Run, gateway: ScriptedGateway) -> None:
+    """If a port does not serve the method of a command, the error names the port and the right ones."""
+    gateway.script.refusals = [refusal(code_pb2.UNIMPLEMENTED, "UNIMPLEMENTED", "there is no method")]
+    done = run("chat", "tiny", "x", "--endpoint", gateway.endpoint)
+    assert f"{gateway.endpoint} may be the wrong port" in done.stderr
+    assert "gateway.listen.grpc" in done.stderr
+
+
 @pytest.mark.slow
 def test_nobody_there_is_exit_code_three(run: Run) -> None:
     """A command exits with code 3 if the gateway is unreachable, and the error has the gateway's address."""

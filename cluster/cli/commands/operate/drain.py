@@ -33,7 +33,7 @@ DrainTimeoutOption = Annotated[
 def drain(
     api: Admin, target: TargetArgument, timeout_s: DrainTimeoutOption = 300.0, as_json: JsonOption = False
 ) -> None:
-    """Send workers no new calls, and wait for their running calls. These end there, or move to other workers. No call
+    """Send workers no new calls, wait for their running calls. These end there, or move to other workers. No call
     is cut off: calls that still run after the timeout continue, and the exit code is 1. Undo with `uncordon`."""
     answer = api.fleet("Drain", pb.DrainRequest(target=target, timeout_s=timeout_s))
     targets = {worker.worker_id for worker in answer.workers}

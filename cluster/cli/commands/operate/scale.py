@@ -19,7 +19,7 @@ from cluster.cli.confirmation import YesOption, confirm
 from cluster.cli.target.admin_client import Admin, plain, with_admin
 
 explain_app = typer.Typer(
-    help="Explain where a call went, or a model's number of replicas.",
+    help="Explain where a call went, or a model's replica count.",
     no_args_is_help=True,
 )
 

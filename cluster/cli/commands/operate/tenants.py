@@ -18,7 +18,7 @@ from cluster.config.tenants import restore_on_key
 from cluster.ledger.rows import NewKey, StoredKey, StoredTenant, key_state
 from cluster.ledger.tenants.service import DEFAULT_OVERLAP_S, TenantService
 
-tenants_app = typer.Typer(no_args_is_help=True, help="Create and change tenants: their models, limits and classes.")
+tenants_app = typer.Typer(no_args_is_help=True, help="Create and change tenants: models, limits, classes.")
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of tenants. A key is shown only when it is created.")
 
 NameArgument = Annotated[str, typer.Argument(help="The tenant.", show_default=False)]
