@@ -67,6 +67,9 @@ class GatewayGauges:
             lag_s = 0 if ledger.oldest_at_s is None else max(time.time() - ledger.oldest_at_s, 0)
             yield "ledger_pending_records", (), ledger.pending
             yield "ledger_lag_seconds", (), lag_s
+            yield "usage_record_conflicts_total", (), self.accounting.conflicts
+            for kind, count in list(self.accounting.refused.items()):
+                yield "usage_reports_refused_total", (kind,), count
         yield "limits_degraded", (), float(self.limits.degraded)
         for tenant, limit, ratio in self.reservations.utilization():
             yield "limit_utilization_ratio", (tenant, limit), ratio

@@ -41,7 +41,7 @@ class UsageStore(NamedTuple):
     requests that still run. A worker keeps an encrypted copy of each."""
 
     secrets: Sequence[bytes]
-    insert: Callable[[Sequence[UsageRecord]], None]
+    insert: Callable[[Sequence[UsageRecord]], int | None]
 
 
 def tenant_authenticator(config: Config, folder: Path, metrics: Metrics, process: int) -> TenantAuthenticator | None:

@@ -191,6 +191,14 @@ DEFINITIONS: Mapping[str, Definition] = {
     ),
     "ledger_pending_records": Definition("gauge", "Usage records that are not in the database yet.", ()),
     "ledger_lag_seconds": Definition("gauge", "Age of the oldest usage record that is not in the database.", ()),
+    "usage_record_conflicts_total": Definition(
+        "counter", "Usage records dropped because a row of another tenant has their id.", ()
+    ),
+    "usage_reports_refused_total": Definition(
+        "counter",
+        "Workers' usage reports that were refused: idle_id and not_sent (not the worker's own), record, seal.",
+        ("reason",),
+    ),
     "ray_up": Definition("gauge", "1 while a Ray cluster answers the controller.", ("ray_cluster",)),
     "build_info": Definition("gauge", "Always 1.", ("version", "python", "grpc")),
     "engine_path_info": Definition(

@@ -104,7 +104,7 @@ def submit_hedge(
     hedge = Hedge(sequence, link, route, traced)
     weighted = WeightedValue(replace(waiting, output_tokens=0), call.policy.weight)
     stream = None if call.resume_tokens is None else call.resume_tokens.stream(sequence.index)
-    sealed = b"" if accounts is None else accounts.hedged(sequence)
+    sealed = b"" if accounts is None else accounts.hedged(sequence, link)
     try:
         # Of an attempt with a number above 1, the worker counts only changes of the charge.
         request = _with_context(sequence.submission(), traced)

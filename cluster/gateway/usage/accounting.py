@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ from cluster.api.types import WorkerIdentity
 from cluster.gateway.calls.call import Call
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.usage.call_account import CallAccount, counts_prompt, fit_text, worker_fields
-from cluster.gateway.usage.delivery import RecordDelivery
+from cluster.gateway.usage.delivery import Insert, RecordDelivery
 from cluster.gateway.usage.open_accounts import OpenAccounts
 from cluster.ledger.usage.records import OpenRecord, RecordError, UsageRecord
 from cluster.ledger.usage.sealed_records import Sealer, SealError
@@ -51,6 +52,8 @@ SWEEP_S = 0.5
 SLICE = 64
 """Number of records of one call that are written at once, which takes about 3 ms."""
 LAST_COUNTS_S = 1.0
+MAX_DIGITS = 20
+"""Largest number of digits in the number of an idle report."""
 
 
 class Accounting:
@@ -63,15 +66,14 @@ class Accounting:
         incarnation: str,
         sealer: Sealer,
         folder: Path,
-        insert: Callable[[Sequence[UsageRecord]], None],
+        insert: Insert,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         grace_s: float = GRACE_S,
         gateway: str = "",
     ) -> None:
         """Create the accounting. `incarnation`: the prefix of record ids. `gateway`: the gateway's name in records.
-        `folder`: the folder of the spool (records that wait for the database). `insert`: writes records to the
-        database; raises StoreUnavailable while the database does not answer."""
+        `folder`: the folder of the spool (records that wait for the database)."""
         self.accounts = OpenAccounts(incarnation=incarnation, sealer=sealer, gateway=gateway, clock=clock, wall=wall)
         """Accounts of the submitted sequences whose records are not being written yet."""
         self._sealer = sealer
@@ -82,6 +84,8 @@ class Accounting:
         self._news = asyncio.Event()
         self._sweeper: asyncio.Task[None] | None = None
         self._delivery = RecordDelivery(folder, insert)
+        self.refused: dict[str, int] = {}
+        """Number of refused usage reports, by reason."""
         self.on_record: Callable[[UsageRecord], None] | None = None
         """Function that is called with each record of a sequence that has ended at this gateway."""
 
@@ -91,6 +95,11 @@ class Accounting:
     def statistics(self) -> SpoolStatistics:
         """Return the statistics of the records that wait for the database."""
         return self._delivery.statistics()
+
+    @property
+    def conflicts(self) -> int:
+        """Number of records that were dropped because a row of another tenant has their id."""
+        return self._delivery.conflicts
 
     # ---- start and stop
 
@@ -186,45 +195,81 @@ class Accounting:
     # ---- reports of workers
 
     def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
-        """Apply a worker's usage reports for ended requests of this gateway or of lost gateways."""
-        refused = []
+        """Apply a worker's usage reports for ended requests of this gateway or of lost gateways. Reports that can never
+        be applied are counted in `refused` and acknowledged, so that the worker does not repeat them."""
+        refused: dict[str, list[int]] = {}
+        reason = ""
         for report in ended:
             try:
                 self._apply_report(link, report)
-            except SealError as error:  # another gateway may have the secret for this report
-                log.warning("usage.seal_unknown", worker=link.identity.worker_id, reason=str(error))
+            except SealError as error:  # not acknowledged: another gateway may have the secret for this report
+                self._count_refused("seal")
+                reason = reason or str(error)
+            except ReportRefused as error:
+                refused.setdefault(error.kind, []).append(report.key)
+                reason = reason or str(error)
             except RecordError as error:
-                log.error("usage.report_refused", worker=link.identity.worker_id, reason=str(error))
-                refused.append(report.key)
+                refused.setdefault("record", []).append(report.key)
+                reason = reason or str(error)
             except Exception:  # concerns one record only: the worker offers the record again, and keeps its link
                 log.exception("usage.report_failed", worker=link.identity.worker_id)
-        if refused:
-            link.box.usage_acks(refused)
+        for kind, keys in refused.items():
+            self._count_refused(kind, len(keys))
+            link.box.usage_acks(keys)
+        if reason:  # one line a message, since a faulty worker may send many
+            counts = {kind: len(keys) for kind, keys in refused.items()}
+            log.warning("usage.report_refused", worker=link.identity.worker_id, reason=reason, **counts)
+
+    def _count_refused(self, kind: str, count: int = 1) -> None:
+        self.refused[kind] = self.refused.get(kind, 0) + count
 
     def _apply_report(self, link: WorkerLink, report: EndedUsage) -> None:
         account = self.accounts.find(report.sealed) if report.sealed else None
         if account is None:
             self._write_unopened(link, report)
             return
+        if not account.may_report(link.identity):
+            raise ReportRefused("not_sent", "usage: the request was not sent to this worker")
         self._delivery.acknowledge_later(account.record.record_id, link, report.key)
         if account.apply_report(link.identity.incarnation, report) and account.complete:
             self._close(account)
 
     def _write_unopened(self, link: WorkerLink, report: EndedUsage) -> None:
         """Write the usage record for a worker's report that belongs to no open account at this gateway. Such a report
-        is about a replica's idle time, or about a call of a lost gateway."""
-        if report.idle_id:
-            record = _idle_record(link.identity, report)
+        is about a replica's idle time, or about a call of a lost gateway.
+
+        The seal proves that a gateway has sent the call to a worker of the record's model. A certificate proves the
+        worker's model.
+        """
+        if report.sealed:
+            opened = self._sealer.open(report.sealed)
+            if opened.model != link.identity.model:
+                raise ReportRefused("not_sent", f"usage: the request was sent to a worker of {opened.model}")
+            record = _estimated_record(opened, link.identity, report)
         else:
-            record = _estimated_record(self._sealer.open(report.sealed), link.identity, report)
+            record = _idle_record(link.identity, report)
         self._delivery.acknowledge_later(record.record_id, link, report.key)
         self._delivery.write(record)
 
 
+class ReportRefused(ValueError):
+    """Error: a usage report that its worker may not send. `kind`: the reason in one word, a metric label."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 def _idle_record(worker: WorkerIdentity, report: EndedUsage) -> UsageRecord:
-    """Return the record of a replica's idle time."""
+    """Return the record of a replica's idle time. Raises ReportRefused for an id that does not begin with the worker's
+    own incarnation."""
+    before, _, number = report.idle_id.rpartition("-")
+    if before != f"idle-{worker.incarnation}" or not MAX_DIGITS >= len(number) > 0 or not number.isdecimal():
+        raise ReportRefused("idle_id", f"usage.idle_id: must be idle-{worker.incarnation}- and a number")
+    # A worker may send any incarnation, but only the model of its certificate.
+    owner = hashlib.sha256("\0".join((worker.model, worker.worker_id, worker.incarnation)).encode()).hexdigest()
     return UsageRecord(
-        record_id=fit_text(report.idle_id),
+        record_id=f"idle:{owner[:32]}:{int(number)}",
         tenant=IDLE_TENANT,
         key_id="",
         model=worker.model,

@@ -35,6 +35,8 @@ class CallAccount:
     generated_tokens: int = 0
     gpu: str = ""
     gpu_seconds: float = 0.0
+    workers: tuple[WorkerIdentity, ...] = ()
+    """Workers that got a Submit of the sequence. Only these may report its usage."""
     worker: WorkerIdentity | None = None
     """Worker that got the last Submit, or that has kept a hedged sequence."""
     in_vain: list[str] = field(default_factory=list)
@@ -44,6 +46,15 @@ class CallAccount:
     """Fields of the record that the gateway knows when the sequence has ended."""
     admitted: bool = False
     written: bool = False
+
+    def add_worker(self, worker: WorkerIdentity) -> None:
+        """Record that a worker gets a Submit of the sequence."""
+        if not self.may_report(worker):
+            self.workers += (worker,)
+
+    def may_report(self, worker: WorkerIdentity) -> bool:
+        """Return whether a worker got a Submit of the sequence, on any of its links."""
+        return any(worker is known or _is_same(worker, known) for known in self.workers)
 
     def assign(self, worker: WorkerIdentity, route: Route | None) -> None:
         """Record the worker that has the sequence now, and the prediction with which the worker was chosen."""
@@ -110,6 +121,11 @@ class CallAccount:
             return {}
         cached_tokens = min(self.cached_tokens, self.record.prompt_tokens)
         return {"cached_tokens": cached_tokens, "predicted_cached_tokens": self.predicted_cached_tokens}
+
+
+def _is_same(one: WorkerIdentity, other: WorkerIdentity) -> bool:
+    # The model comes first: the only one of the three that a worker's certificate proves.
+    return (one.model, one.worker_id, one.incarnation) == (other.model, other.worker_id, other.incarnation)
 
 
 def counts_prompt(record: OpenRecord) -> bool:

@@ -22,21 +22,28 @@ from cluster.ledger.usage.spool import Replayer, Spool, SpoolStatistics
 log = structlog.get_logger("ledger")
 
 LAST_MOVE_S = 5.0
+MAX_ACKS = 64
+"""Largest number of reports of one record that wait for the database. A worker repeats a report without an
+acknowledgement."""
+Insert = Callable[[Sequence[UsageRecord]], int | None]
+"""Function that writes records to the database and returns the number of conflicts, as UsageTable.insert does. Raises
+StoreUnavailable while the database is unavailable."""
 
 
 class RecordDelivery:
     """The usage records that are not in the database yet, and the acknowledgements that workers get once the records
     are in the database."""
 
-    def __init__(self, folder: Path, insert: Callable[[Sequence[UsageRecord]], None]) -> None:
-        """`folder`: the folder of the spool. `insert`: writes records to the database; raises StoreUnavailable while
-        the database is unavailable."""
+    def __init__(self, folder: Path, insert: Insert) -> None:
+        """`folder`: the folder of the spool."""
         self._folder = folder
         self._insert = insert
         self._acks: dict[str, list[tuple[WorkerLink, int]]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._spool: Spool | None = None
         self._replayer: Replayer | None = None
+        self.conflicts = 0
+        """Number of records that were dropped because a row of another tenant has their id."""
 
     def start(self) -> None:
         """Open the spool and start moving records into the database. Raises ValueError if another process uses the
@@ -64,7 +71,9 @@ class RecordDelivery:
 
     def acknowledge_later(self, record_id: str, link: WorkerLink, key: int) -> None:
         """Acknowledge the worker's report with the key `key` once the record is in the database."""
-        self._acks.setdefault(record_id, []).append((link, key))
+        waiting = self._acks.setdefault(record_id, [])
+        if len(waiting) < MAX_ACKS:
+            waiting.append((link, key))
 
     def write(self, record: UsageRecord) -> None:
         """Append a record to the spool, without waiting for the disk."""
@@ -78,7 +87,7 @@ class RecordDelivery:
     def _move(self, records: Sequence[UsageRecord]) -> None:
         """Insert records into the database. Called in the thread that empties the spool."""
         try:
-            self._insert(records)
+            self.conflicts += self._insert(records) or 0
         except StoreUnavailable:
             raise
         except Exception:  # the database rejects a record

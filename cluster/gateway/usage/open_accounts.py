@@ -1,12 +1,14 @@
 """The open accounts of a gateway. An account collects what a sequence has used. It is opened when the
 sequence is first submitted to a worker, and stays open until the usage record of the sequence is written.
 
-The id of a record is fixed before the first submission and stays the same over retries.
+The id of a record is fixed before the first submission and stays the same over retries. It has a random part, which no
+worker learns, so that no worker can take the id of another record.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Mapping
 
 import structlog
@@ -19,6 +21,9 @@ from cluster.ledger.usage.records import SEGMENTS_PER_RESUME, OpenRecord, Record
 from cluster.ledger.usage.sealed_records import Sealer
 
 log = structlog.get_logger("ledger")
+
+ID_BYTES = 8
+"""Size of the random part of a record id, in bytes."""
 
 
 class OpenAccounts:
@@ -64,14 +69,16 @@ class OpenAccounts:
             self._by_seal[account.sealed] = account
         account.awaited += 1
         account.continued = bool(sequence.emitted)
+        account.add_worker(link.identity)
         account.assign(link.identity, sequence.route)
         return account.sealed
 
-    def hedged(self, sequence: CallSequence) -> bytes:
+    def hedged(self, sequence: CallSequence, link: WorkerLink) -> bytes:
         """Record that a sequence is also sent to a second worker, so that the account waits for one more usage report.
         Returns the sealed record for the second worker. Raises KeyError for a sequence without an open account."""
         account = self._by_sequence[sequence.key]
         account.awaited += 1
+        account.add_worker(link.identity)
         return account.sealed
 
     def hedge_ended(self, sequence: CallSequence, computed_by: str) -> None:
@@ -119,7 +126,7 @@ class OpenAccounts:
         pays = call.payment.terms is ResumeTerms.PAID or not call.is_resumed
         has_own_prompt = call.is_pooling or not sequence.index
         return OpenRecord(
-            record_id=f"{self._incarnation}.{next(self._numbers)}.{sequence.index}",
+            record_id=f"{self._incarnation}.{next(self._numbers)}-{os.urandom(ID_BYTES).hex()}.{sequence.index}",
             tenant=call.tenant,
             key_id=fit_text(call.key_id),
             model=call.model,

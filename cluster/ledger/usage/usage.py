@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import structlog
 from sqlalchemy import ColumnElement, Engine, and_, case, delete, func, not_, or_, select
 
 from cluster.ledger.database.changes import dialect_insert
@@ -14,7 +15,10 @@ from cluster.ledger.rows import COUNTS, LABEL, Prices, UsageQuery
 from cluster.ledger.tenants.tenants import digest_of_name
 from cluster.ledger.usage.records import UsageRecord
 
+log = structlog.get_logger("ledger")
+
 IDLE_TENANT = "_idle"
+MAX_LOGGED = 10
 _DELETE_ROWS = 20_000
 
 
@@ -24,30 +28,37 @@ class UsageTable:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def insert(self, records: Sequence[UsageRecord]) -> None:
-        """Insert all of the records, or none. Raises StoreUnavailable.
+    def insert(self, records: Sequence[UsageRecord]) -> int:
+        """Insert all of the records, or none. Returns the number of records that were dropped because another tenant's
+        row has their id. Raises StoreUnavailable.
 
         An exact row is final. An estimated row is replaced by an exact record or by a larger estimate. (A retried call
         has one estimate per worker.) A record is dropped if the tenant was erased after the call opened.
         """
         deduplicated = _best_per_id(records)
         if not deduplicated:
-            return
+            return 0
         with writing(self._engine) as connection:
             erased_at = {row.digest: row.erased_at for row in connection.execute(select(erased))}
             rows = [
                 _row(new) for new in deduplicated if new.opened_at_s >= erased_at.get(digest_of_name(new.tenant), -1.0)
             ]
             if not rows:
-                return
+                return 0
             statement = dialect_insert(connection, usage)
             values = {c.name: statement.excluded[c.name] for c in usage.c if c.name != "record_id"}
             new = statement.excluded
             more_tokens = new.generated_tokens > usage.c.generated_tokens
             better = and_(usage.c.delivered_unknown, or_(not_(new.delivered_unknown), more_tokens))
-            connection.execute(
+            done = connection.execute(
                 statement.on_conflict_do_update(index_elements=["record_id"], set_=values, where=better), rows
             )
+            taken: dict[str, str] = {}
+            if done.rowcount != len(rows):  # only then is a row not new, so an ordinary insert costs no query
+                ids = [row["record_id"] for row in rows]
+                query = select(usage.c.record_id, usage.c.tenant).where(usage.c.record_id.in_(ids))
+                taken = {row.record_id: row.tenant for row in connection.execute(query)}
+        return _report_conflicts(records, taken | {row["record_id"]: row["tenant"] for row in rows if not taken})
 
     def query(self, usage_query: UsageQuery, rates: Prices | None = None) -> list[dict[str, Any]]:
         """Return sums by group, ordered by group. A missing label has the value "".
@@ -129,6 +140,21 @@ def _best_per_id(records: Sequence[UsageRecord]) -> list[UsageRecord]:
         if previous is None or (previous.delivered_unknown and _is_better(record, previous)):
             best[record.record_id] = record
     return [best[record_id] for record_id in sorted(best)]
+
+
+def _report_conflicts(records: Sequence[UsageRecord], tenants: Mapping[str, str]) -> int:
+    """Log each record whose id belongs to a row of another tenant, and return their number. Ids cannot be guessed, so
+    such a record is a sign of a defect or of an attack. `tenants`: the tenants of the rows, by record id."""
+    conflicts = [record for record in records if tenants.get(record.record_id, record.tenant) != record.tenant]
+    for record in conflicts[:MAX_LOGGED]:
+        log.error(
+            "usage.record_conflict",
+            record=record.record_id,
+            tenant=record.tenant,
+            row_tenant=tenants[record.record_id],
+            conflicts=len(conflicts),
+        )
+    return len(conflicts)
 
 
 def _is_better(record: UsageRecord, estimate: UsageRecord) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -55,6 +56,18 @@ def test_a_call_counts_once(ledger: Ledger) -> None:
     assert before["requests"] == 1
     assert total(ledger) == {name: 2 * value for name, value in before.items()}
     ledger.usage.insert([])
+
+
+def test_another_tenants_id_is_a_conflict(ledger: Ledger) -> None:
+    """A record whose id belongs to another tenant's row changes nothing, and is counted and logged. A repeated record
+    is no conflict."""
+    assert ledger.usage.insert([record(tenant="a"), record("r2", tenant="b")]) == 0
+    before = ledger.usage.records(UsageQuery())
+    with structlog.testing.capture_logs() as logs:
+        assert ledger.usage.insert([record(tenant="b"), record("r2", tenant="b"), record("r3", tenant="b")]) == 1
+        assert ledger.usage.insert([record("r4", tenant="a"), record("r4", tenant="b")]) == 1
+    assert [row for row in ledger.usage.records(UsageQuery()) if row in before] == before
+    assert [(log["record"], log["tenant"], log["row_tenant"]) for log in logs] == [("r1", "b", "a"), ("r4", "b", "a")]
 
 
 def test_requests_are_counted_and_not_their_parts(ledger: Ledger) -> None:
