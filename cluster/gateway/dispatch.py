@@ -38,7 +38,9 @@ class Dispatch:
         `on_models_changed`: called with all models after each change of the models that the gateway can serve."""
         config, metrics, tenants = foundation.config, foundation.metrics, foundation.tenants
         self._on_models_changed = on_models_changed
-        self.charges = ServiceCharges({entry.name: entry.rank for entry in config.classes}, metrics)
+        ranks = {entry.name: entry.rank for entry in config.classes}
+        known = (lambda handle: None) if tenants is None else (lambda handle: tenants.derived.weights.get(handle))
+        self.charges = ServiceCharges(ranks, metrics, known)
         self.scheduler = self._scheduler(foundation)
         self.worker_events = WorkerEvents(self.scheduler, metrics)
         self.demand = DemandReports(self.scheduler)

@@ -26,6 +26,10 @@ INFLATE_STEP_BYTES: Final = 65_536
 """Number of bytes that a call decompresses before it yields to the event loop."""
 
 
+READ_AT_ONCE: Final = 16
+"""Number of waiting messages of one call that its handler reads before other tasks run."""
+
+
 @dataclass(slots=True)
 class Received:
     """A complete message as received, compressed or not. `on_wire`: size on the wire in bytes."""
@@ -209,6 +213,8 @@ class RequestStream:
         self._held: BodyReservation | None = None
         """The reservation of the message that the handler has read last."""
         self._waiter: asyncio.Future[None] | None = None
+        self._read_at_once = 0
+        """Number of messages that were read since the handler last waited."""
 
     def stream(self, parse: Callable[[Any], Any]) -> None:
         """Prepare this request for a handler that calls `read` any number of times, once for each message. `parse`:
@@ -254,9 +260,15 @@ class RequestStream:
         """Return the next message, or grpc.aio.EOF at the end. Aborts the call if a message cannot be parsed. The
         message's bytes count against the budget until the next `read`."""
         self.release()
+        if len(self.body):
+            self._read_at_once += 1
+            if self._read_at_once >= READ_AT_ONCE:  # others must run, however many messages wait here
+                self._read_at_once = 0
+                await asyncio.sleep(0)
         while not len(self.body):
             if self.half_closed or self._closed:
                 return grpc.aio.EOF
+            self._read_at_once = 0
             await self._wait()
         received = self.body.pop()
         try:

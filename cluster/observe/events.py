@@ -150,7 +150,7 @@ EVENTS: Mapping[str, str] = {
     "usage.record_rejected": "The database refused a usage record, which was put into the file of rejected ones.",
     "usage.report_failed": "A worker's report of usage could not be handled; the worker repeats it.",
     "usage.record_refused": "A usage record could not be made from what a worker reported, and was dropped.",
-    "usage.report_refused": "A worker's usage reports are invalid or not its own; only those with an unknown seal are kept.",
+    "usage.report_refused": "A worker's usage reports were refused: invalid, not its own, or with an unknown seal.",
     "usage.spool_not_written": "The spool of usage records could not be written.",
     "version.quarantined": "An operator has quarantined a version of a model, or lifted its quarantine.",
     "version.rolled_back": "The canary of a model was rolled back because it failed or was too slow.",

@@ -25,7 +25,9 @@ class NoListener:
     def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
         """Implements `LinkListener.usage`."""
 
-    def served(self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
+    def served(
+        self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]], *, continues: bool = False
+    ) -> None:
         """Implements `LinkListener.served`."""
 
     def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:

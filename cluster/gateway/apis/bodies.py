@@ -20,7 +20,6 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.apis.anthropic.requests import PARSERS as ANTHROPIC_PARSERS
 from cluster.gateway.apis.grpc import requests
-from cluster.gateway.apis.grpc.message_scan import scan, started_call
 from cluster.gateway.apis.json_values import MAX_IDS, NotText
 from cluster.gateway.apis.openai.fields import Fields, read_object
 from cluster.gateway.apis.openai.pooling_requests import PARSERS as POOLING_PARSERS
@@ -29,6 +28,7 @@ from cluster.gateway.calls.pooling.pooling_request import ParsedPooling
 from cluster.gateway.helpers.pool import HelperPool, JobLost, TooMuchCpu
 from cluster.observe.log import call_fields
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.message_scan import scan, started_call
 
 log = structlog.get_logger("bodies")
 

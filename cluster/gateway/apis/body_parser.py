@@ -22,7 +22,6 @@ from google.protobuf.message import Message
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.gateway.apis.anthropic import requests as anthropic_requests
 from cluster.gateway.apis.grpc import requests as grpc_requests
-from cluster.gateway.apis.grpc.message_scan import scan
 from cluster.gateway.apis.grpc.packed_ids import packed_ids
 from cluster.gateway.apis.json_values import (
     ARGUMENTS,
@@ -53,6 +52,7 @@ from cluster.gateway.calls.request import (
     check_options,
 )
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.message_scan import scan
 
 UNSCANNED_BYTES: Final = 1 << 17
 MAX_ELEMENTS: Final = 100_000

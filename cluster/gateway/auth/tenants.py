@@ -202,7 +202,9 @@ class TenantAuthenticator:
         self._watcher.poll_soon()
 
     def _changed(self, snapshot: AccessSnapshot) -> None:
-        """Schedule the `on_change` functions on the event loop. The watcher's thread calls this method."""
+        """Derive the handles of all tenants, and schedule the `on_change` functions on the event loop. The watcher's
+        thread calls this method."""
+        self.derived.set_tenants(entry.policy for entry in snapshot.tenants.values())
         loop = self._loop
         if loop is not None:
             with suppress(RuntimeError):  # the loop has just been closed

@@ -21,16 +21,22 @@ from cluster.gateway.links.bundle_fetches import BundleFetches
 from cluster.gateway.links.controller import CurrentController, tallies_to_pb, worker_to_pb
 from cluster.gateway.links.kept_state import KeptOperatorState
 from cluster.gateway.links.peer_identity import LinkPeer, PeerIdentity
+from cluster.gateway.links.report_costs import HELLO
 from cluster.gateway.links.starting_workers import StartingWorkers
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.links.worker_links import HubListener, WorkerLinks
+from cluster.http2.limits import Bucket
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.wire.codecs import codec
 from cluster.wire.codecs.demand_codec import demand_to_pb
-from cluster.wire.dial import MAX_MESSAGE_BYTES, Timing, read
+from cluster.wire.dial import Timing, read
+from cluster.wire.link_bounds import MAX_MESSAGE_BYTES, check, parser
 
 log = structlog.get_logger("hub")
+
+BEATS_PER_S = 200.0
+"""Maximum rate at which the messages of one heartbeat stream, or of one starting worker, are read. Workers send ten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +121,17 @@ class Hub(pb_grpc.LinkServicer):
                 f"{codec.PROTOCOL_MIN}-{codec.PROTOCOL_MAX}: upgrade the older side",
             )
         try:
+            check(hello)
             identity, info = codec.hello_from_pb(hello)
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"hello: {error}")
-        linked = self.workers.find(identity.worker_id)
-        peer = LinkPeer(context, self._peer_identity)
-        await peer.require_worker(identity, hello.epoch, None if linked is None else linked.identity)
+        await LinkPeer(context, self._peer_identity).require_worker(
+            identity, hello.epoch, self.workers.with_id(identity.worker_id)
+        )
         if why := self._listener.refusal_of(identity):
             log.warning("worker.refused", worker=identity.worker_id, model=identity.model, reason=why)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"hello: {why}")
+        await self.workers.costs.spend(identity.model, HELLO)
         link = await self.workers.serve(identity, info, hello.epoch, context, self._welcome(protocol))
         if link.closed.is_set():  # a cancelled handler would leave the worker without a status
             await context.abort(grpc.StatusCode.UNAVAILABLE, link.why)
@@ -149,12 +157,16 @@ class Hub(pb_grpc.LinkServicer):
     async def Beat(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         """Serve the heartbeats of one worker. Each heartbeat is answered with a GatewayBeat."""
         peer = LinkPeer(context, self._peer_identity)
+        link: WorkerLink | None = None
+        pace = Bucket(BEATS_PER_S, BEATS_PER_S, time.monotonic())
         while (beat := await read(context)) is not None:
-            link = self.workers.find(beat.worker_id)
+            if link is None or link.ended:
+                link = await peer.permitted(self.workers.find(beat.worker_id, beat.incarnation, beat.epoch))
             if link is not None:
-                await peer.require_model(link.identity.model)
                 self.workers.apply_beat(link, beat)
             await context.write(pb.GatewayBeat(seq=beat.seq))
+            if pace.charge(1, time.monotonic()) < 0:
+                await asyncio.sleep(pace.delay_s())
 
     async def Bulk(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         """Serve the stream of large data, such as prompts and bundles, to and from one worker or controller."""
@@ -162,10 +174,9 @@ class Hub(pb_grpc.LinkServicer):
         if hello is None or not hello.worker_id:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first blob must hold worker_id")
         blobs: asyncio.Queue[pb.Blob] = asyncio.Queue()
-        link = self.workers.find(hello.worker_id)
         peer = LinkPeer(context, self._peer_identity)
-        if link is not None and (link.identity.incarnation, link.epoch) == (hello.incarnation, hello.epoch):
-            await peer.require_model(link.identity.model, "its worker's model")
+        links = self.workers.find(hello.worker_id, hello.incarnation, hello.epoch)
+        if (link := await peer.permitted(links, "its worker's model")) is not None:
             link.bulk.open(blobs)
         else:
             await peer.require_controller("a worker that is linked, or the controller")
@@ -181,10 +192,13 @@ class Hub(pb_grpc.LinkServicer):
         """Receive the reports of a worker that is still starting, until the stream ends."""
         stream = self.starting.new_stream()
         peer = LinkPeer(context, self._peer_identity)
+        pace = Bucket(BEATS_PER_S, BEATS_PER_S, time.monotonic())
         try:
             while (message := await read(context)) is not None:
                 await peer.require_model(message.model)
                 self.starting.report(stream, message)
+                if pace.charge(1, time.monotonic()) < 0:
+                    await asyncio.sleep(pace.delay_s())
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"starting: {error}")
         finally:
@@ -215,14 +229,22 @@ def hub_server(hub: Hub, admission: http2.ConnectionAdmission | None = None) -> 
     """Return a server for the hub's services. The caller must start the server. `admission`: the connection limits of
     the port."""
     server = http2.Server(LIMITS, admission)
-    pb_grpc.add_LinkServicer_to_server(hub, server)  # type: ignore[arg-type]
+    service = pb.DESCRIPTOR.services_by_name["Link"]
+    handlers = {}
+    for method in service.methods:
+        kind, answer = getattr(pb, method.input_type.name), getattr(pb, method.output_type.name)
+        handler = (
+            grpc.stream_stream_rpc_method_handler if method.client_streaming else grpc.unary_unary_rpc_method_handler
+        )
+        handlers[method.name] = handler(getattr(hub, method.name), parser(kind), answer.SerializeToString)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
     return server
 
 
-# These limits are generous: peers are the cluster's own processes, and the link's credit limits what they send.
+# wire/link_bounds.py has the bounds of the messages. The largest message fits into a connection's window.
 LIMITS = http2.ServerLimits(
-    max_message_bytes=MAX_MESSAGE_BYTES,
-    max_calls=256,
+    max_message_bytes=max(MAX_MESSAGE_BYTES.values()),
+    max_calls=32,
     window_bytes=8 << 20,
     connection_window_bytes=32 << 20,
     frame_bytes=1 << 20,

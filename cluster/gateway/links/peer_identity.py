@@ -4,25 +4,27 @@ The names are URIs among the subject alternative names: `headrace://model/<name>
 `headrace://model/*` for a worker of any model, `headrace://controller` for the controller. Without TLS, which is
 possible only on loopback, every peer is accepted. A Hello message is accepted only once. It carries an epoch, the
 number of the connection, which must increase while the worker's process lives. A replayed Hello therefore cannot end
-another peer's link.
+another peer's link. Epochs are remembered by model, worker id and incarnation. A certificate proves the model, so no
+Hello of another model's worker can bar a worker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
 import structlog
 
 from cluster.api.types import WorkerIdentity
+from cluster.gateway.links.worker_link import WorkerLink
 
 log = structlog.get_logger("hub")
 
 CONTROLLER = "headrace://controller"
 ANY_MODEL = "headrace://model/*"
 MOST_REMEMBERED = 4096
-"""Maximum number of incarnations whose last epoch is remembered."""
+"""Maximum number of models, and of incarnations of each model, whose last epochs are remembered."""
 
 
 def model_uri(name: str) -> str:
@@ -43,7 +45,8 @@ class PeerIdentity:
     def __init__(self, by_certificate: bool) -> None:
         """`by_certificate`: whether the port has TLS. Certificates are checked only with TLS."""
         self._by_certificate = by_certificate
-        self._epochs: dict[str, int] = {}
+        self._epochs: dict[str, dict[tuple[str, str], int]] = {}
+        """By model, the last epoch of each worker id and incarnation."""
 
     def may_serve(self, certificate: Mapping[str, Any] | None, model: str) -> bool:
         """Return whether the certificate's holder may be a worker of the model."""
@@ -53,13 +56,22 @@ class PeerIdentity:
         """Return whether the certificate's holder may be the controller."""
         return not self._by_certificate or CONTROLLER in uris_of(certificate)
 
+    def is_known(self, worker: WorkerIdentity) -> bool:
+        """Return whether this start of the worker's process was linked here before."""
+        return (worker.worker_id, worker.incarnation) in self._epochs.get(worker.model, ())
+
     def is_replayed(self, identity: WorkerIdentity, epoch: int) -> bool:
         """Return whether this start of the worker's process has already used this epoch (connection number) or a later
         one. Also remembers the epoch."""
-        last = self._epochs.pop(identity.incarnation, -1)
-        self._epochs[identity.incarnation] = max(last, epoch)
+        known = self._epochs.pop(identity.model, {})
+        self._epochs[identity.model] = known
         if len(self._epochs) > MOST_REMEMBERED:
             del self._epochs[next(iter(self._epochs))]
+        key = (identity.worker_id, identity.incarnation)
+        last = known.pop(key, -1)
+        known[key] = max(last, epoch)
+        if len(known) > MOST_REMEMBERED:  # of this model alone: others' workers are not forgotten
+            del known[next(iter(known))]
         return epoch <= last
 
 
@@ -81,18 +93,29 @@ class LinkPeer:
         if not self._identity.may_control(self._certificate):
             await self._refuse(wanted)
 
-    async def require_model(self, model: str, wanted: str = "") -> None:
-        """Abort the stream if the peer's certificate does not allow it to serve the model. `wanted`: the name that the
-        error reports as missing in the certificate; by default the URI of the model."""
+    async def require_model(self, model: str) -> None:
+        """Abort the stream if the peer's certificate does not allow it to serve the model."""
         if not self._identity.may_serve(self._certificate, model):
-            await self._refuse(wanted or model_uri(model))
+            await self._refuse(model_uri(model))
 
-    async def require_worker(self, worker: WorkerIdentity, epoch: int, linked: WorkerIdentity | None) -> None:
-        """Abort the stream if the peer may not begin this epoch (connection) of the worker. `linked`: the connected
-        worker with the same id, None if there is none. The new connection replaces the connection of `linked`, so the
-        peer must be permitted to serve the model of `linked`, too."""
-        for model in {worker.model, worker.model if linked is None else linked.model}:
-            await self.require_model(model, model_uri(worker.model))
+    async def permitted(self, links: Sequence[WorkerLink], wanted: str = "") -> WorkerLink | None:
+        """Return the one of these links whose model the peer may serve; None if there are no links. Abort the stream if
+        the peer may serve the model of none. `wanted`: the name that the error reports as missing."""
+        for link in links:
+            if self._identity.may_serve(self._certificate, link.identity.model):
+                return link
+        if links:
+            await self._refuse(wanted or model_uri(links[0].identity.model))
+        return None
+
+    async def require_worker(self, worker: WorkerIdentity, epoch: int, linked: Sequence[WorkerLink]) -> None:
+        """Abort the stream if the peer may not begin this epoch (connection) of the worker. `linked`: the links with
+        the same worker id. A worker that was never linked here may not take the id of another model's worker."""
+        await self.require_model(worker.model)
+        if not self._identity.is_known(worker):
+            for link in linked:
+                if not self._identity.may_serve(self._certificate, link.identity.model):
+                    await self._refuse(model_uri(worker.model))
         if self._identity.is_replayed(worker, epoch):
             await self._context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,

@@ -113,6 +113,8 @@ class SlotTable:
         self._step_at = 0.0
         self._first_at = 0.0
         self._samples: deque[PrefillSample] = deque(maxlen=MAX_SAMPLES)
+        self.strays = 0
+        """Number of outputs that arrived for slots without a request."""
 
     def __len__(self) -> int:
         return len(self._sinks)
@@ -243,6 +245,7 @@ class SlotTable:
         for slot, output in codec.outputs_from_pb(step, more, parts):
             sink = sinks.get(slot)
             if sink is None:
+                self.strays += 1
                 continue
             if slot in self._prefilling:
                 self._prefilled(slot)
@@ -283,6 +286,7 @@ class SlotTable:
                 continue
             sink = sink_of(slot)
             if sink is None:
+                self.strays += 1
                 continue
             if sink.last_token_at == before:
                 in_step += 1

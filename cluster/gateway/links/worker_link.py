@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from cluster.api.adapters import ADAPTERS
@@ -27,6 +27,7 @@ from cluster.gateway.links.link_adapters import LinkAdapters
 from cluster.gateway.links.link_renders import LinkRenders
 from cluster.gateway.links.liveness import LinkLiveness
 from cluster.gateway.links.prefill_pacing import PrefillPacing
+from cluster.gateway.links.report_costs import ADAPTER, FLOW, KV_BYTE, MESSAGE, PER_REQUEST, STRAY, USAGE
 from cluster.gateway.links.slots import Sink, SlotTable
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.order import WaitingSequence
@@ -43,8 +44,12 @@ from cluster.wire.codecs.fairness_codec import (
 )
 from cluster.wire.credit import Capacity, CreditBalance
 from cluster.wire.ended_requests import EndedUsage
+from cluster.wire.link_bounds import MAX_FLOWS, MAX_REPORTS, check
 from cluster.wire.outbox import CommandBox
 
+USAGE_SLICE = 32
+FLOW_SLICE = 512
+"""Numbers of usage reports and of flows that are applied at once, which takes about a millisecond."""
 MAX_REASON_CHARS = 2_000
 """Number of characters that are kept of the reason why a worker's engine has ended."""
 
@@ -125,8 +130,11 @@ class LinkListener(Protocol):
     def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
         """Handle a worker's report of the usage of ended requests."""
 
-    def served(self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
-        """Handle a worker's report of the service (weighted tokens) that the worker has counted for each tenant."""
+    def served(
+        self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]], *, continues: bool = False
+    ) -> None:
+        """Handle a worker's report of the service (weighted tokens) that the worker has counted for each tenant.
+        `continues`: whether this is a further part of the last report."""
 
     def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
         """Handle a report of what waits at another gateway for the worker's model."""
@@ -166,7 +174,7 @@ class WorkerLink:
         self.renderer = next(words, RENDERER).removeprefix(RENDERER)
         """Name of the worker's renderer of chats; "" if it has none."""
         self.epoch = epoch
-        self.name = f"{identity.worker_id}/{identity.incarnation}/{epoch}"
+        self.name = f"{identity.model}/{identity.worker_id}/{identity.incarnation}/{epoch}"
         """Name of the link, unique among all links that the gateway has had."""
         self.build = Build(identity.version, identity.bundle_digest, identity.weight_digest)
         """The worker's version, tokenizer bundle and weights, by which routing chooses workers for a call."""
@@ -211,6 +219,8 @@ class WorkerLink:
         self.ended = False
         """Whether the link has ended, so that nothing more can be sent to the worker."""
         self._changes: set[str] = set()
+        self.cost = 0.0
+        """Cost of the worker's reports that was not charged yet (report_costs.py)."""
 
     def __repr__(self) -> str:
         return (
@@ -269,6 +279,7 @@ class WorkerLink:
             holds_output=0 < submitted.fresh_tokens < len(submitted.request.emitted_token_ids),
         )
         self._credit.spend(tokens)
+        self.cost -= PER_REQUEST
         self.mark_changed()
         if chunks:
             self.bulk.send(chunks)
@@ -302,29 +313,32 @@ class WorkerLink:
         changed = False
         if message.HasField("adapters"):  # before refusals, whose calls are routed again
             changed = self.adapters.apply(message.adapters)
+            self.cost += ADAPTER * len(message.adapters.adapters)
         for accepted in message.accepted:
             self.slots.accept(accepted.slot)
         for refused in message.refused:
+            check(refused)
             self.slots.refuse(refused)
         if message.refused and message.HasField("adapters"):  # the report may be newer than the refusals
             changed |= self.adapters.apply(message.adapters)
+        strays = self.slots.strays
         if message.HasField("step"):
             self.slots.apply_step(message.step, now)
             before = self.pacing.resumed_tokens
             if self.pacing.begin_step():
                 self._listener.step_begun(self, self.pacing.resumed_tokens < before)
-        if message.HasField("served"):
-            self._listener.served(self, served_from_pb(message.served))
-        for gateway, waiting in peer_backlogs_from_pb(message.elsewhere):
-            self._listener.peer_backlog(self, gateway, waiting)
-        if message.usage:
-            self._listener.usage(self, [codec.usage_from_pb(usage) for usage in message.usage])
+            if strays := self.slots.strays - strays:
+                self.cost += MESSAGE + STRAY * strays
+        else:
+            self.cost += MESSAGE
         if message.HasField("kv_blocks"):
             self._listener.kv_blocks(self, message.kv_blocks)
+            self.cost += KV_BYTE * (len(message.kv_blocks.stored) + len(message.kv_blocks.removed))
         if message.engine_ended:
             self.engine_ended = message.engine_ended[:MAX_REASON_CHARS]
             self.close("its engine has ended", "lost")
         for piece in message.rendered:
+            check(piece)
             changed |= self.renders.apply(piece)
         if message.HasField("load"):
             self._set_load(codec.load_from_pb(message.load))
@@ -344,6 +358,34 @@ class WorkerLink:
         if changed or len(self.slots) != running or self.slots.prefill_tokens != prefill_tokens:
             self.mark_changed()
         return changed
+
+    def apply_reports(self, message: pb.WorkerTurn) -> Iterator[bool]:
+        """Apply the reports of a message that may be long: service, backlogs and usage. Yields True between slices that
+        take about a millisecond each. Raises ValueError for reports beyond the bounds, before any is applied.
+
+        Once the link has ended, only usage is applied.
+        """
+        reports, served, backlogs = message.usage, message.served.flows, message.elsewhere
+        flows = len(served) + sum(len(each.flows) for each in backlogs)
+        for name, count, most in (("usage", len(reports), MAX_REPORTS), ("flows", flows, MAX_FLOWS)):
+            if count > most:
+                raise ValueError(f"{name}: {count} in a message, at most {most} are allowed")
+        self.cost += USAGE * len(reports) + FLOW * (flows + len(backlogs))
+        for at in range(0, len(reports), USAGE_SLICE):
+            if at:
+                yield True
+            self._listener.usage(self, [codec.usage_from_pb(usage) for usage in reports[at : at + USAGE_SLICE]])
+        if message.HasField("served"):
+            self._listener.served(self, served_from_pb(served[:FLOW_SLICE]))
+        for at in range(FLOW_SLICE, len(served), FLOW_SLICE):
+            yield True
+            if not self.ended:
+                self._listener.served(self, served_from_pb(served[at : at + FLOW_SLICE]), continues=True)
+        for gateway, waiting in peer_backlogs_from_pb(message.elsewhere):
+            if not self.ended:
+                self._listener.peer_backlog(self, gateway, waiting)
+                if len(waiting) > FLOW_SLICE // 4:
+                    yield True
 
     def _set_load(self, load: EngineLoad) -> None:
         if (load.waiting, load.kv_usage) != (self.load.waiting, self.load.kv_usage):

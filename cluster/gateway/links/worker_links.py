@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import structlog
 
 from cluster.api.types import CatalogEntry, EngineInfo, WorkerIdentity
 from cluster.gateway.links.liveness import LinkLiveness, Waking
+from cluster.gateway.links.report_costs import FAULT, ReportCosts
 from cluster.gateway.links.worker_fields import worker_fields
 from cluster.gateway.links.worker_link import LinkListener, WorkerLink
 from cluster.link.v1 import link_pb2 as pb
@@ -57,16 +58,19 @@ class HubListener(LinkListener, Protocol):
 
 
 class WorkerLinks:
-    """The links of all workers, keyed by worker id, and the detection of lost workers. A worker has only one link: when
-    it reconnects, its earlier link ends."""
+    """The links of all workers, keyed by worker id and model, and the detection of lost workers. A worker has only one
+    link: when it reconnects, its earlier link ends. The model is in the key because a certificate proves no more: a
+    worker of another model may have any worker id."""
 
     def __init__(self, listener: HubListener, timing: Timing, on_change: Callable[[], None]) -> None:
         """`on_change` is called when a link has begun or ended."""
         self._listener = listener
         self._timing = timing
         self._on_change = on_change
-        self._links: dict[str, WorkerLink] = {}
+        self._links: dict[tuple[str, str], WorkerLink] = {}
+        self._applying: set[asyncio.Task[None]] = set()
         self._waking = Waking(time.monotonic(), timing.hang_s / CHECKS)
+        self.costs = ReportCosts()
         self.lost = LostEngines()
         """The engines that have ended, with the reasons that the workers reported."""
 
@@ -75,9 +79,15 @@ class WorkerLinks:
         """All links, sorted by worker id."""
         return [self._links[key] for key in sorted(self._links)]
 
-    def find(self, worker_id: str) -> WorkerLink | None:
-        """Return the link of a worker; None if the worker is not connected."""
-        return self._links.get(worker_id)
+    def with_id(self, worker_id: str) -> Sequence[WorkerLink]:
+        """Return the links with a worker id: none or one, and more only if workers of several models have this id."""
+        return [link for (name, _), link in self._links.items() if name == worker_id]
+
+    def find(self, worker_id: str, incarnation: str, epoch: int) -> Sequence[WorkerLink]:
+        """Return the links that are this connection (epoch) of a worker, as `with_id` does."""
+        return [
+            link for link in self.with_id(worker_id) if (link.identity.incarnation, link.epoch) == (incarnation, epoch)
+        ]
 
     async def serve(
         self, identity: WorkerIdentity, info: EngineInfo, epoch: int, context: Any, welcome: pb.Welcome
@@ -111,15 +121,33 @@ class WorkerLinks:
                 return
             try:
                 changed = link.apply(message)
+                if message.usage or message.elsewhere or message.HasField("served"):
+                    await self._apply_reports(link, message)
             except ValueError as error:  # the worker's fault, so only its link ends
+                self.costs.charge(link.identity.model, FAULT)
                 link.close(f"the worker sent what cannot be applied: {error}", "mad")
                 return
+            if link.cost:
+                cost, link.cost = link.cost, 0.0
+                await self.costs.spend(link.identity.model, cost)
             now = self._now()
             link.liveness.record_received(message.seq, message.acked_seq, now)
             if message.HasField("load"):
                 link.liveness.record_load(link.load, now)
             if changed:
                 self._listener.link_changed(link)
+
+    async def _apply_reports(self, link: WorkerLink, message: pb.WorkerTurn) -> None:
+        """Apply the reports of a message in slices, so that a long list does not block the event loop. All usage
+        reports are applied, even if the link ends meanwhile: a worker that ends does not repeat them. Raises ValueError
+        for reports beyond the bounds."""
+        slices = link.apply_reports(message)
+        if next(slices, None) is None:  # nearly always one slice
+            return
+        task = asyncio.create_task(_apply_rest(slices))
+        self._applying.add(task)
+        task.add_done_callback(self._applying.discard)
+        await asyncio.shield(task)
 
     async def _write(self, link: WorkerLink, context: Any, welcome: pb.Welcome) -> None:
         await context.write(pb.GatewayTurn(welcome=welcome))
@@ -130,23 +158,23 @@ class WorkerLinks:
 
     def apply_beat(self, link: WorkerLink, beat: pb.WorkerBeat) -> None:
         """Apply a heartbeat of this connection. Heartbeats of other connections are ignored."""
-        if (link.identity.incarnation, link.epoch) == (beat.incarnation, beat.epoch):
+        if (link.identity.incarnation, link.epoch) == (beat.incarnation, beat.epoch) and not link.ended:
             link.apply_beat(beat, self._now())
 
     def _attach(self, link: WorkerLink) -> None:
-        older = self._links.get(link.identity.worker_id)
+        older = self._links.get(_key(link))
         if older is not None:
             older.close("the worker has reconnected")
             self._detach(older)
-        self._links[link.identity.worker_id] = link
+        self._links[_key(link)] = link
         log.info("worker.connected", **worker_fields(link.identity), model=link.identity.model, epoch=link.epoch)
         self._listener.link_up(link)
         self._on_change()
 
     def _detach(self, link: WorkerLink) -> None:
-        if self._links.get(link.identity.worker_id) is not link:
+        if self._links.get(_key(link)) is not link:
             return
-        del self._links[link.identity.worker_id]
+        del self._links[_key(link)]
         why = link.why or "the worker closed the link"
         engine = {"engine": link.engine_ended} if link.engine_ended else {}
         log.info("worker.disconnected", **worker_fields(link.identity), model=link.identity.model, reason=why, **engine)
@@ -184,3 +212,14 @@ class WorkerLinks:
         if left_s > max(CALM * self._timing.hang_s, 2 * CHECK_S):
             return CHECK_S
         return min(self._timing.hang_s / CHECKS, left_s)
+
+
+async def _apply_rest(slices: Iterator[bool]) -> None:
+    more = True
+    while more:
+        await asyncio.sleep(0)
+        more = next(slices, False)
+
+
+def _key(link: WorkerLink) -> tuple[str, str]:
+    return link.identity.worker_id, link.identity.model

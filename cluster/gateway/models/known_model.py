@@ -117,7 +117,9 @@ class KnownModel:
     def remove_link(self, link: WorkerLink, gone: ModelState) -> None:
         """Remove a link that has ended. `gone`: new state of the model if this was its last link and the catalog does
         not have the model."""
-        del self.links[link.identity.worker_id], self.by_incarnation[link.identity.incarnation]
+        del self.links[link.identity.worker_id]
+        if self.by_incarnation.get(link.identity.incarnation) is link:  # another worker may have said the same one
+            del self.by_incarnation[link.identity.incarnation]
         self._count_build(link, -1)
         link.mark_changed()
         if self.adapters.report(link, is_gone=True):

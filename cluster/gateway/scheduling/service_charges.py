@@ -8,7 +8,7 @@ output, a few times a second while the output exceeds the prediction, and at the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.api.types import WorkerIdentity
@@ -25,6 +25,8 @@ from cluster.wire.codecs.fairness_codec import FlowBacklog, WeightedValue
 
 GROWTH_TOKENS = 64
 """Number of tokens after which the charge of a sequence is corrected again, once the output exceeds the prediction."""
+MAX_STRANGERS = 256
+"""Maximum number of handles in reports of workers that this gateway does not know."""
 GONE_S = 600.0
 """Seconds without a link after which a worker is forgotten."""
 
@@ -42,13 +44,23 @@ class ServiceCharges:
     """Charges each tenant's fair-share account for the tokens that the tenant is served, on one gateway. Tenants are
     identified by their handles, the names by which workers know them."""
 
-    def __init__(self, ranks: Mapping[str, int], metrics: Metrics) -> None:
-        """`ranks`: the rank of each priority class. An unknown class gets the last rank."""
+    def __init__(
+        self,
+        ranks: Mapping[str, int],
+        metrics: Metrics,
+        known_weight: Callable[[str], float | None] = lambda handle: None,
+    ) -> None:
+        """`ranks`: the rank of each priority class. An unknown class gets the last rank. `known_weight`: returns the
+        weight of the tenant with a handle; None if this gateway knows no such tenant."""
         self._ranks = dict(ranks)
         self._last_rank = max(ranks.values(), default=0)
         self._metrics = metrics
         self._service = ServiceWeights()
         self._weights: dict[str, float] = {}
+        """Weights of the tenants that have called here, by handle."""
+        self._known_weight = known_weight
+        self._strangers: dict[str, float] = {}
+        """Reported weights of handles that this gateway does not know, such as those of tenants that are new."""
         self.fair = FairOrders(lambda: FairOrder(weight_of=self.weight_of, service=self._service))
         self.statistics = ServiceStatistics(lambda model: self.fair.order(model))
         self.learnt = LearntOutputs()
@@ -58,7 +70,20 @@ class ServiceCharges:
 
     def weight_of(self, tenant: str) -> float:
         """Return the weight of a tenant; 1 if the tenant is unknown. `tenant`: the tenant's handle."""
-        return self._weights.get(tenant, 1.0)
+        return self._weights.get(tenant) or self._known_weight(tenant) or self._strangers.get(tenant, 1.0)
+
+    def _accepts(self, rank: int, tenant: str, weight: float) -> bool:
+        """Return whether a report of a worker may name a tenant and a rank. The tenants of this gateway are accepted,
+        and MAX_STRANGERS others, so that made-up handles fill no memory."""
+        if rank > self._last_rank:
+            return False
+        if tenant in self._weights or self._known_weight(tenant) is not None:
+            self._strangers.pop(tenant, None)
+            return True
+        if tenant not in self._strangers and len(self._strangers) >= MAX_STRANGERS:
+            return False
+        self._strangers[tenant] = weight
+        return True
 
     def rank_of(self, priority_class: str) -> int:
         """Return the rank of a priority class. Rank 0 is served first."""
@@ -157,22 +182,26 @@ class ServiceCharges:
         self.fair.order(worker.model).worker_totals.link_ended(worker.worker_id)
         self._gone[worker.model, worker.worker_id] = now
 
-    def served(self, worker: WorkerIdentity, totals: Sequence[WeightedValue[ServedTotal]], now: float) -> None:
+    def served(
+        self,
+        worker: WorkerIdentity,
+        totals: Sequence[WeightedValue[ServedTotal]],
+        now: float,
+        *,
+        continues: bool = False,
+    ) -> None:
         """Apply a worker's report of the service (weighted tokens) that it has given to each tenant, summed over all
-        gateways."""
-        for total in totals:
-            self._weights[total.value.tenant] = total.weight
+        gateways. `continues`: whether `totals` continue the report that was applied last."""
+        accepted = [x.value for x in totals if self._accepts(x.value.rank, x.value.tenant, x.weight)]
         self.fair.order(worker.model).worker_totals.apply(
-            worker.worker_id, worker.incarnation, [total.value for total in totals], now
+            worker.worker_id, worker.incarnation, accepted, now, continues=continues
         )
 
     def replace_peer_backlog(
         self, model: str, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]], now: float
     ) -> None:
         """Replace the known backlog of another gateway for a model."""
-        for flow in waiting:
-            self._weights[flow.value.flow.tenant] = flow.weight
-        flows = {flow.value.flow: flow.value.backlog for flow in waiting}
+        flows = {x.value.flow: x.value.backlog for x in waiting if self._accepts(*x.value.flow, x.weight)}
         self.fair.order(model).backlogs.replace_peer(gateway, flows, now)
 
     # ---- time

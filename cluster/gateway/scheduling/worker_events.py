@@ -129,9 +129,11 @@ class WorkerEvents:
         if self._host.accounting is not None:
             self._host.accounting.usage(link, ended)
 
-    def served(self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
+    def served(
+        self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]], *, continues: bool = False
+    ) -> None:
         """Handle a worker's report of the service (weighted tokens) that it has counted for each tenant."""
-        self._charges.served(link.identity, totals, self._clock())
+        self._charges.served(link.identity, totals, self._clock(), continues=continues)
 
     def peer_backlog(self, link: WorkerLink, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
         """Handle a report of what waits at another gateway. A worker has forwarded the report."""

@@ -23,6 +23,10 @@ CLAIM_SCALE = 16
 """Number of units in one turn, when a gateway reports its share of the next turns."""
 
 
+MAX_PEERS = 256
+"""Maximum number of other gateways whose backlogs are kept; those of further gateways are ignored."""
+
+
 class ModelBacklogs:
     """Backlogs of one model by tenant and class, on this gateway and on every other gateway."""
 
@@ -36,6 +40,8 @@ class ModelBacklogs:
 
     def replace_peer(self, gateway: str, waiting: Mapping[FlowKey, Backlog], now: float) -> None:
         """Replace the backlog of another gateway by its new report."""
+        if gateway not in self._peers and len(self._peers) >= MAX_PEERS:
+            return
         flows, none = self._flows, Backlog(0, 0.0)
         flows.advance(now)
         _, before = self._peers.get(gateway, (now, {}))

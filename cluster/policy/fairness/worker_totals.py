@@ -31,16 +31,24 @@ class WorkerTotals:
         self._workers: dict[str, tuple[str, dict[FlowKey, tuple[float, float]]]] = {}
         self._reopened: dict[str, set[FlowKey]] = {}
         """Tenants whose totals a worker has not reported since its last link ended, by worker."""
+        self._new: set[str] = set()
+        """Workers whose last applied report was their first."""
 
-    def apply(self, worker: str, incarnation: str, totals: Iterable[ServedTotal], now: float) -> None:
+    def apply(
+        self, worker: str, incarnation: str, totals: Iterable[ServedTotal], now: float, *, continues: bool = False
+    ) -> None:
         """Apply a worker's report. Add to the counters the service that the worker has given to calls of other
-        gateways since its last report.
+        gateways since its last report. `continues`: whether `totals` are a further part of the last applied report.
 
         The first report of a worker adds nothing; it only sets the starting point.
         """
         self._flows.advance(now)
         known = self._workers.get(worker)
-        first = known is None
+        first = known is None or (continues and worker in self._new)
+        if first:
+            self._new.add(worker)
+        else:
+            self._new.discard(worker)
         if known is None or known[0] != incarnation:
             known = self._workers[worker] = (incarnation, {})
         book, reopened = known[1], self._reopened.get(worker)
@@ -69,6 +77,7 @@ class WorkerTotals:
     def forget(self, worker: str) -> None:
         """Forget the totals of a worker that will not come back. The counters are not changed."""
         self._workers.pop(worker, None)
+        self._new.discard(worker)
         self._reopened.pop(worker, None)
 
     def __repr__(self) -> str:

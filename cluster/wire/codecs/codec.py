@@ -50,6 +50,10 @@ _KIND_MASK = (1 << _KIND_BITS) - 1
 """Mask of the low bits of a part's tag, which encode the part's kind."""
 MAX_KV_BLOCKS = 8192
 """Maximum number of blocks in a received report of KV blocks, 64 KiB. Workers send fewer: BLOCKS_PER_MESSAGE."""
+MAX_NESTED = 100
+"""Maximum number of lists and objects in sampling defaults. It bounds their depth, too."""
+MAX_BUSY = 64
+"""Maximum number of characters that are kept of the work that explains why an engine does not step."""
 MAX_VARINT_BYTES = 10
 """Maximum size of a varint in a message, in bytes."""
 
@@ -525,7 +529,7 @@ def load_from_pb(m: pb.Load) -> EngineLoad:
         kv_usage=bounded(m.kv_usage, most=1.0, otherwise=1.0),
         steps=m.steps,
         step_s=bounded(m.step_ms) / 1000,
-        busy=m.busy,
+        busy=m.busy[:MAX_BUSY],
         step_age_s=bounded(m.step_age_ms) / 1000,
         step_p99_s=bounded(m.step_p99_ms) / 1000,
         prefill_tokens=m.prefill_tokens,
@@ -620,6 +624,8 @@ def hello_from_pb(m: pb.Hello) -> tuple[WorkerIdentity, EngineInfo]:
 
 
 def _json_object(text: str) -> Mapping[str, object]:
+    if text.count("[") + text.count("{") > MAX_NESTED:
+        raise ValueError(f"default_sampling_json has more than {MAX_NESTED} lists and objects")
     value = json.loads(text) if text else {}
     if not isinstance(value, dict):
         raise ValueError("default_sampling_json must be a JSON object")

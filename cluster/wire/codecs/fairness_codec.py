@@ -15,6 +15,12 @@ from cluster.policy.fairness.service_counters import FlowKey
 from cluster.policy.tenants.policy import MAX_WEIGHT, MIN_WEIGHT
 
 T = TypeVar("T")
+MAX_NAME = 255
+"""Maximum number of characters that are kept of a gateway's name."""
+MAX_BACKLOG_FLOWS = 4096
+"""Maximum number of flows that are read of one gateway's backlog, which takes about ten milliseconds."""
+MAX_HANDLE = 64
+"""Maximum number of characters of a tenant's handle."""
 MAX_SERVICE = 2.0**53
 """Largest number of weighted tokens in a report."""
 
@@ -73,7 +79,8 @@ def flows_from_pb(flows: Iterable[pb.FlowBacklog]) -> list[WeightedValue[FlowBac
     """Decode the backlogs of tenants."""
     return [
         WeightedValue(
-            FlowBacklog(FlowKey(m.rank, m.tenant_handle), Backlog(m.requests, _amount(m.service))), _weight(m.weight)
+            FlowBacklog(FlowKey(m.rank, _handle(m.tenant_handle)), Backlog(m.requests, _amount(m.service))),
+            _weight(m.weight),
         )
         for m in flows
     ]
@@ -86,7 +93,7 @@ def peer_backlogs_to_pb(waiting: Mapping[str, Sequence[WeightedValue[FlowBacklog
 
 def peer_backlogs_from_pb(messages: Iterable[pb.Elsewhere]) -> Iterator[tuple[str, list[WeightedValue[FlowBacklog]]]]:
     """Decode the backlogs of other gateways, the inverse of `peer_backlogs_to_pb`."""
-    return ((m.gateway, flows_from_pb(m.flows)) for m in messages)
+    return ((m.gateway[:MAX_NAME], flows_from_pb(m.flows[:MAX_BACKLOG_FLOWS])) for m in messages)
 
 
 def served_to_pb(totals: Iterable[WeightedValue[ServedTotal]]) -> pb.Served:
@@ -105,14 +112,20 @@ def served_to_pb(totals: Iterable[WeightedValue[ServedTotal]]) -> pb.Served:
     )
 
 
-def served_from_pb(m: pb.Served) -> list[WeightedValue[ServedTotal]]:
+def served_from_pb(flows: Iterable[pb.ServedFlow]) -> list[WeightedValue[ServedTotal]]:
     """Decode a worker's totals of served tokens, the inverse of `served_to_pb`."""
     return [
         WeightedValue(
-            ServedTotal(f.rank, f.tenant_handle, _amount(f.total), _amount(f.by_this_link)), _weight(f.weight)
+            ServedTotal(f.rank, _handle(f.tenant_handle), _amount(f.total), _amount(f.by_this_link)), _weight(f.weight)
         )
-        for f in m.flows
+        for f in flows
     ]
+
+
+def _handle(handle: str) -> str:
+    if len(handle) > MAX_HANDLE:
+        raise ValueError(f"tenant_handle: {len(handle)} characters, at most {MAX_HANDLE} are allowed")
+    return handle
 
 
 def _weight(weight: float) -> float:

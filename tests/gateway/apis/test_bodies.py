@@ -19,7 +19,6 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.apis import bodies as bodies_module
 from cluster.gateway.apis.bodies import Bodies
 from cluster.gateway.apis.body_parser import BodyReader, check_request
-from cluster.gateway.apis.grpc.message_scan import scan
 from cluster.gateway.apis.grpc.packed_ids import packed_ids
 from cluster.gateway.apis.grpc.requests import READ, options_of, session_items
 from cluster.gateway.apis.openai.fields import Fields, read_object
@@ -32,6 +31,7 @@ from cluster.gateway.apis.openai.requests import (
 )
 from cluster.gateway.calls.request import MAX_MESSAGES, GenerationRequest, IdsPrompt, PackedPrompt, check_options
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.message_scan import scan
 from tests.support.calls import chat, complete
 from tests.support.cpu import cpu_within
 from tests.support.fuzz import messages

@@ -174,6 +174,43 @@ async def test_a_hello_is_taken_once(secured: Secured) -> None:
     await secured.undisturbed()
 
 
+async def test_a_stranger_bars_no_worker(secured: Secured) -> None:
+    """A worker of another model that sends a worker's id or incarnation with the highest epoch is served as itself or
+    refused, and the worker is accepted again with its next epoch."""
+    mine, everything = secured.worker.identity, (1 << 64) - 1
+    async with grpc.aio.secure_channel(secured.address, secured.files("other").channel_credentials()) as channel:
+        taken = secured.hello(model="other", incarnation=mine.incarnation, epoch=everything)
+        call: Any = pb_grpc.LinkStub(channel).Turn(timeout=60)
+        await call.write(pb.WorkerTurn(hello=taken))
+        assert (await read(call)).HasField("welcome")
+        same_id = secured.hello(model="other", worker_id=mine.worker_id, epoch=everything)
+        assert await secured.as_holder("other", "Turn", pb.WorkerTurn(hello=same_id)) is CODE.PERMISSION_DENIED
+        call.cancel()
+    identity = secured.cluster.gateway.hub._peer_identity
+    assert not identity.is_replayed(mine, 2)
+    identity._epochs[mine.model][mine.worker_id, mine.incarnation] = 1
+    await until(lambda: len(secured.cluster.gateway.hub.links) == 1, "the stranger has left")
+    await secured.undisturbed()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"default_sampling_json": '{"a": "' + "x" * (5 << 20) + '"}'},
+        {"default_sampling_json": "[" * 60_000},
+        {"default_sampling_json": '{"a": ' + "[" * 99 + "]" * 99 + "}", "model": "x" * 300},
+        {"incarnation": "i" * 256},
+        {"capabilities": ["c"] * 65},
+    ],
+    ids=["long", "deep", "model", "incarnation", "capabilities"],
+)
+async def test_a_hello_beyond_the_bounds(secured: Secured, fields: dict[str, Any]) -> None:
+    """A Hello with a text, a list or nesting beyond its bound is refused."""
+    hello = pb.WorkerTurn(hello=secured.hello(**fields))
+    assert await secured.as_holder("worker", "Turn", hello) in (CODE.INVALID_ARGUMENT, CODE.INTERNAL)
+    await secured.undisturbed()
+
+
 @pytest.mark.parametrize("method", ["Turn", "Bulk", "Beat", "Control"])
 async def test_garbage_in_place_of_messages(secured: Secured, method: str) -> None:
     """A stream ends after an invalid message, after an oversized message, and after silence."""

@@ -3,7 +3,6 @@ reports change no record but those of requests that were sent to it."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from cluster.gateway.usage.call_account import CallAccount
 from cluster.ledger.usage.records import MAX_NAME, OpenRecord, UsageRecord
 from cluster.ledger.usage.sealed_records import Sealer
 from cluster.wire.ended_requests import EndedUsage
+from tests.support.cluster import until
 from tests.support.links import NoListener
 
 PROMPT = 12
@@ -85,9 +85,7 @@ class Written:
         """Apply reports of a worker, and return the records that were written since the last call."""
         link = WorkerLink(worker, INFO, 1, NoListener(), LinkLiveness(0.0, 1.0, 1.0))
         self.accounting.usage(link, reports)
-        async with asyncio.timeout(60):
-            while self.accounting.statistics().pending:
-                await asyncio.sleep(0.001)
+        await until(lambda: not self.accounting.statistics().pending, "all is in the database")
         new, self.records = self.records, []
         return new
 

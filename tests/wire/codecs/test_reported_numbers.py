@@ -31,7 +31,7 @@ def test_reports_of_service_keep_counters_finite(reports: list[tuple[float, floa
     for number, (total, by_this_link, weight) in enumerate(reports):
         flow = pb.ServedFlow(tenant_handle="a", total=total, by_this_link=by_this_link, weight=weight)
         with contextlib.suppress(ValueError):
-            decoded = served_from_pb(pb.Served(flows=[flow]))
+            decoded = served_from_pb([flow])
             weights["a"] = decoded[0].weight
             order.worker_totals.apply("w", "1", [], 0.0)
             order.worker_totals.apply("w", "1", [each.value for each in decoded], float(number))

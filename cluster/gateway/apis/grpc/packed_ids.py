@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.gateway.apis.grpc.message_scan import read_varint
+from cluster.wire.message_scan import read_varint
 
 Ids = np.ndarray[Any, np.dtype[Any]]
 """Array of whole numbers, of one byte each if all numbers are below 128, else of 32 bits each."""
