@@ -52,6 +52,8 @@ SWEEP_S = 0.5
 SLICE = 64
 """Number of records of one call that are written at once, which takes about 3 ms."""
 LAST_COUNTS_S = 1.0
+LOG_S = 5.0
+"""Minimum seconds between two lines about refused reports. A line has the sums by reason."""
 MAX_DIGITS = 20
 """Largest number of digits in the number of an idle report."""
 
@@ -86,6 +88,7 @@ class Accounting:
         self._delivery = RecordDelivery(folder, insert)
         self.refused: dict[str, int] = {}
         """Number of refused usage reports, by reason."""
+        self._log_again_at = float("-inf")
         self.on_record: Callable[[UsageRecord], None] | None = None
         """Function that is called with each record of a sequence that has ended at this gateway."""
 
@@ -216,9 +219,9 @@ class Accounting:
         for kind, keys in refused.items():
             self._count_refused(kind, len(keys))
             link.box.usage_acks(keys)
-        if reason:  # one line a message, since a faulty worker may send many
-            counts = {kind: len(keys) for kind, keys in refused.items()}
-            log.warning("usage.report_refused", worker=link.identity.worker_id, reason=reason, **counts)
+        if reason and self._clock() >= self._log_again_at:  # a faulty worker may send very many
+            self._log_again_at = self._clock() + LOG_S
+            log.warning("usage.report_refused", worker=link.identity.worker_id, reason=reason, **self.refused)
 
     def _count_refused(self, kind: str, count: int = 1) -> None:
         self.refused[kind] = self.refused.get(kind, 0) + count

@@ -49,15 +49,15 @@ class LostWorkers:
             "waiting": 0,
             "lost_reason": (link.engine_ended or why)[:MAX_REASON_CHARS],
         }
-        self._workers[link.identity.worker_id] = LostWorker(link.name, row, now, self._resent.pop(link.name, 0))
+        self._workers[_worker_of(link.name)] = LostWorker(link.name, row, now, self._resent.pop(link.name, 0))
 
     def link_up(self, link: WorkerLink) -> None:
         """Record that a worker is linked again, so that it no longer counts as lost."""
-        self._workers.pop(link.identity.worker_id, None)
+        self._workers.pop(_worker_of(link.name), None)
 
     def resent(self, lost_link: str) -> None:
         """Record that a sequence that was lost with the link `lost_link` was sent to another worker."""
-        lost = self._workers.get(lost_link.rsplit("/", 2)[0])
+        lost = self._workers.get(_worker_of(lost_link))
         if lost is not None and lost.link == lost_link:
             lost.resumed += 1
             return
@@ -71,3 +71,8 @@ class LostWorkers:
             if now - lost.at > KEPT_S:
                 del self._workers[worker_id]
         return list(self._workers.values())
+
+
+def _worker_of(link: str) -> str:
+    """Return the model and the worker id in the name of a link."""
+    return link.rsplit("/", 2)[0]

@@ -30,6 +30,53 @@ MAX_NUMBER: Final = 2**53
 """Upper bound on products of numbers that a worker reports. Browsers cannot represent larger integers exactly."""
 _DIGITS: Final = 4
 
+_TEXT, _NUMBER, _LIST, _OBJECT = (str,), (int, float), (list,), (dict,)
+_NONE = (type(None),)
+SHAPES: Final[Mapping[str, Mapping[str, tuple[type, ...]]]] = {
+    "workers": dict.fromkeys(
+        ("id", "incarnation", "model", "version", "state", "node", "host", "pod", "gpu", "ray_cluster", "lost_reason"),
+        _TEXT,
+    )
+    | dict.fromkeys(("running", "waiting", "max_num_seqs", "kv_usage", "kv_tokens", "step_ms", "resumed"), _NUMBER)
+    | {"links": _LIST, "lost_at": _NUMBER + _NONE},
+    "models": {"id": _TEXT, "state": _TEXT, "reason": _TEXT, "aliases": _LIST, "versions": _LIST}
+    | {"progress": _OBJECT + _NONE, "ttft_counts": _LIST}
+    | dict.fromkeys(("replicas", "replicas_desired", "ready_workers", "running", "waiting", "tokens_per_s"), _NUMBER)
+    | dict.fromkeys(("prompt_tokens", "cached_tokens", "gap"), _NUMBER),
+    "tenants": {"id": _TEXT, "ttft_s": _LIST, "limits": _OBJECT, "budget": _OBJECT + _NONE}
+    | dict.fromkeys(("weight", "running", "waiting", "tokens_per_s", "requests", "cost_per_h"), _NUMBER),
+    "calls": dict.fromkeys(
+        ("id", "request_id", "tenant", "model", "api", "state", "outcome", "gateway", "trace_id"), _TEXT
+    )
+    | dict.fromkeys(("arrived_s", "tokens", "prompt_tokens", "resumes"), _NUMBER)
+    | dict.fromkeys(("queue_s", "ttft_s", "tokens_per_s", "cached_tokens", "duration_s"), _NUMBER + _NONE)
+    | {"worker": _TEXT + _NONE, "reason": _TEXT + _NONE},
+    "gateway": {"id": _TEXT, "lag_ms": _NUMBER + _NONE}
+    | dict.fromkeys(("age_s", "streams", "queued", "tokens_per_s", "process"), _NUMBER),
+    "limit": {"used": _NUMBER + _NONE, "limit": _NUMBER, "name": _TEXT},
+    "part": dict.fromkeys(("workers", "models", "tenants", "calls"), _LIST)
+    | {"at": _NUMBER, "gateway": _OBJECT, "has_all": (bool,)}
+    | dict.fromkeys(("controller_age_s", "controller_gateways"), _NUMBER + _NONE),
+}
+"""The fields of the rows that gateway processes send to each other, with the types that the merge relies on."""
+_ELEMENTS: Final = {"links": _TEXT, "aliases": _TEXT, "versions": _OBJECT, "ttft_counts": _NUMBER, "ttft_s": _NUMBER}
+
+
+def check_row(kind: str, row: Any) -> None:
+    """Check a row that another process has sent against SHAPES. Raises ValueError."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{kind}: a row must be an object")
+    for name, types in SHAPES[kind].items():
+        value = row.get(name, ...)  # a field that is missing has no allowed type
+        if not isinstance(value, types):
+            raise ValueError(f"{kind}.{name}: a {type(value).__name__}")
+        if isinstance(value, list) and not all(isinstance(each, _ELEMENTS.get(name, (dict,))) for each in value):
+            raise ValueError(f"{kind}.{name}: an element of another type")
+    if kind == "tenants":
+        for limit in (*row["limits"].values(), *(() if row["budget"] is None else (row["budget"],))):
+            check_row("limit", {"name": ""} | limit)
+
+
 _PHASES = {
     State.RESUMING: "resuming",
     State.RESENT: "resuming",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from cluster.gateway.console.overview.parts import FORMAT, MAX_CALLS, Part
-from cluster.gateway.console.overview.rows import Row
+from cluster.gateway.console.overview.rows import Row, check_row
 
 EXPIRES_S: Final = 3.5
 """Seconds after which the last part of a process that no longer answers is left out."""
@@ -25,6 +25,8 @@ PIECE_ROWS: Final = 400
 """Number of rows that are encoded or decoded at once, which takes about two milliseconds."""
 MAX_PIECE_BYTES: Final = 4 << 20
 MAX_PEERS: Final = 256
+MAX_ROWS: Final = 50_000
+"""Maximum number of rows in each list of a part."""
 PART_LISTS: Final = ("workers", "models", "tenants", "calls")
 
 Columns = Mapping[str, Sequence[float | None]]
@@ -90,9 +92,11 @@ class PeerParts:
         return len(self._peers)
 
     def put(self, part: Part, now: float) -> None:
-        """Store a part. A part in another format is ignored."""
+        """Store a part. A part in another format is ignored. Raises ValueError for a malformed part, which would spoil
+        the document of all."""
         if part.get("format") != FORMAT:
             return
+        _check_part(part)
         name = part["gateway"]["id"]
         peer = self._peers.get(name)
         if peer is None:
@@ -126,6 +130,24 @@ class PeerParts:
             del self._peers[name]
 
 
+def _check_part(part: Part) -> None:
+    check_row("part", part)
+    check_row("gateway", part["gateway"])
+    for name in PART_LISTS:
+        for row in part[name]:
+            check_row(name, row)
+
+
+def check_columns(columns: Any) -> Columns:
+    """Return the columns of the history that another process has sent. Raises ValueError if they are malformed."""
+    if not isinstance(columns, dict):
+        raise ValueError("columns: must be an object")
+    for name, values in columns.items():
+        if not isinstance(values, list) or not all(each is None or isinstance(each, int | float) for each in values):
+            raise ValueError(f"columns.{name[:64]}: must be a list of numbers")
+    return columns
+
+
 @dataclass(slots=True)
 class _Unfinished:
     number: int
@@ -147,12 +169,16 @@ class PartAssembler:
             part = {name: [] for name in PART_LISTS} | piece["part"]
             if len(self._unfinished) >= MAX_PEERS:
                 self._unfinished.clear()
-            self._unfinished[source] = _Unfinished(number, part, piece["pieces"])
+            self._unfinished[source] = _Unfinished(number, part, int(piece["pieces"]))
         known = self._unfinished.get(source)
         if known is None or known.number != number:
             return None
         if "list" in piece:
-            known.part[piece["list"]].extend(piece["rows"])
+            rows = known.part[piece["list"]]
+            rows.extend(piece["rows"])
+            if len(rows) > MAX_ROWS:
+                del self._unfinished[source]
+                raise ValueError(f"{piece['list'][:64]}: more than {MAX_ROWS} rows")
         known.left -= 1
         if known.left > 0:
             return None

@@ -63,9 +63,10 @@ class SiblingPeers:
         for lines in await self._answers({"kind": "part", "has_all": needs_all}):
             assembler = PartAssembler()
             for line in lines:
-                part = assembler.add("", 0, orjson.loads(line))
-                if part is not None:
-                    self._parts.put(part, self._clock())
+                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # of another release
+                    part = assembler.add("", 0, orjson.loads(line))
+                    if part is not None:
+                        self._parts.put(part, self._clock())
                 await asyncio.sleep(0)
 
     async def history(self, query: Question) -> Sequence[Columns]:

@@ -22,12 +22,14 @@ from redis.exceptions import RedisError
 from cluster.gateway.console.overview.parts import Part
 from cluster.gateway.console.peers.peers import (
     FIRST_ANSWER_S,
+    MAX_PEERS,
     MAX_PIECE_BYTES,
     Answer,
     Columns,
     PartAssembler,
     PeerParts,
     Question,
+    check_columns,
     pieces_of,
 )
 
@@ -38,6 +40,11 @@ QUESTIONS: Final = PREFIX + "questions"
 PARTS: Final = PREFIX + "parts"
 ASK_S: Final = 0.8
 """Minimum seconds between two questions for parts, by any process, and between two parts that this process sends."""
+ASK_ALL_S: Final = 0.1
+"""Minimum seconds between two parts with all calls that this process sends. All processes that ask get the same."""
+MAX_ANSWERS: Final = 16
+"""Maximum number of questions that are answered at once; further ones are dropped."""
+LOG_S: Final = 10.0
 IDLE_S: Final = 3.0
 """Seconds after the last call of `parts` until this process stops receiving the parts of others."""
 HISTORY_S: Final = 0.5
@@ -71,6 +78,9 @@ class ValkeyPeers:
         self._others = 0
         """Number of other processes that got the last question."""
         self._is_lost = self._is_closing = False
+        self.refused = 0
+        """Number of malformed messages of other processes."""
+        self._logged_at = self._sent_all_at = float("-inf")
         self.connected = asyncio.Event()
         """Set while this process receives the questions of others."""
 
@@ -127,7 +137,8 @@ class ValkeyPeers:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HISTORY_S):
                     while len(found) < others:
-                        found.append(await answers.get())
+                        columns = await answers.get()
+                        found.append({name: columns[name] for name in query["columns"] if name in columns})
         finally:
             del self._histories[number]
         return found
@@ -197,19 +208,28 @@ class ValkeyPeers:
                     self._arrived.set()
             elif channel == QUESTIONS:
                 self._asked(message)
-            elif (answers := self._histories.get(message["number"])) is not None:
-                answers.put_nowait(message["columns"])
+            elif (answers := self._histories.get(message["number"])) is not None and answers.qsize() < MAX_PEERS:
+                answers.put_nowait(check_columns(message["columns"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            log.warning("console.message_refused", channel=channel, error=repr(error)[:200])
+            self._refused(channel, error)
+
+    def _refused(self, channel: str, error: BaseException) -> None:
+        """Count a malformed message, and log the first of each LOG_S."""
+        self.refused += 1
+        if self._clock() - self._logged_at >= LOG_S:
+            self._logged_at = self._clock()
+            log.warning("console.message_refused", channel=channel, error=repr(error)[:200], count=self.refused)
 
     def _asked(self, question: Question) -> None:
+        if len(self._answering) >= MAX_ANSWERS:
+            return  # whoever asks shows the others meanwhile, and asks again
         if question["kind"] == "history":
             self._spawn(self._send_history(question))
             return
-        now = self._clock()
+        now, has_all = self._clock(), bool(question["has_all"])
         self._asked_at = max(self._asked_at, now)
-        if question["has_all"] or now - self._sent_at >= ASK_S:
-            self._sent_at = now
+        if now - (self._sent_all_at if has_all else self._sent_at) >= (ASK_ALL_S if has_all else ASK_S):
+            self._sent_at, self._sent_all_at = now, now if has_all else self._sent_all_at
             self._spawn(self._send_part(question))
 
     async def _send_part(self, question: Question) -> None:
@@ -230,4 +250,4 @@ class ValkeyPeers:
     def _answered(self, task: asyncio.Future[None]) -> None:
         self._answering.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.warning("console.message_refused", channel=QUESTIONS, error=repr(error)[:200])
+            self._refused(QUESTIONS, error)
