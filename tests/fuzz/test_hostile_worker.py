@@ -55,14 +55,23 @@ def rss_mib() -> int:
 
 
 async def call_until(ended: asyncio.Event, cluster: TestCluster) -> list[int]:
-    """Make calls to the victim's model and to the hostile worker's. Returns the tokens of each answer of the victim."""
+    """Make calls to the victim's model. Returns the number of tokens of each answer."""
     answers: list[int] = []
     while not ended.is_set():
         tokens = len(answers) % 5 + 1
         answer = await cluster.stub.Chat(chat(max_tokens=tokens, ignore_eos=True), timeout=60)
         answers.append(answer.usage.completion_tokens)
+    return answers
+
+
+async def call_hostile(ended: asyncio.Event, cluster: TestCluster) -> int:
+    """Make calls to the hostile worker's model, so that it gets sealed records. Returns the number of answers."""
+    answers = 0
+    while not ended.is_set():
         with contextlib.suppress(grpc.aio.AioRpcError):  # its worker answers when it likes
-            await cluster.stub.Chat(chat(model="other", max_tokens=2), timeout=0.05)
+            await cluster.stub.Chat(chat(model="other", max_tokens=2), timeout=0.3)
+            answers += 1
+        await asyncio.sleep(0.01)
     return answers
 
 
@@ -82,15 +91,16 @@ async def test_a_hostile_worker_changes_nothing_of_others(tmp_path: Path, checkp
     ended, cpu, before_mib = asyncio.Event(), LoopCpu(), rss_mib()
     watching = asyncio.create_task(cpu.watch())
     calling = asyncio.create_task(call_until(ended, cluster))
+    calling_hostile = asyncio.create_task(call_hostile(ended, cluster))
     seed = os.environ.get("FUZZ_SEED", str(time.time_ns() % 1_000_000))
-    victim = (worker.identity.worker_id, worker.identity.incarnation)
+    victim = (worker.identity.worker_id, worker.identity.incarnation, bundle.digest)
     arguments = (gateway.endpoints["link"], str(tmp_path), str(SECONDS), seed, *victim)
     hostile = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.support.hostile_worker", *arguments), stdout=asyncio.subprocess.PIPE
     )
     output, _ = await hostile.communicate()
     ended.set()
-    answers = await calling
+    answers, hostile_answers = await calling, await calling_hostile
     watching.cancel()
     slow, grown_mib = slowness(), rss_mib() - before_mib
     assert link in gateway.hub.links, f"seed {seed}: the victim's link has ended: {link.why}"
@@ -100,8 +110,9 @@ async def test_a_hostile_worker_changes_nothing_of_others(tmp_path: Path, checkp
     await until(lambda: not len(accounting.accounts) and not accounting.statistics().pending, "all is written")
     rows = [row for row in ledger.usage.records(UsageQuery(model="sim"), limit=10**6) if row.tenant != "_idle"]
     print(
-        f"seed {seed}: {int(output)} hostile messages, {len(answers)} calls, longest pass {cpu.longest_s:.3f} s of CPU "
-        f"({slow:.1f} times slower), {grown_mib} MiB, refused {accounting.refused}, {accounting.conflicts} conflicts"
+        f"seed {seed}: {int(output)} hostile messages, {len(answers)} calls and {hostile_answers} of its own, longest "
+        f"pass {cpu.longest_s:.3f} s of CPU ({slow:.1f} times slower), {grown_mib} MiB, refused {accounting.refused}, "
+        f"{accounting.conflicts} conflicts"
     )
     await worker.stop()
     await cluster.channel.close()

@@ -2,7 +2,7 @@
 
 The messages have valid types and hostile values: guessed ids of records, incarnations and ids of other workers, made-up
 tenants, lists far too long, and any bytes. Usage: python -m tests.support.hostile_worker ADDRESS CERTIFICATES SECONDS
-SEED VICTIM_ID VICTIM_INCARNATION
+SEED VICTIM_ID VICTIM_INCARNATION BUNDLE
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ COUNTS = (1, 1, 3, 100, 1000, 5000, 100_000)
 class HostileWorker:
     """A peer that opens links as workers of its model, and sends hostile messages on them."""
 
-    def __init__(self, address: str, files: TlsFiles, seed: int, victim: tuple[str, str]) -> None:
-        """`victim`: worker id and incarnation of a worker of another model."""
+    def __init__(self, address: str, files: TlsFiles, seed: int, victim: tuple[str, str], bundle: str) -> None:
+        """`victim`: worker id and incarnation of a worker of another model. `bundle`: digest of its tokenizer."""
         self._address = address
         self._files = files
         self._random = random.Random(seed)
         self._victim = victim
+        self._bundle = bundle
         self._numbers = itertools.count(1)
         self._gateway = "i"
         self._seals = [b"s" * 100]
@@ -75,7 +76,10 @@ class HostileWorker:
                     yield replies.pop()
                 self.sent += 1
                 yield turn
-            stop.wait(0.05)
+            until = time.monotonic() + 0.3
+            while time.monotonic() < until and not stop.wait(0.02):
+                while replies:
+                    yield replies.pop()
 
         for answer in pb_grpc.LinkStub(channel).Turn(send(), timeout=self._random.choice((0.3, 2.0))):
             self._gateway = answer.welcome.incarnation or self._gateway
@@ -127,6 +131,7 @@ class HostileWorker:
         number = next(self._numbers)
         hello = pb.Hello(protocol_min=1, protocol_max=1, worker_id=f"other-{number}", incarnation=f"x{number}")
         hello.model, hello.epoch, hello.max_model_len, hello.vocab_size = MODEL, self._epoch(), 2048, 300
+        hello.bundle_digest = self._bundle
         hello.max_num_seqs, hello.block_size = 8, self._random.choice((16, 32, 64))
         hello.capabilities.extend(self._random.choice(([], [KV_EVENTS], ["adapters:v1", KV_EVENTS])))
         change = self._random.randrange(8)
@@ -246,7 +251,7 @@ def main(address: str, folder: str, seconds: str, seed: str, *victim: str) -> No
     """Attack a gateway, and print the number of messages that were sent."""
     files = Path(folder)
     tls = TlsFiles(files / f"{MODEL}.crt", files / f"{MODEL}.key", files / "ca.crt")
-    worker = HostileWorker(address, tls, int(seed), (victim[0], victim[1]))
+    worker = HostileWorker(address, tls, int(seed), (victim[0], victim[1]), victim[2])
     worker.run(time.monotonic() + float(seconds))
     print(worker.sent)
 

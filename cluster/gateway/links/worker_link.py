@@ -176,6 +176,8 @@ class WorkerLink:
         self.epoch = epoch
         self.name = f"{identity.model}/{identity.worker_id}/{identity.incarnation}/{epoch}"
         """Name of the link, unique among all links that the gateway has had."""
+        self.process = f"{identity.incarnation}@{identity.model}"
+        """Name of the worker's process in breakers and losses. Another model's worker may send the same incarnation."""
         self.build = Build(identity.version, identity.bundle_digest, identity.weight_digest)
         """The worker's version, tokenizer bundle and weights, by which routing chooses workers for a call."""
         self.compatibility_key = CompatibilityKey(identity.weight_digest, identity.bundle_digest, info.engine_class)

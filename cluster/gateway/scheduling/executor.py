@@ -94,7 +94,7 @@ class Executor:
         sequence.set_route(route)
         fresh, cached = instruction.uncached_tokens, instruction.cached_tokens
         if submit(sequence, link, entry, self._accounts(), now, fresh, cached):
-            self._breakers.record_sent(link.identity.incarnation, now)
+            self._breakers.record_sent(link.process, now)
             self._caches.expect(link, sequence.key, sequence.request, now)
             self._hedges.sent(sequence, link, instruction.cached_tokens, now)
             self._metrics.count("route_decisions_total", entry.model, instruction.reason)

@@ -177,7 +177,7 @@ class Hedges:
         self._routes.sent(sequence.call, route)
         uncached = sequence.tokens - decision.cached_tokens
         self.policy.hedged(sequence.key, link.identity.worker_id, uncached, now)
-        self._breakers.record_sent(link.identity.incarnation, now)
+        self._breakers.record_sent(link.process, now)
         self._caches.expect(link, sequence.key, sequence.request, now)
         return True
 

@@ -3,7 +3,7 @@ queue."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING
 
 from cluster.api.outcomes import CallError
@@ -117,18 +117,17 @@ class SequenceEvents:
 
     def answered(self, sequence: CallSequence, link: WorkerLink) -> None:
         """Record a success of the worker: it has sent the first output of a sequence."""
-        self._breakers.record_success(link.identity.incarnation)
+        self._breakers.record_success(link.process)
         excluded = sequence.life.excluded
-        if excluded and (failed := excluded - {link.identity.incarnation}):
-            workers = [other.identity.incarnation for other in self._links(link.identity.model)]
+        if excluded and (failed := _processes(excluded, link)):
+            workers = [other.process for other in self._links(link.identity.model)]
             self._breakers.record_proof(failed, sequence.call.id, workers, self._clock())
 
     def worker_failed(self, sequence: CallSequence, link: WorkerLink) -> None:
         """Record a failure of the worker: its engine could not continue a sequence."""
-        incarnation = link.identity.incarnation
-        earlier = sequence.life.excluded - {incarnation}
-        others = (other.identity.incarnation for other in self._links(link.identity.model) if other is not link)
-        self._breakers.record_failure(incarnation, sequence.call.id, earlier, others, self._clock())
+        earlier = _processes(sequence.life.excluded, link)
+        others = (other.process for other in self._links(link.identity.model) if other is not link)
+        self._breakers.record_failure(link.process, sequence.call.id, earlier, others, self._clock())
 
     def resumed(self, model: str, reason: str, gap_s: float) -> None:
         """Count a resume. `reason`: why the sequence was resumed. `gap_s`: seconds since the sequence's last token."""
@@ -151,3 +150,10 @@ class SequenceEvents:
         stays on the second worker, False for the first. `computed_by`: incarnation of the other worker, which may have
         computed the prompt in vain; "" if that worker has refused the sequence."""
         self._hedges.ended(sequence, won, computed_by)
+
+
+def _processes(incarnations: Set[str], link: WorkerLink) -> frozenset[str]:
+    """Return the names (WorkerLink.process) of the processes of the link's model with these incarnations, without that
+    of the link."""
+    own = link.identity
+    return frozenset(f"{name}@{own.model}" for name in incarnations if name != own.incarnation)

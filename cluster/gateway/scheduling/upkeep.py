@@ -82,7 +82,7 @@ class Upkeep:
         if self._breakers.open:  # a worker's pause may be over
             for model in directory.models:
                 for link in model.links.values():
-                    self._breakers.record_steps(link.identity.incarnation, now, link.load.steps)
+                    self._breakers.record_steps(link.process, now, link.load.steps)
                 self._pump.send_waiting(model.name)
 
     def _sweep(self, now: float) -> None:
@@ -95,7 +95,7 @@ class Upkeep:
         self._hedges.policy.retain_models(model.name for model in models)
         self._fleets.age(now)
         self._charges.sweep({model.name: bool(model.links) for model in models}, now)
-        linked = (link.identity.incarnation for model in models for link in model.links.values())
+        linked = (link.process for model in models for link in model.links.values())
         self._breakers.retain(linked, now)
         for model in models:
             for link in list(model.links.values()):

@@ -52,7 +52,7 @@ class WorkerEvents:
         for call_id, generation in self._host.claimed_calls(identity.model):
             link.box.takeover(call_id, generation)
         self._charges.joined(identity)
-        scheduler.policy.losses.returned(identity.incarnation)
+        scheduler.policy.losses.returned(link.process)
         self._host.directory.add_link(link)
         scheduler.backlogs.joined(identity.model)
         scheduler.pump.send_waiting(identity.model)
@@ -71,10 +71,10 @@ class WorkerEvents:
         left = link.draining and link.reason == "lost"
         self._metrics.count("worker_detected_total", identity.model, "drained" if left else link.reason)
         if not link.draining:
-            unreachable = "" if link.reason == "hung" else identity.incarnation
+            unreachable = "" if link.reason == "hung" else link.process
             self._scheduler.policy.losses.lost(link.name, now, unreachable)
         if link.reason in STALLED:
-            self._scheduler.breakers.record_stall(identity.incarnation, now, link.reason in PROVEN_BY_STEPS)
+            self._scheduler.breakers.record_stall(link.process, now, link.reason in PROVEN_BY_STEPS)
         for observer in self.observers:
             observer.link_down(link, why, now)
         self._scheduler.pump.send_waiting(identity.model)

@@ -130,7 +130,11 @@ class LinkedWorkers:
             call = replace(call, sharing=sharing)
         if self._settings.policy == "consistent_hash" and not call.affinity:
             call = replace(call, prefix=_prefix_hash(self._request_of(call.call_id)))
-        return fleet.pick(call, self._breakers.rejecting(now))
+        rejecting = self._breakers.rejecting(now)
+        if rejecting:
+            of_model = f"@{call.model}"  # as in WorkerLink.process
+            rejecting = [name.removesuffix(of_model) for name in rejecting if name.endswith(of_model)]
+        return fleet.pick(call, rejecting)
 
     def candidates(self, model: str, now: float, resumed: bool) -> Sequence[Candidate]:
         """Return all workers of a model as candidates for a sequence. The state of a worker is read when its candidate
@@ -232,7 +236,7 @@ class LinkedWorkers:
         """Return the present state of a worker, including its circuit breaker. `fleet`: the model's workers, which know
         the worker's slowdown. None if the candidate is for a resumed sequence, for which the slowdown stays 1."""
         row = None if fleet is None else fleet.find(link.identity.worker_id)
-        healthy = self._breakers.allows(link.identity.incarnation, now)
+        healthy = self._breakers.allows(link.process, now)
         return _read_candidate(known, link, 1.0 if row is None else row.slowdown, healthy, fleet is None)
 
 
