@@ -103,20 +103,20 @@ async def start_worker(
 class Switch:
     """A database that a test can switch off."""
 
-    def __init__(self, insert: Callable[[Sequence[UsageRecord]], None]) -> None:
+    def __init__(self, insert: Callable[[Sequence[UsageRecord]], int]) -> None:
         self._insert = insert
         self.away = False
 
-    def insert(self, records: Sequence[UsageRecord]) -> None:
+    def insert(self, records: Sequence[UsageRecord]) -> int:
         """Insert records. Raises StoreUnavailable while the database is switched off."""
         if self.away:
             raise StoreUnavailable("taken away by the test")
-        self._insert(records)
+        return self._insert(records)
 
 
 @asynccontextmanager
 async def accounting_cluster(
-    folder: Path, insert: Callable[[Sequence[UsageRecord]], None], text: str = LOOPBACK
+    folder: Path, insert: Callable[[Sequence[UsageRecord]], int], text: str = LOOPBACK
 ) -> AsyncIterator[TestCluster]:
     """Run a gateway with usage accounting and without workers. `insert`: writes usage records to the database. `text`:
     the gateway's cluster.yaml."""

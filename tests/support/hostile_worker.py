@@ -114,7 +114,7 @@ class HostileWorker:
 
     def _garbage(self, channel: grpc.Channel) -> None:
         method = self._random.choice(("Turn", "Bulk", "Beat", "Control", "Starting"))
-        raw = channel.stream_stream(f"/cluster.link.v1.Link/{method}")
+        raw: Any = channel.stream_stream(f"/cluster.link.v1.Link/{method}")
         data = [b"\x12\x00" * self._random.choice(COUNTS), self._random.randbytes(200), b"\x0a" * 9]
         self._drain(raw(iter(self._random.sample(data, 2)), timeout=0.5))
 
@@ -209,7 +209,8 @@ class HostileWorker:
         return pb.WorkerTurn(kv_blocks=pb.KvBlocks(is_reset=self._rarely(), stored=blocks))
 
     def _adapters(self) -> pb.WorkerTurn:
-        statuses = [pb.AdapterStatus(name=f"a{n}", digest="0" * 64, state=2) for n in range(self._count() // 5)]
+        ready = pb.AdapterStatus.STATE_READY
+        statuses = [pb.AdapterStatus(name=f"a{n}", digest="0" * 64, state=ready) for n in range(self._count() // 5)]
         return pb.WorkerTurn(adapters=pb.AdapterReport(adapters=statuses))
 
     def _filled(self, kind: type[Message], depth: int = 3) -> Any:
@@ -233,7 +234,7 @@ class HostileWorker:
                     (target.add() if field.is_repeated else target).CopyFrom(value)
         return message
 
-    def _scalar(self, field: FieldDescriptor) -> Any:
+    def _scalar(self, field: Any) -> Any:
         kinds = FieldDescriptor
         if field.cpp_type == kinds.CPPTYPE_STRING:
             text = self._random.choice(("", "x", *self._victim, MODEL, "sim", "x" * 300, "\0é"))

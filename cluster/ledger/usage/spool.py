@@ -297,7 +297,7 @@ class Replayer:
     def __init__(
         self,
         spool: Spool,
-        insert: Callable[[Sequence[UsageRecord]], None],
+        insert: Callable[[Sequence[UsageRecord]], object],
         *,
         period_s: float = 0.5,
         max_pause_s: float = 10.0,

@@ -254,6 +254,6 @@ def test_a_refusal_is_one_sentence(llama_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama_folder, tmp_path / "odd"))
     (folder / "config.json").write_text('{"model_type": "nosuch", "architectures": ["NoSuchForCausalLM"]}')
     with pytest.raises(ValueError, match="`nosuch`") as refused:
-        CoreProcesses(spec(), folder, "mp", "", "").start(None, fast=False)  # type: ignore[arg-type]
+        CoreProcesses(spec(), folder, "mp", "", "").start(None, fast=False, configured=print)  # type: ignore[arg-type]
     assert "pydantic" not in str(refused.value)
     assert "\n" not in str(refused.value)
