@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from cluster.cli.commands.operate.status import HURTS_CALLERS
+
 
 def headrace(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run one command to the end and return its result."""
@@ -32,7 +34,7 @@ def status() -> Any:
 
     def printed() -> str:
         done = headrace("status", "--json")
-        assert done.returncode == 0 or "DEADLINE_EXCEEDED" in done.stderr, done.stderr
-        return done.stdout if done.returncode == 0 else ""
+        assert done.returncode in (0, HURTS_CALLERS) or "DEADLINE_EXCEEDED" in done.stderr, done.stderr
+        return done.stdout if done.returncode in (0, HURTS_CALLERS) else ""
 
     return json.loads(until(printed, "the gateway answers in time"))
