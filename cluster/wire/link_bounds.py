@@ -94,7 +94,8 @@ BOUNDS: Final[Mapping[str, Mapping[str, int]]] = {
     "ControllerHello": {"controller_id": MAX_NAME, "incarnation": MAX_NAME, "verbs": MAX_LIST, "verbs[]": MAX_NAME},
     "AdminReply": {"body": 8 << 20, "outcome": MAX_NAME, "message": MAX_DEFAULTS, "violations": MAX_FIELD_VIOLATIONS},
     "WrongField": {"field": MAX_TEXT, "description": MAX_TEXT},
-    "Catalog": {"models": MAX_MODELS},
+    "Catalog": {"models": MAX_MODELS, "problems": MAX_LIST},
+    "Problem": {"kind": MAX_NAME, "object": MAX_NAME, "cause": MAX_TEXT},
     "OperatorState": {"document": 2 * MAX_STATE_BYTES},
     "CatalogModel": dict.fromkeys(
         ("name", "version", "revision", "state", "bundle_digest", "family", "license", "engine_class"), MAX_NAME
@@ -102,7 +103,7 @@ BOUNDS: Final[Mapping[str, Mapping[str, int]]] = {
     | dict.fromkeys(("aliases", "weight_digests", "fallback", "versions", "retired", "card", "tasks"), MAX_LIST)
     | dict.fromkeys(("aliases[]", "weight_digests[]", "fallback[]", "retired[]", "tasks[]"), MAX_NAME)
     | {"card[]": MAX_DEFAULTS, "adapters": MAX_ADAPTERS}
-    | {"state_reason": MAX_DEFAULTS, "default_sampling_json": MAX_DEFAULTS},
+    | dict.fromkeys(("state_reason", "default_sampling_json", "sampling_json"), MAX_DEFAULTS),
     "Adapter": {"name": MAX_NAME, "source": MAX_SOURCE, "digest": MAX_WORD, "tenants": MAX_TENANTS}
     | {"tenants[]": MAX_NAME, "license": MAX_NAME, "version": MAX_NAME},
     "VersionShare": dict.fromkeys(("version", "revision", "state", "bundle_digest"), MAX_NAME)

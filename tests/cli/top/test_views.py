@@ -12,6 +12,7 @@ from rich.console import Console
 from cluster.cli.top.keys import TopState, pressed, split_keys
 from cluster.cli.top.screen import Picture, plain_picture, screen
 from cluster.cli.top.views import VIEWS, items_of, seconds, selected, text_of
+from cluster.policy.problems import Problem
 from tests.support.overviews import overview
 
 
@@ -51,16 +52,13 @@ def test_the_fleet_at_80_columns() -> None:
 
 
 def test_what_is_wrong_is_in_the_head() -> None:
-    """The head of the screen names an unreachable gateway, a silent controller and silent gateways."""
+    """The head of the screen names an unreachable gateway, else the worst problem and how many more there are."""
     document = overview()
     assert "no answer for 12.0 s: refused" in lines_of(Picture(document, 12.0, "refused"), TopState())[1]
-    document["controller"] = {"age_s": 40.0}
-    document["gateways"][0]["age_s"] = 30.0
+    assert "1 gateway processes" in lines_of(Picture(document), TopState())[1]
+    document["problems"] = [Problem("model_failed", "m", "", 1.0).row, Problem("ray_away", "local", "", 1.0).row]
     line = lines_of(Picture(document), TopState())[1]
-    assert "controller silent for 40.0 s" in line
-    assert "silent gateways: gw-0" in line
-    document["controller"] = {"age_s": None}
-    assert "no controller" in lines_of(Picture(document), TopState())[1]
+    assert line.startswith("model m cannot start and 1 more")
 
 
 def test_rows_are_sorted_and_missing_values_come_last() -> None:

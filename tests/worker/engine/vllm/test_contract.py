@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.api.types import without_seed_noise
+from cluster.api.types import ModelSpec, without_seed_noise
+from cluster.worker.engine.vllm import arguments
 from cluster.worker.engine.vllm.requests import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS_AFTER_MIN
 from tests.worker.engine.contract import EngineContract, Subject
 
@@ -45,7 +46,8 @@ class TestFastPath(EngineContract):
         """EngineInfo names the fast path as the engine's path. It also has the engine's class, sizes and default
         sampling options."""
         assert (engine.info.engine_path, engine.info.engine_path_reason) == ("fastpath", "")
-        assert without_seed_noise(engine.info.engine_class) == "float32-tp1-pp1"
+        digest = arguments.engine_class("float32", None, ModelSpec("m", "/m", engine={"block_size": 32}))
+        assert without_seed_noise(engine.info.engine_class) == digest
         assert engine.info.vocab_size == 768
         assert engine.info.max_num_seqs == 8
         assert engine.info.block_size == 32
