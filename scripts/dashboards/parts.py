@@ -295,7 +295,7 @@ def _annotation(name: str, color: str, expression: str) -> builders.AnnotationQu
     return builders.AnnotationQuery().name(name).datasource(SOURCE).enable(True).icon_color(color).expr(expression)
 
 
-LOST = 'reason=~"hung|deaf|mute|silent"'
+LOST = 'reason=~"lost|hung|deaf|mute|silent"'
 ANNOTATIONS = (
     _annotation(
         "Alerts",

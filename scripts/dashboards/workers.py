@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.dashboards.parts import CLUSTER, GREEN, MODEL, RED, YELLOW, Board, rate, runbook
+from scripts.dashboards.parts import CLUSTER, GREEN, LOST, MODEL, RED, YELLOW, Board, rate, runbook
 
 NAME = "workers"
 
@@ -56,8 +56,8 @@ def board() -> Board:
     )
     made.stat(
         "Workers lost",
-        "Links to workers that ended within the last hour because the worker hung or was silent.",
-        f'sum(increase(headrace_worker_detected_total{{{MODEL},reason=~"hung|deaf|mute|silent"}}[1h])) or vector(0)',
+        "Links to workers that ended within the last hour because the worker ended, hung or was silent.",
+        f"sum(increase(headrace_worker_detected_total{{{MODEL},{LOST}}}[1h])) or vector(0)",
         "none",
         ((None, GREEN), (1, YELLOW), (3, RED)),
         runbook("HeadraceWorkersLost"),
@@ -107,11 +107,20 @@ def _over_time(made: Board) -> None:
     )
     made.series(
         "Workers lost, by cause",
-        "Links to workers that ended. hung, deaf, mute and silent are faults; others end in order.",
+        "Links to workers that ended. lost, hung, deaf, mute and silent are faults; others end in order.",
         [(rate("headrace_worker_detected_total", "model, reason"), "{{model}} {{reason}}")],
         "cps",
         (),
         runbook("HeadraceWorkersLost"),
+    )
+    made.series(
+        "Refused usage reports",
+        "Reports of workers about requests that were not sent to them, or that would replace another tenant's record.",
+        [
+            (f"sum(rate(headrace_usage_{name}_total{{{CLUSTER}}}[$__rate_interval])) or vector(0)", title)
+            for name, title in (("reports_refused", "refused"), ("record_conflicts", "conflicts"))
+        ],
+        "cps",
     )
     made.series(
         "Workers by node",

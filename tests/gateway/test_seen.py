@@ -68,7 +68,7 @@ def test_every_label_is_of_the_vocabulary() -> None:
     """Every metric label is in the common list of labels, except the labels of build_info."""
     allowed = {
         "headrace_cluster", "model", "version", "tenant", "class", "worker", "api", "outcome", "reason", "limit",
-        "state", "gpu", "pod", "node", "file", "path", "ray_cluster",
+        "state", "gpu", "pod", "node", "file", "path", "ray_cluster", "kind", "object", "hurts",
     }  # fmt: skip
     for name, definition in DEFINITIONS.items():
         if name != "build_info":

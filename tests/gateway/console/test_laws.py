@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from cluster.gateway.console.overview import deltas, overview
 from cluster.gateway.console.overview.parts import FORMAT, Part
-from cluster.gateway.console.overview.rows import LOST
+from cluster.gateway.console.overview.rows import LOST, SHAPES
 from cluster.gateway.console.peers.peers import PeerParts, part_for_peers
 
 TENANTS = ("tenant-own", "tenant-hidden-1", "tenant-hidden-2")
@@ -218,14 +218,14 @@ def _without_others(part: Part) -> Part:
 def _part_of(gateway: str, at: float, ended: dict[str, float]) -> Part:
     """Return one gateway's part of the console's overview, with calls that ended at the times in `ended`. It also has
     one running call."""
-    rows = [
-        {"id": name, "tenant": "a", "state": "ended", "arrived_s": when - 1.0, "duration_s": 1.0}
-        for name, when in ended.items()
-    ]
-    return {
-        "format": FORMAT, "at": at, "controller_age_s": None, "controller_gateways": None, "gateway": {"id": gateway},
-        "workers": [], "models": [], "tenants": [], "calls": [*rows, {"id": "open", "tenant": "a", "state": "running"}],
-    }  # fmt: skip
+    rows = [_row("calls", id=name, state="ended", arrived_s=when - 1.0, duration_s=1.0) for name, when in ended.items()]
+    calls = [*rows, _row("calls", id="open", state="running")]
+    return _row("part", format=FORMAT, at=at, gateway=_row("gateway", id=gateway), calls=calls)
+
+
+def _row(kind: str, **values: Any) -> dict[str, Any]:
+    """Return a row of a kind with all its fields, of which only `values` matter."""
+    return {name: types[0]() for name, types in SHAPES[kind].items()} | values
 
 
 def test_parts_of_others_arrive_whole_in_pieces() -> None:

@@ -133,6 +133,9 @@ class PeerParts:
 def _check_part(part: Part) -> None:
     check_row("part", part)
     check_row("gateway", part["gateway"])
+    for kind, thing, cause, since_s in part.get("problems", ()):
+        if not all(isinstance(text, str) for text in (kind, thing, cause)) or not isinstance(since_s, int | float):
+            raise ValueError("problems: must be texts with a time")
     for name in PART_LISTS:
         for row in part[name]:
             check_row(name, row)
