@@ -25,6 +25,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
+from grpc._cython.cygrpc import ExecuteBatchError
 
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
@@ -127,8 +128,8 @@ class Attack:
             await session.done_writing()
             while (message := await session.read()) is not grpc.aio.EOF:
                 self._count(pb.SessionEvents.FromString(message))
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            self.answers[f"session {type(error).__name__}"] += 1
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, ExecuteBatchError) as error:
+            self.answers[f"session {type(error).__name__}"] += 1  # the last: it ended before done_writing
 
     def _count(self, message: pb.SessionEvents) -> None:
         for event in message.events:
