@@ -25,7 +25,6 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
-from grpc._cython.cygrpc import ExecuteBatchError
 
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
@@ -128,7 +127,7 @@ class Attack:
             await session.done_writing()
             while (message := await session.read()) is not grpc.aio.EOF:
                 self._count(pb.SessionEvents.FromString(message))
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, ExecuteBatchError) as error:
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.InternalError) as error:
             self.answers[f"session {type(error).__name__}"] += 1  # the last: it ended before done_writing
 
     def _count(self, message: pb.SessionEvents) -> None:
