@@ -163,7 +163,7 @@ async def test_links_that_end_leave_no_connection(cluster: TestCluster, checkpoi
         gc.enable()
 
 
-@pytest.mark.alone  # in a process with many tests before it, gRPC's core has ended the process here, rarely and silently
+@pytest.mark.alone  # gRPC's core has ended the process here, rarely and silently, after many other tests
 async def test_a_worker_that_is_stopped_as_it_is_welcomed_stops(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:

@@ -355,8 +355,8 @@ async def _handed_on_one_by_one(pair: Pair, drain_s: float) -> None:
     least_s = drain_s / 2 / 4 / 2 - clock.longest_stall_s  # a stall delays a stream's end, but not the one after it
     assert drain_s / 2 <= in_order[0]
     assert all(later - sooner > least_s for sooner, later in itertools.pairwise(in_order))
-    assert in_order[-1] < drain_s - least_s
     assert drain_s <= at_last
+    assert at_last - in_order[-1] > least_s
     await stopping
 
 
