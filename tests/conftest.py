@@ -65,11 +65,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Run a test that is marked `alone` in a process of its own."""
     if alone.REPORTS in os.environ or not item.get_closest_marker("alone"):
         return None
     alone.run_alone(item)
+    item.session._setupstate.teardown_exact(nextitem)  # the fixtures that only this item and those before it share
     return True
 
 
