@@ -6,8 +6,8 @@ SHELL := /bin/bash
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
 python = $(if $(PYTHON),$$(PYTHON=$(PYTHON) scripts/find-python.sh),$$([ -x $(VENV)/python ] && echo $(VENV)/python || scripts/find-python.sh))
-# Processes of `make test`: one for engines, one for clusters, one for the rest, all of which often wait.
-JOBS ?= $(if $(filter 1,$(shell nproc)),1,3)
+# Processes of `make test`. Each may run a real engine, which fills a core.
+JOBS ?= $(if $(filter 1,$(shell nproc)),1,2)
 # Only gpu-report fetches models, unless the environment forbids it.
 HUB_OFFLINE := $(or $(HF_HUB_OFFLINE),0)
 export HF_HUB_OFFLINE ?= 1
