@@ -25,7 +25,7 @@ ANY_ALERT: Final = "HeadraceProblem"
 
 
 class Hurts(enum.StrEnum):
-    """Who notices a problem that stays."""
+    """The people who notice a problem that stays."""
 
     CALLERS = "callers"
     OPERATORS = "operators"

@@ -81,7 +81,7 @@ def test_long_reports_are_applied_in_slices() -> None:
     ids=["usage", "served", "elsewhere"],
 )
 def test_reports_beyond_the_bounds_are_not_applied(turn: pb.WorkerTurn) -> None:
-    """Of a message with too many reports, none is applied."""
+    """A message with too many reports is refused whole."""
     listener = Listener()
     with pytest.raises(ValueError, match="at most"):
         list(make_link(listener).apply_reports(turn))
