@@ -14,6 +14,10 @@ from cluster.kube.lease import LeaseCandidate, LeaseTerms
 
 log = structlog.get_logger("lease")
 
+GIVE_UP_WRITES = 3
+"""Writes with which a Lease is given up. Only one renewal can be on its way, so the second write can conflict only with
+another process."""
+
 Work = Callable[[asyncio.Event], Awaitable[None]]
 """Coroutine function with the leader's work. When the event, its argument, is set, the work must end soon."""
 
@@ -86,11 +90,10 @@ class Leader:
         while self.leads:
             left_s = self._candidate.acts_until_s() - self._clock_s()
             await asyncio.sleep(min(self._terms.again_s, left_s))
-            checking = asyncio.ensure_future(self._check_record())
             left_s = self._candidate.acts_until_s() - self._clock_s()
-            await asyncio.wait({checking}, timeout=max(left_s, 0))
-            if not checking.done():
-                checking.cancel()
+            try:
+                await asyncio.wait_for(self._check_record(), max(left_s, 0))
+            except TimeoutError:
                 return
 
     async def _check_record(self) -> None:
@@ -113,9 +116,18 @@ class Leader:
     async def _give_up(self) -> None:
         """Remove the holder from the Lease, so that the next process can take the Lease at once. Errors are ignored,
         since the Lease expires anyway."""
-        with contextlib.suppress(Conflict, ApiUnavailable):
-            await asyncio.to_thread(self._store.write, "", self._candidate.seen)
+        seen = self._candidate.seen
         self._candidate = LeaseCandidate(self._candidate.me, self._terms)
+        with contextlib.suppress(ApiUnavailable):
+            for _ in range(GIVE_UP_WRITES):
+                try:
+                    await asyncio.to_thread(self._store.write, "", seen)
+                    return
+                except Conflict:
+                    # A renewal whose answer was not waited for has changed the record, or another process has.
+                    seen = await asyncio.to_thread(self._store.read)
+                if seen is None or seen.holder != self._candidate.me:
+                    return
 
 
 async def _wait_first(*waits: Awaitable[object]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -126,6 +127,49 @@ async def test_one_of_two_works_and_hands_over_when_it_stops(api: FakeApi) -> No
         assert leaders[other].leads
     assert work.most == 1
     assert api.leases["headrace-controller"]["spec"]["leaseTransitions"] == 1
+
+
+@pytest.mark.parametrize("held_up", ["read", "write"])
+async def test_a_leader_that_stops_while_it_renews_gives_up_the_lease(api: FakeApi, held_up: str) -> None:
+    """A leader that stops while a renewal is on its way gives up the Lease, wherever the renewal is held up."""
+    on_its_way, go_on, arrived = threading.Event(), threading.Event(), threading.Event()
+
+    class SlowStore:
+        """Lease whose first renewal is held up: before its record is read, or after its write was sent."""
+
+        def __init__(self) -> None:
+            self.lease = api.lease()
+            self.calls = {"read": 0, "write": 0}
+
+        def read(self) -> LeaseRecord | None:
+            self._hold_up("read")
+            return self.lease.read()
+
+        def write(self, holder: str, over: LeaseRecord | None) -> LeaseRecord:
+            if holder == "":
+                go_on.set()
+                arrived.wait(60)
+            self._hold_up("write")
+            try:
+                return self.lease.write(holder, over)
+            finally:
+                arrived.set()
+
+        def _hold_up(self, call: str) -> None:
+            self.calls[call] += 1
+            if self.calls[call] == 2 and call == held_up:
+                on_its_way.set()
+                go_on.wait(60)
+                if call == "read":
+                    arrived.set()
+
+    leader, stop = Leader(SlowStore(), "a", QUICK), asyncio.Event()
+    task = asyncio.create_task(leader.run(Work().of("a"), stop))  # type: ignore[arg-type]
+    await until(on_its_way.is_set)
+    stop.set()
+    await asyncio.wait_for(task, 60)
+    await asyncio.sleep(QUICK.again_s)  # a renewal that goes on would write now
+    assert api.leases["headrace-controller"]["spec"]["holderIdentity"] == ""
 
 
 async def test_who_cannot_renew_stops_and_begins_again(api: FakeApi) -> None:
