@@ -91,10 +91,9 @@ class Leader:
             left_s = self._candidate.acts_until_s() - self._clock_s()
             await asyncio.sleep(min(self._terms.again_s, left_s))
             left_s = self._candidate.acts_until_s() - self._clock_s()
-            try:
-                await asyncio.wait_for(self._check_record(), max(left_s, 0))
-            except TimeoutError:
-                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(left_s, 0)):
+                    await self._check_record()
 
     async def _check_record(self) -> None:
         """Read the record, and write it if the Lease must be taken or renewed. Errors of the API are logged."""

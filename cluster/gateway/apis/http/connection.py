@@ -32,6 +32,8 @@ class HttpConnection:
         client after the current answer."""
         self.transport = transport
         self.refuse_body = refuse_body
+        self.chunked = True
+        """Whether the body of the response is sent in chunks; if not (HTTP/1.0), it ends with the connection."""
         self.full = False
         """Whether the client must read before more is written. A plain attribute and not a property, because it is read
         for every token."""
@@ -44,8 +46,8 @@ class HttpConnection:
         self._on_lost: Callable[[], None] | None = None
 
     def send(self, data: bytes) -> None:
-        """Send one chunk of a chunked response body. Every response without a content-length is chunked."""
-        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        """Send the next part of a response body without a content-length."""
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
 
     async def wait_until_writable(self) -> None:
         """Wait until the connection accepts more bytes to send, or is closed."""

@@ -215,12 +215,14 @@ class HttpProtocol(HttpToolsProtocol):
             self.headers[:] = [(name, target[1] if name == b"host" else value) for name, value in self.headers]
             rest = self.url[target.end() :]
             self.url = rest if rest.startswith(b"/") else b"/" + rest
-        self.expect_100_continue = _check_head(self.parser.get_http_version(), self.headers)
+        version = self.parser.get_http_version()
+        self.expect_100_continue = _check_head(version, self.headers)
+        self.connection.chunked = chunks = version != "1.0"
         self.requests += 1
         super().on_headers_complete()
         cycle: Any = self.cycle
         if cycle.scope["method"] != "HEAD":  # the answer to HEAD has no body that its head could wait for
-            cycle.transport = ResponseTransport(self.transport, cycle)
+            cycle.transport = ResponseTransport(self.transport, cycle, chunks)
         self._end.begin_request(cycle)
         self.received.begin_body(body_length(self.headers))
         self.timeouts.ended_head()

@@ -13,10 +13,14 @@ MAX_JOINED_BYTES: Final = 65_536
 """Size in bytes from which the first part of a body is written by itself instead of being copied behind the head."""
 
 
+_CHUNKED: Final = b"transfer-encoding: chunked\r\n"
+
+
 class Response(Protocol):
     """The state of a response that ResponseTransport reads. uvicorn's RequestResponseCycle satisfies this protocol."""
 
     response_started: bool
+    chunked_encoding: bool | None
 
 
 class ResponseTransport:
@@ -24,9 +28,12 @@ class ResponseTransport:
     a response is held back until the first part of the body is written. The application must therefore write that part
     without delay."""
 
-    __slots__ = ("_head", "_response", "_transport")
+    __slots__ = ("_chunks", "_head", "_response", "_transport")
 
-    def __init__(self, transport: asyncio.Transport, response: Response) -> None:
+    def __init__(self, transport: asyncio.Transport, response: Response, chunks: bool) -> None:
+        """`chunks`: whether the client understands a body in chunks. If not, the end of the connection ends the body;
+        uvicorn sends chunks in any case."""
+        self._chunks = chunks
         self._transport = transport
         self._response = response
         self._head: bytes | None = None
@@ -36,6 +43,8 @@ class ResponseTransport:
     def write(self, data: bytes) -> None:
         """Write the next bytes: an interim response (100 Continue), the head of the response, or a part of its body."""
         head = self._head
+        if not self._chunks and self._response.chunked_encoding:
+            data = data.replace(_CHUNKED, b"", 1) if head is None else _body_of_chunks(data)
         if head is None and self._response.response_started:
             self._head = data
             return
@@ -57,3 +66,9 @@ class ResponseTransport:
             self._transport.write(self._head)
             self._head = b""
         self._transport.close()
+
+
+def _body_of_chunks(data: bytes) -> bytes:
+    """Return the content of a write of uvicorn: at most one chunk, and the mark of the body's end."""
+    size, _, rest = data.partition(b"\r\n")
+    return rest[: int(size, 16)]

@@ -268,3 +268,30 @@ async def test_a_body_of_unknown_length_is_refused_within_it(cluster: TestCluste
         assert (reply.status, "connection" in reply.headers) == (400, False)
     finally:
         await wire.close()
+
+
+# ---- HTTP/1.0
+
+
+@pytest.mark.parametrize("asked", [b"", b"connection: keep-alive\r\n"])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_old_client_gets_no_chunks(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, asked: bytes, stream: bool
+) -> None:
+    """A response to HTTP/1.0 has a content-length or ends with the connection: that version has no chunks."""
+    await cluster.add_worker(sim_engine(checkpoint), bundle)
+    body = json.dumps(chat_body(stream=stream, max_tokens=3)).encode()
+    host, port = cluster.gateway.endpoints["http"].rsplit(":", 1)
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/chat/completions HTTP/1.0\r\nhost: a\r\ncontent-type: application/json\r\n" + asked)
+    writer.write(b"content-length: %d\r\n\r\n" % len(body) + body)
+    head, _, content = (await within(END_S, read_all(reader))).partition(b"\r\n\r\n")
+    writer.close()
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    if stream:
+        events = content.split(b"\n\n")
+        assert events[-2:] == [b"data: [DONE]", b""]
+        assert all(json.loads(event.removeprefix(b"data: ")) for event in events[:-2])
+    else:
+        assert json.loads(content)["choices"]
