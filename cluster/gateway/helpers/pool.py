@@ -3,8 +3,8 @@
 Problem: parsing, rendering and tokenizing hold the GIL for milliseconds at a time even in a thread, and the event loop
 waits for the GIL after every system call. With many such threads the waits add up to a quarter of a second. The first
 job starts the helpers (process.py) and waits 0.2 to 0.6 s for the first helper. Helpers run at idle priority
-(SCHED_IDLE) and exit after a time without work. If no helper can be started, or a helper gets no core for seconds,
-`run` returns None and the caller does the work itself.
+(SCHED_IDLE) and exit after a time without work. If no helper can be started, or a helper gets no core for seconds, also
+while it starts, `run` returns None and the caller does the work itself.
 
 Tenants take turns: of the tenants with waiting jobs, the tenant that was served longest ago is next. Each job has a CPU
 limit; a job that exceeds the limit raises TooMuchCpu. A job that kills two helpers in a row raises JobLost and is not
@@ -79,7 +79,7 @@ class HelperPool:
         self._late: set[HelperProcess] = set()
         self._queue = JobQueue[HelperProcess | None]()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._starting = False
+        self._starting = self._start_is_late = False
         self.failures = 0
         """Number of helpers lost since a helper last completed a job."""
         self._failed_at = 0.0
@@ -209,10 +209,15 @@ class HelperPool:
         self._late.add(helper)
         self._release_waiting()
 
+    def _mark_start_late(self) -> None:
+        log.warning("helper.delayed", **call_fields(), pid=None)
+        self._start_is_late = True
+        self._release_waiting()
+
     @property
     def _may_become_free(self) -> bool:
         """Whether a helper may soon become free."""
-        return self._starting or bool(self._helpers - self._late)
+        return (self._starting and not self._start_is_late) or bool(self._helpers - self._late)
 
     def _remove_lost(self, helper: HelperProcess, error: OSError | None) -> None:
         if helper not in self._helpers:
@@ -243,6 +248,7 @@ class HelperPool:
     async def _begin(self) -> None:
         """Start a helper. Once the helper is ready, start the next. All helpers are started early, because each start
         blocks the event loop briefly."""
+        late = asyncio.get_running_loop().call_later(self.patience_s, self._mark_start_late)
         try:
             helper = await start_helper(self._setup, CPU_S)
         except OSError as error:
@@ -253,6 +259,9 @@ class HelperPool:
             self._starting = False
             self._release_waiting()
             raise
+        finally:
+            late.cancel()
+            self._start_is_late = False
         run_when_idle(helper.pid)  # not earlier, because callers wait for the start, which must get a core
         self._starting = False
         if self._closed:

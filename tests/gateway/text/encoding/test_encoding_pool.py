@@ -14,10 +14,11 @@ from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+import psutil
 import pytest
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.gateway.helpers.pool import JobLost, TooMuchCpu
+from cluster.gateway.helpers.pool import HelperPool, JobLost, TooMuchCpu
 from cluster.gateway.helpers.wire import Job
 from cluster.gateway.text.encoding.encoding_pool import EncodingPool
 from cluster.gateway.text.encoding.prompt_memory import PromptMemory
@@ -330,6 +331,29 @@ async def test_a_helper_is_late_without_its_caller_too(stuck: EncodingPool) -> N
     with contextlib.suppress(asyncio.CancelledError):
         await gone
     assert await asyncio.wait_for(stuck.run(("prompt_ids", (TENANT, PROMPT), {})), READY_S) is None
+
+
+async def test_nobody_waits_for_a_start_that_gets_no_core(kinds: dict[str, Kind]) -> None:
+    """If a helper is stopped while it starts, callers get None and do the work themselves. Once it runs again, the pool
+    uses it."""
+    bundle = build_bundle(kinds["llama"].folder).pack()
+    stopped: list[psutil.Process] = []
+
+    def stop_newest() -> tuple[str, bytes]:
+        stopped.append(max(psutil.Process().children(), key=lambda child: child.pid))
+        stopped[-1].suspend()
+        return "text", bundle
+
+    pool = HelperPool(stop_newest, size=1, patience_s=0.2)
+    job = ("prompt_ids", (TENANT, PROMPT), {})
+    calls = [asyncio.create_task(pool.run(job)) for _ in range(3)]
+    assert await asyncio.wait_for(asyncio.gather(*calls), READY_S) == [None] * 3
+    assert await asyncio.wait_for(pool.run(job), READY_S) is None
+    stopped[0].resume()
+    assert await asyncio.wait_for(pool.ready(), READY_S)
+    assert pool.pids == {stopped[0].pid}
+    pool.close()
+    assert len(stopped) == 1
 
 
 async def test_gone_callers_leave_helpers_usable(model: TextModel) -> None:
