@@ -345,7 +345,7 @@ async def test_nobody_waits_for_a_start_that_gets_no_core(kinds: dict[str, Kind]
         return "text", bundle
 
     pool = HelperPool(stop_newest, size=1, patience_s=0.2)
-    job = ("prompt_ids", (TENANT, PROMPT), {})
+    job: Job = ("prompt_ids", (TENANT, PROMPT), {})
     calls = [asyncio.create_task(pool.run(job)) for _ in range(3)]
     assert await asyncio.wait_for(asyncio.gather(*calls), READY_S) == [None] * 3
     assert await asyncio.wait_for(pool.run(job), READY_S) is None
