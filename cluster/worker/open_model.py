@@ -125,9 +125,15 @@ def _bundle_of(folder: Path, settings: ReplicaSettings) -> Bundle:
 
 
 def _resolve(settings: ReplicaSettings, progress: Progress | None = None) -> Path:
+    from cluster.worker.weights.model_fields import check_fields
     from cluster.worker.weights.sources import resolve
 
-    return resolve(settings.spec, _source_rules(settings), progress)
+    folder = resolve(settings.spec, _source_rules(settings), progress)
+    try:
+        check_fields(folder)
+    except ValueError as error:
+        raise ValueError(f"models[{settings.spec.name}].source: {error}") from None
+    return folder
 
 
 def _source_rules(settings: ReplicaSettings) -> SourceRules:

@@ -77,6 +77,8 @@ def check_files(spec: ModelSpec, folder: Path) -> Headers:
     else:
         _check_shards(where, names)
     headers = _read_headers(where, folder, names)
+    if not headers.shapes:
+        raise CheckpointError(f"{where}: {listed(names)} holds no tensors; {AGAIN}")
     if lacking := [name for name in weight_map or () if name not in headers.shapes]:
         raise CheckpointError(
             f"{where}: {INDEX} names tensors that no file holds: "
@@ -155,7 +157,7 @@ def _read_headers(where: str, folder: Path, names: Sequence[str]) -> Headers:
                     files[tensor] = name
         except OSError as error:
             raise CheckpointError(f"{where}/{name} cannot be read: {error}; {AGAIN}") from None
-        except SafetensorError as error:
+        except (SafetensorError, RecursionError) as error:
             raise CheckpointError(f"{where}/{name} {_file_fault(folder / name, str(error))}") from None
     return Headers(shapes, dtypes, files)
 
@@ -171,7 +173,7 @@ def _file_fault(file: Path, error: str) -> str:
     try:
         tensors: dict[str, Any] = json.loads(header)
         end = max(part["data_offsets"][1] for name, part in tensors.items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return _content_fault(head, f"is damaged ({error})")
     if 8 + length + end > size:
         return f"is cut off: it has {size} bytes, and its header describes {8 + length + end}; {AGAIN}"

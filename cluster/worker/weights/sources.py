@@ -7,7 +7,6 @@ allowed both by the catalog entry and by `weights.allow`.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,10 +20,11 @@ from cluster.policy.catalog.allowed_sources import is_allowed_source
 from cluster.worker.weights import demo_model
 from cluster.worker.weights.checkpoint import CheckpointError, check_files
 from cluster.worker.weights.fetching import SCHEMES, Progress, fetch
+from cluster.worker.weights.folder_files import check_readable
 from cluster.worker.weights.hub_progress import reporting_bar
 from cluster.worker.weights.model_card import read_card, why_refused
 from cluster.worker.weights.sentence_modules import check_modules
-from cluster.worker.weights.vocabulary import why_no_tokenizer
+from cluster.worker.weights.vocabulary import read_json, why_no_tokenizer
 from cluster.worker.weights.web import FetchError
 
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md")
@@ -186,11 +186,12 @@ def check_folder(spec: ModelSpec, folder: Path, *, allow_remote_code: bool = Fal
     """Raise SourceError if the folder has no checkpoint, or a checkpoint that may not be loaded."""
     where = f"models[{spec.name}].source"
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise SourceError(f"{where}: {folder} {_why_no_model(folder)}") from None
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{where}: {folder / 'config.json'} cannot be read: {error}") from None
+        check_readable(folder)
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{folder} {_why_no_model(folder)}")
+        config = read_json(folder / "config.json")
+    except ValueError as error:
+        raise SourceError(f"{where}: {error}") from None
     patterns = WEIGHT_PATTERNS.get(spec.load_format, ())
     if patterns and not any(any(folder.glob(pattern)) for pattern in patterns):
         unsafe = sorted(file.name for pattern in _UNSAFE for file in folder.glob(pattern))
@@ -202,8 +203,6 @@ def check_folder(spec: ModelSpec, folder: Path, *, allow_remote_code: bool = Fal
         if any(folder.glob("*.gguf")):
             raise SourceError(f"{where}: {folder} holds only gguf weights; {NO_GGUF}")
         raise SourceError(f"{where}: {folder} holds no weights ({', '.join(patterns)})")
-    if not isinstance(config, dict):
-        raise SourceError(f"{where}: {folder / 'config.json'} must hold a JSON object")
     if config.get("auto_map") and not (spec.trust_remote_code and allow_remote_code):
         raise SourceError(
             f"{where}: {folder / 'config.json'} loads the model's own code (auto_map), which is refused; "

@@ -164,10 +164,31 @@ def _templates(tokenizer: Any) -> Mapping[str, str]:
     if template is None:
         return {}
     templates = dict(template) if isinstance(template, dict) else {"default": template}
-    for name in templates:
+    for name, source in templates.items():
+        if not isinstance(source, str):
+            raise ValueError(
+                f"chat_template {name!r} must be a text, got {source!r:.80}: correct tokenizer_config.json"
+            )
+        if fault := _syntax_fault(source):
+            raise ValueError(
+                f"the chat template {name!r} (chat_template.jinja, or in tokenizer_config.json) {fault}; "
+                "correct or copy it again"
+            )
         if not TEMPLATE_NAME.fullmatch(name):
             raise ValueError(f"chat template name {name!r} must be letters, digits, '_' and '-' only: rename its file")
     return templates
+
+
+def _syntax_fault(source: str) -> str:
+    """Return the syntax error of a chat template; empty if it has none. transformers' own tags are known."""
+    import jinja2
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        _compile_jinja_template(source)
+    except jinja2.TemplateSyntaxError as error:
+        return f"cannot be read: line {error.lineno}: {error.message}"
+    return ""
 
 
 def _dump(content: Mapping[str, Any]) -> bytes:

@@ -51,6 +51,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     except BaseException as error:  # a Rust panic is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        if fault := _config_fault(folder):
+            raise ValueError(
+                f"{folder / 'config.json'}: {fault}; correct the file, or fetch or copy it again"
+            ) from error
         raise ValueError(
             f"no tokenizer can be loaded from {folder}: {type(error).__name__}: {error}. {_remedy(folder)}"
         ) from error
@@ -83,6 +87,20 @@ def why_no_tokenizer(folder: Path, trust_remote_code: bool) -> str:
     if any(folder.glob("*.gguf")):
         return "has its tokenizer in a gguf file, and gguf folders are not served yet: use the model's safetensors form"
     return f"has no tokenizer: it needs {NEEDED}. Copy the tokenizer files of the model that it was made from"
+
+
+def _config_fault(folder: Path) -> str:
+    """Return why transformers refuses the values of config.json, which it reads for a tokenizer too; empty if it does
+    not, or does not know the type of model."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if read_json(folder / "config.json").get("model_type") not in CONFIG_MAPPING:
+        return ""
+    try:
+        AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:500]
+    return ""
 
 
 def _remedy(folder: Path) -> str:
