@@ -156,20 +156,31 @@ class TestCluster:
         return any(link.identity.worker_id == worker_id and link.free.sequences > 0 for link in self.gateway.hub.links)
 
     @property
+    def remaining(self) -> list[str]:
+        """What remains of calls in the gateway, the links and the engines; empty if nothing does."""
+        gateway, workers = self.gateway, [w for w in self.workers if not w.task.done()]
+        models = [model.name for model in gateway.directory.models]
+        found: dict[str, object] = {
+            "calls": gateway.service.statistics(),
+            "running on links": gateway.hub.statistics().running,
+            "running at workers": sum(w.end.statistics().running for w in workers),
+            "running in engines": sum(w.engine.load().running for w in workers),
+            "waiting": [n for n in models if gateway.scheduler.queues.waiting(n) != (0, 0)],
+            "waiting to be rendered": [n for n in models if gateway.scheduler.renders.waiting(n) != (0, 0)],
+        }
+        return [f"{what}: {value}" for what, value in found.items() if value]
+
+    @property
     def idle(self) -> bool:
-        """Whether no call remains in the gateway, the links and the engines."""
-        return (
-            not self.gateway.service.statistics()
-            and self.gateway.hub.statistics().running == 0
-            and all(w.end.statistics().running == 0 for w in self.workers if not w.task.done())
-            and all(w.engine.load().running == 0 for w in self.workers if not w.task.done())
-            and all(self.gateway.scheduler.queues.waiting(m.name) == (0, 0) for m in self.gateway.directory.models)
-            and all(self.gateway.scheduler.renders.waiting(m.name) == (0, 0) for m in self.gateway.directory.models)
-        )
+        """Whether no call remains."""
+        return not self.remaining
 
     async def until_idle(self, timeout_s: float = 60.0) -> None:
-        """Wait until `idle` is true."""
-        await until(lambda: self.idle, "nothing is left of any call", timeout_s)
+        """Wait until no call remains. Raises AssertionError with what remains on timeout."""
+        deadline = time.monotonic() + timeout_s
+        while remaining := self.remaining:
+            assert time.monotonic() < deadline, f"after {timeout_s:.0f} s there remain: {'; '.join(remaining)}"
+            await asyncio.sleep(0.005)
 
 
 async def _run(end: WorkerSession) -> None:

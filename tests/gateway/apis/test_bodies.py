@@ -331,6 +331,7 @@ async def bodies() -> AsyncIterator[Bodies]:
 async def test_what_is_large_is_read_by_a_helper(bodies: Bodies) -> None:
     """Helper processes parse large HTTP bodies, gRPC messages and session messages. The results and errors are the same
     as for small bodies."""
+    bodies.pool.patience_s = 60  # the helper's start may wait for a core that long
     long = "hello, " * 300_000
     parsed = await bodies.http("chat", json.dumps(chat_body(long)).encode())
     assert bodies.pool.pids

@@ -25,7 +25,7 @@ import structlog
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, Grammar
-from cluster.process.background import NICENESS
+from cluster.process.background import NICENESS, lower_threads, run_threads_when_idle
 from cluster.worker.engine.processes import fork_server
 from cluster.worker.engine.vllm.grammar import probe_process
 from cluster.worker.engine.vllm.grammar.grammars import structured_outputs
@@ -38,8 +38,11 @@ MAX_TRIALS = 4
 """Greatest number of trials at a time, each of another tenant."""
 SPARES = 2
 """Number of processes that wait for grammars. A fork takes up to a second on a busy host."""
-PATIENCE_S = 0.1
+PATIENCE_S = 0.02
 """Seconds after which a trial goes on at a lower priority. Its process is not used again."""
+IDLE_S = 10.0
+"""Seconds within which a trial that runs only on idle cores has a result. On a host without an idle core it is then
+begun again, and has a share of a core."""
 MAX_WAIT_S = 60.0
 """Seconds after which a trial without a result counts as too costly, however little CPU time it had."""
 REMEMBERED = 4096
@@ -62,18 +65,23 @@ class _Child:
         self.slow = False
         self.pid = int(self._receive(MAX_WAIT_S))
 
-    def try_grammar(self, arguments: bytes) -> str:
-        """Return why a grammar costs too much; empty if it does not. Raises EOFError or OSError if the child ended."""
+    def try_grammar(self, arguments: bytes, *, only_idle: bool) -> str:
+        """Return why a grammar costs too much; empty if it does not. Raises EOFError or OSError if the child ended, or
+        TimeoutError.
+
+        `only_idle`: whether a trial that takes longer than PATIENCE_S runs on idle cores only, for IDLE_S.
+        """
         self._channel.send_bytes(arguments)
         self.slow = not self._channel.poll(PATIENCE_S)
         if self.slow:
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) + 2 * NICENESS)
-        return self._receive(MAX_WAIT_S)
+            lower_threads(self.pid, 2 * NICENESS)
+            if only_idle:
+                run_threads_when_idle(self.pid)
+        return self._receive(IDLE_S if only_idle else MAX_WAIT_S)
 
     def _receive(self, within_s: float) -> str:
         if not self._channel.poll(within_s):
-            raise EOFError
+            raise TimeoutError
         return self._channel.recv_bytes().decode()
 
     def end(self) -> None:
@@ -145,20 +153,34 @@ class GrammarProbe:
         """Try a grammar in a child. Blocks. Raises OSError if no child can be started."""
         params = structural_tag(grammar) if grammar.kind == STRUCTURAL_TAG else structured_outputs(grammar)
         chosen = {kind: value for kind in _KINDS if (value := getattr(params, kind)) is not None}
-        child = self._child()
-        try:
-            problem = child.try_grammar(json.dumps(chosen).encode())
-        except (EOFError, OSError):
-            problem, child.slow = TOO_COSTLY, True
-        if child.slow:
-            self._children.discard(child)
-            child.end()
-            self._threads.submit(self._add_spares)
-        else:
-            self._idle.append(child)
+        arguments = json.dumps(chosen).encode()
+        problem = TOO_COSTLY
+        for only_idle in (True, False):
+            with contextlib.suppress(TimeoutError):
+                problem = self._tried(arguments, only_idle=only_idle)
+                break
         if problem:
             log.warning("grammar.refused", kind=grammar.kind, bytes=len(str(grammar.value)), reason=problem)
         return problem
+
+    def _tried(self, arguments: bytes, *, only_idle: bool) -> str:
+        """Return why a grammar costs too much. Raises TimeoutError."""
+        child = self._child()
+        try:
+            return child.try_grammar(arguments, only_idle=only_idle)
+        except TimeoutError:
+            child.slow = True
+            raise
+        except (EOFError, OSError):
+            child.slow = True
+            return TOO_COSTLY
+        finally:
+            if child.slow:
+                self._children.discard(child)
+                child.end()
+                self._threads.submit(self._add_spares)
+            else:
+                self._idle.append(child)
 
     def _child(self) -> _Child:
         with contextlib.suppress(IndexError):

@@ -13,6 +13,7 @@ import pytest
 from cluster.api.ports import EngineRefused
 from cluster.api.types import SLOW_GRAMMAR, FinishReason, Grammar
 from cluster.worker.engine.vllm.engine import VllmEngine
+from cluster.worker.engine.vllm.grammar import probe
 from cluster.worker.engine.vllm.grammar.probe import GrammarProbe
 from tests.support.checkpoints import big_vocabulary_checkpoint
 from tests.support.hostile_grammars import hostile_grammars
@@ -48,6 +49,17 @@ async def test_a_costly_grammar_is_refused_before_the_engine_has_it(fast_subject
     (answer,) = await driver.run(request(fast_subject.prompt(5), grammar=Grammar("regex", "[a-f]{40}")))
     assert len(answer.token_ids) == 6
     assert fast_subject.engine.load().steps > steps
+
+
+async def test_a_trial_that_gets_no_idle_core_is_begun_again(
+    fast_subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grammar that is not costly is not refused because no core is idle."""
+    monkeypatch.setattr(probe, "IDLE_S", 0.0)
+    fields = {f"field {i}": {"type": "string", "maxLength": 300 + i} for i in range(12)}
+    schema = Grammar("json_schema", json.dumps({"type": "object", "properties": fields}))
+    (answer,) = await Driver(fast_subject).run(request(fast_subject.prompt(5), grammar=schema))
+    assert len(answer.token_ids) == 6
 
 
 async def _ends_alone(subject: Subject) -> None:
