@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class LocalRay:
         self._settings = settings
         self._token = secrets.token_hex(32)
         self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = threading.Lock()  # a start that fails stops Ray too, in its own thread
         self.address = ""
         self.dashboard_url = ""
         # A Unix socket's path must stay below 108 bytes, of which Ray's part takes about 75.
@@ -182,13 +184,14 @@ class LocalRay:
 
         Call Backend.shutdown first, so that Serve's replicas drain.
         """
-        self._signal(signal.SIGTERM)
-        ended = reaper.end(self._settings.instance, self._folder, grace_s=grace_s)
-        if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=2.0)
-            self._process = None
-        _keep_logs(self._folder, self._settings.run_folder)
+        with self._stopping:
+            self._signal(signal.SIGTERM)
+            ended = reaper.end(self._settings.instance, self._folder, grace_s=grace_s)
+            if self._process is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(timeout=2.0)
+                self._process = None
+            _keep_logs(self._folder, self._settings.run_folder)
         return ended
 
     @property

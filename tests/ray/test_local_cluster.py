@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,19 @@ def test_logs_come_home(tmp_path: Path) -> None:
     finally:
         ray.stop()
     assert (ray.log_file.parent / "ray-logs" / "gcs_server.out").exists()
+    assert not ray.folder.exists()
+
+
+def test_stops_in_several_threads(tmp_path: Path) -> None:
+    """A start that fails may stop Ray while another thread stops it. The logs are kept, and no call fails."""
+    ray = LocalRay(LocalRaySettings("twice", tmp_path / ("x" * 40)))
+    logs = ray.folder / "session_latest" / "logs"
+    logs.mkdir(parents=True)
+    for number in range(300):
+        (logs / f"{number}.out").touch()
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda _: ray.stop(), range(4))) == [0] * 4
+    assert len(list((ray.log_file.parent / "ray-logs").iterdir())) == 300
     assert not ray.folder.exists()
 
 

@@ -49,6 +49,12 @@ FAULTS = {
         + MODELS,
         "auth.cluster_secret_file",
     ),
+    "ledger": (
+        '{folder}/ledger.db"}}',
+        '{folder}/model/config.json/ledger.db"}}\nauth: {{api_keys: {{pepper_file: {folder}/pepper}}, '
+        'cluster_secret_file: {folder}/secret}}',
+        "store.database_url",
+    ),
     "license": (
         MODELS + " [{{name: m,",
         "\nweights: {{allow: {{licenses: [mit]}}}}" + MODELS + " [{{name: m, license: gpl-3.0,",
