@@ -8,6 +8,7 @@ name the file and the remedy.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import Counter
@@ -18,7 +19,7 @@ from typing import Any
 
 from cluster.api.types import ModelSpec
 from cluster.worker.weights.expected_tensors import differences
-from cluster.worker.weights.safetensors_header import short, unique_keys
+from cluster.worker.weights.safetensors_header import read_header, short, unique_keys
 from cluster.worker.weights.vocabulary import read_bounded, read_json, text_config
 
 INDEX = "model.safetensors.index.json"
@@ -41,6 +42,21 @@ AGAIN = "fetch or copy the checkpoint again"
 MOST_LAYERS = 1000
 """Greatest number of layers in a model built for comparison: more than any known model has, yet quick to build."""
 
+OUTPUT = "lm_head.weight"
+ALWAYS_TIED = (
+    "CohereForCausalLM",
+    "Cohere2ForCausalLM",
+    "Cohere2MoeForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3nForCausalLM",
+    "Gemma3nForConditionalGeneration",
+    "Lfm2ForCausalLM",
+    "Lfm2MoeForCausalLM",
+    "Zamba2ForCausalLM",
+)
+"""Architectures whose class in vLLM takes the embeddings as output matrix, whatever the checkpoint has."""
+PIECE_BYTES = 1 << 20
+
 
 class CheckpointError(ValueError):
     """An error for damaged or incomplete checkpoint files. The message names the file, the fault and the remedy."""
@@ -62,6 +78,7 @@ def check_weights(spec: ModelSpec, folder: Path) -> None:
         where = f"models[{spec.name}].source: {folder}"
         _check_experts(where, headers)
         _check_tensors(where, folder, headers)
+        _check_output_matrix(where, folder, headers)
 
 
 def check_files(spec: ModelSpec, folder: Path) -> Headers:
@@ -257,6 +274,41 @@ def _check_tensors(where: str, folder: Path, headers: Headers) -> None:
             for name, has, wanted in compared.misshapen
         ]
         raise CheckpointError(f"{where}: {listed(texts)}; {AGAIN}, or correct config.json")
+
+
+def _check_output_matrix(where: str, folder: Path, headers: Headers) -> None:
+    """Raise CheckpointError if vLLM would ignore the checkpoint's output matrix and answer otherwise than it does."""
+    architectures = read_json(folder / "config.json").get("architectures")
+    ignoring = [name for name in ALWAYS_TIED if isinstance(architectures, list) and name in architectures]
+    inner = [name for name in headers.shapes if name.endswith("embed_tokens.weight")]
+    if not ignoring or OUTPUT not in headers.shapes or len(inner) != 1:
+        return
+    if not _are_equal(folder, headers, OUTPUT, inner[0]):
+        raise CheckpointError(
+            f"{where}/{headers.files[OUTPUT]}: {OUTPUT} differs from {inner[0]}, but vLLM's {ignoring[0]} has no "
+            f"output matrix and takes the embeddings; serve another model, or remove {OUTPUT} if it is not meant"
+        )
+
+
+def _are_equal(folder: Path, headers: Headers, one: str, other: str) -> bool:
+    """Return whether two tensors have the same type, shape and bytes."""
+    if headers.dtypes[one] != headers.dtypes[other] or headers.shapes[one] != headers.shapes[other]:
+        return False
+    with contextlib.ExitStack() as opened:
+        streams = []
+        for name in (one, other):
+            file = folder / headers.files[name]
+            stream = opened.enter_context(file.open("rb"))
+            tensor = read_header(stream, file.stat().st_size)[name]
+            stream.seek(tensor.start)
+            streams.append(stream)
+        left = tensor.end - tensor.start
+        while left > 0:
+            piece, same = (stream.read(min(left, PIECE_BYTES)) for stream in streams)
+            if piece != same:
+                return False
+            left -= PIECE_BYTES
+    return True
 
 
 def listed(names: Sequence[str]) -> str:

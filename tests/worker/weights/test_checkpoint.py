@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cluster.api.types import ModelSpec
-from cluster.worker.weights.checkpoint import INDEX, CheckpointError, check_weights
+from cluster.worker.weights.checkpoint import INDEX, OUTPUT, CheckpointError, check_weights
 from tests.support.architectures import ARCHITECTURES, save
 
 WEIGHTS = "model.safetensors"
@@ -51,6 +51,23 @@ def rewrite(folder: Path, change: Callable[[Tensors], object], name: str = WEIGH
     tensors = load_file(folder / name)
     change(tensors)
     save_file(tensors, folder / name, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("model_type", ["cohere", "gemma2"])
+def test_an_output_matrix_that_vllm_ignores_is_refused(
+    whole: Callable[[str], Path], tmp_path: Path, model_type: str
+) -> None:
+    """vLLM ties the embeddings of some architectures always. A checkpoint with another output matrix is refused; one
+    that repeats its embeddings passes."""
+    folder = Path(shutil.copytree(whole(model_type), tmp_path / "m"))
+    rewrite(folder, lambda tensors: tensors.update({OUTPUT: tensors["model.embed_tokens.weight"].clone()}))
+    check(folder)
+    rewrite(folder, lambda tensors: tensors[OUTPUT][-1:, -1:].add_(1.0))
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: {OUTPUT} differs from model.embed_tokens.weight"):
+        check(folder)
+    rewrite(folder, lambda tensors: tensors.update({OUTPUT: tensors[OUTPUT].half()}))
+    with pytest.raises(CheckpointError, match="differs"):
+        check(folder)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
