@@ -1,13 +1,14 @@
 # The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-failover test test-long test-fast test-changed chart-test fuzz check format protos reference dashboards requirements doctor bench bench-peers bench-agents bench-clients gpu-report triton minilm suites client-suites contract-v2 killers gpu-contract window dist clean clean-all
+.PHONY: help setup demo demo-failover test test-thorough test-long test-fast test-changed chart-test fuzz check format protos reference dashboards requirements doctor bench bench-peers bench-agents bench-clients gpu-report triton minilm suites client-suites contract-v2 killers gpu-contract window dist clean clean-all
 
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
 python = $(if $(PYTHON),$$(PYTHON=$(PYTHON) scripts/find-python.sh),$$([ -x $(VENV)/python ] && echo $(VENV)/python || scripts/find-python.sh))
 # Processes of `make test`. Each may run a real engine, which fills a core.
 JOBS ?= $(if $(filter 1,$(shell nproc)),1,2)
+parallel = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadscope)
 # Only gpu-report fetches models, unless the environment forbids it.
 HUB_OFFLINE := $(or $(HF_HUB_OFFLINE),0)
 export HF_HUB_OFFLINE ?= 1
@@ -31,20 +32,23 @@ demo-failover: ## two workers, one killed in mid-sentence; the sentence finishes
 	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py --step "[1/2]"
 	@PYTHONPATH=. $(VENV)/python scripts/demo_failover.py
 
-test: ## the tests, those with the real engine included (NO_INSTALL=1: install nothing that they need; JOBS=1: in one process)
+test: ## the tests, those with the real engine included: ten minutes (NO_INSTALL=1: install nothing that they need; JOBS=1: in one process)
 	@python="$(python)" && [ -n "$$python" ] && PYTHONPATH=. "$$python" -m tests.support.machine
 	@$(MAKE) --no-print-directory setup $(if $(CI),triton suites minilm)
-	$(VENV)/python -m pytest -m "not long" $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadscope) $(ARGS)
+	$(VENV)/python -m pytest -m "not thorough and not long" $(parallel) $(ARGS)
 
-test-long: setup triton suites minilm ## what `make test` leaves out: more cases on real engines and Rays, and runs of load tests
+test-thorough: setup triton suites minilm ## further cases on real engines, Rays and browsers: a quarter of an hour, part of CI
+	$(VENV)/python -m pytest -m "thorough and not long" $(parallel) $(ARGS)
+
+test-long: setup triton suites minilm ## what CI leaves out: still more cases, and runs of load tests
 	$(VENV)/python -m pytest -m long $(ARGS)
 
 test-fast: setup ## the tests without engine, Ray and namespaces, and without slow ones: some minutes
-	$(VENV)/python -m pytest -m "not engine and not ray and not root and not slow and not long" $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadscope) $(ARGS)
+	$(VENV)/python -m pytest -m "not engine and not ray and not root and not slow and not thorough and not long" $(parallel) $(ARGS)
 
 test-changed: setup ## the fast tests of what differs from BASE=HEAD, by the modules that they import
 	@tests="$$(PYTHONPATH=. $(VENV)/python scripts/changed_tests.py $(or $(BASE),HEAD))"; [ -z "$$tests" ] && echo "no test concerns what has changed" \
-		|| $(VENV)/python -m pytest -m "not engine and not ray and not root and not long" $$tests $(ARGS)
+		|| $(VENV)/python -m pytest -m "not engine and not ray and not root and not thorough and not long" $$tests $(ARGS)
 
 chart-test: setup ## the chart, presets, images, rules and dashboards by their own tools (EXAMPLES=200 random values)
 	CHART_EXAMPLES=$(or $(EXAMPLES),8) $(VENV)/python -m pytest tests/helm $(ARGS)

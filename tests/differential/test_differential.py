@@ -31,7 +31,7 @@ from tests.differential.conftest import MAX_MODEL_LEN
 from tests.differential.peer import Peer
 from tests.support.cluster import TestCluster
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.thorough]
 
 SEED = 20261124
 PLAIN = 60

@@ -28,7 +28,7 @@ from tests.support.cluster import TestCluster
 from tests.support.corpus import SAMPLES
 from tests.worker.engine.vllm.test_killers import odd_grammars
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.thorough]
 
 SEED = 4
 CALLS = 300

@@ -78,6 +78,7 @@ def test_rows_have_bounds_for_every_figure() -> None:
     assert all(bound is not None for bound in engines.ROWS.values())
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 async def test_simulated_engines_hold_what_the_gateway_predicts(tmp_path: Path) -> None:
     """If all chats fit into the caches, more than nine tenths of the gateway's predictions of cached tokens are

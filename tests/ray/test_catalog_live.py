@@ -166,6 +166,7 @@ async def test_a_model_changes_under_load_on_ray(backend: ChildBackend, tmp_path
     await removed(backend, "m", "n")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 async def test_a_model_changes_under_load(tmp_path: Path) -> None:
     """Under load, no call fails while a model goes through every kind of change. The replicas run in the test's

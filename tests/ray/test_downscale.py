@@ -16,7 +16,7 @@ from tests.support.checkpoints import build_checkpoint
 from tests.support.cluster import running_cluster, until
 from tests.support.serving import removed
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.thorough]
 
 
 def sim(folder: Path, address: str, replicas: int) -> ReplicaSettings:

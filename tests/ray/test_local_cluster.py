@@ -161,6 +161,7 @@ async def test_stop_leaves_nothing_and_spares_a_foreign_ray() -> None:
         end_local_ray(foreign)
 
 
+@pytest.mark.thorough
 @pytest.mark.ray
 def test_remains_of_a_lost_cluster_are_found() -> None:
     """The processes that a killed `headrace up` leaves behind are found by the cluster's instance and run folder, and

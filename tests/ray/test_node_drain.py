@@ -101,6 +101,7 @@ def test_a_pods_hook_ends_its_node() -> None:
         process.wait(60)
 
 
+@pytest.mark.thorough
 async def test_sigterm_to_a_node_breaks_no_stream(tmp_path: Path) -> None:
     """When a node with twenty streams gets SIGTERM, each stream has the text of an undisturbed stream.
 

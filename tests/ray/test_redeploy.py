@@ -18,7 +18,7 @@ from tests.support.checkpoints import build_checkpoint
 from tests.support.cluster import running_cluster, until
 from tests.support.serving import removed
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.thorough]
 
 
 async def test_a_changed_entry_cuts_no_stream(backend: ChildBackend, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from tests.support.checkpoints import build_checkpoint
 from tests.support.cluster import bundle_of, running_cluster, until
 from tests.support.serving import apps_of, removed
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.thorough]
 
 
 async def test_to_zero_and_back_on_serve(backend: ChildBackend, tmp_path: Path) -> None:

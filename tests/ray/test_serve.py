@@ -81,6 +81,7 @@ async def test_a_models_whole_life(backend: ChildBackend, door: Door) -> None:
     await removed(backend, "first")
 
 
+@pytest.mark.thorough
 async def test_scaling_touches_no_other_replica(backend: ChildBackend, door: Door) -> None:
     """Scaling up adds a replica and leaves the running replica alone."""
     async with controlling(backend, door, sim("scaled", door)) as controller:
@@ -91,6 +92,7 @@ async def test_scaling_touches_no_other_replica(backend: ChildBackend, door: Doo
     await removed(backend, "scaled")
 
 
+@pytest.mark.thorough
 async def test_refused_model_says_why(backend: ChildBackend, door: Door) -> None:
     """A model with an invalid source is FAILED with the reason, and a corrected entry starts the model."""
     bad = dataclasses.replace(sim("broken", door), spec=ModelSpec(name="broken", source="sim://?vocab=10&speed=9"))
@@ -104,6 +106,7 @@ async def test_refused_model_says_why(backend: ChildBackend, door: Door) -> None
     await removed(backend, "broken")
 
 
+@pytest.mark.thorough
 async def test_unplaceable_model_says_why(backend: ChildBackend, door: Door) -> None:
     """A model whose placement group fits no node is FAILED with the reason."""
     big = ReplicaSettings(ModelSpec(name="big", source="/models/big", tensor_parallel_size=65), "test")
@@ -162,6 +165,7 @@ if sys.argv[2] == "end":
 """
 
 
+@pytest.mark.thorough
 async def test_foreign_application_is_left_alone(backend: ChildBackend, door: Door, local_ray: LocalRay) -> None:
     """Another owner's application on the same Ray keeps the same replica while a model of this cluster is deployed and
     removed."""

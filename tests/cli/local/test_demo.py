@@ -20,7 +20,7 @@ from cluster.config.paths import cache_dir
 from cluster.ray import reaper
 from tests.support.shell import headrace, status, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine]
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.thorough]
 
 DEMO = Path(__file__).parents[3] / "deploy" / "demo.yaml"
 QUESTION = "What is the capital of France?"

@@ -52,7 +52,7 @@ FAULTS = {
     "ledger": (
         '{folder}/ledger.db"}}',
         '{folder}/model/config.json/ledger.db"}}\nauth: {{api_keys: {{pepper_file: {folder}/pepper}}, '
-        'cluster_secret_file: {folder}/secret}}',
+        "cluster_secret_file: {folder}/secret}}",
         "store.database_url",
     ),
     "license": (

@@ -132,6 +132,7 @@ def test_a_second_up_is_refused(up: Up) -> None:
     assert up.ask()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("part", ["gateway", pytest.param("gateway-1", marks=pytest.mark.long), "controller"])
 def test_a_killed_part_comes_back(up: Up, part: str) -> None:
     """A killed part of the cluster is restarted, the restart is reported, and callers are served again."""
@@ -160,6 +161,7 @@ def test_the_end_of_an_engine_is_said(up: Up) -> None:
     assert "a replica's engine" in headrace("status").stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("end", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGKILL])
 def test_a_lost_ray_starts_afresh(up: Up, end: signal.Signals) -> None:
     """After Ray's head has ended, a new Ray is started, and the same gateway process serves the model again.
@@ -191,6 +193,7 @@ def test_down_leaves_nothing(up: Up) -> None:
     assert headrace("status", "--admin", admin).returncode == 3
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("end", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGKILL])
 def test_the_end_of_a_foreground_cluster(up: Up, end: signal.Signals) -> None:
     """Ctrl-C ends all processes of a foreground cluster within seconds.

@@ -12,7 +12,7 @@ from tests.support.browser import axe_violations, watched_page
 from tests.support.console_pages import PAGES, TENANT, ConsolePages, go
 from tests.support.http import chat_body
 
-pytestmark = [pytest.mark.slow, pytest.mark.needs("chromium")]
+pytestmark = [pytest.mark.slow, pytest.mark.needs("chromium"), pytest.mark.thorough]
 
 WIDTHS = (360, 1920)
 DETAILS = (f"tenants/{TENANT}",)

@@ -24,7 +24,7 @@ from tests.support.echo_engine import EchoEngine
 from tests.support.keyed import eventually
 from tests.support.parsed_outputs import ParsedByEngine
 
-pytestmark = [pytest.mark.slow, pytest.mark.needs("chromium")]
+pytestmark = [pytest.mark.slow, pytest.mark.needs("chromium"), pytest.mark.thorough]
 
 GROUP = 12
 FOREIGN = [

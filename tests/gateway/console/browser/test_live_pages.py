@@ -19,7 +19,7 @@ from tests.support.console_pages import ConsolePages, go, shown
 from tests.support.cpu import slowness
 from tests.support.keyed import bearer
 
-pytestmark = [pytest.mark.slow, pytest.mark.needs("chromium")]
+pytestmark = [pytest.mark.slow, pytest.mark.needs("chromium"), pytest.mark.thorough]
 
 FIRST_VIEW_S = 1.0
 LIVE_UPDATE_S = 1.5

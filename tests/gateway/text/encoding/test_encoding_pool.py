@@ -337,11 +337,13 @@ async def test_nobody_waits_for_a_start_that_gets_no_core(kinds: dict[str, Kind]
     """If a helper is stopped while it starts, callers get None and do the work themselves. Once it runs again, the pool
     uses it."""
     bundle = build_bundle(kinds["llama"].folder).pack()
+    before = set(psutil.Process().children())
     stopped: list[psutil.Process] = []
 
     def stop_newest() -> tuple[str, bytes]:
-        stopped.append(max(psutil.Process().children(), key=lambda child: child.pid))
-        stopped[-1].suspend()
+        (started,) = set(psutil.Process().children()) - before
+        started.suspend()
+        stopped.append(started)
         return "text", bundle
 
     pool = HelperPool(stop_newest, size=1, patience_s=0.2)

@@ -13,7 +13,7 @@ import pytest
 
 from loadtests.interpreted import ROOT, TRITON, environment
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900), pytest.mark.thorough]
 
 SAMPLE = ("seed", "everything")
 KINDS = ("greedy", *SAMPLE, "all penalties and a seed", "regex", "json grammar, seed")
