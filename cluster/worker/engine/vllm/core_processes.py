@@ -135,7 +135,7 @@ class CoreProcesses:
             if code is not None
             else str(dead).partition(". See stack trace")[0]
         )
-        return end_causes.with_log(cause, end_causes.log_of("stdout"))
+        return with_remedy(self._architecture, end_causes.with_log(cause, end_causes.log_of("stdout")))
 
     def release_sockets(self) -> None:
         """Close the socket of KV events and release the folder of the sockets. Idempotent.
@@ -167,14 +167,39 @@ def _start_error(error: str) -> str:
 
 
 _REMEDIES = (
-    ("'_OpNamespace'", "this build of vLLM lacks a kernel that {} needs; serve it on GPUs, or serve another model"),
-    (" requires BF16", "vLLM's CPU kernels run {} in bfloat16 only; set `dtype: bfloat16`"),
-    ("expect weight to be bfloat16", "vLLM's CPU kernels run {} in 16 bits only; set `dtype: bfloat16`"),
+    (r"'_OpNamespace'", "this build of vLLM lacks a kernel that {} needs; serve it on GPUs, or serve another model"),
+    (r" requires BF16", "vLLM's CPU kernels run {} in bfloat16 only; set `dtype: bfloat16`"),
+    (r"expect weight to be bfloat16", "vLLM's CPU kernels run {} in 16 bits only; set `dtype: bfloat16`"),
+    (
+        r"was killed by SIG(SEGV|FPE|ILL|ABRT|BUS)",
+        "a kernel crashed with {}; if it crashes again, set another `dtype`, serve it on GPUs, or serve another model",
+    ),
+    (
+        r"does not dispatch through",
+        "vLLM has no layers of its own for {}, and transformers' cannot be used; serve another model",
+    ),
+    (
+        r"There is no module or parameter named|KeyError: '[\w.]+\.[\w.]+'",
+        "vLLM's {} does not know a weight of these files; check that config.json belongs to them, "
+        "or serve another model",
+    ),
+    (
+        r"object has no attribute '\w+'",
+        "vLLM's {} needs a field that config.json lacks; add it, or serve another model",
+    ),
+    (
+        r"invalid for input of size|too many values to unpack|size mismatch|must match the size",
+        "vLLM's {} does not fit the sizes in config.json; check them, or serve another model",
+    ),
 )
-"""Parts of errors of kernels that do not run an architecture, each with what is wrong and the remedy."""
+"""Regular expressions for errors of architectures that vLLM does not run, each with what is wrong and the remedy."""
+_MAX_REASON = 400
+"""Characters of vLLM's own reason that are kept."""
 
 
 def with_remedy(architecture: str, why: str) -> str:
-    """Return the reason why an engine ended, preceded by the remedy if a kernel does not run its architecture."""
-    known = next((text.format(architecture) for part, text in _REMEDIES if part in why), "")
-    return f"{known} ({why})" if known else why
+    """Return the reason why an engine ended, with the remedy if vLLM does not run its architecture."""
+    known = next((text.format(architecture) for part, text in _REMEDIES if re.search(part, why)), "")
+    reason, log, path = why.partition("; log: ")
+    reason = reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]}…"
+    return f"{reason}; {known}{log}{path}" if known else why

@@ -145,16 +145,25 @@ def test_engine_class_is_one_word() -> None:
         ("AttributeError: '_OpNamespace' '_C' object has no attribute 'selective_scan_fwd'", "serve it on GPUs"),
         ("AssertionError: CPU GDN attention requires BF16.", "set `dtype: bfloat16`"),
         ("RuntimeError: expect weight to be bfloat16, float16, int8", "set `dtype: bfloat16`"),
+        ("the engine core was killed by SIGSEGV", "set another `dtype`"),
+        ("Layer 0 (linear_attention) does not dispatch through the attention interface", "no layers of its own"),
+        ("KeyError: 'layers.1.mlp.gate.e_score_correction_bias'", "check that config.json belongs to them"),
+        ("ValueError: There is no module or parameter named 'lm_head' in Bloom", "check that config.json belongs"),
+        ("AttributeError: 'MiniMaxM2Config' object has no attribute 'rotary_dim'", "a field that config.json lacks"),
+        ("RuntimeError: shape '[-1, 2, 32]' is invalid for input of size 96", "does not fit the sizes in config.json"),
+        ("ValueError: too many values to unpack (expected 3)", "does not fit the sizes in config.json"),
     ],
 )
-def test_a_kernel_that_does_not_run_an_architecture_is_named_with_the_remedy(why: str, text: str) -> None:
-    """If an engine ends because a kernel does not run the architecture, the reason names both and the remedy. Any other
-    reason stays as it is."""
+def test_an_architecture_that_vllm_does_not_run_is_named_with_the_remedy(why: str, text: str) -> None:
+    """If an engine ends because vLLM does not run its architecture, the reason names the architecture, the cause and
+    the remedy. Any other reason stays as it is, and a long one is cut."""
     reason = with_remedy("JambaForCausalLM", why)
     assert "JambaForCausalLM" in reason
     assert text in reason
-    assert reason.endswith(f"({why})")
+    assert reason.startswith(f"{why}; ")
+    assert with_remedy("JambaForCausalLM", f"{why}; log: /a.log") == f"{reason}; log: /a.log"
     assert with_remedy("JambaForCausalLM", "ValueError: x") == "ValueError: x"
+    assert len(with_remedy("JambaForCausalLM", why + "y" * 3000)) < 700
 
 
 def test_no_prefixes_of_hybrid_models_are_cached_on_cpus(tmp_path: Path) -> None:

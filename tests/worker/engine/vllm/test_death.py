@@ -70,7 +70,7 @@ async def test_two_ranks_in_a_row(fast_subject: Subject, llama_folder: Path) -> 
     engine = VllmEngine(spec, llama_folder, executor="mp", prefer_fastpath=False)
     info = await engine.start()
     try:
-        assert info.engine_class == "float32-tp1-pp2"
+        assert info.engine_class.endswith("-tp1-pp2")
         subject = Subject(engine, info, TOKEN_LO, TOKEN_HI)
         prompts = [fast_subject.prompt(400 + number, tokens=60) for number in range(3)]
         uncut = await Driver(fast_subject).run(*(request(prompt, max_tokens=12) for prompt in prompts))
