@@ -40,9 +40,12 @@ MAX_NEW_BYTES = 1 << 30
 """Memory that a child may allocate in addition to what it shares with its parent."""
 MAX_COMPILED_BYTES = 128 << 20
 """Size of a compiled grammar. A string with a length bound has up to 60 MB with a vocabulary of 128,000."""
-MAX_MASK_S, MAX_MEAN_MASK_S = 0.03, 0.005
+MAX_MASK_S, MAX_MEAN_MASK_S = 0.02, 0.002
 """CPU seconds of one mask, and of a mask on average. Ordinary schemas and expressions stay below a millisecond, but a
 counted `.{1,200}` has single masks of 12 ms."""
+DRAWS = 8
+"""Attempts to draw a token that leads on: white space does not, and xgrammar allows some tokens that end within a
+character, but refuses them afterwards."""
 STEPS, RULE_STEPS = 40, 10
 """Number of tokens in a trial output of the whole grammar, and of one of its rules. In an ambiguous grammar, masks
 become slower with each token."""
@@ -169,11 +172,21 @@ class GrammarTrial:
                 return _too_slow(took_s, MAX_MASK_S)
             if masks >= RULE_STEPS and spent_s / masks > MAX_MEAN_MASK_S:
                 return _too_slow(spent_s / masks, MAX_MEAN_MASK_S)
-            if not (repeats and last >= 0 and words[last >> 5] >> (last & 31) & 1):
-                last = self._drawn(words, draw)
-            if last < 0 or not grammar.accept_tokens("trial", [last]) or grammar.is_terminated():
+            again = repeats and last >= 0 and words[last >> 5] >> (last & 31) & 1
+            last = self._accepted(grammar, words, draw, last if again else -1)
+            if last < 0 or grammar.is_terminated():
                 break
         return ""
+
+    def _accepted(self, grammar: Any, words: Any, draw: random.Random, token: int) -> int:
+        """Append `token` to the grammar's output, or a random one if `token` is negative or refused. Return the token;
+        -1 if there is none."""
+        for _ in range(DRAWS):
+            token = self._drawn(words, draw) if token < 0 else token
+            if token < 0 or grammar.accept_tokens("trial", [token]):
+                return token
+            token = -1
+        return -1
 
     def _drawn(self, words: Any, draw: random.Random) -> int:
         """Return a random token that the mask allows and that does not end the output; -1 if there is none."""
@@ -184,7 +197,7 @@ class GrammarTrial:
         places = np.flatnonzero(words)
         if not len(places):
             return -1
-        for _ in range(8):  # white space leads nowhere
+        for _ in range(DRAWS):
             place = int(places[draw.randrange(len(places))])
             token = place * 32 + draw.choice([bit for bit in range(32) if int(words[place]) >> bit & 1])
             if token not in self._blank:
