@@ -49,7 +49,7 @@ async def controlling(backend: Backend, door: Door, *settings: ReplicaSettings) 
 async def in_state(door: Door, model: str, state: ModelState) -> CatalogEntry:
     """Wait until a model is published in this state, and return the model's entry."""
     return await eventually(
-        lambda: (e := door.entries.get(model)) and (e if e.state is state else None), f"{model} is {state.value}", 40.0
+        lambda: (e := door.entries.get(model)) and (e if e.state is state else None), f"{model} is {state.value}", 240.0
     )
 
 

@@ -21,8 +21,8 @@ class LoopClock:
     def __init__(self) -> None:
         """Create a clock at 0."""
         self.turns = 0
-        self.longest_stall_s = 0.0
-        """Longest time in seconds for which the loop has stood still."""
+        self.stalled_s = 0.0
+        """Time in seconds for which the loop has stood still, without stalls of less than TURN_S."""
 
     @property
     def now_s(self) -> float:
@@ -43,7 +43,8 @@ class LoopClock:
             began_s = loop.time()
             await asyncio.sleep(TURN_S)
             self.turns += 1
-            self.longest_stall_s = max(self.longest_stall_s, loop.time() - began_s - TURN_S)
+            took_s = loop.time() - began_s
+            self.stalled_s += took_s - TURN_S if took_s > 2 * TURN_S else 0.0
 
 
 async def within(bound_s: float, work: Awaitable[T]) -> T:

@@ -352,7 +352,7 @@ async def _handed_on_one_by_one(pair: Pair, drain_s: float) -> None:
     async with LoopClock() as clock:
         *ends, at_last = await asyncio.gather(*map(time_of_end, [*calls, stays], [*begun, last]))
     in_order = [end for _, end in sorted(zip(lengths, ends, strict=True), reverse=True)]
-    least_s = drain_s / 2 / 4 / 2 - clock.longest_stall_s  # a stall delays a stream's end, but not the one after it
+    least_s = drain_s / 2 / 4 / 2 - clock.stalled_s  # a stall delays a stream's end, but not the one after it
     assert drain_s / 2 <= in_order[0]
     assert all(later - sooner > least_s for sooner, later in itertools.pairwise(in_order))
     assert drain_s <= at_last
