@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -33,6 +34,8 @@ _NO_IDLE_WORKERS = {"RAY_prestart_worker_first_driver": "0"}
 """Replicas have environments of their own, so they never use the processes that Ray starts for the first driver."""
 _START_S = 180.0
 _DRAINING = "received SIGTERM. Draining for up to"
+_ENDED, _SEVERE = "subprocesses exited unexpectedly", re.compile(r"\[\S+ \S+ [WECF] \d+ \d+\] ")
+"""In Ray's output: one of its processes has ended; a line of a log at level warning, error, check or fatal."""
 _POLL_S = 0.05
 
 
@@ -81,6 +84,16 @@ class LocalRay:
     def log_file(self) -> Path:
         """File with Ray's start-up output."""
         return self._settings.run_folder / "ray.log"
+
+    def log_tail(self, lines: int = 20) -> str:
+        """Return the last lines of Ray's output. If one of Ray's processes has ended, return the lines that name it and
+        its last warnings and errors."""
+        said = self.log_file.read_text(errors="replace").splitlines()
+        ended = [number for number, line in enumerate(said) if _ENDED in line or "[exit code=" in line]
+        if not ended:
+            return "\n".join(said[-lines:])
+        severe = [line for line in said[ended[-1] :] if _SEVERE.search(line)]
+        return "\n".join([*(said[number] for number in ended), *severe[-lines:]])
 
     @property
     def folder(self) -> Path:
@@ -170,13 +183,13 @@ class LocalRay:
                 self.address = address
                 return
             if process.poll() is not None:
-                log = self.log_file.read_text(errors="replace")
+                log = self.log_tail()
                 self.stop()
-                raise RayDidNotStart(f"Ray ended with {process.returncode} while starting:\n{_tail(log)}")
+                raise RayDidNotStart(f"Ray ended with {process.returncode} while starting:\n{log}")
             time.sleep(_POLL_S)
-        log = self.log_file.read_text(errors="replace")
+        log = self.log_tail()
         self.stop()
-        raise RayDidNotStart(f"Ray did not start within {_START_S:g} s:\n{_tail(log)}")
+        raise RayDidNotStart(f"Ray did not start within {_START_S:g} s:\n{log}")
 
     def stop(self, grace_s: float = 1.0) -> int:
         """End Ray and every process of this cluster except the calling process. Returns the number of processes that
@@ -252,7 +265,3 @@ def _keep_logs(folder: Path, run_folder: Path) -> None:
     shutil.rmtree(run_folder / "ray-logs", ignore_errors=True)
     shutil.copytree(logs, run_folder / "ray-logs", symlinks=True, ignore_dangling_symlinks=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _tail(log: str, lines: int = 20) -> str:
-    return "\n".join(log.splitlines()[-lines:])

@@ -19,6 +19,7 @@ INSTALL = Line(["pod", "secrets", "--authority", "authority"], "create")
 RENEWAL = Line(["pod", "certificates", "--authority", "authority"], "apply")
 
 
+@pytest.mark.thorough
 async def test_keys_work_after_the_documented_renewal_twice(tmp_path: Path) -> None:
     """API keys, and clients that pin the CA, still work after two runs of the documented renewal."""
     async with Children(tmp_path / "logs") as children:

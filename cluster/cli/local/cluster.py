@@ -114,7 +114,10 @@ class LocalCluster:
                     f"  its log: {child.log_file}"
                 )
         if self._ray is not None and self._ray.pid is None:
-            raise StartFailed(f"ray ended while the models were loading; its logs: {self._ray.folder}")
+            raise StartFailed(
+                f"ray ended while the models were loading:\n{self._ray.log_tail()}\n"
+                f"  its logs: {self.run.path / 'ray-logs'}"
+            )
 
     def _admin(self) -> closing[Admin]:
         return closing(Admin(local_access(self.endpoints["admin"], self.config)))

@@ -34,6 +34,10 @@ class RayProcess:
         """Folder of Ray's session, which contains the replicas' logs."""
         return self._ray.folder
 
+    def log_tail(self) -> str:
+        """Return the last lines of Ray's output."""
+        return self._ray.log_tail()
+
     async def start(self) -> None:
         """Start Ray. Raises StartFailed."""
         try:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.cli.local.run_folder import RunFolder
@@ -120,14 +121,23 @@ def test_a_start_that_was_ended_is_repeated(folder: Path, end: signal.Signals, m
     assert not instance or reaper.find(instance) == frozenset()
 
 
-def test_a_controller_that_ends_fails_the_start(folder: Path) -> None:
-    """If the controller ends in the middle of a start, the start fails, and the next one works."""
+@pytest.mark.parametrize(
+    ("part", "named"), [("controller", "the controller ended"), ("raylet", "raylet [exit code=-9]")]
+)
+def test_a_part_that_ends_fails_the_start(folder: Path, part: str, named: str) -> None:
+    """If the controller or a process of Ray ends in the middle of a start, the start fails and names it, and the next
+    one works."""
     command = [sys.executable, "-m", "cluster.cli.main", "up", "-f", write(folder, mended(folder))]
     run = RunFolder(NAME)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         until(lambda: "controller" in run.state().get("processes", {}), "the controller has started")
-        os.kill(run.state()["processes"]["controller"]["pid"], signal.SIGKILL)
+        processes = run.state()["processes"]
+        if part == "raylet":
+            of_ray = psutil.Process(processes["ray"]["pid"]).children(recursive=True)
+            next(child for child in of_ray if child.name() == "raylet").kill()
+        else:
+            os.kill(processes[part]["pid"], signal.SIGKILL)
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "the controller ended" in errors
+    assert named in errors
     assert_it_starts(folder)

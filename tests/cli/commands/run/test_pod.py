@@ -238,6 +238,7 @@ async def test_a_controllers_probe_is_answered_while_it_runs() -> None:
         pass
 
 
+@pytest.mark.thorough
 async def test_one_controller_acts_by_the_lease_and_gives_it_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
