@@ -75,6 +75,7 @@ async def call_hostile(ended: asyncio.Event, cluster: TestCluster) -> int:
     return answers
 
 
+@pytest.mark.thorough
 async def test_a_hostile_worker_changes_nothing_of_others(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """Whatever a worker with another model's certificate sends, each call of the victim has exactly its usage row, the
     victim's link stays, and neither memory nor a pass of the event loop grows beyond bounds."""

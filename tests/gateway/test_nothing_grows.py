@@ -178,6 +178,7 @@ async def some_passes() -> None:
         await asyncio.sleep(0.002)
 
 
+@pytest.mark.thorough
 async def test_nothing_is_left_behind(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ def test_a_conversation_grows_as_traces_do() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 async def test_a_short_run_checks_its_ids() -> None:
     """A run of a few turns yields a value for each figure. In each checked turn, the token ids equal those of the whole
     prompt when it is tokenized in one piece."""

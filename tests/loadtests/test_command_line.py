@@ -130,6 +130,7 @@ async def test_a_server_that_dies_leaves_a_partial_report(sse: SseServer, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 async def test_an_interrupt_writes_the_report_and_leaves_no_process(tmp_path: Path) -> None:
     """After Ctrl-C in the middle of a scenario the gateway and the worker are gone, and the JSON
     records the interrupt.

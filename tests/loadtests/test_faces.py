@@ -41,6 +41,7 @@ async def ours(bundle: tuple[Bundle, str], tmp_path: Path) -> AsyncIterator[Test
 
 @pytest.mark.parametrize("kind", ["grpc", "session"])
 @pytest.mark.slow
+@pytest.mark.thorough
 async def test_our_faces_give_the_texts_of_a_plain_server(kind: str, ours: TestCluster, sse: SseServer) -> None:
     """Our APIs and the plain server answer the same requests with all tokens and with equal texts, for chats and for
     completions."""

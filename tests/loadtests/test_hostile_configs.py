@@ -47,6 +47,7 @@ def test_the_oracle_refuses_what_processes_refuse(text: str, words: str) -> None
 
 
 @pytest.mark.engine
+@pytest.mark.thorough
 def test_the_engine_is_asked_itself() -> None:
     """vLLM accepts three valid sets of engine arguments for this model, and refuses three invalid ones."""
     oracle = Oracle()

@@ -80,6 +80,7 @@ async def test_no_dashboard_is_ray_away() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.thorough
 async def test_a_lost_driver_is_replaced(backend: ChildBackend) -> None:
     """After the loss of the driver, the next call starts a new driver. A failed request does not end the driver."""
     await backend.observe()

@@ -151,6 +151,7 @@ def _end_reason(door: Door, known: int) -> str | None:
 @pytest.mark.parametrize(
     ("victims", "serves_again"), [(("core",), False), pytest.param(("replica", "rank"), True, marks=pytest.mark.long)]
 )
+@pytest.mark.thorough
 async def test_llama_and_its_deaths(
     victims: tuple[str, ...],
     serves_again: bool,

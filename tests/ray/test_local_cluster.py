@@ -108,6 +108,7 @@ def test_a_ray_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.thorough
 def test_logs_come_home(tmp_path: Path) -> None:
     """If the path of the run folder is too long for Ray's sockets, Ray uses a substitute folder. When Ray is stopped,
     its logs are copied to the run folder, and the substitute folder is removed."""
@@ -135,6 +136,7 @@ def test_stops_in_several_threads(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.thorough
 async def test_stop_leaves_nothing_and_spares_a_foreign_ray() -> None:
     """After a stop, no process of the cluster is left, and another Ray still answers."""
     foreign, ours = new_local_ray("foreign"), new_local_ray("ours")

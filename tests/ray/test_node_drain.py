@@ -81,6 +81,7 @@ def open_links(gateway: Gateway) -> list[WorkerLink]:
 
 
 @pytest.mark.root
+@pytest.mark.thorough
 def test_a_pods_hook_ends_its_node() -> None:
     """`headrace pod drain` ends the only Ray node of the pod and succeeds. When Kubernetes then sends SIGTERM, nothing
     is left to wait for."""

@@ -22,6 +22,7 @@ from tests.support.serving import Door, greedy
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.thorough
 async def test_from_configuration_to_ready_to_nothing(
     door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

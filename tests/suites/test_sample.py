@@ -24,6 +24,7 @@ async def samples(toy: TestCluster, tmp_path_factory: pytest.TempPathFactory) ->
     return dict(zip(SUITES, results, strict=True))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SUITES)
 async def test_a_sample_of_a_client_passes(name: str, samples: Mapping[str, Results]) -> None:
     """The sample of a client library's tests runs, and each of its tests passes."""

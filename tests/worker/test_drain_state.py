@@ -62,6 +62,7 @@ async def add(two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bu
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 async def test_a_cordon_through_one_gateway_holds_at_both(
     two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bundle
 ) -> None:
@@ -120,6 +121,7 @@ async def test_a_drained_worker_ends_empty_and_nothing_is_cut(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 async def test_a_drain_without_another_worker_cuts_nothing(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:

@@ -36,6 +36,7 @@ async def test_a_stream_pings_and_ends_with_its_session(cluster: TestCluster) ->
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 async def test_a_process_shows_few_consoles(cluster: TestCluster) -> None:
     """The 33rd console of a process gets status 503. It is accepted once another console has disconnected."""
     feed = FeedEndpoints(cluster.gateway.live)

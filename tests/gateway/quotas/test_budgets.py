@@ -287,6 +287,7 @@ def test_an_erased_tenant_leaves_no_notice(ledger: Ledger, receiver: Receiver) -
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 async def test_a_real_gateway_tells(tmp_path: Path, checkpoint: Path, bundle: Bundle, receiver: Receiver) -> None:
     """A gateway reports a tenant that has used more than half of its budget, even while the store of shared
     limits is down.

@@ -178,6 +178,7 @@ async def test_store_clock_stepping_back_frees_nothing(gateways: Gateways) -> No
 
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
+@pytest.mark.thorough
 async def test_without_its_store_each_keeps_to_its_share(gateways: Gateways, server: Server, how: str) -> None:
     """While the store is killed or silent, no request fails. Each of two gateways then admits half of the limit, and
     `degraded` is set until the store is back."""

@@ -187,6 +187,7 @@ async def test_one_engines_nonsense_is_made_good_by_another(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 async def test_a_stuck_engine_is_found_and_spared(watchful: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """If an engine stops stepping while its process still sends beats, its calls move to another worker in time, and
     the engine gets no new calls. It gets calls again when it steps again."""

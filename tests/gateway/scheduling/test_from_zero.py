@@ -213,6 +213,7 @@ def test_comments_of_event_streams() -> None:
     assert comment == b": loading 40%, about 18 s to go\n\n"
 
 
+@pytest.mark.thorough
 async def test_a_stream_that_comes_back_starts_the_model(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """A stream that is resumed while its model has no workers counts as demand, like a new call, and starts the
     model."""

@@ -178,6 +178,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
         yield Database(server.new_database().replace(f":{postgres.PASSWORD.replace(' ', '%20')}@", "@"), server)
 
 
+@pytest.mark.thorough
 async def test_every_admitted_call_is_there_once(
     database: Database, tmp_path: Path, checkpoint: Path, bundle: Bundle
 ) -> None:

@@ -19,6 +19,7 @@ MOST_BYTES = 100_000
 NAMES = ("fleet",)
 
 
+@pytest.mark.thorough
 async def test_pictures_are_made(browser: Browser, checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
     """The script that makes the pictures in docs/console works. A new picture has the same size in pixels as the
     picture in that folder, and more than 20 colours, so the page is not empty. Only one picture is made here, because

@@ -234,6 +234,7 @@ async def test_a_prometheus_that_answers_oddly(server: Server, result: Any) -> N
 
 @pytest.mark.slow
 @pytest.mark.needs("promtool")
+@pytest.mark.thorough
 async def test_with_a_real_prometheus(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """A gateway answers a query for two hours from what a real Prometheus has scraped, and a query for an hour from
     memory."""

@@ -59,6 +59,7 @@ def add_ended_calls(gateway: Gateway, count: int, tenants: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 async def test_twenty_consoles_cost_little_of_a_core(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """With 20 workers that report, 64 streams and 20 open consoles, one second of snapshots, documents and encodings
     takes less than 15 ms of CPU time."""

@@ -122,6 +122,7 @@ async def test_processes_of_a_host_show_one_cluster(tmp_path: Path, checkpoint: 
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 async def test_gateways_with_a_store_show_one_cluster(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """Two gateways that share a store show each other's workers, calls and sums. If the store fails, each gateway still
     shows its own data and reports the failure in the list of gateways."""

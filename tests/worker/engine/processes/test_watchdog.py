@@ -66,6 +66,7 @@ async def held_engine(folder: Path, tensor_parallel_size: int, tag: str) -> tupl
 
 @pytest.mark.engine
 @pytest.mark.parametrize("tensor_parallel_size", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.thorough
 async def test_nothing_is_left_when_the_owner_is_killed(
     llama_folder: Path, fast_subject: Subject, tensor_parallel_size: int
 ) -> None:

@@ -106,6 +106,7 @@ def test_adapters_are_reported(llama_folder: Path) -> None:
     assert found.bounds.adapters is found.adapters
 
 
+@pytest.mark.thorough
 def test_a_pooling_engine(tmp_path: Path) -> None:
     """A cross-encoder has none of the capabilities of generating models. It has no KV cache; its number of KV blocks is
     made up and only limits its queue."""

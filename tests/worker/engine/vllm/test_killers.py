@@ -190,6 +190,7 @@ async def test_no_token_is_left(fast_subject: Subject, llama_folder: Path, tempe
     assert await _same_after(Driver(fast_subject), odd) == ["ERROR"]
 
 
+@pytest.mark.thorough
 async def test_odd_grammars_do_no_harm(fast_subject: Subject) -> None:
     """A plain request gets the same tokens beside a request with an odd grammar as alone."""
     driver, plain = Driver(fast_subject), fast_subject.prompt(92)

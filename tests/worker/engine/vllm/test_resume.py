@@ -97,6 +97,7 @@ def test_the_draw_of_a_seed_is_known_by_its_source() -> None:
     assert sampler in resume.DRAWS
 
 
+@pytest.mark.thorough
 async def test_long_calls_are_continued_through_chunks(fast_subject: Subject, public_subject: Subject) -> None:
     """Requests with prompts of several chunks and hundreds of emitted tokens are resumed, twelve at a time on eight
     slots."""
