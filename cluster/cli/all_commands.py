@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli.base import EXIT_CODES, FAILED, OK
-from cluster.cli.commands import certs, chat, config, context, db, doctor, embed, version
+from cluster.cli.commands import certs, chat, config, context, db, doctor, embed, plan, version
 from cluster.cli.commands.operate import (
     adapters,
     drain,
@@ -60,6 +60,7 @@ app.command()(chat.chat)
 app.command()(chat.complete)
 app.command()(embed.embed)
 app.command()(embed.rerank)
+app.command()(plan.plan)
 app.command()(status.workers)
 app.command()(status.abort)
 app.command()(top.top)

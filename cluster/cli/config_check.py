@@ -16,11 +16,14 @@ from typing import Any
 
 from cluster.api.types import ModelSpec
 from cluster.cli.config_inputs import Input, NoConfiguration, read_input, worker_group_problems
+from cluster.cli.model_sizes import ModelSize, engine_of, model_size, named_bytes
 from cluster.config.document import without_invalid_keys
 from cluster.config.model import Model
 from cluster.config.paths import secret_files
 from cluster.config.problems import Problem
 from cluster.config.schema import Config
+from cluster.policy.capacity.fit import Engine, fit
+from cluster.policy.capacity.gpus import GIB, Gpu, gpu
 
 DEMO_SHAPES: Mapping[str, Mapping[str, int]] = {
     "demo://smollm2": {
@@ -40,6 +43,8 @@ _POD_SECTIONS = (("auth",), ("gateway",), ("link",), ("ray",), ("store",))
 If one of these sections has errors, the pod rules are skipped. Its invalid keys have been replaced by defaults, so the
 rules would report values that are not in the file.
 """
+NAMED_AT_LEAST = 0.9
+"""Part of the parameters in a model's name that it has at least: names are rounded."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -137,6 +142,7 @@ def _model_problems(config: Config) -> Iterator[Problem]:
                 yield from _simulator_problems(path, version)
                 continue
             yield from _folder_problems(path, version, config)
+            yield from _memory_problems(path, version)
             shape = checkpoint_config(version.source)
             for choice, spec in enumerate(version.specs()):
                 if (key_and_text := parallelism_problem(spec, shape)) is not None:
@@ -174,6 +180,70 @@ def _folder_problems(path: tuple[str | int, ...], model: Model, config: Config) 
             (*path, "source"),
             f"there is no folder {model.source!r} here; did you mean hf://{model.source}?",
         )
+
+
+def _memory_problems(path: tuple[str | int, ...], model: Model) -> Iterator[Problem]:
+    """Yield a problem for each GPU type whose memory is too small for the weights and one call of the greatest length.
+
+    The memory of a step, which can only be estimated, is left out. Of a model that is not on this machine, only the
+    number of parameters in its name is known.
+    """
+    if model.load_format not in ("auto", "safetensors"):
+        return
+    known: ModelSize | None = None
+    for choice, spec in enumerate(model.specs()):
+        if (kind := gpu(spec.gpu)) is None:
+            continue
+        if Path(spec.source).expanduser().is_dir():
+            try:
+                known = known or model_size(spec)
+            except ValueError:
+                return  # _folder_problems says what is wrong, or nothing is known of this architecture
+        text = _memory_problem(spec, kind, known)
+        if text:
+            key = ("gpu",) if isinstance(model.gpu, str) else ("gpu", choice, "type")
+            yield Problem((*path, *key), text)
+
+
+def _memory_problem(spec: ModelSpec, kind: Gpu, size: ModelSize | None) -> str:
+    """Return a message if a model cannot fit on the GPUs of one replica, else ""."""
+    engine = engine_of(spec)
+    ranks = engine.tp * engine.pp
+    usable = int(kind.memory * engine.utilization)
+    on = f"on {'one' if ranks == 1 else f'each of {ranks}'} {kind.name} with {_gib(usable)}"
+    if size is None:
+        dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
+        named = named_bytes(spec.source, dtype, str(spec.engine.get("quantization") or ""))
+        weights = int((named or 0) * NAMED_AT_LEAST / ranks) - engine.offloaded
+        if weights <= usable:
+            return ""
+        return (
+            f"{spec.gpu} is too small: by the model's name, its weights take at least {_gib(weights)} {on}, "
+            f"{_gib(weights - usable)} too much: {_ranks_needed(int(weights * ranks), kind, engine)}"
+        )
+    tokens = spec.max_model_len or size.longest
+    one = fit(size.shape, kind, engine, tokens or 1)
+    if not one.surely_lacking:
+        return ""
+    cached = "" if one.weights > usable else f" and one call of {tokens:,} tokens {_gib(one.call)}"
+    shorter = " or lower max_model_len" if cached else ""
+    return (
+        f"{spec.gpu} is too small: the weights take {_gib(one.weights)}{cached} {on}, "
+        f"{_gib(one.surely_lacking)} too much: {_ranks_needed(size.shape.weights, kind, engine)}{shorter}"
+    )
+
+
+def _ranks_needed(weights: int, kind: Gpu, engine: Engine) -> str:
+    """Return the remedy for weights that are too large for the GPUs of a replica."""
+    needed = max(weights // int(kind.memory * engine.utilization), engine.tp * engine.pp) + 1
+    return (
+        "take a larger GPU, or a tensor_parallel_size times pipeline_parallel_size of at least "
+        f"{1 << (needed - 1).bit_length()}"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"
 
 
 def checkpoint_config(source: str) -> Mapping[str, Any]:
