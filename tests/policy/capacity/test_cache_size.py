@@ -21,7 +21,7 @@ VLLM = (
 )
 
 
-def _grouped(layers: int, hidden: int, heads: int, kv_heads: int, **more: Any) -> Mapping[str, Any]:
+def _grouped(layers: int, hidden: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
     """Return the fields of config.json that matter."""
     sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
     return {"model_type": "llama", "num_hidden_layers": layers, **sizes, **more}
