@@ -183,6 +183,7 @@ def engine_of(spec: ModelSpec) -> Engine:
         int(_number(spec, "max_num_batched_tokens", 0)),
         int(_number(spec, "max_num_seqs", 0)),
         int(cache_bytes) if isinstance(cache_bytes, int | float) else None,
+        int(_number(spec, "block_size", 16)),
         int(_number(spec, "cpu_offload_gb", 0) * GIB),
     )
 

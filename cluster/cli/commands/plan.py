@@ -176,7 +176,7 @@ def _models(planned: Sequence[Planned]) -> list[dict[str, Any]]:
             "kv_bytes_per_token": size.shape.cache.token_bytes,
             "kv_bytes_per_window_token": size.shape.cache.window_bytes,
             "window": size.shape.cache.window,
-            "state_bytes_per_call": size.shape.cache.state_bytes,
+            "state_bytes_per_call": size.shape.cache.state_layers * size.shape.cache.state_bytes,
             "max_length": size.longest,
         }
         for name, size in sizes.items()
@@ -191,7 +191,7 @@ def _show(planned: Sequence[Planned], chosen: Sequence[Planned], concurrency: in
     for name, size in {one.name: one.size for one in planned}.items():
         cache = size.shape.cache
         window = f", {cache.window_bytes / 1024:g} KiB in a window of {cache.window}" if cache.window_bytes else ""
-        state = f", {cache.state_bytes / 1024:g} KiB for each call" if cache.state_bytes else ""
+        state = f", {cache.state_layers * cache.state_bytes / 1024:g} KiB a call" if cache.state_layers else ""
         out.print(
             f"{name + ': ' if name else ''}{size.dtype}, weights {_gib(size.shape.weights)} "
             f"(from {size.weights_from}), KV cache {cache.token_bytes / 1024:g} KiB a token{window}{state}",

@@ -31,6 +31,8 @@ _KINDS: Final = {
     "*": "full",
 }
 """Kind of cache by the name of a layer in config.json. A layer with another name has none."""
+_UNGROUPED: Final = ("gpt2", "gptj", "gpt_neox", "opt", "bloom")
+"""Model types in which each query head has its own KV head, whatever else config.json has."""
 _WINDOWED: Final = ("mistral", "ministral", "starcoder2", "phi3", "mixtral", "exaone")
 """Model types in which a `sliding_window` holds for all layers."""
 
@@ -40,20 +42,37 @@ class CacheSize:
     """The KV cache of one model, over all its layers and before it is divided among ranks.
 
     `token_bytes`: bytes of each token, in layers that keep all. `window_bytes`: bytes of each of a sequence's last
-    `window` tokens, in sliding layers. `state_bytes`: bytes of each sequence, in linear layers. `heads`: KV heads, over
-    which tensor parallelism divides the bytes of tokens; 1 if every rank keeps all of them.
+    `window` tokens, in sliding layers, whose blocks have `window_block` times as many tokens. `state_bytes`: bytes of
+    each sequence in one of `state_layers` linear layers. `layer_bytes`: bytes of each token in the largest layer that
+    keeps all. `heads`: KV heads, over which tensor parallelism divides the bytes of tokens; 1 if every rank keeps all
+    of them.
     """
 
     token_bytes: int
     window_bytes: int = 0
     window: int = 0
+    window_block: int = 1
     state_bytes: int = 0
+    state_layers: int = 0
+    layer_bytes: int = 0
     heads: int = 1
 
-    def sequence_bytes(self, tokens: int, step_tokens: int = 0) -> int:
-        """Return the bytes of a sequence. `step_tokens`: tokens of a step that a window keeps in addition."""
-        in_window = min(tokens, self.window + step_tokens)
-        return tokens * self.token_bytes + in_window * self.window_bytes + self.state_bytes
+    def sequence_bytes(self, tokens: int, step_tokens: int = 0, block: int = 1) -> int:
+        """Return the bytes of a sequence, as vLLM counts them (`max_memory_usage_bytes`).
+
+        `step_tokens`: tokens of a step, which a window keeps in addition. `block`: tokens of a block. A window that is
+        not filled counts as full attention. A state takes whole blocks of a layer that keeps all.
+        """
+        whole = _up(tokens, block)
+        wide = block * self.window_block if block > 1 else 1
+        kept = min(tokens, self.window - 1 + step_tokens)
+        in_window = _up(tokens, wide) if tokens <= self.window else _up(kept, wide) + wide
+        state = _up(self.state_bytes, block * self.layer_bytes) if self.layer_bytes else self.state_bytes
+        return whole * self.token_bytes + in_window * self.window_bytes + self.state_layers * state
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def number_bytes(dtype: str) -> float:
@@ -74,29 +93,38 @@ def cache_size(config: Config, dtype: str, cache_dtype: str = "auto") -> CacheSi
     """
     number = number_bytes(dtype if cache_dtype == "auto" else cache_dtype)
     kinds = layer_kinds(config)
-    shared = int(first(config, "num_kv_shared_layers", default=0))
-    own = kinds[: len(kinds) - shared]
-    full = sum(kind in ("full", "both") for kind in own)
-    sliding = own.count("sliding")
+    own = kinds[: len(kinds) - int(first(config, "num_kv_shared_layers", default=0))]
+    bytes_by_layer = [int(_token_numbers(config, layer, kind) * number) for layer, kind in enumerate(own)]
+    if first(config, "index_head_dim") is not None:
+        bytes_by_layer = [size + INDEXER_BYTES for size in bytes_by_layer]
+    full = [size for size, kind in zip(bytes_by_layer, own, strict=True) if kind in ("full", "both")]
+    sliding = [size for size, kind in zip(bytes_by_layer, own, strict=True) if kind == "sliding"]
     state_layers = sum(kind in ("state", "both") for kind in own)
-    if first(config, "kv_lora_rank") is not None:
-        latent = int(_needed(config, "kv_lora_rank")) + int(first(config, "qk_rope_head_dim", default=0))
-        index = INDEXER_BYTES if first(config, "index_head_dim") is not None else 0
-        per_layer, heads, window_layer = int(latent * number) + index, 1, 0
-    else:
-        heads = kv_heads(config) if full or sliding else 1
-        width = head_width(config) if full or sliding else 0
-        window_layer = int(heads * width * number)
-        full_heads = int(first(config, "num_global_key_value_heads", default=heads))
-        full_width = 2 * int(first(config, "global_head_dim", default=0)) or width
-        per_layer = int(full_heads * full_width * number)
+    latent = first(config, "kv_lora_rank") is not None
     return CacheSize(
-        full * per_layer,
-        sliding * window_layer,
+        sum(full),
+        sum(sliding),
         int(first(config, "sliding_window", "attention_chunk_size", default=0)) if sliding else 0,
-        state_layers * int(state_numbers(config) * number_bytes(dtype)) if state_layers else 0,
-        heads,
+        max(full, default=0) // max(sliding, default=1) or 1,
+        int(state_numbers(config) * number_bytes(dtype)) if state_layers else 0,
+        state_layers,
+        max(full, default=0),
+        1 if latent or not (full or sliding) else kv_heads(config),
     )
+
+
+def _token_numbers(config: Config, layer: int, kind: str) -> int:
+    """Return the numbers that a layer keeps of a token. Raises ValueError."""
+    if kind not in ("full", "both", "sliding"):
+        return 0
+    if first(config, "kv_lora_rank") is not None:
+        return int(_needed(config, "kv_lora_rank")) + int(first(config, "qk_rope_head_dim", default=0))
+    by_layer = first(config, "per_layer_config", default={}).get(str(layer), {})
+    if kind == "full" and not by_layer:
+        wide = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+        by_layer = {key: config[name] for key, name in wide.items() if config.get(name) is not None}
+    mine = {**config, **by_layer}
+    return kv_heads(mine) * head_width(mine)
 
 
 def _needed(config: Config, *names: str) -> Any:
@@ -125,6 +153,8 @@ def kv_heads(config: Config) -> int:
     nested = config.get("attn_config")
     if isinstance(nested, Mapping) and nested.get("kv_n_heads") is not None:
         return int(nested["kv_n_heads"])
+    if config.get("model_type") in _UNGROUPED:
+        return attention_heads(config)
     given = first(config, "num_key_value_heads", "num_kv_heads", "multi_query_group_num")
     if isinstance(given, Sequence):
         return max(map(int, given))

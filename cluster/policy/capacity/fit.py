@@ -51,6 +51,8 @@ class Engine:
     """`max_num_seqs`; 0 for vLLM's default on the GPU."""
     cache_bytes: int | None = None
     """`kv_cache_memory_bytes` of a rank; None to take what is left."""
+    block_size: int = 16
+    """Tokens of a block of the KV cache."""
     offloaded: int = 0
     """Bytes of weights of a rank that the host's memory holds (`cpu_offload_gb`)."""
 
@@ -124,7 +126,7 @@ def fit(shape: Shape, gpu: Gpu, engine: Engine, context: int) -> Fit:
     weights = max(0, math.ceil(shape.weights / ranks) - engine.offloaded)
     left = int(gpu.memory * engine.utilization) - weights - reserve
     part = math.ceil(shape.layers / engine.pp) / shape.layers / min(engine.tp, shape.cache.heads)
-    call = max(1, math.ceil(shape.cache.sequence_bytes(context, step_tokens) * part))
+    call = max(1, math.ceil(shape.cache.sequence_bytes(context, step_tokens, engine.block_size) * part))
     return Fit(gpu, engine, context, weights, reserve, left if engine.cache_bytes is None else engine.cache_bytes, call)
 
 

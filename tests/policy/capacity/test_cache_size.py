@@ -83,9 +83,10 @@ def test_published_figures(name: str) -> None:
 @given(st.integers(1, 10_000), st.integers(1, 4096))
 def test_a_window_bounds_what_a_sequence_keeps(tokens: int, window: int) -> None:
     """A sliding layer keeps at most its window, and a full layer keeps every token."""
-    sizes = CacheSize(token_bytes=10, window_bytes=7, window=window, state_bytes=3)
-    assert sizes.sequence_bytes(tokens) == 10 * tokens + 7 * min(tokens, window) + 3
+    sizes = CacheSize(token_bytes=10, window_bytes=7, window=window, state_bytes=3, state_layers=2)
+    assert sizes.sequence_bytes(tokens) == 10 * tokens + 7 * min(tokens, window) + 6
     assert sizes.sequence_bytes(tokens + 1) >= sizes.sequence_bytes(tokens)
+    assert sizes.sequence_bytes(tokens, 100, 16) >= sizes.sequence_bytes(tokens)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.api.ports import EngineDead
-from cluster.api.types import RESUME_EXACT, ModelSpec
+from cluster.api.types import RESUME_EXACT, EngineInfo, ModelSpec
+from cluster.cli.model_sizes import model_size
 from cluster.worker.engine.golden_check import CheckedEngine
 from cluster.worker.engine.vllm.engine import VllmEngine
 from tests.support.architectures import SERVED, save_served
@@ -19,6 +21,7 @@ from tests.worker.engine.contract import Answer, Driver, Subject, request
 pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 ANSWER_TOKENS = 16
+CACHE_BYTES, STEP_TOKENS = 256 << 20, 512
 TOLERANCE = 2e-3
 """Largest difference of a log probability, which an error of a kernel exceeds by far."""
 REFUSED = {"jamba": "JambaForCausalLM needs; serve it on GPUs"}
@@ -52,12 +55,22 @@ def why_not_as_transformers(folder: Path, prompts: Sequence[Sequence[int]], answ
     return ""
 
 
+def planned_tokens(entry: ModelSpec, folder: Path, info: EngineInfo) -> float:
+    """Return how many tokens of calls of the greatest length fit into the KV cache, as `headrace plan` calculates."""
+    cache = model_size(replace(entry, source=str(folder))).shape.cache
+    if not cache.token_bytes:  # vLLM counts the blocks of sliding layers alone, not calls
+        return CACHE_BYTES / cache.window_bytes
+    assert entry.max_model_len is not None
+    call = cache.sequence_bytes(entry.max_model_len, STEP_TOKENS, info.block_size)
+    return CACHE_BYTES / call * entry.max_model_len
+
+
 @pytest.mark.parametrize("model_type", SERVED)
 async def test_an_architecture_is_right_or_refused(tmp_path: Path, model_type: str) -> None:
     """Greedy answers to short and long prompts equal transformers'. Repeated with cached blocks, in a crowd, and cut
     and resumed, they are the same."""
     folder = save_served(model_type, tmp_path)
-    sizes = {"kv_cache_memory_bytes": 256 << 20, "max_num_seqs": 8, "max_num_batched_tokens": 512}
+    sizes = {"kv_cache_memory_bytes": CACHE_BYTES, "max_num_seqs": 8, "max_num_batched_tokens": STEP_TOKENS}
     entry = ModelSpec("m", "unused", dtype="float32", max_model_len=2048, engine={**sizes, "skip_tokenizer_init": True})
     engine = CheckedEngine(VllmEngine(entry, folder, executor="mp"))
     try:
@@ -67,6 +80,7 @@ async def test_an_architecture_is_right_or_refused(tmp_path: Path, model_type: s
             return
         info = await engine.start()
         assert RESUME_EXACT in info.capabilities, engine.downgrade_reason
+        assert info.kv_blocks * info.block_size == pytest.approx(planned_tokens(entry, folder, info), rel=0.03)
         driver = Driver(Subject(engine, info, 10, 500))
         prompts = [prompt(1, 5), prompt(2, 150), prompt(3, 1000)]
 
