@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.api.types import ModelSpec
-from cluster.cli.config_inputs import Input, NoConfiguration, read_input, worker_group_problems
+from cluster.cli.config_inputs import Input, NoConfiguration, read_input, resource_problems, worker_group_problems
 from cluster.cli.model_sizes import ModelSize, engine_of, model_size, named_bytes
 from cluster.config.document import without_invalid_keys
 from cluster.config.model import Model
@@ -115,7 +115,8 @@ def check(text: str, name: str, *, pod: bool = False, files: bool = False) -> Re
         if files:
             problems += _file_problems(config)
         warnings += [] if wrong else _warnings(config)
-    return Report(name, None if problems else config, _findings(problems, given), _findings(warnings, given))
+    errors = (*_findings(problems, given), *_value_findings(given))
+    return Report(name, None if errors else config, errors, _findings(warnings, given))
 
 
 def _in_wrong_model(problem: Problem, wrong: list[Problem]) -> bool:
@@ -127,6 +128,13 @@ def _findings(problems: list[Problem], given: Input) -> tuple[ConfigFinding, ...
     return tuple(
         ConfigFinding(given.prefix + problem.where, problem.text, given.line_of(problem.path)) for problem in problems
     )
+
+
+def _value_findings(given: Input) -> Iterator[ConfigFinding]:
+    """Yield an error for each of the chart's values outside `config` that Kubernetes would refuse."""
+    for problem in resource_problems(given.values):
+        line = given.lines.line_of(problem.path) if given.lines is not None else 0
+        yield ConfigFinding(problem.where, problem.text, line)
 
 
 # ---- what a replica would refuse

@@ -9,6 +9,8 @@ scripts/chart_schema.py keeps the copy up to date.
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,13 @@ _CLUSTER_KEYS = frozenset({"api_version", "name", "models"})
 """Top-level keys of a cluster.yaml that never are top-level keys of the chart's values."""
 _HELM_HEADINGS = ("USER-SUPPLIED VALUES", "COMPUTED VALUES")
 """Headings that `helm get values` prints as its first line. A YAML parser reads such a heading as a key."""
+_QUANTITY = re.compile(r"(\d+(?:\.\d*)?(?:[eE]\d+)?)([a-zA-Z]*)")
+_UNITS = {"": 1.0, "m": 0.001} | {
+    f"{letter}{two}": (1024.0 if two else 1000.0) ** power
+    for two in ("", "i")
+    for power, letter in enumerate("KMGTPE" if two else "kMGTPE", 1)
+}
+"""Factors of Kubernetes' units."""
 
 
 class NoConfiguration(Exception):
@@ -153,6 +162,61 @@ def worker_group_problems(config: Config, values: Mapping[str, Any]) -> Iterator
             reasons = [worker_group_shortage(spec, groups) for spec, groups in choices]
             if reasons and all(reasons):
                 yield Problem(("models", at), reasons[0])
+                return  # the sum would be too large as well
+    for name, cluster in clusters.items():
+        yield from _sum_problems(config, str(name), cluster)
+
+
+def _sum_problems(config: Config, name: str, cluster: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield a problem for each GPU type of which a cluster's models need more at `replicas.min` than there are.
+
+    A model that may run on several types, or on any, counts only in the sum of all types, whose name is empty."""
+    from cluster.policy.catalog.placement import world_size
+
+    have, need = Counter[str](), Counter[str]()
+    for group in filter(lambda group: isinstance(group, Mapping), _list(cluster, "workerGroups")):
+        gpus = _gpus(group) * int(group.get("maxReplicas") or 0) * int(group.get("numOfHosts") or 1)
+        have.update({"": gpus, str(group.get("gpuType") or "any"): gpus})
+    for model in config.models:
+        specs = model.model_copy(update={"canary": None}).specs()
+        if model.source.startswith("sim://") or (model.ray or (config.ray[0].name if config.ray else "")) != name:
+            continue
+        gpus = min(map(world_size, specs)) * model.replicas.min
+        need.update(dict.fromkeys({"", specs[0].gpu if len(specs) == 1 else ""}, gpus))
+    for kind in sorted(need, reverse=True):
+        if need[kind] > have[kind]:
+            of_type = f" of type {kind}" if kind else ""
+            yield Problem(
+                ("models",),
+                f"at replicas.min they need {need[kind]} GPUs{of_type} together, and the worker groups of "
+                f"ray.clusters[{name}] have {have[kind]} at most, {need[kind] - have[kind]} too few: raise "
+                "maxReplicas, or lower replicas.min",
+            )
+            return
+
+
+def resource_problems(values: Any, path: KeyPath = ()) -> Iterator[Problem]:
+    """Yield a problem for each request of a pod's resources that is above its limit. `values`: the chart's values."""
+    if isinstance(values, list):
+        for at, value in enumerate(values):
+            yield from resource_problems(value, (*path, at))
+    if not isinstance(values, Mapping):
+        return
+    requests, limits = values.get("requests"), values.get("limits")
+    if path[-1:] == ("resources",) and isinstance(requests, Mapping) and isinstance(limits, Mapping):
+        for name, request in requests.items():
+            asked, most = _quantity(request), _quantity(limits.get(name))
+            if asked is not None and most is not None and asked > most:
+                text = f"is {request}, above the limit of {limits[name]}: raise limits.{name}, or lower the request"
+                yield Problem((*path, "requests", str(name)), text)
+    for key, value in values.items():
+        yield from resource_problems(value, (*path, str(key)))
+
+
+def _quantity(text: Any) -> float | None:
+    """Return a quantity of Kubernetes, such as 500m or 16Gi, as a number; None for what is no quantity."""
+    found = _QUANTITY.fullmatch(str(text))
+    return float(found[1]) * _UNITS[found[2]] if found is not None and found[2] in _UNITS else None
 
 
 def worker_group_shortage(spec: ModelSpec, groups: Sequence[Mapping[str, Any]]) -> str:

@@ -137,3 +137,62 @@ helm.sh/hook: test
 helm.sh/hook-weight: {{ . | quote }}
 helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{- end }}
+
+{{- /* (list root cluster): whether the worker groups of a Ray cluster can hold the least replicas of all its models at
+the same time, by type of GPU and in all. A model that may run on several types, or on any, counts in all. */ -}}
+{{- define "headrace.checkGroupSums" -}}
+{{- $root := index . 0 }}{{ $cluster := index . 1 }}
+{{- $first := dict }}{{ with $root.Values.config.ray }}{{ $first = first . }}{{ end }}
+{{- $need := dict "" 0 }}{{ $have := dict "" 0 }}
+{{- range $group := $cluster.workerGroups }}
+{{- $node := add (int ($group.gpusPerNode | default 0)) (int ($group.logicalGpus | default 0)) }}
+{{- $gpus := mul $node (int $group.maxReplicas) (int ($group.numOfHosts | default 1)) }}
+{{- $type := $group.gpuType | default "any" | toString }}
+{{- $_ := set $have $type (add $gpus (get $have $type | default 0)) }}
+{{- $_ := set $have "" (add $gpus (get $have "")) }}
+{{- end }}
+{{- range $model := $root.Values.config.models }}
+{{- if and (eq $cluster.name ($model.ray | default (get $first "name"))) (not (hasPrefix "sim://" ($model.source | toString))) }}
+{{- $choices := list }}
+{{- if kindIs "slice" $model.gpu }}{{ $choices = $model.gpu }}{{ else }}{{ $choices = list (dict "type" ($model.gpu | default "")) }}{{ end }}
+{{- $least := 0 }}
+{{- range $choice := $choices }}
+{{- $ranks := mul (int ($choice.tensor_parallel_size | default $model.tensor_parallel_size | default 1)) (int ($choice.pipeline_parallel_size | default $model.pipeline_parallel_size | default 1)) }}
+{{- $least = ternary $ranks (min $least $ranks) (eq (int $least) 0) }}
+{{- end }}
+{{- $gpus := mul $least (int (dig "min" 1 ($model.replicas | default dict))) }}
+{{- $_ := set $need "" (add $gpus (get $need "")) }}
+{{- if and (eq (len $choices) 1) (first $choices).type }}
+{{- $type := (first $choices).type | toString }}
+{{- $_ := set $need $type (add $gpus (get $need $type | default 0)) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- range $type := keys $need | sortAlpha | reverse }}
+{{- if gt (int (get $need $type)) (int (get $have $type | default 0)) }}
+{{- fail (printf "config.models: at replicas.min they need %d GPUs%s together, and the worker groups of ray.clusters[%s] have %d at most, %d too few: raise maxReplicas, or lower replicas.min" (int (get $need $type)) (ternary (printf " of type %s" $type) "" (ne $type "")) $cluster.name (int (get $have $type | default 0)) (sub (int (get $need $type)) (int (get $have $type | default 0)))) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* A quantity of Kubernetes, such as 500m or 16Gi, as a number. */ -}}
+{{- define "headrace.quantity" -}}
+{{- $text := toString . }}
+{{- $unit := regexFind "[a-zA-Z]*$" $text }}
+{{- $factors := dict "" 1.0 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 "Pi" 1125899906842624.0 }}
+{{- mulf (float64 (trimSuffix $unit $text)) (get $factors $unit | default 1.0) }}
+{{- end }}
+
+{{- /* (list path resources): requests may not exceed limits. */ -}}
+{{- define "headrace.checkResources" -}}
+{{- $path := index . 0 }}{{ $resources := index . 1 | default dict }}
+{{- $limits := $resources.limits | default dict }}
+{{- range $name, $request := $resources.requests | default dict }}
+{{- $limit := get $limits $name }}
+{{- if and (ne (toString $limit) "") (ne (toString $request) "<nil>") (ne (toString $limit) "<nil>") }}
+{{- if gt (float64 (include "headrace.quantity" $request)) (float64 (include "headrace.quantity" $limit)) }}
+{{- fail (printf "%s.requests.%s is %s, above the limit of %s: raise limits.%s, or lower the request" $path $name (toString $request) (toString $limit) $name) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}

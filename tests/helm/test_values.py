@@ -36,6 +36,8 @@ def models(*entries: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
     return {**cluster(**group), "config": {"models": named}}
 
 
+ABOVE = {"requests": {"cpu": "1500m", "memory": "3Gi"}, "limits": {"cpu": 2, "memory": "3000M"}}
+"""Resources of which the request of memory is above its limit."""
 SPREAD = {"pipeline_parallel_size": 2, "tensor_parallel_size": 4}
 WRONG_TOGETHER = [
     (models({"name": "a"}, {"name": "a"}), 'config.models: the name "a" is used by "a" and "a"'),
@@ -57,6 +59,25 @@ WRONG_TOGETHER = [
     ),
     (models({"gpu": [{"type": "L4"}, {"type": "T4"}]}), "gpu is L4, and no worker group"),
     (models({"replicas": {"min": 9}}), "replicas.min is 9, and the worker groups of ray.clusters[blue] hold 8 at most"),
+    (
+        models({"gpu": "H100", "replicas": {"min": 5}}, {"gpu": "H100", "tensor_parallel_size": 4}),
+        "at replicas.min they need 9 GPUs of type H100 together, and the worker groups of ray.clusters[blue] have 8 at "
+        "most, 1 too few",
+    ),
+    (
+        models({"replicas": {"min": 8}}, {"gpu": [{"type": "L4"}, {"type": "H100", "tensor_parallel_size": 2}]}),
+        "at replicas.min they need 9 GPUs together, and the worker groups of ray.clusters[blue] have 8 at most",
+    ),
+    (
+        models({}, resources=ABOVE),
+        "ray.clusters[blue].workerGroups[gpu].resources.requests.memory is 3Gi, above the limit",
+    ),
+    (
+        {"gateway": {"resources": ABOVE}},
+        "gateway.resources.requests.memory is 3Gi, above the limit of 3000M: raise limits",
+    ),
+    ({"backup": {"resources": ABOVE}}, "backup.resources.requests.memory is 3Gi"),
+    ({"valkey": {"embedded": {"resources": ABOVE}}}, "valkey.embedded.resources.requests.memory is 3Gi"),
     (
         {"fullnameOverride": "team-a", "ray": {"clusters": []}},
         "names srv://_link._tcp.headrace-links, and the Service of this release is team-a-links",
@@ -107,6 +128,8 @@ def test_halves_that_do_not_fit_are_refused(values: Mapping[str, Any], words: st
     [
         models({"gpu": [{"type": "L4"}, {"type": "H100", "tensor_parallel_size": 4}], "replicas": {"min": 2}}),
         models(SPREAD, gpuType=""),
+        models({"gpu": "H100", "replicas": {"min": 4}}, {"gpu": "H100", "tensor_parallel_size": 4}),
+        {"gateway": {"resources": {"requests": {"cpu": "1500m", "memory": "2Gi"}, "limits": {"cpu": 2}}}},
         models({"gpu": ""}, {"source": "sim://?vocab=9", "tensor_parallel_size": 64}),
         models({"fallback": ["d"]}, {"aliases": ["d"], "replicas": {"min": 0}}, maxReplicas=1),
         {"fullnameOverride": "team-a", "config": {"link": {"gateways": ["srv://_link._tcp.team-a-links.ns.svc"]}}}

@@ -49,6 +49,21 @@ def test_sets_of_hosts_count_as_their_nodes() -> None:
     assert not check(text.replace("maxReplicas: 2", "maxReplicas: 2, numOfHosts: 2"), "f.yaml").errors
 
 
+def test_the_sum_of_least_replicas_and_requests_above_limits() -> None:
+    """Values of the chart are refused if all models together need more GPUs than there are, or if a pod requests more
+    than its limit. Each error says by how much."""
+    text = values("gpu: H100, tensor_parallel_size: 4, replicas: {min: 1}")
+    assert not check(text, "f.yaml").errors
+    more = text.replace("models: [", "models: [{name: n, source: hf://o/n, gpu: H100, replicas: {min: 6}}, ")
+    (error,) = check(more, "f.yaml").errors
+    assert "config.models: at replicas.min they need 10 GPUs of type H100 together" in str(error)
+    assert "have 8 at most, 2 too few" in str(error)
+    above = "gateway: {resources: {requests: {memory: 3Gi}, limits: {memory: 3000M}}}\n" + text
+    (error,) = check(above, "f.yaml").errors
+    assert str(error).startswith("gateway.resources.requests.memory: is 3Gi, above the limit of 3000M: raise")
+    assert error.line == 1
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
