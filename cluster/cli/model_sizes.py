@@ -15,6 +15,7 @@ from cluster.policy.capacity import cache_size
 from cluster.policy.capacity.fit import UTILIZATION, Engine, Shape
 from cluster.policy.capacity.gpus import GIB
 from cluster.worker.weights.safetensors_header import BYTES, HeaderError, read_header
+from cluster.worker.weights.sources import SourceRules, from_hub, resolve
 from cluster.worker.weights.vocabulary import read_json, text_config
 
 FLOATS: Final = ("F32", "F16", "BF16", "F64")
@@ -42,13 +43,14 @@ class ModelSize:
     weights_from: str
 
 
-def model_size(spec: ModelSpec) -> ModelSize:
+def model_size(spec: ModelSpec, rules: SourceRules | None = None) -> ModelSize:
     """Return the sizes of a model. Raises ValueError with the reason and the remedy.
 
     `spec.source`: a folder, a config.json, `hf://organisation/name` or a demo model. Of a model on the hub,
-    config.json and the index of the weights are fetched. A folder without weights is counted by transformers.
+    config.json and the index of the weights are fetched. A folder without weights is counted by transformers. `rules`:
+    where models are fetched from, and into which cache; None for the public hub and the user's cache folder.
     """
-    folder, file = _folder(spec)
+    folder, file = _folder(spec, rules or SourceRules(cache_dir()))
     config = read_json(folder / file)
     if not config:
         raise ValueError(f"{folder / file} is not there; name a model's folder, its config.json, or hf://org/name")
@@ -83,12 +85,9 @@ def model_size(spec: ModelSpec) -> ModelSize:
     )
 
 
-def _folder(spec: ModelSpec) -> tuple[Path, str]:
+def _folder(spec: ModelSpec, rules: SourceRules) -> tuple[Path, str]:
     """Return the folder with a model's configuration, and the name of its file."""
-    from cluster.worker.weights.sources import SourceRules, from_hub, resolve
-
     source = spec.source
-    rules = SourceRules(cache_dir())
     if source.startswith("hf://"):
         files = ("config.json", INDEX)
         return from_hub("source", source.removeprefix("hf://"), spec.revision, files, rules), "config.json"

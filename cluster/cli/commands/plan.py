@@ -139,6 +139,7 @@ def _of_model(
 
 def _of_file(path: Path, gpus: Sequence[tuple[Gpu, int]], context: int | None, concurrency: int) -> Iterator[Planned]:
     """Yield a plan for each version and GPU type of each model of a file. Raises ValueError."""
+    from cluster.cli.commands.run.processes import source_rules
     from cluster.cli.config_inputs import NoConfiguration, read_input
     from cluster.config.document import without_invalid_keys
 
@@ -158,7 +159,7 @@ def _of_file(path: Path, gpus: Sequence[tuple[Gpu, int]], context: int | None, c
                 raise ValueError(
                     f"models[{spec.name}].gpu: {spec.gpu or 'any type'}: its memory is unknown; give --gpu"
                 )
-            size = model_size(spec)
+            size = model_size(spec, source_rules(config))
             one = fits.fit(
                 size.shape, kind, engine_of(spec), context or spec.max_model_len or size.longest or DEFAULT_CONTEXT
             )

@@ -119,6 +119,23 @@ def test_a_model_is_planned(run: Run, llama: Path) -> None:
     assert "tensor_parallel_size: 1" in text
 
 
+def test_a_model_of_the_hub_is_planned_by_its_index(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model on the hub, config.json and the index of the weights are enough."""
+    monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "o/m is not in" in run("plan", "hf://o/m").stderr
+    commit = "0" * 40
+    snapshot = tmp_path / "hub" / "models--o--m" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (tmp_path / "hub" / "models--o--m" / "refs").mkdir()
+    (tmp_path / "hub" / "models--o--m" / "refs" / "main").write_text(commit)
+    (snapshot / "config.json").write_text(json.dumps(LLAMA_8B))
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 16_060_522_496}}))
+    shown = json.loads(run("plan", "hf://o/m", "--json").stdout)
+    assert shown["models"][0]["weights_bytes"] == 16_060_522_496
+    assert shown["models"][0]["weights_from"] == "model.safetensors.index.json"
+
+
 def test_what_does_not_fit_says_by_how_much(run: Run, llama: Path) -> None:
     """If no division fits, the exit code is 1 and the table names what is lacking."""
     done = run("plan", str(llama), "--gpu", "T4x1")
