@@ -6,17 +6,19 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from cluster.api.types import ModelSpec
 from cluster.cli.common import FAILED, USAGE, JsonOption, fail, out, print_json
-from cluster.cli.model_sizes import ModelSize, engine_of, model_size
 from cluster.policy.capacity import fit as fits
 from cluster.policy.capacity.fit import Fit
 from cluster.policy.capacity.gpus import GIB, GPU_GIB, Gpu, gpu
+
+if TYPE_CHECKING:
+    from cluster.cli.model_sizes import ModelSize
 
 DEFAULT_GPUS = ("L4", "A100", "H100", "H200", "B200")
 DEFAULT_CONTEXT = 8192
@@ -85,6 +87,8 @@ def plan(
 
     The models of a file are planned on the GPU types of their entries. Weights and KV cache are calculated from the
     checkpoint; the memory of a step is estimated. Exit code 1 if a model does not fit."""
+    from cluster.cli.model_sizes import model_size
+
     gpus = [_gpu(text) for text in on or ()]
     path = Path(model_or_file)
     try:
@@ -122,6 +126,8 @@ def _of_model(
     spec: ModelSpec, size: ModelSize, gpus: Sequence[tuple[Gpu, int]], context: int | None, concurrency: int
 ) -> Iterator[Planned]:
     """Yield the divisions of a model: all that fit on the given GPUs, or the smallest on each of the usual ones."""
+    from cluster.cli.model_sizes import engine_of
+
     tokens = context or spec.max_model_len or size.longest or DEFAULT_CONTEXT
     for kind, most in gpus or [(one, MOST_GPUS) for name in DEFAULT_GPUS if (one := gpu(name)) is not None]:
         last = None
@@ -141,6 +147,7 @@ def _of_file(path: Path, gpus: Sequence[tuple[Gpu, int]], context: int | None, c
     """Yield a plan for each version and GPU type of each model of a file. Raises ValueError."""
     from cluster.cli.commands.run.processes import source_rules
     from cluster.cli.config_inputs import NoConfiguration, read_input
+    from cluster.cli.model_sizes import engine_of, model_size
     from cluster.config.document import without_invalid_keys
 
     try:
