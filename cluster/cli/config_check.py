@@ -23,7 +23,7 @@ from cluster.config.paths import secret_files
 from cluster.config.problems import Problem
 from cluster.config.schema import Config
 from cluster.policy.capacity.fit import Engine, fit
-from cluster.policy.capacity.gpus import GIB, Gpu, gpu
+from cluster.policy.capacity.gpus import Gpu, gpu, in_gib
 
 DEMO_SHAPES: Mapping[str, Mapping[str, int]] = {
     "demo://smollm2": {
@@ -198,17 +198,14 @@ def _memory_problems(path: tuple[str | int, ...], model: Model) -> Iterator[Prob
     """
     if model.load_format not in ("auto", "safetensors"):
         return
-    known: ModelSize | None = None
     for choice, spec in enumerate(model.specs()):
         if (kind := gpu(spec.gpu)) is None:
             continue
-        if Path(spec.source).expanduser().is_dir():
-            try:
-                known = known or model_size(spec)
-            except ValueError:
-                return  # _folder_problems says what is wrong, or nothing is known of this architecture
-        text = _memory_problem(spec, kind, known)
-        if text:
+        try:
+            size = model_size(spec) if Path(spec.source).expanduser().is_dir() else None
+        except ValueError:
+            return  # _folder_problems says what is wrong, or nothing is known of this architecture
+        if text := _memory_problem(spec, kind, size):
             key = ("gpu",) if isinstance(model.gpu, str) else ("gpu", choice, "type")
             yield Problem((*path, *key), text)
 
@@ -218,7 +215,7 @@ def _memory_problem(spec: ModelSpec, kind: Gpu, size: ModelSize | None) -> str:
     engine = engine_of(spec)
     ranks = engine.tp * engine.pp
     usable = int(kind.memory * engine.utilization)
-    on = f"on {'one' if ranks == 1 else f'each of {ranks}'} {kind.name} with {_gib(usable)}"
+    on = f"on {'one' if ranks == 1 else f'each of {ranks}'} {kind.name} with {in_gib(usable)}"
     if size is None:
         dtype = "bfloat16" if spec.dtype == "auto" else spec.dtype
         named = named_bytes(spec.source, dtype, str(spec.engine.get("quantization") or ""))
@@ -226,18 +223,18 @@ def _memory_problem(spec: ModelSpec, kind: Gpu, size: ModelSize | None) -> str:
         if weights <= usable:
             return ""
         return (
-            f"{spec.gpu} is too small: by the model's name, its weights take at least {_gib(weights)} {on}, "
-            f"{_gib(weights - usable)} too much: {_ranks_needed(int(weights * ranks), kind, engine)}"
+            f"{spec.gpu} is too small: by the model's name, its weights take at least {in_gib(weights)} {on}, "
+            f"{in_gib(weights - usable)} too much: {_ranks_needed(int(weights * ranks), kind, engine)}"
         )
     tokens = spec.max_model_len or size.longest
     one = fit(size.shape, kind, engine, tokens or 1)
     if not one.surely_lacking:
         return ""
-    cached = "" if one.weights > usable else f" and one call of {tokens:,} tokens {_gib(one.call)}"
+    cached = "" if one.weights > usable else f" and one call of {tokens:,} tokens {in_gib(one.call)}"
     shorter = " or lower max_model_len" if cached else ""
     return (
-        f"{spec.gpu} is too small: the weights take {_gib(one.weights)}{cached} {on}, "
-        f"{_gib(one.surely_lacking)} too much: {_ranks_needed(size.shape.weights, kind, engine)}{shorter}"
+        f"{spec.gpu} is too small: the weights take {in_gib(one.weights)}{cached} {on}, "
+        f"{in_gib(one.surely_lacking)} too much: {_ranks_needed(size.shape.weights, kind, engine)}{shorter}"
     )
 
 
@@ -248,10 +245,6 @@ def _ranks_needed(weights: int, kind: Gpu, engine: Engine) -> str:
         "take a larger GPU, or a tensor_parallel_size times pipeline_parallel_size of at least "
         f"{1 << (needed - 1).bit_length()}"
     )
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"
 
 
 def checkpoint_config(source: str) -> Mapping[str, Any]:

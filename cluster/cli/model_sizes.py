@@ -54,6 +54,15 @@ def model_size(spec: ModelSpec, rules: SourceRules | None = None) -> ModelSize:
     config = read_json(folder / file)
     if not config:
         raise ValueError(f"{folder / file} is not there; name a model's folder, its config.json, or hf://org/name")
+    try:
+        return _size_of(spec, folder, config)
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        if str(error).startswith(str(folder)):
+            raise
+        raise ValueError(f"{folder / file} describes no model: {type(error).__name__}: {error}") from None
+
+
+def _size_of(spec: ModelSpec, folder: Path, config: Mapping[str, Any]) -> ModelSize:
     text = text_config(config)
     dtype = spec.dtype
     if dtype == "auto":  # as vLLM: weights of 32 bits are loaded in 16

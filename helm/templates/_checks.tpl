@@ -179,7 +179,7 @@ the same time, by type of GPU and in all. A model that may run on several types,
 {{- define "headrace.quantity" -}}
 {{- $text := toString . }}
 {{- $unit := regexFind "[a-zA-Z]*$" $text }}
-{{- $factors := dict "" 1.0 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 "Pi" 1125899906842624.0 }}
+{{- $factors := dict "" 1.0 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 "Pi" 1125899906842624.0 "E" 1e18 "Ei" 1152921504606846976.0 }}
 {{- mulf (float64 (trimSuffix $unit $text)) (get $factors $unit | default 1.0) }}
 {{- end }}
 

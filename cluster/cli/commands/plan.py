@@ -15,7 +15,7 @@ from cluster.api.types import ModelSpec
 from cluster.cli.common import FAILED, USAGE, JsonOption, fail, out, print_json
 from cluster.policy.capacity import fit as fits
 from cluster.policy.capacity.fit import Fit
-from cluster.policy.capacity.gpus import GIB, GPU_GIB, Gpu, gpu
+from cluster.policy.capacity.gpus import GPU_GIB, Gpu, gpu, in_gib
 
 if TYPE_CHECKING:
     from cluster.cli.model_sizes import ModelSize
@@ -30,13 +30,16 @@ MOST_GPUS = 16
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One division of one model. `name`: name of the model in the file; empty for a model that was named directly."""
+    """A division of a model. `name`: name of the model in the file, with the version of a canary; empty for a model
+    that was named directly. `alternative`: whether the division does not count in the sum of a file's GPUs, since it is
+    of a canary or of a GPU type that is not the preferred one."""
 
     name: str
     size: ModelSize
     fit: Fit
     replicas: tuple[int, int]
     """Fewest and most replicas."""
+    alternative: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as --json prints it."""
@@ -115,7 +118,7 @@ def plan(
 
 def _gpu(text: str) -> tuple[Gpu, int]:
     """Return the GPU and the greatest number of GPUs of a replica. Ends the command for an unknown type."""
-    name, number = re.fullmatch(r"(.*?)(?:x(\d{1,3}))?", text, re.IGNORECASE).groups()  # type: ignore[union-attr]
+    name, number = re.fullmatch(r"(.*?)(?:x(\d{1,3}))?", text, re.IGNORECASE | re.DOTALL).groups()  # type: ignore[union-attr]
     found, count = gpu(name), int(number or MOST_GPUS)
     if found is None or count < 1:
         fail(f"--gpu {text}: unknown; take {', '.join(GPU_GIB)}, or a size such as 24GiB", USAGE)
@@ -158,7 +161,7 @@ def _of_file(path: Path, gpus: Sequence[tuple[Gpu, int]], context: int | None, c
     if config is None or wrong:
         raise ValueError(f"{path} has errors: see headrace config check {path}")
     for model in config.models:
-        for spec in model.specs():
+        for at, spec in enumerate(model.specs()):
             if spec.source.startswith("sim://"):
                 continue
             kind = gpu(spec.gpu) if spec.gpu else (gpus[0][0] if gpus else None)
@@ -170,7 +173,8 @@ def _of_file(path: Path, gpus: Sequence[tuple[Gpu, int]], context: int | None, c
             one = fits.fit(
                 size.shape, kind, engine_of(spec), context or spec.max_model_len or size.longest or DEFAULT_CONTEXT
             )
-            yield Planned(spec.name, size, one, (spec.min_replicas, spec.max_replicas))
+            canary = f" {spec.version}" if spec.version != model.version else ""
+            yield Planned(spec.name + canary, size, one, (spec.min_replicas, spec.max_replicas), at > 0)
 
 
 def _models(planned: Sequence[Planned]) -> list[dict[str, Any]]:
@@ -191,17 +195,13 @@ def _models(planned: Sequence[Planned]) -> list[dict[str, Any]]:
     ]
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
-
-
 def _show(planned: Sequence[Planned], chosen: Sequence[Planned], concurrency: int) -> None:
     for name, size in {one.name: one.size for one in planned}.items():
         cache = size.shape.cache
         window = f", {cache.window_bytes / 1024:g} KiB in a window of {cache.window}" if cache.window_bytes else ""
         state = f", {cache.state_layers * cache.state_bytes / 1024:g} KiB a call" if cache.state_layers else ""
         out.print(
-            f"{name + ': ' if name else ''}{size.dtype}, weights {_gib(size.shape.weights)} "
+            f"{name + ': ' if name else ''}{size.dtype}, weights {in_gib(size.shape.weights)} "
             f"(from {size.weights_from}), KV cache {cache.token_bytes / 1024:g} KiB a token{window}{state}",
             markup=False,
         )
@@ -215,15 +215,15 @@ def _show(planned: Sequence[Planned], chosen: Sequence[Planned], concurrency: in
         counts = [f"{least}" if least == most else f"{least}-{most}"]
         counts += [f"{least * division.gpus}" if least == most else f"{least * division.gpus}-{most * division.gpus}"]
         if division.calls < 1:
-            counts = [f"does not fit: lacks {_gib(division.lacking)} a GPU", ""]
+            counts = [f"does not fit: lacks {in_gib(division.lacking)} a GPU", ""]
         table.add_row(
             *([one.name] if columns else []),
             division.gpu.name,
             str(division.engine.tp),
             str(division.engine.pp),
-            _gib(division.weights),
-            _gib(division.reserve),
-            _gib(max(0, division.room)),
+            in_gib(division.weights),
+            in_gib(division.reserve),
+            in_gib(max(0, division.room)),
             f"{division.context:,}",
             f"{division.calls:.1f}",
             *counts,
@@ -231,10 +231,10 @@ def _show(planned: Sequence[Planned], chosen: Sequence[Planned], concurrency: in
     out.print(table)
     if columns:
         by_type: dict[str, int] = {}
-        for one in planned:
+        for one in (one for one in planned if not one.alternative):
             by_type[one.fit.gpu.name] = by_type.get(one.fit.gpu.name, 0) + one.replicas[0] * one.fit.gpus
         total = ", ".join(f"{count} {name}" for name, count in by_type.items())
-        out.print(f"at replicas.min: {total}", markup=False)
+        out.print(f"at replicas.min, on the preferred types: {total}", markup=False)
     elif chosen:
         division = chosen[0].fit
         plural = "" if concurrency == 1 else "s"

@@ -1,1 +1,1 @@
-"""What a model takes of GPUs' memory, which parallelism fits, and how many replicas a load needs."""
+"""Memory of GPUs that a model takes, divisions among GPUs that fit, and the number of replicas for a load."""

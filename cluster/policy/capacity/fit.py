@@ -59,7 +59,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How a model fits on the GPUs of one replica. Bytes are those of one GPU.
+    """The fit of a model on the GPUs of one replica. Bytes are those of one GPU.
 
     `room`: bytes for the KV cache; negative if weights and reserve alone take too much. `call`: bytes of one call of
     `context` tokens. `calls`: calls of this length at once.

@@ -42,6 +42,11 @@ class Gpu:
     memory: int
 
 
+def in_gib(size: float) -> str:
+    """Return a number of bytes as GPUs' memory is written."""
+    return f"{size / GIB:.1f} GiB"
+
+
 def gpu(name: str) -> Gpu | None:
     """Return the GPU of a type such as H100, or of a size such as 24GiB; None for an unknown type."""
     by_lower = {known.lower().replace("-", ""): (known, size) for known, size in GPU_GIB.items()}

@@ -83,7 +83,7 @@ def test_what_may_fit_is_accepted(name: str, gpu: str, more: str) -> None:
 
 
 def test_a_choice_of_gpus_is_refused_by_its_place() -> None:
-    """Of several GPU types, the one that is too small is named."""
+    """An error names the GPU type that is too small, where the model may run on several."""
     choices = "[{type: H100, tensor_parallel_size: 4}, {type: L4, tensor_parallel_size: 4}]"
     (error,) = check(config("hf://o/Llama-3.1-70B", choices), "f.yaml").errors
     assert error.path == "models[0].gpu[1].type"
@@ -92,8 +92,7 @@ def test_a_choice_of_gpus_is_refused_by_its_place() -> None:
 
 
 def test_a_checkpoint_here_is_calculated(run: Run, llama: Path) -> None:
-    """Of a model in a folder, the cache of one call counts too: on an L4, Llama 3.1 8B does not have its whole
-    length, but a quarter of it."""
+    """The cache of one call counts too where the checkpoint is on this machine: with a shorter length, it fits."""
     build_checkpoint("llama", llama / "weights")
     (llama / "weights" / "config.json").write_text(json.dumps({**LLAMA_8B, "num_hidden_layers": 900}))
     (error,) = check(config(str(llama / "weights"), "L4"), "f.yaml").errors
@@ -120,7 +119,7 @@ def test_a_model_is_planned(run: Run, llama: Path) -> None:
 
 
 def test_a_model_of_the_hub_is_planned_by_its_index(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a model on the hub, config.json and the index of the weights are enough."""
+    """The config.json of a model on the hub and the index of its weights are enough."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "o/m is not in" in run("plan", "hf://o/m").stderr
@@ -150,10 +149,35 @@ def test_a_file_is_planned(run: Run, llama: Path, tmp_path: Path) -> None:
     file.write_text(text.replace("max_model_len", "tensor_parallel_size: 2, max_model_len"))
     done = run("plan", str(file))
     assert done.exit_code == 0, done.output
-    assert "at replicas.min: 4 H100" in done.stdout
+    assert "at replicas.min, on the preferred types: 4 H100" in done.stdout
     (plan,) = json.loads(run("plan", str(file), "--json").stdout)["plans"]
     assert plan["gpus"] == [4, 10]
     assert plan["gpu_bytes"] == pytest.approx(79.1 * 0.92 * GIB, rel=1e-6)
+
+
+def test_alternatives_are_planned_but_not_added_up(run: Run, llama: Path, tmp_path: Path) -> None:
+    """Each GPU type is planned with its own engine arguments. Only the preferred type of the stable version counts."""
+    choices = "[{type: H100}, {type: L4, tensor_parallel_size: 4, engine: {kv_cache_dtype: fp8}}]"
+    file = tmp_path / "cluster.yaml"
+    file.write_text(config(str(llama), choices, f", canary: {{version: v2, source: {llama}, weight: 0.1}}"))
+    done = run("plan", str(file))
+    assert "on the preferred types: 1 H100\n" in done.stdout
+    plans = json.loads(run("plan", str(file), "--json").stdout)["plans"]
+    assert [(plan["model"], plan["gpu"]) for plan in plans] == [
+        ("m", "H100"), ("m", "L4"), ("m v2", "H100"), ("m v2", "L4"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_attention_heads": 0}, {"hidden_size": []}, {"num_hidden_layers": "many"}, {"layer_types": 7}],
+)
+def test_a_damaged_config_json_is_refused(run: Run, llama: Path, wrong: dict[str, object]) -> None:
+    """A config.json with a value that no model has is refused with exit code 2 and its path."""
+    (llama / "config.json").write_text(json.dumps({**LLAMA_8B, **wrong}))
+    done = run("plan", str(llama))
+    assert done.exit_code == 2
+    assert str(llama) in done.stderr
 
 
 @pytest.mark.parametrize(
